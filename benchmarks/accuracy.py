@@ -1,0 +1,203 @@
+"""Accuracy beside the reference: its model and loops, restated, and ours, from equal weights on equal batches.
+
+Minutes for each run on a CPU, so the results go into a JSON file one by one, and a second call goes on where the first
+one ended:
+
+    python benchmarks/accuracy.py --data FOLDER --weights resnet18.pth --categories NAME NAME --out accuracy.json
+
+FOLDER holds categories in MVTec AD layout. The reference side (`tests/upstream.py`, `tests/upstream_model.py`) gets its
+images decoded, its loss is the one with gradient hook and boolean index, and its evaluation goes image by image; a
+category without masks is compared by I-AUROC alone. AUPRO over the data set is ours for both sides, outside the time.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the restated reference lives there
+import upstream
+from upstream_model import upstream_from
+
+from recontrast import metrics, ops
+from recontrast.data.cache import ImageCache
+from recontrast.data.datasets import Sample, mvtec
+from recontrast.data.images import normalise, read_mask
+from recontrast.engine.atomic import replacing
+from recontrast.engine.batches import Batches
+from recontrast.engine.device import choose
+from recontrast.engine.evaluate import evaluate
+from recontrast.engine.recipes import RECIPES, Recipe
+from recontrast.engine.train import new_model, train
+
+METRICS = {
+    "i_auroc": "I-AUROC",
+    "p_auroc": "P-AUROC",
+    "aupro": "AUPRO",
+    "aupro_per_image": "AUPRO per image",
+}
+TIMES = {"step": "ms per step", "evaluation": "s of evaluation"}
+SIDES = ("reference", "ours")
+Run = dict[str, float | None]  # of METRICS and TIMES
+
+
+def ours(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> Run:
+    """Train and evaluate with this package."""
+    trained = train(recipe, samples, category=category, device=device, on_log=progress(category, "ours", recipe))
+    begun = time.perf_counter()
+    (row,) = evaluate(trained.model, samples, recipe).rows
+    seconds = time.perf_counter() - begun
+    found: Run = {name: getattr(row, name) for name in METRICS}
+    return {**found, "step": 1000 * trained.seconds / recipe.steps, "evaluation": seconds}
+
+
+def reference(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> Run:
+    """Train and evaluate as the reference does, from the weights and in the order of `ours`."""
+    torch.manual_seed(recipe.seed)
+    begin = new_model(recipe, category)
+    model = upstream_from(begin, recipe.backbone.partition(".")[0]).to(device)
+    model.train(encoder_bn_train=recipe.encoder_bn_for(category) == "train")
+
+    def tensors(some: list[Sample]) -> torch.Tensor:
+        return normalise(ImageCache(some, recipe.size)[:], begin.mean, begin.std, device=device)
+
+    training = [sample for sample in samples if sample.split == "train"]
+    images = tensors(training)
+    order = Batches(len(training), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    groups = itertools.chain(model.bottleneck.parameters(), model.decoder.parameters()), model.encoder.parameters()
+    log = progress(category, "reference", recipe)
+
+    def batches():
+        for step in itertools.count():
+            if step and step % recipe.log_every == 0:
+                log(step, float("nan"), float("nan"), float("nan"))
+            yield images[torch.from_numpy(next(order)).to(device)]
+
+    def pairs(batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(*model(batch), strict=True))
+
+    begun = time.perf_counter()
+    upstream.train(pairs, batches(), recipe.steps, *groups)
+    seconds = time.perf_counter() - begun
+
+    model.eval()
+    tests = [sample for sample in samples if sample.split == "test"]
+    labels = np.array([sample.label for sample in tests])
+    images, masks = tensors(tests), masks_of(tests, recipe)
+    with_masks = masks is not None
+    shown = masks if masks is not None else np.broadcast_to(labels[:, None, None] > 0, (len(tests), *recipe.out)).copy()
+    begun = time.perf_counter()
+    p_auroc, i_auroc, per_image = upstream.evaluate(
+        pairs, images, torch.from_numpy(shown)[:, None], labels, calc_pro=with_masks
+    )
+    evaluation = time.perf_counter() - begun
+    found: Run = {"i_auroc": i_auroc, "p_auroc": None, "aupro": None, "aupro_per_image": None}
+    if masks is not None:
+        with torch.no_grad():
+            maps = np.concatenate([upstream.anomaly_map_sum(pairs(image[None]), recipe.out) for image in images])
+        found |= {"p_auroc": p_auroc, "aupro": metrics.aupro(maps, masks), "aupro_per_image": per_image}
+    return {**found, "step": 1000 * seconds / recipe.steps, "evaluation": evaluation}
+
+
+def masks_of(tests: list[Sample], recipe: Recipe) -> np.ndarray | None:
+    """(N, H, W) bool, zero for good images; None where a defect has no mask."""
+    if any(sample.label and sample.mask is None for sample in tests):
+        return None
+    empty = np.zeros(recipe.out, bool)
+    return np.stack([read_mask(s.mask, size=recipe.size, rule="any") if s.mask is not None else empty for s in tests])
+
+
+def progress(category: str, side: str, recipe: Recipe):
+    """An `on_log` that writes one line over and over."""
+
+    def log(step: int, *_: float) -> None:
+        print(f"\r{category}, seed {recipe.seed}, {side}: step {step}/{recipe.steps} ", end="", file=sys.stderr)
+
+    return log
+
+
+def table(runs: dict[str, Run], categories: list[str], seeds: list[int]) -> str:
+    """Mean and spread (standard deviation over seeds) of both sides, as Markdown; only seeds that both have."""
+    lines = [
+        "| category | | reference | ours | difference | not below by more than the spread |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for category in categories:
+        both = [seed for seed in seeds if all(f"{category}/{seed}/{side}" in runs for side in SIDES)]
+        for name, title in {**METRICS, **TIMES}.items():
+            found = {side: [runs[f"{category}/{seed}/{side}"][name] for seed in both] for side in SIDES}
+            values = {side: [v for v in found[side] if v is not None] for side in SIDES}
+            if not values["reference"] or not values["ours"]:
+                continue
+            scale = 100 if name in METRICS else 1
+            means = {side: scale * statistics.fmean(values[side]) for side in SIDES}
+            spreads = {side: scale * statistics.stdev(v) if len(v) > 1 else 0.0 for side, v in values.items()}
+            cells = [f"{means[side]:.2f} ± {spreads[side]:.2f}" for side in SIDES]
+            if name in METRICS:
+                gain = means["ours"] - means["reference"]
+                verdict = "yes" if gain >= -spreads["reference"] else "**no**"
+                cells += [f"{gain:+.2f}", verdict if len(values["reference"]) > 1 else "one seed"]
+            else:
+                cells += [f"{means['reference'] / means['ours']:.2f}x", ""]
+            lines.append(f"| {category} | {title} | {' | '.join(cells)} |")
+        if len(both) < len(seeds):
+            lines.append(f"| {category} | {len(both)} of {len(seeds)} seeds | | | | |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of categories in MVTec AD layout")
+    parser.add_argument("--weights", required=True, help="weights file of the backbone, or random")
+    parser.add_argument("--categories", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--backbone", default="resnet18", help="resnet18, resnet50 or wide_resnet50_2")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="images")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    parser.add_argument("--device", help="default: the GPU where there is one")
+    parser.add_argument("--out", type=Path, default=Path("accuracy.json"), help="results, read again by the next call")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the runs that are not in the file, and print the table."""
+    asked = arguments()
+    device = choose(asked.device)
+    settings = {name: getattr(asked, name) for name in ("backbone", "steps", "batch", "size")}
+    settings |= {"weights": Path(asked.weights).name, "device": device.type}
+    record = json.loads(asked.out.read_text()) if asked.out.exists() else {"settings": settings, "runs": {}}
+    if record["settings"] != settings:
+        sys.exit(f"{asked.out}: holds runs with {record['settings']}, asked for {settings}; name another --out")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    record["machine"] = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record["machine"] |= {"kernels": ops.BACKEND[device.type], "date": date.today().isoformat()}
+    base = RECIPES["mvtec"].replace(backbone=asked.backbone, weights=asked.weights, steps=asked.steps)
+    base = base.replace(batch=asked.batch, size=asked.size)
+    for category in asked.categories:
+        samples = mvtec(asked.data, category)
+        for seed, side in itertools.product(asked.seeds, SIDES):
+            key = f"{category}/{seed}/{side}"
+            if key in record["runs"]:
+                continue
+            run = {"ours": ours, "reference": reference}[side](samples, category, base.replace(seed=seed), device)
+            record["runs"][key] = run
+            text = json.dumps(record, indent=1).encode() + b"\n"
+            with replacing(asked.out, wanted=len(text)) as file:
+                file.write(text)
+            print(f"\r{key}: {json.dumps(run)}", file=sys.stderr)
+    print(", ".join(f"{key} {value}" for key, value in {**settings, **record["machine"]}.items()) + "\n")
+    print(table(record["runs"], asked.categories, asked.seeds))
+
+
+if __name__ == "__main__":
+    main()

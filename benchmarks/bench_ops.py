@@ -1,0 +1,110 @@
+"""The ops beside their rivals: the reference form, the same repaired, `torch.compile` of the repaired, and a copy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import upstream
+from conftest import SHAPES
+from scipy.ndimage import gaussian_filter
+
+from recontrast import AnomalyMap, deviation, hard_mined_cosine, reference
+from recontrast.loss import distance
+
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+SMOOTHING = 9  # positions: distances of real features are alike nearby, and so are the easy points
+LEVELS = [shape[2:] for shape in SHAPES]
+OUT = (256, 256)
+
+
+def features(shape, device, dtype=torch.float32, layout="NCHW"):
+    """A ReLU-sparse teacher and a student that misses it here more, there less, as a decoder in training does."""
+    teacher = torch.randn(shape, device=device).relu()
+    noise = F.avg_pool2d(torch.rand(shape[0], 1, *shape[2:], device=device), SMOOTHING, 1, SMOOTHING // 2)
+    student = teacher + torch.randn(shape, device=device) * (4 * noise).exp() * 0.1
+    return tuple(t.to(dtype).contiguous(memory_format=FORMATS[layout]) for t in (teacher, student))
+
+
+def loss_rivals():
+    def ours(teachers, students):
+        return hard_mined_cosine(teachers, students, deviation(1.0))
+
+    compiled = torch.compile(upstream.global_cosine_hm_repaired, fullgraph=True)
+    return {
+        "reference": upstream.global_cosine_hm,
+        "repaired": upstream.global_cosine_hm_repaired,
+        "repaired, compiled": compiled,
+        "ours": ours,
+    }
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("rival", ["reference", "repaired", "repaired, compiled", "ours", "copy of the same bytes"])
+def test_loss(timed, benchmark, rival, dtype, layout, device):
+    """Forward and backward of the loss over three levels, alpha 1: reads both features twice, writes a gradient."""
+    benchmark.group = f"loss, forward and backward, batch 16, {str(dtype)[6:]}, {layout}, {device}"
+    pairs = [features(shape, device, dtype, layout) for shape in SHAPES]
+    teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
+    moved = 5 * sum(t.nbytes for t in teachers)
+    if rival == "copy of the same bytes":
+        source = torch.randn(moved // 2 // dtype.itemsize, device=device).to(dtype)
+        target = torch.empty_like(source).copy_(source)
+        return timed(lambda: target.copy_(source), moved)
+    function = loss_rivals()[rival]
+
+    def step():
+        for s in students:
+            s.grad = None
+        function(teachers, students).backward()
+
+    return timed(step, moved, rounds=5 if rival == "reference" else 15)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kernel", ["ours", "oracle"])
+@pytest.mark.parametrize("op", ["cosine_sums", "cosine_sums_backward"])
+def test_op(timed, benchmark, op, kernel, dtype, layout, shape, device):
+    """One op on one level."""
+    benchmark.group = f"{op} {shape}, {str(dtype)[6:]}, {layout}, {device}"
+    teacher, student = features(shape, device, dtype, layout)
+    function = getattr(torch.ops.recontrast if kernel == "ours" else reference, op)
+    if op == "cosine_sums":
+        return timed(lambda: function(teacher, student), teacher.nbytes * 2, rounds=9)
+    points = distance(teacher, student)
+    grad = torch.randn(3, *points.shape, device=device) * deviation(1.0)(points, points)
+    return timed(lambda: function(grad, teacher, student), teacher.nbytes * 3, rounds=9)
+
+
+def blurred(maps):
+    """Upstream's blur: SciPy on the CPU, one image after the other."""
+    return torch.stack([torch.from_numpy(gaussian_filter(m, sigma=4)) for m in maps.cpu().numpy()])
+
+
+def interpolate_and_scipy(distances):
+    maps = sum(F.interpolate(d.unsqueeze(1), size=OUT, mode="bilinear", align_corners=True) for d in distances)[:, 0]
+    maps = blurred(maps)
+    return maps, maps.amax(dim=(1, 2))
+
+
+@pytest.mark.parametrize("rival", ["interpolate and SciPy", "ours, fused", "ours, matmul"])
+def test_map(timed, benchmark, rival, device):
+    """Maps with scores for 16 images at 256 px from the point distances of six pairs."""
+    benchmark.group = f"maps and scores from distances, 16 images, 256 px, six pairs, {device}"
+    distances = [torch.rand(16, *size, device=device) for size in LEVELS * 2]
+    if rival == "interpolate and SciPy":
+        return timed(lambda: interpolate_and_scipy(distances))
+    amap = AnomalyMap(LEVELS, OUT, method=rival.split()[-1])
+    return timed(lambda: amap.from_distances(distances))
+
+
+@pytest.mark.parametrize("rival", ["interpolate and SciPy", "ours, fused", "ours, matmul"])
+def test_map_from_features(timed, benchmark, rival, device):
+    """The same from the features: what evaluation does for a batch."""
+    benchmark.group = f"maps and scores from features, 16 images, 256 px, six pairs, {device}"
+    pairs = [features(shape, device) for shape in SHAPES * 2]
+    if rival == "interpolate and SciPy":
+        return timed(lambda: interpolate_and_scipy([1 - F.cosine_similarity(t, s) for t, s in pairs]), rounds=5)
+    amap = AnomalyMap(LEVELS, OUT, method=rival.split()[-1])
+    return timed(lambda: amap.maps_and_scores(pairs))

@@ -1,0 +1,67 @@
+"""Devices, shapes and the table that `pytest benchmarks --benchmark-only` ends in.
+
+Every row is one way to do the work of its group; a way that moves known bytes says GB/s against them. Ratios are of
+medians within one run: the only figures worth quoting on a shared machine.
+"""
+
+import platform
+import warnings
+
+import pytest
+import torch
+
+# The three feature maps of WideResNet-50-2 at 256 x 256, batch 16 (Guo et al. 2023, section 4).
+SHAPES = [(16, 256, 64, 64), (16, 512, 32, 32), (16, 1024, 16, 16)]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+warnings.simplefilter("ignore")  # torch.compile warns about its own caches and modes
+
+
+def pytest_report_header():
+    from recontrast import ops
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, kernels {ops.BACKEND}"
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def timed(benchmark, device):
+    """Run a function under pytest-benchmark: warm, synchronised, with GB/s against the bytes that must move."""
+
+    def run(function, moved=None, rounds=15):
+        synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+        def once():
+            function()
+            synchronise()
+
+        torch.manual_seed(0)
+        benchmark.pedantic(once, rounds=rounds, warmup_rounds=2, iterations=1)
+        if moved:
+            benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 1)
+        benchmark.extra_info["threads"] = torch.get_num_threads()
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """For each group: median, spread, GB/s, and how many times slower than the quickest of ours."""
+    session = getattr(config, "_benchmarksession", None)
+    groups = {}
+    for row in session.benchmarks if session else []:
+        if row.stats.data:
+            groups.setdefault(row.group, []).append(row)
+    for group, rows in groups.items():
+        ours = min((r.stats.median for r in rows if "ours" in r.name), default=min(r.stats.median for r in rows))
+        terminalreporter.write_sep("-", group)
+        for row in sorted(rows, key=lambda r: r.stats.median):
+            stats, rate = row.stats, row.extra_info.get("GB/s", "")
+            terminalreporter.write_line(
+                f"{row.name[row.name.find('[') + 1 : -1]:>34} {stats.median * 1e3:10.2f} ms"
+                f" (quartiles {stats.q1 * 1e3:.2f} to {stats.q3 * 1e3:.2f}) {stats.median / ours:8.2f} x ours"
+                f" {rate:>8} {'GB/s' if rate else ''}"
+            )

@@ -1,0 +1,78 @@
+// The boundary every kernel shares: argument checks, dispatch on dtype, accumulator type, memory layout.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace recontrast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// half and bfloat16 are summed in float; float and double in themselves.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline std::string shape(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline void check_pair(const char* op, const Tensor& x, const Tensor& y) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be (N, C, H, W), got ", shape(x));
+  STD_TORCH_CHECK(x.sizes() == y.sizes(), op, ": x ", shape(x), " and y ", shape(y), " differ");
+}
+
+inline void check_gradient(const char* op, const Tensor& grad, const Tensor& y, ScalarType acc) {
+  const bool fits = grad.dim() == 4 && grad.size(0) == 3 && grad.size(1) == y.size(0) && grad.size(2) == y.size(2) &&
+                    grad.size(3) == y.size(3);
+  STD_TORCH_CHECK(fits, op, ": grad must be (3, N, H, W) for y ", shape(y), ", got ", shape(grad));
+  STD_TORCH_CHECK(grad.scalar_type() == acc, op, ": grad must be ", torch::headeronly::toString(acc), ", got ",
+                  torch::headeronly::toString(grad.scalar_type()));
+}
+
+// The dtype in which a pair is summed.
+inline ScalarType acc_type(const Tensor& x, const Tensor& y) {
+  const bool wide = x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+// Strides of features (N, C, P) in elements, P = H * W.
+struct Strides {
+  int64_t n, c, p;
+};
+
+// Whether one stride walks through all H * W positions: true of NCHW, channels_last and slices of either.
+inline bool has_position_stride(const Tensor& t) {
+  return t.size(2) == 1 || t.size(3) == 1 || t.stride(2) == t.size(3) * t.stride(3);
+}
+
+// Requires has_position_stride.
+inline Strides strides(const Tensor& t) {
+  return {t.stride(0), t.stride(1), t.size(3) == 1 ? t.stride(2) : t.stride(3)};
+}
+
+// Calls f with a value of the C++ type that `type` names: f(auto) does the work once per type.
+template <typename F>
+void dispatch(const char* op, ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    default: STD_TORCH_CHECK(false, op, ": no kernel for dtype ", torch::headeronly::toString(type));
+  }
+}
+
+}  // namespace recontrast

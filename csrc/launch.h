@@ -1,0 +1,46 @@
+// What every CUDA kernel shares: where it runs and how it is launched.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "boundary.h"
+
+namespace recontrast {
+
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int kThreads = 256;  // eight warps: small enough that several blocks share a multiprocessor
+constexpr int kWarp = 32;
+
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Multiprocessors of the current device.
+inline int64_t processors() {
+  int device = 0, count = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// Blocks that cover n, each taking `per`.
+inline unsigned blocks(int64_t n, int64_t per) { return static_cast<unsigned>((n + per - 1) / per); }
+
+template <typename... P, typename... Args>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
+  kernel<<<grid, block, 0, stream>>>(args...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == first.get_device(), op, ": ", name, " must be on CUDA device ",
+                  static_cast<int>(first.get_device()), " like the first argument");
+}
+
+}  // namespace recontrast

@@ -1,0 +1,151 @@
+"""anomaly_map in Triton. What it computes: recontrast/reference.py.
+
+The matrices of upsampling and blur are bands. A small first kernel finds the band of each tile of rows; a program of
+the second makes a tile of the map, multiplying only what the bands of its rows and columns hold, and leaves its largest
+value.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from recontrast.kernels.tune import OPTIONS, tuned
+from torch import Tensor
+
+BLOCK = 64  # side of a tile of the map: of its dense products with bands of 26, 14 and 8, few zeros are multiplied
+
+
+@triton.jit
+def _bands(
+    matrices,  # tuple of (H, h)
+    heights,  # tuple of H
+    widths,  # tuple of h
+    out_ptr,  # (matrices, tiles, 2)
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    y = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for m in tl.static_range(len(matrices)):
+        if tl.program_id(1) == m:
+            start = tl.full([], 0, tl.int32) + widths[m]
+            end = tl.full([], 0, tl.int32)
+            first = tl.full([], 0, tl.int32)
+            while first < widths[m]:
+                x = first + tl.arange(0, STEP)
+                inside = (y < heights[m])[:, None] & (x < widths[m])[None, :]
+                at = matrices[m] + y.to(tl.int64)[:, None] * widths[m] + x[None, :]
+                held = tl.load(at, mask=inside, other=0.0) != 0
+                start = tl.minimum(start, tl.min(tl.where(held, x[None, :], widths[m])))
+                end = tl.maximum(end, tl.max(tl.where(held, x[None, :] + 1, 0)))
+                first += STEP
+            out_at = out_ptr + (m * tl.num_programs(0) + tl.program_id(0)) * 2
+            tl.store(out_at, start)
+            tl.store(out_at + 1, end)
+
+
+@triton.jit
+def _blend(
+    distances,  # tuple of (N, h, w), the pairs of a level side by side
+    rows,  # tuple of (H, h), one for each level
+    cols,  # tuple of (W, w)
+    heights,  # tuple of h
+    widths,  # tuple of w
+    bands_ptr,  # (levels of rows then of cols, tiles, 2)
+    maps_ptr,  # (N, H, W)
+    tops_ptr,  # (N, tiles of the map)
+    tiles,
+    H,
+    W,
+    scale,
+    PAIRS: tl.constexpr,  # of a level
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,  # rows or columns of distances at a time
+):
+    n = tl.program_id(0).to(tl.int64)
+    y = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    acc: tl.constexpr = maps_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK, BLOCK], acc)
+    for level in tl.static_range(len(rows)):
+        h = heights[level]
+        w = widths[level]
+        down = bands_ptr + (level * tiles + tl.program_id(1)) * 2
+        across = bands_ptr + ((len(rows) + level) * tiles + tl.program_id(2)) * 2
+        first = tl.load(down)
+        bottom = tl.load(down + 1)
+        right = tl.load(across + 1)
+        while first < bottom:
+            i = first + tl.arange(0, STEP)
+            product = tl.zeros([STEP, BLOCK], acc)  # distances @ cols^T
+            start = tl.load(across)
+            while start < right:
+                j = start + tl.arange(0, STEP)
+                inside = (i < bottom)[:, None] & (j < right)[None, :]
+                d = tl.zeros([STEP, STEP], acc)
+                for pair in tl.static_range(PAIRS):
+                    d_at = distances[level * PAIRS + pair] + (n * h + i[:, None]) * w + j[None, :]
+                    d += tl.load(d_at, mask=inside, other=0.0)
+                c_at = cols[level] + x.to(tl.int64)[None, :] * w + j[:, None]
+                c = tl.load(c_at, mask=(j < right)[:, None] & (x < W)[None, :], other=0.0)
+                product = tl.dot(d, c, product, input_precision="ieee", out_dtype=acc)
+                start += STEP
+            r_at = rows[level] + y.to(tl.int64)[:, None] * h + i[None, :]
+            r = tl.load(r_at, mask=(y < H)[:, None] & (i < bottom)[None, :], other=0.0)
+            total = tl.dot(r, product, total, input_precision="ieee", out_dtype=acc)
+            first += STEP
+    total *= scale
+    inside = (y < H)[:, None] & (x < W)[None, :]
+    tl.store(maps_ptr + (n * H + y[:, None]) * W + x[None, :], total, mask=inside)
+    largest = tl.max(tl.where(inside, total, float("-inf")))
+    broken = tl.max((inside & (total != total)).to(tl.int32))  # tl.max passes over NaN, torch's maximum does not
+    at = (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(tops_ptr + at, tl.where(broken > 0, float("nan"), largest))
+
+
+def _config(step: int, warps: int) -> triton.Config:
+    return triton.Config({"STEP": step}, num_warps=warps)
+
+
+CONFIGS = [
+    _config(16, 8),  # the least that a dot takes: the finest cut of the bands
+    _config(32, 8),  # most bands of a tile (26, 14, 8 at 256 px) in one step
+]
+_tuned_blend = tuned(_blend, CONFIGS, ["H", "W"])
+
+
+def _levels(distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Order that puts pairs with the same matrices side by side, and how many each level has; 1 where they differ."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (d, r, c) in enumerate(zip(distances, rows, cols, strict=True)):
+        groups.setdefault((d.shape, r.data_ptr(), r.stride(), c.data_ptr(), c.stride()), []).append(i)
+    order = [i for group in groups.values() for i in group]
+    sizes = {len(group) for group in groups.values()}
+    return order, sizes.pop() if len(sizes) == 1 else 1
+
+
+def anomaly_map(
+    distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.anomaly_map`: [(N, h, w)], [(H, h)], [(W, w)] -> (N, H, W) and (N,)."""
+    N, H, W = distances[0].shape[0], rows[0].shape[0], cols[0].shape[0]
+    maps = rows[0].new_empty(N, H, W)
+    if maps.numel() == 0:
+        return maps, maps.new_zeros(N)
+    order, pairs = _levels(distances, rows, cols)
+    d = tuple(distances[i].contiguous() for i in order)
+    r = tuple(rows[i].contiguous() for i in order[::pairs])
+    c = tuple(cols[i].contiguous() for i in order[::pairs])
+    heights, widths = tuple(t.shape[1] for t in r), tuple(t.shape[1] for t in c)
+    down, across = triton.cdiv(H, BLOCK), triton.cdiv(W, BLOCK)
+    tiles = max(down, across)
+    bands = torch.empty(2 * len(r), tiles, 2, dtype=torch.int32, device=maps.device)
+    tops = maps.new_empty(N, down * across)
+    with torch.cuda.device_of(maps):
+        _bands[tiles, 2 * len(r)](
+            r + c, (H,) * len(r) + (W,) * len(c), heights + widths, bands, BLOCK=BLOCK, STEP=32, **OPTIONS
+        )
+        _tuned_blend[N, down, across](
+            d, r, c, heights, widths, bands, maps, tops, tiles, H, W, scale, PAIRS=pairs, BLOCK=BLOCK, **OPTIONS
+        )
+    return maps, tops.amax(1)

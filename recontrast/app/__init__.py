@@ -1,0 +1,1 @@
+"""Applications on top of the engine: the command line, prediction, the demo."""

@@ -1,0 +1,101 @@
+"""What the commands share on the terminal: errors as one sentence, progress, tables."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+USER_ERRORS = (ValueError, OSError, ImportError)  # a wrong argument, file or installation: one sentence, no traceback
+PLAIN_EVERY = 10.0  # seconds between two lines of progress where the output is not a terminal
+
+
+class Commands(typer.core.TyperGroup):
+    """The group of commands; errors that a user can mend become one sentence on stderr and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that ``ctx`` names."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # `recontrast ... | head`: click ends quietly
+        except KeyboardInterrupt:
+            stop("interrupted", status=130)
+        except Exception as error:
+            # By name: torch is not imported for a command that failed without it.
+            memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            if os.environ.get("RECONTRAST_DEBUG") or not (memory or isinstance(error, USER_ERRORS)):
+                raise
+            stop("out of memory: try a smaller --batch or --size" if memory else sentence(error))
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line, ``file: reason`` where the system gave both."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def complain(text: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"recontrast: {text}\n")
+
+
+def stop(text: str, status: int = 2) -> NoReturn:
+    """One line on stderr, then exit."""
+    complain(text)
+    raise typer.Exit(status)
+
+
+class Steps:
+    """Progress of counted work on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        """``what`` is being done."""
+        self._what, self._next = what, 0.0
+        self._bar: Progress | None = None
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total`` are finished; ``note`` says how it goes."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif done == total or time.monotonic() >= self._next:
+            self._next = time.monotonic() + PLAIN_EVERY
+            sys.stderr.write(f"{self._what} {done}/{total} {note}".rstrip() + "\n")
+
+    def __enter__(self) -> "Steps":
+        """Show the bar, where there is a terminal."""
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console).__enter__()
+            self._task = self._bar.add_task(self._what, total=None, note="")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave the bar as it is."""
+        if self._bar:
+            self._bar.__exit__(*error)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout: the first column to the left, the others to the right, the last row set off."""
+    rows = list(rows)
+    shown = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for index, row in enumerate(rows):
+        shown.add_row(*row, end_section=index == len(rows) - 2)
+    # A pipe has no width: without one, rich would cut the table to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(shown)

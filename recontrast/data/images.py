@@ -1,0 +1,229 @@
+"""Any image file to RGB uint8, its mask to bool, and a batch of them to the network's input.
+
+The pixels are those of the reference pipeline (torchvision's ``Resize``, ``CenterCrop``, ``ToTensor``, ``Normalize`` on
+PIL images, as in upstream's ``get_data_transforms``), to the bit. Where upstream takes what PIL happens to do, one
+picture gives one array here, whatever file it is stored in:
+
+* PNG, JPEG, BMP, TIFF, WebP; the first picture of a file that holds several. The content decides, not the suffix.
+* grey, palette, 1-bit, CMYK and the like become RGB; transparency is dropped, not composited.
+* 16-bit grey is divided by 257 and rounded (PIL's own conversion clips at 255). 16-bit colour, and grey with alpha, is
+  cut to its high byte by Pillow before anything can be done about it: at most one level from the rounded value.
+* float samples, and integers beyond 16 bits, have no known scale: an error.
+* the EXIF orientation is applied, to masks by their own EXIF.
+* `MAX_PIXELS` replaces PIL's pixel limit; PIL's own is not changed, and only its WebP decoder still obeys it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from recontrast.data.decode import decode, one_sentence, upright_size
+from recontrast.data.files import IMAGE_SUFFIXES, PathLike, list_images
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "image_size",
+    "list_images",
+    "normalise",
+    "read_image",
+    "read_mask",
+    "read_pair",
+]
+
+MAX_PIXELS = 512_000_000  # 1.5 GB as RGB: a larger header is damage or an attack before it is a photograph
+
+Size = int | Sequence[int]
+
+
+def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = None) -> np.ndarray:
+    """Decode an image file.
+
+    Args:
+        path: PNG, JPEG, BMP, TIFF or WebP.
+        size: pixels, (h, w), or one number for a square; the aspect is not kept, as upstream. None keeps the size.
+        crop: pixels of the centre crop after it, (h, w) or one number. None keeps all.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    image = _eight_bits(path, decode(path, MAX_PIXELS))
+    pixels = np.asarray(_resize(image, size))
+    if pixels.ndim == 2:  # resized as grey: the same numbers for a third of the work
+        pixels = np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3))
+    return np.array(_centre(path, pixels, crop), order="C")  # PIL's memory cannot be written to
+
+
+def read_mask(
+    path: PathLike,
+    *,
+    size: Size | None = None,
+    crop: Size | None = None,
+    rule: str = "any",
+    image: PathLike | None = None,
+) -> np.ndarray:
+    """Decode a mask file; anomalous is what is not black.
+
+    Grey values are kept through PIL's bilinear resize, as upstream. A mask with colours, or one that nowhere reaches
+    half of its full scale (0/1, class numbers), holds classes: there, every pixel that is not black counts as full.
+
+    Args:
+        path: PNG, JPEG, BMP, TIFF or WebP, of any depth.
+        size: as in `read_image`.
+        crop: as in `read_image`.
+        rule: "any" (greater than 0 after the resize: upstream, grows the mask by about a pixel) or "half" (at least
+            half of full scale).
+        image: the mask's image, whose upright size it must have. None checks nothing.
+
+    Returns:
+        (H, W) bool.
+    """
+    if rule not in ("any", "half"):
+        raise ValueError(f"read_mask: rule must be 'any' or 'half', got {rule!r}")
+    decoded = decode(path, MAX_PIXELS)
+    if image is not None:
+        wanted = image_size(image)
+        if wanted != (decoded.height, decoded.width):
+            raise ValueError(
+                f"{path}: wanted a mask of the size of its image {image}, {wanted[0]} x {wanted[1]} (height x width, "
+                f"upright), got {decoded.height} x {decoded.width}"
+            )
+    levels = np.asarray(_resize(Image.fromarray(_mask_levels(path, decoded)), size))
+    return _centre(path, levels, crop) >= (1 if rule == "any" else 128)  # 128: the first level above 255 / 2
+
+
+def read_pair(
+    sample: Any, size: Size | None = None, crop: Size | None = None, rule: str = "any"
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read the image and the mask of a `datasets.Sample`.
+
+    Args:
+        sample: has `path` and `mask` (None where there is none).
+        size: as in `read_image`.
+        crop: as in `read_image`.
+        rule: as in `read_mask`.
+
+    Returns:
+        Image (H, W, 3) uint8, and mask (H, W) bool or None.
+    """
+    image = read_image(sample.path, size=size, crop=crop)
+    if sample.mask is None:
+        return image, None
+    return image, read_mask(sample.mask, size=size, crop=crop, rule=rule, image=sample.path)
+
+
+def image_size(path: PathLike) -> tuple[int, int]:
+    """Upright height and width, in pixels, from the file's header."""
+    return upright_size(path, MAX_PIXELS)
+
+
+def normalise(
+    batch: torch.Tensor | np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> torch.Tensor:
+    """Bytes to network input, (x / 255 - mean) / std, with the roundings of torchvision's ToTensor and Normalize.
+
+    Args:
+        batch: (N, H, W, 3) uint8.
+        mean: of the three channels, in [0, 1].
+        std: of the three channels, in [0, 1].
+        device: where to compute; the bytes are moved, not the floats. None stays.
+        dtype: of the result; computed in float32.
+        channels_last: memory layout of the result; True needs no reordering.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    if isinstance(batch, np.ndarray):
+        batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
+    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
+        raise ValueError(f"normalise: batch must be uint8 (N, H, W, 3), got {batch.dtype} {tuple(batch.shape)}")
+    n, height, width, _ = batch.shape
+    rows = batch.to(device or batch.device).to(torch.float32, memory_format=torch.contiguous_format)
+    # Rows with repeated statistics run in long loops, (3, 1, 1) over channels_last does not. All are tensors on the
+    # device: CUDA turns a division by a Python number into a product, which rounds otherwise.
+    full, centre, scale = (
+        torch.tensor(v, dtype=rows.dtype, device=rows.device).repeat(width) for v in ((255.0,) * 3, mean, std)
+    )
+    rows = rows.view(n * height, width * 3).div_(full).sub_(centre).div_(scale)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return rows.view(n, height, width, 3).permute(0, 3, 1, 2).to(dtype, memory_format=layout)
+
+
+def height_width(value: Size, name: str) -> tuple[int, int]:
+    """Check a size in pixels, a number or (h, w), and return it as (h, w)."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in pair):
+        raise ValueError(f"{name} must be a positive number of pixels or two of them, (height, width), got {value!r}")
+    return int(pair[0]), int(pair[1])
+
+
+def _deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | None:
+    """Values and full scale of an image of more than 8 bits; None of any other."""
+    if image.mode == "F":
+        raise ValueError(f"{path}: wanted integer samples of 8 or 16 bits, got floats, whose scale is unknown")
+    if not image.mode.startswith("I"):
+        return None
+    tags = getattr(image, "tag_v2", {})  # of TIFF, gone after a transposition by EXIF of other formats
+    full = 4095 if image.mode != "I" and tags.get(258) == (12,) else 65535
+    values = np.asarray(image).astype(np.int32)
+    return (full - values if image.mode != "I" and tags.get(262) == 0 else values), full  # 262: 0 is white
+
+
+def _eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
+    """Image of mode L or RGB."""
+    deep = _deep(path, image)
+    if deep is not None:
+        values, full = deep
+        if values.min() < 0 or values.max() > full:
+            raise ValueError(f"{path}: wanted samples from 0 to {full} (16 bits), got {values.min()} to {values.max()}")
+        return Image.fromarray(((values * 255 + full // 2) // full).astype(np.uint8))  # (v + 128) // 257 for 16 bits
+    with one_sentence(path):
+        image.info.pop("transparency", None)  # PIL warns, or looks for a replacement colour, where one is set
+        if image.mode == "La":
+            image = image.convert("LA")
+        return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+
+
+def _mask_levels(path: PathLike, image: Image.Image) -> np.ndarray:
+    """(H, W) uint8, 0 normal to 255 anomalous."""
+    values, full = _deep(path, image) or (np.asarray(_eight_bits(path, image)), 255)
+    coloured = False
+    if values.ndim == 3:
+        coloured = bool((values != values[:, :, :1]).any())
+        values = values.max(axis=2)
+    low, high = int(values.min()), int(values.max())
+    if coloured or 2 * high < full or high > full or low < 0:
+        return np.where(values != 0, np.uint8(255), np.uint8(0))
+    if full == 255:
+        return values
+    return np.maximum((values * 255 + full // 2) // full, values != 0).astype(np.uint8)  # nothing is rounded away
+
+
+def _resize(image: Image.Image, size: Size | None) -> Image.Image:
+    """Antialiased bilinear resize, as torchvision's Resize on a PIL image."""
+    if size is None:
+        return image
+    height, width = height_width(size, "size")
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _centre(path: PathLike, pixels: np.ndarray, crop: Size | None) -> np.ndarray:
+    """Centre crop with torchvision's rounding (half to even) of the margins."""
+    if crop is None:
+        return pixels
+    height, width = height_width(crop, "crop")
+    if height > pixels.shape[0] or width > pixels.shape[1]:
+        raise ValueError(
+            f"{path}: crop must fit into the image, wanted {height} x {width} of {pixels.shape[0]} x {pixels.shape[1]}"
+        )
+    top, left = round((pixels.shape[0] - height) / 2), round((pixels.shape[1] - width) / 2)
+    return pixels[top : top + height, left : left + width]

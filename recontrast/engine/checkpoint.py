@@ -1,0 +1,141 @@
+"""Checkpoints: one file from which training goes on, or prediction starts, with nothing else at hand.
+
+The reference saves none. A file is written beside its name and renamed when it is complete and on the disk, so that
+a run killed at any moment leaves the last whole one. It is read with ``weights_only=True``: no code in it runs.
+"""
+
+import pickle
+import zipfile
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import recontrast
+from recontrast.engine.atomic import replacing
+from recontrast.engine.device import choose, put
+from recontrast.engine.recipes import Recipe
+from recontrast.model import ReContrast
+
+FORMAT = 1  # raised when a field is renamed, removed, or changes its meaning
+_KEY = "recontrast_checkpoint"  # under it the format: tells our files from any other that torch saved
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds."""
+
+    step: int  # optimiser steps done
+    category: str  # what it was trained on
+    recipe: Recipe
+    model_config: dict[str, Any]  # constructor arguments of `ReContrast`, the backbone's name among them
+    preprocessing: dict[str, Any]  # size and crop as (height, width) or none; mean and std of the three channels
+    images: dict[str, Any]  # of training: how many, and the digest of their pixels
+    model: dict[str, Tensor] = field(default_factory=dict, repr=False)  # all weights, the frozen encoder's too
+    optimisers: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    rng: dict[str, Any] = field(default_factory=dict, repr=False)  # states of random generators, place in the epoch
+    version: str = field(default_factory=lambda: recontrast.__version__)  # of the package that wrote it
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> Path:
+    """Write ``checkpoint`` to ``path``, whole or not at all.
+
+    Args:
+        path: file to write or to replace; its folder is made if need be.
+        checkpoint: tensors may be on any device.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the file cannot be written, with the bytes wanted and the bytes free; a former file stays.
+    """
+    path = Path(path)
+    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    content["recipe"] = checkpoint.recipe.to_dict()
+    with replacing(path, wanted=_bytes(content)) as file:
+        torch.save({_KEY: FORMAT, **content}, file)
+    return path
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read what `save` wrote, tensors on ``device``."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: wanted a checkpoint file, there is {'a folder' if path.is_dir() else 'none'}")
+    damaged = f"{path}: the checkpoint is cut off or damaged ({path.stat().st_size:,} bytes)"
+    if not zipfile.is_zipfile(path):  # torch.save writes zip archives; anything else would reach a pickle reader
+        with path.open("rb") as file:
+            started = file.read(2) == b"PK"
+        raise ValueError(damaged if started else f"{path}: wanted a recontrast checkpoint, got a file of another kind")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file that holds other things") from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(damaged) from error
+    if not isinstance(content, dict) or _KEY not in content:
+        raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file that holds other things")
+    if (found := content.pop(_KEY)) != FORMAT:
+        raise ValueError(
+            f"{path}: wanted a checkpoint of format {FORMAT}, got format {found}, "
+            f"written by recontrast {content.get('version', 'of unknown version')}"
+        )
+    if missing := [f.name for f in fields(Checkpoint) if f.name not in content]:
+        raise ValueError(f"{path}: the checkpoint lacks {', '.join(missing)}")
+    try:
+        content["recipe"] = Recipe.from_dict(content["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Checkpoint(**{f.name: content[f.name] for f in fields(Checkpoint)})
+
+
+def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+    """The model that ``checkpoint``, read from ``path``, holds, on the CPU and in training mode."""
+    try:
+        model = ReContrast(**{**checkpoint.model_config, "weights": "random"})  # every value is overwritten below
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: wanted a model that recontrast {recontrast.__version__} can build, got one of "
+            f"{checkpoint.version} ({error})"
+        ) from error
+    restore(model, checkpoint, path)
+    return model
+
+
+def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path) -> None:
+    """Copy the weights of ``checkpoint``, read from ``path``, and its normalisation into ``model``."""
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights do not fit the model that its configuration says: {reason}") from error
+    model.mean, model.std = (tuple(checkpoint.preprocessing[name]) for name in ("mean", "std"))
+
+
+def load_model(path: str | Path, device: str | torch.device | None = None) -> tuple[ReContrast, Recipe, Checkpoint]:
+    """A trained model ready to predict.
+
+    Args:
+        path: checkpoint file.
+        device: where the model goes; None: the GPU where there is one.
+
+    Returns:
+        The model in eval mode, its recipe, and the rest of the checkpoint without its tensors.
+    """
+    where = choose(device)
+    checkpoint = load(path)
+    model = build(checkpoint, path)
+    put(model, checkpoint.recipe, where)
+    return model.eval(), checkpoint.recipe, replace(checkpoint, model={}, optimisers=[], rng={})
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists: nearly all of a checkpoint."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,212 @@
+"""Losses of ReContrast (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602) and its successors.
+
+One loss, three rules for what counts as a hard position: `deviation` (ReContrast, section 3.4; upstream's
+``utils.global_cosine_hm``), `hardest` (Dinomaly, https://arxiv.org/abs/2405.14325) and `power` (INP-Former,
+https://arxiv.org/abs/2503.02424). All of it follows from the three sums of `recontrast.ops.cosine_sums`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recontrast.ops import cosine_sums
+
+EPS = 1e-8  # of torch.nn.CosineSimilarity, so that the numbers match upstream's
+
+# A rule maps point distances of this process (N, H, W) and of all of them (any shape) to gradient weights (N, H, W).
+Rule = Callable[[Tensor, Tensor], Tensor]
+Features = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class deviation:
+    """Weight ``factor`` where the distance is below ``mean + alpha * std`` (unbiased, strict), else 1: ReContrast.
+
+    Attributes:
+        alpha: a number or a 0-dim tensor, which may live on the device and be changed in place.
+        factor: weight of the easy positions.
+    """
+
+    alpha: float | Tensor
+    factor: float = 0.0
+
+    def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
+        """Weights (N, H, W) of distances ``d`` among those of ``everyone``."""
+        if everyone.numel() < 2:  # one point has no deviation, and is not below itself
+            return torch.ones_like(d)
+        return torch.where(d < everyone.mean() + self.alpha * everyone.std(), self.factor, 1.0)
+
+
+@dataclass(frozen=True)
+class hardest:
+    """Weight ``factor`` for all but the ``fraction`` of largest distances (at least one), else 1: Dinomaly.
+
+    Attributes:
+        fraction: share of the positions that keep their gradient, in (0, 1].
+        factor: weight of the others.
+    """
+
+    fraction: float
+    factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the fraction."""
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"hardest: fraction must lie in (0, 1], got {self.fraction}")
+
+    def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
+        """Weights (N, H, W) of distances ``d`` among those of ``everyone``."""
+        if everyone.numel() == 0:
+            return torch.ones_like(d)
+        k = max(int(everyone.numel() * self.fraction), 1)
+        return torch.where(d < everyone.flatten().topk(k, sorted=False).values.amin(), self.factor, 1.0)
+
+
+@dataclass(frozen=True)
+class power:
+    """Weight ``(distance / mean) ** exponent``; distances below zero, which rounding makes, count as zero: INP-Former.
+
+    Attributes:
+        exponent: 0 weights all positions alike, 3 is INP-Former's.
+    """
+
+    exponent: float
+
+    def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
+        """Weights (N, H, W) of distances ``d`` among those of ``everyone``; ones where the mean is zero."""
+        mean = everyone.clamp_min(0).mean()
+        some = mean > 0
+        relative = d.clamp_min(0) / torch.where(some, mean, 1.0)
+        return torch.where(some, relative**self.exponent, 1.0)
+
+
+def alpha_at(step: int, steps: int, ramp: float = 0.1, start: float = -3.0, end: float = 1.0) -> float:
+    """Alpha of `deviation` at ``step``: linear over the first ``ramp`` of ``steps``, then flat.
+
+    Args:
+        step: from 0.
+        steps: of the whole run.
+        ramp: share of the steps that the ramp takes.
+        start: alpha at step 0.
+        end: alpha from step ``ramp * steps`` on.
+    """
+    if step >= steps * ramp:
+        return end
+    return start + (end - start) * step / (steps * ramp)
+
+
+def cosine(sums: Tensor) -> Tensor:
+    """Cosine from (3, ...) sums <x, y>, <x, x>, <y, y>: (...)."""
+    xy, xx, yy = sums
+    return xy / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
+
+
+def distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """Point distances ``1 - cos`` over the channels of two (N, C, H, W) features: (N, H, W), float32 or float64."""
+    return 1 - cosine(cosine_sums(teacher, student))
+
+
+def _all_processes(distances: Tensor) -> Tensor:
+    """Distances of every process, (world * N, H, W); every process must hold as many."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return distances
+    parts = [torch.empty_like(distances) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, distances.contiguous())
+    return torch.cat(parts)
+
+
+def _pairs(op: str, teacher: Features, student: Features) -> list[tuple[Tensor, Tensor]]:
+    if isinstance(teacher, Tensor) and isinstance(student, Tensor):
+        return [(teacher, student)]
+    if isinstance(teacher, Tensor) or isinstance(student, Tensor):
+        raise ValueError(f"{op}: teacher and student must both be tensors or both be lists, got one of each")
+    if not 0 < len(teacher) == len(student):
+        raise ValueError(f"{op}: wanted as many teachers as students, got {len(teacher)} and {len(student)}")
+    return list(zip(teacher, student, strict=True))
+
+
+def _sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tensor:
+    return cosine_sums(teacher.detach() if stop_gradient else teacher, student)
+
+
+def _global_distance(sums: Tensor) -> Tensor:
+    return (1 - cosine(sums.sum(dim=(-2, -1)))).mean()
+
+
+def hard_mined_cosine(teacher: Features, student: Features, rule: Rule, *, stop_gradient: bool = True) -> Tensor:
+    """Global cosine distance whose gradient favours the hard positions.
+
+    The value is the mean over images of ``1 - cos(teacher, student)``, each image's
+    feature map taken as one long vector. In the gradient each position is multiplied
+    by the weight that ``rule`` gives its own (channel-wise) distance. The rule sees
+    the distances of all processes, so training does not depend on how a batch is split.
+
+    Args:
+        teacher: (N, C, H, W), or a list of such, one for each level.
+        student: as ``teacher``, in shape.
+        rule: `deviation`, `hardest`, `power`, or any `Rule`.
+        stop_gradient: take the teacher as constant; otherwise its gradient is weighted as the student's is.
+
+    Returns:
+        Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
+
+    Raises:
+        ValueError: shapes, dtypes or lists that do not go together.
+    """
+    losses = []
+    for t, s in _pairs("hard_mined_cosine", teacher, student):
+        sums = _sums(t, s, stop_gradient)  # (3, N, H, W)
+        with torch.no_grad():
+            points = 1 - cosine(sums)  # (N, H, W)
+            weight = rule(points, _all_processes(points))  # (N, H, W)
+        sums = sums.detach() + weight * (sums - sums.detach())  # the same value; the gradient weighted
+        losses.append(_global_distance(sums))
+    return torch.stack(losses).sum()
+
+
+def global_cosine(teacher: Features, student: Features, *, stop_gradient: bool = True) -> Tensor:
+    """Global cosine distance without mining: `hard_mined_cosine` with every weight 1 (configuration B of Table 6).
+
+    Args:
+        teacher: (N, C, H, W), or a list of such.
+        student: as ``teacher``.
+        stop_gradient: take the teacher as constant.
+
+    Returns:
+        Scalar; for lists the sum over the levels.
+    """
+    pairs = _pairs("global_cosine", teacher, student)
+    return torch.stack([_global_distance(_sums(t, s, stop_gradient)) for t, s in pairs]).sum()
+
+
+def point_cosine(teacher: Features, student: Features, *, stop_gradient: bool = True) -> Tensor:
+    """Mean point distance, the region loss of RD4AD's paper (https://arxiv.org/abs/2201.10703, equation 2).
+
+    Args:
+        teacher: (N, C, H, W), or a list of such.
+        student: as ``teacher``.
+        stop_gradient: take the teacher as constant.
+
+    Returns:
+        Scalar; for lists the sum over the levels.
+    """
+    pairs = _pairs("point_cosine", teacher, student)
+    return torch.stack([(1 - cosine(_sums(t, s, stop_gradient))).mean() for t, s in pairs]).sum()
+
+
+def pairs_loss(pairs: Sequence[tuple[Tensor, Tensor]], rule: Rule, *, stop_gradient: bool = True) -> Tensor:
+    """The paper's loss of all 2L pairs: levels summed, the two groups halved (equation 5).
+
+    Args:
+        pairs: (teacher, student) of `recontrast.ReContrast`, L of the one group, then L of the other.
+        rule: as in `hard_mined_cosine`.
+        stop_gradient: as in `hard_mined_cosine`.
+
+    Returns:
+        Scalar.
+    """
+    teachers, students = zip(*pairs, strict=True)
+    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient) / 2

@@ -1,0 +1,208 @@
+"""Losses against the restated reference formulas, in value and gradient."""
+
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import upstream
+
+from recontrast import (
+    alpha_at,
+    deviation,
+    global_cosine,
+    hard_mined_cosine,
+    hardest,
+    pairs_loss,
+    point_cosine,
+    power,
+)
+
+SHAPES = [(4, 16, 8, 8), (4, 32, 4, 4), (4, 64, 2, 3)]
+BAND = 1e-5  # distances this near a threshold may fall on either side of it by rounding; they are not compared
+
+
+def levels(device="cpu", shapes=SHAPES, sparse=False):
+    teachers = [torch.randn(shape, device=device) for shape in shapes]
+    if sparse:  # as after a ReLU, whole points of zeros included
+        teachers = [(t - 1).relu() * (torch.rand(t.shape[0], 1, *t.shape[2:], device=device) < 0.9) for t in teachers]
+    return teachers, [(t * 0.5 + torch.randn_like(t)).requires_grad_() for t in teachers]
+
+
+def clone(students):
+    return [s.detach().clone().requires_grad_() for s in students]
+
+
+def compare(loss, expected, students, others, far):
+    """Values, and gradients at the points that are ``far`` from a threshold, to 1e-5 of the largest gradient."""
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    for ours, theirs, points in zip(students, others, far, strict=True):
+        assert points.float().mean() > 0.9
+        got, wanted = (t.grad.movedim(1, -1)[points] for t in (ours, theirs))
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+def far_from(threshold, teachers, students):
+    distances = [upstream.point_distance(t, s)[:, 0] for t, s in zip(teachers, students, strict=True)]
+    return [(d - threshold(d)).abs() > BAND for d in distances]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("factor", [0.0, 0.3])
+@pytest.mark.parametrize("alpha", [-3.0, 0.0, 1.0])
+def test_deviation_is_recontrast(alpha, factor, sparse, device):
+    teachers, students = levels(device, sparse=sparse)
+    others = clone(students)
+    far = far_from(lambda d: d.mean() + alpha * d.std(), teachers, students)
+    expected = upstream.global_cosine_hm(teachers, others, alpha, factor)
+    compare(hard_mined_cosine(teachers, students, deviation(alpha, factor)), expected, students, others, far)
+
+
+def test_hardest_is_dinomaly(device):
+    teachers, students = levels(device)
+    others = clone(students)
+    expected = upstream.global_cosine_hm_percent(teachers, others, p=0.75, factor=0.1) * len(teachers)
+    everywhere = [torch.ones_like(s[:, 0], dtype=torch.bool) for s in students]
+    compare(hard_mined_cosine(teachers, students, hardest(0.25, 0.1)), expected, students, others, everywhere)
+
+
+def test_power_is_inp_former(device):
+    teachers, students = levels(device)
+    others = clone(students)
+    expected = upstream.global_cosine_hm_adaptive(teachers, others, y=3) * len(teachers)
+    everywhere = [torch.ones_like(s[:, 0], dtype=torch.bool) for s in students]
+    compare(hard_mined_cosine(teachers, students, power(3)), expected, students, others, everywhere)
+
+
+def test_repaired_form_is_the_reference_form():
+    """The rival of the benchmarks computes what it is measured for."""
+    teachers, students = levels()
+    others = clone(students)
+    far = far_from(lambda d: d.mean() + d.std(), teachers, students)
+    ours, theirs = (f(teachers, s) for f, s in zip(
+        (upstream.global_cosine_hm_repaired, upstream.global_cosine_hm), (students, others), strict=True
+    ))  # fmt: skip
+    compare(ours, theirs, students, others, far)
+
+
+def test_global_and_point_cosine(device):
+    teachers, students = levels(device)
+    torch.testing.assert_close(global_cosine(teachers, students), upstream.global_cosine(teachers, students))
+    expected = sum(upstream.point_distance(t, s).mean() for t, s in zip(teachers, students, strict=True))
+    torch.testing.assert_close(point_cosine(teachers, students), expected)
+    unmined = hard_mined_cosine(teachers, students, power(0))
+    torch.testing.assert_close(global_cosine(teachers, students), unmined)
+
+
+def test_pairs_loss_sums_levels_and_halves_groups(device):
+    teachers, students = levels(device, SHAPES * 2)
+    expected = upstream.pairs_loss(list(zip(teachers, students, strict=True)), 1.0)
+    torch.testing.assert_close(pairs_loss(list(zip(teachers, students, strict=True)), deviation(1.0)), expected)
+
+
+def test_one_pair_and_list_of_one():
+    (teacher, *_), (student, *_) = levels()
+    one = hard_mined_cosine(teacher, student, deviation(0.0))
+    torch.testing.assert_close(one, hard_mined_cosine([teacher], [student], deviation(0.0)), rtol=0, atol=0)
+    assert one.shape == ()
+
+
+@pytest.mark.parametrize(
+    "loss", [global_cosine, point_cosine, lambda t, s, **k: hard_mined_cosine(t, s, power(1), **k)]
+)
+def test_stop_gradient(loss):
+    (teacher, *_), (student, *_) = levels()
+    teacher.requires_grad_()
+    loss(teacher, student).backward()
+    assert teacher.grad is None
+    loss(teacher, student, stop_gradient=False).backward()
+    assert teacher.grad.abs().sum() > 0
+
+
+def test_alpha_may_be_a_tensor(device):
+    (teacher, *_), (student, *_) = levels(device)
+    alpha = torch.tensor(-3.0, device=device)
+    rule = deviation(alpha)
+    hard_mined_cosine(teacher, student, rule).backward()
+    everything = student.grad.clone()
+    student.grad = None
+    alpha.fill_(1.0)
+    hard_mined_cosine(teacher, student, rule).backward()
+    easy = (student.grad == 0).all(1)
+    assert 0.5 < easy.float().mean() < 1
+    torch.testing.assert_close(student.grad.movedim(1, -1)[~easy], everything.movedim(1, -1)[~easy])
+
+
+def test_rules_are_values():
+    for rule in (deviation(1.0, 0.3), hardest(0.1), power(3)):
+        assert pickle.loads(pickle.dumps(rule)) == rule
+        assert hash(rule) == hash(pickle.loads(pickle.dumps(rule)))
+    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\], got 0"):
+        hardest(0)
+
+
+def test_rules_at_the_edge():
+    zero, one = torch.zeros(2, 3, 3), torch.full((1, 1, 1), 0.5)
+    for rule in (deviation(1.0), hardest(0.001), power(3)):
+        assert rule(one, one).item() == 1.0  # the only point is the hardest
+        assert rule(zero[:0], zero[:0]).shape == (0, 3, 3)
+    assert torch.equal(power(3)(zero, zero), torch.ones_like(zero))
+    rounded = torch.tensor([[[-1e-7, 0.5]]])  # a distance below zero by rounding has no fractional power
+    assert torch.equal(power(0.5)(rounded, rounded), torch.tensor([[[0.0, 2**0.5]]]))
+
+
+def test_bfloat16_sums_in_float32():
+    (teacher, *_), (student, *_) = levels()
+    loss = hard_mined_cosine(teacher.bfloat16(), student.detach().bfloat16(), deviation(1.0))
+    assert loss.dtype == torch.float32
+    expected = hard_mined_cosine(teacher.bfloat16().float(), student.detach().bfloat16().float(), deviation(1.0))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_alpha_ramp():
+    assert [alpha_at(step, 100) for step in (0, 5, 10, 50, 99)] == [-3.0, -1.0, 1.0, 1.0, 1.0]
+    assert alpha_at(0, 3) == -3.0
+    assert alpha_at(1, 4, ramp=0.5, start=0.0, end=2.0) == 1.0
+    assert alpha_at(0, 4, ramp=0.0) == 1.0
+    for step in range(40):
+        assert alpha_at(step, 37) == pytest.approx(upstream.alpha_at(step, 37))
+
+
+def test_compiles(device):
+    teachers, students = levels(device)
+    step = torch.compile(
+        lambda t, s: hard_mined_cosine(t, s, deviation(1.0)), fullgraph=True, backend="aot_eager"
+    )  # fmt: skip
+    torch.testing.assert_close(step(teachers, students), hard_mined_cosine(teachers, students, deviation(1.0)))
+
+
+@pytest.mark.parametrize(
+    "teacher, student, message",
+    [
+        ([torch.ones(1, 1, 1, 1)], torch.ones(1, 1, 1, 1), "both be tensors or both be lists"),
+        ([torch.ones(1, 1, 1, 1)], [], "as many teachers as students, got 1 and 0"),
+        ([], [], "as many teachers as students, got 0 and 0"),
+    ],
+)
+def test_wrong_lists(teacher, student, message):
+    with pytest.raises(ValueError, match=message):
+        global_cosine(teacher, student)
+
+
+def gradient_of_half(rank, file, teacher, student, gradients):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    mine = student.chunk(2)[rank].clone().requires_grad_()
+    hard_mined_cosine(teacher.chunk(2)[rank], mine, deviation(1.0)).backward()
+    gradients[rank] = mine.grad / 2  # DistributedDataParallel averages over processes
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    teacher, student = (torch.randn(4, 16, 8, 8) for _ in "ts")
+    gradients = torch.zeros(2, 2, 16, 8, 8).share_memory_()
+    torch.multiprocessing.spawn(gradient_of_half, (tmp_path / "store", teacher, student, gradients), nprocs=2)
+    whole = student.clone().requires_grad_()
+    hard_mined_cosine(teacher, whole, deviation(1.0)).backward()
+    torch.testing.assert_close(gradients.flatten(0, 1), whole.grad)

@@ -1,0 +1,277 @@
+"""What the reference does, restated from its formulas: the oracle of parity tests and the rival of benchmarks.
+
+Sources, each function naming its own: utils.py and recontrast_mvtec.py of ReContrast
+(https://github.com/guojiajeremy/ReContrast), utils.py of Dinomaly and of INP-Former. The order of operations, dtypes
+and quirks are theirs, slow as they are; the words are ours. A model is any callable from images (N, 3, H, W) to a
+list of 2L (teacher, student) pairs, the first L of one group, the last L of the other.
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from skimage import measure
+from sklearn.metrics import auc, roc_auc_score
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def point_distance(teacher, student):
+    """1 - cosine over channels, (N, 1, H, W), without a gradient."""
+    with torch.no_grad():
+        return 1 - torch.nn.CosineSimilarity()(teacher, student).unsqueeze(1)
+
+
+def global_distance(teacher, student):
+    """Mean over images of 1 - cosine of the whole flattened maps."""
+    return (1 - torch.nn.CosineSimilarity()(teacher.detach().flatten(1), student.flatten(1))).mean()
+
+
+def modify_grad(gradient, easy, factor):
+    """Multiply the gradient in place at the easy points: `modify_grad`, utils.py.
+
+    The mask is expanded over the channels and used as a boolean index, which is what makes the reference slow.
+    """
+    gradient[easy.expand_as(gradient)] *= factor
+    return gradient
+
+
+def modify_grad_v2(gradient, weight):
+    """Multiply the gradient in place by a weight per point: `modify_grad_v2`, utils.py of Dinomaly and INP-Former."""
+    gradient *= weight.expand_as(gradient)
+    return gradient
+
+
+def global_cosine(a, b):
+    """Levels summed, targets detached: `global_cosine`, utils.py."""
+    return sum(global_distance(teacher, student) for teacher, student in zip(a, b, strict=True))
+
+
+def global_cosine_hm(a, b, alpha=1.0, factor=0.0):
+    """Levels summed; gradient at points below mean + alpha * std (unbiased) times factor: `global_cosine_hm`, utils.py.
+
+    a: targets, b: what the decoder made of them; lists of (N, C, H, W).
+    """
+    loss = 0
+    for teacher, student in zip(a, b, strict=True):
+        teacher = teacher.detach()
+        distance = point_distance(teacher, student)
+        threshold = distance.mean() + alpha * distance.reshape(-1).std()
+        loss += global_distance(teacher, student)
+        student.register_hook(partial(modify_grad, easy=distance < threshold, factor=factor))
+    return loss
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity, whose gradient is multiplied by a weight per point."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return gradient * weight, None
+
+
+def global_cosine_hm_repaired(a, b, alpha=1.0, factor=0.0):
+    """The numbers of `global_cosine_hm`, its mask a broadcast product: no indexing, no hook, compiles as one graph."""
+    loss = 0.0
+    for teacher, student in zip(a, b, strict=True):
+        distance = point_distance(teacher, student)
+        weight = torch.where(distance < distance.mean() + alpha * distance.std(), factor, 1.0)
+        loss = loss + global_distance(teacher, ScaleGradient.apply(student, weight))
+    return loss
+
+
+def global_cosine_hm_percent(a, b, p=0.9, factor=0.0):
+    """Levels averaged; all but the 1 - p hardest points times factor: `global_cosine_hm_percent`, Dinomaly's utils."""
+    loss = 0
+    for teacher, student in zip(a, b, strict=True):
+        teacher = teacher.detach()
+        distance = point_distance(teacher, student)
+        threshold = torch.topk(distance.reshape(-1), k=int(distance.numel() * (1 - p))).values[-1]
+        loss += global_distance(teacher, student)
+        student.register_hook(partial(modify_grad, easy=distance < threshold, factor=factor))
+    return loss / len(a)
+
+
+def global_cosine_hm_adaptive(a, b, y=3):
+    """Levels averaged; gradient times (d / mean d) ** y: `global_cosine_hm_adaptive`, INP-Former's utils.py."""
+    loss = 0
+    for teacher, student in zip(a, b, strict=True):
+        teacher = teacher.detach()
+        distance = point_distance(teacher, student)
+        loss += global_distance(teacher, student)
+        student.register_hook(partial(modify_grad_v2, weight=(distance / distance.mean()) ** y))
+    return loss / len(a)
+
+
+# ---- anomaly maps ----------------------------------------------------------------------------------------------------
+
+
+def upsampled(teacher, student, out):
+    """One pair's map (N, 1, H, W): 1 - cosine, bilinear with align_corners."""
+    distance = (1 - F.cosine_similarity(teacher, student)).unsqueeze(1)
+    return F.interpolate(distance, size=out, mode="bilinear", align_corners=True)
+
+
+def square(out):
+    return out if isinstance(out, tuple) else (out, out)
+
+
+def anomaly_map_sum(pairs, out):
+    """Sum of the pairs' maps, then SciPy's Gaussian, sigma 4: `cal_anomaly_map` and `evaluation`, utils.py.
+
+    The sum starts from NumPy zeros and is therefore float64, image by image as at the reference's batch size of 1.
+
+    Returns:
+        (N, H, W) float64 array.
+    """
+    maps = []
+    for n in range(len(pairs[0][0])):
+        total = np.zeros(square(out))
+        for teacher, student in pairs:
+            total += upsampled(teacher[n : n + 1], student[n : n + 1], square(out))[0, 0].detach().cpu().numpy()
+        maps.append(gaussian_filter(total, sigma=4))
+    return np.stack(maps)
+
+
+def gaussian_kernel(size=5, sigma=4):
+    """(1, 1, size, size) Gaussian, summing to 1: `get_gaussian_kernel`, utils.py of the unified scripts."""
+    x = torch.arange(size).float() - (size - 1) / 2
+    kernel = torch.exp(-(x[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2)) / (2 * math.pi * sigma**2)
+    return (kernel / kernel.sum()).view(1, 1, size, size)
+
+
+def anomaly_map_unified(pairs, out):
+    """Mean of the pairs' maps, then a 5x5 Gaussian, sigma 4, zeros outside: `cal_anomaly_maps`, `evaluation_batch`.
+
+    Returns:
+        (N, H, W) tensor.
+    """
+    mean = torch.cat([upsampled(teacher, student, square(out)) for teacher, student in pairs], 1).mean(1, keepdim=True)
+    return F.conv2d(mean, gaussian_kernel().to(mean), padding=2)[:, 0]
+
+
+def image_score(anomaly_map, max_ratio=0):
+    """Maximum, or mean of the int(H * W * max_ratio) largest values: `evaluation`, utils.py."""
+    if max_ratio <= 0:
+        return anomaly_map.max()
+    return np.sort(anomaly_map.ravel())[-int(anomaly_map.size * max_ratio) :].mean()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def compute_pro(mask, amap, num_th=200):
+    """Per-image AUPRO: `compute_pro`, utils.py, on the one image that `evaluation` gives it.
+
+    Thresholds np.arange(min, max, range / 200); at each, all regions are labelled anew and the mean of their overlaps
+    is taken; rows with a false positive rate below 0.3, the rate over its maximum, scikit-learn's auc.
+
+    Args:
+        mask: (H, W) of integers 0 and 1.
+        amap: (H, W).
+        num_th: number of thresholds.
+    """
+    low, high = amap.min(), amap.max()
+    rows = []
+    for threshold in np.arange(low, high, (high - low) / num_th):
+        binary = amap > threshold
+        overlaps = []
+        for region in measure.regionprops(measure.label(mask)):
+            found = binary[region.coords[:, 0], region.coords[:, 1]].sum()
+            overlaps.append(found / region.area)
+        inverse = 1 - mask
+        fpr = np.logical_and(inverse, binary).sum() / inverse.sum()
+        rows.append((np.mean(overlaps), fpr))
+    pro, fpr = np.array(rows).T
+    pro, fpr = pro[fpr < 0.3], fpr[fpr < 0.3]
+    return auc(fpr / fpr.max(), pro)
+
+
+def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True):
+    """The reference's evaluation loop, batch size 1 and Python lists of pixels: `evaluation`, utils.py.
+
+    The caller puts the model into eval mode. An image counts as anomalous for the image AUROC if its mask has a pixel.
+    The reference rounds what it returns to four decimals; this does not.
+
+    Args:
+        model: images (1, 3, H, W) -> list of (teacher, student).
+        images: (N, 3, H, W).
+        masks: (N, 1, H, W), anything above 0 is anomalous.
+        labels: (N,), says of which images the per-image AUPRO is taken.
+        max_ratio: 0 for the maximum as score, else the share of the largest values to average.
+        calc_pro: whether to compute AUPRO, by far the slowest part.
+
+    Returns:
+        Pixel AUROC, image AUROC, mean per-image AUPRO (NaN without ``calc_pro``).
+    """
+    gt_list_px, pr_list_px, gt_list_sp, pr_list_sp, aupro_list = [], [], [], [], []
+    with torch.no_grad():
+        for image, mask, label in zip(images, masks, labels, strict=True):
+            amap = anomaly_map_sum(model(image[None]), tuple(image.shape[-2:]))[0]
+            gt = mask.bool().cpu().numpy().astype(int)[0]
+            if calc_pro and label != 0:
+                aupro_list.append(compute_pro(gt, amap))
+            gt_list_px.extend(gt.ravel())
+            pr_list_px.extend(amap.ravel())
+            gt_list_sp.append(gt.max())
+            pr_list_sp.append(image_score(amap, max_ratio))
+    aupro = float(np.mean(aupro_list)) if aupro_list else math.nan
+    return float(roc_auc_score(gt_list_px, pr_list_px)), float(roc_auc_score(gt_list_sp, pr_list_sp)), aupro
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def alpha_at(it, total_iters, warm_up=0.1):
+    """From -3 to 1 over the first tenth of all iterations, then 1: `train`, recontrast_mvtec.py."""
+    return min(-3 + (1 - -3) * it / (total_iters * warm_up), 1)
+
+
+def pairs_loss(pairs, alpha, factor=0.0, loss=global_cosine_hm):
+    """Both groups of pairs, halved: `train`, recontrast_mvtec.py."""
+    teachers, students = zip(*pairs, strict=True)
+    half = len(pairs) // 2
+    first = loss(teachers[:half], students[:half], alpha=alpha, factor=factor)
+    return first / 2 + loss(teachers[half:], students[half:], alpha=alpha, factor=factor) / 2
+
+
+def train(model, batches, steps, decoder_parameters, encoder_parameters, *, loss=global_cosine_hm):
+    """The reference's training loop, float32: `train`, recontrast_mvtec.py.
+
+    The caller puts the model into the training mode of its category (encoder BatchNorm).
+
+    Args:
+        model: images (N, 3, H, W) -> list of (teacher, student).
+        batches: iterable of images (N, 3, H, W), at least ``steps`` of them; epochs and order are the caller's.
+        steps: number of steps, which also sets the alpha ramp.
+        decoder_parameters: of decoder and bottleneck, learning rate 2e-3.
+        encoder_parameters: of the trained encoder, learning rate 1e-5.
+        loss: `global_cosine_hm` or `global_cosine_hm_repaired`.
+
+    Returns:
+        The loss of each step, read from the device at each step as the reference does.
+    """
+    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5}
+    optimizer = torch.optim.AdamW(list(decoder_parameters), lr=2e-3, **settings)
+    optimizer2 = torch.optim.AdamW(list(encoder_parameters), lr=1e-5, **settings)
+    losses = []
+    for it, images in zip(range(steps), batches, strict=False):
+        value = pairs_loss(model(images), alpha_at(it, steps), loss=loss)
+        optimizer.zero_grad()
+        optimizer2.zero_grad()
+        value.backward()
+        optimizer.step()
+        optimizer2.step()
+        losses.append(value.item())
+    if len(losses) < steps:
+        raise ValueError(f"batches: wanted {steps} of them, got {len(losses)}")
+    return losses
