@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from recontrast.data.cache import ImageCache
@@ -25,6 +25,7 @@ from recontrast.engine.device import choose, put
 from recontrast.engine.log import Log
 from recontrast.engine.optimise import optimisers, schedule
 from recontrast.engine.recipes import Recipe, differences, pair
+from recontrast.engine.teacher import TeacherCache
 from recontrast.loss import alpha_at, deviation, pairs_loss
 from recontrast.model import ReContrast
 
@@ -72,6 +73,7 @@ def train(
     on_log: OnLog | None = None,
     cache_dir: str | Path | None = None,
     model: ReContrast | None = None,
+    teacher_cache: int = 0,
 ) -> TrainResult:
     """Train a detector on the good training images among ``samples``.
 
@@ -87,6 +89,7 @@ def train(
             ``recipe.log_every`` steps and after the last.
         cache_dir: folder for decoded images; None keeps them in memory.
         model: trained in place, instead of a new one.
+        teacher_cache: bytes on the device for features of the frozen encoder, which never change; see `TeacherCache`.
 
     Returns:
         The trained model in eval mode, the losses, and where the checkpoint is.
@@ -133,6 +136,10 @@ def train(
             checkpoint.save(target, state)
             saved = run.done
 
+    network: Any = torch.compile(model, dynamic=False) if recipe.compile else model  # the same parameters
+    teacher = None
+    if teacher_cache and model.frozen is not None:
+        teacher = TeacherCache(model.frozen, len(used), teacher_cache, autocast=recipe.precision == "bfloat16")
     busy, since = 0.0, time.perf_counter()
     seen, logged = 0, 0  # images, and losses read, since and up to the last line
     between = True  # two steps, and so in a state that may be saved
@@ -144,7 +151,8 @@ def train(
                 batch = normalise(images[index], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
                 alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
                 moving = schedule(run.optimisers, recipe, run.done)
-                run.pending.append(step(model, moving, batch, alpha, recipe))
+                known = None if teacher is None else teacher(index, batch)
+                run.pending.append(step(network, moving, batch, alpha, recipe, known))
                 run.done, seen, between = run.done + 1, seen + len(index), True
                 if run.done % recipe.log_every == 0 or run.done == recipe.steps:
                     read(run)
@@ -169,21 +177,29 @@ def train(
     return TrainResult(model.eval(), recipe, category, target, run.losses, busy)
 
 
-def step(model: ReContrast, moving: Sequence[AdamW], images: Tensor, alpha: float, recipe: Recipe) -> Tensor:
+def step(
+    model: nn.Module,
+    moving: Sequence[AdamW],
+    images: Tensor,
+    alpha: float,
+    recipe: Recipe,
+    known: Sequence[Tensor] | None = None,
+) -> Tensor:
     """One step of training.
 
     Args:
-        model: in training mode.
+        model: `ReContrast` in training mode, compiled or not.
         moving: the optimisers that take part.
         images: (N, 3, H, W), normalised.
         alpha: standard deviations above the mean from which on a point is hard.
         recipe: for precision, and for the loss.
+        known: features of the frozen encoder, where they are kept.
 
     Returns:
         The loss of before the step, a scalar on the device.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        pairs = model(images)
+        pairs = model(images, known=known)
     rule = deviation(alpha, recipe.factor) if recipe.mining else None
     groups = 2 if recipe.pairs == "cross" else 1
     loss = pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient)
