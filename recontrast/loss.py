@@ -109,13 +109,33 @@ def distance(teacher: Tensor, student: Tensor) -> Tensor:
     return 1 - cosine(cosine_sums(teacher, student))
 
 
-def _all_processes(distances: Tensor) -> Tensor:
-    """Distances of every process, (world * N, H, W); every process must hold as many."""
-    if not (dist.is_available() and dist.is_initialized()):
+def _all_processes(distances: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """Distances of every process, (all images, H, W), in the order of the processes."""
+    if shares is None:
         return distances
-    parts = [torch.empty_like(distances) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, distances.contiguous())
-    return torch.cat(parts)
+    padded = distances.new_zeros(max(shares), *distances.shape[1:])
+    padded[: len(distances)] = distances
+    parts = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, shares, strict=True)])
+
+
+def _shares(images: int, device: torch.device, given: Sequence[int] | None) -> Sequence[int] | None:
+    """Images of each process: as given, or asked for (one small collective and, on CUDA, a wait); None if alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    if given is not None:
+        return given
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.full_like(counts[0], images))
+    return [int(count) for count in counts]
+
+
+def _mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """Mean over all of (N, ...); over several processes, the part of it whose mean over processes is that mean."""
+    if shares is None:
+        return values.mean()
+    return values.sum() * (len(shares) / (sum(shares) * (values[0].numel() if len(values) else 1)))
 
 
 def _pairs(op: str, teacher: Features, student: Features) -> list[tuple[Tensor, Tensor]]:
@@ -132,23 +152,32 @@ def _sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tensor:
     return cosine_sums(teacher.detach() if stop_gradient else teacher, student)
 
 
-def _global_distance(sums: Tensor) -> Tensor:
-    return (1 - cosine(sums.sum(dim=(-2, -1)))).mean()
+def _global_distance(sums: Tensor, shares: Sequence[int] | None) -> Tensor:
+    return _mean(1 - cosine(sums.sum(dim=(-2, -1))), shares)
 
 
-def hard_mined_cosine(teacher: Features, student: Features, rule: Rule, *, stop_gradient: bool = True) -> Tensor:
+def hard_mined_cosine(
+    teacher: Features,
+    student: Features,
+    rule: Rule,
+    *,
+    stop_gradient: bool = True,
+    shares: Sequence[int] | None = None,
+) -> Tensor:
     """Global cosine distance whose gradient favours the hard positions.
 
     The value is the mean over images of ``1 - cos(teacher, student)``, each image's
     feature map taken as one long vector. In the gradient each position is multiplied
-    by the weight that ``rule`` gives its own (channel-wise) distance. The rule sees
-    the distances of all processes, so training does not depend on how a batch is split.
+    by the weight that ``rule`` gives its own (channel-wise) distance. Where torch.distributed is initialised, the rule
+    sees the distances of all processes, and a process's loss counts by its share of the images: the mean over
+    processes, which DistributedDataParallel takes, does not depend on how a batch is split.
 
     Args:
         teacher: (N, C, H, W), or a list of such, one for each level.
         student: as ``teacher``, in shape.
         rule: `deviation`, `hardest`, `power`, or any `Rule`.
         stop_gradient: take the teacher as constant; otherwise its gradient is weighted as the student's is.
+        shares: images of each process; None asks the others, which on a GPU waits for them.
 
     Returns:
         Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
@@ -157,56 +186,73 @@ def hard_mined_cosine(teacher: Features, student: Features, rule: Rule, *, stop_
         ValueError: shapes, dtypes or lists that do not go together.
     """
     losses = []
-    for t, s in _pairs("hard_mined_cosine", teacher, student):
+    pairs = _pairs("hard_mined_cosine", teacher, student)
+    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
+    for t, s in pairs:
         sums = _sums(t, s, stop_gradient)  # (3, N, H, W)
         with torch.no_grad():
             points = 1 - cosine(sums)  # (N, H, W)
-            weight = rule(points, _all_processes(points))  # (N, H, W)
+            weight = rule(points, _all_processes(points, shares))  # (N, H, W)
         sums = sums.detach() + weight * (sums - sums.detach())  # the same value; the gradient weighted
-        losses.append(_global_distance(sums))
+        losses.append(_global_distance(sums, shares))
     return torch.stack(losses).sum()
 
 
-def global_cosine(teacher: Features, student: Features, *, stop_gradient: bool = True) -> Tensor:
+def global_cosine(
+    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
+) -> Tensor:
     """Global cosine distance without mining: `hard_mined_cosine` with every weight 1 (configuration B of Table 6).
 
     Args:
         teacher: (N, C, H, W), or a list of such.
         student: as ``teacher``.
         stop_gradient: take the teacher as constant.
+        shares: as in `hard_mined_cosine`.
 
     Returns:
         Scalar; for lists the sum over the levels.
     """
     pairs = _pairs("global_cosine", teacher, student)
-    return torch.stack([_global_distance(_sums(t, s, stop_gradient)) for t, s in pairs]).sum()
+    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
+    return torch.stack([_global_distance(_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
 
 
-def point_cosine(teacher: Features, student: Features, *, stop_gradient: bool = True) -> Tensor:
+def point_cosine(
+    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
+) -> Tensor:
     """Mean point distance, the region loss of RD4AD's paper (https://arxiv.org/abs/2201.10703, equation 2).
 
     Args:
         teacher: (N, C, H, W), or a list of such.
         student: as ``teacher``.
         stop_gradient: take the teacher as constant.
+        shares: as in `hard_mined_cosine`.
 
     Returns:
         Scalar; for lists the sum over the levels.
     """
     pairs = _pairs("point_cosine", teacher, student)
-    return torch.stack([(1 - cosine(_sums(t, s, stop_gradient))).mean() for t, s in pairs]).sum()
+    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
+    return torch.stack([_mean(1 - cosine(_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
 
 
-def pairs_loss(pairs: Sequence[tuple[Tensor, Tensor]], rule: Rule, *, stop_gradient: bool = True) -> Tensor:
+def pairs_loss(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    rule: Rule,
+    *,
+    stop_gradient: bool = True,
+    shares: Sequence[int] | None = None,
+) -> Tensor:
     """The paper's loss of all 2L pairs: levels summed, the two groups halved (equation 5).
 
     Args:
         pairs: (teacher, student) of `recontrast.ReContrast`, L of the one group, then L of the other.
         rule: as in `hard_mined_cosine`.
         stop_gradient: as in `hard_mined_cosine`.
+        shares: as in `hard_mined_cosine`.
 
     Returns:
         Scalar.
     """
     teachers, students = zip(*pairs, strict=True)
-    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient) / 2
+    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient, shares=shares) / 2

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
-from recontrast.engine import checkpoint, interrupt
+from recontrast.engine import checkpoint, distributed, interrupt
 from recontrast.engine.batches import Batches, digest
 from recontrast.engine.checkpoint import Checkpoint
-from recontrast.engine.device import choose, put
+from recontrast.engine.device import put
+from recontrast.engine.distributed import World
 from recontrast.engine.log import Log
 from recontrast.engine.recipes import Recipe, differences, pair
 from recontrast.loss import alpha_at, deviation, pairs_loss
@@ -55,6 +56,7 @@ class Run:
     optimisers: list[AdamW]
     batches: Batches
     images: dict[str, Any]  # count and digest of the training images
+    place: World = field(default_factory=World)  # among the processes that torchrun started
     done: int = 0  # steps
     pending: list[Tensor] = field(default_factory=list)  # losses that are still on the device
     losses: list[float] = field(default_factory=list)  # losses read, of this process
@@ -73,6 +75,9 @@ def train(
     model: ReContrast | None = None,
 ) -> TrainResult:
     """Train a detector on the good training images among ``samples``.
+
+    Under torchrun all processes make one run together, that of one process with the whole batch: see
+    `recontrast.engine.distributed`. The first one writes.
 
     Args:
         recipe: what to do.
@@ -100,7 +105,22 @@ def train(
     if recipe.drop_last and len(used) < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {len(used)} training images, got {recipe.batch}")
     category = category or "+".join(dict.fromkeys(sample.category for sample in used))
-    device = choose(device)
+    with distributed.world(device) as (place, chosen):
+        return _train(recipe, used, category, out, place, chosen, resume, on_log, cache_dir, model)
+
+
+def _train(
+    recipe: Recipe,
+    used: Sequence[Sample],
+    category: str,
+    out: str | Path | None,
+    place: World,
+    device: torch.device,
+    resume: str | Path | None,
+    on_log: OnLog | None,
+    cache_dir: str | Path | None,
+    model: ReContrast | None,
+) -> TrainResult:
     found = checkpoint.load(resume) if resume is not None else None
     if found is not None:
         _check_resumed(found, f"{resume}", recipe, category)
@@ -115,19 +135,22 @@ def train(
     images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir)
     batches = Batches(len(used), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     about = {"count": len(used), "digest": digest(images)}
-    run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about)
+    distributed.agree(place, {"recipe": recipe.to_dict(), "category": category, "training images": about}, "train")
+    run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about, place)
     if found is not None:
         restore(run, found, f"{resume}")
+    forward = distributed.wrap(model, place, device)
 
     target = Path(out) / "checkpoint.pt" if out is not None else None
-    log = Log(Path(out) / "log.jsonl", keep=run.done) if out is not None else None
+    log = Log(Path(out) / "log.jsonl", keep=run.done) if out is not None and place.first else None
     saved = run.done  # the step of the last checkpoint
 
     def save() -> None:
         nonlocal saved
         state = snapshot(run)
         if target is not None and saved < run.done:
-            checkpoint.save(target, state)
+            if place.first:
+                checkpoint.save(target, state)
             saved = run.done
 
     busy, since = 0.0, time.perf_counter()
@@ -137,22 +160,24 @@ def train(
         try:
             while run.done < recipe.steps:
                 between = False
-                index = next(batches)
-                batch = normalise(images[index], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
+                whole = next(batches)
+                mine, shares = whole[place.share(len(whole))], place.shares(len(whole))
+                batch = normalise(images[mine], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
                 alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
-                run.pending.append(step(model, run.optimisers, batch, alpha, recipe))
-                run.done, seen, between = run.done + 1, seen + len(index), True
-                if run.done % recipe.log_every == 0 or run.done == recipe.steps:
+                run.pending.append(step(forward, run.optimisers, batch, alpha, recipe, shares))
+                run.done, seen, between = run.done + 1, seen + len(whole), True
+                lines = run.done % recipe.log_every == 0 or run.done == recipe.steps
+                if lines:
                     read(run)
                     elapsed = time.perf_counter() - since
                     loss, rate = math.fsum(run.losses[logged:]) / (len(run.losses) - logged), seen / elapsed
                     busy, seen, logged = busy + elapsed, 0, len(run.losses)
                     if log is not None:
                         log.write(step=run.done, loss=loss, alpha=alpha, images_per_second=rate, seconds=busy)
-                    if on_log is not None:
+                    if on_log is not None and place.first:
                         on_log(run.done, loss, rate, alpha)
                     since = time.perf_counter()
-                if asked():
+                if asked() if place.size == 1 else lines and place.any(asked()):  # all stop at one step
                     raise KeyboardInterrupt
                 if run.done % recipe.checkpoint_every == 0 or run.done == recipe.steps:
                     begun = time.perf_counter()
@@ -165,22 +190,30 @@ def train(
     return TrainResult(model.eval(), recipe, category, target, run.losses, busy)
 
 
-def step(model: ReContrast, both: Sequence[AdamW], images: Tensor, alpha: float, recipe: Recipe) -> Tensor:
+def step(
+    model: nn.Module,
+    both: Sequence[AdamW],
+    images: Tensor,
+    alpha: float,
+    recipe: Recipe,
+    shares: Sequence[int] | None = None,
+) -> Tensor:
     """One step of training.
 
     Args:
-        model: in training mode.
+        model: in training mode; `ReContrast`, or that wrapped.
         both: as `optimisers` makes them.
         images: (N, 3, H, W), normalised.
         alpha: standard deviations above the mean from which on a point is hard.
         recipe: for precision and factor.
+        shares: images of each process; None: there is one.
 
     Returns:
-        The loss of before the step, a scalar on the device.
+        The loss of before the step, a scalar on the device; of several processes, this one's part.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         pairs = model(images)
-    loss = pairs_loss(pairs, deviation(alpha, recipe.factor))
+    loss = pairs_loss(pairs, deviation(alpha, recipe.factor), shares=shares)
     for optimiser in both:
         optimiser.zero_grad(set_to_none=True)
     loss.backward()
@@ -215,7 +248,7 @@ def optimisers(model: ReContrast, recipe: Recipe, device: torch.device) -> list[
 
 def read(run: Run) -> None:
     """Bring the pending losses from the device; one that is no number ends training."""
-    values = torch.stack(run.pending).tolist() if run.pending else []
+    values = distributed.mean_loss(run.place, torch.stack(run.pending)).tolist() if run.pending else []
     run.pending.clear()
     for number, value in enumerate(values, run.done - len(values) + 1):
         if not math.isfinite(value):
