@@ -140,9 +140,12 @@ class ReverseResNet(nn.Module):
         self.heads = _heads(channels, channels, heads)
         _initialise(self)
 
-    def forward(self, code: Tensor) -> list[Tensor]:
-        """Code (parts * N, 2 * coarsest channels, h, w) -> the levels, fine to coarse, for each part: (N, C, H, W)."""
-        return _decode(self.stages, self.heads, code)
+    def forward(self, code: Tensor, only: int | None = None) -> list[Tensor]:
+        """Code (parts * N, 2 * coarsest channels, h, w) -> the levels, fine to coarse, for each part: (N, C, H, W).
+
+        With ``only``, the code is that one part's.
+        """
+        return _decode(self.stages, self.heads, code, only)
 
 
 class MirrorDecoder(nn.Module):
@@ -171,9 +174,9 @@ class MirrorDecoder(nn.Module):
         self.heads = _heads(widths, channels, heads)
         _initialise(self)
 
-    def forward(self, code: Tensor) -> list[Tensor]:
+    def forward(self, code: Tensor, only: int | None = None) -> list[Tensor]:
         """As `ReverseResNet.forward`."""
-        return _decode(self.stages, self.heads, code)
+        return _decode(self.stages, self.heads, code, only)
 
 
 def _stages(channels: Sequence[int], steps: Sequence[int], plan: Plan, activation: str) -> nn.ModuleList:
@@ -194,13 +197,14 @@ def _heads(widths: Sequence[int], channels: Sequence[int], heads: int) -> nn.Mod
     return nn.ModuleList(nn.ModuleList(nn.Conv2d(w, c, 1) for w, c in pairs) for _ in range(heads))
 
 
-def _decode(stages: nn.ModuleList, heads: Any, code: Tensor) -> list[Tensor]:
+def _decode(stages: nn.ModuleList, heads: Any, code: Tensor, only: int | None) -> list[Tensor]:
     levels: list[Tensor] = []
     for stage in stages:
         code = stage(code)
         levels.insert(0, code)
     if not heads:
         return levels
+    heads = heads if only is None else [heads[only]]
     parts = zip(*(level.chunk(len(heads)) for level in levels), strict=True)  # views: no copy of either half
     return [conv(x) for head, part in zip(heads, parts, strict=True) for conv, x in zip(head, part, strict=True)]
 

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2503.02424). All of it follows from the three sums of `rec
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -238,16 +239,20 @@ def point_cosine(
 
 def pairs_loss(
     pairs: Sequence[tuple[Tensor, Tensor]],
-    rule: Rule,
+    rule: Rule | None,
     *,
+    form: Literal["global", "point"] = "global",
+    groups: int = 2,
     stop_gradient: bool = True,
     shares: Sequence[int] | None = None,
 ) -> Tensor:
-    """The paper's loss of all 2L pairs: levels summed, the two groups halved (equation 5).
+    """The paper's loss of all pairs: levels summed, the mean of the groups (equation 5), and that of its ablation.
 
     Args:
-        pairs: (teacher, student) of `recontrast.ReContrast`, L of the one group, then L of the other.
-        rule: as in `hard_mined_cosine`.
+        pairs: (teacher, student) of `recontrast.ReContrast`, group by group.
+        rule: as in `hard_mined_cosine`; None: no mining, `global_cosine` or `point_cosine`.
+        form: distance of a pair: of the whole map, or the mean over points, which has no mining.
+        groups: 2, or 1 for the pairs of one encoder.
         stop_gradient: as in `hard_mined_cosine`.
         shares: as in `hard_mined_cosine`.
 
@@ -255,4 +260,9 @@ def pairs_loss(
         Scalar.
     """
     teachers, students = zip(*pairs, strict=True)
-    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient, shares=shares) / 2
+    if rule is None:
+        plain = {"global": global_cosine, "point": point_cosine}[form]
+        return plain(teachers, students, stop_gradient=stop_gradient, shares=shares) / groups
+    if form != "global":
+        raise ValueError(f"pairs_loss: rule: wanted none where form is {form!r}, got {rule}")
+    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient, shares=shares) / groups

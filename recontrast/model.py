@@ -35,9 +35,12 @@ class ReContrast(nn.Module):
         decoder: "resnet": RD4AD's, for ResNets; "mirror": for any pyramid; "auto": the first where it exists.
         activation: of the decoder: "relu", or "gelu" as in the paper's unified setting.
         partial_norm: `PartialNorm2d` in both encoders, as in the paper's "stable" recipes.
+        pairs: "cross": the two encoders, each rebuilt from the other's features; "self": one encoder, rebuilt from its
+            own by a decoder without heads (`MirrorDecoder` keeps one, for its widths), as in RD4AD.
+        train_encoder: False: the one encoder of ``pairs="self"`` stays as it is, which is RD4AD.
 
     Attributes:
-        encoder, frozen, bottleneck, decoder: the parts.
+        encoder, frozen, bottleneck, decoder: the parts; ``frozen`` is None where ``pairs`` is "self".
         mean, std: of the images in [0, 1] that the weights expect.
         stride: height and width of images must be multiples of it.
     """
@@ -52,11 +55,16 @@ class ReContrast(nn.Module):
         decoder: Literal["auto", "resnet", "mirror"] = "auto",
         activation: Literal["relu", "gelu"] = "relu",
         partial_norm: bool = False,
+        pairs: Literal["cross", "self"] = "cross",
+        train_encoder: bool = True,
     ) -> None:
         super().__init__()
         _one_of("encoder_bn", encoder_bn, ("train", "eval"))
         _one_of("decoder", decoder, ("auto", "resnet", "mirror"))
         _one_of("activation", activation, ("relu", "gelu"))
+        _one_of("pairs", pairs, ("cross", "self"))
+        if pairs == "cross" and not train_encoder:
+            raise ValueError("ReContrast: pairs: wanted 'self' where train_encoder is False, got 'cross'")
         plan = RESNETS.get(backbone.partition(".")[0])
         if decoder == "resnet" and plan is None:
             wanted = f"'mirror' or 'auto' for backbone {backbone!r} ('resnet' is for {', '.join(RESNETS)})"
@@ -64,22 +72,28 @@ class ReContrast(nn.Module):
         self.encoder_bn = encoder_bn
         self._arguments = {"backbone": backbone, "levels": levels, "decoder": decoder}
         self._arguments |= {"activation": activation, "partial_norm": partial_norm}
+        self._arguments |= {"pairs": pairs, "train_encoder": train_encoder}
 
         self.encoder = Backbone(backbone, levels=levels, weights=weights)
-        self.frozen = copy.deepcopy(self.encoder)
+        self.frozen = copy.deepcopy(self.encoder) if pairs == "cross" else None
         channels, strides = self.encoder.channels, self.encoder.strides
         if partial_norm:
             if not any(isinstance(m, nn.BatchNorm2d) for m in self.encoder.modules()):
                 raise ValueError(f"ReContrast: partial_norm: wanted a backbone with BatchNorm2d, got {backbone!r}")
             convert_partial_norm(self.encoder, eps=PARTIAL_NORM_EPS)
-            convert_partial_norm(self.frozen)
-        self.frozen.freeze()
+            if self.frozen is not None:
+                convert_partial_norm(self.frozen)
+        if self.frozen is not None:
+            self.frozen.freeze()
+        if not train_encoder:
+            self.encoder.freeze()
+        heads = 2 if pairs == "cross" else 0
         if plan is None or decoder == "mirror":
             self.bottleneck = Bottleneck(channels, strides, mirror_plan(channels), mirror_widths(channels))
-            self.decoder: nn.Module = MirrorDecoder(channels, strides, activation=activation)
+            self.decoder: nn.Module = MirrorDecoder(channels, strides, heads=heads or 1, activation=activation)
         else:
             self.bottleneck = Bottleneck(channels, strides, plan)
-            self.decoder = ReverseResNet(channels, plan, activation=activation)
+            self.decoder = ReverseResNet(channels, plan, heads=heads, activation=activation)
         self.mean, self.std = self.encoder.mean, self.encoder.std
         self.stride = 2 * strides[-1]
         self.train()
@@ -95,20 +109,35 @@ class ReContrast(nn.Module):
         self.encoder.train(mode and self.encoder_bn == "train")
         return self
 
-    def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self, images: Tensor, views: Literal["both", "trained", "frozen"] = "both"
+    ) -> list[tuple[Tensor, Tensor]]:
         """Features to compare, and what the decoder made of the other encoder's.
 
         Args:
             images: (N, 3, H, W), normalised with ``mean`` and ``std``; H and W are multiples of ``stride``.
+            views: in eval mode, the group with that target alone (Table A6), at half the cost of bottleneck and
+                decoder; their statistics in training are of both.
 
         Returns:
             2 L pairs (teacher, student) of (N, C, h, w), fine to coarse: (frozen, head 0 of trained) of the L levels,
-            then (trained, head 1 of frozen). Teachers of the second group carry gradient: the loss stops it.
+            then (trained, head 1 of frozen); L where ``views`` is one of them, or for the one encoder of
+            ``pairs="self"``. A trained encoder's features carry gradient as teachers too: the loss stops it.
         """
+        _one_of("views", views, ("both", "trained", "frozen"))
+        if views != "both" and (self.training or self.frozen is None):
+            wanted = "'both' in training mode and where pairs is 'self'"
+            raise ValueError(f"ReContrast: views: wanted {wanted}, got {views!r}")
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"ReContrast: images: wanted (N, 3, H, W), got {tuple(images.shape)}")
         self.map_sizes((images.shape[2], images.shape[3]))
-        trained, frozen = self.encoder(images), self.frozen(images)
+        trained = self.encoder(images)
+        if self.frozen is None:
+            return list(zip(trained, self.decoder(self.bottleneck(trained)), strict=True))
+        frozen = self.frozen(images)
+        if views != "both":
+            teachers, sources, head = (frozen, trained, 0) if views == "frozen" else (trained, frozen, 1)
+            return list(zip(teachers, self.decoder(self.bottleneck(sources), only=head), strict=True))
         joint = [torch.cat(pair) for pair in zip(trained, frozen, strict=True)]  # one batch: BatchNorm mixes both
         students = self.decoder(self.bottleneck(joint))
         return list(zip([*frozen, *trained], students, strict=True))
@@ -124,8 +153,8 @@ class ReContrast(nn.Module):
         return [(height // stride, width // stride) for stride in self.encoder.strides]
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """What the small learning rate is for."""
-        return self.encoder.parameters()
+        """What the small learning rate is for; nothing where the encoder is not trained."""
+        return (p for p in self.encoder.parameters() if p.requires_grad)
 
     def decoder_parameters(self) -> Iterator[nn.Parameter]:
         """What the large learning rate is for: bottleneck and decoder."""

@@ -6,6 +6,7 @@ and quirks are theirs, slow as they are; the words are ours. A model is any call
 list of 2L (teacher, student) pairs, the first L of one group, the last L of the other.
 """
 
+import collections
 import math
 from functools import partial
 
@@ -232,7 +233,10 @@ def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True):
 
 
 def alpha_at(it, total_iters, warm_up=0.1):
-    """From -3 to 1 over the first tenth of all iterations, then 1: `train`, recontrast_mvtec.py."""
+    """From -3 to 1 over the first tenth of all iterations, then 1: `train`, recontrast_mvtec.py.
+
+    The stable scripts take a fifth.
+    """
     return min(-3 + (1 - -3) * it / (total_iters * warm_up), 1)
 
 
@@ -274,4 +278,52 @@ def train(model, batches, steps, decoder_parameters, encoder_parameters, *, loss
         losses.append(value.item())
     if len(losses) < steps:
         raise ValueError(f"batches: wanted {steps} of them, got {len(losses)}")
+    return losses
+
+
+def train_stable(model, batches, steps, decoder_parameters, encoder_parameters, *, wipe_every=500, rest=100):
+    """The loop of `train`, recontrast_mvtec_stable.py; arguments and result as of `train`.
+
+    Every ``wipe_every`` iterations the decoder's optimiser gets an empty state. The encoder moves only where a counter
+    has reached ``rest``: it starts there, is set to zero with the wipe, and is raised at the end of each iteration,
+    that of the wipe included. In recontrast_visa_stable.py it is never set to zero: ``rest=0``.
+    """
+    settings = {"betas": (0.9, 0.999), "eps": 1e-10, "weight_decay": 1e-5, "amsgrad": False}
+    optimizer = torch.optim.AdamW(list(decoder_parameters), lr=2e-3, **settings)
+    optimizer2 = torch.optim.AdamW(list(encoder_parameters), lr=1e-5, **settings)
+    losses, counter = [], rest
+    for it, images in zip(range(steps), batches, strict=False):
+        value = pairs_loss(model(images), alpha_at(it, steps, 0.2))
+        optimizer.zero_grad()
+        optimizer2.zero_grad()
+        value.backward()
+        optimizer.step()
+        if counter >= rest:
+            optimizer2.step()
+        losses.append(value.item())
+        if (it + 1) % wipe_every == 0:
+            optimizer.state = collections.defaultdict(dict)
+            counter = 0
+        if counter < rest:
+            counter += 1
+    return losses
+
+
+def train_unified(model, batches, steps, decoder_parameters, encoder_parameters):
+    """The loop of `train`, recontrast_mvtec_multiclass.py; arguments and result as of `train`.
+
+    One optimiser with amsgrad, whose learning rates fall to a fifth at 80 % of the iterations.
+    """
+    groups = [{"params": list(decoder_parameters)}, {"params": list(encoder_parameters), "lr": 1e-5}]
+    settings = {"betas": (0.9, 0.999), "eps": 1e-10, "weight_decay": 1e-5, "amsgrad": True}
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, **settings)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[int(steps * 0.8)], gamma=0.2)
+    losses = []
+    for it, images in zip(range(steps), batches, strict=False):
+        value = pairs_loss(model(images), alpha_at(it, steps))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+        scheduler.step()
     return losses

@@ -32,7 +32,7 @@ class Block(nn.Module):
                 return nn.ConvTranspose2d(a, b, kernel_size=2, stride=2, bias=False)
             return nn.Conv2d(a, b, kernel_size=3, stride=s, padding=1, bias=False)
 
-        self.deep = size.expansion == 4
+        self.deep, self.act = size.expansion == 4, F.relu
         if self.deep:
             mid = planes * size.width // 64
             self.conv1, self.bn1 = nn.Conv2d(cin, mid, 1, bias=False), nn.BatchNorm2d(mid)
@@ -48,11 +48,11 @@ class Block(nn.Module):
             self.add_module(side, nn.Sequential(one, nn.BatchNorm2d(cout)))
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.act(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.deep:
-            y = self.bn3(self.conv3(F.relu(y)))
-        return F.relu(y + (getattr(self, self.side)(x) if self.side else x))
+            y = self.bn3(self.conv3(self.act(y)))
+        return self.act(y + (getattr(self, self.side)(x) if self.side else x))
 
 
 def layer(cin, planes, count, size, stride, side):
@@ -169,6 +169,13 @@ class PartialNorm2D(nn.Module):
         return by_batch * use + by_pretraining * (1 - use)
 
 
+def replace_layers(decoder):
+    """`replace_layers(decoder, nn.ReLU, nn.GELU())` of recontrast_mvtec_multiclass.py: the exact GELU."""
+    for block in decoder.modules():
+        if isinstance(block, Block):
+            block.act = F.gelu
+
+
 def replace_norms(module, var_thresh, eps):
     """What ``norm_layer=partial(PartialNorm2D, var_thresh=...)`` builds; eps as recontrast_mvtec_stable.py sets it."""
     for name, child in module.named_children():
@@ -200,7 +207,9 @@ def upstream_from(model, name):
     state, out, size = model.state_dict(), upstream.state_dict(), SIZES[name]
     for ours, theirs in (("encoder.extractor.", "encoder."), ("frozen.extractor.", "encoder_freeze.")):
         for key in [k for k in state if k.startswith(ours)]:  # timm's ResNet has torchvision's names
-            out[theirs + key.removeprefix(ours)] = state.pop(key).clone()
+            value = state.pop(key)
+            if not key.endswith("min_var"):  # of PartialNorm2d: upstream finds it at the first forward
+                out[theirs + key.removeprefix(ours)] = value.clone()
     chains = {"0.0": "conv1", "0.1": "bn1", "0.3": "conv2", "0.4": "bn2", "1.0": "conv3", "1.1": "bn3"}
     for position, layer_name in chains.items():
         _copy(f"bottleneck.down.{position}", f"bottleneck.{layer_name}", state, out)

@@ -113,7 +113,7 @@ def infer(
         pixels = pixels.to(weight.device, non_blocking=True)
         x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=last)
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            pairs = model(x)
+            pairs = model(x, recipe.views)
         clock.mark("forward")
         found = amap.maps_and_scores(pairs, recipe.score)
         clock.mark("maps")

@@ -5,19 +5,28 @@ the scripts in its public code; each recipe names the script that it restates.
 """
 
 import difflib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-# Encoder BatchNorm of `recontrast_mvtec.py`: "chosen empirically" by its authors, by category.
+from recontrast.engine.fields import REAL, WANTED
+
+# Encoder BatchNorm of `recontrast_mvtec.py` and `recontrast_visa.py`: "chosen empirically" by its authors, by category.
 MVTEC_BN_EVAL = ("toothbrush", "leather", "grid", "tile", "wood", "screw")
 MVTEC_BN_TRAIN = ("carpet", "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "transistor", "zipper")
+VISA_BN_EVAL = ("cashew", "pcb1")
+VISA_BN_TRAIN = ("candle", "capsules", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb2", "pcb3", "pcb4",
+                 "pipe_fryum")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run: data preparation, model, optimisers, alpha ramp, map and score."""
+    """One training run: data preparation, model, loss, optimisers, map and score.
+
+    ``loss`` to ``pairs`` are the switches of the paper's ablation (Table 6), of one model and one loop; ``views`` is
+    that of Table A6. RD4AD is ``train_encoder=False, pairs="self", mining=False``, with ``loss="point"`` as in its
+    paper or ``"global"`` as in its code.
+    """
 
     name: str = "mvtec"
     backbone: str = "wide_resnet50_2.tv_in1k"  # torchvision's first weights, the ones that the paper starts from
@@ -52,6 +61,17 @@ class Recipe:
     channels_last: bool | None = None  # None: as is faster on the device
     log_every: int = 20  # steps; the loss is read from the device only then
     checkpoint_every: int = 250  # steps
+    amsgrad: bool = False
+    lr_drop: float = 1.0  # both learning rates are multiplied by it ...
+    lr_drop_at: float = 1.0  # ... from this share of the steps on
+    wipe_every: int | None = None  # steps after which the decoder's AdamW forgets its moments and its step count
+    rest: int = 0  # steps after each such wipe in which the encoder is not moved
+    loss: Literal["global", "point"] = "global"  # cosine of the whole map (paper), or mean over points (RD4AD's paper)
+    mining: bool = True  # hard-normal mining: alpha and factor; of the global loss alone
+    stop_gradient: bool = True  # the target of a pair is a constant
+    train_encoder: bool = True  # false: the one encoder stays as pretrained, as in RD4AD
+    pairs: Literal["cross", "self"] = "cross"  # each encoder rebuilt from the other, or one from itself (L pairs)
+    views: Literal["both", "trained", "frozen"] = "both"  # pairs of the anomaly map, by their target
 
     def __post_init__(self) -> None:
         """Check every field; whole numbers given for real ones and lists given for tuples are converted."""
@@ -59,11 +79,11 @@ class Recipe:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 value = tuple(value)
-            if field.name in _REAL and isinstance(value, int) and not isinstance(value, bool):
+            if field.name in REAL and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
             if field.name == "betas" and isinstance(value, tuple) and all(type(v) is int for v in value):
                 value = tuple(float(v) for v in value)
-            holds, wanted = _WANTED[field.name]
+            holds, wanted = WANTED[field.name]
             if not holds(value):
                 raise ValueError(f"recipe {self.name!r}: {field.name} must be {wanted}, got {value!r}")
             object.__setattr__(self, field.name, value)
@@ -76,6 +96,23 @@ class Recipe:
                 f"recipe {self.name!r}: bn_eval_categories must hold no category of bn_train_categories, "
                 f"got {sorted(both)} in both"
             )
+        for wrong, sentence in (
+            (self.mining and self.loss == "point", "mining must be false where loss is 'point', got true"),
+            (
+                self.pairs == "cross" and not self.train_encoder,
+                "pairs must be 'self' where train_encoder is false, got 'cross' of two equal encoders",
+            ),
+            (
+                self.pairs == "self" and self.views != "both",
+                f"views must be 'both' where pairs is 'self', which has one target, got {self.views!r}",
+            ),
+            (
+                self.rest > (self.wipe_every or 0),
+                f"rest must be at most wipe_every ({self.wipe_every}), got {self.rest}",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"recipe {self.name!r}: {sentence}")
 
     @property
     def out(self) -> tuple[int, int]:
@@ -130,96 +167,42 @@ def _refuse_unknown(values: Mapping[str, Any], name: str) -> None:
             raise ValueError(f"recipe {name!r}: there is no field {key!r}{hint}; fields are {', '.join(known)}")
 
 
-# ---- what each field may hold ------------------------------------------------
+# ---- the paper's scripts -----------------------------------------------------
 
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _whole(least: int) -> Rule:
-    return lambda v: _is_whole(v) and v >= least, f"a whole number of at least {least}"
-
-
-def _real(holds: Callable[[float], bool], wanted: str) -> Rule:
-    return lambda v: isinstance(v, float) and math.isfinite(v) and holds(v), wanted
-
-
-def _one_of(*choices: Any) -> Rule:
-    return lambda v: any(v is c or (isinstance(v, str) and v == c) for c in choices), "one of " + ", ".join(
-        map(repr, choices)
-    )
-
-
-def _is_extent(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return len(value) == 2 and all(_is_whole(v) and v >= 1 for v in value)
-    return _is_whole(value) and value >= 1
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-
-
-_EXTENT: Rule = (_is_extent, "a whole number of pixels or a pair (height, width)")
-_NAMES: Rule = (_is_names, "a list of category names")
-_FLAG: Rule = (lambda v: isinstance(v, bool), "true or false")
-_RATE = _real(lambda v: v >= 0, "a number of at least 0")
-_ANY = _real(lambda v: True, "a number")
-
-_WANTED: dict[str, Rule] = {
-    "name": (lambda v: isinstance(v, str) and bool(v), "a name"),
-    "backbone": (lambda v: isinstance(v, str) and bool(v), "the name of a timm model"),
-    "weights": (lambda v: v is None or (isinstance(v, str) and bool(v)), 'none, a file, "package" or "random"'),
-    "steps": _whole(1),
-    "batch": _whole(1),
-    "size": _EXTENT,
-    "crop": (lambda v: v is None or _is_extent(v), f"none, {_EXTENT[1]}"),
-    "encoder_bn": _one_of("auto", "train", "eval"),
-    "bn_train_categories": _NAMES,
-    "bn_eval_categories": _NAMES,
-    "decoder_lr": _RATE,
-    "encoder_lr": _RATE,
-    "weight_decay": _RATE,
-    "betas": (
-        lambda v: isinstance(v, tuple) and len(v) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in v),
-        "two numbers of at least 0 and below 1",
-    ),
-    "eps": _real(lambda v: v > 0, "a number above 0"),
-    "alpha_start": _ANY,
-    "alpha_end": _ANY,
-    "ramp": _real(lambda v: 0 <= v <= 1, "a share from 0 to 1"),
-    "factor": _real(lambda v: v >= 0, "a number of at least 0"),
-    "activation": _one_of("relu", "gelu"),
-    "partial_norm": _FLAG,
-    "blur": _one_of("reflect", "zero5", None),
-    "reduce": _one_of("sum", "mean"),
-    "score": (
-        lambda v: v in ("max", "mean") if isinstance(v, str) else isinstance(v, float) and 0 < v <= 1,
-        '"max", "mean" or a share above 0 and up to 1',
-    ),
-    "mask_rule": _one_of("any", "half"),
-    "seed": (lambda v: _is_whole(v) and 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
-    "drop_last": _FLAG,
-    "precision": _one_of("float32", "bfloat16"),
-    "channels_last": (lambda v: v is None or isinstance(v, bool), "true, false or none"),
-    "log_every": _whole(1),
-    "checkpoint_every": _whole(1),
-}
-_REAL = (
-    "decoder_lr",
-    "encoder_lr",
-    "weight_decay",
-    "eps",
-    "alpha_start",
-    "alpha_end",
-    "ramp",
-    "factor",
-    "score",
-)
+_MVTEC = Recipe(name="mvtec")  # recontrast_mvtec.py
+_VISA = _MVTEC.replace(
+    name="visa", steps=3000, bn_train_categories=VISA_BN_TRAIN, bn_eval_categories=VISA_BN_EVAL
+)  # recontrast_visa.py
+# recontrast_mvtec_stable.py. Its comment says that the encoder rests for 100 steps; its counter is raised for the
+# first time in the very step of the wipe, so that they are 99.
+_MVTEC_STABLE = _MVTEC.replace(
+    name="mvtec_stable", encoder_bn="train", drop_last=True, partial_norm=True, eps=1e-10, ramp=0.2,
+    wipe_every=500, rest=99, score=0.01,
+)  # fmt: skip
+# recontrast_visa_stable.py: 4000 steps, though its runs are named for 3000; its counter of resting steps begins at the
+# end and is never set back, so that the encoder never rests.
+_VISA_STABLE = _MVTEC_STABLE.replace(
+    name="visa_stable", steps=4000, bn_train_categories=VISA_BN_TRAIN, bn_eval_categories=VISA_BN_EVAL,
+    rest=0, score="max",
+)  # fmt: skip
+# recontrast_mvtec_multiclass.py. Its one AdamW of three groups is two here: AdamW treats each weight alone.
+_MVTEC_UNIFIED = _MVTEC.replace(
+    name="mvtec_unified", steps=5000, seed=1, encoder_bn="eval", drop_last=True, eps=1e-10, amsgrad=True,
+    lr_drop=0.2, lr_drop_at=0.8, activation="gelu", reduce="mean", blur="zero5", score=0.01,
+)  # fmt: skip
+_APTOS = _MVTEC.replace(name="aptos", steps=1000, batch=32, encoder_bn="train")  # recontrast_aptos.py
 
 RECIPES: dict[str, Recipe] = {
-    "mvtec": Recipe(name="mvtec"),  # recontrast_mvtec.py
+    recipe.name: recipe
+    for recipe in (
+        _MVTEC,
+        _VISA,
+        _MVTEC_STABLE,
+        _VISA_STABLE,
+        _MVTEC_UNIFIED,
+        _MVTEC_UNIFIED.replace(name="visa_unified"),  # recontrast_visa_multiclass.py
+        _APTOS,
+        _APTOS.replace(name="oct2017", encoder_bn="eval"),  # recontrast_oct.py
+        _APTOS.replace(name="isic2018", steps=2000, crop=224, score="mean"),  # recontrast_isic.py
+    )
 }

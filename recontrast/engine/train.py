@@ -24,6 +24,7 @@ from recontrast.engine.checkpoint import Checkpoint
 from recontrast.engine.device import put
 from recontrast.engine.distributed import World
 from recontrast.engine.log import Log
+from recontrast.engine.optimise import optimisers, schedule
 from recontrast.engine.recipes import Recipe, differences, pair
 from recontrast.loss import alpha_at, deviation, pairs_loss
 from recontrast.model import ReContrast
@@ -164,7 +165,8 @@ def _train(
                 mine, shares = whole[place.share(len(whole))], place.shares(len(whole))
                 batch = normalise(images[mine], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
                 alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
-                run.pending.append(step(forward, run.optimisers, batch, alpha, recipe, shares))
+                moving = schedule(run.optimisers, recipe, run.done)
+                run.pending.append(step(forward, moving, batch, alpha, recipe, shares))
                 run.done, seen, between = run.done + 1, seen + len(whole), True
                 lines = run.done % recipe.log_every == 0 or run.done == recipe.steps
                 if lines:
@@ -191,33 +193,29 @@ def _train(
 
 
 def step(
-    model: nn.Module,
-    both: Sequence[AdamW],
-    images: Tensor,
-    alpha: float,
-    recipe: Recipe,
-    shares: Sequence[int] | None = None,
+    model: nn.Module, moving: Sequence[AdamW], images: Tensor, alpha: float, recipe: Recipe, shares: Sequence[int]
 ) -> Tensor:
     """One step of training.
 
     Args:
         model: in training mode; `ReContrast`, or that wrapped.
-        both: as `optimisers` makes them.
+        moving: the optimisers that take part.
         images: (N, 3, H, W), normalised.
         alpha: standard deviations above the mean from which on a point is hard.
-        recipe: for precision and factor.
-        shares: images of each process; None: there is one.
+        recipe: for precision, and for the loss.
+        shares: images of each process.
 
     Returns:
         The loss of before the step, a scalar on the device; of several processes, this one's part.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         pairs = model(images)
-    loss = pairs_loss(pairs, deviation(alpha, recipe.factor), shares=shares)
-    for optimiser in both:
-        optimiser.zero_grad(set_to_none=True)
+    rule = deviation(alpha, recipe.factor) if recipe.mining else None
+    groups = 2 if recipe.pairs == "cross" else 1
+    loss = pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient, shares=shares)
+    model.zero_grad(set_to_none=True)  # also of what rests
     loss.backward()
-    for optimiser in both:
+    for optimiser in moving:
         optimiser.step()
     return loss.detach()
 
@@ -230,17 +228,9 @@ def new_model(recipe: Recipe, category: str) -> ReContrast:
         encoder_bn=recipe.encoder_bn_for(category),
         activation=recipe.activation,
         partial_norm=recipe.partial_norm,
+        pairs=recipe.pairs,
+        train_encoder=recipe.train_encoder,
     )
-
-
-def optimisers(model: ReContrast, recipe: Recipe, device: torch.device) -> list[AdamW]:
-    """AdamW of bottleneck and decoder, AdamW of the trained encoder."""
-    groups = ((model.decoder_parameters(), recipe.decoder_lr), (model.encoder_parameters(), recipe.encoder_lr))
-    fused = device.type in ("cpu", "cuda")  # one kernel for all parameters
-    return [
-        AdamW(list(p), lr=lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=fused)
-        for p, lr in groups
-    ]
 
 
 # ---- reading the loss, saving, going on --------------------------------------
