@@ -15,7 +15,11 @@ ALLOWED = {
     "ops": {"reference"},  # and kernels, by name, where there is a device that needs them
     "loss": {"ops"},
     "anomaly_map": {"ops", "loss"},
-    "metrics": {"_metrics"},
+    "metrics_reference": set(),
+    "arrays": {"metrics_reference"},  # and _metrics, where it was built
+    "bounds": set(),
+    "streaming": {"arrays", "bounds", "metrics_reference"},
+    "metrics": {"arrays", "metrics_reference", "streaming"},
     "weights": set(),
     "backbone": {"weights"},
     "decoder": {"backbone"},
