@@ -10,7 +10,6 @@ from itertools import chain
 import pytest
 import torch
 import upstream
-from test_train import tiny_set
 from upstream_model import upstream_from
 
 from recontrast.data.cache import ImageCache
@@ -29,15 +28,6 @@ CASES = {  # recipe, dtype, tolerance, mode of the encoder's BatchNorm
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Work this small is slower on two, and far slower where other processes keep them busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def batches_of(samples, model, recipe, dtype):
     """What `train` sees: the same images in the same order, a ragged batch at the end of each epoch."""
     images = ImageCache(samples, recipe.size)
@@ -51,7 +41,7 @@ def relative_error(one, other):
 
 
 @pytest.mark.parametrize("recipe, dtype, rtol, mode", CASES.values(), ids=CASES)
-def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol, mode):
+def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol, mode, tiny_set):
     samples = tiny_set(tmp_path, train=10, good=0, defects=0)
     torch.manual_seed(0)
     ours = new_model(recipe.replace(encoder_bn=mode), "any").to(dtype)
@@ -72,7 +62,7 @@ def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol, mode):
         assert relative_error(weights, used) < 1e-7
 
 
-def test_any_model_in_the_reference_loop(tmp_path):
+def test_any_model_in_the_reference_loop(tmp_path, tiny_set):
     """The decoder that the reference does not have, with its loop."""
     samples = tiny_set(tmp_path, train=7, good=0, defects=0)
     torch.manual_seed(0)
