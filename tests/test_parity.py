@@ -14,7 +14,6 @@ from itertools import chain
 import pytest
 import torch
 import upstream
-from test_train import tiny_set
 from torch import nn
 from upstream_model import replace_layers, replace_norms, upstream_from
 
@@ -41,15 +40,6 @@ CASES = {  # recipe, dtype, tolerance
     "float64-never-resting": (WIPED.replace(steps=3, wipe_every=2, rest=0), torch.float64, 1e-9),
     "float64-unified": (UNIFIED.replace(steps=6), torch.float64, 1e-9),  # learning rates fall after step 4
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Work this small is slower on two, and far slower where other processes keep them busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batches_of(samples, model, recipe, dtype):
@@ -94,7 +84,7 @@ def reference_losses(recipe, theirs, batches):
 
 
 @pytest.mark.parametrize("recipe, dtype, rtol", CASES.values(), ids=CASES)
-def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol):
+def test_reference_model_and_loop(tmp_path, tiny_set, recipe, dtype, rtol):
     samples = tiny_set(tmp_path, train=10, good=0, defects=0)
     ours, theirs = both(recipe, dtype)
     expected = reference_losses(recipe, theirs, batches_of(samples, ours, recipe, dtype))
@@ -119,7 +109,7 @@ def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value.name,
 )
-def test_each_quirk_is_seen(tmp_path, recipe, change):
+def test_each_quirk_is_seen(tmp_path, tiny_set, recipe, change):
     """Equality to 1e-9 means little where a quirk left out would pass: each changes the weights by more than that."""
     samples = tiny_set(tmp_path, train=10, good=0, defects=0)
     ours, changed = (copy.deepcopy(both(recipe, torch.float64)[0]) for _ in range(2))
@@ -139,7 +129,7 @@ def test_rarely_active_channels_take_the_other_branch():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.encoder.modules())
 
 
-def test_any_model_in_the_reference_loop(tmp_path):
+def test_any_model_in_the_reference_loop(tmp_path, tiny_set):
     """The decoder that the reference does not have, with its loop."""
     samples = tiny_set(tmp_path, train=7, good=0, defects=0)
     torch.manual_seed(0)
@@ -165,7 +155,9 @@ if (
     __name__ == "__main__"
 ):  # python tests/test_parity.py FOLDER: the drift over 32 steps, as benchmarks/README.md has it
     torch.set_num_threads(1)
-    few = tiny_set(sys.argv[1], train=10, good=0, defects=0)
+    from conftest import write_tiny_set
+
+    few = write_tiny_set(sys.argv[1], train=10, good=0, defects=0)
     scaled = {"mvtec": {}, "mvtec_stable": {"wipe_every": 10, "rest": 4}, "mvtec_unified": {}}
     for name, more in scaled.items():
         found = drift(few, RECIPES[name].replace(**TINY, steps=32, encoder_bn="train", channels_last=False, **more))

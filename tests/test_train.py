@@ -4,14 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from recontrast.data.datasets import mvtec
 from recontrast.engine import checkpoint
 from recontrast.engine import train as training
 from recontrast.engine.batches import Batches, digest
@@ -24,44 +21,8 @@ RECIPE = Recipe(
 SOURCE = (sys.executable, "-c")
 
 
-def tiny_set(root, category="nut", *, train=7, good=3, defects=3, seed=0):
-    """Noisy stripes of 64 px in MVTec AD layout; a defect is a bright square, and has a mask."""
-    random = np.random.default_rng(seed)
-
-    def draw(path, square=None):
-        pixels = 110 + 60 * np.sin(np.arange(64) / 3)[:, None, None] + random.normal(0, 12, (64, 64, 3))
-        mask = np.zeros((64, 64), np.uint8)
-        if square is not None:
-            y, x = random.integers(4, 44, 2)
-            mask[y : y + 14, x : x + 14] = 255
-            pixels[mask > 0] += 90
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-        if square is not None:
-            square.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(square)
-
-    top = Path(root) / category
-    for i in range(train):
-        draw(top / "train/good" / f"{i:03}.png")
-    for i in range(good):
-        draw(top / "test/good" / f"{i:03}.png")
-    for i in range(defects):
-        draw(top / "test/square" / f"{i:03}.png", top / "ground_truth/square" / f"{i:03}_mask.png")
-    return mvtec(root, category)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Work this small is slower on two, and far slower where other processes keep them busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory):
+def samples(tmp_path_factory, tiny_set):
     return tiny_set(tmp_path_factory.mktemp("data"))
 
 
@@ -153,7 +114,7 @@ def test_cache_of_decoded_images(samples, unbroken, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_several_categories_in_one_model(samples, tmp_path):
+def test_several_categories_in_one_model(samples, tmp_path, tiny_set):
     more = tiny_set(tmp_path, "bolt", seed=5)
     result = train(RECIPE, [*samples, *more], out=tmp_path / "out", device="cpu")
     assert result.category == "nut+bolt"
@@ -325,7 +286,7 @@ def test_resumed_when_all_is_done(samples, unbroken):
     assert unbroken.checkpoint.read_bytes() == before
 
 
-def test_resume_refuses_what_differs(samples, unbroken, tmp_path):
+def test_resume_refuses_what_differs(samples, unbroken, tmp_path, tiny_set):
     path = unbroken.checkpoint
 
     def refused(text, recipe=RECIPE, use=samples, **more):

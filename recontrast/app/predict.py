@@ -16,6 +16,7 @@ import numpy as np
 
 import recontrast
 from recontrast.data import images, pictures
+from recontrast.data.atomic import replacing
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine import evaluate
 from recontrast.engine.device import choose
@@ -249,12 +250,12 @@ def _save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, 
     writer.writerow(["path", "score", *(["flagged"] if flags else [])])
     for found in predictions:
         writer.writerow([found.path, f"{found.score:.9g}", *([int(bool(found.flagged))] if flags else [])])
-    with pictures.replacing(out / "scores.csv") as file:
+    with replacing(out / "scores.csv") as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
     rows = []
     for found in predictions:
         row = {"path": found.path, "score": float(f"{found.score:.9g}"), "flagged": found.flagged}
         row |= {"map": found.map, "overlay": found.overlay}
         rows.append({key: value for key, value in row.items() if value is not None})
-    with pictures.replacing(out / "scores.json") as file:
+    with replacing(out / "scores.json") as file:
         file.write((json.dumps({**about, "images": rows}, indent=1) + "\n").encode())

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from recontrast.engine.atomic import replacing
+from recontrast.data.atomic import replacing
 
 # Field of `Row` -> its name in tables. The two AUPROs are not comparable: see `recontrast.metrics.aupro`.
 METRICS = {
