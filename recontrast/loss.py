@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recontrast.ops import cosine_sums
-
-EPS = 1e-8  # of torch.nn.CosineSimilarity, so that the numbers match upstream's
+from recontrast import ops
+from recontrast.ops import cosine, cosine_sums
 
 # A rule maps point distances of this process (N, H, W) and of all of them (any shape) to gradient weights (N, H, W).
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +37,7 @@ class deviation:
         """Weights (N, H, W) of distances ``d`` among those of ``everyone``."""
         if everyone.numel() < 2:  # one point has no deviation, and is not below itself
             return torch.ones_like(d)
-        return torch.where(d < everyone.mean() + self.alpha * everyone.std(), self.factor, 1.0)
+        return torch.ones_like(d).masked_fill_(d < everyone.mean() + self.alpha * everyone.std(), self.factor)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ class hardest:
         if everyone.numel() == 0:
             return torch.ones_like(d)
         k = max(int(everyone.numel() * self.fraction), 1)
-        return torch.where(d < everyone.flatten().topk(k, sorted=False).values.amin(), self.factor, 1.0)
+        least = everyone.flatten().topk(k, sorted=False).values.amin()
+        return torch.ones_like(d).masked_fill_(d < least, self.factor)
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,6 @@ def alpha_at(step: int, steps: int, ramp: float = 0.1, start: float = -3.0, end:
     if step >= steps * ramp:
         return end
     return start + (end - start) * step / (steps * ramp)
-
-
-def cosine(sums: Tensor) -> Tensor:
-    """Cosine from (3, ...) sums <x, y>, <x, x>, <y, y>: (...)."""
-    xy, xx, yy = sums
-    return xy / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
 
 
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
@@ -186,17 +180,37 @@ def hard_mined_cosine(
     Raises:
         ValueError: shapes, dtypes or lists that do not go together.
     """
-    losses = []
     pairs = _pairs("hard_mined_cosine", teacher, student)
-    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    for t, s in pairs:
-        sums = _sums(t, s, stop_gradient)  # (3, N, H, W)
+    teachers, students = [t.detach() if stop_gradient else t for t, _ in pairs], [s for _, s in pairs]
+    fused = _arguments(rule, students[0].device)
+    if fused is not None:
+        return ops.mined_cosine(teachers, students, *fused)
+    losses = []
+    shares = _shares(len(students[0]), students[0].device, shares)
+    for t, s in zip(teachers, students, strict=True):
+        sums = cosine_sums(t, s)  # (3, N, H, W)
         with torch.no_grad():
             points = 1 - cosine(sums)  # (N, H, W)
             weight = rule(points, _all_processes(points, shares))  # (N, H, W)
         sums = sums.detach() + weight * (sums - sums.detach())  # the same value; the gradient weighted
         losses.append(_global_distance(sums, shares))
     return torch.stack(losses).sum()
+
+
+def _arguments(rule: Rule, device: torch.device) -> tuple[str, float, Tensor | None, float] | None:
+    """What `ops.mined_cosine` takes for ``rule``; None where its kernels do not know it, or see one process of many."""
+    if dist.is_available() and dist.is_initialized():
+        return None
+    if type(rule) is deviation and isinstance(rule.alpha, Tensor):
+        usable = rule.alpha.dim() == 0 and rule.alpha.device == device and rule.alpha.is_floating_point()
+        return ("deviation", 0.0, rule.alpha.detach(), rule.factor) if usable else None
+    if type(rule) is deviation:
+        return "deviation", float(rule.alpha), None, rule.factor
+    if type(rule) is hardest:
+        return "hardest", rule.fraction, None, rule.factor
+    if type(rule) is power:
+        return "power", rule.exponent, None, 1.0
+    return None
 
 
 def global_cosine(
