@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchrun_worker
-from PIL import Image
+from conftest import write_tiny_set
 
 from recontrast.engine.distributed import World
 
@@ -20,13 +20,11 @@ PROCESSES = 3
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Seven good images: batches of 5 and 2."""
-    good = tmp_path_factory.mktemp("data") / "thing" / "train" / "good"
-    good.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for i in range(7):
-        Image.fromarray(random.integers(0, 255, (64, 64, 3), np.uint8)).save(good / f"{i}.png")
-    return good.parents[2]
+    """Seven good images, batches of 5 and 2; seven test images, and two: one process of three has none of those."""
+    root = tmp_path_factory.mktemp("data")
+    write_tiny_set(root, train=6, good=4, defects=3)
+    write_tiny_set(root, "bolt", train=1, good=1, defects=1)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +57,16 @@ def test_same_trajectory_as_one_process(case, data, many, tmp_path):
     moved = [name for name in alone if not torch.equal(alone[name], begun[name])]
     assert any(name.startswith("encoder") for name in moved) and any(name.startswith("decoder") for name in moved)
     assert sorted(p.name for p in (many / case / "run").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["exact", "streamed"])
+def test_same_evaluation_as_one_process(kind, data, many, tmp_path):
+    """Every image once, in its place; the metrics of the whole, whatever a process saw of it."""
+    torchrun_worker.measured(data, tmp_path)
+    here = json.loads((tmp_path / f"{kind}0.json").read_text())
+    assert [row["images"] for row in here["rows"]] == [2, 7]
+    for rank in range(PROCESSES):
+        assert json.loads((many / f"{kind}{rank}.json").read_text()) == here
 
 
 def test_processes_with_different_data_are_refused(many):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from recontrast.app import predict as module
-from recontrast.app.predict import covered, highest, predict, result_names
+from recontrast.app.predict import covered, predict, result_names
 from recontrast.data import atomic, pictures
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine.recipes import Recipe
@@ -180,10 +180,6 @@ def test_covered():
     for height in range(1, 40):
         top, _, covers, _ = covered((height, 7), recipe)
         assert 0 <= top and covers >= 1 and top + covers <= height
-
-
-def test_highest():
-    assert highest(RECIPE, 6) == 12 and highest(RECIPE.replace(reduce="mean"), 6) == 2
 
 
 def test_range_puts_the_threshold_in_the_middle():

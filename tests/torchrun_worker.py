@@ -5,12 +5,14 @@ python -m torch.distributed.run --nproc_per_node 3 tests/torchrun_worker.py DATA
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from recontrast.data import datasets
 from recontrast.engine import distributed
+from recontrast.engine.evaluate import evaluate
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import train
 from recontrast.model import ReContrast
@@ -45,12 +47,23 @@ def run(case, data, out):
     torch.save(result.model.state_dict(), out / f"model{rank}.pt")
 
 
+def measured(data, out):
+    """Evaluate a model that was not trained, image by image: what is in a batch with what changes nothing."""
+    samples = datasets.load(data)
+    model, rank = small(RECIPE).eval(), distributed.here().rank
+    for streaming in (False, True):
+        found = evaluate(model, samples, RECIPE, batch=1, streaming=streaming)
+        rows = [{**asdict(row), "seconds": None} for row in found.rows]
+        text = json.dumps({"rows": rows, "scored": [asdict(s) for s in found.scored]})
+        (out / f"{'streamed' if streaming else 'exact'}{rank}.json").write_text(text)
+
+
 def refused(data, out):
     """Train on other images in every process but the first."""
     samples = [s for group in datasets.load(data).values() for s in group]
     rank = distributed.here().rank
     try:
-        train(RECIPE, samples[: len(samples) - rank], out=out / "refused", model=small(RECIPE), device="cpu")
+        train(RECIPE, samples[rank:], out=out / "refused", model=small(RECIPE), device="cpu")
     except ValueError as error:
         (out / f"error{rank}.txt").write_text(str(error))
 
@@ -61,4 +74,5 @@ if __name__ == "__main__":
     with distributed.world("cpu"):
         for case in CASES:
             run(case, data, out / case)
+        measured(data, out)
         refused(data, out)

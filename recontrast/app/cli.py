@@ -1,12 +1,14 @@
 """The ``recontrast`` command. What is heavy is imported by the command that needs it, so that ``--help`` is quick."""
 
 import ast
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import Commands, Steps, complain, stop, table
+from recontrast.app.console import Commands, Steps, complain, silent, stop, table
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
@@ -31,6 +33,8 @@ CATEGORY = "Name of a category below DATA, or all: one detector for all of them.
 
 def main() -> None:
     """Run the command line."""
+    if silent():
+        sys.stdout = open(os.devnull, "w")
     app(prog_name="recontrast")
 
 
@@ -51,6 +55,7 @@ def _root(
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, or a folder of good images."),
@@ -92,7 +97,7 @@ def train(
 ) -> None:
     """Train a detector on good images, and evaluate it where there are test images."""
     from recontrast.data import datasets
-    from recontrast.engine import checkpoint, recipes
+    from recontrast.engine import checkpoint, distributed, recipes
     from recontrast.engine import train as engine
 
     if resume is not None:
@@ -118,23 +123,25 @@ def train(
     if target.exists() and resume is None and not overwrite:
         raise ValueError(f"{target} is there already: go on with --resume {out}, or take --overwrite or another --out")
     samples = [sample for group in groups.values() for sample in group]
+    _, where = context.with_resource(distributed.world(device))
     try:
         with Steps(f"train {category}") as shown:
             result = engine.train(
-                chosen, samples, category=category, out=out, device=device, resume=resume, cache_dir=cache,
+                chosen, samples, category=category, out=out, device=where, resume=resume, cache_dir=cache,
                 on_log=lambda step, loss, rate, alpha: shown(
                     step, chosen.steps, f"loss {loss:.4f}, {rate:.1f} images/s"),
             )  # fmt: skip
     except KeyboardInterrupt:
-        where = f"go on with: recontrast train {data} --resume {target}" if target.exists() else "no checkpoint yet"
-        stop(f"interrupted; {where}", status=130)
+        what = f"go on with: recontrast train {data} --resume {target}" if target.exists() else "no checkpoint yet"
+        stop(f"interrupted; {what}", status=130)
     typer.echo(f"{chosen.steps} steps in {result.seconds:.1f} s: {target}")
     if evaluate and any(sample.split == "test" for sample in samples):
-        _evaluate(result.model, groups, chosen, out, None, chosen.batch, cache)
+        _evaluate(result.model, groups, chosen, out, batch=chosen.batch, cache_dir=cache)
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     checkpoint: CheckpointFile,
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, with test images.")
@@ -142,7 +149,11 @@ def evaluate(
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all below DATA.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: none.")] = None,
     save_maps: Annotated[
-        bool, typer.Option("--save-maps", help="Also write scores and 16-bit TIFF maps to OUT (a second pass).")
+        bool, typer.Option("--save-maps", help="Also write 16-bit TIFF maps to OUT/maps; results.md has their scale.")
+    ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option("--streaming", help="Metrics of pixels from histograms: constant memory, with a proven bound."),
     ] = False,
     batch: Batch = 16,
     device: Device = None,
@@ -151,16 +162,18 @@ def evaluate(
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast.data import datasets
     from recontrast.engine import checkpoint as checkpoints
+    from recontrast.engine import distributed
 
     if save_maps and out is None:
         raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
     file = _file(checkpoint)
+    _, where = context.with_resource(distributed.world(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
-    model, recipe, _ = checkpoints.load_model(file)
-    _evaluate(model, groups, recipe, out, device, batch, cache)
-    if save_maps and out is not None:
-        tests = [sample.path for group in groups.values() for sample in group if sample.split == "test"]
-        _predict(file, tests, out, maps="tiff16", overlays=False, threshold=None, device=device, batch=batch)
+    model, recipe, _ = checkpoints.load_model(file, where)
+    _evaluate(
+        model, groups, recipe, out,
+        device=where, batch=batch, cache_dir=cache, streaming=streaming, save_maps=save_maps,
+    )  # fmt: skip
 
 
 @app.command()
@@ -243,19 +256,18 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 def _evaluate(
-    model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None, device: str | None, batch: int,
-    cache: Path | None,
-) -> None:  # fmt: skip
-    from recontrast.engine import evaluate as engine
+    model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None, **options: Any
+) -> None:
+    from recontrast.app.evaluation import measure
 
     with Steps("evaluate") as shown:
-        result = engine.evaluate(
-            model, groups, recipe, device=device, batch=batch, cache_dir=cache,
-            on_progress=lambda category, done, total: shown(done, total, category),
+        result, written = measure(
+            model, groups, recipe, out,
+            on_progress=lambda category, done, total: shown(done, total, category), **options,
         )  # fmt: skip
     _show(result)
-    if out is not None:
-        typer.echo(f"results: {', '.join(map(str, result.write(out)))}")
+    if written:
+        typer.echo(f"results: {', '.join(map(str, written))}")
 
 
 def _predict(checkpoint: Path, inputs: list[Path], out: Path, **options: Any) -> None:

@@ -8,7 +8,7 @@ with nothing. Every collective here runs on gloo (CPU) as on NCCL.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -236,6 +236,14 @@ def gather(place: World, part: Tensor, shares: Sequence[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in shares]
     dist.all_gather(parts, padded)
     return torch.cat([whole[:n] for whole, n in zip(parts, shares, strict=True)])
+
+
+def add_up(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Replace each tensor by the sum over processes, in place; ``device`` is one that the backend knows."""
+    for tensor in tensors:
+        total = tensor.to(device)
+        dist.all_reduce(total)
+        tensor.copy_(total)
 
 
 def mean_loss(place: World, losses: Tensor) -> Tensor:
