@@ -36,6 +36,7 @@ OUTSIDE = {
     "triton": {"kernels", "app"},
     "typer": {"app"},
     "rich": {"app"},
+    "yaml": {"engine"},
     "PIL": {"data", "app"},
     "sklearn": set(),
     "torchvision": set(),

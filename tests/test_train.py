@@ -57,7 +57,7 @@ def test_a_run(samples, tmp_path):
     lines = log_of(tmp_path / "out")
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert [line["loss"] for line in lines] == [call[1] for call in calls]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
     found = checkpoint.load(result.checkpoint)
     assert (found.step, found.category, found.images["count"]) == (6, "nut", 7)
     loaded, recipe, _ = checkpoint.load_model(result.checkpoint, "cpu")
@@ -183,7 +183,7 @@ def test_loss_not_a_number(samples, tmp_path, monkeypatch):
         train(RECIPE, samples, out=tmp_path, device="cpu")
     assert "\n" not in str(error.value)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
 
 
 def test_learning_rate_too_high(samples, tmp_path):

@@ -1,6 +1,5 @@
 """The ``recontrast`` command. What is heavy is imported by the command that needs it, so that ``--help`` is quick."""
 
-import ast
 import os
 import sys
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import Commands, Steps, complain, silent, stop, table
+from recontrast.app.console import Commands, Steps, complain, show, silent, stop, table
+from recontrast.app.options import change, numbers, split
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
-    from recontrast.engine.evaluate import Result
     from recontrast.engine.recipes import Recipe
 
 app = typer.Typer(
@@ -63,7 +62,7 @@ def train(
     category: Annotated[str | None, typer.Option(help=CATEGORY + " Default: the only one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
     recipe: Annotated[
-        str, typer.Option(help="Where the settings come from; every option below changes one.")
+        str, typer.Option(help="One of the paper's, or a YAML file; every option below changes a setting.")
     ] = "mvtec",
     backbone: Annotated[str | None, typer.Option(help="A timm model. In mvtec: wide_resnet50_2.tv_in1k.")] = None,
     weights: Annotated[
@@ -94,49 +93,69 @@ def train(
     cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: in memory.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint of a former run.")] = False,
     evaluate: Annotated[bool, typer.Option(help="Evaluate at the end, where there are test images.")] = True,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to OUT/tensorboard.")] = False,
 ) -> None:
     """Train a detector on good images, and evaluate it where there are test images."""
-    from recontrast.data import datasets
-    from recontrast.engine import checkpoint, distributed, recipes
-    from recontrast.engine import train as engine
+    from recontrast.app import train as application
+    from recontrast.engine import distributed
 
-    if resume is not None:
-        resume = _file(resume)
-        found = checkpoint.load(resume)
-        base, category, out = found.recipe, category or found.category, out or resume.parent
-    elif recipe not in recipes.RECIPES:
-        raise ValueError(f"--recipe: wanted one of {', '.join(recipes.RECIPES)}, got {recipe!r}")
-    else:
-        base = recipes.RECIPES[recipe]
     values = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size, "seed": seed}
     values |= {"encoder_bn": encoder_bn, "precision": precision, "channels_last": channels_last}
-    chosen = base.replace(
-        **{key: value for key, value in values.items() if value is not None}, **dict(map(_change, changes or []))
-    )
-    groups = datasets.load(data, None if category in (None, "all") else [category])
-    if category is None and len(groups) > 1:
-        raise ValueError(f"{data} holds {len(groups)} categories: choose one with --category, or all of them with "
-                         f"--category all ({', '.join(groups)})")  # fmt: skip
-    category = category or next(iter(groups))
-    out = out or Path("runs") / category
-    target = out / "checkpoint.pt"
-    if target.exists() and resume is None and not overwrite:
-        raise ValueError(f"{target} is there already: go on with --resume {out}, or take --overwrite or another --out")
-    samples = [sample for group in groups.values() for sample in group]
+    given = {key: value for key, value in values.items() if value is not None} | dict(map(change, changes or []))
+    resume = None if resume is None else _file(resume)
+    job = application.prepare(data, recipe, given, category=category, out=out, resume=resume, overwrite=overwrite)
     _, where = context.with_resource(distributed.world(device))
     try:
-        with Steps(f"train {category}") as shown:
-            result = engine.train(
-                chosen, samples, category=category, out=out, device=where, resume=resume, cache_dir=cache,
-                on_log=lambda step, loss, rate, alpha: shown(
-                    step, chosen.steps, f"loss {loss:.4f}, {rate:.1f} images/s"),
+        with Steps(f"train {job.category}") as shown:
+            result = application.run(
+                job, device=where, cache=cache, tensorboard=tensorboard and not silent(),
+                on_step=lambda category, step, steps, note: shown(step, steps, note),
             )  # fmt: skip
     except KeyboardInterrupt:
-        what = f"go on with: recontrast train {data} --resume {target}" if target.exists() else "no checkpoint yet"
+        file = job.target
+        what = f"go on with: recontrast train {data} --resume {file}" if file.exists() else "no checkpoint yet"
         stop(f"interrupted; {what}", status=130)
-    typer.echo(f"{chosen.steps} steps in {result.seconds:.1f} s: {target}")
-    if evaluate and any(sample.split == "test" for sample in samples):
-        _evaluate(result.model, groups, chosen, out, batch=chosen.batch, cache_dir=cache)
+    typer.echo(f"{job.recipe.steps} steps in {result.seconds:.1f} s: {job.target}")
+    if evaluate and any(sample.split == "test" for sample in job.samples):
+        _evaluate(result.model, job.groups, job.recipe, job.out, batch=job.recipe.batch, cache_dir=cache)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... (see README).")
+    ],
+    data: Annotated[Path, typer.Option(help="Data set in MVTec AD layout, or the folder of one category.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of its runs. Default: runs/TABLE.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 1,11,111. Default: the recipe's.")] = None,
+    categories: Annotated[str | None, typer.Option(help="Such as screw,grid. Default: all below DATA.")] = None,
+    entries: Annotated[str | None, typer.Option(help="Lines of the table, such as A,E,ours. Default: all.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of the recipe; repeatable.")
+    ] = None,
+    device: Device = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: decode for each run.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoints of finished runs.")] = False,
+) -> None:
+    """Run a table of the paper again, and print ours beside its numbers; a second call goes on."""
+    from recontrast.engine.reproduce import reproduce as run
+
+    out = out or Path("runs") / name
+    try:
+        with Steps("") as shown:
+            found = run(
+                name, data, out, seeds=numbers("--seeds", seeds),
+                categories=split(categories), entries=split(entries), changes=dict(map(change, changes or [])),
+                device=device, cache_dir=cache, keep=keep,
+                on_step=lambda what, done, total, note: shown(done, total, f"{what}: {note}"),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        stop(f"interrupted; the same command goes on with what is in {out}", status=130)
+    head, cells = found.cells()
+    table(found.title, head, cells)
+    for note in found.notes:
+        typer.echo(note)
+    typer.echo(f"comparison: {out / 'comparison.md'}, .csv, .json")
 
 
 @app.command()
@@ -220,7 +239,7 @@ def demo(
                 step, steps, f"{variant}: loss {loss:.4f}, {rate:.1f} images/s"),
         )  # fmt: skip
     for variant, result in found.results.items():
-        _show(result, variant)
+        show(result, variant)
     typer.echo(f"trained in {found.seconds:.0f} s; heat maps: {', '.join(map(str, found.sheets))}")
     typer.echo(
         f"try: recontrast predict {found.checkpoint} {out / 'data' / 'brick' / 'test'} --out {out / 'predicted'}"
@@ -241,20 +260,6 @@ def _file(path: Path) -> Path:
     return path / "checkpoint.pt" if path.is_dir() else path
 
 
-def _change(text: str) -> tuple[str, Any]:
-    """``key=value`` as key and Python value: a number, true, false, none, a list, or else a text."""
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise ValueError(f"--set: wanted KEY=VALUE, got {text!r}")
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return key, words[value.lower()]
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
 def _evaluate(
     model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None, **options: Any
 ) -> None:
@@ -265,7 +270,7 @@ def _evaluate(
             model, groups, recipe, out,
             on_progress=lambda category, done, total: shown(done, total, category), **options,
         )  # fmt: skip
-    _show(result)
+    show(result)
     if written:
         typer.echo(f"results: {', '.join(map(str, written))}")
 
@@ -282,19 +287,3 @@ def _predict(checkpoint: Path, inputs: list[Path], out: Path, **options: Any) ->
         complain(text)
     if report.unread:
         raise typer.Exit(2)
-
-
-def _show(result: "Result", title: str = "") -> None:
-    """Print the metrics of a result in percent."""
-    from recontrast.engine.result import METRICS
-
-    rows = [*result.rows, *([result.mean] if len(result.rows) > 1 else [])]
-    names = [name for name in METRICS if any(getattr(row, name) is not None for row in rows)]
-    cells = [
-        [row.category, *("-" if (v := getattr(row, name)) is None else f"{100 * v:.2f}" for name in names)]
-        for row in rows
-    ]
-    table(title, ["category", *(METRICS[name] for name in names)], cells)
-    for row in rows:
-        if row.note:
-            typer.echo(f"{row.category}: {row.note}")

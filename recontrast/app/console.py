@@ -4,12 +4,15 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from recontrast.engine.evaluate import Result
 
 USER_ERRORS = (ValueError, OSError, ImportError)  # a wrong argument, file or installation: one sentence, no traceback
 PLAIN_EVERY = 10.0  # seconds between two lines of progress where the output is not a terminal
@@ -107,3 +110,19 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     # A pipe has no width: without one, rich would cut the table to 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(shown)
+
+
+def show(result: "Result", title: str = "") -> None:
+    """Print the metrics of a result in percent."""
+    from recontrast.engine.result import METRICS
+
+    rows = [*result.rows, *([result.mean] if len(result.rows) > 1 else [])]
+    names = [name for name in METRICS if any(getattr(row, name) is not None for row in rows)]
+    cells = [
+        [row.category, *("-" if (v := getattr(row, name)) is None else f"{100 * v:.2f}" for name in names)]
+        for row in rows
+    ]
+    table(title, ["category", *(METRICS[name] for name in names)], cells)
+    for row in rows:
+        if row.note:
+            typer.echo(f"{row.category}: {row.note}")

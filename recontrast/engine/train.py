@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
-from recontrast.engine import checkpoint, distributed, interrupt
+from recontrast.engine import checkpoint, distributed, interrupt, recipe_file
 from recontrast.engine.batches import Batches, digest
 from recontrast.engine.checkpoint import Checkpoint
 from recontrast.engine.device import put
@@ -85,7 +85,7 @@ def train(
         samples: of one category, or of several for one unified detector; those of the test split are passed over.
         category: the name that decides `Recipe.encoder_bn_for` and goes into the checkpoint; by default the
             categories of the samples joined by "+".
-        out: folder for ``checkpoint.pt`` and ``log.jsonl``; None writes nothing.
+        out: folder for ``checkpoint.pt``, ``log.jsonl`` and ``recipe.yaml``; None writes nothing.
         device: by default the GPU where there is one.
         resume: checkpoint to go on from; recipe and images must be those it was begun with.
         on_log: called with step, mean loss since the last call, images per second and alpha, every
@@ -144,6 +144,8 @@ def _train(
 
     target = Path(out) / "checkpoint.pt" if out is not None else None
     log = Log(Path(out) / "log.jsonl", keep=run.done) if out is not None and place.first else None
+    if out is not None and place.first:
+        recipe_file.write(Path(out) / recipe_file.NAME, recipe)
     saved = run.done  # the step of the last checkpoint
 
     def save() -> None:

@@ -1,0 +1,104 @@
+"""What `recontrast train` does: recipe, data and folder from its options, the run itself, and what it says of it."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recontrast.data import datasets
+from recontrast.data.datasets import Sample
+from recontrast.engine import checkpoint, recipe_file
+from recontrast.engine import train as engine
+from recontrast.engine.board import FOLDER, Board
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.train import TrainResult
+
+OnStep = Callable[[str, int, int, str], None]  # category, steps done, of how many, how it goes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that may begin."""
+
+    recipe: Recipe
+    category: str
+    groups: dict[str, list[Sample]]
+    out: Path
+    resume: Path | None
+    done: int  # steps of the checkpoint that it goes on from
+
+    @property
+    def target(self) -> Path:
+        """Its checkpoint."""
+        return self.out / "checkpoint.pt"
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Of all categories."""
+        return [sample for group in self.groups.values() for sample in group]
+
+
+def prepare(
+    data: Path, recipe: str, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
+    resume: Path | None, overwrite: bool,
+) -> Job:  # fmt: skip
+    """Recipe, data and folder of a run.
+
+    Args:
+        data: data set, category or folder of good images.
+        recipe: name or YAML file; what ``resume`` holds takes its place.
+        changes: fields of it.
+        category: one, "all", or None for the only one.
+        out: folder of the run; by default ``runs/CATEGORY``.
+        resume: checkpoint to go on from, with its recipe, category and folder.
+        overwrite: allow a folder with a checkpoint.
+
+    Raises:
+        ValueError: anything of this is not there or does not go together.
+    """
+    done = 0
+    if resume is not None:
+        found = checkpoint.load(resume)
+        base, category, out, done = found.recipe, category or found.category, out or resume.parent, found.step
+    else:
+        base = recipe_file.find(recipe)
+    chosen = base.replace(**changes)
+    groups = datasets.load(data, None if category in (None, "all") else [category])
+    if category is None and len(groups) > 1:
+        raise ValueError(f"{data} holds {len(groups)} categories: choose one with --category, or all of them with "
+                         f"--category all ({', '.join(groups)})")  # fmt: skip
+    category = category or next(iter(groups))
+    job = Job(chosen, category, groups, out or Path("runs") / category, resume, done)
+    if job.target.exists() and resume is None and not overwrite:
+        raise ValueError(
+            f"{job.target} is there already: go on with --resume {job.out}, or take --overwrite or another --out"
+        )
+    return job
+
+
+def run(
+    job: Job, *, device: str | torch.device | None, cache: Path | None, tensorboard: bool, on_step: OnStep | None = None
+) -> TrainResult:
+    """Train, and keep the log for TensorBoard where that is wanted."""
+    total, samples = job.recipe.steps, job.samples
+    with ExitStack() as stack:
+        board = Board(job.out / FOLDER, keep=job.done) if tensorboard else None
+        if board is not None:
+            stack.callback(board.close)
+
+        def log(step: int, loss: float, rate: float, alpha: float) -> None:
+            if board is not None:
+                board.log(step, loss, rate, alpha)
+            if on_step is not None:
+                on_step(job.category, step, total, f"loss {loss:.4f}, {rate:.1f} images/s")
+
+        result = engine.train(
+            job.recipe, samples, category=job.category, out=job.out, device=device, resume=job.resume,
+            cache_dir=cache, on_log=log,
+        )  # fmt: skip
+        if board is not None:
+            board.images(total, result.model, samples, job.recipe)
+    return result
