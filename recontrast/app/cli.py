@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recontrast.app.console import Commands, Steps, complain, stop, table
+from recontrast.app.prepare import prepare
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
@@ -25,6 +26,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: 
 Batch = Annotated[int, typer.Option(help="Images at once.")]
 CheckpointFile = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
+]
+Data = Annotated[
+    list[Path],
+    typer.Argument(metavar="DATA", help="Data sets or categories in MVTec AD layout; to train, or folders of images."),
 ]
 CATEGORY = "Name of a category below DATA, or all: one detector for all of them."
 
@@ -51,10 +56,7 @@ def _root(
 
 @app.command()
 def train(
-    data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, or a folder of good images."),
-    ],
+    data: Data,
     category: Annotated[str | None, typer.Option(help=CATEGORY + " Default: the only one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
     recipe: Annotated[
@@ -109,8 +111,9 @@ def train(
         **{key: value for key, value in values.items() if value is not None}, **dict(map(_change, changes or []))
     )
     groups = datasets.load(data, None if category in (None, "all") else [category])
+    folders = " ".join(map(str, data))
     if category is None and len(groups) > 1:
-        raise ValueError(f"{data} holds {len(groups)} categories: choose one with --category, or all of them with "
+        raise ValueError(f"{folders} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     out = out or Path("runs") / category
@@ -126,7 +129,7 @@ def train(
                     step, chosen.steps, f"loss {loss:.4f}, {rate:.1f} images/s"),
             )  # fmt: skip
     except KeyboardInterrupt:
-        where = f"go on with: recontrast train {data} --resume {target}" if target.exists() else "no checkpoint yet"
+        where = f"go on with: recontrast train {folders} --resume {target}" if target.exists() else "no checkpoint yet"
         stop(f"interrupted; {where}", status=130)
     typer.echo(f"{chosen.steps} steps in {result.seconds:.1f} s: {target}")
     if evaluate and any(sample.split == "test" for sample in samples):
@@ -136,9 +139,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: CheckpointFile,
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, with test images.")
-    ],
+    data: Data,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all below DATA.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: none.")] = None,
     save_maps: Annotated[
@@ -212,6 +213,9 @@ def demo(
     typer.echo(
         f"try: recontrast predict {found.checkpoint} {out / 'data' / 'brick' / 'test'} --out {out / 'predicted'}"
     )
+
+
+app.command()(prepare)
 
 
 @app.command()
