@@ -1,11 +1,14 @@
 """``recontrast prepare``: an original download becomes a data set that the other commands read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recontrast.app.console import Steps, complain, table
+
+if TYPE_CHECKING:
+    from recontrast.data.prepare import Counts
 
 
 def prepare(
@@ -21,14 +24,13 @@ def prepare(
 ) -> None:
     """Bring a data set of the paper into the layout that is read here, and check its counts."""
     from recontrast.data.prepare import prepare as run
+    from recontrast.data.prepare import total
 
     with Steps(f"prepare {name}") as shown:
         made = run(name, source, out, link=not copy, workers=workers, on_progress=shown)
-    rows = []
-    for category, found in made.counts.items():
-        published = made.published.get(category)
-        pairs = [(getattr(found, key), getattr(published, key, None)) for key in ("train", "test", "good")]
-        rows.append([category, *("-" if number is None else str(number) for pair in pairs for number in pair)])
+    rows = [_row(category, found, made.published.get(category)) for category, found in made.counts.items()]
+    if len(rows) > 1:
+        rows.append(_row("all", total(made.counts), total(made.published)))
     columns = [text for key in ("train", "test", "good of test") for text in (key, "published")]
     table(f"{name} in {made.source}", ["category", *columns], rows)
     for text in made.warnings:
@@ -37,3 +39,9 @@ def prepare(
         typer.echo("all counts are the published ones")
     if out is not None:
         typer.echo(f"{', '.join(f'{number} {way}' for way, number in made.files.items())}: {out}")
+
+
+def _row(name: str, found: "Counts", published: "Counts | None") -> list[str]:
+    """Name, and every number beside the published one."""
+    pairs = [(getattr(found, key), getattr(published, key, None)) for key in ("train", "test", "good")]
+    return [name, *("-" if number is None else str(number) for pair in pairs for number in pair)]

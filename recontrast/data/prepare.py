@@ -173,6 +173,13 @@ def count(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
     return found
 
 
+def total(counts: dict[str, Counts]) -> Counts:
+    """The sum over all categories."""
+    good = [one.good for one in counts.values() if one.good is not None]
+    test = sum(one.test for one in counts.values())
+    return Counts(sum(one.train for one in counts.values()), test, sum(good) if len(good) == len(counts) else None)
+
+
 def compare(found: dict[str, Counts], published: dict[str, Counts]) -> list[str]:
     """A sentence for each category that differs from what was published, and one for all that are missing."""
     warnings = []
