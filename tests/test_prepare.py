@@ -217,12 +217,15 @@ def no_links(*args, **options):
     raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
-def test_relative_symbolic_links_across_file_systems(download, tmp_path, monkeypatch):
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_relative_symbolic_links_across_file_systems(download, tmp_path, monkeypatch, there):
     monkeypatch.setattr(os, "link", no_links)
     download("isic2018")
     (tmp_path / "way").symlink_to(tmp_path / "downloads")  # and through links on both sides
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "there").symlink_to(tmp_path / "far" / "away")
+    if there:
+        (tmp_path / "far" / "away" / "out").mkdir()
     made = prepare("isic2018", tmp_path / "way" / "isic2018", tmp_path / "there" / "out")
     assert made.files == {"symbolic links": 7}
     for sample in datasets.load(tmp_path / "far/away/out")["isic2018"]:

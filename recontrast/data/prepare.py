@@ -146,7 +146,7 @@ def prepare(
     files: dict[str, int] = {}
     if out is not None:
         with new_folder(out) as folder:
-            files = _fill(folder, entries, link, workers, on_progress)
+            files = _fill(folder, os.path.realpath(out), entries, link, workers, on_progress)
             about = {"data": name, "source": os.path.abspath(root), "files": files}
             about |= {"images": {category: asdict(found) for category, found in counts.items()}}
             (folder / MARK).write_text(json.dumps(about, indent=1) + "\n")
@@ -195,12 +195,13 @@ def compare(found: dict[str, Counts], published: dict[str, Counts]) -> list[str]
 
 def _fill(
     folder: Path,
+    final: str,
     entries: Sequence[Entry],
     link: bool,
     workers: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, int]:
-    """Put every file where it belongs below ``folder``; how many came in which way."""
+    """Put every file where it belongs below ``folder``, which will be ``final``; how many came in which way."""
     ways = dict.fromkeys(WAYS, 0)
 
     def put(entry: Entry) -> str:
@@ -208,7 +209,8 @@ def _fill(
         target.parent.mkdir(parents=True, exist_ok=True)
         picture = None if entry.make is None else entry.make(entry.source)
         if picture is None:
-            return _link(entry.source, target) if link else _copy(entry.source, target)
+            seen_from = os.path.join(final, os.path.dirname(entry.target))
+            return _link(entry.source, target, seen_from) if link else _copy(entry.source, target)
         save_png(target, picture)
         return "pictures written"
 
@@ -223,8 +225,8 @@ def _fill(
     return {way: number for way, number in ways.items() if number}
 
 
-def _link(source: Path, target: Path) -> str:
-    """A hard link, else a relative symbolic link, else a copy: which of them it became."""
+def _link(source: Path, target: Path, seen_from: str) -> str:
+    """A hard link, else a symbolic link relative to ``seen_from``, else a copy: which of them it became."""
     real = os.path.realpath(source)
     try:
         os.link(real, target)
@@ -233,7 +235,7 @@ def _link(source: Path, target: Path) -> str:
         raise
     except OSError:  # another file system, or one that has no links, or not our file
         try:
-            target.symlink_to(os.path.relpath(real, os.path.realpath(target.parent)))
+            target.symlink_to(os.path.relpath(real, seen_from))
             return "symbolic links"
         except OSError:
             return _copy(source, target)
