@@ -78,13 +78,14 @@ def test_pixels_are_those_of_opencv(shape, wanted):
     assert zlib.crc32(fundus.resize_linear(pattern(*shape), 512)) == wanted
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_pixels_are_those_of_the_installed_opencv(seed):
+def test_pixels_are_those_of_the_installed_opencv():
+    """Where there is one: it is no dependency, also not of the tests."""
     cv2 = pytest.importorskip("cv2")
-    random = np.random.default_rng(seed)
-    image = random.integers(0, 256, (*random.integers(1, 1500, 2), 3), np.uint8)
-    wanted = cv2.resize(image, (512, 512), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(fundus.resize_linear(image, 512), wanted)
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        image = random.integers(0, 256, (*random.integers(1, 1500, 2), 3), np.uint8)
+        wanted = cv2.resize(image, (512, 512), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_array_equal(fundus.resize_linear(image, 512), wanted)
 
 
 def test_resize_is_bilinear():
