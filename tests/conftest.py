@@ -29,6 +29,19 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def download(tmp_path):
+    """Makes the miniature of an original download in a folder of its own and gives that folder."""
+    from downloads import DOWNLOADS
+
+    def make(name):
+        root = tmp_path / "downloads" / name
+        DOWNLOADS[name](root)
+        return root
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def tiny_set():
     """Writes a category in MVTec AD layout and gives its samples, see `write_tiny_set`."""

@@ -45,9 +45,33 @@ def test_folder_comes_whole(tmp_path, there):
     if there:
         path.mkdir(parents=True)
     with new_folder(path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("x")
+        assert names(path) == [".partial"] if there else not path.exists()
+    assert names(path) == ["deep"] and names(path / "deep") == ["file"] and names(path.parent) == ["out"]
+
+
+def test_folder_that_we_are_in(tmp_path, monkeypatch):
+    """An empty folder stays the same one: it may be a mount, or open in a shell."""
+    before = tmp_path.stat().st_ino
+    monkeypatch.chdir(tmp_path)
+    with new_folder(".") as folder:
         (folder / "file").write_text("x")
-        assert (not there and not path.exists()) or (there and names(path) == [])
-    assert names(path) == ["file"] and names(path.parent) == ["out"]
+    assert os.listdir() == ["file"] and tmp_path.stat().st_ino == before
+
+
+def test_folder_whose_moving_fails(tmp_path, monkeypatch):
+    def replace(*arguments):
+        if len(names(tmp_path)) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(*arguments)
+
+    real = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="Input/output error"), new_folder(tmp_path) as folder:
+        for name in "abc":
+            (folder / name).write_text(name)
+    assert names(tmp_path) == []
 
 
 def test_folder_vanishes_on_failure(tmp_path):
@@ -70,23 +94,26 @@ def test_folder_refuses_what_is_there(tmp_path):
             raise AssertionError("never reached")
     assert names(tmp_path) == before
     with pytest.raises(ValueError, match="got one that holds late"), new_folder(tmp_path / "out"):
-        (tmp_path / "out").mkdir()
+        (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "late").write_text("x")  # by someone else, meanwhile
     assert names(tmp_path) == sorted([*before, "out"]) and names(tmp_path / "out") == ["late"]
 
 
-def test_folder_of_a_killed_run_is_emptied(tmp_path):
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_folder_of_a_killed_run_is_emptied(tmp_path, there):
     code = (
         "import os, sys; from recontrast.data.atomic import new_folder\n"
         "with new_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'left' / 'deep').mkdir(parents=True); (folder / 'link').symlink_to('left')\n"
         "    os.kill(os.getpid(), 9)"
     )
+    if there:
+        (tmp_path / "out").mkdir()
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -9
-    assert names(tmp_path) == [".out.partial"]
+    assert names(tmp_path / "out" if there else tmp_path) == [".partial" if there else ".out.partial"]
     with new_folder(tmp_path / "out") as folder:
         assert names(folder) == []
-    assert names(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == []
 
 
 def test_folder_is_filled_by_one_process(tmp_path):

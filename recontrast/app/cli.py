@@ -9,6 +9,7 @@ import typer
 
 from recontrast.app.console import Commands, Steps, complain, show, silent, stop, table
 from recontrast.app.options import change, numbers, split
+from recontrast.app.prepare import prepare
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
@@ -26,6 +27,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: 
 Batch = Annotated[int, typer.Option(help="Images at once.")]
 CheckpointFile = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
+]
+Data = Annotated[
+    list[Path],
+    typer.Argument(metavar="DATA", help="Data sets or categories in MVTec AD layout; to train, or folders of images."),
 ]
 CATEGORY = "Name of a category below DATA, or all: one detector for all of them."
 
@@ -55,10 +60,7 @@ def _root(
 @app.command()
 def train(
     context: typer.Context,
-    data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, or a folder of good images."),
-    ],
+    data: Data,
     category: Annotated[str | None, typer.Option(help=CATEGORY + " Default: the only one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
     recipe: Annotated[
@@ -104,6 +106,7 @@ def train(
     given = {key: value for key, value in values.items() if value is not None} | dict(map(change, changes or []))
     resume = None if resume is None else _file(resume)
     job = application.prepare(data, recipe, given, category=category, out=out, resume=resume, overwrite=overwrite)
+    folders = " ".join(map(str, data))
     _, where = context.with_resource(distributed.world(device))
     try:
         with Steps(f"train {job.category}") as shown:
@@ -113,7 +116,7 @@ def train(
             )  # fmt: skip
     except KeyboardInterrupt:
         file = job.target
-        what = f"go on with: recontrast train {data} --resume {file}" if file.exists() else "no checkpoint yet"
+        what = f"go on with: recontrast train {folders} --resume {file}" if file.exists() else "no checkpoint yet"
         stop(f"interrupted; {what}", status=130)
     typer.echo(f"{job.recipe.steps} steps in {result.seconds:.1f} s: {job.target}")
     if evaluate and any(sample.split == "test" for sample in job.samples):
@@ -162,9 +165,7 @@ def reproduce(
 def evaluate(
     context: typer.Context,
     checkpoint: CheckpointFile,
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, with test images.")
-    ],
+    data: Data,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all below DATA.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: none.")] = None,
     save_maps: Annotated[
@@ -244,6 +245,9 @@ def demo(
     typer.echo(
         f"try: recontrast predict {found.checkpoint} {out / 'data' / 'brick' / 'test'} --out {out / 'predicted'}"
     )
+
+
+app.command()(prepare)
 
 
 @app.command()

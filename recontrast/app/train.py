@@ -1,6 +1,6 @@
 """What `recontrast train` does: recipe, data and folder from its options, the run itself, and what it says of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +42,13 @@ class Job:
 
 
 def prepare(
-    data: Path, recipe: str, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
+    data: Sequence[Path], recipe: str, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
     resume: Path | None, overwrite: bool,
 ) -> Job:  # fmt: skip
     """Recipe, data and folder of a run.
 
     Args:
-        data: data set, category or folder of good images.
+        data: data sets, categories or folders of good images.
         recipe: name or YAML file; what ``resume`` holds takes its place.
         changes: fields of it.
         category: one, "all", or None for the only one.
@@ -68,7 +68,7 @@ def prepare(
     chosen = base.replace(**changes)
     groups = datasets.load(data, None if category in (None, "all") else [category])
     if category is None and len(groups) > 1:
-        raise ValueError(f"{data} holds {len(groups)} categories: choose one with --category, or all of them with "
+        raise ValueError(f"{' '.join(map(str, data))} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     job = Job(chosen, category, groups, out or Path("runs") / category, resume, done)

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from recontrast.data.files import PathLike
 
+_PARTIAL = ".partial"  # ends the name of what is not finished
 Sentence = Callable[[Path, str, int | None, int | None], str]  # path, reason, bytes wanted, bytes free
 
 
@@ -43,7 +44,7 @@ def replacing(
     """
     path = Path(path)
     shared = temporary is not None or wanted is None
-    partial = path.with_name(temporary or (f".{uuid.uuid4().hex[:12]}.tmp" if shared else path.name + ".partial"))
+    partial = path.with_name(temporary or (f".{uuid.uuid4().hex[:12]}.tmp" if shared else path.name + _PARTIAL))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if wanted is not None and wanted > shutil.disk_usage(path.parent).free:
@@ -74,9 +75,10 @@ def replacing(
 
 @contextmanager
 def new_folder(path: PathLike) -> Iterator[Path]:
-    """A folder to fill that gets the name ``path`` when the block ends, and vanishes when it fails.
+    """A folder to fill whose content is at ``path`` when the block ends, and vanishes when it fails.
 
-    Until then it is ``.NAME.partial`` beside it, locked; what a killed run left there is emptied.
+    Until then it is ``.NAME.partial`` beside ``path``, or, where that is an empty folder (perhaps a mount, or the one
+    we are in), ``.partial`` within; it is locked, and what a killed run left there is emptied.
 
     Args:
         path: a folder that is not there or is empty; those above it are made.
@@ -86,7 +88,8 @@ def new_folder(path: PathLike) -> Iterator[Path]:
     """
     path = Path(os.path.abspath(path))
     _refuse_full(path)
-    partial = path.with_name(f".{path.name}.partial")
+    within = path.is_dir()
+    partial = path / _PARTIAL if within else path.with_name(f".{path.name}{_PARTIAL}")
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
@@ -96,21 +99,46 @@ def new_folder(path: PathLike) -> Iterator[Path]:
             raise ValueError(f"{path}: wanted a folder for this run alone, got another that fills it") from None
         try:
             for left in partial.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                _remove(left)
             yield partial
-            _refuse_full(path)  # it may have come meanwhile
-            os.replace(partial, path)
+            _refuse_full(path)  # something may have come meanwhile
+            if within:
+                _move_up(partial, path)
+            else:
+                os.replace(partial, path)
         except BaseException:  # Ctrl-C too
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
     finally:
         os.close(lock)
 
 
+def _move_up(partial: Path, path: Path) -> None:
+    """Move what is in ``partial`` to ``path``, all or nothing."""
+    moved = []
+    try:
+        for child in sorted(partial.iterdir()):
+            moved.append(path / child.name)
+            os.replace(child, moved[-1])
+        partial.rmdir()
+    except BaseException:
+        for child in moved:
+            _remove(child)
+        raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder that may not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _refuse_full(path: Path) -> None:
-    """Refuse a file, and a folder that holds anything."""
+    """Refuse a file, and a folder that holds anything but what a killed run left."""
     if path.is_dir():
-        inside = min((child.name for child in path.iterdir()), default=None)
+        inside = min((child.name for child in path.iterdir() if child.name != _PARTIAL), default=None)
         if inside is not None:
             raise ValueError(f"{path}: wanted a new or an empty folder, got one that holds {inside}")
     elif os.path.lexists(path):
