@@ -10,8 +10,8 @@ middle is returned, and half their distance as the bound:
 - *AP* is the mean over positives of the precision at their threshold. At a threshold inside b at most T + p positives
   and at least F good pixels are found: the precision is at most ``(T + p) / (T + p + F)``. At the threshold of the j-th
   positive of b at least T + j positives and at most G = F + n good pixels are: it is at least
-  (T + j) / (T + j + G) = 1 - G / (c + j) with c = T + G. As sum_j 1 / (c + j) <= ln((c + p) / c), the positives of b
-  bring at least ``p - G ln(1 + p / c)`` together.
+  (T + j) / (T + j + G) = 1 - G / (c + j) with c = T + G. As 1 / x is convex, 1 / (c + j) is at most its mean from
+  c + j - 1/2 to c + j + 1/2, and the positives of b bring at least ``p - G ln(1 + p / (c + 1/2))`` together.
 - *F1-max*: F1 at the lower edge of each bin is known, so that the largest of these is reached. At a threshold inside b
   F1 is 2 tp / (tp + fp + P) with tp <= T + p and fp >= F: at most ``2 (T + p) / (T + p + F + P)``.
 - *AUPRO*: the overlap never falls along the curve. While the good pixels of b are passed it lies between H and H + h,
@@ -75,8 +75,7 @@ def ap(bins: Binned) -> Estimate:
     """Average precision."""
     n, p, (t, f, _) = bins.good, bins.positive, bins.above
     g, hit = f + n, p > 0
-    c = np.maximum(t + g, 1)  # 0 only where G is
-    lower = np.sum(p - g * np.log1p(p / c))
+    lower = np.sum(p - g * np.log1p(p / (t + g + 0.5)))
     upper = np.sum((p * (t + p))[hit] / (t + p + f)[hit])
     return _between(*(float(x) / float(p.sum()) for x in (lower, upper)))
 

@@ -19,7 +19,7 @@ from recontrast import arrays, bounds
 from recontrast import metrics_reference as reference
 from recontrast.bounds import UNIT, Estimate
 
-SHIFT = 6  # bits of a float32 that its bin leaves out, of 23: 2 ** 17 bins an octave
+DETAIL = 17  # 2 ** 17 bins an octave: with fewer, bounds of narrow maps pass 1e-4
 OCTAVES = 20  # 63 MB of histograms at most; what is a millionth of the largest value shares the lowest bin
 MOST_REGIONS = 1 << 22  # of 2 ** 40 units each: an int64 holds their sum
 SLACK = 1e-3  # of the range: rounding takes no value further outside, it has another range
@@ -54,15 +54,21 @@ class Streaming:
             [0, high]; what rounding takes out of it is put back.
         limit: false positive rate at which the per-image AUPRO ends, and AUPRO where `compute` names no other.
         device: where the histograms are; maps are brought there.
+        detail: 2 ** detail bins an octave of scores, 4 to 17; one less halves the memory and doubles the bounds.
     """
 
-    def __init__(self, high: float, limit: float = 0.3, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, high: float, limit: float = 0.3, device: str | torch.device = "cpu", detail: int = DETAIL
+    ) -> None:
         if not 1e-20 <= high <= 1e20:  # a float32 holds all octaves
             raise ValueError(f"high: wanted the largest value of a map, from 1e-20 to 1e20, got {high}")
         self.high, self.limit = float(high), arrays.limits_of(limit)[0]
+        if not 4 <= detail <= DETAIL:
+            raise ValueError(f"detail: wanted from 4 to {DETAIL}, got {detail}")
+        self._shift = 23 - detail  # bits of a float32 that its bin leaves out
         lowest = 2.0 ** (int(np.frexp(high)[1]) - OCTAVES)
-        self._base = (_bits(lowest) >> SHIFT) - 1  # bin 0 takes what is lower
-        bins = (_bits(high) >> SHIFT) - self._base + 1
+        self._base = (_bits(lowest) >> self._shift) - 1  # bin 0 takes what is lower
+        bins = (_bits(high) >> self._shift) - self._base + 1
         self.counts = torch.zeros(3, bins, dtype=torch.int64, device=device)  # good, positive, shares of regions
         self.totals = torch.zeros(6, dtype=torch.int64, device=device)
 
@@ -79,7 +85,7 @@ class Streaming:
             self._check(float(scores.min()), float(scores.max()), scores)
             found, why = arrays.native.per_image(scores, positive, self.limit)
             rounded = scores.astype(np.float32, copy=False)  # keeps the order, if not every difference
-            regions = arrays.native.histogram(rounded, positive, self.counts.numpy(), SHIFT, self._base)
+            regions = arrays.native.histogram(rounded, positive, self.counts.numpy(), self._shift, self._base)
         else:
             tensor = torch.as_tensor(maps).detach().to(self.counts.device)
             positive = arrays.image_masks(tensor.shape, masks, labels)
@@ -140,7 +146,7 @@ class Streaming:
         """Lower end of a bin."""
         if number == 0:
             return -SLACK * self.high
-        return float(np.int32((number + self._base) << SHIFT).view(np.float32))
+        return float(np.int32((number + self._base) << self._shift).view(np.float32))
 
     def _check(self, low: float, high: float, maps: Any) -> None:
         if not (np.isfinite(low) and np.isfinite(high)):
@@ -165,7 +171,7 @@ class Streaming:
         found, why = self._per_image(maps, positive, labels)
         bits = maps.float().contiguous().view(torch.int32)
         last = self.counts.shape[1] - 1
-        numbers = torch.where(bits > 0, (bits >> SHIFT) - self._base, 0).clamp(0, last).flatten().long()
+        numbers = torch.where(bits > 0, (bits >> self._shift) - self._base, 0).clamp(0, last).flatten().long()
         mask = torch.from_numpy(positive).to(maps.device).flatten()
         classes = torch.bincount(numbers + mask * (last + 1), minlength=2 * (last + 1))
         self.counts[:2] += classes.view(2, -1)
