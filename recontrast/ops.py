@@ -1,18 +1,15 @@
 """Operators ``torch.ops.recontrast.*``: schema, shape rule, gradient, kernels.
 
-The one place where a kernel meets PyTorch. For each device the first kernel of `ORDER` that is there is used:
-compiled C++/CUDA (``csrc/``), then Triton (``kernels/``), then the oracle (``reference.py``).
+The one place where a kernel meets PyTorch. Which one runs on a device: `recontrast.backend`.
 """
 
-import importlib
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recontrast import reference
+from recontrast import backend, reference
+from recontrast.backend import BACKEND, WHY
 from recontrast.reference import EPS, RULES, cosine, group_dtype, sum_dtype
 
 __all__ = ["BACKEND", "EPS", "WHY", "anomaly_map", "cosine", "cosine_sums", "cosine_sums_group", "mined_cosine"]
@@ -252,52 +249,10 @@ torch.library.register_autograd("recontrast::mined_loss", _backward_mined, setup
 
 # ---- kernels -----------------------------------------------------------------
 
-ORDER = {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")}  # the first that is there runs
-BACKEND = {"cpu": "torch", "cuda": "torch"}  # what each device runs
-WHY: dict[str, str] = {}  # device -> why it does not run the first of its order
-
 for _name in SCHEMAS:
     torch.library.impl(f"recontrast::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
-
-
-def _native(device: str) -> str | None:
-    """Register the compiled kernels of ``device``, or say why there are none."""
-    library = Path(__file__).with_name(f"_{device}.so")
-    if not library.exists():
-        return f"{library.name} was not built (pip install -e . builds it; CUDA needs nvcc)"
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:  # built for another platform or for a newer torch
-        return f"{library.name} does not load: {error.__cause__ or error}"
-    return None
-
-
-def _triton(device: str) -> str | None:
-    """Register the Triton kernels for ``device``, or say why there are none."""
-    try:
-        for name, room in ROOM.items():
-            kernels = importlib.import_module(f"recontrast.kernels.{room}")
-            torch.library.impl(f"recontrast::{name}", device, getattr(kernels, name))
-    except ImportError as error:
-        return f"no Triton: {error}"
-    return None
-
-
-def _choose(device: str) -> None:
-    reasons = []
-    for backend in ORDER[device]:
-        missing = {"native": _native, "triton": _triton, "torch": lambda _: None}[backend](device)
-        if missing is None:
-            BACKEND[device] = backend
-            break
-        reasons.append(missing)
-    if reasons:
-        WHY[device] = "; ".join(reasons)
-        warnings.warn(f"recontrast runs {BACKEND[device]} kernels on {device}: {WHY[device]}", stacklevel=3)
-
-
-_choose("cpu")
+backend.choose("cpu", ROOM)
 if torch.cuda.is_available():
-    _choose("cuda")
+    backend.choose("cuda", ROOM)
 else:
     WHY["cuda"] = "no CUDA device"

@@ -68,7 +68,8 @@ def prepare(
     chosen = base.replace(**changes)
     groups = datasets.load(data, None if category in (None, "all") else [category])
     if category is None and len(groups) > 1:
-        raise ValueError(f"{' '.join(map(str, data))} holds {len(groups)} categories: choose one with --category, or all of them with "
+        where = " ".join(map(str, data))
+        raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     job = Job(chosen, category, groups, out or Path("runs") / category, resume, done)

@@ -37,7 +37,7 @@ def build(folder: Path) -> Path:
 
 
 def load(folder: Path):
-    """The operators, and ``emulate(processors, backwards)`` that says what GPU to play and the order of threads."""
+    """The operators, and ``emulate(processors, backwards)``: what GPU to play, and in which order of threads."""
     from recontrast.ops import SCHEMAS
 
     library = build(folder)
