@@ -56,7 +56,7 @@ def test_same_trajectory_as_one_process(case, data, many, tmp_path):
             )
     moved = [name for name in alone if not torch.equal(alone[name], begun[name])]
     assert any(name.startswith("encoder") for name in moved) and any(name.startswith("decoder") for name in moved)
-    assert sorted(p.name for p in (many / case / "run").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(p.name for p in (many / case / "run").iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("kind", ["exact", "streamed"])

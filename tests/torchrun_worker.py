@@ -63,7 +63,7 @@ def refused(data, out):
     samples = [s for group in datasets.load(data).values() for s in group]
     rank = distributed.here().rank
     try:
-        train(RECIPE, samples[rank:], out=out / "refused", model=small(RECIPE), device="cpu")
+        train(RECIPE, samples[rank:], out=out / "refused", category="all", model=small(RECIPE), device="cpu")
     except ValueError as error:
         (out / f"error{rank}.txt").write_text(str(error))
 
