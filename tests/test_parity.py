@@ -10,6 +10,7 @@ from itertools import chain
 import pytest
 import torch
 import upstream
+from tiny import tiny_set
 from upstream_model import upstream_from
 
 from recontrast.data.cache import ImageCache
@@ -41,7 +42,7 @@ def relative_error(one, other):
 
 
 @pytest.mark.parametrize("recipe, dtype, rtol, mode", CASES.values(), ids=CASES)
-def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol, mode, tiny_set):
+def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol, mode):
     samples = tiny_set(tmp_path, train=10, good=0, defects=0)
     torch.manual_seed(0)
     ours = new_model(recipe.replace(encoder_bn=mode), "any").to(dtype)
@@ -62,7 +63,7 @@ def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol, mode, tiny_set)
         assert relative_error(weights, used) < 1e-7
 
 
-def test_any_model_in_the_reference_loop(tmp_path, tiny_set):
+def test_any_model_in_the_reference_loop(tmp_path):
     """The decoder that the reference does not have, with its loop."""
     samples = tiny_set(tmp_path, train=7, good=0, defects=0)
     torch.manual_seed(0)
