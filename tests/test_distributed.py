@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchrun_worker
-from conftest import write_tiny_set
+from tiny import tiny_set
 
 from recontrast.engine.distributed import World
 
@@ -22,8 +22,8 @@ PROCESSES = 3
 def data(tmp_path_factory):
     """Seven good images, batches of 5 and 2; seven test images, and two: one process of three has none of those."""
     root = tmp_path_factory.mktemp("data")
-    write_tiny_set(root, train=6, good=4, defects=3)
-    write_tiny_set(root, "bolt", train=1, good=1, defects=1)
+    tiny_set(root, train=6, good=4, defects=3)
+    tiny_set(root, "bolt", train=1, good=1, defects=1)
     return root
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import upstream
 from test_train import RECIPE as SMALL
+from tiny import tiny_set
 
 from recontrast import metrics
 from recontrast.data.cache import ImageCache
@@ -24,7 +25,7 @@ IMAGE = [name for name in METRICS if name.startswith("i_")]
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory, tiny_set):
+def samples(tmp_path_factory):
     return tiny_set(tmp_path_factory.mktemp("data"), train=4, good=5, defects=4)
 
 
@@ -173,14 +174,14 @@ def test_masks_of_one_kind(model, samples, tmp_path):
     assert row.i_auroc is not None
 
 
-def test_mask_rule_counts(model, tmp_path, tiny_set):
+def test_mask_rule_counts(model, tmp_path):
     """The rule decides about the grey pixels that resizing makes."""
     tests = tiny_set(tmp_path, train=1)
     rows = [evaluate(model, tests, RECIPE.replace(size=32, mask_rule=rule)).rows[0] for rule in ("any", "half")]
     assert rows[0].p_ap != rows[1].p_ap
 
 
-def test_several_categories_and_their_mean(model, samples, tmp_path, tiny_set):
+def test_several_categories_and_their_mean(model, samples, tmp_path):
     more = [replace(s, mask=None) for s in tiny_set(tmp_path, "bolt", train=1, good=2, defects=3, seed=5)]
     seen = []
     result = evaluate(model, {"nut": samples, "bolt": more}, RECIPE, batch=4, on_progress=lambda *a: seen.append(a))
@@ -229,7 +230,7 @@ def test_scores_of_the_images(model, samples, tmp_path):
     assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-7)
 
 
-def test_streaming_is_within_its_bounds(model, samples, tmp_path, tiny_set):
+def test_streaming_is_within_its_bounds(model, samples, tmp_path):
     more = tiny_set(tmp_path, "bolt", train=1, good=2, defects=3, seed=5)
     for reduce in ("sum", "mean"):
         recipe = RECIPE.replace(reduce=reduce)

@@ -14,6 +14,7 @@ from itertools import chain
 import pytest
 import torch
 import upstream
+from tiny import tiny_set
 from torch import nn
 from upstream_model import replace_layers, replace_norms, upstream_from
 
@@ -84,7 +85,7 @@ def reference_losses(recipe, theirs, batches):
 
 
 @pytest.mark.parametrize("recipe, dtype, rtol", CASES.values(), ids=CASES)
-def test_reference_model_and_loop(tmp_path, tiny_set, recipe, dtype, rtol):
+def test_reference_model_and_loop(tmp_path, recipe, dtype, rtol):
     samples = tiny_set(tmp_path, train=10, good=0, defects=0)
     ours, theirs = both(recipe, dtype)
     expected = reference_losses(recipe, theirs, batches_of(samples, ours, recipe, dtype))
@@ -109,7 +110,7 @@ def test_reference_model_and_loop(tmp_path, tiny_set, recipe, dtype, rtol):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value.name,
 )
-def test_each_quirk_is_seen(tmp_path, tiny_set, recipe, change):
+def test_each_quirk_is_seen(tmp_path, recipe, change):
     """Equality to 1e-9 means little where a quirk left out would pass: each changes the weights by more than that."""
     samples = tiny_set(tmp_path, train=10, good=0, defects=0)
     recipe = recipe.replace(backbone="test_resnet", size=32)
@@ -131,7 +132,7 @@ def test_rarely_active_channels_take_the_other_branch():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.encoder.modules())
 
 
-def test_any_model_in_the_reference_loop(tmp_path, tiny_set):
+def test_any_model_in_the_reference_loop(tmp_path):
     """The decoder that the reference does not have, with its loop."""
     samples = tiny_set(tmp_path, train=7, good=0, defects=0)
     torch.manual_seed(0)
@@ -157,9 +158,7 @@ if (
     __name__ == "__main__"
 ):  # python tests/test_parity.py FOLDER: the drift over 32 steps, as benchmarks/README.md has it
     torch.set_num_threads(1)
-    from conftest import write_tiny_set
-
-    few = write_tiny_set(sys.argv[1], train=10, good=0, defects=0)
+    few = tiny_set(sys.argv[1], train=10, good=0, defects=0)
     scaled = {"mvtec": {}, "mvtec_stable": {"wipe_every": 10, "rest": 4}, "mvtec_unified": {}}
     for name, more in scaled.items():
         found = drift(few, RECIPES[name].replace(**TINY, steps=32, encoder_bn="train", channels_last=False, **more))

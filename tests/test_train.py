@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_set
 
 from recontrast.engine import checkpoint
 from recontrast.engine import train as training
@@ -22,7 +23,7 @@ SOURCE = (sys.executable, "-c")
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory, tiny_set):
+def samples(tmp_path_factory):
     return tiny_set(tmp_path_factory.mktemp("data"))
 
 
@@ -114,7 +115,7 @@ def test_cache_of_decoded_images(samples, unbroken, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_several_categories_in_one_model(samples, tmp_path, tiny_set):
+def test_several_categories_in_one_model(samples, tmp_path):
     more = tiny_set(tmp_path, "bolt", seed=5)
     result = train(RECIPE, [*samples, *more], out=tmp_path / "out", device="cpu")
     assert result.category == "nut+bolt"
@@ -286,7 +287,7 @@ def test_resumed_when_all_is_done(samples, unbroken):
     assert unbroken.checkpoint.read_bytes() == before
 
 
-def test_resume_refuses_what_differs(samples, unbroken, tmp_path, tiny_set):
+def test_resume_refuses_what_differs(samples, unbroken, tmp_path):
     path = unbroken.checkpoint
 
     def refused(text, recipe=RECIPE, use=samples, **more):
