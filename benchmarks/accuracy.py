@@ -28,10 +28,10 @@ import upstream
 from upstream_model import upstream_from
 
 from recontrast import metrics, ops
+from recontrast.data.atomic import replacing
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample, mvtec
 from recontrast.data.images import normalise, read_mask
-from recontrast.engine.atomic import replacing
 from recontrast.engine.batches import Batches
 from recontrast.engine.device import choose
 from recontrast.engine.evaluate import evaluate

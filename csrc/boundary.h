@@ -12,6 +12,7 @@
 #include <array>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace recontrast {
@@ -46,6 +47,30 @@ inline void check_gradient(const char* op, const Tensor& grad, const Tensor& y, 
 inline ScalarType acc_type(const Tensor& x, const Tensor& y) {
   const bool wide = x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
   return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+// Length of the flat sums (3, N, P) of a pair.
+inline int64_t sums_of(const Tensor& x) { return 3 * x.size(0) * x.size(2) * x.size(3); }
+
+// Checks a group of pairs; the dtype in which it is summed, and the length of its flat sums.
+inline std::pair<ScalarType, int64_t> check_group(const char* op, const std::vector<Tensor>& x,
+                                                  const std::vector<Tensor>& y) {
+  STD_TORCH_CHECK(!x.empty() && x.size() == y.size(), op, ": x and y must be lists of one length > 0, got ", x.size(),
+                  " and ", y.size());
+  ScalarType acc = ScalarType::Float;
+  int64_t total = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    check_pair(op, x[i], y[i]);
+    if (acc_type(x[i], y[i]) == ScalarType::Double) acc = ScalarType::Double;
+    total += sums_of(x[i]);
+  }
+  return {acc, total};
+}
+
+inline void check_flat(const char* op, const char* name, const Tensor& t, int64_t length, ScalarType type) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.numel() == length && t.scalar_type() == type, op, ": ", name, " must be ",
+                  torch::headeronly::toString(type), " (", length, "), got ",
+                  torch::headeronly::toString(t.scalar_type()), " ", shape(t));
 }
 
 // Strides of features (N, C, P) in elements, P = H * W.

@@ -8,6 +8,7 @@
 
 #include "boundary.h"
 #include "lanes.h"
+#include "leaves.h"
 #include "pages.h"
 
 namespace recontrast {
@@ -16,102 +17,8 @@ namespace {
 constexpr int64_t kBlock = 4096;      // positions or channels at a time at most: a row of WideResNet's finest level
 constexpr int64_t kLeastBlock = 256;  // positions: below, starting a row takes longer than reading it
 constexpr int64_t kSkip = 512;        // easy positions in a row that are skipped: fewer would only stop the prefetcher
-constexpr int64_t kTogether = 4;      // channels added up before the sums are touched again
 constexpr int64_t kChannels = 64;     // channels of a backward task in NCHW
 constexpr int64_t kGrain = 32768;     // elements a thread takes at least
-
-// ---- leaves, one version for each instruction set -----------------------------------------------------------------
-
-template <typename A, int64_t channels>
-INLINE void add_body(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {
-  constexpr int64_t lanes = Lanes<A>::count;
-  int64_t p = 0;
-  for (; p + lanes <= n; p += lanes) {
-    auto sxy = load(xy + p), sxx = load(xx + p), syy = load(yy + p);
-    for (int64_t c = 0; c < channels; ++c) {
-      const auto a = load(x[c] + p), b = load(y[c] + p);
-      sxy += a * b;
-      sxx += a * a;
-      syy += b * b;
-    }
-    store(xy + p, sxy);
-    store(xx + p, sxx);
-    store(yy + p, syy);
-  }
-  for (; p < n; ++p)
-    for (int64_t c = 0; c < channels; ++c) {
-      xy[p] += x[c][p] * y[c][p];
-      xx[p] += x[c][p] * x[c][p];
-      yy[p] += y[c][p] * y[c][p];
-    }
-}
-
-template <typename A>
-INLINE A total(const typename Lanes<A>::V& v) {
-  A sum = 0;
-  for (int64_t i = 0; i < Lanes<A>::count; ++i) sum += v[i];
-  return sum;
-}
-
-template <typename A>
-INLINE void dot_body(const A* x, const A* y, int64_t n, A* sums) {
-  constexpr int64_t lanes = Lanes<A>::count;
-  typename Lanes<A>::V xy{}, xx{}, yy{}, xy2{}, xx2{}, yy2{};  // two of each, so that additions overlap
-  int64_t c = 0;
-  for (; c + 2 * lanes <= n; c += 2 * lanes) {
-    const auto a = load(x + c), b = load(y + c), a2 = load(x + c + lanes), b2 = load(y + c + lanes);
-    xy += a * b;
-    xx += a * a;
-    yy += b * b;
-    xy2 += a2 * b2;
-    xx2 += a2 * a2;
-    yy2 += b2 * b2;
-  }
-  A s[3] = {total<A>(xy + xy2), total<A>(xx + xx2), total<A>(yy + yy2)};
-  for (; c < n; ++c) {
-    s[0] += x[c] * y[c];
-    s[1] += x[c] * x[c];
-    s[2] += y[c] * y[c];
-  }
-  for (int i = 0; i < 3; ++i) sums[i] += s[i];
-}
-
-template <typename A>
-INLINE void blend_body(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {
-  constexpr int64_t lanes = Lanes<A>::count;
-  int64_t p = 0;
-  for (; p + lanes <= n; p += lanes) store(out + p, load(g + p) * load(x + p) + load(h + p) * load(y + p));
-  for (; p < n; ++p) out[p] = g[p] * x[p] + h[p] * y[p];
-}
-
-template <typename A>
-INLINE void blend_one_body(A g, A h, const A* x, const A* y, int64_t n, A* out, bool past) {
-  constexpr int64_t lanes = Lanes<A>::count;
-  int64_t c = 0;
-  if (past && may_stream(out))
-    for (; c + lanes <= n; c += lanes) stream(out + c, g * load(x + c) + h * load(y + c));
-  for (; c + lanes <= n; c += lanes) store(out + c, g * load(x + c) + h * load(y + c));
-  for (; c < n; ++c) out[c] = g * x[c] + h * y[c];
-}
-
-// Instances by overload: attributes such as VERSIONED are not for templates.
-#define LEAVES(A)                                                                                 \
-  VERSIONED void add_four(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) { \
-    add_body<A, kTogether>(x, y, n, xy, xx, yy);                                                  \
-  }                                                                                               \
-  VERSIONED void add_one(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {  \
-    add_body<A, 1>(x, y, n, xy, xx, yy);                                                          \
-  }                                                                                               \
-  VERSIONED void dot(const A* x, const A* y, int64_t n, A* sums) { dot_body<A>(x, y, n, sums); }  \
-  VERSIONED void blend(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {       \
-    blend_body<A>(g, h, x, y, n, out);                                                            \
-  }                                                                                               \
-  VERSIONED void blend_one(A g, A h, const A* x, const A* y, int64_t n, A* out, bool past) {      \
-    blend_one_body<A>(g, h, x, y, n, out, past);                                                  \
-  }
-LEAVES(float)
-LEAVES(double)
-#undef LEAVES
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -177,19 +84,36 @@ Tensor positions(const Tensor& t) { return has_position_stride(t) ? t : torch::s
 
 bool along_channels(const Tensor& y) { return y.stride(1) == 1 && y.size(1) > 1; }
 
-Tensor cosine_sums(const Tensor& x_, const Tensor& y_) {
-  check_pair("cosine_sums", x_, y_);
+// Sums of one pair into zeros, (3, N, P).
+template <typename A>
+void sums_into(const Tensor& x_, const Tensor& y_, A* sums) {
   const Tensor x = positions(x_), y = positions(y_);
-  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  Tensor out = torch::stable::new_zeros(x, std::array<int64_t, 4>{3, N, H, W}, acc_type(x, y));
-  if (out.numel() == 0) return out;
+  const int64_t N = x.size(0), C = x.size(1), P = x.size(2) * x.size(3);
+  if (N * P == 0) return;
+  const auto kernel = along_channels(y) ? sums_along_channels<A> : sums_along_positions<A>;
+  kernel(Source<A>(x), Source<A>(y), sums, N, C, P);
+}
+
+Tensor cosine_sums(const Tensor& x, const Tensor& y) {
+  check_pair("cosine_sums", x, y);
+  Tensor out = torch::stable::new_zeros(x, std::array<int64_t, 4>{3, x.size(0), x.size(2), x.size(3)}, acc_type(x, y));
   dispatch("cosine_sums", out.scalar_type(), [&](auto number) {
     using A = Acc<decltype(number)>;
+    sums_into<A>(x, y, out.mutable_data_ptr<A>());
+  });
+  return out;
+}
+
+Tensor cosine_sums_group(std::vector<Tensor> x, std::vector<Tensor> y) {
+  const auto [acc, total] = check_group("cosine_sums_group", x, y);
+  Tensor out = torch::stable::new_zeros(x[0], std::array<int64_t, 1>{total}, acc);
+  dispatch("cosine_sums_group", acc, [&](auto number) {
+    using A = Acc<decltype(number)>;
     A* sums = out.mutable_data_ptr<A>();
-    if (along_channels(y))
-      sums_along_channels<A>(Source<A>(x), Source<A>(y), sums, N, C, H * W);
-    else
-      sums_along_positions<A>(Source<A>(x), Source<A>(y), sums, N, C, H * W);
+    for (size_t i = 0; i < x.size(); ++i) {
+      sums_into<A>(x[i], y[i], sums);
+      sums += sums_of(x[i]);
+    }
   });
   return out;
 }
@@ -271,20 +195,43 @@ void backward_along_channels(const A* grad, const Source<A>& x, const Source<A>&
   });
 }
 
-Tensor cosine_sums_backward(const Tensor& grad_, const Tensor& x_, const Tensor& y_) {
-  check_pair("cosine_sums_backward", x_, y_);
-  check_gradient("cosine_sums_backward", grad_, y_, acc_type(x_, y_));
-  const Tensor grad = torch::stable::contiguous(grad_), x = positions(x_), y = positions(y_);
-  const int64_t N = x.size(0), C = x.size(1), P = x.size(2) * x.size(3);
+template <typename A>
+Tensor gradient_of(const A* grad, const Tensor& x_, const Tensor& y_) {
+  const Tensor x = positions(x_), y = positions(y_);
   Tensor out = empty_like_reused(y_);  // the student's layout
   if (out.numel() == 0) return out;
   Tensor dy = has_position_stride(out) ? out : torch::stable::empty_like(y);
+  const auto kernel = along_channels(dy) ? backward_along_channels<A> : backward_along_positions<A>;
+  kernel(grad, Source<A>(x), Source<A>(y), Sink<A>(dy), x.size(0), x.size(1), x.size(2) * x.size(3));
+  if (dy.get() != out.get()) torch::stable::copy_(out, dy);
+  return out;
+}
+
+Tensor cosine_sums_backward(const Tensor& grad_, const Tensor& x, const Tensor& y) {
+  check_pair("cosine_sums_backward", x, y);
+  check_gradient("cosine_sums_backward", grad_, y, acc_type(x, y));
+  const Tensor grad = torch::stable::contiguous(grad_);
+  Tensor out;
   dispatch("cosine_sums_backward", grad.scalar_type(), [&](auto number) {
     using A = Acc<decltype(number)>;
-    const auto kernel = along_channels(dy) ? backward_along_channels<A> : backward_along_positions<A>;
-    kernel(grad.const_data_ptr<A>(), Source<A>(x), Source<A>(y), Sink<A>(dy), N, C, P);
+    out = gradient_of<A>(grad.const_data_ptr<A>(), x, y);
   });
-  if (dy.get() != out.get()) torch::stable::copy_(out, dy);
+  return out;
+}
+
+std::vector<Tensor> cosine_sums_group_backward(const Tensor& grad_, std::vector<Tensor> x, std::vector<Tensor> y) {
+  const auto [acc, total] = check_group("cosine_sums_group_backward", x, y);
+  check_flat("cosine_sums_group_backward", "grad", grad_, total, acc);
+  const Tensor grad = torch::stable::contiguous(grad_);
+  std::vector<Tensor> out;
+  dispatch("cosine_sums_group_backward", acc, [&](auto number) {
+    using A = Acc<decltype(number)>;
+    const A* part = grad.const_data_ptr<A>();
+    for (size_t i = 0; i < x.size(); ++i) {
+      out.push_back(gradient_of<A>(part, x[i], y[i]));
+      part += sums_of(x[i]);
+    }
+  });
   return out;
 }
 
@@ -293,6 +240,8 @@ Tensor cosine_sums_backward(const Tensor& grad_, const Tensor& x_, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(recontrast, CPU, m) {
   m.impl("cosine_sums", TORCH_BOX(&cosine_sums));
   m.impl("cosine_sums_backward", TORCH_BOX(&cosine_sums_backward));
+  m.impl("cosine_sums_group", TORCH_BOX(&cosine_sums_group));
+  m.impl("cosine_sums_group_backward", TORCH_BOX(&cosine_sums_group_backward));
 }
 
 }  // namespace recontrast

@@ -3,12 +3,10 @@
 // Memory-bound: each feature is read once, in place, 16 bytes a thread, kUnroll loads of each tensor in flight before
 // the first is used. "By planes" (NCHW, and whatever is neither) a thread owns a few neighbouring positions, and the
 // threads of a block share the channels, the more the fewer positions there are; "by rows" (channels_last) the lanes of
-// one position run along its channels. Sums are added in an order that only the shape decides, without atomics.
+// one position run along its channels. Sums are added in an order that only the shape decides, without atomics. All
+// pairs of a group go into one launch: the small levels fill what the large ones leave of the chip.
 
-#include <algorithm>
-#include <initializer_list>
-
-#include "features.h"
+#include "group.h"
 
 namespace recontrast {
 namespace {
@@ -21,19 +19,21 @@ constexpr int kBlocks = 3;       // a multiprocessor holds at least: bounds the 
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 
-// Block (lanes, channel groups): lane -> S::V positions, group -> every blockDim.y-th channel.
+// Threads (lanes, channel groups): lane -> S::V positions, group -> every so many-th channel.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(Features x, Features y,
-                                                                    typename S::A* __restrict__ sums,  // [3, N, P]
-                                                                    Size size) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(const __grid_constant__ Group all) {
   using A = typename S::A;
   constexpr int V = S::V;
-  const int lanes = blockDim.x, step = blockDim.y, width = lanes * V;
-  const unsigned first = blockIdx.x * width + threadIdx.x * V;
+  unsigned block;
+  const Pair& pair = all.mine(block);
+  const Size size = pair.size;
+  const int lanes = pair.lanes, step = kThreads / lanes, width = lanes * V;
+  const int thread = threadIdx.x, lane = thread % lanes, group = thread / lanes;
+  const unsigned first = block * width + lane * V;
   A sum[3][V] = {};
   if (first < size.count) {
-    const S xs(x, first, size), ys(y, first, size);
-    for (int c = threadIdx.y; c < size.C; c += kUnroll * step) {
+    const S xs(pair.x, first, size), ys(pair.y, first, size);
+    for (int c = group; c < size.C; c += kUnroll * step) {
       const Round<S> round(xs, ys, c, step, size.C);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -48,36 +48,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(Features x, 
   }
   // The groups of a warp first, then the warps.
   __shared__ A part[kThreads / kWarp][3][kWarp * V];
-  const int thread = threadIdx.y * lanes + threadIdx.x;
 #pragma unroll
   for (int q = 0; q < 3; ++q)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       for (int m = lanes; m < kWarp; m *= 2) sum[q][v] += __shfl_xor_sync(~0u, sum[q][v], m);
-      if (thread % kWarp < lanes) part[thread / kWarp][q][threadIdx.x * V + v] = sum[q][v];
+      if (thread % kWarp < lanes) part[thread / kWarp][q][lane * V + v] = sum[q][v];
     }
   __syncthreads();
+  A* sums = static_cast<A*>(pair.sums);
   for (int i = thread; i < 3 * width; i += kThreads) {
     const int q = i / width, j = i % width;
     A total = 0;
     for (int w = 0; w < kThreads / kWarp; ++w) total += part[w][q][j];
-    if (blockIdx.x * width + j < size.count)
-      sums[static_cast<int64_t>(q) * size.count + blockIdx.x * width + j] = total;
+    if (block * width + j < size.count) sums[static_cast<int64_t>(q) * size.count + block * width + j] = total;
   }
 }
 
-// Block (lanes, positions): the lanes of a position run along its channels, S::V at a time.
+// Threads (lanes, positions): the lanes of a position run along its channels, S::V at a time.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(Features x, Features y,
-                                                                  typename S::A* __restrict__ sums,  // [3, N, P]
-                                                                  Size size) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(const __grid_constant__ Group all) {
   using A = typename S::A;
-  const int step = blockDim.x * S::V;
-  const unsigned position = blockIdx.x * blockDim.y + threadIdx.y;
+  unsigned block;
+  const Pair& pair = all.mine(block);
+  const Size size = pair.size;
+  const int lanes = pair.lanes, step = lanes * S::V, lane = threadIdx.x % lanes;
+  const unsigned position = block * (kThreads / lanes) + threadIdx.x / lanes;
   A sum[3] = {};
   if (position < size.count) {
-    const S xs(x, position, size), ys(y, position, size);
-    for (int c = threadIdx.x * S::V; c < size.C; c += kUnroll * step) {
+    const S xs(pair.x, position, size), ys(pair.y, position, size);
+    for (int c = lane * S::V; c < size.C; c += kUnroll * step) {
       const Round<S> round(xs, ys, c, step, size.C);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -90,36 +90,41 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(Features x, Fe
         }
     }
   }
+  A* sums = static_cast<A*>(pair.sums);
 #pragma unroll
   for (int q = 0; q < 3; ++q) {
-    for (int m = blockDim.x / 2; m; m /= 2) sum[q] += __shfl_xor_sync(~0u, sum[q], m);
-    if (threadIdx.x == 0 && position < size.count) sums[static_cast<int64_t>(q) * size.count + position] = sum[q];
+    for (int m = lanes / 2; m; m /= 2) sum[q] += __shfl_xor_sync(~0u, sum[q], m);
+    if (lane == 0 && position < size.count) sums[static_cast<int64_t>(q) * size.count + position] = sum[q];
   }
 }
 
 // ---- gradient ------------------------------------------------------------------------------------------------------
 
-// Blocks (lanes, channel groups) in a grid (positions, kChannels channels each). V positions of weight 0 are not read.
+// Threads (lanes, channel groups), blocks (positions, kChannels channels each). V positions of weight 0 are not read.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    gradient_by_planes(const typename S::A* __restrict__ grad,  // [3, N, P]
-                       Features x, Features y, Features dy, Size size) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_planes(const __grid_constant__ Group all) {
   using A = typename S::A;
   constexpr int V = S::V;
-  const unsigned first = (blockIdx.x * blockDim.x + threadIdx.x) * V;
+  unsigned block;
+  const Pair& pair = all.mine(block);
+  const Size size = pair.size;
+  const int lanes = pair.lanes, step = kThreads / lanes;
+  const unsigned across = (size.count + lanes * V - 1) / (lanes * V);  // blocks that cover the positions
+  const unsigned first = (block % across * lanes + threadIdx.x % lanes) * V;
   if (first >= size.count) return;
+  const A* grad = static_cast<const A*>(pair.sums);
   A of_x[V], of_y[V];
-  bool any = false;
+  bool some = false;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     of_x[v] = grad[first + v];
     of_y[v] = 2 * grad[2 * static_cast<int64_t>(size.count) + first + v];
-    any = any || of_x[v] != 0 || of_y[v] != 0;
+    some = some || of_x[v] != 0 || of_y[v] != 0;
   }
-  const S xs(x, first, size), ys(y, first, size), out(dy, first, size);
-  const int step = blockDim.y, end = min(size.C, static_cast<int>(blockIdx.y + 1) * kChannels);
-  for (int c = blockIdx.y * kChannels + threadIdx.y; c < end; c += kUnroll * step) {
-    const Round<S> round(xs, ys, c, step, any ? end : 0);
+  const S xs(pair.x, first, size), ys(pair.y, first, size), out(pair.dy, first, size);
+  const int begin = static_cast<int>(block / across) * kChannels, end = min(size.C, begin + kChannels);
+  for (int c = begin + static_cast<int>(threadIdx.x) / lanes; c < end; c += kUnroll * step) {
+    const Round<S> round(xs, ys, c, step, some ? end : 0);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (c + u * step >= end) break;
@@ -134,20 +139,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Block (lanes, positions). A position of weight 0 is written and not read.
+// Threads (lanes, positions). A position of weight 0 is written and not read.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    gradient_by_rows(const typename S::A* __restrict__ grad,  // [3, N, P]
-                     Features x, Features y, Features dy, Size size) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_rows(const __grid_constant__ Group all) {
   using A = typename S::A;
-  const unsigned position = blockIdx.x * blockDim.y + threadIdx.y;
+  unsigned block;
+  const Pair& pair = all.mine(block);
+  const Size size = pair.size;
+  const int lanes = pair.lanes, step = lanes * S::V;
+  const unsigned position = block * (kThreads / lanes) + threadIdx.x / lanes;
   if (position >= size.count) return;
+  const A* grad = static_cast<const A*>(pair.sums);
   const A of_x = grad[position], of_y = 2 * grad[2 * static_cast<int64_t>(size.count) + position];
-  const bool any = of_x != 0 || of_y != 0;
-  const S xs(x, position, size), ys(y, position, size), out(dy, position, size);
-  const int step = blockDim.x * S::V;
-  for (int c = threadIdx.x * S::V; c < size.C; c += kUnroll * step) {
-    const Round<S> round(xs, ys, c, step, any ? size.C : 0);
+  const S out(pair.dy, position, size);
+  int c = static_cast<int>(threadIdx.x) % lanes * S::V;
+  if (of_x == 0 && of_y == 0) {
+    for (; c < size.C; c += step) out.zero(c);
+    return;
+  }
+  const S xs(pair.x, position, size), ys(pair.y, position, size);
+  for (; c < size.C; c += kUnroll * step) {
+    const Round<S> round(xs, ys, c, step, size.C);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (c + u * step >= size.C) break;
@@ -159,49 +171,67 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// ---- which kernel --------------------------------------------------------------------------------------------------
-
-template <typename T>
-struct Tag {
-  using type = T;
-};
-
-// Calls by_planes or by_rows with a Tag of the source that reads all tensors, which have one size, in place.
-template <typename Planes, typename Rows>
-void choose(const char* op, std::initializer_list<Features> all, const Size& size, bool wide, const Planes& by_planes,
-            const Rows& by_rows) {
-  const auto every = [&](auto condition) { return std::all_of(all.begin(), all.end(), condition); };
-  const ScalarType type = all.begin()->type;
-  if (!every([&](const Features& f) { return f.one_stride && f.type == type; }))
-    return wide ? by_planes(Tag<Any<double>>{}) : by_planes(Tag<Any<float>>{});
-  const bool rows = size.C > 1 && every([](const Features& f) { return f.c == 1; });
-  dispatch(op, type, [&](auto element) {
-    using T = decltype(element);
-    constexpr int V = kVector<T>;
-    const bool vectors = (rows ? size.C : size.P) % V == 0 && every([&](const Features& f) {
-                           return (rows || f.p == 1) && reinterpret_cast<uintptr_t>(f.data) % kBytes == 0 &&
-                                  f.n % V == 0 && (rows ? f.p : f.c) % V == 0;
-                         });
-    if (rows) return vectors ? by_rows(Tag<Packed<T, V>>{}) : by_rows(Tag<Packed<T, 1>>{});
-    return vectors ? by_planes(Tag<Packed<T, V>>{}) : by_planes(Tag<Packed<T, 1>>{});
-  });
-}
+// ---- launches ------------------------------------------------------------------------------------------------------
 
 // Lanes by planes: as few as keep reads whole while blocks are too few to fill the chip.
 template <typename S>
-unsigned plane_lanes(const Size& size) {
-  unsigned lanes = kWarp;
-  while (lanes * S::bytes > kSegment && blocks(size.count, lanes * S::V) < 4 * processors()) lanes /= 2;
+int plane_lanes(const Group& group) {
+  int lanes = kWarp;
+  while (lanes * S::bytes > kSegment && positions_of(group) < 4 * processors() * lanes * S::V) lanes /= 2;
   return lanes;
 }
 
 // Lanes by rows: a cache line, as adding up lanes costs time; more for few positions, fewer for few channels.
 template <typename S>
-unsigned row_lanes(const Size& size) {
-  unsigned lanes = std::min(kLine / S::bytes, kWarp);
-  while (lanes < kWarp && static_cast<int64_t>(size.count) * lanes < kResident * processors()) lanes *= 2;
-  while (lanes > 1 && static_cast<int>(lanes / 2 * S::V) >= size.C) lanes /= 2;
+int row_lanes(const Group& group, const Size& size) {
+  int lanes = std::min(kLine / S::bytes, kWarp);
+  while (lanes < kWarp && positions_of(group) * lanes < kResident * processors()) lanes *= 2;
+  while (lanes > 1 && lanes / 2 * S::V >= size.C) lanes /= 2;
   return lanes;
+}
+
+// Sets the lanes and first block of each pair, and launches.
+template <typename Lanes, typename Blocks>
+void start(void (*kernel)(Group), Group group, cudaStream_t stream, const Lanes& lanes_of, const Blocks& blocks_of) {
+  int64_t total = 0;
+  for (int i = 0; i < group.pairs; ++i) {
+    Pair& pair = group.pair[i];
+    pair.lanes = lanes_of(pair.size);
+    pair.first = static_cast<unsigned>(total);
+    total += blocks_of(pair);
+  }
+  STD_TORCH_CHECK(total < int64_t{1} << 31, "cosine_sums: too many positions for one launch");
+  launch(kernel, static_cast<unsigned>(total), kThreads, stream, group);
+}
+
+// The sums of the pairs, or their gradient.
+void run(const char* op, const std::vector<Pair>& pairs, bool backward, ScalarType acc, cudaStream_t stream) {
+  in_groups(pairs, backward, acc, [&](const Kind& kind, const Group& group) {
+    with_source(op, kind, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      if constexpr (S::by_rows)
+        if (kind.rows)
+          return start(
+              backward ? gradient_by_rows<S> : sums_by_rows<S>, group, stream,
+              [&](const Size& size) { return row_lanes<S>(group, size); },
+              [](const Pair& pair) { return blocks(pair.size.count, kThreads / pair.lanes); });
+      start(
+          backward ? gradient_by_planes<S> : sums_by_planes<S>, group, stream,
+          [&](const Size&) { return backward ? kWarp : plane_lanes<S>(group); },
+          [&](const Pair& pair) {
+            const int64_t across = blocks(pair.size.count, pair.lanes * S::V);
+            return backward ? across * blocks(pair.size.C, kChannels) : across;
+          });
+    });
+  });
+}
+
+// ---- operators -----------------------------------------------------------------------------------------------------
+
+// The pair whose sums are, or will be, at element `first` of `sums`.
+Pair pair_of(const char* op, const Tensor& x, const Tensor& y, const Tensor& sums, int64_t first) {
+  char* at = static_cast<char*>(const_cast<void*>(sums.const_data_ptr())) + first * sums.element_size();
+  return {features(x), features(y), {}, at, size_of(op, x), 0, 0};
 }
 
 Tensor cosine_sums(const Tensor& x, const Tensor& y) {
@@ -210,27 +240,21 @@ Tensor cosine_sums(const Tensor& x, const Tensor& y) {
   const DeviceGuard guard(x.get_device());
   const ScalarType acc = acc_type(x, y);
   Tensor out = torch::stable::new_empty(x, std::array<int64_t, 4>{3, x.size(0), x.size(2), x.size(3)}, acc);
-  if (out.numel() == 0) return out;
+  if (out.numel()) run("cosine_sums", {pair_of("cosine_sums", x, y, out, 0)}, false, acc, current_stream(x));
+  return out;
+}
 
-  const Size size = size_of("cosine_sums", x);
-  const Features fx = features(x), fy = features(y);
-  const auto run = [&](auto tag, auto kernel, unsigned lanes, unsigned per_block) {
-    using A = typename decltype(tag)::type::A;
-    launch(kernel, blocks(size.count, per_block), dim3(lanes, kThreads / lanes), current_stream(x), fx, fy,
-           out.mutable_data_ptr<A>(), size);
-  };
-  choose(
-      "cosine_sums", {fx, fy}, size, acc == ScalarType::Double,
-      [&](auto tag) {
-        using S = typename decltype(tag)::type;
-        const unsigned lanes = plane_lanes<S>(size);
-        run(tag, sums_by_planes<S>, lanes, lanes * S::V);
-      },
-      [&](auto tag) {
-        using S = typename decltype(tag)::type;
-        const unsigned lanes = row_lanes<S>(size);
-        run(tag, sums_by_rows<S>, lanes, kThreads / lanes);
-      });
+Tensor cosine_sums_group(std::vector<Tensor> x, std::vector<Tensor> y) {
+  const auto [acc, total] = check_group("cosine_sums_group", x, y);
+  for (const auto* list : {&x, &y})
+    for (const Tensor& t : *list) check_device("cosine_sums_group", "each feature", t, x[0]);
+  const DeviceGuard guard(x[0].get_device());
+  Tensor out = torch::stable::new_empty(x[0], std::array<int64_t, 1>{total}, acc);
+  std::vector<Pair> pairs;
+  int64_t first = 0;
+  for (size_t i = 0; i < x.size(); first += sums_of(x[i++]))
+    if (sums_of(x[i])) pairs.push_back(pair_of("cosine_sums_group", x[i], y[i], out, first));
+  run("cosine_sums_group", pairs, false, acc, current_stream(x[0]));
   return out;
 }
 
@@ -244,24 +268,29 @@ Tensor cosine_sums_backward(const Tensor& grad_, const Tensor& x, const Tensor& 
   const Tensor grad = torch::stable::contiguous(grad_);  // small: it has no channels
   Tensor out = torch::stable::empty_like(y);
   if (out.numel() == 0) return out;
+  Pair pair = pair_of("cosine_sums_backward", x, y, grad, 0);
+  pair.dy = features(out);
+  run("cosine_sums_backward", {pair}, true, acc, current_stream(x));
+  return out;
+}
 
-  const Size size = size_of("cosine_sums_backward", y);
-  const Features fx = features(x), fy = features(y), to = features(out);
-  const auto run = [&](auto tag, auto kernel, dim3 grid, unsigned lanes) {
-    using A = typename decltype(tag)::type::A;
-    launch(kernel, grid, dim3(lanes, kThreads / lanes), current_stream(x), grad.const_data_ptr<A>(), fx, fy, to, size);
-  };
-  choose(
-      "cosine_sums_backward", {fx, fy, to}, size, acc == ScalarType::Double,
-      [&](auto tag) {
-        using S = typename decltype(tag)::type;
-        run(tag, gradient_by_planes<S>, dim3(blocks(size.count, kWarp * S::V), blocks(size.C, kChannels)), kWarp);
-      },
-      [&](auto tag) {
-        using S = typename decltype(tag)::type;
-        const unsigned lanes = row_lanes<S>(size);
-        run(tag, gradient_by_rows<S>, blocks(size.count, kThreads / lanes), lanes);
-      });
+std::vector<Tensor> cosine_sums_group_backward(const Tensor& grad_, std::vector<Tensor> x, std::vector<Tensor> y) {
+  const auto [acc, total] = check_group("cosine_sums_group_backward", x, y);
+  check_flat("cosine_sums_group_backward", "grad", grad_, total, acc);
+  for (const auto* list : {&x, &y})
+    for (const Tensor& t : *list) check_device("cosine_sums_group_backward", "each feature", t, grad_);
+  const DeviceGuard guard(grad_.get_device());
+  const Tensor grad = torch::stable::contiguous(grad_);
+  std::vector<Tensor> out;
+  std::vector<Pair> pairs;
+  int64_t first = 0;
+  for (size_t i = 0; i < x.size(); first += sums_of(x[i++])) {
+    out.push_back(torch::stable::empty_like(y[i]));
+    if (out[i].numel() == 0) continue;
+    pairs.push_back(pair_of("cosine_sums_group_backward", x[i], y[i], grad, first));
+    pairs.back().dy = features(out[i]);
+  }
+  run("cosine_sums_group_backward", pairs, true, acc, current_stream(grad));
   return out;
 }
 
@@ -270,6 +299,8 @@ Tensor cosine_sums_backward(const Tensor& grad_, const Tensor& x, const Tensor& 
 STABLE_TORCH_LIBRARY_IMPL(recontrast, CUDA, m) {
   m.impl("cosine_sums", TORCH_BOX(&cosine_sums));
   m.impl("cosine_sums_backward", TORCH_BOX(&cosine_sums_backward));
+  m.impl("cosine_sums_group", TORCH_BOX(&cosine_sums_group));
+  m.impl("cosine_sums_group_backward", TORCH_BOX(&cosine_sums_group_backward));
 }
 
 }  // namespace recontrast

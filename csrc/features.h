@@ -23,7 +23,7 @@ struct Features {
   int64_t n, c, p, h, w;
 };
 
-// The size of all tensors of a call.
+// The size of the tensors of a pair.
 struct Size {
   unsigned count;  // N * P
   unsigned P, W;
@@ -91,6 +91,7 @@ struct Packed {
   using A = Acc<T>;
   using Raw = std::conditional_t<V_ == 1, One<T>, Words<T>>;
   static constexpr int V = V_, bytes = sizeof(Raw);
+  static constexpr bool by_rows = true;
   T* at;
   int64_t step;
 
@@ -103,6 +104,13 @@ struct Packed {
     raw.set(value);
     *reinterpret_cast<Raw*>(at + c * step) = raw;
   }
+  // Zeros of V elements; they are first to leave the cache, which is better kept for what is read.
+  __device__ __forceinline__ void zero(int c) const {
+    if constexpr (V == 1)
+      at[c * step] = static_cast<T>(0.f);
+    else
+      __stcs(reinterpret_cast<uint4*>(at + c * step), make_uint4(0, 0, 0, 0));
+  }
 };
 
 // Source of one element, of any strides and a type known at run time only: mixed dtypes (autocast) and rare layouts.
@@ -111,6 +119,7 @@ struct Any {
   using A = A_;
   using Raw = uint64_t;  // bits alone: a load that is not used yet does not wait
   static constexpr int V = 1, bytes = sizeof(float);
+  static constexpr bool by_rows = false;
   char* at;
   int64_t step;  // bytes
   ScalarType type;

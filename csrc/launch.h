@@ -34,8 +34,11 @@ inline unsigned blocks(int64_t n, int64_t per) { return static_cast<unsigned>((n
 
 template <typename... P, typename... Args>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
-  kernel<<<grid, block, 0, stream>>>(args...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {

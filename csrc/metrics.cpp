@@ -1,166 +1,216 @@
-// Regions of masks for recontrast/metrics.py: the pybind11 module recontrast._metrics, on NumPy arrays, without torch.
+// The pybind11 module recontrast._metrics: its functions check what guards memory, let go of the GIL and hand NumPy's
+// pointers on. It needs no torch.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstring>
-#include <exception>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "histogram.h"
+#include "regions.h"
+#include "sweep.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
+namespace recontrast {
 namespace {
 
-constexpr int64_t kGrain = 1 << 17;  // pixels a thread takes at least: starting it costs about as much as reading them
 constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
+constexpr int64_t kPiece = 1 << 16;  // labels that are one piece of work, where there are no images
 
-// Positive pixels begin .. end - 1 of one row. `parent` is a run of the same region, itself or an earlier one.
-struct Run {
-  int32_t begin, end, parent;
+std::string shape_of(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
+
+void refuse(const std::string& op, const std::string& name, const std::string& wanted, const py::array& array) {
+  throw py::value_error(op + ": " + name + ": wanted C-contiguous " + wanted + ", got " +
+                        py::str(array.dtype()).cast<std::string>() + " of shape " + shape_of(array) +
+                        ((array.flags() & py::array::c_style) == 0 ? ", not C-contiguous" : ""));
+}
+
+// Whether the elements are T in this machine's byte order, aligned and without gaps.
+template <typename T>
+bool plain(const py::array& array) {
+  return array.dtype().equal(py::dtype::of<T>()) && (array.flags() & py::array::c_style) != 0 &&
+         (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
+}
+
+struct Masks {
+  const uint8_t* data;
+  int64_t N, H, W, P;
 };
 
-int32_t find(std::vector<Run>& runs, int32_t i) {
-  while (runs[i].parent != i) {
-    runs[i].parent = runs[runs[i].parent].parent;  // halves the path
-    i = runs[i].parent;
-  }
-  return i;
+Masks masks_of(const std::string& op, const py::array& masks) {
+  if (masks.ndim() != 3 || !(plain<bool>(masks) || plain<uint8_t>(masks)))
+    refuse(op, "masks", "bool or uint8 (N, H, W)", masks);
+  const int64_t N = masks.shape(0), H = masks.shape(1), W = masks.shape(2);
+  if (H * W > kInt32)
+    throw py::value_error(op + ": masks: wanted fewer than 2^31 pixels per image, got " + std::to_string(H * W));
+  return {static_cast<const uint8_t*>(masks.data()), N, H, W, H * W};
 }
 
-// The earlier root stays, so that a region's root is the run with its first pixel.
-void unite(std::vector<Run>& runs, int32_t a, int32_t b) {
-  a = find(runs, a);
-  b = find(runs, b);
-  runs[std::max(a, b)].parent = std::min(a, b);
+void check_threads(const std::string& op, int64_t threads) {
+  if (threads < 0) throw py::value_error(op + ": threads: wanted 0 or more, got " + std::to_string(threads));
 }
 
-// First column from `w` on whose pixel is zero or not, as asked.
-int64_t next_column(const uint8_t* row, int64_t w, int64_t W, bool positive) {
-  if (positive) {
-    for (uint64_t eight = 0; w + 8 <= W; w += 8) {  // most pixels of most masks are zero
-      std::memcpy(&eight, row + w, 8);
-      if (eight != 0) break;
-    }
-  }
-  while (w < W && (row[w] != 0) != positive) ++w;
-  return w;
-}
-
-// Labels the 8-connected regions of mask [H, W] 1, 2, ... by their first pixel and returns how many there are.
-// One pass finds the runs and unites those that touch; a second writes the labels. `runs` is working memory.
-int32_t label_image(const uint8_t* mask, int64_t H, int64_t W, int32_t* label, std::vector<Run>& runs,
-                    std::vector<int32_t>& rows) {
-  runs.clear();
-  rows.assign(1, 0);  // [H + 1] first run of each row
-  size_t above = 0;   // first run of the row above that may still touch
-  for (int64_t h = 0; h < H; ++h) {
-    const uint8_t* row = mask + h * W;
-    const size_t first = runs.size();
-    for (int64_t w = next_column(row, 0, W, true); w < W;) {
-      const int64_t end = next_column(row, w, W, false);
-      const auto self = static_cast<int32_t>(runs.size());
-      runs.push_back({static_cast<int32_t>(w), static_cast<int32_t>(end), self});
-      while (above < first && runs[above].end < w) ++above;  // ends left of w - 1
-      for (size_t i = above; i < first && runs[i].begin <= end; ++i) unite(runs, static_cast<int32_t>(i), self);
-      w = next_column(row, end, W, true);
-    }
-    above = first;
-    rows.push_back(static_cast<int32_t>(runs.size()));
-  }
-
-  int32_t count = 0;
-  std::memset(label, 0, sizeof(int32_t) * H * W);
-  for (int64_t h = 0; h < H; ++h) {
-    for (int32_t i = rows[h]; i < rows[h + 1]; ++i) {
-      Run& run = runs[i];
-      // From here on `parent` of the runs before this one holds their label; a root comes before all that point to it.
-      run.parent = run.parent == i ? ++count : runs[run.parent].parent;
-      std::fill(label + h * W + run.begin, label + h * W + run.end, run.parent);
-    }
-  }
-  return count;
-}
-
-// Calls work(task) for each task, with as many threads as asked for (0: one per core) and worth it.
-template <typename Work>
-void parallel(int64_t tasks, int64_t threads, int64_t pixels, const Work& work) {
-  if (threads == 0) threads = std::max<int64_t>(std::thread::hardware_concurrency(), 1);
-  threads = std::min({threads, tasks, std::max<int64_t>(pixels / kGrain, 1)});
-  std::atomic<int64_t> next = 0;
-  std::mutex mutex;
-  std::exception_ptr error;
-  auto run = [&] {
-    try {
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task);
-    } catch (...) {
-      const std::lock_guard lock(mutex);
-      error = std::current_exception();
-      next = tasks;
-    }
-  };
-  {
-    std::vector<std::jthread> pool;
-    try {
-      for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run);
-    } catch (const std::system_error&) {  // no more threads to have: those that there are do the work
-    }
-    run();
-  }
-  if (error) std::rethrow_exception(error);
+void check_shape(const std::string& op, const std::string& name, const py::array& maps, const py::array& masks) {
+  if (!maps.attr("shape").equal(masks.attr("shape")))
+    throw py::value_error(op + ": " + name + ": wanted the shape of masks, " + shape_of(masks) + ", got " +
+                          shape_of(maps));
 }
 
 py::tuple regions(const py::array& masks, int64_t threads) {
-  const bool bytes = masks.dtype().kind() == 'b' || (masks.dtype().kind() == 'u' && masks.itemsize() == 1);
-  if (!bytes || masks.ndim() != 3 || (masks.flags() & py::array::c_style) == 0) {
-    throw py::value_error("regions: masks: wanted C-contiguous bool or uint8 (N, H, W), got " +
-                          py::str(masks.dtype()).cast<std::string>() + " of shape " +
-                          py::str(masks.attr("shape")).cast<std::string>() +
-                          ((masks.flags() & py::array::c_style) == 0 ? ", not C-contiguous" : ""));
-  }
-  if (threads < 0) throw py::value_error("regions: threads: wanted 0 or more, got " + std::to_string(threads));
-  const int64_t N = masks.shape(0), H = masks.shape(1), W = masks.shape(2), P = H * W;
-  if (P > kInt32)
-    throw py::value_error("regions: masks: wanted fewer than 2^31 pixels per image, got " + std::to_string(P));
-
-  py::array_t<int32_t> labels({N, H, W});
-  py::array_t<int64_t> counts(N);
-  const auto* mask = static_cast<const uint8_t*>(masks.data());  // [N, H, W]
-  int32_t* label = labels.mutable_data();                        // [N, H, W]
-  int64_t* count = counts.mutable_data();                        // [N]
+  const Masks of = masks_of("regions", masks);
+  check_threads("regions", threads);
+  py::array_t<int32_t> labels({of.N, of.H, of.W});
+  py::array_t<int64_t> counts(of.N);
+  int32_t* label = labels.mutable_data();  // [N, H, W]
+  int64_t* count = counts.mutable_data();  // [N]
   {
     const py::gil_scoped_release release;
-    parallel(N, threads, N * P, [&](int64_t n) {
-      thread_local std::vector<Run> runs;
-      thread_local std::vector<int32_t> rows;
-      count[n] = label_image(mask + n * P, H, W, label + n * P, runs, rows);
-    });
-    std::vector<int64_t> before(N + 1, 0);  // regions of the images before
-    for (int64_t n = 0; n < N; ++n) before[n + 1] = before[n] + count[n];
-    if (before[N] > kInt32) throw std::overflow_error("regions: masks: more than 2^31 - 1 regions");
-    parallel(N, threads, N * P, [&](int64_t n) {
-      if (count[n] == 0 || before[n] == 0) return;
-      const auto offset = static_cast<int32_t>(before[n]);
-      for (int32_t* p = label + n * P; p != label + (n + 1) * P; ++p) *p += *p != 0 ? offset : 0;
+    const std::vector<Regions> found = find_regions(of.data, of.N, of.H, of.W, threads);
+    std::vector<int64_t> before(of.N + 1, 0);  // regions of the images before
+    for (int64_t n = 0; n < of.N; ++n) {
+      count[n] = static_cast<int64_t>(found[n].areas.size());
+      before[n + 1] = before[n] + count[n];
+    }
+    if (before[of.N] > kInt32) throw std::overflow_error("regions: masks: more than 2^31 - 1 regions");
+    parallel(of.N, threads, of.N * of.P, [&](int64_t n) {
+      int32_t* image = label + n * of.P;
+      std::fill(image, image + of.P, 0);
+      for (const Run& run : found[n].runs)
+        std::fill(image + run.begin, image + run.end, static_cast<int32_t>(before[n] + run.region + 1));
     });
   }
   return py::make_tuple(labels, counts);
 }
 
+// Calls work with the scores as what they are, after the checks that all share.
+template <typename Work>
+auto typed(const std::string& op, const std::string& name, const py::array& scores, const Work& work) {
+  if (plain<float>(scores)) return work(static_cast<const float*>(scores.data()));
+  if (!plain<double>(scores)) refuse(op, name, "float32 or float64", scores);
+  return work(static_cast<const double*>(scores.data()));
+}
+
+py::object result_of(const Sweep& found) {
+  if (!found.finite || found.positives == 0 || found.negatives == 0) return py::none();
+  const auto count = static_cast<double>(found.positives + found.negatives);
+  const double accuracy = static_cast<double>(found.tp + found.negatives - found.fp) / count;
+  return py::make_tuple(found.auroc, found.ap, found.f1_max, found.f1_threshold, accuracy, found.aupro);
+}
+
+py::object rates(const py::array& scores, const py::array& labels, int64_t threads) {
+  check_threads("rates", threads);
+  if (labels.ndim() != 1 || !(plain<bool>(labels) || plain<uint8_t>(labels)))
+    refuse("rates", "labels", "bool or uint8 (M,)", labels);
+  check_shape("rates", "scores", scores, labels);
+  const auto* label = static_cast<const uint8_t*>(labels.data());  // [M]
+  return result_of(typed("rates", "scores", scores, [&](const auto* score) {
+    const py::gil_scoped_release release;
+    const int64_t M = labels.size(), pieces = (M + kPiece - 1) / kPiece;
+    std::vector<int64_t> begin(pieces + 1);
+    for (int64_t n = 0; n <= pieces; ++n) begin[n] = std::min(n * kPiece, M);
+    std::vector<Regions> found(pieces);
+    parallel(pieces, threads, M,
+             [&](int64_t n) { find_regions(label + begin[n], 1, begin[n + 1] - begin[n], found[n]); });
+    return sweep(score, begin, found, {}, threads);
+  }));
+}
+
+void check_limits(const std::string& op, const std::vector<double>& limits) {
+  for (const double limit : limits)
+    if (!(limit > 0 && limit <= 1))
+      throw py::value_error(op + ": limits: wanted false positive rates in (0, 1], got " + std::to_string(limit));
+}
+
+py::object pixels(const py::array& maps, const py::array& masks, const std::vector<double>& limits, int64_t threads) {
+  const Masks of = masks_of("pixels", masks);
+  check_threads("pixels", threads);
+  check_shape("pixels", "maps", maps, masks);
+  check_limits("pixels", limits);
+  return result_of(typed("pixels", "maps", maps, [&](const auto* map) {
+    const py::gil_scoped_release release;
+    std::vector<int64_t> begin(of.N + 1);
+    for (int64_t n = 0; n <= of.N; ++n) begin[n] = n * of.P;
+    return sweep(map, begin, find_regions(of.data, of.N, of.H, of.W, threads), limits, threads);
+  }));
+}
+
+py::tuple per_image(const py::array& maps, const py::array& masks, double limit, int64_t threads) {
+  const Masks of = masks_of("per_image", masks);
+  check_threads("per_image", threads);
+  check_shape("per_image", "maps", maps, masks);
+  check_limits("per_image", {limit});
+  py::array_t<double> areas(of.N);
+  py::array_t<uint8_t> reasons(of.N);
+  double* area = areas.mutable_data();       // [N]
+  uint8_t* reason = reasons.mutable_data();  // [N]
+  typed("per_image", "maps", maps, [&](const auto* map) {
+    const py::gil_scoped_release release;
+    parallel(of.N, threads, of.N * of.P, [&](int64_t n) {
+      Regions found;
+      find_regions(of.data + n * of.P, of.H, of.W, found);
+      Undefined why = kGoodImage;
+      area[n] = per_image_aupro(map + n * of.P, of.P, found, limit, why);
+      reason[n] = why;
+    });
+    return 0;
+  });
+  return py::make_tuple(areas, reasons);
+}
+
+int64_t histogram(const py::array& maps, const py::array& masks, py::array counts, int shift, int base,
+                  int64_t threads) {
+  const Masks of = masks_of("histogram", masks);
+  check_threads("histogram", threads);
+  check_shape("histogram", "maps", maps, masks);
+  if (!plain<float>(maps)) refuse("histogram", "maps", "float32", maps);
+  if (!plain<int64_t>(counts) || counts.ndim() != 2 || counts.shape(0) != 3 || counts.shape(1) < 1 ||
+      counts.shape(1) > kInt32 || !counts.writeable())
+    refuse("histogram", "counts", "writeable int64 (3, bins)", counts);
+  if (shift < 0 || shift > 30 || base < 0)
+    throw py::value_error("histogram: shift and base: wanted 0 to 30 and at least 0, got " + std::to_string(shift) +
+                          " and " + std::to_string(base));
+  const auto* map = static_cast<const float*>(maps.data());   // [N, H, W]
+  auto* good = static_cast<int64_t*>(counts.mutable_data());  // [3, bins]
+  const Bins bins{shift, base, static_cast<int32_t>(counts.shape(1))};
+  const py::gil_scoped_release release;
+  const std::vector<Regions> found = find_regions(of.data, of.N, of.H, of.W, threads);
+  add_maps(map, of.P, found, bins, good, good + bins.count, good + 2 * int64_t{bins.count}, threads);
+  int64_t count = 0;
+  for (const Regions& image : found) count += static_cast<int64_t>(image.areas.size());
+  return count;
+}
+
 }  // namespace
+}  // namespace recontrast
 
 PYBIND11_MODULE(_metrics, m, py::mod_gil_not_used()) {
-  m.doc() = "Compiled parts of recontrast.metrics.";
-  m.def("regions", &regions, py::arg("masks"), py::arg("threads") = 0,
-        "8-connected regions of bool or uint8 (N, H, W), numbered from 1 by their first pixel, image after image.\n\n"
-        "Returns int32 labels (N, H, W), 0 outside, and the number of regions of each image, int64 (N,).\n"
-        "`threads` is how many to use at most, 0 for one per core; the labels do not depend on it.");
+  using namespace py::literals;
+  m.doc() =
+      "Compiled parts of recontrast.metrics, recontrast.regions and recontrast.streaming.\n\n"
+      "Arrays are C-contiguous; masks and labels are bool or uint8, positive where not 0. `threads` is how many to use "
+      "at most, 0 for one per core; no result depends on it.";
+  m.def("regions", &recontrast::regions, "masks"_a, "threads"_a = 0,
+        "8-connected regions of (N, H, W), numbered from 1 by their first pixel, image after image.\n\n"
+        "Returns int32 labels (N, H, W), 0 outside, and the number of regions of each image, int64 (N,).");
+  m.def("rates", &recontrast::rates, "scores"_a, "labels"_a, "threads"_a = 0,
+        "Metrics of scores (M,), float32 or float64.\n\n"
+        "Returns AUROC, AP, F1-max, its threshold, the accuracy there and an empty list; None where a score is not "
+        "finite or a class is absent.");
+  m.def("pixels", &recontrast::pixels, "maps"_a, "masks"_a, "limits"_a, "threads"_a = 0,
+        "The same over all pixels of (N, H, W), and the data set's AUPRO at each of the limits.");
+  m.def("per_image", &recontrast::per_image, "maps"_a, "masks"_a, "limit"_a, "threads"_a = 0,
+        "The reference's AUPRO of each image of (N, H, W), float64 (N,), and why it is NaN, uint8 (N,): 0 it is not, "
+        "1 no region, 2 a constant map, 3 no good pixel, 4 too few thresholds, 5 not finite, 6 too wide a range.");
+  m.def(
+      "histogram", &recontrast::histogram, "maps"_a, "masks"_a, "counts"_a, "shift"_a, "base"_a, "threads"_a = 0,
+      "Adds float32 maps (N, H, W) to counts, int64 (3, bins): good pixels, positives, shares of regions in 2**-40.\n\n"
+      "A score's bin is (its bits >> shift) - base, clamped. Returns the number of regions.");
 }

@@ -1,9 +1,11 @@
 """cosine_sums in Triton, for GPUs without a CUDA compiler and for those that are not NVIDIA's.
 
 What it computes: recontrast/reference.py. Memory-bound: each feature is read once, in place, by the strides of image,
-channel and position. A program takes a tile of channels x positions; its shape follows which of the two lies along
-memory.
+channel and position. A program takes a tile of channels x positions of one pair; its shape follows which of the two
+lies along memory. All pairs of a group go into one launch.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -13,28 +15,25 @@ from torch import Tensor
 
 
 @triton.jit
-def _sums(
-    x_ptr,  # (N, C, P) by strides
-    y_ptr,  # (N, C, P) by strides
-    out_ptr,  # (3, N, P)
-    count,  # N * P
-    C: tl.constexpr,  # few values, and a mask less where a block divides it
+def _sums_tile(
+    x_ptr,
+    y_ptr,
+    out_ptr,
+    tile,
+    count,
+    C: tl.constexpr,
     P,
-    x_n,
-    x_c,
-    x_p,
-    y_n,
-    y_c,
-    y_p,
+    x_s,
+    y_s,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     tiles = tl.cdiv(P, BLOCK_P)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    p = (tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    n = (tile // tiles).to(tl.int64)
+    p = (tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     c = tl.arange(0, BLOCK_C).to(tl.int64)
-    x_at = x_ptr + n * x_n + c[:, None] * x_c + p[None, :] * x_p
-    y_at = y_ptr + n * y_n + c[:, None] * y_c + p[None, :] * y_p
+    x_at = x_ptr + n * x_s[0] + c[:, None] * x_s[1] + p[None, :] * x_s[2]
+    y_at = y_ptr + n * y_s[0] + c[:, None] * y_s[1] + p[None, :] * y_s[2]
     acc: tl.constexpr = out_ptr.dtype.element_ty
     xy = tl.zeros([BLOCK_C, BLOCK_P], acc)
     xx = tl.zeros([BLOCK_C, BLOCK_P], acc)
@@ -46,8 +45,8 @@ def _sums(
         xy += x * y
         xx += x * x
         yy += y * y
-        x_at += BLOCK_C * x_c
-        y_at += BLOCK_C * y_c
+        x_at += BLOCK_C * x_s[1]
+        y_at += BLOCK_C * y_s[1]
     out_at = out_ptr + n * P + p
     tl.store(out_at, tl.sum(xy, 0), mask=p < P)
     tl.store(out_at + count, tl.sum(xx, 0), mask=p < P)
@@ -55,53 +54,120 @@ def _sums(
 
 
 @triton.jit
-def _gradient(
-    grad_ptr,  # (3, N, P)
-    x_ptr,  # (N, C, P) by strides
-    y_ptr,  # (N, C, P) by strides
-    dy_ptr,  # (N, C, P) by strides
-    count,  # N * P
-    C: tl.constexpr,  # few values, and a mask less where a block divides it
+def _sums(
+    xs,  # tuple of (N, C, P) by strides
+    ys,  # tuple of (N, C, P) by strides
+    out_ptr,  # flat
+    firsts,  # tuple: where the (3, N, P) of a pair begin
+    N,  # tuple
+    C: tl.constexpr,  # tuple: few values, and a mask less where a block divides it
+    P,  # tuple
+    x_s,  # tuple of strides (n, c, p)
+    y_s,
+    BITS: tl.constexpr,  # of an element: part of the key of tuning
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    for i in tl.static_range(len(xs)):
+        tiles = N[i] * tl.cdiv(P[i], BLOCK_P)
+        if (tile >= 0) & (tile < tiles):
+            out = out_ptr + firsts[i]
+            count = N[i] * P[i]
+            _sums_tile(xs[i], ys[i], out, tile, count, C[i], P[i], x_s[i], y_s[i], BLOCK_C, BLOCK_P)
+        tile -= tiles
+
+
+@triton.jit
+def _gradient_tile(
+    grad_ptr,
+    x_ptr,
+    y_ptr,
+    dy_ptr,
+    tile,
+    group,
+    count,
+    C: tl.constexpr,
     P,
-    x_n,
-    x_c,
-    x_p,
-    y_n,
-    y_c,
-    y_p,
-    dy_n,
-    dy_c,
-    dy_p,
-    SKIP: tl.constexpr,  # read no position of weight 0; off in NCHW, where a mask by position would break up wide loads
+    x_s,
+    y_s,
+    dy_s,
+    SKIP: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     tiles = tl.cdiv(P, BLOCK_P)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    p = (tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    n = (tile // tiles).to(tl.int64)
+    p = (tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    c = (group * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     grad_at = grad_ptr + n * P + p
     of_x = tl.load(grad_at, mask=p < P, other=0.0)
     of_y = 2 * tl.load(grad_at + 2 * count, mask=p < P, other=0.0)
     keep = (of_x != 0) | (of_y != 0)
     inside = (c < C)[:, None] & (p < P)[None, :]
     read = inside & keep[None, :] if SKIP else inside
-    x_at = x_ptr + n * x_n + c[:, None] * x_c + p[None, :] * x_p
-    y_at = y_ptr + n * y_n + c[:, None] * y_c + p[None, :] * y_p
+    x_at = x_ptr + n * x_s[0] + c[:, None] * x_s[1] + p[None, :] * x_s[2]
+    y_at = y_ptr + n * y_s[0] + c[:, None] * y_s[1] + p[None, :] * y_s[2]
     x = tl.load(x_at, mask=read, other=0.0).to(of_x.dtype)
     y = tl.load(y_at, mask=read, other=0.0).to(of_x.dtype)
     dy = tl.where(keep[None, :], of_x[None, :] * x + of_y[None, :] * y, 0.0)  # features of weight 0 may hold NaN
-    dy_at = dy_ptr + n * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
+    dy_at = dy_ptr + n * dy_s[0] + c[:, None] * dy_s[1] + p[None, :] * dy_s[2]
     if dy_ptr.dtype.element_ty == tl.bfloat16:
         dy = dy.to(tl.float32)  # the interpreter knows no way from float64 to bfloat16
     tl.store(dy_at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient(
+    grad_ptr,  # flat
+    xs,  # tuple of (N, C, P) by strides
+    ys,  # tuple of (N, C, P) by strides
+    dys,  # tuple of (N, C, P) by strides
+    firsts,  # tuple: where the (3, N, P) of a pair begin
+    N,  # tuple
+    C: tl.constexpr,  # tuple: few values, and a mask less where a block divides it
+    P,  # tuple
+    x_s,  # tuple of strides (n, c, p)
+    y_s,
+    dy_s,
+    BITS: tl.constexpr,  # of an element: part of the key of tuning
+    SKIP: tl.constexpr,  # read no position of weight 0; off in NCHW, where a mask by position would break up wide loads
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    program = tl.program_id(0)
+    for i in tl.static_range(len(xs)):
+        tiles = N[i] * tl.cdiv(P[i], BLOCK_P)
+        programs = tiles * tl.cdiv(C[i], BLOCK_C)
+        if (program >= 0) & (program < programs):
+            grad = grad_ptr + firsts[i]
+            tile, group, count = program % tiles, program // tiles, N[i] * P[i]
+            _gradient_tile(
+                grad,
+                xs[i],
+                ys[i],
+                dys[i],
+                tile,
+                group,
+                count,
+                C[i],
+                P[i],
+                x_s[i],
+                y_s[i],
+                dy_s[i],
+                SKIP,
+                BLOCK_C,
+                BLOCK_P,
+            )
+        program -= programs
 
 
 def _config(channels: int, positions: int, warps: int) -> triton.Config:
     return triton.Config({"BLOCK_C": channels, "BLOCK_P": positions}, num_warps=warps)
 
 
-KEY = ["C", "P"]
+TOGETHER = 16  # pairs of a launch: each is compiled into the kernel
+KEY = ["N", "C", "P", "BITS"]
 # Positions lie along memory (NCHW).
 PLANES = [
     _config(32, 64, 4),  # two (16-bit) or four 16-byte loads of each tensor a thread: the usual middle
@@ -136,41 +202,102 @@ def _readable(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return (t, strides) if strides else (t.contiguous(), (C * H * W, H * W, 1))
 
 
-def _layout(*all_strides: tuple[int, int, int]) -> str:
-    return "rows" if all(c == 1 for _, c, _ in all_strides) else "planes"
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _by_layout(tensors: Sequence[Sequence[Tensor]], pairs: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+    """Pairs that go into one launch: the same layout, at most TOGETHER."""
+    layouts: dict[str, list[int]] = {}
+    for i in pairs:
+        strides = [_strides(ts[i]) for ts in tensors]
+        rows = all(s is not None and s[1] == 1 for s in strides)
+        layouts.setdefault("rows" if rows else "planes", []).append(i)
+    for layout, members in layouts.items():
+        for first in range(0, len(members), TOGETHER):
+            yield layout, members[first : first + TOGETHER]
+
+
+def _read(tensors: Sequence[Tensor], members: Sequence[int]) -> tuple[tuple[Tensor, ...], Shapes]:
+    """The members as `_readable` gives them: tensors, and strides."""
+    found, strides = zip(*(_readable(tensors[i]) for i in members), strict=True)
+    return found, strides
+
+
+def _shapes(tensors: Sequence[Tensor], members: Sequence[int]) -> Shapes:
+    """Where the sums of each member begin, and its N, C and P."""
+    firsts, at = [], 0
+    for t in tensors:
+        firsts.append(at)
+        at += 3 * t.shape[0] * t.shape[2] * t.shape[3]
+    sizes = [(firsts[i], tensors[i].shape[0], tensors[i].shape[1], tensors[i].shape[2:].numel()) for i in members]
+    return tuple(tuple(column) for column in zip(*sizes, strict=True))
+
+
+def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """`reference.cosine_sums_group`: lists of (N_i, C_i, H_i, W_i) -> flat, the (3, N_i, H_i, W_i) in turn."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*x, *y)) else torch.float32
+    sizes = [3 * t.shape[0] * t.shape[2] * t.shape[3] for t in x]
+    out = x[0].new_empty(sum(sizes), dtype=dtype)
+    if not all(t.shape[1] for t in x):
+        out.zero_()  # pairs without channels get no program
+    wanted = [i for i, size in enumerate(sizes) if size and x[i].shape[1]]
+    for layout, members in _by_layout((x, y), wanted):
+        xs, x_s = _read(x, members)
+        ys, y_s = _read(y, members)
+        firsts, N, C, P = _shapes(x, members)
+
+        def grid(meta: dict[str, int], shapes: Shapes = (N, P)) -> tuple[int]:
+            return (sum(n * triton.cdiv(P, meta["BLOCK_P"]) for n, P in zip(*shapes, strict=True)),)
+
+        with torch.cuda.device_of(out):
+            _sums_of[layout][grid](xs, ys, out, firsts, N, C, P, x_s, y_s, BITS=8 * xs[0].element_size(), **OPTIONS)
+    return out
+
+
+def cosine_sums_group_backward(grad: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
+    """`reference.cosine_sums_group_backward`: flat, lists of (N_i, C_i, H_i, W_i) -> list like ``y``."""
+    grad = grad.contiguous()
+    out = [torch.empty_like(t) for t in y]
+    wanted = [i for i, t in enumerate(out) if t.numel()]
+    for layout, members in _by_layout((x, y, out), wanted):
+        xs, x_s = _read(x, members)
+        ys, y_s = _read(y, members)
+        to, to_s = _read(out, members)
+        firsts, N, C, P = _shapes(y, members)
+
+        def grid(meta: dict[str, int], shapes: Shapes = (N, C, P)) -> tuple[int]:
+            p, c = meta["BLOCK_P"], meta["BLOCK_C"]
+            return (sum(n * triton.cdiv(P, p) * triton.cdiv(C, c) for n, C, P in zip(*shapes, strict=True)),)
+
+        bits = 8 * ys[0].element_size()
+        with torch.cuda.device_of(grad):
+            _gradient_of[layout][grid](
+                grad,
+                xs,
+                ys,
+                to,
+                firsts,
+                N,
+                C,
+                P,
+                x_s,
+                y_s,
+                to_s,
+                BITS=bits,
+                SKIP=layout == "rows",
+                **OPTIONS,
+            )
+        for i, written in zip(members, to, strict=True):
+            if written is not out[i]:
+                out[i].copy_(written)
+    return out
 
 
 def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
     """`reference.cosine_sums`: (N, C, H, W) x 2 -> (3, N, H, W)."""
-    N, C, H, W = x.shape
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    out = x.new_empty(3, N, H, W, dtype=dtype)
-    if out.numel() == 0:
-        return out
-    (x, xs), (y, ys) = _readable(x), _readable(y)
-
-    def grid(meta: dict[str, int]) -> tuple[int]:
-        return (N * triton.cdiv(H * W, meta["BLOCK_P"]),)
-
-    with torch.cuda.device_of(x):
-        _sums_of[_layout(xs, ys)][grid](x, y, out, N * H * W, C, H * W, *xs, *ys, **OPTIONS)
-    return out
+    return cosine_sums_group([x], [y]).view(3, x.shape[0], *x.shape[2:])
 
 
 def cosine_sums_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """`reference.cosine_sums_backward`: (3, N, H, W), (N, C, H, W) x 2 -> (N, C, H, W) with y's dtype and strides."""
-    N, C, H, W = y.shape
-    dy = torch.empty_like(y)
-    if dy.numel() == 0:
-        return dy
-    (x, xs), (y, ys), (to, dys) = _readable(x), _readable(y), _readable(dy)
-    layout = _layout(xs, ys, dys)
-
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return N * triton.cdiv(H * W, meta["BLOCK_P"]), triton.cdiv(C, meta["BLOCK_C"])
-
-    with torch.cuda.device_of(y):
-        _gradient_of[layout][grid](
-            grad.contiguous(), x, y, to, N * H * W, C, H * W, *xs, *ys, *dys, SKIP=layout == "rows", **OPTIONS
-        )
-    return dy if to is dy else dy.copy_(to)
+    return cosine_sums_group_backward(grad.reshape(-1), [x], [y])[0]

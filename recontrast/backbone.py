@@ -6,6 +6,7 @@ models/resnet.py), and `PartialNorm2d` of its "stable" recipes (appendix E; upst
 
 import difflib
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -89,6 +90,18 @@ def _pyramid(name: str, levels: int) -> tuple[int, ...]:
     return indices[:levels]
 
 
+Moments = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean (C,), biased variance (C,) and number of values of each channel of x (N, C, H, W)."""
+    n = x.numel() // x.shape[1]
+    if n < 2:
+        raise ValueError(f"PartialNorm2d: x: wanted more than 1 value for each channel, got {tuple(x.shape)}")
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    return mean, var, n
+
+
 class PartialNorm2d(nn.Module):
     """BatchNorm that never divides by a batch variance near zero (upstream models/partialnormv2.py, `PartialNorm2D`).
 
@@ -119,6 +132,7 @@ class PartialNorm2d(nn.Module):
         self.register_buffer("min_var", norm.running_var.clamp(max=var_thresh))
         after = (getattr(norm, "drop", None), getattr(norm, "act", None))  # of timm's BatchNormAct2d
         self.after = nn.Sequential(*(m for m in after if m is not None))
+        self.moments: Moments = batch_moments  # replaced where a batch is spread over processes
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,11 +140,8 @@ class PartialNorm2d(nn.Module):
         if not self.training:
             mean, var = self.running_mean, self.running_var
             return self.after(nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps))
-        n = x.numel() // x.shape[1]
-        if n < 2:
-            raise ValueError(f"PartialNorm2d: x: wanted more than 1 value for each channel, got {tuple(x.shape)}")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)  # [C]; divides by the biased variance,
+        mean, var, n = self.moments(wide)  # divides by the biased variance,
         unbiased = var.detach() * (n / (n - 1))  # compares and keeps the unbiased one, as upstream
         active = unbiased > self.min_var
         self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)

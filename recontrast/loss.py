@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recontrast.ops import cosine_sums
-
-EPS = 1e-8  # of torch.nn.CosineSimilarity, so that the numbers match upstream's
+from recontrast import ops
+from recontrast.ops import cosine, cosine_sums
 
 # A rule maps point distances of this process (N, H, W) and of all of them (any shape) to gradient weights (N, H, W).
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +37,7 @@ class deviation:
         """Weights (N, H, W) of distances ``d`` among those of ``everyone``."""
         if everyone.numel() < 2:  # one point has no deviation, and is not below itself
             return torch.ones_like(d)
-        return torch.where(d < everyone.mean() + self.alpha * everyone.std(), self.factor, 1.0)
+        return torch.ones_like(d).masked_fill_(d < everyone.mean() + self.alpha * everyone.std(), self.factor)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ class hardest:
         if everyone.numel() == 0:
             return torch.ones_like(d)
         k = max(int(everyone.numel() * self.fraction), 1)
-        return torch.where(d < everyone.flatten().topk(k, sorted=False).values.amin(), self.factor, 1.0)
+        least = everyone.flatten().topk(k, sorted=False).values.amin()
+        return torch.ones_like(d).masked_fill_(d < least, self.factor)
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,38 @@ def alpha_at(step: int, steps: int, ramp: float = 0.1, start: float = -3.0, end:
     return start + (end - start) * step / (steps * ramp)
 
 
-def cosine(sums: Tensor) -> Tensor:
-    """Cosine from (3, ...) sums <x, y>, <x, x>, <y, y>: (...)."""
-    xy, xx, yy = sums
-    return xy / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
-
-
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
     """Point distances ``1 - cos`` over the channels of two (N, C, H, W) features: (N, H, W), float32 or float64."""
     return 1 - cosine(cosine_sums(teacher, student))
 
 
-def _all_processes(distances: Tensor) -> Tensor:
-    """Distances of every process, (world * N, H, W); every process must hold as many."""
-    if not (dist.is_available() and dist.is_initialized()):
+def _all_processes(distances: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """Distances of every process, (all images, H, W), in the order of the processes."""
+    if shares is None:
         return distances
-    parts = [torch.empty_like(distances) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, distances.contiguous())
-    return torch.cat(parts)
+    padded = distances.new_zeros(max(shares), *distances.shape[1:])
+    padded[: len(distances)] = distances
+    parts = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, shares, strict=True)])
+
+
+def _shares(images: int, device: torch.device, given: Sequence[int] | None) -> Sequence[int] | None:
+    """Images of each process: as given, or asked for (one small collective and, on CUDA, a wait); None if alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    if given is not None:
+        return given
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.full_like(counts[0], images))
+    return [int(count) for count in counts]
+
+
+def _mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """Mean over all of (N, ...); over several processes, the part of it whose mean over processes is that mean."""
+    if shares is None:
+        return values.mean()
+    return values.sum() * (len(shares) / (sum(shares) * (values[0].numel() if len(values) else 1)))
 
 
 def _pairs(op: str, teacher: Features, student: Features) -> list[tuple[Tensor, Tensor]]:
@@ -133,23 +147,32 @@ def _sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tensor:
     return cosine_sums(teacher.detach() if stop_gradient else teacher, student)
 
 
-def _global_distance(sums: Tensor) -> Tensor:
-    return (1 - cosine(sums.sum(dim=(-2, -1)))).mean()
+def _global_distance(sums: Tensor, shares: Sequence[int] | None) -> Tensor:
+    return _mean(1 - cosine(sums.sum(dim=(-2, -1))), shares)
 
 
-def hard_mined_cosine(teacher: Features, student: Features, rule: Rule, *, stop_gradient: bool = True) -> Tensor:
+def hard_mined_cosine(
+    teacher: Features,
+    student: Features,
+    rule: Rule,
+    *,
+    stop_gradient: bool = True,
+    shares: Sequence[int] | None = None,
+) -> Tensor:
     """Global cosine distance whose gradient favours the hard positions.
 
     The value is the mean over images of ``1 - cos(teacher, student)``, each image's
     feature map taken as one long vector. In the gradient each position is multiplied
-    by the weight that ``rule`` gives its own (channel-wise) distance. The rule sees
-    the distances of all processes, so training does not depend on how a batch is split.
+    by the weight that ``rule`` gives its own (channel-wise) distance. Where torch.distributed is initialised, the rule
+    sees the distances of all processes, and a process's loss counts by its share of the images: the mean over
+    processes, which DistributedDataParallel takes, does not depend on how a batch is split.
 
     Args:
         teacher: (N, C, H, W), or a list of such, one for each level.
         student: as ``teacher``, in shape.
         rule: `deviation`, `hardest`, `power`, or any `Rule`.
         stop_gradient: take the teacher as constant; otherwise its gradient is weighted as the student's is.
+        shares: images of each process; None asks the others, which on a GPU waits for them.
 
     Returns:
         Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
@@ -157,45 +180,75 @@ def hard_mined_cosine(teacher: Features, student: Features, rule: Rule, *, stop_
     Raises:
         ValueError: shapes, dtypes or lists that do not go together.
     """
+    pairs = _pairs("hard_mined_cosine", teacher, student)
+    teachers, students = [t.detach() if stop_gradient else t for t, _ in pairs], [s for _, s in pairs]
+    fused = _arguments(rule, students[0].device)
+    if fused is not None:
+        return ops.mined_cosine(teachers, students, *fused)
     losses = []
-    for t, s in _pairs("hard_mined_cosine", teacher, student):
-        sums = _sums(t, s, stop_gradient)  # (3, N, H, W)
+    shares = _shares(len(students[0]), students[0].device, shares)
+    for t, s in zip(teachers, students, strict=True):
+        sums = cosine_sums(t, s)  # (3, N, H, W)
         with torch.no_grad():
             points = 1 - cosine(sums)  # (N, H, W)
-            weight = rule(points, _all_processes(points))  # (N, H, W)
+            weight = rule(points, _all_processes(points, shares))  # (N, H, W)
         sums = sums.detach() + weight * (sums - sums.detach())  # the same value; the gradient weighted
-        losses.append(_global_distance(sums))
+        losses.append(_global_distance(sums, shares))
     return torch.stack(losses).sum()
 
 
-def global_cosine(teacher: Features, student: Features, *, stop_gradient: bool = True) -> Tensor:
+def _arguments(rule: Rule, device: torch.device) -> tuple[str, float, Tensor | None, float] | None:
+    """What `ops.mined_cosine` takes for ``rule``; None where its kernels do not know it, or see one process of many."""
+    if dist.is_available() and dist.is_initialized():
+        return None
+    if type(rule) is deviation and isinstance(rule.alpha, Tensor):
+        usable = rule.alpha.dim() == 0 and rule.alpha.device == device and rule.alpha.is_floating_point()
+        return ("deviation", 0.0, rule.alpha.detach(), rule.factor) if usable else None
+    if type(rule) is deviation:
+        return "deviation", float(rule.alpha), None, rule.factor
+    if type(rule) is hardest:
+        return "hardest", rule.fraction, None, rule.factor
+    if type(rule) is power:
+        return "power", rule.exponent, None, 1.0
+    return None
+
+
+def global_cosine(
+    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
+) -> Tensor:
     """Global cosine distance without mining: `hard_mined_cosine` with every weight 1 (configuration B of Table 6).
 
     Args:
         teacher: (N, C, H, W), or a list of such.
         student: as ``teacher``.
         stop_gradient: take the teacher as constant.
+        shares: as in `hard_mined_cosine`.
 
     Returns:
         Scalar; for lists the sum over the levels.
     """
     pairs = _pairs("global_cosine", teacher, student)
-    return torch.stack([_global_distance(_sums(t, s, stop_gradient)) for t, s in pairs]).sum()
+    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
+    return torch.stack([_global_distance(_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
 
 
-def point_cosine(teacher: Features, student: Features, *, stop_gradient: bool = True) -> Tensor:
+def point_cosine(
+    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
+) -> Tensor:
     """Mean point distance, the region loss of RD4AD's paper (https://arxiv.org/abs/2201.10703, equation 2).
 
     Args:
         teacher: (N, C, H, W), or a list of such.
         student: as ``teacher``.
         stop_gradient: take the teacher as constant.
+        shares: as in `hard_mined_cosine`.
 
     Returns:
         Scalar; for lists the sum over the levels.
     """
     pairs = _pairs("point_cosine", teacher, student)
-    return torch.stack([(1 - cosine(_sums(t, s, stop_gradient))).mean() for t, s in pairs]).sum()
+    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
+    return torch.stack([_mean(1 - cosine(_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
 
 
 def pairs_loss(
@@ -205,6 +258,7 @@ def pairs_loss(
     form: Literal["global", "point"] = "global",
     groups: int = 2,
     stop_gradient: bool = True,
+    shares: Sequence[int] | None = None,
 ) -> Tensor:
     """The paper's loss of all pairs: levels summed, the mean of the groups (equation 5), and that of its ablation.
 
@@ -214,6 +268,7 @@ def pairs_loss(
         form: distance of a pair: of the whole map, or the mean over points, which has no mining.
         groups: 2, or 1 for the pairs of one encoder.
         stop_gradient: as in `hard_mined_cosine`.
+        shares: as in `hard_mined_cosine`.
 
     Returns:
         Scalar.
@@ -221,7 +276,7 @@ def pairs_loss(
     teachers, students = zip(*pairs, strict=True)
     if rule is None:
         plain = {"global": global_cosine, "point": point_cosine}[form]
-        return plain(teachers, students, stop_gradient=stop_gradient) / groups
+        return plain(teachers, students, stop_gradient=stop_gradient, shares=shares) / groups
     if form != "global":
         raise ValueError(f"pairs_loss: rule: wanted none where form is {form!r}, got {rule}")
-    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient) / groups
+    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient, shares=shares) / groups

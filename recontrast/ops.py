@@ -1,26 +1,39 @@
 """Operators ``torch.ops.recontrast.*``: schema, shape rule, gradient, kernels.
 
-The one place where a kernel meets PyTorch. For each device the first kernel of `ORDER` that is there is used:
-compiled C++/CUDA (``csrc/``), then Triton (``kernels/``), then the oracle (``reference.py``).
+The one place where a kernel meets PyTorch. Which one runs on a device: `recontrast.backend`.
 """
 
-import importlib
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recontrast import reference
-from recontrast.reference import sum_dtype
+from recontrast import backend, reference
+from recontrast.backend import BACKEND, WHY
+from recontrast.reference import EPS, RULES, cosine, group_dtype, sum_dtype
+
+__all__ = ["BACKEND", "EPS", "WHY", "anomaly_map", "cosine", "cosine_sums", "cosine_sums_group", "mined_cosine"]
 
 SCHEMAS = {
     "cosine_sums": "(Tensor x, Tensor y) -> Tensor",
     "cosine_sums_backward": "(Tensor grad, Tensor x, Tensor y) -> Tensor",
+    "cosine_sums_group": "(Tensor[] x, Tensor[] y) -> Tensor",
+    "cosine_sums_group_backward": "(Tensor grad, Tensor[] x, Tensor[] y) -> Tensor[]",
+    "mined_loss": "(Tensor sums, int[] images, int[] points, str rule, float parameter, Tensor? alpha, float factor)"
+    " -> (Tensor, Tensor)",
+    "mined_loss_backward": "(Tensor grad, Tensor sums, Tensor state, int[] images, int[] points, str rule,"
+    " float parameter, float factor) -> Tensor",
     "anomaly_map": "(Tensor[] distances, Tensor[] rows, Tensor[] cols, float scale) -> (Tensor, Tensor)",
 }
-ROOM = {"cosine_sums": "cosine", "cosine_sums_backward": "cosine", "anomaly_map": "map"}  # file of kernels/
+ROOM = {  # file of kernels/
+    "cosine_sums": "cosine",
+    "cosine_sums_backward": "cosine",
+    "cosine_sums_group": "cosine",
+    "cosine_sums_group_backward": "cosine",
+    "mined_loss": "mining",
+    "mined_loss_backward": "mining",
+    "anomaly_map": "map",
+}
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"recontrast::{_name}", _schema)
 
@@ -38,15 +51,72 @@ def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, devices or dtypes that do not go together.
     """
-    if x.dim() != 4:
-        raise ValueError(f"cosine_sums: x must be (N, C, H, W), got {tuple(x.shape)}")
-    if x.shape != y.shape:
-        raise ValueError(f"cosine_sums: x {tuple(x.shape)} and y {tuple(y.shape)} differ")
-    if not (x.is_floating_point() and y.is_floating_point()):
-        raise ValueError(f"cosine_sums: x and y must be floating point, got {x.dtype} and {y.dtype}")
-    if x.device != y.device:
-        raise ValueError(f"cosine_sums: x is on {x.device} and y on {y.device}")
+    _check("cosine_sums", x, y)
     return torch.ops.recontrast.cosine_sums(x, y)
+
+
+def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Like `reference.cosine_sums_group`: `cosine_sums` of many pairs at once; differentiable in all.
+
+    Args:
+        x: features of each pair, (N_i, C_i, H_i, W_i), floating point, any strides.
+        y: features of each pair, as ``x``.
+
+    Returns:
+        Flat: the (3, N_i, H_i, W_i) of each pair in turn, in float32 (float64 if one of the inputs is).
+
+    Raises:
+        ValueError: lists of different lengths; shapes, devices or dtypes that do not go together.
+    """
+    if not 0 < len(x) == len(y):
+        raise ValueError(f"cosine_sums_group: x and y must be lists of one length > 0, got {len(x)} and {len(y)}")
+    for a, b in zip(x, y, strict=True):
+        _check("cosine_sums_group", a, b)
+        if a.device != x[0].device:
+            raise ValueError(f"cosine_sums_group: all pairs must be on {x[0].device}, got one on {a.device}")
+    return torch.ops.recontrast.cosine_sums_group(list(x), list(y))
+
+
+def mined_cosine(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    rule: str,
+    parameter: float,
+    alpha: Tensor | None = None,
+    factor: float = 0.0,
+) -> Tensor:
+    """`reference.mined_loss` of the pairs: two passes over the features, whatever the rule, and tiny work between.
+
+    Args:
+        x: features of each pair, (N_i, C_i, H_i, W_i).
+        y: features of each pair, as ``x``.
+        rule: one of `RULES`.
+        parameter: alpha of "deviation", fraction of "hardest", exponent of "power".
+        alpha: 0-dim tensor on the features' device, in place of ``parameter``; read there.
+        factor: weight of the easy points.
+
+    Returns:
+        Scalar, float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: an unknown rule, or features that do not go together.
+    """
+    if rule not in RULES:
+        raise ValueError(f"mined_cosine: rule must be one of {RULES}, got {rule!r}")
+    sums = cosine_sums_group(x, y)
+    images, points = [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y]
+    return torch.ops.recontrast.mined_loss(sums, images, points, rule, parameter, alpha, factor)[0]
+
+
+def _check(op: str, x: Tensor, y: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
+    if x.shape != y.shape:
+        raise ValueError(f"{op}: x {tuple(x.shape)} and y {tuple(y.shape)} differ")
+    if not (x.is_floating_point() and y.is_floating_point()):
+        raise ValueError(f"{op}: x and y must be floating point, got {x.dtype} and {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"{op}: x is on {x.device} and y on {y.device}")
 
 
 def anomaly_map(
@@ -98,6 +168,26 @@ def _(grad, x, y):
     return torch.empty_like(y)
 
 
+@torch.library.register_fake("recontrast::cosine_sums_group")
+def _(x, y):
+    return x[0].new_empty(sum(3 * t.shape[0] * t.shape[2] * t.shape[3] for t in x), dtype=group_dtype(x, y))
+
+
+@torch.library.register_fake("recontrast::cosine_sums_group_backward")
+def _(grad, x, y):
+    return [torch.empty_like(t) for t in y]
+
+
+@torch.library.register_fake("recontrast::mined_loss")
+def _(sums, images, points, rule, parameter, alpha, factor):
+    return sums.new_empty(()), sums.new_empty(len(images) + 3 * sum(images))
+
+
+@torch.library.register_fake("recontrast::mined_loss_backward")
+def _(grad, sums, state, images, points, rule, parameter, factor):
+    return torch.empty_like(sums)
+
+
 @torch.library.register_fake("recontrast::anomaly_map")
 def _(distances, rows, cols, scale):
     n = distances[0].shape[0]
@@ -120,57 +210,49 @@ def _backward(ctx, grad):
     return grad_x, grad_y
 
 
+def _setup_group(ctx, inputs, output):
+    x, y = inputs
+    ctx.save_for_backward(*x, *y)
+
+
+def _backward_group(ctx, grad):
+    pairs = len(ctx.saved_tensors) // 2
+    x, y = list(ctx.saved_tensors[:pairs]), list(ctx.saved_tensors[pairs:])
+    backward = torch.ops.recontrast.cosine_sums_group_backward
+    grad_x = grad_y = [None] * pairs
+    if any(ctx.needs_input_grad[0]):  # roles and squares swapped, as above
+        sizes = [3 * t.shape[0] * t.shape[2] * t.shape[3] for t in y]
+        swapped = [part.view(3, -1)[[0, 2, 1]].flatten() for part in grad.split(sizes)]
+        grad_x = backward(torch.cat(swapped), y, x)
+    if any(ctx.needs_input_grad[1]):
+        grad_y = backward(grad, x, y)
+    return grad_x, grad_y
+
+
+def _setup_mined(ctx, inputs, output):
+    sums, ctx.images, ctx.points, ctx.rule, ctx.parameter, _, ctx.factor = inputs
+    ctx.save_for_backward(sums, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_mined(ctx, grad, _):
+    sums, state = ctx.saved_tensors
+    arguments = ctx.images, ctx.points, ctx.rule, ctx.parameter, ctx.factor
+    grad_sums = torch.ops.recontrast.mined_loss_backward(grad, sums, state, *arguments)
+    return grad_sums, None, None, None, None, None, None
+
+
 torch.library.register_autograd("recontrast::cosine_sums", _backward, setup_context=_setup_context)
+torch.library.register_autograd("recontrast::cosine_sums_group", _backward_group, setup_context=_setup_group)
+torch.library.register_autograd("recontrast::mined_loss", _backward_mined, setup_context=_setup_mined)
 
 
 # ---- kernels -----------------------------------------------------------------
 
-ORDER = {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")}  # the first that is there runs
-BACKEND = {"cpu": "torch", "cuda": "torch"}  # what each device runs
-WHY: dict[str, str] = {}  # device -> why it does not run the first of its order
-
 for _name in SCHEMAS:
     torch.library.impl(f"recontrast::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
-
-
-def _native(device: str) -> str | None:
-    """Register the compiled kernels of ``device``, or say why there are none."""
-    library = Path(__file__).with_name(f"_{device}.so")
-    if not library.exists():
-        return f"{library.name} was not built (pip install -e . builds it; CUDA needs nvcc)"
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:  # built for another platform or for a newer torch
-        return f"{library.name} does not load: {error.__cause__ or error}"
-    return None
-
-
-def _triton(device: str) -> str | None:
-    """Register the Triton kernels for ``device``, or say why there are none."""
-    try:
-        for name, room in ROOM.items():
-            kernels = importlib.import_module(f"recontrast.kernels.{room}")
-            torch.library.impl(f"recontrast::{name}", device, getattr(kernels, name))
-    except ImportError as error:
-        return f"no Triton: {error}"
-    return None
-
-
-def _choose(device: str) -> None:
-    reasons = []
-    for backend in ORDER[device]:
-        missing = {"native": _native, "triton": _triton, "torch": lambda _: None}[backend](device)
-        if missing is None:
-            BACKEND[device] = backend
-            break
-        reasons.append(missing)
-    if reasons:
-        WHY[device] = "; ".join(reasons)
-        warnings.warn(f"recontrast runs {BACKEND[device]} kernels on {device}: {WHY[device]}", stacklevel=3)
-
-
-_choose("cpu")
+backend.choose("cpu", ROOM)
 if torch.cuda.is_available():
-    _choose("cuda")
+    backend.choose("cuda", ROOM)
 else:
     WHY["cuda"] = "no CUDA device"

@@ -24,3 +24,16 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def download(tmp_path):
+    """Makes the miniature of an original download in a folder of its own and gives that folder."""
+    from downloads import DOWNLOADS
+
+    def make(name):
+        root = tmp_path / "downloads" / name
+        DOWNLOADS[name](root)
+        return root
+
+    return make

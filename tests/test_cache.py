@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -186,8 +187,8 @@ def check_full(directory, samples, reason, code):
 
 
 def test_disk_full_known_before(tmp_path, samples, monkeypatch, decoded):
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     check_full(tmp_path / "c", samples, "No space left on device", errno.ENOSPC)
     assert decoded == []
 

@@ -12,19 +12,11 @@ import torch
 
 import recontrast
 from recontrast import ReContrast
-from recontrast.engine import atomic, checkpoint
+from recontrast.data import atomic
+from recontrast.engine import checkpoint
 from recontrast.engine.recipes import Recipe
 
 RECIPE = Recipe(backbone="test_resnet", weights="random", size=64, seed=3, channels_last=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Work this small is slower on two, and far slower where other processes keep them busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +200,8 @@ def test_folder_is_a_file(tmp_path, state):
 WRITE = """
 import os, resource, signal, sys
 import torch
-from recontrast.engine import atomic, checkpoint
+from recontrast.data import atomic
+from recontrast.engine import checkpoint
 path, how = sys.argv[1:]
 state = checkpoint.load(path)
 if how == "limit":

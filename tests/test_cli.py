@@ -138,6 +138,20 @@ def test_train_all_on_one_category_folder_and_plain_folder(data, tmp_path):
     assert files(tmp_path / "plain") == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
 
 
+def test_several_data(data, tmp_path):
+    """One detector for the categories of several paths; two of one name are refused."""
+    both = [data / "grass", data / "brick"]
+    said = works("train", *both, "--category", "all", "--out", tmp_path / "both", *SMALL)
+    assert all(name in said for name in ("brick", "grass", "mean")) and "gravel" not in said
+    said = works("evaluate", tmp_path / "both", *both, "--device", "cpu")
+    assert all(name in said for name in ("brick", "grass", "mean"))
+    message = train_fails(data, tmp_path, data / "grass", "--category", "all")
+    assert f"{data / 'grass'}: wanted categories of different names, got 'grass' of {data} again" in message
+    message = fails("evaluate", tmp_path / "both", data, data, "--out", tmp_path / "out")
+    assert f"{data}: wanted categories of different names, got 'brick' of {data} again" in message
+    assert not files(tmp_path / "out")
+
+
 def test_resume_takes_recipe_category_and_folder_from_the_checkpoint(data, tmp_path):
     arguments = ["train", data, "--category", "grass", "--out", tmp_path, "--no-evaluate", *SMALL]
     works(*arguments, "--set", "checkpoint_every=1", "--set", "encoder_lr=1e-4")

@@ -190,6 +190,42 @@ def test_load_root_category_or_plain_folder(screw, monkeypatch):
     assert set(datasets.load("train/../train/good")) == {"good"}
 
 
+def test_several_paths(screw, tmp_path):
+    """Categories of several roots, category folders and plain folders side by side."""
+    touch(tmp_path / "more", "nut/train/good/0.png", "bolt/train/good/0.png")
+    parts = touch(tmp_path / "parts", "0.png")
+    paths = [tmp_path / "more", str(screw / "screw"), parts]
+    every = datasets.load(paths)
+    assert list(every) == ["bolt", "nut", "screw", "parts"]
+    assert every["screw"] == datasets.mvtec(screw, "screw") and every["parts"] == datasets.folder(parts)
+    assert list(datasets.load(paths, ["screw", "nut"])) == ["screw", "nut"]
+    assert datasets.load([screw / "screw"]) == datasets.load(screw / "screw")
+    with pytest.raises(ValueError, match=rf"^{paths[0]}, .*, {parts}: wanted category 'skrew', got screw, bolt, nut, "):
+        datasets.load(paths, ["skrew"])
+
+
+def test_two_categories_of_one_name(screw, tmp_path):
+    touch(tmp_path / "more", "nut/train/good/0.png", "screw/train/good/0.png")
+    wanted = rf"^{tmp_path / 'more'}: wanted categories of different names, got 'screw' of {screw / 'screw'} again$"
+    for some in (None, ["nut"]):
+        with pytest.raises(ValueError, match=wanted):
+            datasets.load([screw / "screw", tmp_path / "more"], some)
+    with pytest.raises(ValueError, match=r"got 'screw' of .* again"):
+        datasets.load([screw / "screw"] * 2)
+
+
+def test_category_without_training_images(screw):
+    """Not passed over in silence, whether its folder is there or not."""
+    touch(screw, "bolt/test/bent/0.png")
+    wanted = r"bolt/train/good: wanted the folder of good training images, got no such folder$"
+    with pytest.raises(FileNotFoundError, match=wanted):
+        datasets.load(screw)
+    assert list(datasets.load(screw, ["screw"])) == ["screw"]
+    (screw / "bolt/train/good").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"bolt/train/good: wanted a folder with image files .*, got none$"):
+        datasets.load(screw)
+
+
 def test_wrong_paths_and_names(screw):
     missing = screw / "no"
     for call in (datasets.load, datasets.categories, datasets.folder, lambda path: datasets.mvtec(path, "x")):

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -8,28 +9,19 @@ import pytest
 import torch
 import upstream
 from test_train import RECIPE as SMALL
-from test_train import tiny_set
+from tiny import tiny_set
 
 from recontrast import metrics
 from recontrast.data.cache import ImageCache
 from recontrast.data.images import normalise, read_mask
-from recontrast.engine import evaluate as evaluation
 from recontrast.engine import train as training
-from recontrast.engine.evaluate import evaluate, infer
+from recontrast.engine.evaluate import evaluate
+from recontrast.engine.infer import Clock, highest, infer
 from recontrast.engine.result import METRICS, Result, Row
 
 RECIPE = SMALL.replace(size=64)
 PIXEL = [name for name in METRICS if name.startswith(("p_", "aupro"))]
 IMAGE = [name for name in METRICS if name.startswith("i_")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Work this small is slower on two, and far slower where other processes keep them busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +104,12 @@ def test_metrics_are_those_of_the_maps(model, samples):
     result = evaluate(model, samples, RECIPE)
     (row,) = result.rows
     assert (row.category, row.images, row.defects, row.note) == ("nut", 9, 4, "")
-    assert values(row, IMAGE) == {"i_auroc": image.auroc, "i_ap": image.ap, "i_f1": image.f1_max}
+    assert values(row, IMAGE) == {
+        "i_auroc": image.auroc,
+        "i_ap": image.ap,
+        "i_f1": image.f1_max,
+        "i_accuracy": image.accuracy,
+    }
     assert values(row, PIXEL) == {
         "p_auroc": pixel.auroc,
         "p_ap": pixel.ap,
@@ -190,7 +187,7 @@ def test_several_categories_and_their_mean(model, samples, tmp_path):
     result = evaluate(model, {"nut": samples, "bolt": more}, RECIPE, batch=4, on_progress=lambda *a: seen.append(a))
     assert [row.category for row in result.rows] == ["nut", "bolt"]
     assert values(result.rows[0]) == pytest.approx(values(evaluate(model, [*more, *samples], RECIPE).rows[1]), rel=1e-4)
-    assert seen == [("nut", 4, 9), ("nut", 8, 9), ("nut", 9, 9), ("bolt", 4, 5), ("bolt", 5, 5)]
+    assert seen == [("nut", 4, 9), ("nut", 8, 9), ("nut", 9, 9), ("bolt", 3, 5), ("bolt", 5, 5)]  # batches go on
     mean = result.mean
     assert (mean.images, mean.defects) == (14, 7)
     assert mean.i_auroc == pytest.approx((result.rows[0].i_auroc + result.rows[1].i_auroc) / 2)
@@ -221,8 +218,64 @@ def test_refusals(model, samples, tmp_path):
         evaluate(model, [*samples, replace(masked, mask=broken)], RECIPE)
 
 
+def test_scores_of_the_images(model, samples, tmp_path):
+    result = evaluate(model, samples, RECIPE)
+    tests = held_out(samples)
+    assert [(s.path, s.label, s.defect) for s in result.scored] == [(str(s.path), s.label, s.defect) for s in tests]
+    _, scores = next(infer(model, ImageCache(tests, 64), RECIPE))
+    assert [s.score for s in result.scored] == scores.tolist()
+    result.write(tmp_path)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "scores.csv").read_text())))
+    assert [row["path"] for row in rows] == [str(s.path) for s in tests]
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-7)
+
+
+def test_streaming_is_within_its_bounds(model, samples, tmp_path):
+    more = tiny_set(tmp_path, "bolt", train=1, good=2, defects=3, seed=5)
+    for reduce in ("sum", "mean"):
+        recipe = RECIPE.replace(reduce=reduce)
+        exact, streamed = (evaluate(model, [*samples, *more], recipe, batch=4, streaming=s) for s in (False, True))
+        for one, other in zip(exact.rows, streamed.rows, strict=True):
+            assert one.bounds == {} and set(other.bounds) == {"p_auroc", "p_ap", "p_f1", "aupro"}
+            for name, bound in other.bounds.items():
+                assert abs(getattr(one, name) - getattr(other, name)) <= bound + 1e-12
+                assert bound < 1e-2
+            assert values(one, IMAGE) == values(other, IMAGE)
+            assert one.aupro_per_image == pytest.approx(other.aupro_per_image, abs=1e-12)
+    assert "P-AUROC: from histograms, within " in streamed.to_markdown()
+
+
+def test_streaming_without_pixels(model, samples):
+    bare = [replace(sample, mask=None) for sample in samples]
+    assert evaluate(model, bare, RECIPE, streaming=True).rows[0].note.startswith("no metrics of pixels")
+
+
+def test_maps_beyond_the_limit_wait_in_a_file(model, samples, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+    memmap = np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *a, **k: made.append(k["shape"]) or memmap(*a, **k))
+    one, other = (evaluate(model, samples, RECIPE, memory=m).rows[0] for m in (10**9, 9 * 64 * 64 * 4 - 1))
+    assert made == [(9, 64, 64)]
+    assert values(one) == values(other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_maps_are_handed_on(model, samples):
+    tests, seen = held_out(samples), []
+    evaluate(model, samples, RECIPE, batch=4, on_maps=lambda *piece: seen.append(piece))
+    assert [sample for some, _ in seen for sample in some] == tests
+    whole, _ = next(infer(model, ImageCache(tests, 64), RECIPE))
+    np.testing.assert_allclose(np.concatenate([maps for _, maps in seen]), whole.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_largest_value_of_a_map(model):
+    assert highest(model, RECIPE) == 12 and highest(model, RECIPE.replace(reduce="mean")) == 2
+    assert highest(model, RECIPE.replace(views="trained")) == 6
+
+
 def test_clock_of_a_device_sums_by_name():
-    clock = evaluation.Clock(torch.device("cpu"))
+    clock = Clock(torch.device("cpu"))
     clock.marks = [("start", 0.0), ("a", 1.0), ("b", 3.0), ("a", 7.0)]
     assert clock.seconds() == {"a": 5.0, "b": 2.0}
 
@@ -258,7 +311,8 @@ def test_csv():
 
 def test_written_files(tmp_path):
     paths = RESULT.write(tmp_path / "new")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["results.csv", "results.json", "results.md"]
+    names = ["results.csv", "results.json", "results.md", "scores.csv"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     found = json.loads(paths[0].read_text())
     assert found == json.loads(json.dumps(RESULT.to_dict()))
     assert found["mean"]["i_auroc"] == 0.75

@@ -12,10 +12,15 @@ FILES = [*sorted(ROOT.glob("recontrast/**/*.py")), *sorted(ROOT.glob("kernels/*.
 ALLOWED = {
     "reference": set(),
     "kernels": {"kernels"},
-    "ops": {"reference"},  # and kernels, by name, where there is a device that needs them
+    "backend": set(),  # and kernels, by name, where there is a device that needs them
+    "ops": {"reference", "backend"},
     "loss": {"ops"},
     "anomaly_map": {"ops", "loss"},
-    "metrics": {"_metrics"},
+    "metrics_reference": set(),
+    "arrays": {"metrics_reference"},  # and _metrics, where it was built
+    "bounds": set(),
+    "streaming": {"arrays", "bounds", "metrics_reference"},
+    "metrics": {"arrays", "metrics_reference", "streaming"},
     "weights": set(),
     "backbone": {"weights"},
     "decoder": {"backbone"},

@@ -3,13 +3,13 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 import sklearn.metrics as sk
-import torch
 import upstream
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from metric_cases import small_cases, some_maps
 from scipy import ndimage
 
-from recontrast import metrics
+from recontrast import arrays, metrics, metrics_reference
 
 EIGHT = np.ones((3, 3), int)
 quick = settings(deadline=None, max_examples=100)
@@ -24,7 +24,9 @@ def check_against_sklearn(scores, labels, tolerance=1e-12):
     assert ours.ap == pytest.approx(sk.average_precision_score(labels, scores), abs=tolerance)
     assert ours.f1_max == pytest.approx(f1.max(), abs=tolerance)
     assert ours.f1_threshold == threshold[f1 >= f1.max() - tolerance].max()
-    assert ours.f1_max == pytest.approx(sk.f1_score(labels, scores >= ours.f1_threshold), abs=tolerance)
+    called = scores >= ours.f1_threshold
+    assert ours.f1_max == pytest.approx(sk.f1_score(labels, called), abs=tolerance)
+    assert ours.accuracy == pytest.approx(sk.accuracy_score(labels, called), abs=tolerance)
 
 
 def test_by_hand():
@@ -35,6 +37,7 @@ def test_by_hand():
     assert metrics.ap(scores, labels) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3, abs=1e-15)
     assert metrics.f1_max(scores, labels) == 0.75
     assert metrics.image_metrics(scores, labels).f1_threshold == 1
+    assert metrics.accuracy(scores, labels) == 3 / 5  # all are called anomalous
 
 
 def test_best_threshold_is_the_highest():
@@ -63,11 +66,24 @@ def test_any_float32_as_sklearn(pairs):
 
 
 @pytest.mark.parametrize("levels", [20, 5000, 2**24])
-def test_many_scores_as_sklearn(levels):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_many_scores_as_sklearn(levels, dtype):
+    """Heavy ties, and none; enough of them that several threads sort, and that the table of thresholds is used."""
     rng = np.random.default_rng(levels)
-    labels = rng.random(300_000) < 0.03
-    scores = (np.floor(levels * rng.beta(2 + labels, 3)) / levels).astype(np.float32)
-    check_against_sklearn(scores, labels)
+    labels = rng.random(1_000_000 if levels == 5000 else 300_000) < (0.5 if levels == 20 else 0.03)
+    scores = (np.floor(levels * rng.beta(2 + labels, 3)) / levels).astype(dtype)
+    check_against_sklearn(scores, labels, 1e-12 if len(labels) < 1_000_000 else 1e-9)
+
+
+def crowded(rng, count):
+    """Scores of which nearly all share a few cells of a table over the whole range."""
+    near = np.nextafter(np.float32(1), np.float32(2)) + rng.integers(0, 900, count) * np.float32(2**-23)
+    return np.where(rng.random(count) < 1e-4, rng.choice([-1e30, 1e-40, 1e30], count), near).astype(np.float32)
+
+
+def test_crowded_scores_as_sklearn():
+    rng = np.random.default_rng(0)
+    check_against_sklearn(crowded(rng, 100_000), rng.random(100_000) < 0.2)
 
 
 @pytest.mark.parametrize(
@@ -82,91 +98,6 @@ def test_many_scores_as_sklearn(levels):
 )
 def test_corners_as_sklearn(scores, labels):
     check_against_sklearn(scores, labels)
-
-
-def some_maps(n=6, size=32, seed=0, dtype=np.float32):
-    """Smooth maps that see their masks a little; the first image is good."""
-    rng = np.random.default_rng(seed)
-    maps = ndimage.gaussian_filter(rng.random((n, size, size)), (0, 2, 2))
-    masks = ndimage.gaussian_filter(rng.random((n, size, size)), (0, 2, 2)) > 0.58
-    masks[0] = False
-    return (maps + 0.1 * masks).astype(dtype), masks
-
-
-@pytest.mark.parametrize("shape", [(6, 32, 32), (6, 1, 32, 32), (2, 3, 1, 32, 32), (192, 32)])
-@pytest.mark.parametrize("mask", [np.bool_, np.uint8, np.int64, np.float32])
-@pytest.mark.parametrize("high", [1, 255])
-def test_shapes_and_mask_types(shape, mask, high):
-    maps, masks = some_maps()
-    expected = metrics.pixel_metrics(maps, masks)
-    masks = (masks * high).astype(mask)
-    ours = metrics.pixel_metrics(maps.reshape(shape), masks.reshape(shape))
-    joined = len(shape) == 2  # one tall image: only what does not know of regions stays
-    assert astuple(ours)[: 4 if joined else 6] == astuple(expected)[: 4 if joined else 6]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_tensors(dtype, device):
-    maps, masks = (torch.from_numpy(x).to(device) for x in some_maps())
-    maps = maps.to(dtype).requires_grad_()
-    expected = metrics.pixel_metrics(maps.detach().float().cpu().numpy(), masks.cpu().numpy())
-    ours = metrics.pixel_metrics(maps[:, None], masks[:, None].byte())
-    assert astuple(ours)[:5] == astuple(expected)[:5]
-    # In float64 the 200 thresholds of an image are other ones.
-    assert ours.aupro_per_image == pytest.approx(expected.aupro_per_image, abs=1e-3)
-
-
-def test_strides_byte_order_and_integers():
-    maps, masks = some_maps()
-    expected = metrics.pixel_metrics(maps, masks)
-    assert metrics.pixel_metrics(maps.astype(">f4"), np.asfortranarray(masks)) == expected
-    wide = np.zeros((6, 64, 64), np.float32)
-    wide[:, ::2, ::2] = maps
-    assert metrics.pixel_metrics(wide[:, ::2, ::2], masks[:, ::-1][:, ::-1]) == expected
-    assert metrics.auroc([3, 1, 2], [True, False, False]) == 1.0
-    maps.flags.writeable = masks.flags.writeable = False
-    assert metrics.pixel_metrics(maps, masks) == expected
-
-
-@pytest.mark.parametrize("metric", [metrics.auroc, metrics.ap, metrics.f1_max, metrics.image_metrics])
-@pytest.mark.parametrize(
-    "scores, labels, message",
-    [
-        ([1.0, 2.0], [1, 1], "labels: wanted at least one positive and one negative, got 2 positive and 0 negative"),
-        ([1.0, 2.0], [0, 0], "labels: .* got 0 positive and 2 negative"),
-        ([], [], "labels: .* got 0 positive and 0 negative"),
-        ([1.0, float("nan"), 2.0], [0, 1, 1], "scores: wanted finite numbers, got 1 NaN and 0 infinite of 3"),
-        ([1.0, float("inf"), -float("inf")], [0, 1, 1], "scores: .* got 0 NaN and 2 infinite of 3"),
-        ([1.0, 2.0, 3.0], [0, 1], r"labels: wanted the shape of scores, \(3,\), got \(2,\)"),
-        ([1.0, 2.0, 3.0], [0, 1, 2], r"labels: wanted bool, 0/1 or 0/255, got others among \[1 2\]"),
-        ([1.0, 2.0, 3.0], [0, 1, 255], "labels: wanted bool, 0/1 or 0/255"),
-        ([1.0, 2.0], [-1, 1], "labels: wanted bool, 0/1 or 0/255"),
-        ([1.0, 2.0], [0.0, float("nan")], "labels: wanted bool, 0/1 or 0/255"),
-        ([1.0, 2.0], ["good", "bad"], "labels: wanted bool, 0/1 or 0/255, got dtype <U4"),
-        ([1j, 2.0], [0, 1], "scores: wanted real numbers, got dtype complex128"),
-    ],
-)
-def test_refused(metric, scores, labels, message):
-    with pytest.raises(ValueError, match=message):
-        metric(np.array(scores), np.array(labels))
-
-
-@pytest.mark.parametrize("metric", [metrics.aupro, metrics.pixel_metrics])
-def test_maps_refused(metric):
-    maps, masks = some_maps()
-    with pytest.raises(ValueError, match=r"maps: wanted \(\.\.\., H, W\), got shape \(32,\)"):
-        metric(maps[1, 10], np.arange(32) > 3)
-    with pytest.raises(ValueError, match=r"masks: wanted the shape of maps, \(6, 32, 32\), got \(6, 1, 32, 32\)"):
-        metric(maps, masks[:, None])
-    with pytest.raises(ValueError, match="masks: wanted at least one positive and one negative, got 0 positive"):
-        metric(maps, np.zeros_like(masks))
-    with pytest.raises(ValueError, match="maps: wanted finite numbers, got 1 NaN"):
-        metric(np.where(np.arange(32 * 32 * 6).reshape(maps.shape) == 7, np.nan, maps), masks)
-    for limit in (0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"limit: wanted a false positive rate in \(0, 1\]"):
-            metric(maps, masks, limit)
-    with pytest.raises(ValueError, match='mode: wanted "dataset" or "per-image", got \'images\''):
-        metrics.aupro(maps, masks, mode="images")
 
 
 def brute_aupro(maps, masks, limit):
@@ -195,16 +126,6 @@ def test_aupro_by_hand():
     at_limit = 0.25 + 0.75 * 0.7  # 0.3 = (2 + 0.7) / 9
     assert metrics.aupro(maps, masks) == pytest.approx((0.25 * 2 + 0.7 * (0.25 + at_limit) / 2) / 2.7)
     assert metrics.aupro(maps, masks, 1.0) == pytest.approx((0.25 * 2 + (0.25 + 1) / 2 + 6) / 9)
-
-
-@st.composite
-def small_cases(draw):
-    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    maps = rng.integers(0, draw(st.sampled_from([2, 5, 1000])), shape) / 7
-    masks = rng.random(shape) < draw(st.sampled_from([0.1, 0.4, 0.8]))
-    assume(masks.any() and not masks.all())
-    return maps.astype(draw(st.sampled_from([np.float32, np.float64]))), masks
 
 
 @given(small_cases(), st.sampled_from([0.05, 0.3, 0.5, 1.0]))
@@ -249,125 +170,29 @@ def test_per_image_is_the_reference_on_smooth_maps(dtype):
     assert abs(ours - metrics.aupro(maps, masks)) > 1e-3  # and the definitions differ
 
 
-def test_undefined_image_is_named():
-    maps, masks = some_maps()
-    masks[2] = False
-    maps[3], masks[3, :2] = 1, True
-    with pytest.raises(ValueError, match=r"image 3 \(counted from 0\) has a constant map"):
-        metrics.aupro(maps, masks, mode="per-image")
-    assert np.isnan(metrics.pixel_metrics(maps, masks).aupro_per_image)
-    maps[3, 0, 0], masks[3] = 2, True
-    with pytest.raises(ValueError, match=r"image 3 \(counted from 0\) has no good pixel"):
-        metrics.aupro(maps, masks, mode="per-image")
-
-
 def test_all_together_are_the_ones():
     maps, masks = some_maps()
     ours = metrics.pixel_metrics(maps, masks, limit=0.2)
     check_against_sklearn(maps, masks)
-    assert astuple(ours)[:4] == astuple(metrics.image_metrics(maps, masks))
+    assert astuple(ours)[:4] == astuple(metrics.image_metrics(maps, masks))[:4]
     assert ours.aupro == metrics.aupro(maps, masks, 0.2)
     assert ours.aupro_per_image == metrics.aupro(maps, masks, 0.2, mode="per-image")
 
 
-@pytest.fixture(params=["scipy", "native"])
-def backend(request, monkeypatch):
-    native = pytest.importorskip("recontrast._metrics") if request.param == "native" else None
-    monkeypatch.setattr(metrics, "_native", native)
-
-
-def numbered(masks):
-    """SciPy's 8-connected regions of each image, renumbered by their first pixel."""
-    labels, total = np.zeros(masks.shape, np.int32), 0
-    for n, mask in enumerate(masks):
-        found, _ = ndimage.label(mask, EIGHT)
-        for i in dict.fromkeys(found[found > 0].tolist()):
-            total += 1
-            labels[n][found == i] = total
-    return labels, total
-
-
-def snake(size):
-    """One region that winds through all rows."""
-    mask = np.zeros((size, size), bool)
-    mask[::2] = True
-    mask[1::4, -1] = mask[3::4, 0] = True
-    return mask
-
-
-def spiral(size):
-    """One region whose arms meet only in the middle."""
-    mask, h, w, step = np.zeros((size, size), bool), 0, 0, (0, 1)
-    for length in [size - 1, size - 1, *(x for k in range(size - 1, 1, -2) for x in (k, k - 2))]:
-        for _ in range(length):
-            mask[h, w] = True
-            h, w = h + step[0], w + step[1]
-        step = (step[1], -step[0])
-    return mask
-
-
-SHAPES = {
-    "snake": snake(33),
-    "spiral": spiral(33),
-    "comb": (np.arange(40)[None] % 2 == 0) | (np.arange(9)[:, None] == 8),
-    "v": abs(np.arange(21)[None] - 10) == np.arange(11)[:, None],
-    "checkerboard": (np.arange(17)[:, None] + np.arange(19)[None]) % 2 == 0,
-    "full": np.ones((5, 9), bool),
-    "row": np.arange(70)[None] % 3 > 0,
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes(name, backend):
-    shape = SHAPES[name]
-    for mask in (shape, shape[::-1], shape[:, ::-1], shape.T):
-        labels, count = metrics.regions(mask)
-        expected, total = numbered(mask[None])
-        np.testing.assert_array_equal(labels, expected[0])
-        assert (labels.dtype, count) == (np.int32, total)
-    assert total == (23 if name == "row" else 1)
-
-
-@given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 19), st.integers(1, 40)),
-    density=st.sampled_from([0.02, 0.2, 0.4, 0.5, 0.6, 0.9]),
-    seed=st.integers(0, 2**32),
-)
-@settings(deadline=None, max_examples=200)
-def check_regions(shape, density, seed):
-    masks = np.random.default_rng(seed).random(shape) < density
-    labels, count = metrics.regions(masks)
-    expected, total = numbered(masks)
-    np.testing.assert_array_equal(labels, expected)
-    assert count == total
-
-
-def test_regions_of_random_masks(backend):
-    check_regions()
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 4), (3, 0, 4), (3, 4, 0), (0, 0), (2, 0, 1, 3, 3), (2, 8, 8)])
-def test_no_pixels(shape, backend):
-    labels, count = metrics.regions(np.zeros(shape))
-    assert (labels.shape, labels.dtype, count) == (shape, np.int32, 0)
-
-
-def test_batch_shapes(backend):
-    masks = np.random.default_rng(0).random((6, 9, 11)) < 0.4
-    expected, total = numbered(masks)
-    for given_masks in (masks, masks * 255, torch.from_numpy(masks), np.asfortranarray(masks)):
-        labels, count = metrics.regions(given_masks.reshape(2, 3, 1, 9, 11))
-        np.testing.assert_array_equal(labels, expected.reshape(2, 3, 1, 9, 11))
-        assert count == total
-    with pytest.raises(ValueError, match=r"masks: wanted \(\.\.\., H, W\), got shape \(9,\)"):
-        metrics.regions(masks[0, :, 0])
-
-
-def test_backend_does_not_matter(monkeypatch):
-    assert metrics.REGIONS_BACKEND == ("native" if metrics._native else "scipy")
-    ours = metrics.pixel_metrics(*some_maps())
-    monkeypatch.setattr(metrics, "_native", None)
-    assert metrics.pixel_metrics(*some_maps()) == ours
+@pytest.mark.parametrize("compiled", [True, False])
+def test_several_limits(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(arrays, "native", None)
+    maps, masks = some_maps()
+    limits = (0.3, 1.0, 0.01, 0.3, 1e-9)
+    each = [metrics.aupro(maps, masks, limit) for limit in limits]
+    assert metrics.aupro(maps, masks, limits) == each
+    assert len(set(each)) == 4
+    ours = metrics.pixel_metrics(maps, masks, limits)
+    assert ours.aupro == each[0]
+    assert ours.aupro_at == dict(zip(limits, each, strict=True))
+    per_image = [metrics.aupro(maps, masks, limit, mode="per-image") for limit in (0.3, 0.1)]
+    assert metrics.aupro(maps, masks, (0.3, 0.1), mode="per-image") == per_image
 
 
 @pytest.fixture
@@ -375,26 +200,72 @@ def native():
     return pytest.importorskip("recontrast._metrics")
 
 
+def same(ours, oracle):
+    if oracle is None:
+        return ours is None
+    *ours, areas = ours
+    *theirs, expected = oracle
+    assert ours == pytest.approx(theirs, abs=1e-13)
+    return areas == pytest.approx(expected, abs=1e-12)
+
+
+@given(small_cases(), st.sampled_from([0.05, 0.3, 1.0]), st.sampled_from([1, -1, 1e-42, 1e30]))
+@settings(deadline=None, max_examples=200)
+def check_oracle(native, case, limit, scale):
+    maps, masks = (maps_or_masks for maps_or_masks in case)
+    maps = (maps * scale).astype(maps.dtype)
+    limits = [limit, 0.5]
+    assert same(native.pixels(maps, masks, limits), metrics_reference.pixels(maps, masks, limits))
+    assert same(native.rates(maps.ravel(), masks.ravel()), metrics_reference.rates(maps.ravel(), masks.ravel()))
+    ours, why = native.per_image(maps, masks, limit)
+    expected, reasons = metrics_reference.per_image(maps, masks, limit)
+    np.testing.assert_array_equal(why, reasons)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_compiled_is_the_oracle(native):
+    check_oracle(native)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_compiled_is_the_oracle_on_many_pixels(native, dtype):
+    """More than one thread, more than one cell, and thresholds that differ by rounding."""
+    maps, masks = some_maps(n=9, size=200, dtype=dtype)
+    assert same(native.pixels(maps, masks, [0.3]), metrics_reference.pixels(maps, masks, [0.3]))
+    ours, expected = (m.per_image(maps, masks, 0.3)[0] for m in (native, metrics_reference))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+    maps[4, 3, 5] = np.nan
+    assert native.pixels(maps, masks, [0.3]) is None
+    assert native.per_image(maps, masks, 0.3)[1].tolist() == [1, 0, 0, 0, 5, 0, 0, 0, 0]
+
+
 def test_threads_do_not_matter(native):
-    masks = np.random.default_rng(0).random((37, 128, 130)) < 0.45
-    masks[3:5] = False
-    one, counts = native.regions(masks, 1)
-    assert (counts.dtype, counts.shape, counts.sum()) == (np.int64, (37,), one.max())
+    maps, masks = some_maps(n=23, size=150)
+    one = native.pixels(maps, masks, [0.3, 0.05], 1)
+    areas = native.per_image(maps, masks, 0.3, 1)[0]
     for threads in (0, 2, 5, 64):
-        many, again = native.regions(masks, threads)
-        np.testing.assert_array_equal(one, many)
-        np.testing.assert_array_equal(counts, again)
-    np.testing.assert_array_equal(one, metrics._regions_scipy(masks)[0])
+        assert native.pixels(maps, masks, [0.3, 0.05], threads) == one
+        assert native.rates(maps.ravel(), masks.ravel(), threads)[:5] == one[:5]
+        np.testing.assert_array_equal(native.per_image(maps, masks, 0.3, threads)[0], areas)
 
 
-def test_native_refuses(native):
-    masks = np.zeros((2, 4, 6), np.uint8)
-    masks.flags.writeable = False
-    assert native.regions(masks)[1].tolist() == [0, 0]
-    for wrong in (masks.astype(np.int8), masks.astype(np.float32), masks.astype(np.uint16), masks[0], masks[:, :, ::2]):
-        with pytest.raises(ValueError, match=r"masks: wanted C-contiguous bool or uint8 \(N, H, W\), got "):
-            native.regions(wrong)
-    with pytest.raises(ValueError, match="threads: wanted 0 or more, got -1"):
-        native.regions(masks, -1)
-    with pytest.raises(TypeError):
-        native.regions([[[0, 1]]])
+def test_backend_does_not_matter(monkeypatch):
+    assert metrics.REGIONS_BACKEND == ("native" if arrays.native else "scipy")
+    ours = metrics.pixel_metrics(*some_maps())
+    monkeypatch.setattr(arrays, "native", None)
+    assert astuple(metrics.pixel_metrics(*some_maps()))[:6] == pytest.approx(astuple(ours)[:6], abs=1e-12)
+
+
+def test_as_adeval(monkeypatch):
+    """A peer that bins: with fine bins it comes near. Its AP is another one, by the trapezoid rule."""
+    adeval = pytest.importorskip("adeval")
+    monkeypatch.setattr(np, "trapz", np.trapezoid, raising=False)  # ADEval 1.1.0 calls what NumPy 2.4 no longer has
+    maps, masks = some_maps(n=8, size=64)
+    theirs = adeval.EvalAccumulator(0.0, 1.0, float(maps.min()), float(maps.max()), nstrips=20000)
+    theirs.add_anomap_batch(maps, masks.astype(np.uint8))
+    theirs.add_image([0.0, 1.0], [0, 1])
+    theirs.add_sample([0.0, 1.0], [0, 1])
+    expected = theirs.summary()
+    ours = metrics.pixel_metrics(maps, masks)
+    assert ours.auroc == pytest.approx(expected["p_auroc"], abs=1e-3)
+    assert ours.aupro == pytest.approx(expected["p_aupro"], abs=1e-3)

@@ -14,7 +14,7 @@ from itertools import chain
 import pytest
 import torch
 import upstream
-from test_train import tiny_set
+from tiny import tiny_set
 from torch import nn
 from upstream_model import replace_layers, replace_norms, upstream_from
 
@@ -41,15 +41,6 @@ CASES = {  # recipe, dtype, tolerance
     "float64-never-resting": (WIPED.replace(steps=3, wipe_every=2, rest=0), torch.float64, 1e-9),
     "float64-unified": (UNIFIED.replace(steps=6), torch.float64, 1e-9),  # learning rates fall after step 4
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Work this small is slower on two, and far slower where other processes keep them busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batches_of(samples, model, recipe, dtype):

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from recontrast.app import predict as module
-from recontrast.app.predict import covered, highest, predict, result_names
-from recontrast.data import pictures
+from recontrast.app.predict import covered, predict, result_names
+from recontrast.data import atomic, pictures
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import new_model
@@ -154,7 +154,7 @@ def test_disk_full(checkpoint, folder, tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(pictures.os, "replace", full)
+    monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(OSError, match=r"cannot write .*one\.npy: No space left on device"):
         predict(checkpoint, [folder], tmp_path / "out", maps="npy")
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
@@ -180,10 +180,6 @@ def test_covered():
     for height in range(1, 40):
         top, _, covers, _ = covered((height, 7), recipe)
         assert 0 <= top and covers >= 1 and top + covers <= height
-
-
-def test_highest():
-    assert highest(RECIPE, 6) == 12 and highest(RECIPE.replace(reduce="mean"), 6) == 2
 
 
 def test_range_puts_the_threshold_in_the_middle():
@@ -217,14 +213,14 @@ def test_overlay_leaves_the_cold_and_covers_the_hot():
 
 def test_replacing_is_all_or_nothing(tmp_path):
     path = tmp_path / "new" / "file"
-    with pictures.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write(b"first")
-    with pytest.raises(RuntimeError), pictures.replacing(path) as file:
+    with pytest.raises(RuntimeError), atomic.replacing(path) as file:
         file.write(b"sec")
         raise RuntimeError
     assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
     with (
         pytest.raises(OSError, match=f"cannot write {path / 'below'}: (Not a directory|File exists)"),
-        pictures.replacing(path / "below"),
+        atomic.replacing(path / "below"),
     ):
         pass

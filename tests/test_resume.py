@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from test_train import log_of, same_weights, tiny_set
+from test_train import log_of, same_weights
+from tiny import tiny_set
 
 from recontrast.engine import checkpoint, recipe_file
 from recontrast.engine.recipes import RECIPES

@@ -4,14 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny import tiny_set
 
-from recontrast.data.datasets import mvtec
 from recontrast.engine import checkpoint
 from recontrast.engine import train as training
 from recontrast.engine.batches import Batches, digest
@@ -22,42 +20,6 @@ RECIPE = Recipe(
     backbone="test_resnet", weights="random", steps=6, batch=4, size=32, seed=1, log_every=2, checkpoint_every=3
 )
 SOURCE = (sys.executable, "-c")
-
-
-def tiny_set(root, category="nut", *, train=7, good=3, defects=3, seed=0):
-    """Noisy stripes of 64 px in MVTec AD layout; a defect is a bright square, and has a mask."""
-    random = np.random.default_rng(seed)
-
-    def draw(path, square=None):
-        pixels = 110 + 60 * np.sin(np.arange(64) / 3)[:, None, None] + random.normal(0, 12, (64, 64, 3))
-        mask = np.zeros((64, 64), np.uint8)
-        if square is not None:
-            y, x = random.integers(4, 44, 2)
-            mask[y : y + 14, x : x + 14] = 255
-            pixels[mask > 0] += 90
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-        if square is not None:
-            square.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(mask).save(square)
-
-    top = Path(root) / category
-    for i in range(train):
-        draw(top / "train/good" / f"{i:03}.png")
-    for i in range(good):
-        draw(top / "test/good" / f"{i:03}.png")
-    for i in range(defects):
-        draw(top / "test/square" / f"{i:03}.png", top / "ground_truth/square" / f"{i:03}_mask.png")
-    return mvtec(root, category)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Work this small is slower on two, and far slower where other processes keep them busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +173,8 @@ def test_refuses_devices(samples, device):
 
 
 def test_loss_not_a_number(samples, tmp_path, monkeypatch):
-    def broken(*arguments):
-        loss = step(*arguments)
+    def broken(model, *rest):
+        loss = step(model, *rest)
         broken.calls += 1
         return loss * float("nan") if broken.calls == 5 else loss
 
@@ -234,8 +196,8 @@ def test_learning_rate_too_high(samples, tmp_path):
 def test_weights_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
     """The loss of a step is that of the weights before it."""
 
-    def broken(model, *arguments):
-        loss = step(model, *arguments)
+    def broken(model, *rest):
+        loss = step(model, *rest)
         next(model.decoder_parameters()).data[0] = float("inf")
         return loss
 

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from recontrast.kernels import cosine, map, tune
+from recontrast.kernels import cosine, map, mining, tune
+from test_mining import GROUPS, RULES, far_points, random_sums
 
 from recontrast import reference
 
@@ -117,6 +118,60 @@ def test_cosine_of_nothing(shape):
     assert cosine.cosine_sums_backward(sums, x, y).shape == shape
 
 
+def test_group_of_mixed_pairs():
+    """Layouts and dtypes of all kinds in one call, more pairs than travel in one launch, pairs with nothing to do."""
+    shapes = [(1, 3, 2, 2)] * 17 + [(2, 40, 5, 3), (0, 3, 4, 5), (2, 0, 3, 3), (2, 3, 0, 5)]
+    x, y = ([features(shape, F32) for shape in shapes] for _ in "xy")
+    for layout in LAYOUTS:
+        x, y = [*x, features(ODD, BF16, layout)], [*y, features(ODD, F32, layout)]
+    for _ in range(2):
+        sums = cosine.cosine_sums_group(x, y)
+        wide = [[t.double() for t in ts] for ts in (x, y)]
+        assert sums.dtype == reference.group_dtype(x, y)
+        assert_near(sums, reference.cosine_sums_group(*wide), ROUNDING[F32])
+        grad = torch.randn_like(sums)
+        theirs = reference.cosine_sums_group_backward(grad.double(), *wide)
+        for dy, t, expected in zip(cosine.cosine_sums_group_backward(grad, x, y), y, theirs, strict=True):
+            assert (dy.dtype, dy.stride()) == (t.dtype, torch.empty_like(t).stride())
+            assert_near(dy, expected, 5e-6)
+        x[0] = x[0].double()  # now all are summed in float64
+
+
+# ---- mining ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("rule", RULES[1:4] + RULES[5:], ids=str)
+def test_mining(rule, dtype, group):
+    name, parameter, factor = rule
+    sums, wide = random_sums(*group, dtype, DEVICE)
+    tolerance = {"rtol": 3e-6 if dtype == F32 else 1e-12, "atol": 1e-6 if dtype == F32 else 1e-13}
+    alpha = torch.tensor(parameter, dtype=dtype, device=DEVICE) if name == "deviation" and factor else None
+    loss, state = mining.mined_loss(sums, *group, name, parameter, alpha, factor)
+    expected = reference.mined_loss(wide, *group, name, parameter, None, factor)
+    for ours, theirs in zip((loss, state), expected, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, equal_nan=True, **tolerance)
+    grad = torch.tensor(-1.7, dtype=dtype, device=DEVICE)
+    ours = mining.mined_loss_backward(grad, sums, state, *group, name, parameter, factor)
+    theirs = reference.mined_loss_backward(grad.double(), wide, expected[1], *group, name, parameter, factor)
+    far = far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
+    if name == "power":
+        far[:] = True
+    torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
+
+
+@pytest.mark.parametrize("points", [1, 37, 1025])
+def test_as_many_are_hard_as_asked_for(points):
+    sums, _ = random_sums([2], [points], F32, DEVICE)
+    one = torch.ones((), device=DEVICE)
+    for fraction in (1e-9, 0.2, 0.7, 1.0):
+        _, state = mining.mined_loss(sums, [2], [points], "hardest", fraction, None, 0.0)
+        grad = mining.mined_loss_backward(one, sums, state, [2], [points], "hardest", fraction, 0.0)
+        assert (grad.view(3, -1)[0] != 0).sum() == max(int(2 * points * fraction), 1)
+
+
 # ---- the map -----------------------------------------------------------------
 
 
@@ -213,12 +268,18 @@ def compiled(self, grid):
 driver.set_active(NoGPU)
 triton.JITFunction.__getitem__ = compiled
 triton.autotune = lambda configs, key: lambda kernel: tune.First(kernel, configs)
-from recontrast.kernels import cosine, map
+from recontrast.kernels import cosine, map, mining
 
 for dtype in torch.float32, torch.bfloat16:
     for layout in torch.contiguous_format, torch.channels_last:
         x = torch.zeros(2, 64, 16, 16, dtype=dtype).contiguous(memory_format=layout)
-        cosine.cosine_sums_backward(cosine.cosine_sums(x, x), x, x)
+        small = x[..., :4, :4].clone(memory_format=layout)
+        cosine.cosine_sums_group_backward(cosine.cosine_sums_group([x, small], [x, small]), [x, small], [x, small])
+for rule in mining.RULES:
+    for alpha in [torch.zeros(()), None][rule != "deviation" :]:
+        loss, state = mining.mined_loss(torch.zeros(630), [2, 1], [64, 82], rule, 1.0, alpha, 0.0)
+        mining.mined_loss_backward(loss, torch.zeros(630), state, [2, 1], [64, 82], rule, 1.0, 0.0)
+mining.mined_loss(torch.zeros(630, dtype=torch.float64), [2, 1], [64, 82], "hardest", 1.0, None, 0.0)
 matrices = [torch.zeros(256, size) for size in (64, 32, 16)] * 2
 map.anomaly_map([torch.zeros(2, size, size) for size in (64, 32, 16)] * 2, matrices, matrices, 1.0)
 """
@@ -230,5 +291,7 @@ def test_kernels_compile(tmp_path):
     command = [sys.executable, "-W", "error", "-c", COMPILE, "90"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    names = ["_sums", "_gradient"] * 4 + ["_bands", "_blend"]
+    two, refine = ["_pieces", "_finish", "_weigh"], ["_refine", "_select"]
+    hardest = [["_pieces", "_select", *refine * digits, "_finish"] for digits in (1, 4)]
+    names = ["_sums", "_gradient"] * 4 + two * 2 + hardest[0] + two[2:] + two + hardest[1] + ["_bands", "_blend"]
     assert run.stdout.splitlines() == [f"{name} 90" for name in names]

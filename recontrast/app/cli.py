@@ -1,12 +1,15 @@
 """The ``recontrast`` command. What is heavy is imported by the command that needs it, so that ``--help`` is quick."""
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import Commands, Steps, complain, show, stop, table
+from recontrast.app.console import Commands, Steps, complain, show, silent, stop, table
 from recontrast.app.options import change, numbers, split
+from recontrast.app.prepare import prepare
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
@@ -25,11 +28,17 @@ Batch = Annotated[int, typer.Option(help="Images at once.")]
 CheckpointFile = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
 ]
+Data = Annotated[
+    list[Path],
+    typer.Argument(metavar="DATA", help="Data sets or categories in MVTec AD layout; to train, or folders of images."),
+]
 CATEGORY = "Name of a category below DATA, or all: one detector for all of them."
 
 
 def main() -> None:
     """Run the command line."""
+    if silent():
+        sys.stdout = open(os.devnull, "w")
     app(prog_name="recontrast")
 
 
@@ -50,10 +59,8 @@ def _root(
 
 @app.command()
 def train(
-    data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, or a folder of good images."),
-    ],
+    context: typer.Context,
+    data: Data,
     category: Annotated[str | None, typer.Option(help=CATEGORY + " Default: the only one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
     recipe: Annotated[
@@ -93,25 +100,28 @@ def train(
 ) -> None:
     """Train a detector on good images, and evaluate it where there are test images."""
     from recontrast.app import train as application
+    from recontrast.engine import distributed
 
     values = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size, "seed": seed}
     values |= {"encoder_bn": encoder_bn, "precision": precision, "channels_last": channels_last}
     given = {key: value for key, value in values.items() if value is not None} | dict(map(change, changes or []))
     resume = None if resume is None else _file(resume)
     job = application.prepare(data, recipe, given, category=category, out=out, resume=resume, overwrite=overwrite)
+    folders = " ".join(map(str, data))
+    _, where = context.with_resource(distributed.world(device))
     try:
         with Steps(f"train {job.category}") as shown:
             result = application.run(
-                job, device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard,
+                job, device=where, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard and not silent(),
                 on_step=lambda category, step, steps, note: shown(step, steps, note),
             )  # fmt: skip
     except KeyboardInterrupt:
         file = job.target
-        where = f"go on with: recontrast train {data} --resume {file}" if file.exists() else "no checkpoint yet"
-        stop(f"interrupted; {where}", status=130)
+        what = f"go on with: recontrast train {folders} --resume {file}" if file.exists() else "no checkpoint yet"
+        stop(f"interrupted; {what}", status=130)
     typer.echo(f"{job.recipe.steps} steps in {result.seconds:.1f} s: {job.target}")
     if evaluate and any(sample.split == "test" for sample in job.samples):
-        _evaluate(result.model, job.groups, job.recipe, job.out, None, job.recipe.batch, cache)
+        _evaluate(result.model, job.groups, job.recipe, job.out, batch=job.recipe.batch, cache_dir=cache)
 
 
 @app.command()
@@ -154,14 +164,17 @@ def reproduce(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     checkpoint: CheckpointFile,
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Data set or category in MVTec AD layout, with test images.")
-    ],
+    data: Data,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all below DATA.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: none.")] = None,
     save_maps: Annotated[
-        bool, typer.Option("--save-maps", help="Also write scores and 16-bit TIFF maps to OUT (a second pass).")
+        bool, typer.Option("--save-maps", help="Also write 16-bit TIFF maps to OUT/maps; results.md has their scale.")
+    ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option("--streaming", help="Metrics of pixels from histograms: constant memory, with a proven bound."),
     ] = False,
     batch: Batch = 16,
     device: Device = None,
@@ -170,16 +183,18 @@ def evaluate(
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast.data import datasets
     from recontrast.engine import checkpoint as checkpoints
+    from recontrast.engine import distributed
 
     if save_maps and out is None:
         raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
     file = _file(checkpoint)
+    _, where = context.with_resource(distributed.world(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
-    model, recipe, _ = checkpoints.load_model(file)
-    _evaluate(model, groups, recipe, out, device, batch, cache)
-    if save_maps and out is not None:
-        tests = [sample.path for group in groups.values() for sample in group if sample.split == "test"]
-        _predict(file, tests, out, maps="tiff16", overlays=False, threshold=None, device=device, batch=batch)
+    model, recipe, _ = checkpoints.load_model(file, where)
+    _evaluate(
+        model, groups, recipe, out,
+        device=where, batch=batch, cache_dir=cache, streaming=streaming, save_maps=save_maps,
+    )  # fmt: skip
 
 
 @app.command()
@@ -233,6 +248,9 @@ def demo(
     )
 
 
+app.command()(prepare)
+
+
 @app.command()
 def info() -> None:
     """Print versions, devices, and which kernels run and why."""
@@ -248,19 +266,18 @@ def _file(path: Path) -> Path:
 
 
 def _evaluate(
-    model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None, device: str | None, batch: int,
-    cache: Path | None,
-) -> None:  # fmt: skip
-    from recontrast.engine import evaluate as engine
+    model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None, **options: Any
+) -> None:
+    from recontrast.app.evaluation import measure
 
     with Steps("evaluate") as shown:
-        result = engine.evaluate(
-            model, groups, recipe, device=device, batch=batch, cache_dir=cache,
-            on_progress=lambda category, done, total: shown(done, total, category),
+        result, written = measure(
+            model, groups, recipe, out,
+            on_progress=lambda category, done, total: shown(done, total, category), **options,
         )  # fmt: skip
     show(result)
-    if out is not None:
-        typer.echo(f"results: {', '.join(map(str, result.write(out)))}")
+    if written:
+        typer.echo(f"results: {', '.join(map(str, written))}")
 
 
 def _predict(checkpoint: Path, inputs: list[Path], out: Path, **options: Any) -> None:

@@ -46,13 +46,19 @@ def sentence(error: BaseException) -> str:
 
 def complain(text: str) -> None:
     """One line on stderr."""
-    sys.stderr.write(f"recontrast: {text}\n")
+    who = f"process {os.environ['RANK']}: " if silent() else ""
+    sys.stderr.write(f"recontrast: {who}{text}\n")
 
 
 def stop(text: str, status: int = 2) -> NoReturn:
     """One line on stderr, then exit."""
     complain(text)
     raise typer.Exit(status)
+
+
+def silent() -> bool:
+    """Whether this is a process of torchrun that leaves speaking to the first."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 class Steps:
@@ -65,6 +71,8 @@ class Steps:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` are finished; ``note`` says how it goes."""
+        if silent():
+            return
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif done == total or time.monotonic() >= self._next:
@@ -74,7 +82,7 @@ class Steps:
     def __enter__(self) -> "Steps":
         """Show the bar, where there is a terminal."""
         console = Console(stderr=True)
-        if console.is_terminal:
+        if console.is_terminal and not silent():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

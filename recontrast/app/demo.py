@@ -14,6 +14,7 @@ from recontrast.data.datasets import Sample
 from recontrast.engine import evaluate, train
 from recontrast.engine.device import choose
 from recontrast.engine.evaluate import Result
+from recontrast.engine.infer import infer
 from recontrast.engine.recipes import Recipe
 from recontrast.model import ReContrast
 
@@ -110,7 +111,7 @@ def _sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe)
     kinds = list(dict.fromkeys(sample.defect for sample in tests))
     shown = [s for kind in kinds for s in [s for s in tests if s.defect == kind][:EXAMPLES]]
     batch = np.stack([images.read_image(sample.path, size=recipe.size, crop=recipe.crop) for sample in shown])
-    found = [(maps.cpu().numpy(), scores.cpu()) for maps, scores in evaluate.infer(model, batch, recipe)]
+    found = [(maps.cpu().numpy(), scores.cpu()) for maps, scores in infer(model, batch, recipe)]
     maps, scores = (np.concatenate(part) for part in zip(*found, strict=True))
     low, high = float(np.median(maps)), float(maps.max())
     height, width = recipe.out

@@ -16,9 +16,10 @@ import numpy as np
 
 import recontrast
 from recontrast.data import images, pictures
+from recontrast.data.atomic import replacing
 from recontrast.engine import checkpoint as checkpoints
-from recontrast.engine import evaluate
 from recontrast.engine.device import choose
+from recontrast.engine.infer import highest, infer
 from recontrast.engine.recipes import Recipe, pair
 
 Maps = Literal["tiff16", "tiff32", "npy", "none"]
@@ -90,13 +91,13 @@ def predict(
     names = result_names(files.paths)
     model, recipe, about = checkpoints.load_model(checkpoint, choose(device))
     files.recipe = recipe
-    top = highest(recipe, pairs=2 * len(model.map_sizes(recipe.out)))
+    top = highest(model, recipe)
     kept: list[int] = []  # places of the files that could be read
     scores: list[float] = []
     out.mkdir(parents=True, exist_ok=True)
     with pool, tempfile.TemporaryFile(dir=out) as waiting:  # maps wait here, not in memory, until their range is known
         place = 0
-        for found, score in evaluate.infer(model, files, recipe, batch=batch):
+        for found, score in infer(model, files, recipe, batch=batch):
             for anomaly, value in zip(found.cpu().numpy(), score.tolist(), strict=True):
                 if place not in files.unread:
                     kept.append(place)
@@ -132,16 +133,11 @@ def predict(
         "trained_on": about.category,
         "score": recipe.score,
         "threshold": threshold,
-        "maps": None if maps == "none" else _describe(maps, top, recipe),
+        "maps": None if maps == "none" else describe(maps, top, recipe),
         "overlay_range": colours,
         "unread": unread,
     })  # fmt: skip
     return Report(predictions, unread)
-
-
-def highest(recipe: Recipe, pairs: int) -> float:
-    """The largest value that a map can have: a cosine distance is at most 2."""
-    return 2.0 * pairs if recipe.reduce == "sum" else 2.0
 
 
 def result_names(paths: Sequence[Path]) -> list[Path]:
@@ -234,7 +230,7 @@ def covered(shape: Sequence[int], recipe: Recipe) -> tuple[int, int, int, int]:
     return top, left, height, width
 
 
-def _describe(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
+def describe(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
     """What a reader of the map files must know."""
     about: dict[str, Any] = {"format": maps, "size": list(recipe.out), "range": [0.0, top]}
     if maps == "tiff16":
@@ -249,12 +245,12 @@ def _save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, 
     writer.writerow(["path", "score", *(["flagged"] if flags else [])])
     for found in predictions:
         writer.writerow([found.path, f"{found.score:.9g}", *([int(bool(found.flagged))] if flags else [])])
-    with pictures.replacing(out / "scores.csv") as file:
+    with replacing(out / "scores.csv") as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
     rows = []
     for found in predictions:
         row = {"path": found.path, "score": float(f"{found.score:.9g}"), "flagged": found.flagged}
         row |= {"map": found.map, "overlay": found.overlay}
         rows.append({key: value for key, value in row.items() if value is not None})
-    with pictures.replacing(out / "scores.json") as file:
+    with replacing(out / "scores.json") as file:
         file.write((json.dumps({**about, "images": rows}, indent=1) + "\n").encode())

@@ -1,10 +1,12 @@
 """What `recontrast train` does: recipe, data and folder from its options, the run itself, and what it says of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
@@ -40,13 +42,13 @@ class Job:
 
 
 def prepare(
-    data: Path, recipe: str, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
+    data: Sequence[Path], recipe: str, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
     resume: Path | None, overwrite: bool,
 ) -> Job:  # fmt: skip
     """Recipe, data and folder of a run.
 
     Args:
-        data: data set, category or folder of good images.
+        data: data sets, categories or folders of good images.
         recipe: name or YAML file; what ``resume`` holds takes its place.
         changes: fields of it.
         category: one, "all", or None for the only one.
@@ -66,7 +68,8 @@ def prepare(
     chosen = base.replace(**changes)
     groups = datasets.load(data, None if category in (None, "all") else [category])
     if category is None and len(groups) > 1:
-        raise ValueError(f"{data} holds {len(groups)} categories: choose one with --category, or all of them with "
+        where = " ".join(map(str, data))
+        raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     job = Job(chosen, category, groups, out or Path("runs") / category, resume, done)
@@ -78,7 +81,7 @@ def prepare(
 
 
 def run(
-    job: Job, *, device: str | None, cache: Path | None, teacher_cache: float, tensorboard: bool,
+    job: Job, *, device: str | torch.device | None, cache: Path | None, teacher_cache: float, tensorboard: bool,
     on_step: OnStep | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train, and keep the log for TensorBoard where that is wanted; ``teacher_cache`` is in GiB."""

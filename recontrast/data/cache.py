@@ -7,17 +7,15 @@ rename), so several processes may build the same one; it is checked by length an
 again where that fails. Files of former states stay until someone deletes the folder.
 """
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import numpy as np
 import PIL
 import torch
 
+from recontrast.data.atomic import replacing
 from recontrast.data.files import PathLike
 from recontrast.data.images import Size, height_width, read_image
 
@@ -139,28 +138,15 @@ class ImageCache:
                     left.unlink()
         total = _HEADER + len(self) * self._image_bytes
         checksums = np.zeros(len(self), "<u4")
-        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        temporary = f".{path.name}.{uuid.uuid4().hex}.tmp"  # its own: several processes may build the same
+        with replacing(path, wanted=total, temporary=temporary, sentence=_unwritable) as file:
 
-        def keep(i: int, pixels: np.ndarray) -> None:
-            checksums[i] = zlib.crc32(pixels.data)
-            with _disk(path, total):
-                _write(file, pixels.tobytes(), _HEADER + i * self._image_bytes)
+            def keep(i: int, pixels: np.ndarray) -> None:
+                checksums[i] = zlib.crc32(pixels.data)
+                _write(file.fileno(), pixels.tobytes(), _HEADER + i * self._image_bytes)
 
-        try:
-            with _disk(path, total):
-                if shutil.disk_usage(path.parent).free < total:  # known before hours of decoding
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._decode(keep)
-            with _disk(path, total):
-                _write(file, self._header(checksums), 0)
-                os.fsync(file)
-                os.replace(temporary, path)
-        except BaseException:  # Ctrl-C too
-            temporary.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(file)
+            _write(file.fileno(), self._header(checksums), 0)
 
     def _map(self, path: Path) -> np.ndarray | None:
         """Read-only images of the cache file; None where there is none, or one that is short or damaged."""
@@ -186,14 +172,5 @@ def _write(file: int, data: bytes, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-@contextmanager
-def _disk(path: Path, total: int) -> Iterator[None]:
-    """Say in one sentence that a file could not be written."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        sentence = f"{path}: wanted to write {total} bytes of decoded images, got {error.strerror!r}, {free} bytes free"
-        failure = OSError(sentence)
-        failure.errno = error.errno
-        raise failure from error
+def _unwritable(path: Path, reason: str, wanted: int | None, free: int | None) -> str:
+    return f"{path}: wanted to write {wanted} bytes of decoded images, got {reason!r}, {free} bytes free"

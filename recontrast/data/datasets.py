@@ -12,7 +12,7 @@ Only folders are read here. Order is natural and the same on every machine, unli
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,28 +44,41 @@ class Sample:
     defect: str
 
 
-def load(path: PathLike, categories: Sequence[str] | None = None) -> dict[str, list[Sample]]:
+def load(path: PathLike | Sequence[PathLike], categories: Sequence[str] | None = None) -> dict[str, list[Sample]]:
     """Samples of whatever stands at ``path``.
 
     Args:
-        path: root of a data set in MVTec AD layout, the folder of one category, or a plain folder of good images.
-        categories: names of those wanted, in that order. None takes all, in natural order.
+        path: root of a data set in MVTec AD layout, the folder of one category, or a plain folder of good images; or
+            several of these, for one detector of all their categories.
+        categories: names of those wanted, in that order. None takes all, in natural order of each path.
 
     Returns:
         Samples by category, train before test; of a plain folder by its own name, train only.
     """
-    path = Path(path)
+    paths = [Path(one) for one in ([path] if isinstance(path, (str, os.PathLike)) else path)]
+    readers: dict[str, Callable[[], list[Sample]]] = {}
+    found: dict[str, Path] = {}
+    for one in paths:
+        for name, reader in _readers(one).items():
+            if name in readers:
+                raise ValueError(f"{one}: wanted categories of different names, got {name!r} of {found[name]} again")
+            readers[name], found[name] = reader, one
+    for wanted in categories or ():
+        if wanted not in readers:
+            where = ", ".join(map(str, paths))
+            raise ValueError(f"{where}: wanted category {wanted!r}, got {_among(wanted, list(readers))}")
+    return {wanted: readers[wanted]() for wanted in categories or readers}
+
+
+def _readers(path: Path) -> dict[str, Callable[[], list[Sample]]]:
+    """What reads each category at ``path``, by its name."""
     _must_be_folder(path, "the folder of a data set")
     name = Path(os.path.abspath(path)).name
     if (path / "train").is_dir() or (path / "test").is_dir():
-        readers = {name: partial(_category, path, name)}
-    else:  # whatever has a train folder, so that one without train/good is an error and not overlooked
-        inside = [child.name for child in _folders(path) if (child / "train").is_dir()]
-        readers = {child: partial(mvtec, path, child) for child in inside} or {name: partial(folder, path)}
-    for wanted in categories or ():
-        if wanted not in readers:
-            raise ValueError(f"{path}: wanted category {wanted!r}, got {_among(wanted, list(readers))}")
-    return {wanted: readers[wanted]() for wanted in categories or readers}
+        return {name: partial(_category, path, name)}
+    # Whatever has a train or a test folder, so that one without train/good is an error and not overlooked.
+    inside = [c.name for c in _folders(path) if (c / "train").is_dir() or (c / "test").is_dir()]
+    return {child: partial(mvtec, path, child) for child in inside} or {name: partial(folder, path)}
 
 
 def categories(root: PathLike) -> list[str]:

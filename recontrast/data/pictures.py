@@ -1,15 +1,12 @@
 """What leaves as a picture: heat colours, overlays, 16-bit and float maps; each file appears whole or not at all."""
 
 import io
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+
+from recontrast.data.atomic import replacing
 
 # Black, violet, red, orange, pale yellow: lightness rises evenly, so it reads in grey and for the colour-blind.
 ANCHORS = (
@@ -26,31 +23,6 @@ MOST_OPAQUE = 0.8  # of the hottest colour over the image: its structure stays v
 TABLE = np.stack(
     [np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(ANCHORS)), c) for c in zip(*ANCHORS, strict=True)]
 )
-
-
-@contextmanager
-def replacing(path: Path | str) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path`` that takes its place when the block ends well and vanishes otherwise.
-
-    Args:
-        path: the file to write; folders above it are made.
-
-    Raises:
-        OSError: naming ``path``, where it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):  # it was never made
-            temporary.unlink()
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
 
 
 def colours(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from recontrast.data.pictures import replacing, save_png
+from recontrast.data.atomic import replacing
+from recontrast.data.pictures import save_png
 
 NAMES = ("brick", "grass", "gravel")
 KINDS = ("scratch", "stain", "hole", "misplaced")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import recontrast
-from recontrast.engine.atomic import replacing
+from recontrast.data.atomic import replacing
 from recontrast.engine.device import choose, put
 from recontrast.engine.recipes import Recipe
 from recontrast.model import ReContrast

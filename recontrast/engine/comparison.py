@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recontrast.engine.atomic import replacing
+from recontrast.data.atomic import replacing
 from recontrast.engine.result import METRICS
 
 TITLES = {**METRICS, "i_acc": "I-ACC"}

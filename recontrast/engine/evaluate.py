@@ -1,16 +1,17 @@
 """Evaluation: images -> maps and scores -> metrics by category; what the reference's `evaluation` (utils.py) does.
 
-The reference goes image by image and gathers pixels in Python lists. Here a category goes in batches, maps and scores
-stay on the device until its end, and files are decoded while the network runs.
+The reference goes image by image and gathers pixels in Python lists. Here all categories go through the network in one
+pass of full batches. Files are decoded ahead of it; behind it, a thread forms the metrics of the category that is
+complete. Maps wait in memory, on the disk where a category's pass a limit, or not at all: streaming metrics take them
+batch by batch into histograms. Under torchrun each process takes its share of each category.
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +19,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recontrast import metrics
-from recontrast.anomaly_map import AnomalyMap
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.images import normalise, read_mask
+from recontrast.data.images import read_mask
+from recontrast.engine import distributed
 from recontrast.engine.batches import Images
-from recontrast.engine.device import choose, memory_format, put
+from recontrast.engine.device import choose, put
+from recontrast.engine.distributed import World
+from recontrast.engine.infer import Chain, Clock, Files, highest, infer
 from recontrast.engine.recipes import Recipe
-from recontrast.engine.result import Result, Row
+from recontrast.engine.result import Result, Row, Scored
 from recontrast.model import ReContrast
 
-__all__ = ["Result", "Row", "evaluate", "infer"]
+__all__ = ["Result", "Row", "evaluate"]
+MEMORY = 2 << 30  # bytes of a category's maps that stay in memory: 8192 images of 256 px
 OnProgress = Callable[[str, int, int], None]  # category, images done, images of the category
+OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # images, and their maps (n, H, W)
 
 
 def evaluate(
@@ -41,11 +46,15 @@ def evaluate(
     batch: int = 16,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
+    on_maps: OnMaps | None = None,
     cache_dir: str | Path | None = None,
+    streaming: bool = False,
+    memory: int = MEMORY,
 ) -> Result:
     """Metrics of ``model`` on the test images among ``samples``, by category.
 
     A category without masks, or without defects, has None for the metrics that this leaves undefined, and a note.
+    Under torchrun every process gets the same result; no image is counted twice.
 
     Args:
         model: moved to ``device``; its mode is as before afterwards.
@@ -54,12 +63,64 @@ def evaluate(
         device: None leaves the model where it is.
         batch: images at once.
         workers: threads that decode; None takes one per CPU.
-        on_progress: called with category, images done, and images of the category.
+        on_progress: called with category, images done, and images of the category, of this process.
+        on_maps: called with each piece of images of this process, and their maps.
         cache_dir: folder for decoded images; None decodes them anew, while the network runs.
+        streaming: metrics of pixels from histograms, with a proven bound and in constant memory, instead of exact ones.
+        memory: bytes; a category's maps that take more wait in a file in the folder for temporary files.
 
     Returns:
-        A row for each category, in the order in which they come, and the mean.
+        A row for each category, in the order in which they come, their mean, and the score of each image.
     """
+    groups = _test_images(samples)
+    if batch < 1:
+        raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
+    model.map_sizes(recipe.out)  # refuses a size that its strides do not divide
+    if device is not None:
+        put(model, recipe, choose(device))
+    place = distributed.here()
+    mine = {name: tests[place.share(len(tests))] for name, tests in groups.items()}
+    images = Chain([_images(some, recipe, workers, cache_dir) for some in mine.values()])
+    where = next(model.parameters()).device
+    clock = Clock(where)
+    feed = _Feed(infer(model, images, recipe, batch=batch, clock=clock))
+    jobs: list[Future[Row]] = []
+    scored: list[Scored] = []
+    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as counter:
+        category: _Category | None = None
+        try:
+            for name, tests in groups.items():
+                streamed = metrics.Streaming(highest(model, recipe), device=where) if streaming else None
+                category = _Category(name, tests, recipe, place, readers, streamed, memory)
+                done, passed = 0, clock.seconds()
+                for maps, scores in feed.take(len(mine[name])):
+                    begun, done = done, done + len(scores)
+                    category.add(begun, maps, scores)
+                    if on_maps is not None:
+                        on_maps(mine[name][begun:done], maps.cpu().numpy())
+                    if on_progress is not None:
+                        on_progress(name, done, len(mine[name]))
+                category.complete(where)
+                category.seconds = {key: value - passed.get(key, 0.0) for key, value in clock.seconds().items()}
+                scored += [
+                    Scored(str(s.path), s.category, s.defect, s.label, score)
+                    for s, score in zip(tests, category.scores.tolist(), strict=True)
+                ]
+                if jobs:
+                    jobs[-1].result()  # the maps of two categories at most are held at once
+                if place.first:
+                    jobs.append(counter.submit(category.row))
+            rows = [job.result() for job in jobs]
+        finally:
+            feed.close()
+            if category is not None:
+                category.cancel()
+    rows = distributed.from_first(place, rows)
+    about = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
+    return Result(rows, *about, scored=scored)
+
+
+def _test_images(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
     everything = [s for group in samples.values() for s in group] if isinstance(samples, Mapping) else list(samples)
     groups: dict[str, list[Sample]] = {}
     for sample in everything:
@@ -67,178 +128,160 @@ def evaluate(
             groups.setdefault(sample.category, []).append(sample)
     if not groups:
         raise ValueError(f"evaluate: samples: wanted test images, got none among {len(everything)} samples")
-    if batch < 1:
-        raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
-    model.map_sizes(recipe.out)  # refuses a size that its strides do not divide
-    if device is not None:
-        put(model, recipe, choose(device))
-    rows = []
-    with ThreadPoolExecutor(workers) as pool:
-        for category, tests in groups.items():
-            masks = {i: pool.submit(_mask, s, recipe) for i, s in enumerate(tests) if s.label and s.mask is not None}
-            images = _images(tests, recipe, workers, cache_dir)
-            try:
-                rows.append(_row(model, category, tests, images, masks, recipe, batch, on_progress))
-            finally:
-                for mask in masks.values():
-                    mask.cancel()
-    return Result(rows, recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
-
-
-def infer(
-    model: ReContrast, images: Images, recipe: Recipe, *, batch: int = 16, clock: "Clock | None" = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Anomaly maps and scores, batch after batch; the next one is fetched while the network runs.
-
-    Args:
-        model: on any device; in eval mode while the iterator runs.
-        images: decoded at ``recipe.out``, (n, H, W, 3) uint8: an array, or whatever has a length and can be indexed
-            with an array of whole numbers, such as `ImageCache`.
-        recipe: for map, score and precision.
-        batch: images at once.
-        clock: told what takes the time.
-
-    Yields:
-        Maps (N, H, W) and scores (N,), float32, on the model's device.
-    """
-    weight = next(model.parameters())
-    last = memory_format(recipe, weight.device) == torch.channels_last
-    amap = AnomalyMap(model.map_sizes(recipe.out), recipe.out, blur=recipe.blur, reduce=recipe.reduce)
-    clock = clock or Clock(weight.device)
-
-    @torch.inference_mode()  # not around the yield: it would reach into the caller
-    def maps_of(fetched: Future[Tensor]) -> tuple[Tensor, Tensor]:
-        pixels = fetched.result()
-        clock.mark("loading")
-        pixels = pixels.to(weight.device, non_blocking=True)
-        x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=last)
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            pairs = model(x, recipe.views)
-        clock.mark("forward")
-        found = amap.maps_and_scores(pairs, recipe.score)
-        clock.mark("maps")
-        return found
-
-    def fetch(start: int) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(images[np.arange(start, min(start + batch, len(images)))]))
-        return pixels.pin_memory() if weight.device.type == "cuda" else pixels
-
-    was_training = model.training
-    model.eval()
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            starts = range(0, len(images), batch)
-            ahead = [pool.submit(fetch, start) for start in starts[:1]]
-            while ahead:
-                ahead += [pool.submit(fetch, start) for start in starts[1:2]]
-                starts = starts[1:]
-                yield maps_of(ahead.pop(0))
-    finally:
-        model.train(was_training)
-
-
-class Clock:
-    """Seconds by name between marks; on CUDA of the device's time, so that nothing waits before `seconds`."""
-
-    def __init__(self, device: torch.device) -> None:
-        """A clock of ``device`` that starts now."""
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-        self.mark("start")
-
-    def mark(self, name: str) -> None:
-        """What has passed since the last mark counts for ``name``."""
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        """The sum for each name; waits for the device."""
-        if self.cuda:
-            self.marks[-1][1].synchronize()
-        total: dict[str, float] = {}
-        for (_, before), (name, after) in pairwise(self.marks):
-            passed = before.elapsed_time(after) / 1000 if self.cuda else after - before
-            total[name] = total.get(name, 0.0) + passed
-        return total
-
-
-class _Files:
-    """Image files, decoded when they are indexed."""
-
-    def __init__(self, samples: Sequence[Sample], recipe: Recipe, workers: int | None) -> None:
-        self.samples, self.recipe, self.workers = samples, recipe, workers
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: Any) -> NDArray[np.uint8]:
-        wanted = [self.samples[i] for i in index]
-        return ImageCache(wanted, self.recipe.size, self.recipe.crop, workers=self.workers)[:]
-
-
-def _row(
-    model: ReContrast,
-    category: str,
-    samples: Sequence[Sample],
-    images: Images,
-    masks: Mapping[int, Future[NDArray[np.bool_]]],
-    recipe: Recipe,
-    batch: int,
-    on_progress: OnProgress | None,
-) -> Row:
-    """Metrics of one category; ``masks`` holds those of the defect images that have one, by place."""
-    count, defects = len(samples), sum(sample.label for sample in samples)
-    pixels = 0 < len(masks) == defects
-    device = next(model.parameters()).device
-    maps = torch.empty((count if pixels else 0, *recipe.out), device=device)  # stays there until the end
-    scores = torch.empty(count, device=device)
-    clock, done = Clock(device), 0
-    for part, score in infer(model, images, recipe, batch=batch, clock=clock):
-        scores[done : done + len(score)] = score
-        if pixels:
-            maps[done : done + len(part)] = part
-        done += len(score)
-        if on_progress is not None:
-            on_progress(category, done, count)
-    truth = np.zeros((len(maps), *recipe.out), bool)  # good images have no defect anywhere
-    if pixels:
-        for place, mask in masks.items():
-            truth[place] = mask.result()
-        clock.mark("loading")
-    seconds = clock.seconds()
-
-    begun = time.perf_counter()
-    values: dict[str, float] = {}
-    notes = []
-    if 0 < defects < count:
-        found = metrics.image_metrics(scores, np.array([sample.label for sample in samples]))
-        values |= {"i_auroc": found.auroc, "i_ap": found.ap, "i_f1": found.f1_max, "i_threshold": found.f1_threshold}
-    else:
-        notes.append(f"no metrics of images, for want of a {'good' if defects else 'defect'} one")
-    if pixels and 0 < np.count_nonzero(truth) < truth.size:
-        of = metrics.pixel_metrics(maps, truth)
-        values |= {"p_auroc": of.auroc, "p_ap": of.ap, "p_f1": of.f1_max, "p_threshold": of.f1_threshold}
-        values |= {"aupro": of.aupro} | (
-            {} if math.isnan(of.aupro_per_image) else {"aupro_per_image": of.aupro_per_image}
-        )
-        if "aupro_per_image" not in values:
-            notes.append("no AUPRO per image, which an image leaves undefined")
-    elif pixels:
-        notes.append("no metrics of pixels, whose masks are all of one kind")
-    elif defects:
-        notes.append(f"no metrics of pixels, as {defects - len(masks)} of {defects} defect images have no mask")
-    seconds["metrics"] = time.perf_counter() - begun
-    return Row(category, count, defects, **values, seconds=seconds, note="; ".join(notes))
+    return groups
 
 
 def _images(samples: Sequence[Sample], recipe: Recipe, workers: int | None, cache_dir: str | Path | None) -> Images:
     if cache_dir is None:
-        return _Files(samples, recipe, workers)
+        return Files(samples, recipe, workers)
     return ImageCache(samples, recipe.size, recipe.crop, cache_dir, workers=workers)
+
+
+class _Feed:
+    """Batches cut where a category ends. One is asked for before the last is handed on: a GPU does not wait."""
+
+    def __init__(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.more = True
+
+    def take(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next ``count`` images: maps (n, H, W) and scores (n,), piece by piece."""
+        while count:
+            while self.more and len(self.waiting) < 2:
+                found = next(self.batches, None)
+                self.more = found is not None
+                self.waiting += [] if found is None else [found]
+            maps, scores = self.waiting.pop(0)
+            if len(scores) > count:
+                self.waiting.insert(0, (maps[count:], scores[count:]))
+                maps, scores = maps[:count], scores[:count]
+            count -= len(scores)
+            yield maps, scores
+
+    def close(self) -> None:
+        """Stop the network, wherever it is."""
+        self.batches.close()  # type: ignore[attr-defined]
+
+
+class _Category:
+    """What is kept of one category until its metrics are formed."""
+
+    def __init__(
+        self,
+        name: str,
+        tests: Sequence[Sample],
+        recipe: Recipe,
+        place: World,
+        readers: ThreadPoolExecutor,
+        streamed: metrics.Streaming | None,
+        memory: int,
+    ) -> None:
+        self.name, self.tests, self.recipe, self.place, self.streamed = name, tests, recipe, place, streamed
+        self.shares = place.shares(len(tests))
+        mine = tests[place.share(len(tests))]
+        self.seconds: dict[str, float] = {}
+        self.counting = 0.0  # seconds
+        self.defects = sum(s.label for s in tests)
+        self.without = sum(s.label and s.mask is None for s in tests)
+        self.scores = torch.zeros(len(mine))
+        self.pixels = self.defects > 0 and not self.without
+        self.maps = _room((len(mine) if self.pixels and streamed is None else 0, *recipe.out), memory)
+        # Exact metrics are formed by the first process, of all images; histograms are filled by each, of its own.
+        wanted = [] if not self.pixels else mine if streamed is not None else tests if place.first else []
+        self.masks = {i: readers.submit(_mask, s, recipe) for i, s in enumerate(wanted) if s.label}
+
+    def add(self, begun: int, maps: Tensor, scores: Tensor) -> None:
+        """Keep what the network made of images ``begun``, ``begun + 1``, ... of this process's share."""
+        done = begun + len(scores)
+        self.scores[begun:done] = scores.cpu()
+        if self.pixels and self.streamed is not None:
+            truth = self._truth(begun, done)
+            since = time.perf_counter()
+            self.streamed.update(maps, truth)
+            self.counting += time.perf_counter() - since
+        elif self.pixels:
+            self.maps[begun:done] = maps.cpu().numpy()
+
+    def complete(self, device: torch.device) -> None:
+        """Bring together what the processes hold; all of them must call it."""
+        if self.place.size == 1:
+            return
+        self.scores = distributed.gather(self.place, self.scores.to(device), self.shares).cpu()
+        if self.pixels and self.streamed is not None:
+            distributed.add_up(self.streamed.state().values(), device)
+        elif self.pixels:
+            self.maps = (
+                distributed.gather(self.place, torch.from_numpy(self.maps).to(device), self.shares).cpu().numpy()
+            )
+
+    def row(self) -> Row:
+        """The metrics, and why those that are lacking do."""
+        count, since = len(self.tests), time.perf_counter()
+        values: dict[str, float] = {}
+        bounds: dict[str, float] = {}
+        notes = []
+        if 0 < self.defects < count:
+            found = metrics.image_metrics(self.scores, np.array([sample.label for sample in self.tests]))
+            values |= {"i_auroc": found.auroc, "i_ap": found.ap, "i_f1": found.f1_max, "i_accuracy": found.accuracy}
+            values["i_threshold"] = found.f1_threshold
+        else:
+            notes.append(f"no metrics of images, for want of a {'good' if self.defects else 'defect'} one")
+        if self.pixels:
+            of = self._streamed() if self.streamed is not None else self._exact()
+            if of is None:
+                notes.append("no metrics of pixels, whose masks are all of one kind")
+            else:
+                values, bounds = values | of[0], of[1]
+                if "aupro_per_image" not in values:
+                    notes.append("no AUPRO per image, which an image leaves undefined")
+        elif self.defects:
+            notes.append(f"no metrics of pixels, as {self.without} of {self.defects} defect images have no mask")
+        seconds = {**self.seconds, "metrics": self.counting + time.perf_counter() - since}
+        return Row(self.name, count, self.defects, **values, seconds=seconds, bounds=bounds, note="; ".join(notes))
+
+    def cancel(self) -> None:
+        """Read no more masks."""
+        for mask in self.masks.values():
+            mask.cancel()
+
+    def _truth(self, begun: int, done: int) -> NDArray[np.bool_]:
+        """Masks of images ``begun`` to ``done``; good images have no defect anywhere."""
+        truth = np.zeros((done - begun, *self.recipe.out), bool)
+        for i in range(begun, done):
+            if i in self.masks:
+                truth[i - begun] = self.masks.pop(i).result()
+        return truth
+
+    def _exact(self) -> tuple[dict[str, float], dict[str, float]] | None:
+        truth = self._truth(0, len(self.tests))
+        if not 0 < np.count_nonzero(truth) < truth.size:
+            return None
+        of = metrics.pixel_metrics(self.maps, truth)
+        self.maps = self.maps[:0]
+        values = {"p_auroc": of.auroc, "p_ap": of.ap, "p_f1": of.f1_max, "p_threshold": of.f1_threshold}
+        return _defined({**values, "aupro": of.aupro, "aupro_per_image": of.aupro_per_image}), {}
+
+    def _streamed(self) -> tuple[dict[str, float], dict[str, float]] | None:
+        if self.streamed is None or not self.streamed.counts[:2].any(dim=1).all():
+            return None
+        of = self.streamed.compute()
+        found = {"p_auroc": of.auroc, "p_ap": of.ap, "p_f1": of.f1_max, "aupro": of.aupro}
+        values = {name: estimate.value for name, estimate in found.items()}
+        values |= {"p_threshold": of.f1_threshold, "aupro_per_image": of.aupro_per_image}
+        return _defined(values), {name: estimate.bound for name, estimate in found.items()}
+
+
+def _defined(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _room(shape: tuple[int, ...], memory: int) -> NDArray[np.float32]:
+    """An array of ``shape``; in a file without a name where it takes more than ``memory`` bytes."""
+    if 4 * math.prod(shape) <= memory:
+        return np.empty(shape, np.float32)
+    with tempfile.TemporaryFile(prefix="recontrast-maps-") as file:  # the memory map keeps it
+        return np.asarray(np.memmap(file, np.float32, "w+", shape=shape))
 
 
 def _mask(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:

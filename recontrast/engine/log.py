@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from recontrast.engine.atomic import replacing
+from recontrast.data.atomic import replacing
 
 
 class Log:

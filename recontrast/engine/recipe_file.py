@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from recontrast.engine.atomic import replacing
+from recontrast.data.atomic import replacing
 from recontrast.engine.recipes import RECIPES, Recipe
 
 NAME = "recipe.yaml"  # beside the checkpoint of a run

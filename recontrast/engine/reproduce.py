@@ -19,8 +19,9 @@ from recontrast.engine.comparison import Comparison, Line
 from recontrast.engine.evaluate import evaluate
 from recontrast.engine.recipes import RECIPES, Recipe, differences
 from recontrast.engine.result import Result, Row
+from recontrast.engine.run import FREE_ON_RESUME
 from recontrast.engine.tables import TABLES, Entry, Table
-from recontrast.engine.train import FREE_ON_RESUME, train
+from recontrast.engine.train import train
 
 ALL = "all"  # instead of a category, where one detector is for all of them
 Groups = dict[str, list[Sample]]

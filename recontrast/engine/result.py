@@ -4,17 +4,18 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from recontrast.engine.atomic import replacing
+from recontrast.data.atomic import replacing
 
 # Field of `Row` -> its name in tables. The two AUPROs are not comparable: see `recontrast.metrics.aupro`.
 METRICS = {
     "i_auroc": "I-AUROC",
     "i_ap": "I-AP",
     "i_f1": "I-F1",
+    "i_accuracy": "I-ACC",
     "p_auroc": "P-AUROC",
     "p_ap": "P-AP",
     "p_f1": "P-F1",
@@ -33,6 +34,7 @@ class Row:
     i_auroc: float | None = None
     i_ap: float | None = None
     i_f1: float | None = None  # largest over all thresholds
+    i_accuracy: float | None = None  # at that threshold
     p_auroc: float | None = None
     p_ap: float | None = None
     p_f1: float | None = None
@@ -41,7 +43,19 @@ class Row:
     i_threshold: float | None = None  # image score that gives i_f1, chosen on these very images
     p_threshold: float | None = None  # map value that gives p_f1
     seconds: dict[str, float] = field(default_factory=dict)  # loading (waited for), forward, maps, metrics
+    bounds: dict[str, float] = field(default_factory=dict)  # of streamed metrics: the exact one is as near, or nearer
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One test image and its score."""
+
+    path: str
+    category: str
+    defect: str  # kind of defect, or "good"
+    label: int  # 1 anomalous
+    score: float
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ class Result:
     blur: str | None
     reduce: str
     mask_rule: str
+    scored: list[Scored] = field(default_factory=list, repr=False)  # each image
 
     @property
     def mean(self) -> Row:
@@ -65,29 +80,40 @@ class Result:
                 seconds[name] = seconds.get(name, 0.0) + value
         values = {name: [v for row in self.rows if (v := getattr(row, name)) is not None] for name in METRICS}
         lacking = [METRICS[name] for name, found in values.items() if 0 < len(found) < len(self.rows)]
+        means: dict[str, Any] = {name: sum(v) / len(v) if v else None for name, v in values.items()}
         return Row(
             "mean",
             images=sum(row.images for row in self.rows),
             defects=sum(row.defects for row in self.rows),
-            **{name: sum(found) / len(found) if found else None for name, found in values.items()},
             seconds=seconds,
+            **means,
             note=f"not over all categories: {', '.join(lacking)}" if lacking else "",
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values that JSON can hold."""
-        return {**asdict(self), "size": list(self.size), "mean": asdict(self.mean)}
+        """Everything but the scores of the images as plain values that JSON can hold."""
+        found = {**asdict(self), "size": list(self.size), "mean": asdict(self.mean)}
+        del found["scored"]
+        return found
 
     def to_csv(self) -> str:
         """A line for each category and, last, their mean; an absent metric is an empty cell."""
         text = io.StringIO()
-        names = [f.name for f in fields(Row) if f.name != "seconds"]
+        names = [f.name for f in fields(Row) if f.name not in ("seconds", "bounds")]
         times = list(self.mean.seconds)
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([*names, *(f"seconds_{name}" for name in times)])
         for row in (*self.rows, self.mean):
             writer.writerow([*(getattr(row, name) for name in names), *(row.seconds.get(name, "") for name in times)])
         return text.getvalue()
+
+    def _bounds(self) -> list[tuple[str, float]]:
+        """The largest bound of each streamed metric over the categories."""
+        most: dict[str, float] = {}
+        for row in self.rows:
+            for name, bound in row.bounds.items():
+                most[name] = max(bound, most.get(name, 0.0))
+        return list(most.items())
 
     def to_markdown(self) -> str:
         """A table in percent, "-" for an absent metric, and below it what it was measured with."""
@@ -102,17 +128,33 @@ class Result:
             f"Percent. Maps of {self.size[0]} x {self.size[1]} px, {self.reduce} of the pairs, blur {self.blur}, "
             f"score {self.score}, mask rule {self.mask_rule}."
         )
+        lines += [
+            f"{METRICS[name]}: from histograms, within {most:.1e} of the exact one." for name, most in self._bounds()
+        ]
         lines += [f"{row.category}: {row.note}." for row in (*self.rows, self.mean) if row.note]
         return "\n".join(lines) + "\n"
 
+    def scores_csv(self) -> str:
+        """A line for each image: path, category, defect, label and score."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([f.name for f in fields(Scored)])
+        writer.writerows([*astuple(scored)[:-1], f"{scored.score:.9g}"] for scored in self.scored)
+        return text.getvalue()
+
     def write(self, folder: str | Path) -> list[Path]:
-        """Write ``results.json``, ``results.csv`` and ``results.md`` into ``folder``, each whole or not at all."""
-        texts = {"json": json.dumps(self.to_dict(), indent=1) + "\n", "csv": self.to_csv(), "md": self.to_markdown()}
+        """Write ``results.json``, ``.csv`` and ``.md`` and ``scores.csv`` into ``folder``, each whole or not at all."""
+        texts = {
+            "results.json": json.dumps(self.to_dict(), indent=1) + "\n",
+            "results.csv": self.to_csv(),
+            "results.md": self.to_markdown(),
+            "scores.csv": self.scores_csv(),
+        }
         paths = []
-        for suffix, text in texts.items():
-            paths.append(Path(folder) / f"results.{suffix}")
-            with replacing(paths[-1], wanted=len(text.encode())) as file:
-                file.write(text.encode())
+        for name, text in texts.items():
+            paths.append(Path(folder) / name)
+            with replacing(paths[-1], wanted=len(text)) as file:
+                file.write(text.encode(errors="surrogateescape"))
         return paths
 
 

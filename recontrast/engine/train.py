@@ -7,7 +7,7 @@ and is read only when a line is logged or a checkpoint written.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,17 @@ from torch.optim import AdamW
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
-from recontrast.engine import checkpoint, interrupt, recipe_file
+from recontrast.engine import checkpoint, distributed, interrupt, recipe_file
 from recontrast.engine.batches import Batches, digest
-from recontrast.engine.checkpoint import Checkpoint
-from recontrast.engine.device import choose, put
+from recontrast.engine.device import put
+from recontrast.engine.distributed import World
 from recontrast.engine.log import Log
 from recontrast.engine.optimise import optimisers, schedule
-from recontrast.engine.recipes import Recipe, differences, pair
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.run import Run, check_resumed, read, restore, snapshot
 from recontrast.engine.teacher import TeacherCache
 from recontrast.loss import alpha_at, deviation, pairs_loss
 from recontrast.model import ReContrast
-
-FREE_ON_RESUME = ("log_every", "checkpoint_every")  # recipe fields that do not change what is computed
 
 OnLog = Callable[[int, float, float, float], None]  # step, loss, images per second, alpha
 
@@ -46,22 +45,6 @@ class TrainResult:
     seconds: float  # of those steps; decoding and checkpoints left out
 
 
-@dataclass
-class Run:
-    """A run between two steps: all that changes in training, and what a checkpoint says beside it."""
-
-    recipe: Recipe
-    category: str
-    device: torch.device
-    model: ReContrast
-    optimisers: list[AdamW]
-    batches: Batches
-    images: dict[str, Any]  # count and digest of the training images
-    done: int = 0  # steps
-    pending: list[Tensor] = field(default_factory=list)  # losses that are still on the device
-    losses: list[float] = field(default_factory=list)  # losses read, of this process
-
-
 def train(
     recipe: Recipe,
     samples: Sequence[Sample],
@@ -76,6 +59,9 @@ def train(
     teacher_cache: int = 0,
 ) -> TrainResult:
     """Train a detector on the good training images among ``samples``.
+
+    Under torchrun all processes make one run together, that of one process with the whole batch: see
+    `recontrast.engine.distributed`. The first one writes.
 
     Args:
         recipe: what to do.
@@ -104,10 +90,26 @@ def train(
     if recipe.drop_last and len(used) < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {len(used)} training images, got {recipe.batch}")
     category = category or "+".join(dict.fromkeys(sample.category for sample in used))
-    device = choose(device)
+    with distributed.world(device) as (place, chosen):
+        return _train(recipe, used, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache)
+
+
+def _train(
+    recipe: Recipe,
+    used: Sequence[Sample],
+    category: str,
+    out: str | Path | None,
+    place: World,
+    device: torch.device,
+    resume: str | Path | None,
+    on_log: OnLog | None,
+    cache_dir: str | Path | None,
+    model: ReContrast | None,
+    teacher_cache: int,
+) -> TrainResult:
     found = checkpoint.load(resume) if resume is not None else None
     if found is not None:
-        _check_resumed(found, f"{resume}", recipe, category)
+        check_resumed(found, f"{resume}", recipe, category)
 
     torch.manual_seed(recipe.seed)
     if model is None:
@@ -119,13 +121,16 @@ def train(
     images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir)
     batches = Batches(len(used), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     about = {"count": len(used), "digest": digest(images)}
-    run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about)
+    distributed.agree(place, {"recipe": recipe.to_dict(), "category": category, "training images": about}, "train")
+    run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about, place)
     if found is not None:
         restore(run, found, f"{resume}")
+    network: Any = torch.compile(model, dynamic=False) if recipe.compile else model  # the same parameters
+    forward = distributed.wrap(network, place, device)
 
     target = Path(out) / "checkpoint.pt" if out is not None else None
-    log = Log(Path(out) / "log.jsonl", keep=run.done) if out is not None else None
-    if out is not None:
+    log = Log(Path(out) / "log.jsonl", keep=run.done) if out is not None and place.first else None
+    if out is not None and place.first:
         recipe_file.write(Path(out) / recipe_file.NAME, recipe)
     saved = run.done  # the step of the last checkpoint
 
@@ -133,10 +138,10 @@ def train(
         nonlocal saved
         state = snapshot(run)
         if target is not None and saved < run.done:
-            checkpoint.save(target, state)
+            if place.first:
+                checkpoint.save(target, state)
             saved = run.done
 
-    network: Any = torch.compile(model, dynamic=False) if recipe.compile else model  # the same parameters
     teacher = None
     if teacher_cache and model.frozen is not None:
         teacher = TeacherCache(model.frozen, len(used), teacher_cache, autocast=recipe.precision == "bfloat16")
@@ -147,24 +152,26 @@ def train(
         try:
             while run.done < recipe.steps:
                 between = False
-                index = next(batches)
-                batch = normalise(images[index], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
+                whole = next(batches)
+                mine, shares = whole[place.share(len(whole))], place.shares(len(whole))
+                batch = normalise(images[mine], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
                 alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
                 moving = schedule(run.optimisers, recipe, run.done)
-                known = None if teacher is None else teacher(index, batch)
-                run.pending.append(step(network, moving, batch, alpha, recipe, known))
-                run.done, seen, between = run.done + 1, seen + len(index), True
-                if run.done % recipe.log_every == 0 or run.done == recipe.steps:
+                known = None if teacher is None else teacher(mine, batch)
+                run.pending.append(step(forward, moving, batch, alpha, recipe, shares, known))
+                run.done, seen, between = run.done + 1, seen + len(whole), True
+                lines = run.done % recipe.log_every == 0 or run.done == recipe.steps
+                if lines:
                     read(run)
                     elapsed = time.perf_counter() - since
                     loss, rate = math.fsum(run.losses[logged:]) / (len(run.losses) - logged), seen / elapsed
                     busy, seen, logged = busy + elapsed, 0, len(run.losses)
                     if log is not None:
                         log.write(step=run.done, loss=loss, alpha=alpha, images_per_second=rate, seconds=busy)
-                    if on_log is not None:
+                    if on_log is not None and place.first:
                         on_log(run.done, loss, rate, alpha)
                     since = time.perf_counter()
-                if asked():
+                if asked() if place.size == 1 else lines and place.any(asked()):  # all stop at one step
                     raise KeyboardInterrupt
                 if run.done % recipe.checkpoint_every == 0 or run.done == recipe.steps:
                     begun = time.perf_counter()
@@ -183,26 +190,28 @@ def step(
     images: Tensor,
     alpha: float,
     recipe: Recipe,
+    shares: Sequence[int],
     known: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One step of training.
 
     Args:
-        model: `ReContrast` in training mode, compiled or not.
+        model: in training mode; `ReContrast`, or that compiled or wrapped.
         moving: the optimisers that take part.
         images: (N, 3, H, W), normalised.
         alpha: standard deviations above the mean from which on a point is hard.
         recipe: for precision, and for the loss.
+        shares: images of each process.
         known: features of the frozen encoder, where they are kept.
 
     Returns:
-        The loss of before the step, a scalar on the device.
+        The loss of before the step, a scalar on the device; of several processes, this one's part.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         pairs = model(images, known=known)
     rule = deviation(alpha, recipe.factor) if recipe.mining else None
     groups = 2 if recipe.pairs == "cross" else 1
-    loss = pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient)
+    loss = pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient, shares=shares)
     model.zero_grad(set_to_none=True)  # also of what rests
     loss.backward()
     for optimiser in moving:
@@ -221,79 +230,3 @@ def new_model(recipe: Recipe, category: str) -> ReContrast:
         pairs=recipe.pairs,
         train_encoder=recipe.train_encoder,
     )
-
-
-# ---- reading the loss, saving, going on --------------------------------------
-
-
-def read(run: Run) -> None:
-    """Bring the pending losses from the device; one that is no number ends training."""
-    values = torch.stack(run.pending).tolist() if run.pending else []
-    run.pending.clear()
-    for number, value in enumerate(values, run.done - len(values) + 1):
-        if not math.isfinite(value):
-            raise ValueError(f"train: the loss of {run.category} is {value} at step {number}: {_advice(run.recipe)}")
-    run.losses.extend(values)
-
-
-def snapshot(run: Run) -> Checkpoint:
-    """The run as a checkpoint; refused where losses or weights are not finite."""
-    read(run)
-    weights = run.model.state_dict()
-    finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
-    if not all(finite):
-        name = list(weights)[finite.index(False)]
-        raise ValueError(f"train: {name} of {run.category} is not finite at step {run.done}: {_advice(run.recipe)}")
-    size, crop = run.recipe.size, run.recipe.crop
-    return Checkpoint(
-        step=run.done,
-        category=run.category,
-        recipe=run.recipe,
-        model_config=run.model.config,
-        preprocessing={
-            "size": list(pair(size)),
-            "crop": None if crop is None else list(pair(crop)),
-            "mean": list(run.model.mean),
-            "std": list(run.model.std),
-        },
-        images=run.images,
-        model=weights,
-        optimisers=[optimiser.state_dict() for optimiser in run.optimisers],
-        rng={
-            "batches": run.batches.state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
-        },
-    )
-
-
-def restore(run: Run, found: Checkpoint, path: str) -> None:
-    """Put ``run`` where ``found``, read from ``path``, was taken."""
-    if found.images != run.images:
-        wanted, got = found.images["count"], run.images["count"]
-        raise ValueError(
-            f"{path}: images: wanted the {wanted} training images that the run was begun with, got "
-            + (f"{got}" if wanted != got else "as many with other pixels or in another order")
-        )
-    checkpoint.restore(run.model, found, path)
-    for optimiser, state in zip(run.optimisers, found.optimisers, strict=True):
-        optimiser.load_state_dict(state)
-    run.batches.restore(found.rng["batches"])
-    torch.set_rng_state(found.rng["torch"])
-    if run.device.type == "cuda" and found.rng["cuda"] is not None:
-        torch.cuda.set_rng_state(found.rng["cuda"], run.device)
-    run.done = found.step
-
-
-def _check_resumed(found: Checkpoint, path: str, recipe: Recipe, category: str) -> None:
-    if found.category != category:
-        raise ValueError(
-            f"{path}: category: wanted the {found.category!r} that the run was begun with, got {category!r}"
-        )
-    if differ := differences(found.recipe, recipe, ignore=FREE_ON_RESUME):
-        raise ValueError(f"{path}: wanted the recipe that the run was begun with, got another ({'; '.join(differ)})")
-
-
-def _advice(recipe: Recipe) -> str:
-    text = f"lower decoder_lr ({recipe.decoder_lr:g}) and encoder_lr ({recipe.encoder_lr:g})"
-    return text if recipe.precision == "float32" else text + ", or set precision to float32"

@@ -1,0 +1,42 @@
+// What bounds it is the memory of the histograms, a few cache lines for a smooth map, and the atomic additions.
+
+#include "histogram.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+
+#include "threads.h"
+
+namespace recontrast {
+namespace {
+
+void add(int64_t& place, int64_t what) { std::atomic_ref(place).fetch_add(what, std::memory_order_relaxed); }
+
+}  // namespace
+
+int32_t Bins::of(float score) const {
+  if (!(score > 0)) return 0;
+  return std::clamp((std::bit_cast<int32_t>(score) >> shift) - base, 0, count - 1);
+}
+
+void add_maps(const float* maps, int64_t P, const std::vector<Regions>& regions, const Bins& bins, int64_t* good,
+              int64_t* positive, int64_t* overlap, int64_t threads) {
+  const auto N = static_cast<int64_t>(regions.size());
+  parallel(N, threads, N * P, [&](int64_t n) {
+    const float* map = maps + n * P;
+    between(regions[n], P, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) add(good[bins.of(map[i])], 1);
+    });
+    for (const Run& run : regions[n].runs) {
+      const int64_t share = ((int64_t{2} << kUnit) / regions[n].areas[run.region] + 1) / 2;  // to the nearest
+      for (int32_t i = run.begin; i < run.end; ++i) {
+        const int32_t bin = bins.of(map[i]);
+        add(positive[bin], 1);
+        add(overlap[bin], share);
+      }
+    }
+  });
+}
+
+}  // namespace recontrast

@@ -1,0 +1,103 @@
+// The innermost loops of cosine_sums on the CPU, over numbers side by side.
+#pragma once
+
+#include "lanes.h"
+
+namespace recontrast {
+namespace {
+
+constexpr int64_t kTogether = 4;  // channels added up before the sums are touched again
+
+template <typename A, int64_t channels>
+INLINE void add_body(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  int64_t p = 0;
+  for (; p + lanes <= n; p += lanes) {
+    auto sxy = load(xy + p), sxx = load(xx + p), syy = load(yy + p);
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto a = load(x[c] + p), b = load(y[c] + p);
+      sxy += a * b;
+      sxx += a * a;
+      syy += b * b;
+    }
+    store(xy + p, sxy);
+    store(xx + p, sxx);
+    store(yy + p, syy);
+  }
+  for (; p < n; ++p)
+    for (int64_t c = 0; c < channels; ++c) {
+      xy[p] += x[c][p] * y[c][p];
+      xx[p] += x[c][p] * x[c][p];
+      yy[p] += y[c][p] * y[c][p];
+    }
+}
+
+template <typename A>
+INLINE A total(const typename Lanes<A>::V& v) {
+  A sum = 0;
+  for (int64_t i = 0; i < Lanes<A>::count; ++i) sum += v[i];
+  return sum;
+}
+
+template <typename A>
+INLINE void dot_body(const A* x, const A* y, int64_t n, A* sums) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  typename Lanes<A>::V xy{}, xx{}, yy{}, xy2{}, xx2{}, yy2{};  // two of each, so that additions overlap
+  int64_t c = 0;
+  for (; c + 2 * lanes <= n; c += 2 * lanes) {
+    const auto a = load(x + c), b = load(y + c), a2 = load(x + c + lanes), b2 = load(y + c + lanes);
+    xy += a * b;
+    xx += a * a;
+    yy += b * b;
+    xy2 += a2 * b2;
+    xx2 += a2 * a2;
+    yy2 += b2 * b2;
+  }
+  A s[3] = {total<A>(xy + xy2), total<A>(xx + xx2), total<A>(yy + yy2)};
+  for (; c < n; ++c) {
+    s[0] += x[c] * y[c];
+    s[1] += x[c] * x[c];
+    s[2] += y[c] * y[c];
+  }
+  for (int i = 0; i < 3; ++i) sums[i] += s[i];
+}
+
+template <typename A>
+INLINE void blend_body(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  int64_t p = 0;
+  for (; p + lanes <= n; p += lanes) store(out + p, load(g + p) * load(x + p) + load(h + p) * load(y + p));
+  for (; p < n; ++p) out[p] = g[p] * x[p] + h[p] * y[p];
+}
+
+template <typename A>
+INLINE void blend_one_body(A g, A h, const A* x, const A* y, int64_t n, A* out, bool past) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  int64_t c = 0;
+  if (past && may_stream(out))
+    for (; c + lanes <= n; c += lanes) stream(out + c, g * load(x + c) + h * load(y + c));
+  for (; c + lanes <= n; c += lanes) store(out + c, g * load(x + c) + h * load(y + c));
+  for (; c < n; ++c) out[c] = g * x[c] + h * y[c];
+}
+
+// Instances by overload: attributes such as VERSIONED are not for templates.
+#define LEAVES(A)                                                                                 \
+  VERSIONED void add_four(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) { \
+    add_body<A, kTogether>(x, y, n, xy, xx, yy);                                                  \
+  }                                                                                               \
+  VERSIONED void add_one(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {  \
+    add_body<A, 1>(x, y, n, xy, xx, yy);                                                          \
+  }                                                                                               \
+  VERSIONED void dot(const A* x, const A* y, int64_t n, A* sums) { dot_body<A>(x, y, n, sums); }  \
+  VERSIONED void blend(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {       \
+    blend_body<A>(g, h, x, y, n, out);                                                            \
+  }                                                                                               \
+  VERSIONED void blend_one(A g, A h, const A* x, const A* y, int64_t n, A* out, bool past) {      \
+    blend_one_body<A>(g, h, x, y, n, out, past);                                                  \
+  }
+LEAVES(float)
+LEAVES(double)
+#undef LEAVES
+
+}  // namespace
+}  // namespace recontrast

@@ -1,0 +1,63 @@
+"""What `recontrast train` and `recontrast evaluate` do with a trained model and test images."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recontrast.app.predict import describe, result_names
+from recontrast.data import pictures
+from recontrast.data.atomic import replacing
+from recontrast.data.datasets import Sample
+from recontrast.engine import distributed
+from recontrast.engine.evaluate import evaluate
+from recontrast.engine.infer import highest
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.result import Result
+from recontrast.model import ReContrast
+
+
+def measure(
+    model: ReContrast,
+    groups: Mapping[str, Sequence[Sample]],
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    save_maps: bool = False,
+    **options: Any,
+) -> tuple[Result, list[Path]]:
+    """Metrics by category, written below ``out``.
+
+    Args:
+        model: trained.
+        groups: samples by category.
+        recipe: as the model was trained with.
+        out: folder for ``results.*`` and ``scores.csv``; None writes nothing.
+        save_maps: also write ``maps/NAME.tiff`` (uint16) and ``maps/scale.json``, from the same pass.
+        options: as `recontrast.engine.evaluate.evaluate` takes them.
+
+    Returns:
+        The result, and the files of it; under torchrun the first process writes them.
+    """
+    keep = None
+    if save_maps and out is not None:
+        keep = _keeper(groups, out / "maps", highest(model, recipe), recipe)
+    result = evaluate(model, groups, recipe, on_maps=keep, **options)
+    return result, result.write(out) if out is not None and distributed.here().first else []
+
+
+def _keeper(
+    groups: Mapping[str, Sequence[Sample]], folder: Path, top: float, recipe: Recipe
+) -> Callable[[Sequence[Sample], Any], None]:
+    """Writes maps as they come, and first what their numbers mean."""
+    paths = [s.path for group in groups.values() for s in group if s.split == "test"]
+    names = dict(zip(paths, result_names(paths), strict=True))
+    with replacing(folder / "scale.json") as file:
+        file.write((json.dumps(describe("tiff16", top, recipe), indent=1) + "\n").encode())
+
+    def keep(samples: Sequence[Sample], maps: Any) -> None:
+        for sample, anomaly in zip(samples, maps, strict=True):
+            name = names[sample.path]
+            pictures.save_map(folder / name.with_name(name.name + ".tiff"), anomaly, "tiff16", top)
+
+    return keep

@@ -1,0 +1,275 @@
+"""Several processes as one, started by torchrun: the whole batch's statistics, every image exactly once, one writer.
+
+`k` processes make the steps that one would make with the whole batch: each takes its share of the indices that
+`Batches` gives to all, BatchNorm sees the moments of all images (`synchronise`), the mining rule the distances of all
+(`recontrast.loss`), and a process's loss counts by its share, so that DistributedDataParallel's mean over processes is
+the mean over images. A batch that is smaller than the number of processes leaves some without images: they take part
+with nothing. Every collective here runs on gloo (CPU) as on NCCL.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from recontrast.backbone import PartialNorm2d
+from recontrast.engine.device import choose
+
+TIMEOUT = timedelta(minutes=30)  # a process decodes its images, or writes a checkpoint, while the others wait
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one's number, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on one process at least; all must ask, and wait for each other."""
+        return any(_all(flag)) if self.size > 1 else flag
+
+    def shares(self, count: int) -> list[int]:
+        """How many of ``count`` items each process takes: as equal as can be, the first ones more."""
+        least, more = divmod(count, self.size)
+        return [least + (rank < more) for rank in range(self.size)]
+
+    def share(self, count: int) -> slice:
+        """Which of ``count`` items this process takes; the shares of all, in order, are the whole."""
+        ends = [0, *accumulate(self.shares(count))]
+        return slice(ends[self.rank], ends[self.rank + 1])
+
+
+@contextmanager
+def world(device: str | torch.device | None = None) -> Iterator[tuple[World, torch.device]]:
+    """The processes that torchrun started, joined while the block runs; alone where there was no torchrun.
+
+    Args:
+        device: as asked for; by default each process takes the GPU of its number on its machine, or the CPU.
+
+    Yields:
+        This process's place, and its device.
+
+    Raises:
+        ValueError: there are more processes on this machine than GPUs.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield World(), choose(device)
+        return
+    chosen = choose(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"torchrun: wanted at most one process for each of {count} GPUs, got process {local + 1}")
+        chosen = torch.device("cuda", local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if dist.is_initialized():  # by the program around us
+        yield here(), chosen
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield here(), chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def here() -> World:
+    """The place of this process among those joined; alone where none are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def wrap(model: nn.Module, place: World, device: torch.device) -> nn.Module:
+    """``model`` as DistributedDataParallel, its BatchNorm synchronised; itself where there is one process."""
+    if place.size == 1:
+        return model
+    synchronise(model)
+    devices = [device] if device.type == "cuda" else None
+    # Statistics are equal everywhere by construction: nothing to broadcast.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+# ---- BatchNorm over all processes ----------------------------------------------------------------------------------
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes. What one of them adds reaches the losses of all, so its gradient is summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Add up ``x``, of one shape everywhere."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        """Add up the gradients."""
+        total = grad[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count of each channel over all processes.
+
+    Args:
+        x: (N, C, H, W); N may differ, and be zero, from process to process.
+
+    Returns:
+        Mean (C,), variance (C,), and the number of values a channel has (scalar), all on x's device.
+    """
+    count = x.new_tensor(x.numel() // x.shape[1])
+    dist.all_reduce(count)
+    mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / count
+    centred = x - mean[:, None, None]
+    return mean, _Sum.apply((centred * centred).sum(dim=(0, 2, 3))) / count, count
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose statistics in training are those of all processes; torch's SyncBatchNorm refuses the CPU.
+
+    Takes over parameters, statistics, mode and (timm's) activation of ``norm``.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers(recurse=False):
+            setattr(self, name, buffer)
+        after = (getattr(norm, "drop", None), getattr(norm, "act", None))  # of timm's BatchNormAct2d
+        self.after = nn.Sequential(*(m for m in after if m is not None))
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, H, W): statistics in float32 at least, result in the dtype of x."""
+        if not self.training:
+            return self.after(super().forward(x))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var, count = global_moments(wide)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+            rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            unbiased = var.detach() * (count / (count - 1))
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), rate)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
+        y = (wide - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
+        if self.affine:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        return self.after(y.to(x.dtype))
+
+
+def synchronise(module: nn.Module) -> nn.Module:
+    """Let every BatchNorm2d and `PartialNorm2d` of ``module`` see the batches of all processes, in place.
+
+    Names of parameters and buffers stay, and with them checkpoints. Doing it twice does no harm.
+
+    Returns:
+        ``module``, or its replacement where it is itself a BatchNorm2d.
+    """
+    if isinstance(module, PartialNorm2d):
+        module.moments = global_moments
+    elif isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d):
+        return GlobalBatchNorm2d(module)
+    for name, child in module.named_children():
+        setattr(module, name, synchronise(child))
+    return module
+
+
+# ---- agreeing, gathering -------------------------------------------------------------------------------------------
+
+
+def agree(place: World, what: Mapping[str, Any], op: str) -> None:
+    """Refuse a run whose processes were given different things.
+
+    Args:
+        place: of this process.
+        what: by name, what must be equal everywhere; anything that can be pickled and compared.
+        op: named in the error.
+
+    Raises:
+        ValueError: on every process, with the first name that differs and the process that differs.
+    """
+    if place.size == 1:
+        return
+    everyone = _all(dict(what))
+    for name in what:
+        for rank, theirs in enumerate(everyone):
+            if theirs[name] != everyone[0][name]:
+                wanted, got = _short(everyone[0][name]), _short(theirs[name])
+                raise ValueError(
+                    f"{op}: {name}: wanted the same on every process, got {wanted} on 0 and {got} on {rank}"
+                )
+
+
+def gather(place: World, part: Tensor, shares: Sequence[int]) -> Tensor:
+    """The parts of all processes, one behind the other.
+
+    Args:
+        place: of this process.
+        part: (n, ...), n being this process's share; on a device that the backend knows.
+        shares: n of each process.
+
+    Returns:
+        (sum of n, ...), on every process.
+    """
+    if place.size == 1:
+        return part
+    most = max(shares)
+    padded = part.new_zeros(most, *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(parts, padded)
+    return torch.cat([whole[:n] for whole, n in zip(parts, shares, strict=True)])
+
+
+def add_up(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Replace each tensor by the sum over processes, in place; ``device`` is one that the backend knows."""
+    for tensor in tensors:
+        total = tensor.to(device)
+        dist.all_reduce(total)
+        tensor.copy_(total)
+
+
+def mean_loss(place: World, losses: Tensor) -> Tensor:
+    """Losses of the whole batches from this process's, which count by its share; see `recontrast.loss`."""
+    if place.size > 1:
+        dist.all_reduce(losses)
+        losses = losses / place.size
+    return losses
+
+
+def from_first(place: World, value: Any) -> Any:
+    """What the first process holds, on every process."""
+    if place.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _all(value: Any) -> list[Any]:
+    """What each process holds."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,49 @@
+"""Compiles csrc/*.cu for the CPU, with a small CUDA of its own, and loads them as ``torch.ops.recontrast_emulated``."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+COMPILER = shutil.which("g++")
+NAMESPACE = "recontrast_emulated"
+
+
+def build(folder: Path) -> Path:
+    """The emulated library, compiled into ``folder``."""
+    package = Path(torch.__file__).parent
+    target = re.search(r"TORCH_TARGET_VERSION=\w+", (ROOT / "CMakeLists.txt").read_text()).group()
+    flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-math-errno", "-ffp-contract=off"]
+    flags += ["-DTORCH_STABLE_ONLY", f"-D{target}", f"-I{HERE}", "-isystem", package / "include"]
+    flags += ["-include", HERE / "registry.h", "-x", "c++"]
+    runs = []
+    for source in sorted((ROOT / "csrc").glob("*.cu")):
+        command = [COMPILER, *flags, "-c", source, "-o", folder / f"{source.stem}.o"]
+        runs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for run in runs:
+        errors = run.communicate()[1]
+        if run.returncode:
+            raise RuntimeError(errors)
+    library = folder / "emulated.so"
+    libraries = [package / "lib/libtorch.so", package / "lib/libtorch_cpu.so"]
+    link = [COMPILER, "-shared", "-Wl,--no-as-needed", "-o", library, *folder.glob("*.o"), *libraries]
+    subprocess.run(link, check=True)
+    return library
+
+
+def load(folder: Path):
+    """The operators, and ``emulate(processors, backwards)``: what GPU to play, and in which order of threads."""
+    from recontrast.ops import SCHEMAS
+
+    library = build(folder)
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{NAMESPACE}::{name}", schema)
+    torch.ops.load_library(library)
+    emulate = ctypes.CDLL(str(library)).emulate
+    emulate.argtypes = (ctypes.c_int, ctypes.c_bool)
+    return getattr(torch.ops, NAMESPACE), emulate

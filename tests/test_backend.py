@@ -1,0 +1,62 @@
+"""Which kernels run, and what the environment may ask for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from recontrast import backend
+
+SHOW = "from recontrast import ops; print(ops.BACKEND['cpu'], ops.WHY.get('cpu'))"
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    "asked, found", [("torch", "torch asked for by RECONTRAST_BACKEND"), ("triton", "native None"), ("", "native None")]
+)
+def test_the_environment_may_ask(asked, found):
+    assert run(SHOW, RECONTRAST_BACKEND=asked).stdout.strip() == found
+
+
+def test_a_name_that_is_none(monkeypatch):
+    monkeypatch.setenv("RECONTRAST_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="RECONTRAST_BACKEND: wanted one of native, torch, triton, got 'cuda'"):
+        backend.choose("cpu", {})
+    code = "import sys; sys.argv = ['recontrast', 'info']; from recontrast.app.cli import main; main()"
+    done = run(code, RECONTRAST_BACKEND="fast")
+    assert done.stderr == "recontrast: RECONTRAST_BACKEND: wanted one of native, torch, triton, got 'fast'\n"
+    assert done.returncode == 2
+
+
+def test_what_is_asked_for_must_be_there(monkeypatch):
+    monkeypatch.setenv("RECONTRAST_BACKEND", "native")
+    monkeypatch.setattr(backend, "_native", lambda device: f"_{device}.so was not built")
+    with pytest.raises(ValueError, match=r"wanted native kernels on cpu, but _cpu\.so was not built"):
+        backend.choose("cpu", {})
+
+
+def test_what_is_missing_is_said_once(monkeypatch):
+    monkeypatch.delenv("RECONTRAST_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "_native", lambda device: f"_{device}.so was not built")
+    monkeypatch.setattr(backend, "BACKEND", {"cpu": "native"})
+    monkeypatch.setattr(backend, "WHY", {})
+    with pytest.warns(UserWarning, match=r"recontrast runs torch kernels on cpu: _cpu\.so was not built"):
+        backend.choose("cpu", {})
+    assert (backend.BACKEND, backend.WHY) == ({"cpu": "torch"}, {"cpu": "_cpu.so was not built"})
+
+
+def test_triton_registers_every_operator():
+    """On the device of a GPU; here, that each name is found where `ops.ROOM` says."""
+    import importlib
+
+    from recontrast import ops
+
+    for name, room in ops.ROOM.items():
+        assert callable(getattr(importlib.import_module(f"recontrast.kernels.{room}"), name))
+    assert set(ops.ROOM) == set(ops.SCHEMAS)

@@ -1,0 +1,78 @@
+"""One process of tests/test_distributed.py: trains every case on DATA and leaves what it found in OUT.
+
+python -m torch.distributed.run --nproc_per_node 3 tests/torchrun_worker.py DATA OUT
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from recontrast.data import datasets
+from recontrast.engine import distributed
+from recontrast.engine.evaluate import evaluate
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.train import train
+from recontrast.model import ReContrast
+
+RECIPE = Recipe(
+    backbone="resnet18", weights="random", steps=5, batch=5, size=64, encoder_bn="train", log_every=2, seed=3,
+    encoder_lr=1e-4, ramp=0.0, channels_last=False,
+)  # fmt: skip
+CASES = {
+    "plain": RECIPE,
+    "partial": RECIPE.replace(partial_norm=True),
+    "single": RECIPE.replace(batch=2, encoder_bn="eval"),  # one process of three never has an image
+}
+
+
+def small(recipe):
+    """A float64 model whose weights depend on the seed alone."""
+    torch.manual_seed(recipe.seed)
+    return ReContrast(
+        recipe.backbone, weights="random", levels=2, encoder_bn=recipe.encoder_bn, partial_norm=recipe.partial_norm
+    ).double()
+
+
+def run(case, data, out):
+    """Train one case and leave losses and weights."""
+    recipe = CASES[case]
+    out.mkdir(parents=True, exist_ok=True)
+    samples = [s for group in datasets.load(data).values() for s in group]
+    result = train(recipe, samples, out=out / "run", model=small(recipe), device="cpu")
+    rank = distributed.here().rank
+    (out / f"losses{rank}.json").write_text(json.dumps(result.losses))
+    torch.save(result.model.state_dict(), out / f"model{rank}.pt")
+
+
+def measured(data, out):
+    """Evaluate a model that was not trained, image by image: what is in a batch with what changes nothing."""
+    samples = datasets.load(data)
+    model, rank = small(RECIPE).eval(), distributed.here().rank
+    for streaming in (False, True):
+        found = evaluate(model, samples, RECIPE, batch=1, streaming=streaming)
+        rows = [{**asdict(row), "seconds": None} for row in found.rows]
+        text = json.dumps({"rows": rows, "scored": [asdict(s) for s in found.scored]})
+        (out / f"{'streamed' if streaming else 'exact'}{rank}.json").write_text(text)
+
+
+def refused(data, out):
+    """Train on other images in every process but the first."""
+    samples = [s for group in datasets.load(data).values() for s in group]
+    rank = distributed.here().rank
+    try:
+        train(RECIPE, samples[rank:], out=out / "refused", category="all", model=small(RECIPE), device="cpu")
+    except ValueError as error:
+        (out / f"error{rank}.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data, out = map(Path, sys.argv[1:])
+    with distributed.world("cpu"):
+        for case in CASES:
+            run(case, data, out / case)
+        measured(data, out)
+        refused(data, out)
