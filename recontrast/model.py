@@ -6,7 +6,7 @@ one decoder, whose two heads rebuild each encoder's features from the other's.
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -110,7 +110,10 @@ class ReContrast(nn.Module):
         return self
 
     def forward(
-        self, images: Tensor, views: Literal["both", "trained", "frozen"] = "both"
+        self,
+        images: Tensor,
+        views: Literal["both", "trained", "frozen"] = "both",
+        known: Sequence[Tensor] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Features to compare, and what the decoder made of the other encoder's.
 
@@ -118,6 +121,7 @@ class ReContrast(nn.Module):
             images: (N, 3, H, W), normalised with ``mean`` and ``std``; H and W are multiples of ``stride``.
             views: in eval mode, the group with that target alone (Table A6), at half the cost of bottleneck and
                 decoder; their statistics in training are of both.
+            known: what the frozen encoder makes of these images, where that is kept.
 
         Returns:
             2 L pairs (teacher, student) of (N, C, h, w), fine to coarse: (frozen, head 0 of trained) of the L levels,
@@ -134,7 +138,7 @@ class ReContrast(nn.Module):
         trained = self.encoder(images)
         if self.frozen is None:
             return list(zip(trained, self.decoder(self.bottleneck(trained)), strict=True))
-        frozen = self.frozen(images)
+        frozen = self.frozen(images) if known is None else known
         if views != "both":
             teachers, sources, head = (frozen, trained, 0) if views == "frozen" else (trained, frozen, 1)
             return list(zip(teachers, self.decoder(self.bottleneck(sources), only=head), strict=True))

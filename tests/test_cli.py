@@ -188,7 +188,7 @@ def test_info():
 
 def test_version_and_help():
     assert works("--version") == f"recontrast {recontrast.__version__}\n"
-    for command in ("train", "evaluate", "predict", "demo", "info"):
+    for command in ("train", "reproduce", "evaluate", "predict", "demo", "info"):
         assert command in works("--help") and "--help" in works(command, "--help")
 
 
@@ -228,6 +228,8 @@ def train_fails(data, tmp_path, *more, wrote=()):
         (["--category", "all", "--set", "stepz=3"], "there is no field 'stepz' (did you mean steps?)"),
         (["--category", "all", "--set", "blur=heavy"], "blur must be one of 'reflect', 'zero5', None, got 'heavy'"),
         (["--category", "all", "--device", "tpu9"], "'tpu9'"),
+        (["--category", "all", "--teacher-cache", "-1"], "--teacher-cache: wanted GiB of at least 0, got -1"),
+        (["--category", "all", "--set", "loss=point"], "mining must be false where loss is 'point', got true"),
         (["--category", "all", "--resume", "nowhere.pt"], "nowhere.pt: wanted a checkpoint file, there is none"),
     ],
 )

@@ -44,7 +44,7 @@ def test_variants_differ(made):
 def test_writes_what_it_says(made):
     out, result = made
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["checkpoint.pt", "data", "log.jsonl", "results.csv", "results.json", "results.md"]
+        ["checkpoint.pt", "data", "log.jsonl", "recipe.yaml", "results.csv", "results.json", "results.md"]
         + [f"heatmaps_{name}.png" for name in CATEGORIES]
     )
     rows = json.loads((out / "results.json").read_text())["rows"]

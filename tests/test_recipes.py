@@ -30,6 +30,7 @@ BAD = {
     "channels_last": ["auto", 1],
     "log_every": [0],
     "checkpoint_every": [0],
+    "compile": ["yes"],
     "amsgrad": [1],
     "lr_drop": [0.0, -1.0],
     "lr_drop_at": [1.1, "end"],

@@ -93,6 +93,7 @@ def train(
         Path | None, typer.Option(help="Go on from this checkpoint, with its recipe, category and folder.")
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: in memory.")] = None,
+    teacher_cache: Annotated[float, typer.Option(help="GiB for features of the frozen encoder, on the device.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint of a former run.")] = False,
     evaluate: Annotated[bool, typer.Option(help="Evaluate at the end, where there are test images.")] = True,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to OUT/tensorboard.")] = False,
@@ -111,7 +112,7 @@ def train(
     try:
         with Steps(f"train {job.category}") as shown:
             result = application.run(
-                job, device=where, cache=cache, tensorboard=tensorboard and not silent(),
+                job, device=where, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard and not silent(),
                 on_step=lambda category, step, steps, note: shown(step, steps, note),
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -81,9 +81,12 @@ def prepare(
 
 
 def run(
-    job: Job, *, device: str | torch.device | None, cache: Path | None, tensorboard: bool, on_step: OnStep | None = None
-) -> TrainResult:
-    """Train, and keep the log for TensorBoard where that is wanted."""
+    job: Job, *, device: str | torch.device | None, cache: Path | None, teacher_cache: float, tensorboard: bool,
+    on_step: OnStep | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train, and keep the log for TensorBoard where that is wanted; ``teacher_cache`` is in GiB."""
+    if not 0 <= teacher_cache < float("inf"):
+        raise ValueError(f"--teacher-cache: wanted GiB of at least 0, got {teacher_cache:g}")
     total, samples = job.recipe.steps, job.samples
     with ExitStack() as stack:
         board = Board(job.out / FOLDER, keep=job.done) if tensorboard else None
@@ -98,7 +101,7 @@ def run(
 
         result = engine.train(
             job.recipe, samples, category=job.category, out=job.out, device=device, resume=job.resume,
-            cache_dir=cache, on_log=log,
+            cache_dir=cache, on_log=log, teacher_cache=int(teacher_cache * 2**30),
         )  # fmt: skip
         if board is not None:
             board.images(total, result.model, samples, job.recipe)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from recontrast.engine.log import Log
 from recontrast.engine.optimise import optimisers, schedule
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.run import Run, check_resumed, read, restore, snapshot
+from recontrast.engine.teacher import TeacherCache
 from recontrast.loss import alpha_at, deviation, pairs_loss
 from recontrast.model import ReContrast
 
@@ -54,6 +56,7 @@ def train(
     on_log: OnLog | None = None,
     cache_dir: str | Path | None = None,
     model: ReContrast | None = None,
+    teacher_cache: int = 0,
 ) -> TrainResult:
     """Train a detector on the good training images among ``samples``.
 
@@ -72,6 +75,7 @@ def train(
             ``recipe.log_every`` steps and after the last.
         cache_dir: folder for decoded images; None keeps them in memory.
         model: trained in place, instead of a new one.
+        teacher_cache: bytes on the device for features of the frozen encoder, which never change; see `TeacherCache`.
 
     Returns:
         The trained model in eval mode, the losses, and where the checkpoint is.
@@ -87,7 +91,9 @@ def train(
         raise ValueError(f"train: batch: wanted at most the {len(used)} training images, got {recipe.batch}")
     category = category or "+".join(dict.fromkeys(sample.category for sample in used))
     with distributed.world(device) as (place, chosen):
-        return _train(recipe, used, category, out, place, chosen, resume, on_log, cache_dir, model)
+        if recipe.compile and place.size > 1:
+            raise ValueError(f"train: compile: wanted false for the {place.size} processes of torchrun, got true")
+        return _train(recipe, used, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache)
 
 
 def _train(
@@ -101,6 +107,7 @@ def _train(
     on_log: OnLog | None,
     cache_dir: str | Path | None,
     model: ReContrast | None,
+    teacher_cache: int,
 ) -> TrainResult:
     found = checkpoint.load(resume) if resume is not None else None
     if found is not None:
@@ -120,7 +127,6 @@ def _train(
     run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about, place)
     if found is not None:
         restore(run, found, f"{resume}")
-    forward = distributed.wrap(model, place, device)
 
     target = Path(out) / "checkpoint.pt" if out is not None else None
     log = Log(Path(out) / "log.jsonl", keep=run.done) if out is not None and place.first else None
@@ -136,6 +142,11 @@ def _train(
                 checkpoint.save(target, state)
             saved = run.done
 
+    network: Any = distributed.wrap(model, place, device)  # the same parameters
+    network = torch.compile(network, dynamic=False) if recipe.compile else network
+    teacher = None
+    if teacher_cache and model.frozen is not None:
+        teacher = TeacherCache(model.frozen, len(used), teacher_cache, autocast=recipe.precision == "bfloat16")
     busy, since = 0.0, time.perf_counter()
     seen, logged = 0, 0  # images, and losses read, since and up to the last line
     between = True  # two steps, and so in a state that may be saved
@@ -148,7 +159,8 @@ def _train(
                 batch = normalise(images[mine], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
                 alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
                 moving = schedule(run.optimisers, recipe, run.done)
-                run.pending.append(step(forward, moving, batch, alpha, recipe, shares))
+                known = teacher(mine, batch) if teacher is not None and len(mine) else None
+                run.pending.append(step(network, moving, batch, alpha, recipe, shares, known))
                 run.done, seen, between = run.done + 1, seen + len(whole), True
                 lines = run.done % recipe.log_every == 0 or run.done == recipe.steps
                 if lines:
@@ -175,23 +187,30 @@ def _train(
 
 
 def step(
-    model: nn.Module, moving: Sequence[AdamW], images: Tensor, alpha: float, recipe: Recipe, shares: Sequence[int]
+    model: nn.Module,
+    moving: Sequence[AdamW],
+    images: Tensor,
+    alpha: float,
+    recipe: Recipe,
+    shares: Sequence[int],
+    known: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One step of training.
 
     Args:
-        model: in training mode; `ReContrast`, or that wrapped.
+        model: `ReContrast` in training mode; compiled, or spread over processes.
         moving: the optimisers that take part.
         images: (N, 3, H, W), normalised.
         alpha: standard deviations above the mean from which on a point is hard.
         recipe: for precision, and for the loss.
         shares: images of each process.
+        known: features of the frozen encoder, where they are kept.
 
     Returns:
         The loss of before the step, a scalar on the device; of several processes, this one's part.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        pairs = model(images)
+        pairs = model(images, known=known)
     rule = deviation(alpha, recipe.factor) if recipe.mining else None
     groups = 2 if recipe.pairs == "cross" else 1
     loss = pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient, shares=shares)
