@@ -50,6 +50,7 @@ class Recipe:
     drop_last: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool | None = None  # None: as is faster on the device
+    graph: bool = False  # steps replayed as a CUDA graph; elsewhere they are not
     log_every: int = 20  # steps; the loss is read from the device only then
     checkpoint_every: int = 250  # steps
 
@@ -205,6 +206,7 @@ _WANTED: dict[str, Rule] = {
     "drop_last": _FLAG,
     "precision": _one_of("float32", "bfloat16"),
     "channels_last": (lambda v: v is None or isinstance(v, bool), "true, false or none"),
+    "graph": _FLAG,
     "log_every": _whole(1),
     "checkpoint_every": _whole(1),
 }

@@ -22,7 +22,9 @@ from recontrast.engine import checkpoint, interrupt
 from recontrast.engine.batches import Batches, digest
 from recontrast.engine.checkpoint import Checkpoint
 from recontrast.engine.device import choose, put
+from recontrast.engine.graph import Replay
 from recontrast.engine.log import Log
+from recontrast.engine.pixels import Pixels
 from recontrast.engine.recipes import Recipe, differences, pair
 from recontrast.loss import alpha_at, deviation, pairs_loss
 from recontrast.model import ReContrast
@@ -130,6 +132,13 @@ def train(
             checkpoint.save(target, state)
             saved = run.done
 
+    pixels = Pixels(images, device)
+
+    def one_step(moving: Sequence[Any], batch: Tensor, alpha: float | Tensor) -> Tensor:
+        return step(model, moving, batch, alpha, recipe)
+
+    if recipe.graph and device.type == "cuda":
+        one_step = Replay(one_step, batches.batch, device)  # type: ignore[assignment]
     busy, since = 0.0, time.perf_counter()
     seen, logged = 0, 0  # images, and losses read, since and up to the last line
     between = True  # two steps, and so in a state that may be saved
@@ -138,9 +147,9 @@ def train(
             while run.done < recipe.steps:
                 between = False
                 index = next(batches)
-                batch = normalise(images[index], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
+                batch = normalise(pixels[index], model.mean, model.std, dtype=dtype, channels_last=last)
                 alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
-                run.pending.append(step(model, run.optimisers, batch, alpha, recipe))
+                run.pending.append(one_step(run.optimisers, batch, alpha))
                 run.done, seen, between = run.done + 1, seen + len(index), True
                 if run.done % recipe.log_every == 0 or run.done == recipe.steps:
                     read(run)
@@ -165,7 +174,7 @@ def train(
     return TrainResult(model.eval(), recipe, category, target, run.losses, busy)
 
 
-def step(model: ReContrast, both: Sequence[AdamW], images: Tensor, alpha: float, recipe: Recipe) -> Tensor:
+def step(model: ReContrast, both: Sequence[AdamW], images: Tensor, alpha: float | Tensor, recipe: Recipe) -> Tensor:
     """One step of training.
 
     Args:
