@@ -87,9 +87,11 @@ class Streaming:
             rounded = scores.astype(np.float32, copy=False)  # keeps the order, if not every difference
             regions = arrays.native.histogram(rounded, positive, self.counts.numpy(), self._shift, self._base)
         else:
-            tensor = torch.as_tensor(maps).detach().to(self.counts.device)
+            tensor = maps if isinstance(maps, Tensor) else torch.from_numpy(np.array(arrays.as_scores(maps, "maps")))
             positive = arrays.image_masks(tensor.shape, masks, labels)
-            tensor = tensor.reshape(positive.shape)
+            if tensor.is_complex():
+                raise ValueError(f"maps: wanted real numbers, got dtype {tensor.dtype}")
+            tensor = tensor.detach().to(self.counts.device).reshape(positive.shape)
             tensor = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
             low, high = tensor.aminmax()
             self._check(float(low), float(high), tensor)
@@ -172,7 +174,7 @@ class Streaming:
         bits = maps.float().contiguous().view(torch.int32)
         last = self.counts.shape[1] - 1
         numbers = torch.where(bits > 0, (bits >> self._shift) - self._base, 0).clamp(0, last).flatten().long()
-        mask = torch.from_numpy(positive).to(maps.device).flatten()
+        mask = torch.tensor(positive, device=maps.device).flatten()
         classes = torch.bincount(numbers + mask * (last + 1), minlength=2 * (last + 1))
         self.counts[:2] += classes.view(2, -1)
         where, what = (torch.from_numpy(x).to(maps.device) for x in (np.flatnonzero(positive), share[label]))
@@ -189,8 +191,8 @@ class Streaming:
         for n in some:
             thresholds, why[n] = reference.thresholds_of(extremes[n], positive[n])
             if why[n] == 0:
-                ranks = torch.searchsorted(torch.from_numpy(thresholds).to(maps.device), maps[n].contiguous())
-                mask = torch.from_numpy(positive[n]).to(maps.device)
+                ranks = torch.searchsorted(torch.from_numpy(thresholds).to(maps.device), maps[n].double().contiguous())
+                mask = torch.tensor(positive[n], device=maps.device)
                 called = torch.bincount(ranks[~mask], minlength=thresholds.size + 1).cpu().numpy()
                 weight = reference.overlap(labels[n][positive[n]])
                 areas[n], why[n] = reference.image_area(called, ranks[mask].cpu().numpy(), weight, self.limit)

@@ -16,6 +16,7 @@ import recontrast
 from recontrast.app.cli import app
 from recontrast.data.synthetic import make_demo
 
+RESULTS = ["results.csv", "results.json", "results.md", "scores.csv"]
 # Weights are random throughout: what is tested is what the commands do, not how well.
 SMALL = [
     "--backbone",
@@ -89,7 +90,7 @@ def run(data, tmp_path_factory):
 
 def test_train_evaluates_where_there_are_test_images(run):
     out, said = run
-    assert files(out) == ["checkpoint.pt", "log.jsonl", "recipe.yaml", "results.csv", "results.json", "results.md"]
+    assert files(out) == ["checkpoint.pt", "log.jsonl", "recipe.yaml", *RESULTS]
     assert "2 steps in" in said and "I-AUROC" in said and "AUPRO" in said
     (row,) = json.loads((out / "results.json").read_text())["rows"]
     assert row["category"] == "brick" and row["images"] == 8 and row["defects"] == 4 and 0 <= row["i_auroc"] <= 1

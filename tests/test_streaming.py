@@ -20,9 +20,9 @@ STEP = np.float32(2**-16)  # a bin holds 64 of them from 1 to 2
 
 def streamed(maps, masks, high=2.0, parts=1, device="cpu", detail=DETAIL):
     streaming = metrics.Streaming(high, device=device, detail=detail)
-    for some, of in zip(np.array_split(maps, parts), np.array_split(masks, parts), strict=True):
-        if len(some):
-            streaming.update(some, of)
+    size = -(-len(maps) // parts)
+    for first in range(0, len(maps), size):
+        streaming.update(maps[first : first + size], masks[first : first + size])
     return streaming
 
 
@@ -130,6 +130,26 @@ def test_any_path_counts_the_same(dtype, device, monkeypatch):
         assert torch.equal(streaming.counts.cpu(), expected["counts"])
         assert streaming.compute().aupro_per_image == pytest.approx(exact, abs=1e-15)
         assert streaming.totals[[0, 1, 4, 5]].tolist() == expected["totals"][[0, 1, 4, 5]].tolist()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_arrays_of_any_kind(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(arrays, "native", None)
+    maps, masks = some_maps(n=6, size=24)
+    expected = streamed(maps, masks).counts
+    wide = np.zeros((6, 48, 48), np.float32)
+    wide[:, ::2, ::2] = maps
+    for some in (wide[:, ::2, ::2], maps.astype(">f4"), np.asfortranarray(maps), maps.copy()):
+        of = masks.astype(np.uint8) * 255
+        some.flags.writeable = of.flags.writeable = False
+        assert torch.equal(streamed(some, of).counts, expected)
+        assert torch.equal(streamed(some, masks[:, ::-1][:, ::-1]).counts, expected)
+    grown = torch.from_numpy(maps).requires_grad_()
+    assert torch.equal(streamed(grown, masks).counts, expected)
+    for wrong in (maps * 1j, torch.from_numpy(maps * 1j)):
+        with pytest.raises(ValueError, match=r"maps: wanted real numbers, got dtype (torch\.)?complex64"):
+            metrics.Streaming(2.0, detail=DETAIL).update(wrong, masks)
 
 
 def test_order_and_parts_do_not_matter():

@@ -173,8 +173,8 @@ def test_refuses_devices(samples, device):
 
 
 def test_loss_not_a_number(samples, tmp_path, monkeypatch):
-    def broken(model, *rest):
-        loss = step(model, *rest)
+    def broken(*arguments):
+        loss = step(*arguments)
         broken.calls += 1
         return loss * float("nan") if broken.calls == 5 else loss
 
@@ -196,8 +196,8 @@ def test_learning_rate_too_high(samples, tmp_path):
 def test_weights_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
     """The loss of a step is that of the weights before it."""
 
-    def broken(model, *rest):
-        loss = step(model, *rest)
+    def broken(model, *arguments):
+        loss = step(model, *arguments)
         next(model.decoder_parameters()).data[0] = float("inf")
         return loss
 

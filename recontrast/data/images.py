@@ -14,6 +14,7 @@ picture gives one array here, whatever file it is stored in:
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -148,14 +149,23 @@ def normalise(
         raise ValueError(f"normalise: batch must be uint8 (N, H, W, 3), got {batch.dtype} {tuple(batch.shape)}")
     n, height, width, _ = batch.shape
     rows = batch.to(device or batch.device).to(torch.float32, memory_format=torch.contiguous_format)
-    # Rows with repeated statistics run in long loops, (3, 1, 1) over channels_last does not. All are tensors on the
-    # device: CUDA turns a division by a Python number into a product, which rounds otherwise.
-    full, centre, scale = (
-        torch.tensor(v, dtype=rows.dtype, device=rows.device).repeat(width) for v in ((255.0,) * 3, mean, std)
-    )
+    full, centre, scale = _statistics(tuple(mean), tuple(std), width, rows.device)
     rows = rows.view(n * height, width * 3).div_(full).sub_(centre).div_(scale)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return rows.view(n, height, width, 3).permute(0, 3, 1, 2).to(dtype, memory_format=layout)
+
+
+@lru_cache(maxsize=16)  # to send them anew for each batch would wait for the device
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """255, mean and std for each number of a row of pixels, (width * 3,) float32.
+
+    Rows with repeated statistics run in long loops, (3, 1, 1) over channels_last does not. All are tensors on the
+    device: CUDA turns a division by a Python number into a product, which rounds otherwise.
+    """
+    with torch.inference_mode(False):  # whoever asks first
+        return tuple(torch.tensor(v, device=device).repeat(width) for v in ((255.0,) * 3, mean, std))
 
 
 def height_width(value: Size, name: str) -> tuple[int, int]:

@@ -91,6 +91,7 @@ WANTED: dict[str, Rule] = {
     "precision": _one_of("float32", "bfloat16"),
     "channels_last": (lambda v: v is None or isinstance(v, bool), "true, false or none"),
     "compile": _FLAG,
+    "graph": _FLAG,
     "log_every": _whole(1),
     "checkpoint_every": _whole(1),
 }

@@ -60,6 +60,7 @@ class Recipe:
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool | None = None  # None: as is faster on the device
     compile: bool = False  # the model through torch.compile: half a minute and more at the start
+    graph: bool = False  # steps replayed as a CUDA graph; elsewhere they are not
     log_every: int = 20  # steps; the loss is read from the device only then
     checkpoint_every: int = 250  # steps
     amsgrad: bool = False

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
@@ -22,8 +22,10 @@ from recontrast.engine import checkpoint, distributed, interrupt, recipe_file
 from recontrast.engine.batches import Batches, digest
 from recontrast.engine.device import put
 from recontrast.engine.distributed import World
+from recontrast.engine.graph import Replay
 from recontrast.engine.log import Log
 from recontrast.engine.optimise import optimisers, schedule
+from recontrast.engine.pixels import Pixels
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.run import Run, check_resumed, read, restore, snapshot
 from recontrast.engine.teacher import TeacherCache
@@ -91,6 +93,11 @@ def train(
         raise ValueError(f"train: batch: wanted at most the {len(used)} training images, got {recipe.batch}")
     category = category or "+".join(dict.fromkeys(sample.category for sample in used))
     with distributed.world(device) as (place, chosen):
+        for name in ("compile", "graph"):
+            if getattr(recipe, name) and place.size > 1:
+                raise ValueError(f"train: {name}: wanted false for the {place.size} processes of torchrun, got true")
+        if recipe.graph and teacher_cache and chosen.type == "cuda":
+            raise ValueError(f"train: teacher_cache: wanted 0 where steps are replayed as a graph, got {teacher_cache}")
         return _train(recipe, used, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache)
 
 
@@ -125,8 +132,6 @@ def _train(
     run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about, place)
     if found is not None:
         restore(run, found, f"{resume}")
-    network: Any = torch.compile(model, dynamic=False) if recipe.compile else model  # the same parameters
-    forward = distributed.wrap(network, place, device)
 
     target = Path(out) / "checkpoint.pt" if out is not None else None
     log = Log(Path(out) / "log.jsonl", keep=run.done) if out is not None and place.first else None
@@ -142,9 +147,16 @@ def _train(
                 checkpoint.save(target, state)
             saved = run.done
 
+    network: Any = distributed.wrap(model, place, device)  # the same parameters
+    network = torch.compile(network, dynamic=False) if recipe.compile else network
     teacher = None
     if teacher_cache and model.frozen is not None:
         teacher = TeacherCache(model.frozen, len(used), teacher_cache, autocast=recipe.precision == "bfloat16")
+    pixels = Pixels(images, device)
+    replay: Any = None
+    if recipe.graph and device.type == "cuda":
+        alone = [batches.batch]
+        replay = Replay(lambda moving, x, alpha: step(network, moving, x, alpha, recipe, alone), alone[0], device)
     busy, since = 0.0, time.perf_counter()
     seen, logged = 0, 0  # images, and losses read, since and up to the last line
     between = True  # two steps, and so in a state that may be saved
@@ -154,22 +166,26 @@ def _train(
                 between = False
                 whole = next(batches)
                 mine, shares = whole[place.share(len(whole))], place.shares(len(whole))
-                batch = normalise(images[mine], model.mean, model.std, device=device, dtype=dtype, channels_last=last)
+                batch = normalise(pixels[mine], model.mean, model.std, dtype=dtype, channels_last=last)
                 alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
                 moving = schedule(run.optimisers, recipe, run.done)
-                known = None if teacher is None else teacher(mine, batch)
-                run.pending.append(step(forward, moving, batch, alpha, recipe, shares, known))
+                if replay is not None:
+                    loss = replay(moving, batch, alpha)
+                else:
+                    known = teacher(mine, batch) if teacher is not None and len(mine) else None
+                    loss = step(network, moving, batch, alpha, recipe, shares, known)
+                run.pending.append(loss)
                 run.done, seen, between = run.done + 1, seen + len(whole), True
                 lines = run.done % recipe.log_every == 0 or run.done == recipe.steps
                 if lines:
                     read(run)
                     elapsed = time.perf_counter() - since
-                    loss, rate = math.fsum(run.losses[logged:]) / (len(run.losses) - logged), seen / elapsed
+                    mean, rate = math.fsum(run.losses[logged:]) / (len(run.losses) - logged), seen / elapsed
                     busy, seen, logged = busy + elapsed, 0, len(run.losses)
                     if log is not None:
-                        log.write(step=run.done, loss=loss, alpha=alpha, images_per_second=rate, seconds=busy)
+                        log.write(step=run.done, loss=mean, alpha=alpha, images_per_second=rate, seconds=busy)
                     if on_log is not None and place.first:
-                        on_log(run.done, loss, rate, alpha)
+                        on_log(run.done, mean, rate, alpha)
                     since = time.perf_counter()
                 if asked() if place.size == 1 else lines and place.any(asked()):  # all stop at one step
                     raise KeyboardInterrupt
@@ -186,9 +202,9 @@ def _train(
 
 def step(
     model: nn.Module,
-    moving: Sequence[AdamW],
+    moving: Sequence[Optimizer],
     images: Tensor,
-    alpha: float,
+    alpha: float | Tensor,
     recipe: Recipe,
     shares: Sequence[int],
     known: Sequence[Tensor] | None = None,
@@ -196,7 +212,7 @@ def step(
     """One step of training.
 
     Args:
-        model: in training mode; `ReContrast`, or that compiled or wrapped.
+        model: `ReContrast` in training mode; compiled, or spread over processes.
         moving: the optimisers that take part.
         images: (N, 3, H, W), normalised.
         alpha: standard deviations above the mean from which on a point is hard.
