@@ -188,7 +188,7 @@ def _lines(table: Table, entry: Entry, by_seed: Mapping[int, Sequence[Row]]) -> 
         for metric in metrics:
             values = []
             for rows in by_seed.values():
-                wanted = [getattr(row, metric, None) for row in rows if category in ("mean", row.category)]
+                wanted = [getattr(row, metric) for row in rows if category in ("mean", row.category)]
                 some = [value for value in wanted if value is not None]
                 if 0 < len(some) == len(wanted):
                     values.append(math.fsum(some) / len(some))
