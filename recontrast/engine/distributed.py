@@ -7,6 +7,7 @@ the mean over images. A batch that is smaller than the number of processes leave
 with nothing. Every collective here runs on gloo (CPU) as on NCCL.
 """
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,8 +101,10 @@ def wrap(model: nn.Module, place: World, device: torch.device) -> nn.Module:
         return model
     synchronise(model)
     devices = [device] if device.type == "cuda" else None
-    # Statistics are equal everywhere by construction: nothing to broadcast.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    # Statistics are equal everywhere by construction: nothing to broadcast. Newer torch has another name for it.
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=devices, **options)
 
 
 # ---- BatchNorm over all processes ----------------------------------------------------------------------------------

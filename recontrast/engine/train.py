@@ -206,7 +206,7 @@ def step(
     images: Tensor,
     alpha: float | Tensor,
     recipe: Recipe,
-    shares: Sequence[int],
+    shares: Sequence[int] | None = None,
     known: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One step of training.
@@ -217,7 +217,7 @@ def step(
         images: (N, 3, H, W), normalised.
         alpha: standard deviations above the mean from which on a point is hard.
         recipe: for precision, and for the loss.
-        shares: images of each process.
+        shares: images of each process; None: there is one.
         known: features of the frozen encoder, where they are kept.
 
     Returns:
