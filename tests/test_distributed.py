@@ -85,3 +85,13 @@ def test_shares_are_everything_once(count, size):
     assert [len(items[place.share(count)]) for place in places] == places[0].shares(count)
     np.testing.assert_array_equal(np.concatenate([items[place.share(count)] for place in places]), items)
     assert max(places[0].shares(count)) - min(places[0].shares(count)) <= 1
+
+
+def test_a_table_made_together(many):
+    """One training, three evaluations, and every process knows the outcome; the first alone wrote."""
+    tables = [json.loads((many / f"table{rank}.json").read_text()) for rank in range(PROCESSES)]
+    assert tables[0] == tables[1] == tables[2] == json.loads((many / "table" / "comparison.json").read_text())
+    assert [line["entry"] for line in tables[0]["lines"]] == ["frozen", "trained", "both"]
+    assert all(line["ours"] is not None for line in tables[0]["lines"])
+    here = many / "table" / "both" / "nut" / "seed-111"
+    assert (here / "results.json").exists() and not (here / "checkpoint.pt").exists()

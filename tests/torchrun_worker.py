@@ -14,6 +14,7 @@ from recontrast.data import datasets
 from recontrast.engine import distributed
 from recontrast.engine.evaluate import evaluate
 from recontrast.engine.recipes import Recipe
+from recontrast.engine.reproduce import reproduce
 from recontrast.engine.train import train
 from recontrast.model import ReContrast
 
@@ -68,6 +69,13 @@ def refused(data, out):
         (out / f"error{rank}.txt").write_text(str(error))
 
 
+def reproduced(data, out):
+    """A table of two runs, made by all processes together."""
+    changes = {"backbone": "test_resnet", "weights": "random", "size": 32, "batch": 3, "steps": 2}
+    found = reproduce("maps", data, out / "table", categories=["nut"], changes=changes, device="cpu")
+    (out / f"table{distributed.here().rank}.json").write_text(json.dumps(found.to_dict()))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     data, out = map(Path, sys.argv[1:])
@@ -75,4 +83,5 @@ if __name__ == "__main__":
         for case in CASES:
             run(case, data, out / case)
         measured(data, out)
+        reproduced(data, out)
         refused(data, out)
