@@ -5,9 +5,10 @@ one ended:
 
     python benchmarks/accuracy.py --data FOLDER --weights resnet18.pth --categories NAME NAME --out accuracy.json
 
-FOLDER holds categories in MVTec AD layout. The reference side (`tests/upstream.py`, `tests/upstream_model.py`) gets its
-images decoded, its loss is the one with gradient hook and boolean index, and its evaluation goes image by image; a
-category without masks is compared by I-AUROC alone. AUPRO over the data set is ours for both sides, outside the time.
+With `--recipe mvtec_unified` one detector is trained for all the categories together. FOLDER holds categories in MVTec
+AD layout. The reference side (`tests/upstream.py`, `tests/upstream_model.py`) gets its images decoded, its loss is the
+one with gradient hook and boolean index, and its evaluation goes image by image; a category without masks is compared
+by I-AUROC alone. AUPRO over the data set is ours for both sides, outside the time.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the restated reference lives there
 import upstream
-from upstream_model import upstream_from
+from upstream_model import replace_layers, upstream_from
 
 from recontrast import metrics, ops
 from recontrast.data.atomic import replacing
@@ -49,21 +50,23 @@ SIDES = ("reference", "ours")
 Run = dict[str, float | None]  # of METRICS and TIMES
 
 
-def ours(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> Run:
-    """Train and evaluate with this package."""
+def ours(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> dict[str, Run]:
+    """Train with this package, and evaluate each category."""
     trained = train(recipe, samples, category=category, device=device, on_log=progress(category, "ours", recipe))
     begun = time.perf_counter()
-    (row,) = evaluate(trained.model, samples, recipe).rows
-    seconds = time.perf_counter() - begun
-    found: Run = {name: getattr(row, name) for name in METRICS}
-    return {**found, "step": 1000 * trained.seconds / recipe.steps, "evaluation": seconds}
+    rows = evaluate(trained.model, samples, recipe).rows
+    times = {"step": 1000 * trained.seconds / recipe.steps, "evaluation": (time.perf_counter() - begun) / len(rows)}
+    return {row.category: {**{name: getattr(row, name) for name in METRICS}, **times} for row in rows}
 
 
-def reference(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> Run:
-    """Train and evaluate as the reference does, from the weights and in the order of `ours`."""
+def reference(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> dict[str, Run]:
+    """Train and evaluate each category as the reference does, from the weights and in the order of `ours`."""
     torch.manual_seed(recipe.seed)
     begin = new_model(recipe, category)
     model = upstream_from(begin, recipe.backbone.partition(".")[0]).to(device)
+    unified = recipe.name == "mvtec_unified"
+    if unified:
+        replace_layers(model.decoder)
     model.train(encoder_bn_train=recipe.encoder_bn_for(category) == "train")
 
     def tensors(some: list[Sample]) -> torch.Tensor:
@@ -85,26 +88,37 @@ def reference(samples: list[Sample], category: str, recipe: Recipe, device: torc
         return list(zip(*model(batch), strict=True))
 
     begun = time.perf_counter()
-    upstream.train(pairs, batches(), recipe.steps, *groups)
-    seconds = time.perf_counter() - begun
+    loop = upstream.train_unified if unified else upstream.train
+    loop(pairs, batches(), recipe.steps, *groups)
+    step = 1000 * (time.perf_counter() - begun) / recipe.steps
 
     model.eval()
-    tests = [sample for sample in samples if sample.split == "test"]
+    tests: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.split == "test":
+            tests.setdefault(sample.category, []).append(sample)
+    return {name: {**measured(pairs, some, tensors(some), recipe), "step": step} for name, some in tests.items()}
+
+
+def measured(pairs, tests: list[Sample], images: torch.Tensor, recipe: Recipe) -> Run:
+    """Evaluate one category as the reference's script does."""
+    map_of = upstream.anomaly_map_sum if recipe.reduce == "sum" else upstream.anomaly_map_unified
+    max_ratio = recipe.score if isinstance(recipe.score, float) else 0
     labels = np.array([sample.label for sample in tests])
-    images, masks = tensors(tests), masks_of(tests, recipe)
+    masks = masks_of(tests, recipe)
     with_masks = masks is not None
     shown = masks if masks is not None else np.broadcast_to(labels[:, None, None] > 0, (len(tests), *recipe.out)).copy()
     begun = time.perf_counter()
     p_auroc, i_auroc, per_image = upstream.evaluate(
-        pairs, images, torch.from_numpy(shown)[:, None], labels, calc_pro=with_masks
+        pairs, images, torch.from_numpy(shown)[:, None], labels, max_ratio=max_ratio, calc_pro=with_masks, map_of=map_of
     )
     evaluation = time.perf_counter() - begun
     found: Run = {"i_auroc": i_auroc, "p_auroc": None, "aupro": None, "aupro_per_image": None}
     if masks is not None:
         with torch.no_grad():
-            maps = np.concatenate([upstream.anomaly_map_sum(pairs(image[None]), recipe.out) for image in images])
+            maps = np.concatenate([np.asarray(map_of(pairs(image[None]), recipe.out)) for image in images])
         found |= {"p_auroc": p_auroc, "aupro": metrics.aupro(maps, masks), "aupro_per_image": per_image}
-    return {**found, "step": 1000 * seconds / recipe.steps, "evaluation": evaluation}
+    return {**found, "evaluation": evaluation}
 
 
 def masks_of(tests: list[Sample], recipe: Recipe) -> np.ndarray | None:
@@ -161,6 +175,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--categories", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--backbone", default="resnet18", help="resnet18, resnet50 or wide_resnet50_2")
+    parser.add_argument("--recipe", default="mvtec", choices=("mvtec", "mvtec_unified"))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="images")
     parser.add_argument("--size", type=int, default=128, help="pixels")
@@ -175,26 +190,29 @@ def main() -> None:
     device = choose(asked.device)
     settings = {name: getattr(asked, name) for name in ("backbone", "steps", "batch", "size")}
     settings |= {"weights": Path(asked.weights).name, "device": device.type}
+    if asked.recipe != "mvtec":  # one detector for all of them
+        settings |= {"recipe": asked.recipe, "categories": asked.categories}
     record = json.loads(asked.out.read_text()) if asked.out.exists() else {"settings": settings, "runs": {}}
     if record["settings"] != settings:
         sys.exit(f"{asked.out}: holds runs with {record['settings']}, asked for {settings}; name another --out")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     record["machine"] = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     record["machine"] |= {"kernels": ops.BACKEND[device.type], "date": date.today().isoformat()}
-    base = RECIPES["mvtec"].replace(backbone=asked.backbone, weights=asked.weights, steps=asked.steps)
+    base = RECIPES[asked.recipe].replace(backbone=asked.backbone, weights=asked.weights, steps=asked.steps)
     base = base.replace(batch=asked.batch, size=asked.size)
-    for category in asked.categories:
-        samples = mvtec(asked.data, category)
+    together = [asked.categories] if asked.recipe == "mvtec_unified" else [[name] for name in asked.categories]
+    for categories in together:
+        samples = [sample for name in categories for sample in mvtec(asked.data, name)]
+        category = "+".join(categories)
         for seed, side in itertools.product(asked.seeds, SIDES):
-            key = f"{category}/{seed}/{side}"
-            if key in record["runs"]:
+            if f"{categories[0]}/{seed}/{side}" in record["runs"]:
                 continue
-            run = {"ours": ours, "reference": reference}[side](samples, category, base.replace(seed=seed), device)
-            record["runs"][key] = run
+            runs = {"ours": ours, "reference": reference}[side](samples, category, base.replace(seed=seed), device)
+            record["runs"] |= {f"{name}/{seed}/{side}": run for name, run in runs.items()}
             text = json.dumps(record, indent=1).encode() + b"\n"
             with replacing(asked.out, wanted=len(text)) as file:
                 file.write(text)
-            print(f"\r{key}: {json.dumps(run)}", file=sys.stderr)
+            print(f"\r{category}/{seed}/{side}: {json.dumps(runs)}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in {**settings, **record["machine"]}.items()) + "\n")
     print(table(record["runs"], asked.categories, asked.seeds))
 

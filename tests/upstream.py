@@ -197,8 +197,10 @@ def compute_pro(mask, amap, num_th=200):
     return auc(fpr / fpr.max(), pro)
 
 
-def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True):
+def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True, map_of=anomaly_map_sum):
     """The reference's evaluation loop, batch size 1 and Python lists of pixels: `evaluation`, utils.py.
+
+    With `anomaly_map_unified` it is `evaluation_batch`, whose larger batches change no value.
 
     The caller puts the model into eval mode. An image counts as anomalous for the image AUROC if its mask has a pixel.
     The reference rounds what it returns to four decimals; this does not.
@@ -210,6 +212,7 @@ def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True):
         labels: (N,), says of which images the per-image AUPRO is taken.
         max_ratio: 0 for the maximum as score, else the share of the largest values to average.
         calc_pro: whether to compute AUPRO, by far the slowest part.
+        map_of: `anomaly_map_sum` or `anomaly_map_unified`.
 
     Returns:
         Pixel AUROC, image AUROC, mean per-image AUPRO (NaN without ``calc_pro``).
@@ -217,7 +220,7 @@ def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True):
     gt_list_px, pr_list_px, gt_list_sp, pr_list_sp, aupro_list = [], [], [], [], []
     with torch.no_grad():
         for image, mask, label in zip(images, masks, labels, strict=True):
-            amap = anomaly_map_sum(model(image[None]), tuple(image.shape[-2:]))[0]
+            amap = np.asarray(map_of(model(image[None]), tuple(image.shape[-2:]))[0])
             gt = mask.bool().cpu().numpy().astype(int)[0]
             if calc_pro and label != 0:
                 aupro_list.append(compute_pro(gt, amap))
