@@ -81,7 +81,7 @@ def our_step(recipe, device, cached):
 
     def once(images, index):
         known = teacher(index, images) if teacher else None
-        return step(network, both, images, ALPHA, recipe, known)
+        return step(network, both, images, ALPHA, recipe, [len(images)], known)
 
     return once, layout
 

@@ -8,6 +8,7 @@ from test_train import tiny_set
 from recontrast.engine import published, reproduce, tables
 from recontrast.engine.comparison import Comparison, Line
 from recontrast.engine.recipes import RECIPES
+from recontrast.engine.result import METRICS
 from recontrast.engine.tables import TABLES
 
 CHANGES = {"backbone": "test_resnet", "weights": "random", "size": 32, "batch": 4, "steps": 2}
@@ -58,6 +59,7 @@ def test_tables_fit_together():
         assert all((entry.trained_as or entry.name) in names for entry in table.entries)
         for entry in table.entries:
             assert "mean" in entry.numbers
+            assert {metric for numbers in entry.numbers.values() for metric in numbers} <= set(METRICS)
             RECIPES[table.recipe].replace(**entry.changes, **entry.evaluation)
         of = RECIPES[table.recipe]
         assert set(table.categories) <= {*of.bn_train_categories, *of.bn_eval_categories} or of.encoder_bn != "auto"
@@ -78,7 +80,7 @@ def test_a_table_by_category_and_seed(data, tmp_path):
     assert one.difference == pytest.approx(one.ours - 0.9795)
     here = tmp_path / "ours" / "screw" / "seed-1"
     assert sorted(p.name for p in here.iterdir()) == [
-        "log.jsonl", "recipe.yaml", "results.csv", "results.json", "results.md",
+        "log.jsonl", "recipe.yaml", "results.csv", "results.json", "results.md", "scores.csv",
     ]  # fmt: skip
 
     calls.clear()
@@ -145,9 +147,11 @@ def test_some_entries(data, tmp_path):
     found = run("ablation", data / "grid", tmp_path, entries=["A", "ours"])
     assert [x.entry for x in found.lines] == ["A", "A", "ours", "ours"]
     assert all(x.ours is not None and x.paper is None for x in found.lines)
-    (tmp_path / "other").mkdir()
     aptos = run("ablation_aptos", data / "grid", tmp_path / "other", entries=["D"])
     assert line(aptos, "D", "mean").paper == 0.9306  # of its one category, whatever its name
+    isic = run("isic2018", data / "grid", tmp_path / "isic", changes={**CHANGES, "size": 64, "crop": 32})
+    assert [(x.metric, x.paper) for x in isic.lines] == [("i_auroc", 0.9015), ("i_f1", 0.8112), ("i_accuracy", 0.8601)]
+    assert all(x.ours is not None for x in isic.lines)
 
 
 # ---- what does not go ------------------------------------------------------------------
@@ -191,7 +195,7 @@ def test_results_of_something_else_are_refused(data, tmp_path):
 
 
 def test_percent_and_absence():
-    lines = [Line("a", "x", "i_auroc", 2, 0.5, 0.01, 0.75), Line("a", "x", "i_acc", 0, None, None, 0.9)]
+    lines = [Line("a", "x", "i_auroc", 2, 0.5, 0.01, 0.75), Line("a", "x", "i_accuracy", 0, None, None, 0.9)]
     found = Comparison("t", "T", lines, ["Note."])
     assert found.cells() == (
         ["entry", "category", "I-AUROC", "paper", "diff", "I-ACC", "paper", "diff"],

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import upstream
-from test_train import RECIPE, tiny_set
+from test_train import RECIPE
+from tiny import tiny_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recontrast.engine.recipes import RECIPES

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_train import RECIPE, same_weights, tiny_set
+from test_train import RECIPE, same_weights
+from tiny import tiny_set
 
 from recontrast.backbone import Backbone
 from recontrast.engine.teacher import TeacherCache

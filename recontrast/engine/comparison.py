@@ -11,8 +11,6 @@ from typing import Any
 from recontrast.data.atomic import replacing
 from recontrast.engine.result import METRICS
 
-TITLES = {**METRICS, "i_acc": "I-ACC"}
-
 
 @dataclass(frozen=True)
 class Line:
@@ -50,7 +48,7 @@ class Comparison:
         """Head and rows, in percent: for each metric ours, with its spread, the paper's, and the difference."""
         head = ["entry", "category"]
         for metric in self.metrics:
-            head += [TITLES[metric], "paper", "diff"]
+            head += [METRICS[metric], "paper", "diff"]
         rows: dict[tuple[str, str], list[str]] = {}
         for line in self.lines:
             ours = _percent(line.ours) + ("" if line.spread is None else f" ± {100 * line.spread:.2f}")

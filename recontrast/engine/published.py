@@ -66,7 +66,7 @@ VISA = _rows(
 # recontrast_aptos_*, recontrast_oct_*, recontrast_isic_*; as in Table 5. F1 and accuracy at the threshold that is best
 # for F1 on the test images.
 MEDICAL = _rows(
-    "i_auroc i_f1 i_acc",
+    "i_auroc i_f1 i_accuracy",
     """
     aptos 97.51 95.27 93.35
     oct2017 99.60 98.53 97.80

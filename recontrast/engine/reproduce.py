@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
-from recontrast.engine import recipe_file
+from recontrast.engine import distributed, recipe_file
 from recontrast.engine.comparison import Comparison, Line
+from recontrast.engine.distributed import World
 from recontrast.engine.evaluate import evaluate
 from recontrast.engine.recipes import RECIPES, Recipe, differences
 from recontrast.engine.result import Result, Row
@@ -59,6 +62,8 @@ def reproduce(
 ) -> Comparison:
     """Make the runs of a table that are not there yet, and put ours beside the paper's.
 
+    Under torchrun all processes make each run together, and the first one writes.
+
     Args:
         name: one of `recontrast.engine.tables.TABLES`.
         data: root of the data set in MVTec AD layout, or the folder of one category.
@@ -92,19 +97,22 @@ def reproduce(
         raise ValueError(f"{data}: wanted one category for {name}, got {len(groups)}: {', '.join(groups)}")
     seeds = list(seeds) or [RECIPES[table.recipe].seed]
     rows: dict[str, dict[int, list[Row]]] = {entry: {} for entry in entries or names}
-    for run in _runs(table, list(rows), groups, seeds, changes):
-        results = _make(run, out, device, cache_dir, keep, on_step or (lambda *_: None))
-        for entry, result in results.items():
-            rows[entry].setdefault(run.recipe.seed, []).extend(result)
-    lines = [line for entry in rows for line in _lines(table, table.entry(entry), rows[entry])]
-    comparison = Comparison(name, table.title, lines, _notes(table, list(groups), seeds, changes))
-    comparison.write(out)
+    runs = _runs(table, list(rows), groups, seeds, changes)
+    with distributed.world(device) as (place, where):
+        for run in runs:
+            results = _make(run, out, place, where, cache_dir, keep, on_step or (lambda *_: None))
+            for entry, result in results.items():
+                rows[entry].setdefault(run.recipe.seed, []).extend(result)
+        lines = [line for entry in rows for line in _lines(table, table.entry(entry), rows[entry])]
+        comparison = Comparison(name, table.title, lines, _notes(table, list(groups), seeds, changes))
+        if place.first:
+            comparison.write(out)
     return comparison
 
 
 def _runs(
     table: Table, entries: Sequence[str], groups: Groups, seeds: Sequence[int], changes: Mapping[str, Any]
-) -> Iterator[Run]:
+) -> list[Run]:
     """All trainings, entry by entry; every recipe is checked before the first begins."""
     found = []
     by_training: dict[str, list[Entry]] = {}
@@ -119,13 +127,13 @@ def _runs(
             units = {ALL: groups} if table.unified else {category: {category: groups[category]} for category in groups}
             for category, some in units.items():
                 found.append(Run(name, category, some, recipe.replace(seed=seed), tuple(several)))
-    return iter(found)
+    return found
 
 
 def _make(
-    run: Run, out: Path, device: str | None, cache_dir: str | Path | None, keep: bool, on_step: OnStep
+    run: Run, out: Path, place: World, device: torch.device, cache_dir: str | Path | None, keep: bool, on_step: OnStep
 ) -> dict[str, list[Row]]:
-    """Rows of each entry of a run, made or found."""
+    """Rows of each entry of a run, made or found; under torchrun all look before the first of them writes."""
     recipes = {entry.name: run.recipe.replace(**entry.evaluation) for entry in run.entries}
     found = {entry: _finished(run.folder(out, entry), recipe, run.groups) for entry, recipe in recipes.items()}
     rows = {entry: some for entry, some in found.items() if some is not None}
@@ -145,17 +153,18 @@ def _make(
                 trained.model, samples, recipe, cache_dir=cache_dir,
                 on_progress=lambda category, done, count: on_step(f"evaluate {title}", done, count, category),
             )  # fmt: skip
-            rows[entry] = _write(run.folder(out, entry), recipe, result)
-    if not keep:
+            rows[entry] = result.rows
+            if place.first:
+                _write(run.folder(out, entry), recipe, result)
+    if place.first and not keep:
         target.unlink(missing_ok=True)
     return rows
 
 
-def _write(folder: Path, recipe: Recipe, result: Result) -> list[Row]:
+def _write(folder: Path, recipe: Recipe, result: Result) -> None:
     """Recipe first: results without one count as of another recipe."""
     recipe_file.write(folder / recipe_file.NAME, recipe)
     result.write(folder)
-    return result.rows
 
 
 def _finished(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:
@@ -188,7 +197,7 @@ def _lines(table: Table, entry: Entry, by_seed: Mapping[int, Sequence[Row]]) -> 
         for metric in metrics:
             values = []
             for rows in by_seed.values():
-                wanted = [getattr(row, metric, None) for row in rows if category in ("mean", row.category)]
+                wanted = [getattr(row, metric) for row in rows if category in ("mean", row.category)]
                 some = [value for value in wanted if value is not None]
                 if 0 < len(some) == len(wanted):
                     values.append(math.fsum(some) / len(some))

@@ -40,6 +40,8 @@ class TeacherCache:
         Returns:
             For each level (N, C, h, w), as the encoder gives them.
         """
+        if len(index) == 0:  # of a process that has no share of the batch
+            return self.encoder(images)
         last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
         missing = np.flatnonzero(~self.have[index])
         fresh: Sequence[Tensor] = []
