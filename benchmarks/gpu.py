@@ -49,9 +49,8 @@ class Run:
         self.device, self.tiny, self.out = torch.device(asked.device), asked.tiny, asked.out
         self.only, self.deadline = asked.only, time.monotonic() + asked.seconds
         self.cuda = self.device.type == "cuda"
-        self.record = (
-            json.loads(self.out.read_text()) if self.out.exists() else {"about": about(self.device), "rows": []}
-        )
+        found = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.record = {"about": about(self.device), "rows": [], **found}
 
     def late(self) -> bool:
         """Whether the stage's time is over."""
