@@ -91,7 +91,8 @@ def adeval(maps, masks):
     """AUROC, AUPR and AUPRO in 1000 strips."""
     import adeval
 
-    np.trapz = getattr(np, "trapz", np.trapezoid)  # ADEval 1.1.0 calls what NumPy 2.4 no longer has
+    if not hasattr(np, "trapz"):  # ADEval 1.1.0 calls what NumPy 2.4 no longer has
+        np.trapz = np.trapezoid
     accumulator = adeval.EvalAccumulator(0.0, HIGH, float(maps.min()), float(maps.max()))
     accumulator.add_anomap_batch(maps, masks.astype(np.uint8))
     for add in (accumulator.add_image, accumulator.add_sample):

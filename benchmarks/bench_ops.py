@@ -82,8 +82,8 @@ def blurred(maps):
     return torch.stack([torch.from_numpy(gaussian_filter(m, sigma=4)) for m in maps.cpu().numpy()])
 
 
-def interpolate_and_scipy(distances):
-    maps = sum(F.interpolate(d.unsqueeze(1), size=OUT, mode="bilinear", align_corners=True) for d in distances)[:, 0]
+def interpolate_and_scipy(distances, out=OUT):
+    maps = sum(F.interpolate(d.unsqueeze(1), size=out, mode="bilinear", align_corners=True) for d in distances)[:, 0]
     maps = blurred(maps)
     return maps, maps.amax(dim=(1, 2))
 

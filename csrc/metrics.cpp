@@ -79,7 +79,8 @@ py::tuple regions(const py::array& masks, int64_t threads) {
       count[n] = static_cast<int64_t>(found[n].areas.size());
       before[n + 1] = before[n] + count[n];
     }
-    if (before[of.N] > kInt32) throw std::overflow_error("regions: masks: more than 2^31 - 1 regions");
+    if (before[of.N] > kInt32)
+      throw std::length_error("regions: masks: wanted fewer than 2^31 regions, got " + std::to_string(before[of.N]));
     parallel(of.N, threads, of.N * of.P, [&](int64_t n) {
       int32_t* image = label + n * of.P;
       std::fill(image, image + of.P, 0);

@@ -13,6 +13,8 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "sort.h"
 #include "threads.h"
@@ -52,6 +54,8 @@ Thresholds<KeyOf<T>> thresholds_of(const T* scores, const std::vector<int64_t>& 
     region[n + 1] = region[n] + static_cast<int64_t>(regions[n].areas.size());
     pixel[n + 1] = std::accumulate(regions[n].areas.begin(), regions[n].areas.end(), pixel[n]);
   }
+  if (positives > std::numeric_limits<int32_t>::max() - kFew)  // thresholds and regions are no more than they
+    throw std::length_error("masks: wanted fewer than 2^31 - 4 positive pixels, got " + std::to_string(positives));
   std::vector<double> weight(region[pieces]);  // 1 / area
   auto items = std::make_unique_for_overwrite<Item<Key>[]>(positives);
   std::atomic<bool> bad = false;

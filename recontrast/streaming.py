@@ -184,18 +184,26 @@ class Streaming:
     def _per_image(
         self, maps: Tensor, positive: NDArray[Any], labels: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """As `recontrast.metrics_reference.per_image`; ranks are found on the device, one image at a time."""
+        """As `recontrast.metrics_reference.per_image`; pixels are ranked on the device, all images at once."""
         areas, why = np.full(len(maps), np.nan), np.full(len(maps), reference.GOOD_IMAGE)
-        some = np.flatnonzero(positive.any(axis=(1, 2)))
         extremes = torch.stack([maps.amin((1, 2)), maps.amax((1, 2))], 1).cpu().numpy()
-        for n in some:
+        of: dict[int, NDArray[Any]] = {}
+        for n in np.flatnonzero(positive.any(axis=(1, 2))).tolist():
             thresholds, why[n] = reference.thresholds_of(extremes[n], positive[n])
-            if why[n] == 0:
-                ranks = torch.searchsorted(torch.from_numpy(thresholds).to(maps.device), maps[n].double().contiguous())
-                mask = torch.tensor(positive[n], device=maps.device)
-                called = torch.bincount(ranks[~mask], minlength=thresholds.size + 1).cpu().numpy()
-                weight = reference.overlap(labels[n][positive[n]])
-                areas[n], why[n] = reference.image_area(called, ranks[mask].cpu().numpy(), weight, self.limit)
+            of |= {n: thresholds} if why[n] == 0 else {}
+        if not of:
+            return areas, why
+        slots = 1 + max(thresholds.size for thresholds in of.values())
+        padded = np.stack([np.pad(t, (0, slots - 1 - t.size), constant_values=np.inf) for t in of.values()])
+        some, mask = list(of), torch.tensor(positive[list(of)], device=maps.device).flatten(1)
+        ranks = torch.searchsorted(torch.from_numpy(padded).to(maps.device), maps[some].flatten(1).double())
+        rows = 2 * torch.arange(len(some), device=maps.device)[:, None] + mask
+        counts = torch.bincount((ranks + slots * rows).flatten(), minlength=2 * len(some) * slots)
+        called, passed = counts.view(-1, 2, slots)[:, 0].cpu().numpy(), ranks[mask].cpu().numpy()
+        for row, n in enumerate(some):
+            weight = reference.overlap(labels[n][positive[n]])
+            mine, passed = passed[: weight.size], passed[weight.size :]
+            areas[n], why[n] = reference.image_area(called[row, : of[n].size + 1], mine, weight, self.limit)
         return areas, why
 
 

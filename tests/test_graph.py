@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from recontrast import ReContrast, deviation, pairs_loss
+from recontrast import ReContrast, deviation, hard_mined_cosine, hardest, pairs_loss, power
 from recontrast.data.images import normalise
-from recontrast.engine.graph import WARM, Replay
+from recontrast.engine.graph import WARM, Replay, recorded
 from recontrast.engine.pixels import Pixels
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import optimisers, step
@@ -156,6 +156,36 @@ def test_statistics_are_sent_once(monkeypatch):
 
 
 @gpu
+@pytest.mark.parametrize("rule", [deviation(1.0), hardest(0.1, 0.1), power(3)], ids=str)
+def test_the_loss_is_captured(rule):
+    """Replayed on other features, the recorded loss and gradient are those of an eager call."""
+    shapes = [(4, 64, 16, 16), (4, 96, 8, 8), (2, 7, 5, 3)]
+    x, y = ([torch.randn(shape, device="cuda") for shape in shapes] for _ in "xy")
+    y = [t.requires_grad_() for t in y]
+
+    def work():
+        for t in y:
+            t.grad = None
+        loss = hard_mined_cosine(x, y, rule)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        work()
+    repeat, loss = recorded(work)
+    gradients = [t.grad for t in y]
+    with torch.no_grad():
+        for t in (*x, *y):
+            t.normal_()
+    repeat()
+    captured = [loss.clone(), *(g.clone() for g in gradients)]
+    loss = work()
+    for ours, eager in zip(captured, [loss, *(t.grad for t in y)], strict=True):
+        assert torch.equal(ours, eager)
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_waits_for_nothing(precision):
     """Between two log lines: batch from the resident cache, normalisation, step, replay."""

@@ -1,5 +1,7 @@
 """What the metrics take, and what they refuse."""
 
+import subprocess
+import sys
 from dataclasses import astuple
 
 import numpy as np
@@ -43,6 +45,25 @@ def test_strides_byte_order_and_integers():
     assert metrics.auroc([3, 1, 2], [True, False, False]) == 1.0
     maps.flags.writeable = masks.flags.writeable = False
     assert metrics.pixel_metrics(maps, masks) == expected
+
+
+def test_memory_map(tmp_path):
+    maps, masks = some_maps()
+    for name, array in {"maps": maps, "masks": masks}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    mapped = (np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("maps", "masks"))
+    assert metrics.pixel_metrics(*mapped) == metrics.pixel_metrics(maps, masks)
+
+
+def test_without_the_compiled_module():
+    code = """
+import sys
+sys.modules["recontrast._metrics"] = None
+from recontrast import metrics
+print(metrics.REGIONS_BACKEND, metrics.auroc([1, 2, 3], [0, 1, 0]), metrics.regions([[1, 0], [0, 1]])[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["scipy", "0.5", "1"], done.stderr
 
 
 @pytest.mark.parametrize("metric", [metrics.auroc, metrics.ap, metrics.f1_max, metrics.accuracy, metrics.image_metrics])

@@ -1,0 +1,450 @@
+"""What `gpu.sh` measures on a GPU, stage by stage, into one JSON; `--device cpu --tiny` runs every path without one.
+
+    python benchmarks/gpu.py loss --out results.json
+
+Device work is timed by CUDA events, medians of many runs; each row is written when it is measured, so that a run cut
+short keeps what it has. Rivals are those of `bench_ops.py`; ratios are of one run on one GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]  # its conftest.py before that of the tests
+import upstream  # noqa: E402
+from bench_ops import features, interpolate_and_scipy, loss_rivals  # noqa: E402
+from conftest import SHAPES  # noqa: E402
+from upstream_model import upstream_from  # noqa: E402
+
+from recontrast import AnomalyMap, deviation, hard_mined_cosine, ops, reference  # noqa: E402
+from recontrast.data.images import normalise  # noqa: E402
+from recontrast.engine.device import memory_format, put  # noqa: E402
+from recontrast.engine.evaluate import infer  # noqa: E402
+from recontrast.engine.graph import Replay, recorded  # noqa: E402
+from recontrast.engine.pixels import Pixels  # noqa: E402
+from recontrast.engine.recipes import RECIPES  # noqa: E402
+from recontrast.engine.train import new_model, optimisers, step  # noqa: E402
+
+Function = Callable[[], object]
+COPY = 2**31  # bytes of the copy that tells the bandwidth: far more than any cache
+
+
+class Run:
+    """Where rows go, on what device, how large and until when."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.device, self.tiny, self.out = torch.device(asked.device), asked.tiny, asked.out
+        self.only, self.deadline = asked.only, time.monotonic() + asked.seconds
+        self.cuda = self.device.type == "cuda"
+        found = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.record = {"about": about(self.device), "rows": [], **found}
+
+    def late(self) -> bool:
+        """Whether the stage's time is over."""
+        return time.monotonic() > self.deadline
+
+    def row(
+        self, group: str, name: str, function: Function, *, moved=None, least=None, images=None, seconds=0.8, most=50
+    ):
+        """Time ``function`` and write a row: ms, GB/s of ``moved`` and of ``least`` bytes, images/s, peak MB."""
+        if self.late() or (self.only and not any(part in name for part in self.only)):
+            return
+        row = {"group": group, "name": name}
+        try:
+            row |= self._measure(function, seconds, most)
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+        except Exception as error:  # one rival that fails must not end the run
+            row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if moved and "ms" in row:
+            row["GB/s"] = round(moved / row["ms"] / 1e6, 1)
+        if least and "ms" in row:
+            row["GB/s of hard points"] = round(least / row["ms"] / 1e6, 1)
+        if images and "ms" in row:
+            row["images/s"] = round(images / row["ms"] * 1e3, 1)
+        self.record["rows"] = [r for r in self.record["rows"] if (r["group"], r["name"]) != (group, name)] + [row]
+        self.save()
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+    def save(self) -> None:
+        """Write what there is, whole or not at all."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        part = self.out.with_suffix(".part")
+        part.write_text(json.dumps(self.record, indent=1) + "\n")
+        os.replace(part, self.out)
+
+    def _measure(self, function: Function, seconds: float, most: int) -> dict:
+        synchronise = torch.cuda.synchronize if self.cuda else lambda: None
+        peak = {}
+        function()
+        synchronise()
+        if self.cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        function()
+        synchronise()
+        once = time.perf_counter() - begun
+        if self.cuda:
+            peak = {"peak MB": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
+        rounds = int(min(max(seconds / max(once, 1e-5), 3), most))
+        times = []
+        if self.cuda:
+            marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+            for start, end in marks:
+                start.record()
+                function()
+                end.record()
+            synchronise()
+            times = [start.elapsed_time(end) for start, end in marks]
+        else:
+            for _ in range(rounds):
+                begun = time.perf_counter()
+                function()
+                times.append((time.perf_counter() - begun) * 1e3)
+        low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        return {"ms": round(middle, 4), "low": round(low, 4), "high": round(high, 4), "rounds": rounds, **peak}
+
+
+def about(device: torch.device) -> dict:
+    """Device, driver, versions, date."""
+    found = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
+    found |= {"threads": torch.get_num_threads(), "kernels": dict(ops.BACKEND)}
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        properties = torch.cuda.get_device_properties(device)
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1]
+        found |= {"device": properties.name, "driver": (driver or ["unknown"])[0], "cuda": torch.version.cuda}
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "processors": properties.multi_processor_count,
+        }
+        found |= {"memory MB": properties.total_memory >> 20, "cudnn": torch.backends.cudnn.version()}
+    else:
+        found["device"] = platform.processor() or platform.machine()
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
+
+
+# ---- loss --------------------------------------------------------------------
+
+
+def unknown_rule(d, everyone):
+    """A rule that the kernels do not know: pairs go one by one, the mathematics in eager operators."""
+    return deviation(1.0)(d, everyone)
+
+
+def eager_mathematics(teachers, students):
+    """One launch for the features of all pairs, the rest in eager operators."""
+    sums = ops.cosine_sums_group([t.detach() for t in teachers], students)
+    images, points = [t.shape[0] for t in students], [t.shape[2] * t.shape[3] for t in students]
+    losses = []
+    for part in reference.of_pairs(sums, images, points):
+        d = 1 - reference.cosine(part.detach())
+        part = part.detach() + deviation(1.0)(d, d) * (part - part.detach())
+        losses.append((1 - reference.cosine(part.sum(2))).mean())
+    return torch.stack(losses).sum()
+
+
+def loss(run: Run) -> None:
+    """Forward and backward of six WideResNet-50-2 pairs, alpha 1, by batch, dtype and layout."""
+    sizes = [(n, c // 8, h // 4, w // 4) for n, c, h, w in SHAPES] if run.tiny else SHAPES
+    backend = ops.BACKEND[run.device.type]
+    for batch in (2,) if run.tiny else (64, 16, 256):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in ("channels_last", "NCHW"):
+                if run.late():
+                    return
+                group = f"loss, six pairs, batch {batch}, {str(dtype)[6:]}, {layout}"
+                pairs = [features((batch, *size[1:]), run.device, dtype, layout) for size in sizes * 2]
+                teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
+                del pairs
+                one_rule(run, group, teachers, students, backend, compiled=batch in (2, 64))
+                del teachers, students
+                if run.cuda:
+                    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def hard_share(teachers: list, students: list) -> float:
+    """Share of the numbers that belong to hard points."""
+    hard = total = 0
+    for t, s in zip(teachers, students, strict=True):
+        d = 1 - reference.cosine(ops.cosine_sums(t, s))
+        hard, total = hard + int((d >= d.mean() + d.std()).sum()) * t.shape[1], total + d.numel() * t.shape[1]
+    return hard / total
+
+
+def one_rule(run: Run, group: str, teachers: list, students: list, backend: str, compiled: bool) -> None:
+    """All ways to compute the loss of one set of pairs."""
+    volume = sum(t.nbytes for t in teachers)
+
+    def backward_of(function):
+        def work():
+            for s in students:
+                s.grad = None
+            value = function(teachers, students)
+            value.backward()
+            return value
+
+        return work
+
+    def ours(t, s):
+        return hard_mined_cosine(t, s, deviation(1.0))
+
+    moved, least = 5 * volume, None
+    if "channels_last" in group:  # easy points are not read in the backward pass
+        least = volume * (3 + 2 * hard_share(teachers, students))
+    run.row(group, f"ours ({backend})", backward_of(ours), moved=moved, least=least)
+    if run.cuda:
+        work = backward_of(ours)
+        for _ in range(3):
+            work()
+        repeat, _ = recorded(work)
+        run.row(group, f"ours ({backend}), graph", repeat, moved=moved, least=least)
+        del repeat, work
+        for s in students:
+            s.grad = None
+    if backend == "triton":
+        return
+    size = (COPY >> 10 if run.tiny else COPY) // 2 // teachers[0].itemsize
+    source = torch.randn(size, device=run.device).to(teachers[0].dtype)
+    target = torch.empty_like(source)
+    run.row(group, "copy", partial(target.copy_, source), moved=2 * source.nbytes)
+    del source, target
+    unfused = backward_of(lambda t, s: hard_mined_cosine(t, s, unknown_rule))
+    run.row(group, "ours, pair by pair", unfused, moved=moved)
+    run.row(group, "ours, one launch, eager mathematics", backward_of(eager_mathematics), moved=moved)
+    rivals = loss_rivals()
+    run.row(group, "repaired", backward_of(rivals["repaired"]), moved=moved)
+    if compiled:
+        run.row(group, "repaired, compiled", backward_of(rivals["repaired, compiled"]), moved=moved)
+    run.row(group, "reference", backward_of(rivals["reference"]), moved=moved, seconds=0.4, most=10)
+
+
+# ---- map ---------------------------------------------------------------------
+
+
+def maps(run: Run) -> None:
+    """Maps, blur and scores of 64 images at 256 px from the features of six pairs, and from their distances."""
+    batch, out = (2, 64) if run.tiny else (64, 256)
+    sizes = [(c // 8, h // 4, w // 4) for _, c, h, w in SHAPES] if run.tiny else [s[1:] for s in SHAPES]
+    levels = [size[1:] for size in sizes]
+    distances = [torch.rand(batch, *size, device=run.device) for size in levels * 2]
+    backend = ops.BACKEND[run.device.type]
+    group = f"maps and scores from distances, {batch} images, {out} px"
+    blur = upstream.gaussian_kernel(33, 4).to(run.device)
+
+    def batched():
+        up = torch.nn.functional.interpolate
+        total = sum(up(d[:, None], size=(out, out), mode="bilinear", align_corners=True) for d in distances)
+        total = torch.nn.functional.conv2d(torch.nn.functional.pad(total, (16,) * 4, mode="reflect"), blur)[:, 0]
+        return total, total.amax((1, 2))
+
+    def per_image():
+        return [interpolate_and_scipy([d[n : n + 1] for d in distances], (out, out)) for n in range(batch)]
+
+    fused, matmul = (AnomalyMap(levels, out, method=method) for method in ("fused", "matmul"))
+    run.row(group, f"ours, fused ({backend})", lambda: fused.from_distances(distances))
+    if run.cuda:
+        fused.from_distances(distances)
+        repeat, _ = recorded(lambda: fused.from_distances(distances)[0])
+        run.row(group, f"ours, fused ({backend}), graph", repeat)
+    if backend == "triton":
+        return
+    run.row(group, "ours, matmul", lambda: matmul.from_distances(distances))
+    if run.cuda:
+        repeat, _ = recorded(lambda: matmul.from_distances(distances)[0])
+        run.row(group, "ours, matmul, graph", repeat)
+    run.row(group, "batched eager", batched)
+    run.row(group, "reference, image by image", per_image, seconds=0.4, most=5)
+
+
+# ---- training ----------------------------------------------------------------
+
+WAYS = {  # each adds to the one before
+    "ours": {"channels_last": False},
+    "ours + channels_last": {"channels_last": True},
+    "ours + bfloat16": {"channels_last": True, "precision": "bfloat16"},
+    "ours + graph": {"channels_last": True, "precision": "bfloat16", "graph": True},
+    "ours, float32, graph": {"channels_last": True, "graph": True},
+}
+
+
+def training(run: Run) -> None:
+    """Whole steps of the recipe mvtec, random weights: the reference form, then ours switch by switch."""
+    backbone, size = ("resnet18", 64) if run.tiny else ("wide_resnet50_2", 256)
+    base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="train", size=size)
+    pixels = np.random.default_rng(0).integers(0, 256, (2 if run.tiny else 160, size, size, 3), dtype=np.uint8)
+    blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+    for batch in (2,) if run.tiny else (16, 64, 128):
+        group = f"training step, {backbone}, {size} px, batch {batch}"
+        name = "reference, launches blocked, as its scripts run it" if blocking else "reference"
+        if not run.late() and (not run.only or any(part in name for part in run.only)):
+            run.row(group, name, reference_step(run, base, pixels, batch), images=batch, seconds=2.0, most=15)
+        for name, changes in {} if blocking else WAYS.items():
+            if run.late():
+                return
+            recipe = base.replace(batch=batch, **changes)
+            if recipe.graph and not run.cuda:
+                continue
+            run.row(group, name, our_step(run, recipe, pixels, batch), images=batch, seconds=2.0, most=15)
+            if run.cuda:
+                torch.cuda.empty_cache()
+
+
+def reference_step(run: Run, recipe, pixels: np.ndarray, batch: int) -> Function:
+    """One step of the reference form: float images sent each time, two plain AdamW, the loss read each time.
+
+    Its scripts ask cuDNN for deterministic algorithms.
+    """
+    begin = new_model(recipe, "carpet")
+    model = upstream_from(begin, recipe.backbone).to(run.device)
+    model.train()
+    images = normalise(pixels, begin.mean, begin.std)
+    decoder = [*model.bottleneck.parameters(), *model.decoder.parameters()]
+    both = [torch.optim.AdamW(decoder, lr=2e-3), torch.optim.AdamW(model.encoder.parameters(), lr=1e-5)]
+
+    def work():
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+            pairs = list(zip(*model(images[:batch].to(run.device)), strict=True))
+            value = upstream.pairs_loss(pairs, 1.0)
+            for optimiser in both:
+                optimiser.zero_grad()
+            value.backward()
+            for optimiser in both:
+                optimiser.step()
+            return value.item()
+
+    return work
+
+
+def our_step(run: Run, recipe, pixels: np.ndarray, batch: int) -> Function:
+    """One step as `recontrast.engine.train` makes it, its batch and normalisation included."""
+    model = new_model(recipe, "carpet")
+    last = put(model, recipe, run.device) == torch.channels_last
+    model.train()
+    both = optimisers(model, recipe, run.device)
+    fed = Pixels(pixels, run.device)
+
+    def one(moving, images, alpha):
+        return step(model, moving, images, alpha, recipe)
+
+    call = Replay(one, batch, run.device) if recipe.graph else one
+    index = np.random.default_rng(1).permutation(len(pixels))[:batch]
+
+    def work():
+        return call(both, normalise(fed[index], model.mean, model.std, channels_last=last), 1.0)
+
+    if recipe.graph:
+        for _ in range(4):
+            work()
+    return work
+
+
+# ---- evaluation --------------------------------------------------------------
+
+
+def evaluation(run: Run) -> None:
+    """Images/s of maps and scores, network included, images decoded: ours at batch 64, the reference at batch 1."""
+    backbone, size, count = ("resnet18", 64, 4) if run.tiny else ("wide_resnet50_2", 256, 256)
+    batch = 2 if run.tiny else 64
+    base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="eval", size=size)
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    group = f"evaluation before metrics, {backbone}, {size} px"
+    for name, changes in {
+        "ours, NCHW": {"channels_last": False},
+        "ours": {},
+        "ours + bfloat16": {"precision": "bfloat16"},
+    }.items():
+        recipe = base.replace(**changes)
+        model = new_model(recipe, "carpet")
+        put(model, recipe, run.device)
+        assert memory_format(recipe, run.device) in (torch.channels_last, torch.contiguous_format)
+
+        def work(model=model, recipe=recipe):
+            return [scores for _, scores in infer(model, images, recipe, batch=batch)]
+
+        run.row(group, f"{name}, batch {batch}", work, images=count, seconds=1.5, most=8)
+    model = upstream_from(new_model(base, "carpet"), backbone).to(run.device)
+    model.eval()
+    begin = new_model(base, "carpet")
+    few = normalise(images[: max(count // 16, 2)], begin.mean, begin.std)
+
+    def one_by_one():
+        with torch.no_grad():
+            for image in few:
+                pairs = list(zip(*model(image[None].to(run.device)), strict=True))
+                upstream.anomaly_map_sum(pairs, (size, size)).max()
+
+    run.row(group, "reference, batch 1", one_by_one, images=len(few), seconds=1.5, most=5)
+
+
+# ---- the table ---------------------------------------------------------------
+
+
+def table(record: dict) -> str:
+    """Rows by group, each with its ratio to the quickest of ours in it."""
+    lines = [", ".join(f"{k} {v}" for k, v in record["about"].items())]
+    groups: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        groups.setdefault(row["group"], []).append(row)
+    for group, rows in groups.items():
+        lines.append(f"\n{group}")
+        ours = min((r["ms"] for r in rows if "ours" in r["name"] and "ms" in r), default=None)
+        for row in sorted(rows, key=lambda r: r.get("ms", float("inf"))):
+            if "ms" not in row:
+                lines.append(f"  {row['name']:<52} {row['failed']}")
+                continue
+            extra = "".join(
+                f"  {row[key]} {key}" for key in ("GB/s", "GB/s of hard points", "images/s", "peak MB") if key in row
+            )
+            ratio = f"{row['ms'] / ours:8.2f} x" if ours and "images/s" not in row else " " * 10
+            lines.append(f"  {row['name']:<52} {row['ms']:10.3f} ms {ratio}{extra}")
+    lines.append("")
+    for name, value in record.get("stages", {}).items():
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines)
+
+
+STAGES = {"loss": loss, "map": maps, "train": training, "evaluate": evaluation}
+
+
+def main() -> None:
+    """Run one stage, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*STAGES, "table"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="shapes that a CPU runs in seconds, to try every path")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=600, help="no row begins later")
+    asked = parser.parse_args()
+    run = Run(asked)
+    if asked.stage == "table":
+        print(table(run.record))
+        return
+    torch.manual_seed(0)
+    STAGES[asked.stage](run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Builds, tests and measures everything that wants a GPU, on a bare machine without a network: torch >= 2.11, nvcc and
+# pytest must be there. Ends within 8 minutes; each stage has its own limit, and what a cut run has measured stays in
+# benchmarks/results/<device>.json.
+#
+#   benchmarks/gpu.sh                 all of it
+#   benchmarks/gpu.sh map train       these stages alone: build test sanitize loss map train evaluate triton
+#   DEVICE=cpu benchmarks/gpu.sh      every path on the CPU with tiny shapes, to find what would fail there
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+limit=${LIMIT:-470}  # seconds in all
+stages=${*:-build test sanitize loss map train evaluate triton}
+tiny=()
+[ "$device" = cuda ] || tiny=(--tiny)
+
+left() { echo $((limit - SECONDS)); }
+wanted() { [[ " $stages " == *" $1 "* ]]; }
+
+# stage NAME SECONDS COMMAND...: runs it for at most SECONDS, or what is left; notes how it ended.
+stage() {
+  local name=$1 seconds=$2 status begun=$SECONDS log
+  shift 2
+  wanted "${name%% *}" || return 0
+  if ((seconds > $(left))); then seconds=$(left); fi
+  if ((seconds < 5)); then
+    note "$name" "no time left"
+    return 0
+  fi
+  printf '\n== %s (at %ss, at most %ss)\n' "$name" "$SECONDS" "$seconds" | tee -a "$logs/gpu.log"
+  log=$(mktemp)
+  timeout -k 5 "$seconds" "$@" 2>&1 | tee -a "$logs/gpu.log" "$log" | tail -n 20
+  status=${PIPESTATUS[0]}
+  note "$name" "status $status after $((SECONDS - begun)) s $(grep -E '[0-9]+ (passed|failed)|ERROR SUMMARY' "$log" | tail -2 | tr '\n' ' ')"
+  rm -f "$log"
+}
+
+notes=()
+note() { # until the file is known, notes wait
+  notes+=("$1" "$2")
+  [ -n "$out" ] || return 0
+  "$python" - "$out" "${notes[@]}" <<'PY'
+import json, os, sys
+
+path, *notes = sys.argv[1:]
+record = json.load(open(path)) if os.path.exists(path) else {}
+record.setdefault("stages", {}).update(zip(notes[::2], notes[1::2]))
+with open(path + ".part", "w") as file:
+    file.write(json.dumps(record, indent=1) + "\n")
+os.replace(path + ".part", path)
+PY
+}
+
+measure() { # NAME SECONDS ARGUMENTS...: the time is known to the program, which then begins no row that it cannot end
+  local name=$1 seconds=$2
+  shift 2
+  if ((seconds > $(left))); then seconds=$(left); fi
+  stage "$name" "$((seconds + 15))" "$python" benchmarks/gpu.py "$@" --out "$out" --device "$device" \
+    --seconds "$seconds" "${tiny[@]}"
+}
+
+logs=${OUT:-$(mktemp -d)}
+out=
+
+build() {
+  local architecture
+  architecture=$("$python" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())') || return 1
+  # This GPU's machine code alone: a third of the time.
+  CUDAARCHS=$architecture "$python" setup.py build_ext --inplace
+}
+export -f build
+export python
+[ "$device" = cuda ] && stage build 150 bash -c build
+
+name=$("$python" - "$device" <<'PY'
+import re, sys, torch
+
+name = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "cpu-dry-run"
+print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
+PY
+) || { echo "no device $device"; exit 1; }
+if [ "$device" = cuda ]; then out=benchmarks/results/$name.json; else out=$logs/$name.json; fi
+mkdir -p benchmarks/results
+if [ $# -eq 0 ]; then rm -f "$out"; fi # a whole run begins anew
+
+# Every op against the float64 oracle on fresh random inputs: odd sizes, all dtypes and layouts, nothing, gradcheck,
+# opcheck, graph capture, a step that may not wait. In parallel where pytest-xdist is: most of it compiles Triton.
+tests=(tests/test_cosine.py tests/test_mining.py tests/test_map.py tests/test_loss.py tests/test_graph.py tests/test_triton.py)
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n "${WORKERS:-8}")
+choice=()
+if [ "$device" = cuda ]; then choice=(-k "not cpu and not kernels_compile and not compiles and not processes"); else choice=(-k "nothing"); fi
+stage test 120 "$python" -m pytest "${tests[@]}" -q -W default -p no:cacheprovider --durations=5 "${parallel[@]}" "${choice[@]}"
+
+sanitize() {
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer"; return 0; }
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/small.py || return $?
+  done
+}
+export -f sanitize
+if [ "$device" = cuda ]; then stage sanitize 45 bash -c sanitize; else stage sanitize 45 "$python" benchmarks/small.py cpu; fi
+
+measure map 20 map
+measure loss 75 loss
+measure train 55 train
+CUDA_LAUNCH_BLOCKING=1 measure "train blocked" 15 train --only reference
+measure evaluate 25 evaluate
+RECONTRAST_BACKEND=triton measure "triton map" 15 map --only ours
+RECONTRAST_BACKEND=triton measure "triton loss" 45 loss --only ours
+
+printf '\n'
+"$python" benchmarks/gpu.py table --out "$out" --device "$device"
+printf '\n%s, %s s\n' "$out" "$SECONDS"
+[ -z "${OUT:-}" ] || [ "$device" != cuda ] || cp "$out" "$OUT/"

@@ -1,0 +1,41 @@
+"""Table and plot of benchmark results: `benchmarks/plot.py`."""
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "plot.py"
+RECORD = {
+    "about": {"device": "a <GPU>", "torch": "2.11.0", "date": "2026-01-02"},
+    "rows": [
+        {"group": "loss", "name": "reference", "ms": 30.0, "GB/s": 100.0},
+        {"group": "loss", "name": "ours", "ms": 2.0, "GB/s": 1500.0, "peak MB": 12.5},
+        {"group": "loss", "name": "repaired", "failed": "out of memory"},
+        {"group": "evaluation", "name": "reference, batch 1", "ms": 50.0, "images/s": 20.0},
+        {"group": "evaluation", "name": "ours, batch 64", "ms": 800.0, "images/s": 80.0},
+    ],
+}
+
+
+def test_table_and_plot(tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(RECORD))
+    done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "device a <GPU>, torch 2.11.0, date 2026-01-02"
+    assert lines[4:6] == [
+        "| loss | ours | 2 ms | 1.00 | 1500 |  | 12.5 |",
+        "|  | reference | 30 ms | 15.00 | 100 |  |  |",
+    ]
+    assert "| reference, batch 1 | 50 ms | 4.00 |" in lines[7]  # per image, not per call
+    drawn = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    assert len([e for e in drawn if e.tag.endswith("rect")]) == 1 + 4
+    assert any("15.00 x" in (e.text or "") for e in drawn)
+
+
+def test_nothing_named():
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "wanted at least one JSON" in done.stderr
