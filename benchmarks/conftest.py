@@ -4,8 +4,11 @@ Every row is one way to do the work of its group; a way that moves known bytes s
 medians within one run: the only figures worth quoting on a shared machine.
 """
 
+import json
 import platform
 import warnings
+from datetime import date
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +19,18 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 warnings.simplefilter("ignore")  # torch.compile warns about its own caches and modes
 
 
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, help="write medians, quartiles and GB/s by group into this JSON file")
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
 def pytest_report_header():
     from recontrast import ops
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    name = device_name()
     return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, kernels {ops.BACKEND}"
 
 
@@ -65,6 +76,26 @@ def pytest_terminal_summary(terminalreporter, config):
                 f" (quartiles {stats.q1 * 1e3:.2f} to {stats.q3 * 1e3:.2f}) {stats.median / ours:8.2f} x ours"
                 f" {rate:>8} {'GB/s' if rate else ''}"
             )
+    if groups and config.getoption("results"):
+        save(config.getoption("results"), groups)
+
+
+def save(path, groups):
+    """Add the groups to a file, beside those of other runs of the same day."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record |= {"device": device_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record |= {"python": platform.python_version(), "date": date.today().isoformat()}
+    for group, rows in groups.items():
+        record.setdefault("groups", {})[group] = {
+            row.name[row.name.find("[") + 1 : -1]: {
+                "median_ms": round(row.stats.median * 1e3, 4),
+                "quartiles_ms": [round(row.stats.q1 * 1e3, 4), round(row.stats.q3 * 1e3, 4)],
+                **row.extra_info,
+            }
+            for row in sorted(rows, key=lambda r: r.stats.median)
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
             told = [f"{name} {value}" for name, value in row.extra_info.items() if name not in ("GB/s", "threads")]
             if told:
                 terminalreporter.write_line(f"{'':>34} {', '.join(told)}")
