@@ -76,6 +76,9 @@ def pytest_terminal_summary(terminalreporter, config):
                 f" (quartiles {stats.q1 * 1e3:.2f} to {stats.q3 * 1e3:.2f}) {stats.median / ours:8.2f} x ours"
                 f" {rate:>8} {'GB/s' if rate else ''}"
             )
+            told = [f"{name} {value}" for name, value in row.extra_info.items() if name not in ("GB/s", "threads")]
+            if told:
+                terminalreporter.write_line(f"{'':>34} {', '.join(told)}")
     if groups and config.getoption("results"):
         save(config.getoption("results"), groups)
 
@@ -96,6 +99,3 @@ def save(path, groups):
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-            told = [f"{name} {value}" for name, value in row.extra_info.items() if name not in ("GB/s", "threads")]
-            if told:
-                terminalreporter.write_line(f"{'':>34} {', '.join(told)}")
