@@ -7,6 +7,7 @@ short keeps what it has. Rivals are those of `bench_ops.py`; ratios are of one r
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -56,15 +57,13 @@ class Run:
         """Whether the stage's time is over."""
         return time.monotonic() > self.deadline
 
-    def row(
-        self, group: str, name: str, function: Function, *, moved=None, least=None, images=None, seconds=0.8, most=50
-    ):
-        """Time ``function`` and write a row: ms, GB/s of ``moved`` and of ``least`` bytes, images/s, peak MB."""
+    def row(self, group, name, function=None, *, make=None, moved=None, least=None, images=None, seconds=0.8, most=50):
+        """Time ``function``, or what ``make`` returns: ms, GB/s of ``moved`` and ``least`` bytes, images/s, peak MB."""
         if self.late() or (self.only and not any(part in name for part in self.only)):
             return
         row = {"group": group, "name": name}
         try:
-            row |= self._measure(function, seconds, most)
+            row |= self._measure(function or make(), seconds, most)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
         except Exception as error:  # one rival that fails must not end the run
@@ -165,22 +164,28 @@ def eager_mathematics(teachers, students):
 
 
 def loss(run: Run) -> None:
-    """Forward and backward of six WideResNet-50-2 pairs, alpha 1, by batch, dtype and layout."""
+    """Forward and backward of six WideResNet-50-2 pairs, alpha 1, by batch, dtype, layout; what compiles comes last."""
     sizes = [(n, c // 8, h // 4, w // 4) for n, c, h, w in SHAPES] if run.tiny else SHAPES
-    backend = ops.BACKEND[run.device.type]
-    for batch in (2,) if run.tiny else (64, 16, 256):
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in ("channels_last", "NCHW"):
-                if run.late():
-                    return
-                group = f"loss, six pairs, batch {batch}, {str(dtype)[6:]}, {layout}"
-                pairs = [features((batch, *size[1:]), run.device, dtype, layout) for size in sizes * 2]
-                teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
-                del pairs
-                one_rule(run, group, teachers, students, backend, compiled=batch in (2, 64))
-                del teachers, students
-                if run.cuda:
-                    torch.cuda.empty_cache()
+    batches, dtypes = (2,) if run.tiny else (64, 16, 256), (torch.float32, torch.bfloat16)
+    for compiled, batch, dtype, layout in itertools.product((False, True), batches, dtypes, ("channels_last", "NCHW")):
+        if run.late() or (compiled and ops.BACKEND[run.device.type] == "triton"):
+            return
+        group = f"loss, six pairs, batch {batch}, {str(dtype)[6:]}, {layout}"
+        pairs = [features((batch, *size[1:]), run.device, dtype, layout) for size in sizes * 2]
+        teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
+        del pairs
+        one_group(run, group, teachers, students, compiled)
+        del teachers, students
+        if run.cuda:
+            torch.cuda.empty_cache()
+
+
+def replay_of(work: Function) -> Function:
+    """``work`` as a graph."""
+    for _ in range(3):
+        work()
+    repeat, kept = recorded(work)
+    return lambda: (repeat(), kept)
 
 
 @torch.no_grad()
@@ -193,9 +198,9 @@ def hard_share(teachers: list, students: list) -> float:
     return hard / total
 
 
-def one_rule(run: Run, group: str, teachers: list, students: list, backend: str, compiled: bool) -> None:
-    """All ways to compute the loss of one set of pairs."""
-    volume = sum(t.nbytes for t in teachers)
+def one_group(run: Run, group: str, teachers: list, students: list, compiled: bool) -> None:
+    """All ways to compute the loss of one set of pairs; ``compiled``: the one that takes long to begin, alone."""
+    volume, backend = sum(t.nbytes for t in teachers), ops.BACKEND[run.device.type]
 
     def backward_of(function):
         def work():
@@ -207,22 +212,24 @@ def one_rule(run: Run, group: str, teachers: list, students: list, backend: str,
 
         return work
 
+    moved, least = 5 * volume, None
+    rivals = loss_rivals()
+    if compiled:
+        torch.compiler.reset()  # shapes stay constants, as in training
+        run.row(group, "repaired, compiled", backward_of(rivals["repaired, compiled"]), moved=moved)
+        return
+
     def ours(t, s):
         return hard_mined_cosine(t, s, deviation(1.0))
 
-    moved, least = 5 * volume, None
     if "channels_last" in group:  # easy points are not read in the backward pass
         least = volume * (3 + 2 * hard_share(teachers, students))
     run.row(group, f"ours ({backend})", backward_of(ours), moved=moved, least=least)
     if run.cuda:
-        work = backward_of(ours)
-        for _ in range(3):
-            work()
-        repeat, _ = recorded(work)
-        run.row(group, f"ours ({backend}), graph", repeat, moved=moved, least=least)
-        del repeat, work
+        make = partial(replay_of, backward_of(ours))
+        run.row(group, f"ours ({backend}), graph", make=make, moved=moved, least=least)
         for s in students:
-            s.grad = None
+            s.grad = None  # in the graph's memory
     if backend == "triton":
         return
     size = (COPY >> 10 if run.tiny else COPY) // 2 // teachers[0].itemsize
@@ -233,10 +240,7 @@ def one_rule(run: Run, group: str, teachers: list, students: list, backend: str,
     unfused = backward_of(lambda t, s: hard_mined_cosine(t, s, unknown_rule))
     run.row(group, "ours, pair by pair", unfused, moved=moved)
     run.row(group, "ours, one launch, eager mathematics", backward_of(eager_mathematics), moved=moved)
-    rivals = loss_rivals()
     run.row(group, "repaired", backward_of(rivals["repaired"]), moved=moved)
-    if compiled:
-        run.row(group, "repaired, compiled", backward_of(rivals["repaired, compiled"]), moved=moved)
     run.row(group, "reference", backward_of(rivals["reference"]), moved=moved, seconds=0.4, most=10)
 
 
@@ -265,15 +269,13 @@ def maps(run: Run) -> None:
     fused, matmul = (AnomalyMap(levels, out, method=method) for method in ("fused", "matmul"))
     run.row(group, f"ours, fused ({backend})", lambda: fused.from_distances(distances))
     if run.cuda:
-        fused.from_distances(distances)
-        repeat, _ = recorded(lambda: fused.from_distances(distances)[0])
-        run.row(group, f"ours, fused ({backend}), graph", repeat)
+        make = partial(replay_of, lambda: fused.from_distances(distances))
+        run.row(group, f"ours, fused ({backend}), graph", make=make)
     if backend == "triton":
         return
     run.row(group, "ours, matmul", lambda: matmul.from_distances(distances))
     if run.cuda:
-        repeat, _ = recorded(lambda: matmul.from_distances(distances)[0])
-        run.row(group, "ours, matmul, graph", repeat)
+        run.row(group, "ours, matmul, graph", make=partial(replay_of, lambda: matmul.from_distances(distances)))
     run.row(group, "batched eager", batched)
     run.row(group, "reference, image by image", per_image, seconds=0.4, most=5)
 
@@ -298,15 +300,14 @@ def training(run: Run) -> None:
     for batch in (2,) if run.tiny else (16, 64, 128):
         group = f"training step, {backbone}, {size} px, batch {batch}"
         name = "reference, launches blocked, as its scripts run it" if blocking else "reference"
-        if not run.late() and (not run.only or any(part in name for part in run.only)):
-            run.row(group, name, reference_step(run, base, pixels, batch), images=batch, seconds=2.0, most=15)
+        run.row(group, name, make=partial(reference_step, run, base, pixels, batch), images=batch, seconds=2.0, most=15)
         for name, changes in {} if blocking else WAYS.items():
             if run.late():
                 return
             recipe = base.replace(batch=batch, **changes)
             if recipe.graph and not run.cuda:
                 continue
-            run.row(group, name, our_step(run, recipe, pixels, batch), images=batch, seconds=2.0, most=15)
+            run.row(group, name, make=partial(our_step, run, recipe, pixels, batch), images=batch, seconds=2.0, most=15)
             if run.cuda:
                 torch.cuda.empty_cache()
 

@@ -233,7 +233,7 @@ def test_gradient_of_the_whole(device):
     torch.autograd.gradcheck(lambda *t: hard_mined_cosine(t[:2], t[2:], power(0), stop_gradient=False), (*x, *y))
 
 
-@pytest.mark.parametrize("rule", RULES[:6], ids=str)
+@pytest.mark.parametrize("rule", RULES[1::2], ids=str)
 def test_opcheck(rule, device):
     name, parameter, factor = rule
     x, y = features([(2, 3, 4, 5), (1, 2, 3, 3)], device=device, requires_grad=True)
