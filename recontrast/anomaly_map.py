@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recontrast import ops
-from recontrast.loss import distance
+from recontrast.loss import distances as distances_of
 
 Size = int | tuple[int, int]
 Score = Literal["max", "mean"] | float
@@ -102,11 +102,11 @@ class AnomalyMap:
         Returns:
             (N, H, W), float32.
         """
-        return self.from_distances([distance(t, s) for t, s in pairs])[0]
+        return self.from_distances(distances_of(pairs))[0]
 
     def maps_and_scores(self, pairs: Sequence[tuple[Tensor, Tensor]], how: Score = "max") -> tuple[Tensor, Tensor]:
         """Anomaly maps and image scores in one go: (N, H, W) and (N,), float32; ``how`` as in `score`."""
-        maps, maximum = self.from_distances([distance(t, s) for t, s in pairs])
+        maps, maximum = self.from_distances(distances_of(pairs))
         return maps, maximum if how == "max" else self.score(maps, how)
 
     def score(self, maps: Tensor, how: Score = "max") -> Tensor:

@@ -5,6 +5,7 @@ One loss, three rules for what counts as a hard position: `deviation` (ReContras
 https://arxiv.org/abs/2503.02424). All of it follows from the three sums of `recontrast.ops.cosine_sums`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -102,6 +103,17 @@ def alpha_at(step: int, steps: int, ramp: float = 0.1, start: float = -3.0, end:
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
     """Point distances ``1 - cos`` over the channels of two (N, C, H, W) features: (N, H, W), float32 or float64."""
     return 1 - cosine(cosine_sums(teacher, student))
+
+
+def distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """`distance` of each (teacher, student) pair; the features of all are read at once."""
+    teachers, students = [t for t, _ in pairs], [s for _, s in pairs]
+    if not pairs:
+        return []
+    sums = ops.cosine_sums_group(teachers, students)
+    shapes = [(3, s.shape[0], *s.shape[2:]) for s in students]
+    parts = sums.split([math.prod(shape) for shape in shapes])
+    return [1 - cosine(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _all_processes(distances: Tensor, shares: Sequence[int] | None) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from test_cosine import DTYPES, LAYOUTS, ROUNDING, SHAPES, error
 
 from recontrast import deviation, hard_mined_cosine, hardest, ops, power, reference
+from recontrast.loss import distance, distances
 from recontrast.ops import cosine_sums_group, mined_cosine
 
 group_backward = torch.ops.recontrast.cosine_sums_group_backward
@@ -91,6 +92,14 @@ def test_group_is_the_pairs_one_by_one(device):
     each = sum((ops.cosine_sums(a, b) * w).sum() for a, b, w in zip(x, y, weights, strict=True))
     for a, b in zip(one, torch.autograd.grad(each, [*x, *y]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_distances_are_those_of_each_pair(device):
+    x, y = features([(2, 64, 16, 16), (0, 3, 2, 2), (2, 40, 5, 3)], torch.bfloat16, device)
+    found = distances(list(zip(x, y, strict=True)))
+    for ours, a, b in zip(found, x, y, strict=True):
+        assert ours.shape == (a.shape[0], *a.shape[2:])
+        torch.testing.assert_close(ours, distance(a, b))
 
 
 def test_group_gradient(device):

@@ -42,6 +42,7 @@ class Replay:
         self.images: Tensor | None = None
         # optimisers that move -> where their states were, how to repeat the step, its loss
         self.graphs: dict[tuple[int, ...], tuple[list[int], Callable[[], None], Tensor]] = {}
+        self.aside: torch.cuda.Stream | None = None
         self.calls = self.replays = 0
 
     def __call__(self, moving: Sequence[Optimizer], images: Tensor, alpha: float) -> Tensor:
@@ -77,6 +78,9 @@ class Replay:
         which = tuple(id(optimiser) for optimiser in moving)
         if which not in self.graphs or self.graphs[which][0] != places:
             self.graphs.pop(which, None)  # its memory is free for the next
+            for optimiser in moving:
+                for group in optimiser.param_groups:
+                    group["capturable"] = self.device.type == "cuda"  # eager steps warn where it is set
             self.graphs[which] = (places, *self.record(lambda: self.step(moving, static, self.alpha)))
         _, repeat, loss = self.graphs[which]
         repeat()
@@ -91,14 +95,16 @@ class Replay:
             rates = self.rates.setdefault(id(optimiser), [torch.zeros((), device=self.device) for _ in groups])
             for group, rate in zip(groups, rates, strict=True):
                 before.append((group, {"lr": group["lr"], "capturable": group["capturable"]}))
-                group["lr"], group["capturable"] = rate.fill_(group["lr"]), self.device.type == "cuda"
+                group["lr"] = rate.fill_(group["lr"])
         return before
 
     def _aside(self, moving: Sequence[Optimizer], images: Tensor) -> Tensor:
         """An eager step as a recording will run it: off the default stream."""
         if self.device.type != "cuda":
             return self.step(moving, images, self.alpha)
-        here, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        if self.aside is None:
+            self.aside = torch.cuda.Stream(self.device)  # one: each keeps the memory of its own tensors
+        here, aside = torch.cuda.current_stream(self.device), self.aside
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             loss = self.step(moving, images, self.alpha)
