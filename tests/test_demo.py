@@ -45,6 +45,7 @@ def test_writes_what_it_says(made):
     out, result = made
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["checkpoint.pt", "data", "log.jsonl", "recipe.yaml", "results.csv", "results.json", "results.md"]
+        + ["scores.csv"]
         + [f"heatmaps_{name}.png" for name in CATEGORIES]
     )
     rows = json.loads((out / "results.json").read_text())["rows"]
