@@ -27,9 +27,7 @@ def about() -> dict[str, str]:
         reason = ops.WHY.get(device)
         found[f"kernels {device}"] = f"{backend} ({reason})" if reason else backend
     compiled = metrics.REGIONS_BACKEND == "native"
-    found["metrics"] = (
-        "native (recontrast._metrics)" if compiled else "SciPy (recontrast._metrics was not built)"
-    )
+    found["metrics"] = "native (recontrast._metrics)" if compiled else "SciPy (recontrast._metrics was not built)"
     return found
 
 
