@@ -116,15 +116,23 @@ def distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [1 - cosine(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _all_processes(distances: Tensor, shares: Sequence[int] | None) -> Tensor:
-    """Distances of every process, (all images, H, W), in the order of the processes."""
+def of_all(part: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """The parts of all processes, one behind the other, on each of them.
+
+    Args:
+        part: (n, ...), n being this process's share; on a device that the backend knows.
+        shares: n of each process; None: there is one.
+
+    Returns:
+        (sum of n, ...).
+    """
     if shares is None:
-        return distances
-    padded = distances.new_zeros(max(shares), *distances.shape[1:])
-    padded[: len(distances)] = distances
+        return part
+    padded = part.new_zeros(max(shares), *part.shape[1:])
+    padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in shares]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, shares, strict=True)])
+    return torch.cat([whole[:n] for whole, n in zip(parts, shares, strict=True)])
 
 
 def _shares(images: int, device: torch.device, given: Sequence[int] | None) -> Sequence[int] | None:
@@ -203,7 +211,7 @@ def hard_mined_cosine(
         sums = cosine_sums(t, s)  # (3, N, H, W)
         with torch.no_grad():
             points = 1 - cosine(sums)  # (N, H, W)
-            weight = rule(points, _all_processes(points, shares))  # (N, H, W)
+            weight = rule(points, of_all(points, shares))  # (N, H, W)
         sums = sums.detach() + weight * (sums - sums.detach())  # the same value; the gradient weighted
         losses.append(_global_distance(sums, shares))
     return torch.stack(losses).sum()

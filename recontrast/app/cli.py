@@ -225,7 +225,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures, checkpoint, results and heat maps.")] = Path("demo"),
     steps: Annotated[int | None, typer.Option(help="Of training. Default: 150, 20 with --short.")] = None,
     short: Annotated[bool, typer.Option("--short", help="Under a minute: shows that it works, not how well.")] = False,
-    seed: Annotated[int, typer.Option(help="Of pictures, weights and order.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of pictures, weights and order.")] = 0,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train with a frozen encoder, and try an untrained decoder.")
     ] = False,

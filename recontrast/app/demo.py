@@ -23,7 +23,7 @@ RECIPE = Recipe(
     backbone="tf_efficientnet_lite0",  # the weights that an index package carries
     weights="package",
     size=128,
-    steps=150,  # with 300 the decoder learns to rebuild defects too: every metric is lower
+    steps=150,  # with 300 every metric was lower
     batch=8,
     ramp=1.0,  # so short a run has no time for hard positions alone
     encoder_lr=1e-4,  # nor for the paper's small steps
@@ -53,7 +53,7 @@ def run(
     out: Path,
     *,
     steps: int | None = None,
-    seed: int = 1,
+    seed: int = 0,
     short: bool = False,
     compare: bool = False,
     device: str | None = None,

@@ -9,7 +9,7 @@ with nothing. Every collective here runs on gloo (CPU) as on NCCL.
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -218,27 +218,6 @@ def agree(place: World, what: Mapping[str, Any], op: str) -> None:
                 raise ValueError(
                     f"{op}: {name}: wanted the same on every process, got {wanted} on 0 and {got} on {rank}"
                 )
-
-
-def gather(place: World, part: Tensor, shares: Sequence[int]) -> Tensor:
-    """The parts of all processes, one behind the other.
-
-    Args:
-        place: of this process.
-        part: (n, ...), n being this process's share; on a device that the backend knows.
-        shares: n of each process.
-
-    Returns:
-        (sum of n, ...), on every process.
-    """
-    if place.size == 1:
-        return part
-    most = max(shares)
-    padded = part.new_zeros(most, *part.shape[1:])
-    padded[: len(part)] = part
-    parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded)
-    return torch.cat([whole[:n] for whole, n in zip(parts, shares, strict=True)])
 
 
 def add_up(tensors: Iterable[Tensor], device: torch.device) -> None:

@@ -29,6 +29,7 @@ from recontrast.engine.distributed import World
 from recontrast.engine.infer import Chain, Clock, Files, highest, infer
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.result import Result, Row, Scored
+from recontrast.loss import of_all
 from recontrast.model import ReContrast
 
 __all__ = ["Result", "Row", "evaluate"]
@@ -207,13 +208,11 @@ class _Category:
         """Bring together what the processes hold; all of them must call it."""
         if self.place.size == 1:
             return
-        self.scores = distributed.gather(self.place, self.scores.to(device), self.shares).cpu()
+        self.scores = of_all(self.scores.to(device), self.shares).cpu()
         if self.pixels and self.streamed is not None:
             distributed.add_up(self.streamed.state().values(), device)
         elif self.pixels:
-            self.maps = (
-                distributed.gather(self.place, torch.from_numpy(self.maps).to(device), self.shares).cpu().numpy()
-            )
+            self.maps = of_all(torch.from_numpy(self.maps).to(device), self.shares).cpu().numpy()
 
     def row(self) -> Row:
         """The metrics, and why those that are lacking do."""
