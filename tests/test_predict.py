@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from recontrast.app import predict as module
-from recontrast.app.predict import covered, predict, result_names
+from recontrast.app.predict import predict
+from recontrast.app.results import colour_range
 from recontrast.data import atomic, pictures
+from recontrast.data.inputs import result_names
 from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine.detector import covered
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import new_model
 
@@ -184,9 +186,9 @@ def test_covered():
 
 def test_range_puts_the_threshold_in_the_middle():
     maps = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
-    assert module._range(maps, None) == (5.5, 11)
-    assert module._range(maps, 7.0) == (5.5, 8.5)
-    assert module._range(maps, 1.0) == (5.5, 11)  # below the coldest: no help
+    assert colour_range(maps, None) == (5.5, 11)
+    assert colour_range(maps, 7.0) == (5.5, 8.5)
+    assert colour_range(maps, 1.0) == (5.5, 11)  # below the coldest: no help
 
 
 # ---- pictures ----------------------------------------------------------------

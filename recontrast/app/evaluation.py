@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrast.app.predict import describe, result_names
+from recontrast.app.results import describe
 from recontrast.data import pictures
 from recontrast.data.atomic import replacing
 from recontrast.data.datasets import Sample
+from recontrast.data.inputs import result_names
 from recontrast.engine import distributed
 from recontrast.engine.evaluate import evaluate
 from recontrast.engine.infer import highest

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import recontrast
 from recontrast.data.atomic import replacing
+from recontrast.engine.calibrate import Calibration, digest
 from recontrast.engine.device import choose, put
 from recontrast.engine.recipes import Recipe
 from recontrast.model import ReContrast
@@ -37,6 +38,7 @@ class Checkpoint:
     optimisers: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rng: dict[str, Any] = field(default_factory=dict, repr=False)  # states of random generators, place in the epoch
     version: str = field(default_factory=lambda: recontrast.__version__)  # of the package that wrote it
+    calibration: Calibration | None = None  # of these very weights
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> Path:
@@ -55,6 +57,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
     path = Path(path)
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content["recipe"] = checkpoint.recipe.to_dict()
+    content["calibration"] = None if checkpoint.calibration is None else checkpoint.calibration.to_dict()
     with replacing(path, wanted=_bytes(content)) as file:
         torch.save({_KEY: FORMAT, **content}, file)
     return path
@@ -83,11 +86,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
             f"{path}: wanted a checkpoint of format {FORMAT}, got format {found}, "
             f"written by recontrast {content.get('version', 'of unknown version')}"
         )
+    content.setdefault("calibration", None)  # files of before there was one
     if missing := [f.name for f in fields(Checkpoint) if f.name not in content]:
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(missing)}")
     try:
         content["recipe"] = Recipe.from_dict(content["recipe"])
-    except ValueError as error:
+        if content["calibration"] is not None:
+            content["calibration"] = Calibration.from_dict(content["calibration"])
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Checkpoint(**{f.name: content[f.name] for f in fields(Checkpoint)})
 
@@ -103,6 +109,23 @@ def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
         ) from error
     restore(model, checkpoint, path)
     return model
+
+
+def calibrated(path: str | Path, calibration: Calibration) -> Path:
+    """Put ``calibration`` into the checkpoint at ``path``; all else stays, and so does the file if that fails."""
+    found = replace(load(path), calibration=calibration)
+    _check_calibration(found, path)
+    return save(path, found)
+
+
+def _check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Refuse a calibration of other weights, or of another way to score."""
+    wanted = checkpoint.calibration.weights if checkpoint.calibration is not None else None
+    if wanted is not None and wanted != (got := digest(checkpoint.model, checkpoint.recipe)):
+        raise ValueError(
+            f"{path}: wanted a calibration of these weights and this recipe ({got[:12]}), got one of others "
+            f"({wanted[:12]}): run recontrast calibrate on it"
+        )
 
 
 def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path) -> None:
@@ -124,9 +147,13 @@ def load_model(path: str | Path, device: str | torch.device | None = None) -> tu
 
     Returns:
         The model in eval mode, its recipe, and the rest of the checkpoint without its tensors.
+
+    Raises:
+        ValueError: the file is none of ours, is damaged, or holds a calibration of other weights.
     """
     where = choose(device)
     checkpoint = load(path)
+    _check_calibration(checkpoint, path)
     model = build(checkpoint, path)
     put(model, checkpoint.recipe, where)
     return model.eval(), checkpoint.recipe, replace(checkpoint, model={}, optimisers=[], rng={})

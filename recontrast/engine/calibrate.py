@@ -1,0 +1,227 @@
+"""Decisions from good images alone: split-conformal p-values, and a threshold that keeps a promised false-alarm rate.
+
+An image's p-value is ``(1 + #{calibration scores >= s}) / (n + 1)`` (Vovk, Gammerman and Shafer, "Algorithmic Learning
+in a Random World", 2005; for anomalies: Laxhammar and Falkman, 2010). If the n calibration images and a new good one
+are exchangeable, and the detector was trained on none of them, it is at most ``rate`` with probability at most
+``rate``: on average over calibration sets. Of one fixed set the rate of later false alarms is Beta distributed, see
+`spread`.
+
+The pixel threshold is that of conformal risk control (Angelopoulos et al., ICLR 2024, arXiv 2208.02814, theorem 1): the
+flagged share of a good image's map is a loss that is at most 1 and falls as the threshold rises.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from recontrast.engine.batches import Images
+from recontrast.engine.infer import infer
+from recontrast.engine.recipes import Recipe
+from recontrast.model import ReContrast
+
+RATE = 0.01  # false alarms promised where nothing else is asked for
+PIXEL_RATE = 0.01  # share of a good image's map that may be flagged
+# What a score depends on besides the weights and the image: another value, other scores.
+SCORING = ("size", "crop", "blur", "reduce", "score", "views", "tile")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a detector said of good images that it was not trained on, and the promise that was chosen."""
+
+    scores: tuple[float, ...]  # ascending
+    rate: float  # promised share of false alarms among good images, on average over calibration sets
+    threshold: float  # of the score: what is above it is a defect
+    pixel_threshold: float | None  # of the map's values; None where only scores were known
+    pixel_rate: float  # share of a good image's map above the pixel threshold
+    pixel_guarantee: bool  # by conformal risk control; else an empirical quantile, which promises nothing
+    source: str  # where the good images came from
+    weights: str  # `digest` of the detector: for any other the scores mean nothing
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be: scores out of order or not finite, a rate below 1 / (n + 1)."""
+        scores = np.asarray(self.scores, np.float64)
+        if not scores.size or not np.isfinite(scores).all() or (np.diff(scores) < 0).any():
+            raise ValueError("calibration: scores: wanted finite numbers in ascending order, got others or none")
+        if self.threshold != threshold(self.scores, self.rate):
+            raise ValueError(f"calibration: threshold: wanted that of the scores and the rate, got {self.threshold}")
+
+    @property
+    def count(self) -> int:
+        """Calibration images, n."""
+        return len(self.scores)
+
+    def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """The share of good images, the new one among them, with a score at least as high: (N,) to (N,) float64."""
+        return (1 + self._above(scores)) / (self.count + 1)
+
+    def defects(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each p-value is at most ``rate``, which is score > ``threshold``; a NaN is a defect."""
+        return np.asarray(1 + self._above(scores) <= allowed(self.count, self.rate), np.bool_)
+
+    def at(self, rate: float) -> "Calibration":
+        """The same images with another promise; refused below 1 / (n + 1)."""
+        return replace(self, rate=rate, threshold=threshold(self.scores, rate))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values that JSON can hold."""
+        return {**asdict(self), "scores": list(self.scores)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """The inverse of `to_dict`; a missing, unknown or impossible field is a ValueError."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            got = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"calibration: wanted the fields {', '.join(sorted(names))}, got {got}")
+        return cls(**{**values, "scores": tuple(values["scores"])})
+
+    def _above(self, scores: ArrayLike) -> NDArray[np.int64]:
+        """How many calibration scores are at least each of ``scores``."""
+        return self.count - np.searchsorted(np.asarray(self.scores), np.asarray(scores, np.float64), "left")
+
+
+def calibrate(
+    model: ReContrast,
+    recipe: Recipe,
+    images: Images,
+    *,
+    rate: float = RATE,
+    pixel_rate: float = PIXEL_RATE,
+    source: str = "",
+    batch: int = 16,
+) -> Calibration:
+    """Score good images that the model was not trained on, and set both thresholds.
+
+    Args:
+        model: trained, on any device.
+        recipe: that it was trained with.
+        images: decoded at ``recipe.out``, (n, H, W, 3) uint8; see `recontrast.engine.infer.infer`.
+        rate: promised share of false alarms, at least 1 / (n + 1).
+        pixel_rate: promised share of flagged pixels of a good image.
+        source: where the images came from, in words.
+        batch: images at once.
+
+    Raises:
+        ValueError: too few images for the rate, or a rate that is no share.
+    """
+    allowed(len(images), rate)
+    found = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
+        model, images, recipe, batch=batch))  # fmt: skip
+    return from_maps(
+        found, len(images), rate=rate, pixel_rate=pixel_rate, source=source,
+        weights=digest(model.state_dict(), recipe),
+    )  # fmt: skip
+
+
+def from_maps(
+    found: Iterable[tuple[NDArray[Any], NDArray[Any]]], count: int, *, rate: float, pixel_rate: float, source: str,
+    weights: str,
+) -> Calibration:  # fmt: skip
+    """As `calibrate`, from maps (n, H, W) and scores (n,) of any detector, batch after batch, ``count`` images in all.
+
+    All maps have one size: the promise for pixels is of an image's share, and each image counts alike.
+    """
+    allowed(count, rate)
+    if not 0 < pixel_rate < 1:
+        raise ValueError(f"calibration: pixel rate: wanted a share above 0 and below 1, got {pixel_rate:g}")
+    guarantee = count * pixel_rate + pixel_rate >= 1
+    share = ((count + 1) * pixel_rate - 1) / count if guarantee else pixel_rate  # of all pixels
+    scores: list[float] = []
+    highest = np.empty(0, np.float32)  # the largest map values so far: no more are kept than may be flagged
+    size: tuple[int, ...] | None = None
+    for maps, values in found:
+        if maps.shape[1:] != (size := size or maps.shape[1:]):
+            raise ValueError(f"calibration: maps: wanted all of the size {size}, got one of {maps.shape[1:]}")
+        scores += values.astype(np.float64).tolist()
+        pixels = np.asarray(maps, np.float32).reshape(-1)
+        keep = math.floor(max(share, 0) * count * (pixels.size // max(len(values), 1)) + 1e-6) + 1
+        highest = np.concatenate([highest, pixels])
+        if highest.size > keep:
+            highest = np.partition(highest, highest.size - keep)[-keep:]
+    if len(scores) != count:
+        raise ValueError(f"calibration: scores: wanted those of {count} images, got {len(scores)}")
+    if not np.isfinite(scores).all() or not np.isfinite(highest).all():
+        raise ValueError("calibration: scores: wanted finite numbers, got others: the detector is not well trained")
+    ordered = tuple(sorted(scores))
+    return Calibration(
+        scores=ordered, rate=rate, threshold=threshold(ordered, rate), pixel_threshold=float(highest.min()),
+        pixel_rate=pixel_rate, pixel_guarantee=guarantee, source=source, weights=weights,
+    )  # fmt: skip
+
+
+def allowed(count: int, rate: float) -> int:
+    """m, the whole part of rate * (n + 1): so many of n + 1 exchangeable images may be called defects.
+
+    Raises:
+        ValueError: the rate is no share above 0 and below 1, or less than 1 / (n + 1), which nobody can promise.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"false-alarm rate: wanted a share above 0 and below 1, got {rate:g}")
+    m = math.floor(rate * (count + 1) + 1e-9)  # 0.29 * 100 is a hair below 29
+    if m < 1:
+        needed = math.ceil(1 / rate - 1e-9) - 1
+        raise ValueError(
+            f"false-alarm rate: wanted at least 1/(n + 1), with {count} calibration images {1 / (count + 1):.4g}, got "
+            f"{rate:g}, which needs {needed} good images that were not trained on"
+        )
+    return m
+
+
+def threshold(scores: tuple[float, ...], rate: float) -> float:
+    """The m-th largest of ascending ``scores``, m = floor(rate * (n + 1))."""
+    return float(scores[-allowed(len(scores), rate)])
+
+
+def spread(count: int, rate: float, share: float = 0.9) -> tuple[float, float]:
+    """The central interval of the false-alarm rate of one fixed calibration set, over calibration sets.
+
+    With continuous scores it is Beta(m, n + 1 - m) distributed, m = floor(rate * (n + 1)) (Vovk, "Conditional validity
+    of inductive conformal predictors", 2012); ``share`` of the sets lie between the two returned rates.
+    """
+    from scipy.special import betaincinv
+
+    m = allowed(count, rate)
+    low, high = betaincinv(m, count + 1 - m, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+def digest(weights: Mapping[str, Tensor], recipe: Recipe) -> str:
+    """SHA-256 of all weights and of what of the recipe decides a score."""
+    values = recipe.to_dict()
+    # Unset fields are left out: those that a later version adds with "off" as default change nothing.
+    said = {key: values[key] for key in SCORING if values.get(key) is not None}
+    total = hashlib.sha256(repr(sorted(said.items())).encode())
+    for name, value in sorted(weights.items()):
+        plain = value.detach().cpu().contiguous()
+        total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def statement(found: Calibration) -> list[str]:
+    """What is promised, in sentences."""
+    n, m = found.count, allowed(found.count, found.rate)
+    low, high = spread(n, found.rate)
+    pixels = f"{found.pixel_rate:.3g} of a good image's map"
+    lines = [
+        f"threshold {found.threshold:.6g} from {n} good images ({found.source}): a new good image of the same "
+        f"source is called a defect with probability at most {m}/{n + 1} = {m / (n + 1):.4g}, on average over "
+        "calibration sets",
+        f"with this one set the rate of false alarms lies between {low:.4g} and {high:.4g} in 90 % of such sets "
+        f"(Beta({m}, {n + 1 - m})); more calibration images narrow it",
+    ]
+    if found.pixel_threshold is None:
+        return lines
+    if found.pixel_guarantee:
+        return [*lines, f"pixel threshold {found.pixel_threshold:.6g}: on average at most {pixels} is flagged"]
+    needed = math.ceil(1 / found.pixel_rate - 1e-9) - 1
+    return [*lines, f"pixel threshold {found.pixel_threshold:.6g}: no guarantee, the empirical quantile that flags "
+                    f"{pixels}; a promise needs {needed} good images"]  # fmt: skip

@@ -1,0 +1,89 @@
+"""What scores images: one small face for a checkpoint, an exported file, tiles, or workers elsewhere.
+
+To add a detector, write a class with the attributes and the one method of `Detector`, and either enter its file's
+suffix in `OPENERS` (a function of path and device) or hand an instance to the command line's prediction.
+
+``run`` reads what it needs from `recontrast.data.inputs.Inputs`, in order and none left out: `Inputs.resized` for a
+fixed input, `Inputs.read` for the original. What cannot be read is noted there, and still gets a map and a
+score (of a black image), which the caller drops. Maps may change in size from batch to batch, and stand for the part of
+the image that `covered` says. A detector whose scores differ from those that were calibrated (other views, other scale)
+must have ``calibration`` None.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from recontrast.data.inputs import Inputs
+from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine.calibrate import Calibration
+from recontrast.engine.infer import highest, infer
+from recontrast.engine.recipes import Recipe, pair
+
+Scored = tuple[NDArray[np.float32], NDArray[np.float32]]  # maps (n, H, W), scores (n,)
+
+
+class Detector(Protocol):
+    """Whatever gives maps and scores of image files."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it was trained, and how map and score are formed."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of exactly these scores; None: there are no decisions."""
+
+    @property
+    def category(self) -> str:
+        """What it was trained on."""
+
+    @property
+    def top(self) -> float:
+        """The largest value that a map can have."""
+
+    def run(self, files: Inputs, batch: int) -> Iterator[Scored]:
+        """Maps and scores of all ``files`` in their order, ``batch`` images at once."""
+
+
+class Torch:
+    """The detector in a checkpoint of ours."""
+
+    def __init__(self, path: Path, device: str | torch.device | None = None) -> None:
+        """Read it; ``device`` None: the GPU where there is one."""
+        self.model, self.recipe, about = checkpoints.load_model(path, device)
+        self.calibration, self.category = about.calibration, about.category
+        self.top = highest(self.model, self.recipe)
+
+    def run(self, files: Inputs, batch: int) -> Iterator[Scored]:
+        """See `Detector`; the next batch is decoded while the network runs."""
+        for maps, scores in infer(self.model, files.resized(self.recipe.size, self.recipe.crop), self.recipe,
+                                  batch=batch):  # fmt: skip
+            yield maps.cpu().numpy(), scores.cpu().numpy()
+
+
+# Files of other kinds, by suffix; whatever is not listed is taken for a checkpoint.
+OPENERS: dict[str, Callable[[Path, Any], Detector]] = {}
+
+
+def open_detector(path: Path, device: str | torch.device | None = None) -> Detector:
+    """The detector in a file.
+
+    Raises:
+        ValueError, OSError: there is none, in one sentence.
+    """
+    return OPENERS.get(path.suffix.lower(), Torch)(path, device)
+
+
+def covered(shape: Sequence[int], recipe: Recipe) -> tuple[int, int, int, int]:
+    """The part of an original image of ``shape`` (H, W) that the map stands for: top, left, height, width."""
+    found = []
+    for length, resized, seen in zip(shape, pair(recipe.size), recipe.out, strict=True):
+        start = round(round((resized - seen) / 2) * length / resized)
+        found.append((start, min(max(round(seen * length / resized), 1), length - start)))
+    (top, height), (left, width) = found
+    return top, left, height, width

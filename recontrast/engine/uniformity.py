@@ -1,0 +1,64 @@
+"""Whether a calibration still holds: p-values of new good images must look uniform.
+
+The p-values of one calibration set depend on each other, so that a plain test for uniformity would alarm too often.
+They are uniform exactly when the new scores could have stood among the calibration scores: the two-sample tests below
+ask that, and so keep their level.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from recontrast.engine.calibrate import Calibration
+
+ALARM = 0.01  # so often it warns although nothing changed
+
+
+@dataclass(frozen=True)
+class Departure:
+    """How far the p-values of new good images are from uniform."""
+
+    count: int  # new good images
+    distance: float  # Kolmogorov-Smirnov, largest gap between the distribution of the p-values and the uniform one
+    p_value: float  # of the two tests below together: how often a gap like this comes by chance
+    alarms: int  # new good images called defects
+    expected: float  # at most so many, by the promise
+
+    @property
+    def far(self) -> bool:
+        """Whether to warn."""
+        return self.p_value < ALARM
+
+    def sentence(self) -> str:
+        """What was found and what it means."""
+        seen = f"{self.count} new good images, {self.alarms} called defects where {self.expected:.3g} were promised"
+        test = f"Kolmogorov-Smirnov distance {self.distance:.2f}, by chance in {self.p_value:.2g} of cases"
+        if self.far:
+            return (
+                f"p-values of good images are far from uniform ({test}; {seen}): they do not look like the calibration "
+                "images, and the promised false-alarm rate does not hold for them; calibrate anew on images like these"
+            )
+        return f"p-values of good images are compatible with uniform ({test}; {seen})"
+
+
+def departure(calibration: Calibration, scores: ArrayLike) -> Departure:
+    """Compare the scores of new good images, (N,), with those of the calibration images.
+
+    The smaller p-value of two tests counts twice (Bonferroni): Kolmogorov-Smirnov, which sees any difference, and
+    Mann-Whitney, which sees a shift with fewer images.
+    """
+    from scipy.stats import ks_2samp, mannwhitneyu
+
+    new = np.asarray(scores, np.float64)
+    if new.ndim != 1 or not new.size or not np.isfinite(new).all():
+        raise ValueError(f"check: scores: wanted finite scores of at least 1 good image, got {new.size} or others")
+    known = np.asarray(calibration.scores)
+    gap, shift = ks_2samp(new, known), mannwhitneyu(new, known)
+    return Departure(
+        count=new.size,
+        distance=float(gap.statistic),
+        p_value=min(1.0, 2 * float(min(gap.pvalue, shift.pvalue))),
+        alarms=int(calibration.defects(new).sum()),
+        expected=calibration.rate * new.size,
+    )
