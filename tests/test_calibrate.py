@@ -6,8 +6,7 @@ import torch
 
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine.calibrate import Calibration, allowed, calibrate, digest, from_maps, spread, statement, threshold
-from recontrast.engine.holdout import held_out
-from recontrast.engine.recipes import RECIPES, Recipe
+from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import new_model
 from recontrast.engine.uniformity import departure
 
@@ -173,25 +172,12 @@ def test_calibration_of_other_weights_is_refused(model, images, tmp_path):
 def test_old_checkpoints_load(model, tmp_path):
     path = save(tmp_path / "checkpoint.pt", model)
     content = torch.load(path, weights_only=True)
-    del content["calibration"], content["recipe"]["holdout"]
+    del content["calibration"]
     torch.save(content, path)
     assert checkpoints.load_model(path, "cpu")[2].calibration is None
     torch.save({**content, "calibration": {"scores": 1}}, path)
     with pytest.raises(ValueError, match=r"checkpoint\.pt: calibration: wanted the fields"):
         checkpoints.load(path)
-
-
-def test_held_out():
-    kept, held = held_out(range(270), 0.1, 3)
-    assert len(held) == 27 and sorted(kept + held) == list(range(270)) and kept == sorted(kept)
-    assert held_out(range(270), 0.1, 3) == (kept, held) and held_out(range(270), 0.1, 4) != (kept, held)
-    assert held_out(range(9), 0.0, 3) == (list(range(9)), [])
-    for share, count in ((0.1, 3), (0.9, 2)):
-        with pytest.raises(ValueError, match="holdout: wanted at least 1 image held out and 1 to train on"):
-            held_out(range(count), share, 0)
-    assert all(recipe.holdout == 0 for recipe in RECIPES.values())
-    with pytest.raises(ValueError, match="holdout must be a share of at least 0 and below 1, got 1"):
-        Recipe(holdout=1)
 
 
 def test_warning_fires_on_a_shift_and_rests_without_one():

@@ -88,7 +88,6 @@ WANTED: dict[str, Rule] = {
     "views": _one_of("both", "trained", "frozen"),
     "seed": (lambda v: _is_whole(v) and 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     "drop_last": _FLAG,
-    "holdout": _real(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
     "precision": _one_of("float32", "bfloat16"),
     "channels_last": (lambda v: v is None or isinstance(v, bool), "true, false or none"),
     "compile": _FLAG,
@@ -109,5 +108,4 @@ REAL = (
     "score",
     "lr_drop",
     "lr_drop_at",
-    "holdout",
 )

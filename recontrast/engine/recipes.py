@@ -57,7 +57,6 @@ class Recipe:
     mask_rule: Literal["any", "half"] = "any"
     seed: int = 111
     drop_last: bool = False
-    holdout: float = 0.0  # share of the good images that is not trained on but calibrates
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool | None = None  # None: as is faster on the device
     compile: bool = False  # the model through torch.compile: half a minute and more at the start
