@@ -5,7 +5,8 @@ linear and separable, so here each level has one matrix per axis, blur @ upsampl
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -55,6 +56,20 @@ def _one_of(argument: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Matrix products in full float32, whatever the process allows: ranks of map values decide the metrics."""
+    kinds = () if torch.compiler.is_compiling() else (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 class AnomalyMap:
@@ -160,7 +175,7 @@ class AnomalyMap:
         """Two matrix products: [K_1 .. K_L] @ stack(D_l K_l^T), in full precision."""
         levels = len(self.sizes)
         by_level = [sum(distances[i::levels][1:], distances[i]) for i in range(levels)]
-        with torch.autocast(distances[0].device.type, enabled=False):
+        with torch.autocast(distances[0].device.type, enabled=False), _full_float32():
             products = torch.cat([d @ cols.mT for d, cols in zip(by_level, self._cols, strict=True)], dim=1)
             maps = torch.cat(self._rows, dim=1) @ products * scale
         return maps, maps.amax(dim=(1, 2)) if len(maps) else maps.new_zeros(0)

@@ -27,6 +27,7 @@ BAD = {
     "mask_rule": ["all"],
     "seed": [-1, 2**63, 1.0],
     "precision": ["float16", "bf16"],
+    "tf32": ["yes", 1],
     "channels_last": ["auto", 1],
     "log_every": [0],
     "checkpoint_every": [0],

@@ -23,6 +23,10 @@ def about() -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(index)
         name = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
         found[f"device cuda:{index}"] = name
+    if torch.cuda.is_available():
+        kinds = {"convolutions": torch.backends.cudnn.conv, "matrix products": torch.backends.cuda.matmul}
+        allowed = [f"{name} {'TF32' if kind.fp32_precision == 'tf32' else 'full'}" for name, kind in kinds.items()]
+        found["float32 on CUDA"] = f"{', '.join(allowed)}; a recipe's tf32 decides its own convolutions"
     for device, backend in ops.BACKEND.items():
         reason = ops.WHY.get(device)
         found[f"kernels {device}"] = f"{backend} ({reason})" if reason else backend

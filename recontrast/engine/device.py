@@ -1,4 +1,7 @@
-"""Where a model runs, and in which memory layout."""
+"""Where a model runs, in which memory layout, and how exact its convolutions are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,3 +37,20 @@ def put(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.memory_
     layout = memory_format(recipe, device)
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     return layout
+
+
+@contextmanager
+def convolutions(recipe: Recipe) -> Iterator[None]:
+    """Run float32 convolutions in TF32 or in full float32, as the recipe says; afterwards all is as before.
+
+    TF32 keeps 10 bits of the mantissa and takes the tensor cores of an NVIDIA GPU since Ampere; elsewhere this changes
+    nothing. The setting belongs to the process: other threads see it while it holds. Matrix products are left as they
+    are (full float32 by default), and neither sums, loss nor map depend on it.
+    """
+    kind = torch.backends.cudnn.conv
+    before, wanted = kind.fp32_precision, "tf32" if recipe.tf32 else "ieee"
+    kind.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        kind.fp32_precision = before

@@ -89,6 +89,7 @@ WANTED: dict[str, Rule] = {
     "seed": (lambda v: _is_whole(v) and 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     "drop_last": _FLAG,
     "precision": _one_of("float32", "bfloat16"),
+    "tf32": _FLAG,
     "channels_last": (lambda v: v is None or isinstance(v, bool), "true, false or none"),
     "compile": _FLAG,
     "graph": _FLAG,

@@ -16,7 +16,7 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
 from recontrast.engine.batches import Images
-from recontrast.engine.device import memory_format
+from recontrast.engine.device import convolutions, memory_format
 from recontrast.engine.recipes import Recipe
 from recontrast.model import ReContrast
 
@@ -49,7 +49,8 @@ def infer(
         pixels = pixels.to(weight.device, non_blocking=True)
         x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=last)
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            pairs = model(x, recipe.views)
+            with convolutions(recipe):
+                pairs = model(x, recipe.views)
         clock.mark("forward")
         found = amap.maps_and_scores(pairs, recipe.score)
         clock.mark("maps")

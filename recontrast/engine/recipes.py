@@ -58,6 +58,7 @@ class Recipe:
     seed: int = 111
     drop_last: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    tf32: bool = True  # float32 convolutions in TF32 where the GPU has it: cuDNN's default, and so the reference's
     channels_last: bool | None = None  # None: as is faster on the device
     compile: bool = False  # the model through torch.compile: half a minute and more at the start
     graph: bool = False  # steps replayed as a CUDA graph; elsewhere they are not

@@ -20,7 +20,7 @@ from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
 from recontrast.engine import checkpoint, distributed, interrupt, recipe_file
 from recontrast.engine.batches import Batches, digest
-from recontrast.engine.device import put
+from recontrast.engine.device import convolutions, put
 from recontrast.engine.distributed import World
 from recontrast.engine.graph import Replay
 from recontrast.engine.log import Log
@@ -92,7 +92,7 @@ def train(
     if recipe.drop_last and len(used) < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {len(used)} training images, got {recipe.batch}")
     category = category or "+".join(dict.fromkeys(sample.category for sample in used))
-    with distributed.world(device) as (place, chosen):
+    with distributed.world(device) as (place, chosen), convolutions(recipe):
         for name in ("compile", "graph"):
             if getattr(recipe, name) and place.size > 1:
                 raise ValueError(f"train: {name}: wanted false for the {place.size} processes of torchrun, got true")
