@@ -3,10 +3,11 @@
 // Memory-bound: each feature is read once, in place, 16 bytes a thread, kUnroll loads of each tensor in flight before
 // the first is used. "By planes" (NCHW, and whatever is neither) a thread owns a few neighbouring positions, and the
 // threads of a block share the channels, the more the fewer positions there are; "by rows" (channels_last) the lanes of
-// one position run along its channels. Sums are added in an order that only the shape decides, without atomics. All
-// pairs of a group go into one launch: the small levels fill what the large ones leave of the chip.
+// one position run along its channels. All pairs of a group go into one launch: the small levels fill what the large
+// ones leave of the chip. Where even all together are too few positions, blocks split the channels as well: each writes
+// partial sums, and a second launch adds them up. Without atomics, in an order that shapes and GPU alone decide.
 
-#include "group.h"
+#include "gradient.h"
 
 namespace recontrast {
 namespace {
@@ -14,10 +15,27 @@ namespace {
 constexpr int kSegment = 64;     // bytes at least that neighbouring threads read: two sectors of memory
 constexpr int kLine = 128;       // bytes of a cache line
 constexpr int kResident = 2048;  // threads of a multiprocessor
-constexpr int kChannels = 64;    // channels of a backward block: two rounds, so that weights are read rarely
-constexpr int kBlocks = 3;       // a multiprocessor holds at least: bounds the registers without a spill
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
+
+// The channels of the running block, and where their sums go; `block` then counts those that cover the positions, each
+// of them `width`.
+struct Split {
+  int part, begin, end;
+
+  __device__ __forceinline__ Split(const Pair& pair, unsigned& block, int width) {
+    const unsigned across = (pair.size.count + width - 1) / width;
+    part = static_cast<int>(block / across);
+    block %= across;
+    begin = part * pair.share;
+    end = min(pair.size.C, begin + pair.share);
+  }
+  template <typename A>
+  __device__ __forceinline__ A* sums(const Pair& pair) const {
+    if (pair.parts == nullptr) return static_cast<A*>(pair.sums);
+    return static_cast<A*>(pair.parts) + static_cast<int64_t>(part) * 3 * pair.size.count;
+  }
+};
 
 // Threads (lanes, channel groups): lane -> S::V positions, group -> every so many-th channel.
 template <typename S>
@@ -29,12 +47,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(const __grid
   const Size size = pair.size;
   const int lanes = pair.lanes, step = kThreads / lanes, width = lanes * V;
   const int thread = threadIdx.x, lane = thread % lanes, group = thread / lanes;
+  const Split split(pair, block, width);
   const unsigned first = block * width + lane * V;
   A sum[3][V] = {};
   if (first < size.count) {
     const S xs(pair.x, first, size), ys(pair.y, first, size);
-    for (int c = group; c < size.C; c += kUnroll * step) {
-      const Round<S> round(xs, ys, c, step, size.C);
+    for (int c = split.begin + group; c < split.end; c += kUnroll * step) {
+      const Round<S> round(xs, ys, c, step, split.end);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
@@ -56,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(const __grid
       if (thread % kWarp < lanes) part[thread / kWarp][q][lane * V + v] = sum[q][v];
     }
   __syncthreads();
-  A* sums = static_cast<A*>(pair.sums);
+  A* sums = split.sums<A>(pair);
   for (int i = thread; i < 3 * width; i += kThreads) {
     const int q = i / width, j = i % width;
     A total = 0;
@@ -73,12 +92,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(const __grid_c
   const Pair& pair = all.mine(block);
   const Size size = pair.size;
   const int lanes = pair.lanes, step = lanes * S::V, lane = threadIdx.x % lanes;
+  const Split split(pair, block, kThreads / lanes);
   const unsigned position = block * (kThreads / lanes) + threadIdx.x / lanes;
   A sum[3] = {};
   if (position < size.count) {
     const S xs(pair.x, position, size), ys(pair.y, position, size);
-    for (int c = lane * S::V; c < size.C; c += kUnroll * step) {
-      const Round<S> round(xs, ys, c, step, size.C);
+    for (int c = split.begin + lane * S::V; c < split.end; c += kUnroll * step) {
+      const Round<S> round(xs, ys, c, step, split.end);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
@@ -90,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(const __grid_c
         }
     }
   }
-  A* sums = static_cast<A*>(pair.sums);
+  A* sums = split.sums<A>(pair);
 #pragma unroll
   for (int q = 0; q < 3; ++q) {
     for (int m = lanes / 2; m; m /= 2) sum[q] += __shfl_xor_sync(~0u, sum[q], m);
@@ -98,77 +118,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(const __grid_c
   }
 }
 
-// ---- gradient ------------------------------------------------------------------------------------------------------
-
-// Threads (lanes, channel groups), blocks (positions, kChannels channels each). V positions of weight 0 are not read.
-template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_planes(const __grid_constant__ Group all) {
-  using A = typename S::A;
-  constexpr int V = S::V;
+// Adds up the partial sums of the pairs that have some, in their order.
+template <typename A>
+__global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Group all) {
   unsigned block;
   const Pair& pair = all.mine(block);
-  const Size size = pair.size;
-  const int lanes = pair.lanes, step = kThreads / lanes;
-  const unsigned across = (size.count + lanes * V - 1) / (lanes * V);  // blocks that cover the positions
-  const unsigned first = (block % across * lanes + threadIdx.x % lanes) * V;
-  if (first >= size.count) return;
-  const A* grad = static_cast<const A*>(pair.sums);
-  A of_x[V], of_y[V];
-  bool some = false;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    of_x[v] = grad[first + v];
-    of_y[v] = 2 * grad[2 * static_cast<int64_t>(size.count) + first + v];
-    some = some || of_x[v] != 0 || of_y[v] != 0;
-  }
-  const S xs(pair.x, first, size), ys(pair.y, first, size), out(pair.dy, first, size);
-  const int begin = static_cast<int>(block / across) * kChannels, end = min(size.C, begin + kChannels);
-  for (int c = begin + static_cast<int>(threadIdx.x) / lanes; c < end; c += kUnroll * step) {
-    const Round<S> round(xs, ys, c, step, some ? end : 0);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (c + u * step >= end) break;
-      A value[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const A sum = of_x[v] * xs.get(round.x[u], v) + of_y[v] * ys.get(round.y[u], v);
-        value[v] = of_x[v] != 0 || of_y[v] != 0 ? sum : 0;  // the features may hold NaN there
-      }
-      out.store(c + u * step, value);
-    }
-  }
-}
-
-// Threads (lanes, positions). A position of weight 0 is written and not read.
-template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_rows(const __grid_constant__ Group all) {
-  using A = typename S::A;
-  unsigned block;
-  const Pair& pair = all.mine(block);
-  const Size size = pair.size;
-  const int lanes = pair.lanes, step = lanes * S::V;
-  const unsigned position = block * (kThreads / lanes) + threadIdx.x / lanes;
-  if (position >= size.count) return;
-  const A* grad = static_cast<const A*>(pair.sums);
-  const A of_x = grad[position], of_y = 2 * grad[2 * static_cast<int64_t>(size.count) + position];
-  const S out(pair.dy, position, size);
-  int c = static_cast<int>(threadIdx.x) % lanes * S::V;
-  if (of_x == 0 && of_y == 0) {
-    for (; c < size.C; c += step) out.zero(c);
-    return;
-  }
-  const S xs(pair.x, position, size), ys(pair.y, position, size);
-  for (; c < size.C; c += kUnroll * step) {
-    const Round<S> round(xs, ys, c, step, size.C);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (c + u * step >= size.C) break;
-      A value[S::V];
-#pragma unroll
-      for (int v = 0; v < S::V; ++v) value[v] = of_x * xs.get(round.x[u], v) + of_y * ys.get(round.y[u], v);
-      out.store(c + u * step, value);
-    }
-  }
+  const int64_t volume = 3 * static_cast<int64_t>(pair.size.count);
+  const int64_t i = static_cast<int64_t>(block) * kThreads + threadIdx.x;
+  if (i >= volume) return;
+  const A* parts = static_cast<const A*>(pair.parts) + i;
+  A total = 0;
+  for (int c = 0; c < pair.size.C; c += pair.share, parts += volume) total += *parts;
+  static_cast<A*>(pair.sums)[i] = total;
 }
 
 // ---- launches ------------------------------------------------------------------------------------------------------
@@ -190,38 +151,77 @@ int row_lanes(const Group& group, const Size& size) {
   return lanes;
 }
 
-// Sets the lanes and first block of each pair, and launches.
-template <typename Lanes, typename Blocks>
-void start(void (*kernel)(Group), Group group, cudaStream_t stream, const Lanes& lanes_of, const Blocks& blocks_of) {
+// Sets the first block of each pair, and launches.
+template <typename Blocks>
+void start(void (*kernel)(Group), Group& group, cudaStream_t stream, const Blocks& blocks_of) {
   int64_t total = 0;
   for (int i = 0; i < group.pairs; ++i) {
-    Pair& pair = group.pair[i];
-    pair.lanes = lanes_of(pair.size);
-    pair.first = static_cast<unsigned>(total);
-    total += blocks_of(pair);
+    group.pair[i].first = static_cast<unsigned>(total);
+    total += blocks_of(group.pair[i]);
   }
   STD_TORCH_CHECK(total < int64_t{1} << 31, "cosine_sums: too many positions for one launch");
   launch(kernel, static_cast<unsigned>(total), kThreads, stream, group);
 }
 
-// The sums of the pairs, or their gradient.
-void run(const char* op, const std::vector<Pair>& pairs, bool backward, ScalarType acc, cudaStream_t stream) {
-  in_groups(pairs, backward, acc, [&](const Kind& kind, const Group& group) {
+// Shares the channels of the pairs among blocks until kBlocks a multiprocessor are there, or each thread has one load
+// left. `step`: channels that the threads of a block load at once. Returns the memory of the partial sums, if any.
+template <typename A, typename Across, typename Step>
+Tensor split(Group& group, const Tensor& like, const Across& across_of, const Step& step_of) {
+  int64_t total = 0, volume = 0;
+  for (int i = 0; i < group.pairs; ++i) total += across_of(group.pair[i]);
+  const int64_t wanted = blocks(kBlocks * processors(), total);
+  const auto parts_of = [&](Pair& pair) -> int64_t {
+    const int64_t step = step_of(pair), steps = std::max<int64_t>(blocks(pair.size.C, step), 1);
+    pair.share = static_cast<int>(step * blocks(steps, std::min(steps, wanted)));
+    return std::max<int64_t>(blocks(pair.size.C, pair.share), 1);
+  };
+  for (int i = 0; i < group.pairs; ++i) {
+    const int64_t parts = parts_of(group.pair[i]);
+    if (parts > 1) volume += 3 * parts * group.pair[i].size.count;
+  }
+  if (volume == 0) return {};
+  Tensor memory = torch::stable::new_empty(like, std::array<int64_t, 1>{volume});
+  A* next = memory.mutable_data_ptr<A>();
+  for (int i = 0; i < group.pairs; ++i) {
+    Pair& pair = group.pair[i];
+    const int64_t parts = parts_of(pair);
+    if (parts == 1) continue;
+    pair.parts = next;
+    next += 3 * parts * pair.size.count;
+  }
+  return memory;
+}
+
+// The sums of the pairs, or their gradient; `sums`: what holds either, of one dtype.
+void run(const char* op, const std::vector<Pair>& pairs, bool backward, const Tensor& sums) {
+  const cudaStream_t stream = current_stream(sums);
+  in_groups(pairs, backward, sums.scalar_type(), [&](const Kind& kind, Group group) {
     with_source(op, kind, [&](auto tag) {
       using S = typename decltype(tag)::type;
+      using A = typename S::A;
+      const bool rows = S::by_rows && kind.rows;
+      for (int i = 0; i < group.pairs; ++i)
+        group.pair[i].lanes = rows ? row_lanes<S>(group, group.pair[i].size) : backward ? kWarp : plane_lanes<S>(group);
+      const auto across = [&](const Pair& pair) -> int64_t {  // blocks that cover the positions
+        return blocks(pair.size.count, rows ? kThreads / pair.lanes : pair.lanes * S::V);
+      };
+      if (backward) {
+        if constexpr (S::by_rows)
+          if (rows) return start(gradient_by_rows<S>, group, stream, across);
+        return start(gradient_by_planes<S>, group, stream,
+                     [&](const Pair& pair) { return across(pair) * blocks(pair.size.C, kChannels); });
+      }
+      const auto step = [&](const Pair& pair) { return rows ? pair.lanes * S::V : kThreads / pair.lanes; };
+      const Tensor parts = split<A>(group, sums, across, step);
+      const auto all = [&](const Pair& pair) { return across(pair) * std::max(1u, blocks(pair.size.C, pair.share)); };
       if constexpr (S::by_rows)
-        if (kind.rows)
-          return start(
-              backward ? gradient_by_rows<S> : sums_by_rows<S>, group, stream,
-              [&](const Size& size) { return row_lanes<S>(group, size); },
-              [](const Pair& pair) { return blocks(pair.size.count, kThreads / pair.lanes); });
-      start(
-          backward ? gradient_by_planes<S> : sums_by_planes<S>, group, stream,
-          [&](const Size&) { return backward ? kWarp : plane_lanes<S>(group); },
-          [&](const Pair& pair) {
-            const int64_t across = blocks(pair.size.count, pair.lanes * S::V);
-            return backward ? across * blocks(pair.size.C, kChannels) : across;
-          });
+        start(rows ? sums_by_rows<S> : sums_by_planes<S>, group, stream, all);
+      else
+        start(sums_by_planes<S>, group, stream, all);
+      if (parts.defined())
+        start(add_parts<A>, group, stream, [](const Pair& pair) -> int64_t {
+          return pair.parts == nullptr ? 0 : blocks(3 * static_cast<int64_t>(pair.size.count), kThreads);
+        });
     });
   });
 }
@@ -231,7 +231,7 @@ void run(const char* op, const std::vector<Pair>& pairs, bool backward, ScalarTy
 // The pair whose sums are, or will be, at element `first` of `sums`.
 Pair pair_of(const char* op, const Tensor& x, const Tensor& y, const Tensor& sums, int64_t first) {
   char* at = static_cast<char*>(const_cast<void*>(sums.const_data_ptr())) + first * sums.element_size();
-  return {features(x), features(y), {}, at, size_of(op, x), 0, 0};
+  return {features(x), features(y), {}, at, size_of(op, x), nullptr, 0, 0, 0};
 }
 
 Tensor cosine_sums(const Tensor& x, const Tensor& y) {
@@ -240,7 +240,7 @@ Tensor cosine_sums(const Tensor& x, const Tensor& y) {
   const DeviceGuard guard(x.get_device());
   const ScalarType acc = acc_type(x, y);
   Tensor out = torch::stable::new_empty(x, std::array<int64_t, 4>{3, x.size(0), x.size(2), x.size(3)}, acc);
-  if (out.numel()) run("cosine_sums", {pair_of("cosine_sums", x, y, out, 0)}, false, acc, current_stream(x));
+  if (out.numel()) run("cosine_sums", {pair_of("cosine_sums", x, y, out, 0)}, false, out);
   return out;
 }
 
@@ -254,7 +254,7 @@ Tensor cosine_sums_group(std::vector<Tensor> x, std::vector<Tensor> y) {
   int64_t first = 0;
   for (size_t i = 0; i < x.size(); first += sums_of(x[i++]))
     if (sums_of(x[i])) pairs.push_back(pair_of("cosine_sums_group", x[i], y[i], out, first));
-  run("cosine_sums_group", pairs, false, acc, current_stream(x[0]));
+  run("cosine_sums_group", pairs, false, out);
   return out;
 }
 
@@ -270,7 +270,7 @@ Tensor cosine_sums_backward(const Tensor& grad_, const Tensor& x, const Tensor& 
   if (out.numel() == 0) return out;
   Pair pair = pair_of("cosine_sums_backward", x, y, grad, 0);
   pair.dy = features(out);
-  run("cosine_sums_backward", {pair}, true, acc, current_stream(x));
+  run("cosine_sums_backward", {pair}, true, grad);
   return out;
 }
 
@@ -290,7 +290,7 @@ std::vector<Tensor> cosine_sums_group_backward(const Tensor& grad_, std::vector<
     pairs.push_back(pair_of("cosine_sums_group_backward", x[i], y[i], grad, first));
     pairs.back().dy = features(out[i]);
   }
-  run("cosine_sums_group_backward", pairs, true, acc, current_stream(grad));
+  run("cosine_sums_group_backward", pairs, true, grad);
   return out;
 }
 

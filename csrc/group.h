@@ -10,11 +10,14 @@ namespace recontrast {
 // Pairs of a launch, more than any model here has. They travel as kernel arguments: no table is copied to the device,
 // and a captured graph holds the pointers.
 constexpr int kPairs = 16;
+constexpr int kBlocks = 3;  // a multiprocessor holds at least: bounds the registers without a spill
 
 struct Pair {
   Features x, y, dy;
   void* sums;  // [3, N, P] of this pair: the sums, or their gradient
   Size size;
+  void* parts;     // [splits, 3, N, P]: partial sums, each over `share` channels; null where one block has all of them
+  int share;       // channels of a block of the sums
   unsigned first;  // block
   int lanes;       // neighbouring threads that run along memory
 };

@@ -61,7 +61,10 @@ def _pair(size: Size) -> tuple[int, int]:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """Matrix products in full float32, whatever the process allows: ranks of map values decide the metrics."""
-    kinds = () if torch.compiler.is_compiling() else (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if torch.compiler.is_compiling():
+        yield
+        return
+    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
         kind.fp32_precision = "ieee"

@@ -67,6 +67,35 @@ def test_features(emulated, dtype, layout, processors):
     check(emulated, *features(SHAPES, dtype, layout=layout), processors)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1024, 4, 4), (1, 1030, 2, 2), (2, 515, 1, 3), (1, 4099, 1, 1)], ids=str)
+def test_few_positions_split_their_channels(emulated, dtype, layout, shape):
+    """One pair, from a GPU with a few processors to one that takes all parts there are, down to one load a thread."""
+    x, y = features([shape], dtype, layout=layout)
+    for processors in (1, 3, 132):
+        check(emulated, x, y, processors)
+
+
+def test_splitting_changes_the_order_of_sums(emulated):
+    """So the cases above did split: one processor is busy with the blocks of one pair, 132 are not."""
+    x, y = features([(1, 1024, 16, 16)])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        pair = [[t.contiguous(memory_format=layout) for t in ts] for ts in (x, y)]
+        one, many = (twice(emulated, lambda ops, p=pair: ops.cosine_sums_group(*p), n)[0] for n in (1, 132))
+        assert not torch.equal(one, many)
+        torch.testing.assert_close(one, many)
+
+
+def test_a_small_pair_beside_a_large_one(emulated):
+    """Both split, one of them, none: whatever the number of processors asks for."""
+    x, y = features([(1, 600, 2, 2), (2, 24, 16, 16), (1, 3, 5, 5), (3, 0, 2, 2)])
+    for processors in (1, 2, 7, 40):
+        check(emulated, x, y, processors)
+    x, y = features([(1, 700, 2, 3)], F32, other=BF16, layout="transposed")
+    check(emulated, x, y, 132)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(emulated, layout):
     check(emulated, *features([(2, 8, 4, 6), (3, 5, 7, 13)], layout=layout))

@@ -24,7 +24,8 @@ def about() -> dict[str, str]:
         name = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
         found[f"device cuda:{index}"] = name
     if torch.cuda.is_available():
-        kinds = {"convolutions": torch.backends.cudnn.conv, "matrix products": torch.backends.cuda.matmul}
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        kinds = {"convolutions": convolutions, "matrix products": torch.backends.cuda.matmul}
         allowed = [f"{name} {'TF32' if kind.fp32_precision == 'tf32' else 'full'}" for name, kind in kinds.items()]
         found["float32 on CUDA"] = f"{', '.join(allowed)}; a recipe's tf32 decides its own convolutions"
     for device, backend in ops.BACKEND.items():

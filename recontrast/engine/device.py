@@ -47,7 +47,7 @@ def convolutions(recipe: Recipe) -> Iterator[None]:
     nothing. The setting belongs to the process: other threads see it while it holds. Matrix products are left as they
     are (full float32 by default), and neither sums, loss nor map depend on it.
     """
-    kind = torch.backends.cudnn.conv
+    kind = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, wanted = kind.fp32_precision, "tf32" if recipe.tf32 else "ieee"
     kind.fp32_precision = wanted
     try:
