@@ -25,15 +25,17 @@ ALLOWED = {
     "backbone": {"weights"},
     "decoder": {"backbone"},
     "model": {"backbone", "decoder", "weights"},
+    "fold": {"backbone", "model"},
     "data": {"data"},
-    "engine": {"reference", "ops", "loss", "anomaly_map", "metrics", "backbone", "decoder", "model", "data", "engine"},
+    "engine": {"reference", "ops", "loss", "anomaly_map", "metrics", "backbone", "decoder", "model"},
 }
+ALLOWED["engine"] |= {"fold", "data", "engine"}
 ALLOWED["app"] = set.union(*ALLOWED.values()) | {"app", "kernels"}
 ALLOWED["__main__"] = {"app"}
 ALLOWED["__init__"] = set(ALLOWED) - {"app"}
 # What only some rooms may need, so that `import recontrast` stays light and the losses need no timm.
 OUTSIDE = {
-    "timm": {"backbone", "weights", "app"},
+    "timm": {"backbone", "weights", "fold", "app"},
     "triton": {"kernels", "app"},
     "typer": {"app"},
     "rich": {"app"},
