@@ -11,9 +11,9 @@ from recontrast.fold import fold
 NORMS = (nn.modules.batchnorm._BatchNorm, PartialNorm2d)
 MODELS = {
     "resnet18": {},
-    "resnet50": {},  # its last norms of a block see what the 1x1 gives
+    "resnet26": {"levels": 2},  # its last norms of a block see what the 1x1 gives
     "resnext50_32x4d": {"levels": 2},  # groups, also in transposed convolutions
-    "tf_efficientnet_lite0": {},  # activation inside the norm, padding as TensorFlow's
+    "tf_efficientnet_lite0": {"levels": 2},  # activation inside the norm, padding as TensorFlow's
     "mobilenetv3_small_050": {"levels": 2},
     "convnext_atto": {"levels": 2},  # no BatchNorm but in the decoder
 }
@@ -45,14 +45,14 @@ def worst(found, wanted):
 @pytest.mark.parametrize("name", MODELS)
 def test_pairs_are_those_of_the_model(name):
     model = trained(name, **MODELS[name])
-    images = torch.randn(2, 3, 2 * model.stride, 2 * model.stride)
+    images = torch.randn(1, 3, 64, 64)
     before = copy.deepcopy(model.state_dict())
     folded = fold(model)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model.eval()
     assert folded.norms_left == 0 and not any(isinstance(m, NORMS) for m in folded.modules())
     assert folded.norms_folded == sum(isinstance(m, NORMS) for m in model.modules()) > 0
-    for views in ("both", "trained", "frozen"):
+    for views in ("both", "trained", "frozen") if name == "resnet18" else ("both",):
         assert worst(folded(images, views), model(images, views)) < 1e-5
     model.double()
     assert worst(fold(model)(images.double()), model(images.double())) < 1e-10
@@ -62,19 +62,19 @@ def test_pairs_are_those_of_the_model(name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"partial_norm": True},
-        {"activation": "gelu", "decoder": "mirror"},
-        {"pairs": "self", "train_encoder": False},
+        {"partial_norm": True, "levels": 1},
+        {"activation": "gelu", "decoder": "mirror", "levels": 2},
+        {"pairs": "self", "train_encoder": False, "levels": 1},
     ],
     ids=str,
 )
 def test_every_kind_of_model_folds(options):
     model = trained("resnet18", **options).double().eval()
-    images = torch.randn(1, 3, 64, 64).double()
+    images = torch.randn(1, 3, 32, 32).double()
     folded = fold(model)
     assert folded.norms_left == 0
     assert worst(folded(images), model(images)) < 1e-10
-    assert folded.map_sizes(64) == model.map_sizes(64)
+    assert folded.map_sizes(32) == model.map_sizes(32)
     for name in ("mean", "std", "stride", "config"):
         assert getattr(folded, name) == getattr(model, name)
 
@@ -99,7 +99,7 @@ def test_a_norm_that_cannot_be_folded_stays():
             x = self.convolution(x)
             return x + self.norm(x)
 
-    model = trained("resnet18").double()
+    model = trained("resnet18", levels=2).double()
     extractor = model.encoder.extractor
     extractor.maxpool = nn.Sequential(extractor.maxpool, nn.BatchNorm2d(64).double())
     extractor.conv1 = nn.Sequential(extractor.conv1, nn.BatchNorm2d(64, track_running_stats=False).double())
