@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import Commands, Steps, complain, show, silent, stop, table
-from recontrast.app.options import change, numbers, split
+from recontrast.app.calibrate import calibrate
+from recontrast.app.console import Commands, Steps, show, silent, stop, table
+from recontrast.app.options import Batch, CheckpointFile, Device, change, checkpoint_file, numbers, split
+from recontrast.app.predict_command import predict
 from recontrast.app.prepare import prepare
 
 if TYPE_CHECKING:
@@ -23,11 +25,6 @@ app = typer.Typer(
     help="Visual anomaly detection by contrastive reconstruction: train on good images, find what is not like them.",
 )
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU where there is one.")]
-Batch = Annotated[int, typer.Option(help="Images at once.")]
-CheckpointFile = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
-]
 Data = Annotated[
     list[Path],
     typer.Argument(metavar="DATA", help="Data sets or categories in MVTec AD layout; to train, or folders of images."),
@@ -105,7 +102,7 @@ def train(
     values = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size, "seed": seed}
     values |= {"encoder_bn": encoder_bn, "precision": precision, "channels_last": channels_last}
     given = {key: value for key, value in values.items() if value is not None} | dict(map(change, changes or []))
-    resume = None if resume is None else _file(resume)
+    resume = None if resume is None else checkpoint_file(resume)
     job = application.prepare(data, recipe, given, category=category, out=out, resume=resume, overwrite=overwrite)
     folders = " ".join(map(str, data))
     _, where = context.with_resource(distributed.world(device))
@@ -187,7 +184,7 @@ def evaluate(
 
     if save_maps and out is None:
         raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
-    file = _file(checkpoint)
+    file = checkpoint_file(checkpoint)
     _, where = context.with_resource(distributed.world(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
     model, recipe, _ = checkpoints.load_model(file, where)
@@ -197,27 +194,8 @@ def evaluate(
     )  # fmt: skip
 
 
-@app.command()
-def predict(
-    checkpoint: CheckpointFile,
-    inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT", help="Images, or folders that are searched for images.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, maps/, overlays/.")],
-    maps: Annotated[
-        str, typer.Option(help="tiff16 (uint16, scale in scores.json), tiff32 or npy (float32), or none.")
-    ] = "none",
-    overlays: Annotated[bool, typer.Option(help="Heat maps over the images, PNG, in their own size.")] = True,
-    threshold: Annotated[float | None, typer.Option(help="Flag images whose score is at least this.")] = None,
-    batch: Batch = 16,
-    device: Device = None,
-) -> None:
-    """Score images; write scores, anomaly maps and heat-map overlays."""
-    kinds = ("tiff16", "tiff32", "npy", "none")
-    if maps not in kinds:
-        raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
-    _predict(_file(checkpoint), inputs, out, maps=maps, overlays=overlays, threshold=threshold, device=device,
-             batch=batch)  # fmt: skip
+app.command()(calibrate)
+app.command()(predict)
 
 
 @app.command()
@@ -260,11 +238,6 @@ def info() -> None:
         typer.echo(f"{name:<18} {value}")
 
 
-def _file(path: Path) -> Path:
-    """The checkpoint that a file or the folder of a run stands for."""
-    return path / "checkpoint.pt" if path.is_dir() else path
-
-
 def _evaluate(
     model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None, **options: Any
 ) -> None:
@@ -278,17 +251,3 @@ def _evaluate(
     show(result)
     if written:
         typer.echo(f"results: {', '.join(map(str, written))}")
-
-
-def _predict(checkpoint: Path, inputs: list[Path], out: Path, **options: Any) -> None:
-    from recontrast.app.predict import predict as run
-
-    with Steps("predict") as shown:
-        report = run(checkpoint, inputs, out, on_progress=shown, **options)
-    flagged = sum(bool(found.flagged) for found in report.predictions)
-    said = "" if options["threshold"] is None else f", {flagged} flagged at {options['threshold']:g}"
-    typer.echo(f"{len(report.predictions)} images scored{said}: {out / 'scores.csv'}")
-    for text in report.unread:
-        complain(text)
-    if report.unread:
-        raise typer.Exit(2)

@@ -1,7 +1,21 @@
-"""What the words of an option mean."""
+"""Options that several commands have, and what the words of an option mean."""
 
 import ast
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU where there is one.")]
+Batch = Annotated[int, typer.Option(help="Images at once.")]
+CheckpointFile = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
+]
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The checkpoint that a file or the folder of a run stands for."""
+    return path / "checkpoint.pt" if path.is_dir() else path
 
 
 def change(text: str) -> tuple[str, Any]:

@@ -41,6 +41,7 @@ class Report:
 
     predictions: list[Prediction]
     unread: list[str]
+    rate: float | None = None  # promised share of false alarms that was decided by; None: nothing was decided
 
 
 def predict(
@@ -141,7 +142,7 @@ def predict(
         "overlay_range": colours,
         "unread": unread,
     })  # fmt: skip
-    return Report(found, unread)
+    return Report(found, unread, None if calibration is None else calibration.rate)
 
 
 def _decided(

@@ -1,0 +1,112 @@
+"""``recontrast calibrate``: a threshold with a promise, from good images that the detector was not trained on."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recontrast.app.console import Steps, complain
+from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from recontrast.engine.calibrate import Calibration
+    from recontrast.engine.detector import Scored, Torch
+
+
+def calibrate(
+    checkpoint: CheckpointFile,
+    good: Annotated[
+        list[Path],
+        typer.Option(help="Good images that were not trained on, or a folder of them; repeatable."),
+    ],
+    false_alarm_rate: Annotated[
+        float, typer.Option(help="Promised share of good images called defects; at least 1/(n + 1) of n images.")
+    ] = 0.01,
+    pixel_rate: Annotated[float, typer.Option(help="Share of a good image's map that may be flagged.")] = 0.01,
+    check: Annotated[
+        list[Path] | None,
+        typer.Option(help="Other good images, or a folder of them: do they still look like these? Repeatable."),
+    ] = None,
+    batch: Batch = 16,
+    device: Device = None,
+) -> None:
+    """Set the threshold that keeps a promised false-alarm rate, and save it in the checkpoint."""
+    if batch < 1:
+        raise ValueError(f"--batch: wanted at least 1 image, got {batch}")
+    from recontrast.data.files import list_images
+    from recontrast.engine import checkpoint as checkpoints
+    from recontrast.engine.calibrate import allowed, statement
+    from recontrast.engine.detector import Torch
+    from recontrast.engine.uniformity import departure
+
+    known, new = list_images(good), list_images(check or [])
+    if shared := {os.path.realpath(path) for path in known} & {os.path.realpath(path) for path in new}:
+        raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
+    allowed(len(known), false_alarm_rate)  # before a model is built
+    file = checkpoint_file(checkpoint)
+    detector = Torch(file, device)
+    with Steps("calibrate") as shown:
+        found, unread = _calibrated(
+            detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
+            source=", ".join(map(str, good)),
+        )  # fmt: skip
+    checkpoints.calibrated(file, found)
+    for line in statement(found):
+        typer.echo(line)
+    typer.echo(f"calibration: {file}")
+    if new:
+        scores, others = _scores(detector, new, batch)
+        unread += others
+        seen = departure(found, scores)
+        if seen.far:
+            complain(f"warning: {seen.sentence()}")
+        else:
+            typer.echo(seen.sentence())
+    for text in unread:
+        complain(text)
+    if unread:
+        raise typer.Exit(2)
+
+
+def _calibrated(
+    detector: "Torch", paths: "Sequence[Path]", batch: int, shown: Steps, **options: Any
+) -> "tuple[Calibration, list[str]]":
+    """The calibration by all images that can be read, and a sentence for each other file."""
+    from recontrast.data.inputs import Inputs
+    from recontrast.engine.calibrate import digest, from_maps
+
+    weights = digest(detector.model.state_dict(), detector.recipe)
+    unread: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        while True:  # again where files could not be read: how many there are decides what is kept
+            files = Inputs(paths, pool)
+
+            def run(files: "Inputs" = files) -> "Iterator[Scored]":
+                done = 0
+                for maps, scores in detector.run(files, batch):
+                    yield maps, scores
+                    done += len(scores)
+                    shown(done, len(files))
+
+            found = from_maps(run(), len(files), weights=weights, **options)
+            if not files.unread:
+                return found, unread
+            unread += [files.unread[place] for place in sorted(files.unread)]
+            paths = [path for place, path in enumerate(files.paths) if place not in files.unread]
+            if not paths:
+                raise ValueError(f"none of {len(unread)} images could be read: {unread[0]}")
+
+
+def _scores(detector: "Torch", paths: "Sequence[Path]", batch: int) -> tuple[list[float], list[str]]:
+    """Scores of all images that can be read, and a sentence for each other file."""
+    from recontrast.data.inputs import Inputs
+
+    with ThreadPoolExecutor() as pool:
+        files = Inputs(paths, pool)
+        scores = [score for _, some in detector.run(files, batch) for score in some.tolist()]
+    kept = [score for place, score in enumerate(scores) if place not in files.unread]
+    return kept, [files.unread[place] for place in sorted(files.unread)]

@@ -1,0 +1,61 @@
+"""``recontrast predict``: its options, and what it says; the work is in `recontrast.app.predict`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recontrast.app.console import Steps, complain
+from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+
+if TYPE_CHECKING:
+    from recontrast.app.predict import Report
+
+
+def predict(
+    checkpoint: CheckpointFile,
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT", help="Images, or folders that are searched for images.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, regions.csv, maps/, overlays/.")],
+    maps: Annotated[
+        str, typer.Option(help="tiff16 (uint16, scale in scores.json), tiff32 or npy (float32), or none.")
+    ] = "none",
+    overlays: Annotated[bool, typer.Option(help="Heat maps over the images, PNG, in their own size.")] = True,
+    threshold: Annotated[float | None, typer.Option(help="Flag images whose score is at least this.")] = None,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="Insist on good or defect: stop where there is no calibration.")
+    ] = False,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(help="Decide by this rate in place of the one that was calibrated for.")
+    ] = None,
+    batch: Batch = 16,
+    device: Device = None,
+) -> None:
+    """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
+    kinds = ("tiff16", "tiff32", "npy", "none")
+    if maps not in kinds:
+        raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
+    from recontrast.app.predict import predict as run
+
+    with Steps("predict") as shown:
+        report = run(
+            checkpoint_file(checkpoint), inputs, out, maps=maps, overlays=overlays, threshold=threshold,
+            rate=false_alarm_rate, decide=decide, device=device, batch=batch, on_progress=shown,
+        )  # fmt: skip
+    typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
+    for text in report.unread:
+        complain(text)
+    if report.unread:
+        raise typer.Exit(2)
+
+
+def _said(report: "Report", threshold: float | None) -> str:
+    """How many were flagged, and how many were called defects."""
+    parts = []
+    if threshold is not None:
+        parts.append(f"{sum(bool(found.flagged) for found in report.predictions)} flagged at {threshold:g}")
+    if report.rate is not None:
+        defects = sum(found.decision is not None and found.decision.defect for found in report.predictions)
+        parts.append(f"{defects} called defects at a false-alarm rate of {report.rate:g}")
+    return "".join(f", {part}" for part in parts)

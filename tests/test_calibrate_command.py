@@ -1,0 +1,93 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import call, fails, works
+from test_predict import RECIPE, save
+
+from recontrast.engine import checkpoint as checkpoints
+
+
+def draw(folder, count, *, seed, spread=12.0):
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    stripes = 110 + 60 * np.sin(np.arange(64) / 3)[:, None, None]
+    for i in range(count):
+        pixels = stripes + random.normal(0, spread, (64, 64, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("data") / "good", 24, seed=0)
+
+
+@pytest.fixture
+def run(tmp_path):
+    save(tmp_path / "run" / "checkpoint.pt", RECIPE)
+    return tmp_path / "run"
+
+
+def test_calibrate_then_decide(run, good, tmp_path):
+    said = works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu")
+    found = checkpoints.load(run / "checkpoint.pt").calibration
+    assert found.count == 24 and found.rate == 0.1 and found.source == str(good)
+    assert "at most 2/25 = 0.08" in said and "Beta(2, 23)" in said and f"{found.threshold:.6g}" in said
+    out = tmp_path / "out"
+    said = works("predict", run, good, "--out", out, "--decide", "--no-overlays", "--device", "cpu")
+    assert "24 images scored, 1 called defects at a false-alarm rate of 0.1" in said
+    rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
+    assert sum(row["decision"] == "defect" for row in rows) == 1
+    said = works("predict", run, good, "--out", out, "--false-alarm-rate", 0.5, "--no-overlays", "--device", "cpu")
+    assert "11 called defects at a false-alarm rate of 0.5" in said
+    assert json.loads((out / "scores.json").read_text())["calibration"]["rate"] == 0.5
+    assert "got 0.001, which needs 999" in fails(
+        "predict", run, good, "--out", out, "--false-alarm-rate", 0.001, "--device", "cpu"
+    )
+
+
+def test_check_warns_of_other_images_alone(run, good, tmp_path):
+    like, unlike = draw(tmp_path / "like", 16, seed=1), draw(tmp_path / "unlike", 16, seed=2, spread=50.0)
+    options = ["calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu", "--check"]
+    assert "are compatible with uniform" in works(*options, like)
+    result = call(*options, unlike)
+    assert result.exit_code == 0
+    assert "recontrast: warning: p-values of good images are far from uniform" in result.stderr
+
+
+def test_unreadable_images_are_named_and_left_out(run, good, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "text.png").write_text("no image")
+    said = fails("calibrate", run, "--good", good, "--good", tmp_path / "more", "--false-alarm-rate", 0.1)
+    assert "text.png" in said
+    found = checkpoints.load(run / "checkpoint.pt").calibration
+    assert found.count == 24
+    works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1)
+    assert np.allclose(found.scores, checkpoints.load(run / "checkpoint.pt").calibration.scores)
+    assert "none of 1 images could be read" in fails(
+        "calibrate", run, "--good", tmp_path / "more", "--false-alarm-rate", 0.5
+    )
+
+
+def test_what_cannot_be_promised_is_refused(run, good, tmp_path):
+    before = (run / "checkpoint.pt").read_bytes()
+    assert "with 24 calibration images 0.04, got 0.01, which needs 99 good images" in fails(
+        "calibrate", run, "--good", good
+    )
+    assert "above 0 and below 1, got 1.5" in fails("calibrate", run, "--good", good, "--false-alarm-rate", 1.5)
+    rate = ["--false-alarm-rate", 0.1]
+    assert "pixel rate" in fails("calibrate", run, "--good", good, *rate, "--pixel-rate", 0)
+    assert "--batch: wanted at least 1" in fails("calibrate", run, "--good", good, *rate, "--batch", 0)
+    assert "got 24 of them again" in fails("calibrate", run, "--good", good, *rate, "--check", good)
+    assert "no such file or folder" in fails("calibrate", run, "--good", tmp_path / "none")
+    assert "wanted a checkpoint" in fails("calibrate", tmp_path / "none", "--good", good, *rate)
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_decisions_without_a_calibration_are_refused(run, good, tmp_path):
+    for option in (["--decide"], ["--false-alarm-rate", 0.1]):
+        assert "run recontrast calibrate" in fails("predict", run, good, "--out", tmp_path / "out", *option)
+    assert not (tmp_path / "out").exists()
