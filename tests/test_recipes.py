@@ -25,6 +25,7 @@ BAD = {
     "reduce": ["max"],
     "score": ["top", 0.0, 1.5, -0.1, None, True],
     "mask_rule": ["all"],
+    "holdout": [-0.1, 1.0, "half", True],
     "seed": [-1, 2**63, 1.0],
     "precision": ["float16", "bf16"],
     "tf32": ["yes", 1],

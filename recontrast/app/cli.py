@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recontrast.app.calibrate import calibrate
-from recontrast.app.console import Commands, Steps, show, silent, stop, table
+from recontrast.app.console import Commands, Steps, complain, show, silent, stop, table
 from recontrast.app.options import Batch, CheckpointFile, Device, change, checkpoint_file, numbers, split
 from recontrast.app.predict_command import predict
 from recontrast.app.prepare import prepare
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
+    from recontrast.engine.calibrate import Calibration
     from recontrast.engine.recipes import Recipe
 
 app = typer.Typer(
@@ -61,8 +62,9 @@ def train(
     category: Annotated[str | None, typer.Option(help=CATEGORY + " Default: the only one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
     recipe: Annotated[
-        str, typer.Option(help="One of the paper's, or a YAML file; every option below changes a setting.")
-    ] = "mvtec",
+        str | None,
+        typer.Option(help="One of the paper's, or a YAML file; options below change it. Default: mvtec, with holdout."),
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="A timm model. In mvtec: wide_resnet50_2.tv_in1k.")] = None,
     weights: Annotated[
         str | None,
@@ -74,6 +76,10 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Images a step. In mvtec: 16.")] = None,
     size: Annotated[int | None, typer.Option(help="Side to which images are resized, pixels. In mvtec: 256.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and order. In mvtec: 111.")] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(help="Share of the good images kept back to calibrate on. Default: 0.1; in recipes: 0."),
+    ] = None,
     encoder_bn: Annotated[
         str | None,
         typer.Option(help="BatchNorm of the trained encoder: train, eval or auto. In mvtec: auto (by category)."),
@@ -98,13 +104,16 @@ def train(
     """Train a detector on good images, and evaluate it where there are test images."""
     from recontrast.app import train as application
     from recontrast.engine import distributed
+    from recontrast.engine.calibrate import statement
 
     values = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size, "seed": seed}
-    values |= {"encoder_bn": encoder_bn, "precision": precision, "channels_last": channels_last}
+    values |= {"encoder_bn": encoder_bn, "precision": precision, "channels_last": channels_last, "holdout": holdout}
     given = {key: value for key, value in values.items() if value is not None} | dict(map(change, changes or []))
     resume = None if resume is None else checkpoint_file(resume)
     job = application.prepare(data, recipe, given, category=category, out=out, resume=resume, overwrite=overwrite)
     folders = " ".join(map(str, data))
+    if (held := job.held_out()) is not None:
+        typer.echo(held)
     _, where = context.with_resource(distributed.world(device))
     try:
         with Steps(f"train {job.category}") as shown:
@@ -117,8 +126,12 @@ def train(
         what = f"go on with: recontrast train {folders} --resume {file}" if file.exists() else "no checkpoint yet"
         stop(f"interrupted; {what}", status=130)
     typer.echo(f"{job.recipe.steps} steps in {result.seconds:.1f} s: {job.target}")
+    for line in () if result.calibration is None else statement(result.calibration):
+        typer.echo(line)
     if evaluate and any(sample.split == "test" for sample in job.samples):
-        _evaluate(result.model, job.groups, job.recipe, job.out, batch=job.recipe.batch, cache_dir=cache)
+        _evaluate(
+            result.model, job.groups, job.recipe, job.out, result.calibration, batch=job.recipe.batch, cache_dir=cache
+        )
 
 
 @app.command()
@@ -187,9 +200,9 @@ def evaluate(
     file = checkpoint_file(checkpoint)
     _, where = context.with_resource(distributed.world(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
-    model, recipe, _ = checkpoints.load_model(file, where)
+    model, recipe, about = checkpoints.load_model(file, where)
     _evaluate(
-        model, groups, recipe, out,
+        model, groups, recipe, out, about.calibration,
         device=where, batch=batch, cache_dir=cache, streaming=streaming, save_maps=save_maps,
     )  # fmt: skip
 
@@ -239,9 +252,10 @@ def info() -> None:
 
 
 def _evaluate(
-    model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None, **options: Any
-) -> None:
-    from recontrast.app.evaluation import measure
+    model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None,
+    calibration: "Calibration | None", **options: Any
+) -> None:  # fmt: skip
+    from recontrast.app.evaluation import kept_promise, measure
 
     with Steps("evaluate") as shown:
         result, written = measure(
@@ -249,5 +263,10 @@ def _evaluate(
             on_progress=lambda category, done, total: shown(done, total, category), **options,
         )  # fmt: skip
     show(result)
+    if calibration is not None:
+        rates, warning = kept_promise(result, calibration)
+        typer.echo(rates)
+        if warning is not None:
+            complain(f"warning: {warning}")
     if written:
         typer.echo(f"results: {', '.join(map(str, written))}")

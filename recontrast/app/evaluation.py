@@ -11,10 +11,12 @@ from recontrast.data.atomic import replacing
 from recontrast.data.datasets import Sample
 from recontrast.data.inputs import result_names
 from recontrast.engine import distributed
+from recontrast.engine.calibrate import Calibration
 from recontrast.engine.evaluate import evaluate
 from recontrast.engine.infer import highest
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.result import Result
+from recontrast.engine.uniformity import departure
 from recontrast.model import ReContrast
 
 
@@ -45,6 +47,28 @@ def measure(
         keep = _keeper(groups, out / "maps", highest(model, recipe), recipe)
     result = evaluate(model, groups, recipe, on_maps=keep, **options)
     return result, result.write(out) if out is not None and distributed.here().first else []
+
+
+def kept_promise(result: Result, calibration: Calibration) -> tuple[str, str | None]:
+    """What a calibration decides on the test images.
+
+    Returns:
+        A sentence with the rates of false alarms and of detection, and a warning where the good test images do not look
+        like the calibration images.
+    """
+    good = [image.score for image in result.scored if not image.label]
+    bad = [image.score for image in result.scored if image.label]
+    parts = [
+        f"{count} of {len(scores)} {what} ({100 * count / len(scores):.1f} %)"
+        for scores, what in ((good, "good images called defects"), (bad, "defect images found"))
+        if scores
+        for count in [int(calibration.defects(scores).sum())]
+    ]
+    seen = departure(calibration, good) if good else None
+    return (
+        f"at the promised false-alarm rate of {calibration.rate:.3g}: {', '.join(parts)}",
+        seen.sentence() if seen is not None and seen.far else None,
+    )
 
 
 def _keeper(

@@ -16,6 +16,7 @@ from recontrast.engine.board import FOLDER, Board
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import TrainResult
 
+HOLDOUT = 0.1  # share of the good images that is held out where no recipe was asked for
 OnStep = Callable[[str, int, int, str], None]  # category, steps done, of how many, how it goes
 
 
@@ -29,6 +30,7 @@ class Job:
     out: Path
     resume: Path | None
     done: int  # steps of the checkpoint that it goes on from
+    few: bool = False  # images: too few to hold out the share that would be by default
 
     @property
     def target(self) -> Path:
@@ -40,16 +42,27 @@ class Job:
         """Of all categories."""
         return [sample for group in self.groups.values() for sample in group]
 
+    def held_out(self) -> str | None:
+        """What is held out of training, in a sentence; None: nothing, as the recipe says."""
+        count = _good(self.groups)
+        if self.recipe.holdout:
+            kept = round(self.recipe.holdout * count)
+            return f"{kept} of {count} good images held out for calibration; --holdout 0 trains on all"
+        if self.few:
+            return f"{count} good images are too few to hold any out: no calibration; see recontrast calibrate"
+        return None
+
 
 def prepare(
-    data: Sequence[Path], recipe: str, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
+    data: Sequence[Path], recipe: str | None, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
     resume: Path | None, overwrite: bool,
 ) -> Job:  # fmt: skip
     """Recipe, data and folder of a run.
 
     Args:
         data: data sets, categories or folders of good images.
-        recipe: name or YAML file; what ``resume`` holds takes its place.
+        recipe: name or YAML file; what ``resume`` holds takes its place. None: "mvtec", with a tenth of the good images
+            held out for calibration where they are enough, which the paper's recipes do not.
         changes: fields of it.
         category: one, "all", or None for the only one.
         out: folder of the run; by default ``runs/CATEGORY``.
@@ -64,7 +77,7 @@ def prepare(
         found = checkpoint.load(resume)
         base, category, out, done = found.recipe, category or found.category, out or resume.parent, found.step
     else:
-        base = recipe_file.find(recipe)
+        base = recipe_file.find(recipe or "mvtec")
     chosen = base.replace(**changes)
     groups = datasets.load(data, None if category in (None, "all") else [category])
     if category is None and len(groups) > 1:
@@ -72,7 +85,11 @@ def prepare(
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
-    job = Job(chosen, category, groups, out or Path("runs") / category, resume, done)
+    few = False
+    if recipe is None and resume is None and "holdout" not in changes:
+        few = round(HOLDOUT * _good(groups)) < 1
+        chosen = chosen if few else chosen.replace(holdout=HOLDOUT)
+    job = Job(chosen, category, groups, out or Path("runs") / category, resume, done, few)
     if job.target.exists() and resume is None and not overwrite:
         raise ValueError(
             f"{job.target} is there already: go on with --resume {job.out}, or take --overwrite or another --out"
@@ -106,3 +123,8 @@ def run(
         if board is not None:
             board.images(total, result.model, samples, job.recipe)
     return result
+
+
+def _good(groups: Mapping[str, Sequence[Sample]]) -> int:
+    """Good training images in all."""
+    return sum(s.split == "train" and s.label == 0 for group in groups.values() for s in group)

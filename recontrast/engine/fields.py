@@ -86,6 +86,7 @@ WANTED: dict[str, Rule] = {
     "train_encoder": _FLAG,
     "pairs": _one_of("cross", "self"),
     "views": _one_of("both", "trained", "frozen"),
+    "holdout": _real(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
     "seed": (lambda v: _is_whole(v) and 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     "drop_last": _FLAG,
     "precision": _one_of("float32", "bfloat16"),
@@ -109,4 +110,5 @@ REAL = (
     "score",
     "lr_drop",
     "lr_drop_at",
+    "holdout",
 )

@@ -75,6 +75,7 @@ class Recipe:
     train_encoder: bool = True  # false: the one encoder stays as pretrained, as in RD4AD
     pairs: Literal["cross", "self"] = "cross"  # each encoder rebuilt from the other, or one from itself (L pairs)
     views: Literal["both", "trained", "frozen"] = "both"  # pairs of the anomaly map, by their target
+    holdout: float = 0.0  # share of the good training images that is kept back, to calibrate on
 
     def __post_init__(self) -> None:
         """Check every field; whole numbers given for real ones and lists given for tuples are converted."""

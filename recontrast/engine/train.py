@@ -20,9 +20,11 @@ from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
 from recontrast.engine import checkpoint, distributed, interrupt, recipe_file
 from recontrast.engine.batches import Batches, digest
+from recontrast.engine.calibrate import Calibration
 from recontrast.engine.device import convolutions, put
 from recontrast.engine.distributed import World
 from recontrast.engine.graph import Replay
+from recontrast.engine.holdout import finish, held_out
 from recontrast.engine.log import Log
 from recontrast.engine.optimise import optimisers, schedule
 from recontrast.engine.pixels import Pixels
@@ -45,6 +47,7 @@ class TrainResult:
     checkpoint: Path | None
     losses: list[float]  # one for each step made in this call
     seconds: float  # of those steps; decoding and checkpoints left out
+    calibration: Calibration | None = None  # where images were held out; in the first process
 
 
 def train(
@@ -64,6 +67,8 @@ def train(
 
     Under torchrun all processes make one run together, that of one process with the whole batch: see
     `recontrast.engine.distributed`. The first one writes.
+
+    Where the recipe holds out a share of the good images, the detector is calibrated on them after the last step.
 
     Args:
         recipe: what to do.
@@ -89,21 +94,23 @@ def train(
     used = [sample for sample in samples if sample.split == "train" and sample.label == 0]
     if not used:
         raise ValueError(f"train: samples: wanted good training images, got none among {len(samples)} samples")
+    category = category or "+".join(dict.fromkeys(sample.category for sample in used))
+    used, kept = held_out(used, recipe.holdout, recipe.seed)
     if recipe.drop_last and len(used) < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {len(used)} training images, got {recipe.batch}")
-    category = category or "+".join(dict.fromkeys(sample.category for sample in used))
     with distributed.world(device) as (place, chosen), convolutions(recipe):
         for name in ("compile", "graph"):
             if getattr(recipe, name) and place.size > 1:
                 raise ValueError(f"train: {name}: wanted false for the {place.size} processes of torchrun, got true")
         if recipe.graph and teacher_cache and chosen.type == "cuda":
             raise ValueError(f"train: teacher_cache: wanted 0 where steps are replayed as a graph, got {teacher_cache}")
-        return _train(recipe, used, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache)
+        return _train(recipe, used, kept, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache)
 
 
 def _train(
     recipe: Recipe,
     used: Sequence[Sample],
+    kept: Sequence[Sample],
     category: str,
     out: str | Path | None,
     place: World,
@@ -197,7 +204,10 @@ def _train(
             if between:
                 save()
             raise
-    return TrainResult(model.eval(), recipe, category, target, run.losses, busy)
+    calibration = None if found is None or found.step < recipe.steps else found.calibration
+    if kept and calibration is None and place.first:
+        calibration = finish(run, kept, target, cache_dir)
+    return TrainResult(model.eval(), recipe, category, target, run.losses, busy, calibration)
 
 
 def step(

@@ -1,0 +1,68 @@
+"""Good images held out of training: what a calibration needs, since a detector knows those that it was trained on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from recontrast.data.cache import ImageCache
+from recontrast.data.datasets import Sample
+from recontrast.engine import checkpoint
+from recontrast.engine.calibrate import RATE, Calibration, calibrate
+from recontrast.engine.run import Run, snapshot
+
+Item = TypeVar("Item")
+
+
+def held_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Split the good training images by chance, the same way for the same seed.
+
+    Args:
+        items: in the order of the data set.
+        share: of them to hold out, from 0 to below 1; rounded to whole images.
+        seed: of the draw, the recipe's.
+
+    Returns:
+        What is trained on, and what is held out, both in their order.
+
+    Raises:
+        ValueError: a share above 0 that leaves nothing on one of the two sides.
+    """
+    if not share:
+        return list(items), []
+    count = round(share * len(items))
+    if not 0 < count < len(items):
+        raise ValueError(
+            f"holdout: wanted at least 1 image held out and 1 to train on, got {count} of {len(items)} good images "
+            f"held out (holdout {share:g}): give more images, or 0"
+        )
+    # A stream of its own: the order of training does not depend on it.
+    chosen = set(np.random.default_rng([seed, len(items)]).permutation(len(items))[:count].tolist())
+    return (
+        [item for i, item in enumerate(items) if i not in chosen],
+        [item for i, item in enumerate(items) if i in chosen],
+    )
+
+
+def finish(run: Run, kept: Sequence[Sample], target: Path | None, cache_dir: str | Path | None) -> Calibration:
+    """Calibrate a trained detector on what was held out, and save it once more with that.
+
+    The promise is the usual 0.01, or the smallest that so few images allow.
+
+    Args:
+        run: after its last step.
+        kept: good images that it was not trained on.
+        target: its checkpoint; None writes nothing.
+        cache_dir: folder for decoded images; None keeps them in memory.
+    """
+    recipe = run.recipe
+    images = ImageCache(kept, recipe.size, recipe.crop, directory=cache_dir)
+    found = calibrate(
+        run.model, recipe, images, rate=max(RATE, 1 / (len(kept) + 1)), source="held out of training",
+        batch=recipe.batch,
+    )  # fmt: skip
+    if target is not None:
+        checkpoint.save(target, replace(snapshot(run), calibration=found))
+    return found

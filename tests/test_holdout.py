@@ -1,0 +1,117 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from test_cli import SMALL, call, fails, works
+from test_train import RECIPE, same_weights
+from tiny import tiny_set
+
+from recontrast.app.evaluation import kept_promise
+from recontrast.engine import checkpoint
+from recontrast.engine import train as training
+from recontrast.engine.calibrate import Calibration, digest, threshold
+from recontrast.engine.holdout import held_out
+from recontrast.engine.recipes import RECIPES, Recipe
+from recontrast.engine.result import Result, Scored
+from recontrast.engine.train import train
+
+SHARED = RECIPE.replace(steps=2, checkpoint_every=2, holdout=0.3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    tiny_set(root, train=20)
+    return root
+
+
+@pytest.fixture(scope="module")
+def samples(root):
+    return tiny_set(root, train=20)
+
+
+def test_held_out():
+    kept, held = held_out(range(270), 0.1, 3)
+    assert len(held) == 27 and sorted(kept + held) == list(range(270)) and kept == sorted(kept)
+    assert held_out(range(270), 0.1, 3) == (kept, held) and held_out(range(270), 0.1, 4) != (kept, held)
+    assert held_out(range(9), 0.0, 3) == (list(range(9)), [])
+    for share, count in ((0.1, 3), (0.9, 2)):
+        with pytest.raises(ValueError, match="holdout: wanted at least 1 image held out and 1 to train on"):
+            held_out(range(count), share, 0)
+    assert all(recipe.holdout == 0 for recipe in RECIPES.values())
+    with pytest.raises(ValueError, match="holdout must be a share of at least 0 and below 1, got 1"):
+        Recipe(holdout=1)
+
+
+def test_training_calibrates_on_what_it_did_not_see(samples, tmp_path):
+    result = train(SHARED, samples, out=tmp_path, device="cpu")
+    good = [sample for sample in samples if sample.split == "train"]
+    used, kept = held_out(good, 0.3, SHARED.seed)
+    found = checkpoint.load(result.checkpoint)
+    assert found.images["count"] == len(used) == 14 and found.calibration == result.calibration
+    assert result.calibration.count == len(kept) == 6 and result.calibration.rate == pytest.approx(1 / 7)
+    assert result.calibration.weights == digest(result.model.state_dict(), SHARED)
+    alone = train(SHARED.replace(holdout=0.0), used, device="cpu")
+    assert alone.losses == result.losses and alone.calibration is None
+    assert same_weights(alone.model, result.model)
+
+
+def test_a_finished_run_without_calibration_gets_it_when_resumed(samples, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "finish", stop)
+        train(SHARED, samples, out=tmp_path, device="cpu")
+    path = tmp_path / "checkpoint.pt"
+    before = checkpoint.load(path)
+    assert before.step == 2 and before.calibration is None
+    found = train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration
+    assert found is not None and checkpoint.load(path).calibration == found
+    other = checkpoint.calibrated(path, found.at(0.5)) and checkpoint.load(path).calibration
+    assert train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration == other  # what is there stays
+
+
+def test_too_few_images(samples, tmp_path):
+    with pytest.raises(ValueError, match="got 0 of 3 good images held out"):
+        train(SHARED.replace(holdout=0.1), samples[:3], out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_holds_out_a_tenth_unless_a_recipe_says_otherwise(root, tmp_path):
+    said = works("train", root, "--out", tmp_path / "a", *SMALL)
+    assert "2 of 20 good images held out for calibration; --holdout 0 trains on all" in said
+    assert "at the promised false-alarm rate of 0.333" in said and "of 3 defect images found" in said
+    assert checkpoint.load(tmp_path / "a" / "checkpoint.pt").calibration.count == 2
+    said = works("evaluate", tmp_path / "a", root, "--device", "cpu")
+    assert "at the promised false-alarm rate of 0.333" in said and "of 3 good images called defects" in said
+    for options in (["--recipe", "mvtec"], ["--holdout", 0]):
+        said = works("train", root, "--out", tmp_path / "b", "--overwrite", "--no-evaluate", *SMALL, *options)
+        assert "held out" not in said
+        assert checkpoint.load(tmp_path / "b" / "checkpoint.pt").calibration is None
+    assert "holdout must be a share" in fails("train", root, "--out", tmp_path / "c", *SMALL, "--holdout", 1)
+    few = tiny_set(tmp_path / "few", train=3) and tmp_path / "few"
+    result = call("train", few, "--out", tmp_path / "d", "--no-evaluate", *SMALL)
+    assert result.exit_code == 0 and "3 good images are too few to hold any out" in result.stdout
+    assert "got 0 of 3 good images held out" in fails("train", few, "--out", tmp_path / "e", *SMALL, "--holdout", 0.1)
+
+
+def test_kept_promise():
+    scores = tuple(float(i) for i in range(99))
+    found = Calibration(scores, 0.1, threshold(scores, 0.1), None, 0.1, False, "here", "w")
+    empty = dataclasses.asdict(Result([], "mvtec", (8, 8), "max", None, "sum", "any"))
+
+    def result(good, bad):
+        scored = [Scored("", "nut", "", label, s) for label, some in ((0, good), (1, bad)) for s in some]
+        return Result(**{**empty, "scored": scored})
+
+    text, warning = kept_promise(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found)
+    assert text == (
+        "at the promised false-alarm rate of 0.1: 2 of 20 good images called defects (10.0 %), "
+        "3 of 4 defect images found (75.0 %)"
+    )
+    assert warning is None
+    text, warning = kept_promise(result(np.linspace(80, 140, 20), []), found)
+    assert "defect images found" not in text and "far from uniform" in warning
+    assert kept_promise(result([], [5.0]), found)[1] is None
