@@ -106,8 +106,9 @@ def train(
     from recontrast.engine import distributed
     from recontrast.engine.calibrate import statement
 
-    values = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size, "seed": seed}
-    values |= {"encoder_bn": encoder_bn, "precision": precision, "channels_last": channels_last, "holdout": holdout}
+    values: dict[str, Any] = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size}
+    values |= {"seed": seed, "encoder_bn": encoder_bn, "precision": precision}
+    values |= {"channels_last": channels_last, "holdout": holdout}
     given = {key: value for key, value in values.items() if value is not None} | dict(map(change, changes or []))
     resume = None if resume is None else checkpoint_file(resume)
     job = application.prepare(data, recipe, given, category=category, out=out, resume=resume, overwrite=overwrite)

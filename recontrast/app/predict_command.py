@@ -1,7 +1,7 @@
 """``recontrast predict``: its options, and what it says; the work is in `recontrast.app.predict`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -9,7 +9,7 @@ from recontrast.app.console import Steps, complain
 from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
 
 if TYPE_CHECKING:
-    from recontrast.app.predict import Report
+    from recontrast.app.predict import Maps, Report
 
 
 def predict(
@@ -40,7 +40,7 @@ def predict(
 
     with Steps("predict") as shown:
         report = run(
-            checkpoint_file(checkpoint), inputs, out, maps=maps, overlays=overlays, threshold=threshold,
+            checkpoint_file(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=overlays, threshold=threshold,
             rate=false_alarm_rate, decide=decide, device=device, batch=batch, on_progress=shown,
         )  # fmt: skip
     typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
