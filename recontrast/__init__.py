@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recontrast import metrics, ops
     from recontrast.anomaly_map import AnomalyMap
+    from recontrast.app.estimator import ReContrastDetector
     from recontrast.engine.recipes import RECIPES, Recipe
     from recontrast.loss import (
         alpha_at,
@@ -24,6 +25,7 @@ __all__ = [
     "RECIPES",
     "AnomalyMap",
     "ReContrast",
+    "ReContrastDetector",
     "Recipe",
     "alpha_at",
     "deviation",
@@ -44,7 +46,13 @@ if not Path(__file__).with_name("kernels").exists() and (_CHECKOUT / "setup.py")
     __path__.append(str(_CHECKOUT))
 
 # Imported on first use: torch and timm take seconds, and `recontrast --help` needs neither.
-_MODULES = {"AnomalyMap": "anomaly_map", "ReContrast": "model", "RECIPES": "engine.recipes", "Recipe": "engine.recipes"}
+_MODULES = {
+    "AnomalyMap": "anomaly_map",
+    "ReContrast": "model",
+    "ReContrastDetector": "app.estimator",
+    "RECIPES": "engine.recipes",
+    "Recipe": "engine.recipes",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,7 @@ ALLOWED = {
 ALLOWED["engine"] |= {"fold", "data", "engine"}
 ALLOWED["app"] = set.union(*ALLOWED.values()) | {"app", "kernels"}
 ALLOWED["__main__"] = {"app"}
-ALLOWED["__init__"] = set(ALLOWED) - {"app"}
+ALLOWED["__init__"] = set(ALLOWED)  # on first use
 # What only some rooms may need, so that `import recontrast` stays light and the losses need no timm.
 OUTSIDE = {
     "timm": {"backbone", "weights", "fold", "app"},
@@ -41,7 +41,7 @@ OUTSIDE = {
     "rich": {"app"},
     "yaml": {"engine"},
     "PIL": {"data", "app"},
-    "sklearn": set(),
+    "sklearn": {"app"},
     "torchvision": set(),
 }
 

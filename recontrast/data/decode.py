@@ -37,9 +37,14 @@ def decode(path: PathLike, max_pixels: int) -> Image.Image:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             # its load() checks PIL's limit, but only where it makes the memory itself
             image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        return image if turn is None else image.transpose(turn)
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned by its EXIF orientation, loaded; itself where it has none."""
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from recontrast.data.files import IMAGE_SUFFIXES, PathLike, list_images
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
+    "fit_picture",
     "image_size",
     "list_images",
     "normalise",
@@ -51,11 +52,28 @@ def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = 
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    image = _eight_bits(path, decode(path, MAX_PIXELS))
+    return fit_picture(decode(path, MAX_PIXELS), size=size, crop=crop, name=path)
+
+
+def fit_picture(
+    picture: Image.Image, *, size: Size | None = None, crop: Size | None = None, name: PathLike = "image"
+) -> np.ndarray:
+    """What `read_image` makes of a decoded picture: the same pixels as of the file that it was opened from.
+
+    Args:
+        picture: of any mode; turned upright already (`decode.upright`).
+        size: as in `read_image`.
+        crop: as in `read_image`.
+        name: begins the sentence of an error.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    image = _eight_bits(name, picture)
     pixels = np.asarray(_resize(image, size))
     if pixels.ndim == 2:  # resized as grey: the same numbers for a third of the work
         pixels = np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3))
-    return np.array(_centre(path, pixels, crop), order="C")  # PIL's memory cannot be written to
+    return np.array(_centre(name, pixels, crop), order="C")  # PIL's memory cannot be written to
 
 
 def read_mask(
@@ -197,7 +215,9 @@ def _eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
             raise ValueError(f"{path}: wanted samples from 0 to {full} (16 bits), got {values.min()} to {values.max()}")
         return Image.fromarray(((values * 255 + full // 2) // full).astype(np.uint8))  # (v + 128) // 257 for 16 bits
     with one_sentence(path):
-        image.info.pop("transparency", None)  # PIL warns, or looks for a replacement colour, where one is set
+        if "transparency" in image.info:  # PIL warns, or looks for a replacement colour, where one is set
+            image = image.copy()  # it may be the caller's
+            del image.info["transparency"]
         if image.mode == "La":
             image = image.convert("LA")
         return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")

@@ -8,7 +8,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -55,12 +55,17 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
         OSError: the file cannot be written, with the bytes wanted and the bytes free; a former file stays.
     """
     path = Path(path)
+    with replacing(path, wanted=_bytes(checkpoint.model) + _bytes(checkpoint.optimisers)) as file:
+        write(file, checkpoint)
+    return path
+
+
+def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` to an open ``file``, which `read` understands."""
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content["recipe"] = checkpoint.recipe.to_dict()
     content["calibration"] = None if checkpoint.calibration is None else checkpoint.calibration.to_dict()
-    with replacing(path, wanted=_bytes(content)) as file:
-        torch.save({_KEY: FORMAT, **content}, file)
-    return path
+    torch.save({_KEY: FORMAT, **content}, file)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -68,13 +73,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: wanted a checkpoint file, there is {'a folder' if path.is_dir() else 'none'}")
-    damaged = f"{path}: the checkpoint is cut off or damaged ({path.stat().st_size:,} bytes)"
-    if not zipfile.is_zipfile(path):  # torch.save writes zip archives; anything else would reach a pickle reader
-        with path.open("rb") as file:
-            started = file.read(2) == b"PK"
-        raise ValueError(damaged if started else f"{path}: wanted a recontrast checkpoint, got a file of another kind")
+    with path.open("rb") as file:
+        return read(file, path, device)
+
+
+def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read what `write` wrote, tensors on ``device``; ``path`` is what errors name."""
+    size = file.seek(0, 2)
+    damaged = f"{path}: the checkpoint is cut off or damaged ({size:,} bytes)"
+    whole = zipfile.is_zipfile(file)  # torch.save writes zip archives; anything else would reach a pickle reader
+    file.seek(0)
+    if not whole:
+        raise ValueError(
+            damaged if file.read(2) == b"PK" else f"{path}: wanted a recontrast checkpoint, got a file of another kind"
+        )
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file that holds other things") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:

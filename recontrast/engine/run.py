@@ -78,6 +78,8 @@ def snapshot(run: Run) -> Checkpoint:
 
 def restore(run: Run, found: Checkpoint, path: str) -> None:
     """Put ``run`` where ``found``, read from ``path``, was taken."""
+    if not found.rng:
+        raise ValueError(f"{path}: wanted the checkpoint of a run, got a detector alone, from which no step can follow")
     if found.images != run.images:
         wanted, got = found.images["count"], run.images["count"]
         raise ValueError(

@@ -7,7 +7,7 @@ and is read only when a line is logged or a checkpoint written.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
 from recontrast.engine import checkpoint, distributed, interrupt, recipe_file
-from recontrast.engine.batches import Batches, digest
+from recontrast.engine.batches import Batches, Images, digest
 from recontrast.engine.calibrate import Calibration
+from recontrast.engine.checkpoint import Checkpoint
 from recontrast.engine.device import convolutions, put
 from recontrast.engine.distributed import World
 from recontrast.engine.graph import Replay
@@ -47,12 +48,13 @@ class TrainResult:
     checkpoint: Path | None
     losses: list[float]  # one for each step made in this call
     seconds: float  # of those steps; decoding and checkpoints left out
+    state: Checkpoint  # as it would be written, without what only another step would need
     calibration: Calibration | None = None  # where images were held out; in the first process
 
 
 def train(
     recipe: Recipe,
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | Images,
     *,
     category: str | None = None,
     out: str | Path | None = None,
@@ -72,9 +74,10 @@ def train(
 
     Args:
         recipe: what to do.
-        samples: of one category, or of several for one unified detector; those of the test split are passed over.
+        samples: of one category, or of several for one unified detector; those of the test split are passed over. Or
+            good images decoded already, at ``recipe.out``: an array (n, H, W, 3) uint8, or whatever `infer` takes.
         category: the name that decides `Recipe.encoder_bn_for` and goes into the checkpoint; by default the
-            categories of the samples joined by "+".
+            categories of the samples joined by "+", of decoded images "images".
         out: folder for ``checkpoint.pt``, ``log.jsonl`` and ``recipe.yaml``; None writes nothing.
         device: by default the GPU where there is one.
         resume: checkpoint to go on from; recipe and images must be those it was begun with.
@@ -91,26 +94,34 @@ def train(
         ValueError: there is nothing to train on, the loss is no number any more, or a checkpoint does not fit.
         KeyboardInterrupt: Ctrl-C, after the running step is complete and a checkpoint written.
     """
-    used = [sample for sample in samples if sample.split == "train" and sample.label == 0]
-    if not used:
+    images: Images | None = None if isinstance(samples, Sequence) else samples
+    used = _good(samples) if isinstance(samples, Sequence) else ()
+    count = len(used) if images is None else len(images)
+    if not count:
         raise ValueError(f"train: samples: wanted good training images, got none among {len(samples)} samples")
-    category = category or "+".join(dict.fromkeys(sample.category for sample in used))
+    category = category or "+".join(dict.fromkeys(sample.category for sample in used)) or "images"
+    if images is not None and recipe.holdout:
+        raise ValueError(f"train: holdout: wanted 0 for images that are decoded already, got {recipe.holdout:g}")
     used, kept = held_out(used, recipe.holdout, recipe.seed)
-    if recipe.drop_last and len(used) < recipe.batch:
-        raise ValueError(f"train: batch: wanted at most the {len(used)} training images, got {recipe.batch}")
+    count -= len(kept)
+    if recipe.drop_last and count < recipe.batch:
+        raise ValueError(f"train: batch: wanted at most the {count} training images, got {recipe.batch}")
     with distributed.world(device) as (place, chosen), convolutions(recipe):
         for name in ("compile", "graph"):
             if getattr(recipe, name) and place.size > 1:
                 raise ValueError(f"train: {name}: wanted false for the {place.size} processes of torchrun, got true")
         if recipe.graph and teacher_cache and chosen.type == "cuda":
             raise ValueError(f"train: teacher_cache: wanted 0 where steps are replayed as a graph, got {teacher_cache}")
-        return _train(recipe, used, kept, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache)
+        return _train(
+            recipe, used, kept, images, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache
+        )
 
 
 def _train(
     recipe: Recipe,
     used: Sequence[Sample],
     kept: Sequence[Sample],
+    images: Images | None,
     category: str,
     out: str | Path | None,
     place: World,
@@ -132,9 +143,10 @@ def _train(
     last = put(model, recipe, device) == torch.channels_last
     model.train()
     dtype = next(model.parameters()).dtype
-    images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir)
-    batches = Batches(len(used), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
-    about = {"count": len(used), "digest": digest(images)}
+    if images is None:
+        images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir)
+    batches = Batches(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    about = {"count": len(images), "digest": digest(images)}
     distributed.agree(place, {"recipe": recipe.to_dict(), "category": category, "training images": about}, "train")
     run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about, place)
     if found is not None:
@@ -158,7 +170,7 @@ def _train(
     network = torch.compile(network, dynamic=False) if recipe.compile else network
     teacher = None
     if teacher_cache and model.frozen is not None:
-        teacher = TeacherCache(model.frozen, len(used), teacher_cache, autocast=recipe.precision == "bfloat16")
+        teacher = TeacherCache(model.frozen, len(images), teacher_cache, autocast=recipe.precision == "bfloat16")
     pixels = Pixels(images, device)
     replay: Any = None
     if recipe.graph and device.type == "cuda":
@@ -207,7 +219,12 @@ def _train(
     calibration = None if found is None or found.step < recipe.steps else found.calibration
     if kept and calibration is None and place.first:
         calibration = finish(run, kept, target, cache_dir)
-    return TrainResult(model.eval(), recipe, category, target, run.losses, busy, calibration)
+    state = replace(snapshot(run), optimisers=[], rng={}, calibration=calibration)
+    return TrainResult(model.eval(), recipe, category, target, run.losses, busy, state, calibration)
+
+
+def _good(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.split == "train" and sample.label == 0]
 
 
 def step(

@@ -1,0 +1,313 @@
+"""The detector with scikit-learn's face: fit on good images, then score, decide, and take maps.
+
+scikit-learn's signs: larger scores are more normal, +1 is good, -1 a defect. The decision is split-conformal
+(`recontrast.engine.calibrate`): some of the good images are held out of training, and the threshold is one of their
+scores, so that a new good image is called a defect with probability at most ``false_alarm_rate``.
+"""
+
+import io
+import math
+import numbers
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
+
+from recontrast.data.given import Given, items
+from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine import recipe_file
+from recontrast.engine.calibrate import Calibration, calibrate
+from recontrast.engine.checkpoint import Checkpoint
+from recontrast.engine.device import choose, put
+from recontrast.engine.infer import infer
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.train import train
+
+SHARE = 0.2  # of the good images, held out where nothing else is asked for
+
+
+class ReContrastDetector(OutlierMixin, BaseEstimator):
+    """Visual anomaly detector (ReContrast, NeurIPS 2023) as a scikit-learn estimator.
+
+    Wherever images are taken, ``X`` is a sequence of paths, PIL images or arrays (h, w, 3) or (h, w), of any sizes and
+    mixed as you like, or one array (n, h, w, 3) or (n, h, w). Arrays are uint8 (RGB or grey), or floats in [0, 1],
+    which is checked, and are rounded to 255 levels. All are resized as in training on files: the path of an image and
+    the PIL image of that path score the same to the bit.
+
+    Args:
+        recipe: a `Recipe`, the name of one of the paper's ("mvtec", "visa", ...), or a YAML file: everything about
+            training, map and score. The parameters below it take the place of its fields where they are not None.
+        backbone: timm's name.
+        weights: None (the recipe's: by name through timm's hub unless it says otherwise), a file of weights,
+            "package", or "random".
+        steps: of training.
+        batch: images at once, in training and in inference.
+        size: pixels, a square or (height, width).
+        encoder_lr: learning rate of the trained encoder.
+        decoder_lr: learning rate of bottleneck and decoder.
+        false_alarm_rate: promised share of good images that are called defects, above 0 and below 1, on average over
+            calibration sets; None: nothing is held out, and there are scores and maps but no decisions.
+        holdout: good images that are not trained on but calibrate: a number of them, or a share of all (float). None:
+            a fifth, or as many as the promise needs (1 / rate - 1) if that is more, which must leave half for training.
+        random_state: seed of the weights, of the order of images and of what is held out, from 0 to 2**63 - 1; None
+            takes the recipe's. Equal seeds give equal results, on the CPU to the bit for one number of threads. The
+            global random state is left as it is.
+        device: torch's name for it; None: the GPU where there is one. May be changed after `fit` too.
+
+    Attributes:
+        recipe_: the `Recipe` that was trained.
+        model_: the `ReContrast` module, in eval mode.
+        calibration_: scores and promise (`recontrast.engine.calibrate.Calibration`); None where nothing was held out.
+        offset_: ``-threshold``: ``decision_function = score_samples - offset_``; NaN where there is no calibration.
+        losses_: of each step of training, float64; empty for a detector read from a file.
+        held_out_: places in X of the images that calibrated, ascending int64; empty for one read from a file.
+
+    Examples:
+        >>> detector = ReContrastDetector(steps=500, false_alarm_rate=0.05).fit(good_images)  # doctest: +SKIP
+        >>> detector.predict(new_images)  # doctest: +SKIP
+        array([ 1, -1])
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | str = "mvtec",
+        *,
+        backbone: str | None = None,
+        weights: str | None = None,
+        steps: int | None = None,
+        batch: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        encoder_lr: float | None = None,
+        decoder_lr: float | None = None,
+        false_alarm_rate: float | None = 0.05,
+        holdout: float | int | None = None,
+        random_state: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.backbone = backbone
+        self.weights = weights
+        self.steps = steps
+        self.batch = batch
+        self.size = size
+        self.encoder_lr = encoder_lr
+        self.decoder_lr = decoder_lr
+        self.false_alarm_rate = false_alarm_rate
+        self.holdout = holdout
+        self.random_state = random_state
+        self.device = device
+
+    # ---- fitting -------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: ArrayLike | None = None) -> "ReContrastDetector":
+        """Train on good images, and calibrate on those held out.
+
+        Args:
+            X: images, see the class; those held out aside, all are decoded once and kept in memory.
+            y: None: all of X is good. Else +1 for good and -1 for a defect, (n,): only the good ones are used, so that
+                a cross-validation with labels trains on what it should.
+
+        Raises:
+            ValueError: a parameter that cannot be, images that are none, or too few good ones for the promise.
+            OSError: a file cannot be read.
+        """
+        recipe = self._recipe()
+        images = items(X)
+        good = np.arange(len(images)) if y is None else np.flatnonzero(_labels(images, y) == 1)
+        if not len(good):
+            raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
+        count = _held_out(len(good), self.false_alarm_rate, self.holdout)
+        order = np.random.default_rng(recipe.seed).permutation(good)
+        held, used = np.sort(order[:count]), np.sort(order[count:])
+        device = choose(self.device)
+
+        def given(places: NDArray[np.int64]) -> Given:
+            return Given([images[place] for place in places], recipe.size, recipe.crop)
+
+        with _own_random_state():
+            result = train(recipe, given(used)[np.arange(len(used))], device=device)
+            found = None
+            if self.false_alarm_rate is not None:
+                found = calibrate(
+                    result.model, recipe, given(held), rate=self.false_alarm_rate, batch=recipe.batch,
+                    source=f"{count} of {len(good)} images given to fit",
+                )  # fmt: skip
+        self._take(replace(result.state, calibration=found), result.model)
+        self.losses_, self.held_out_ = np.asarray(result.losses), held
+        return self
+
+    def _recipe(self) -> Recipe:
+        """The recipe with the parameters that were given."""
+        if not isinstance(self.recipe, Recipe | str):
+            raise ValueError(f"recipe: wanted a Recipe, a name or a YAML file, got {type(self.recipe).__name__}")
+        base = recipe_file.find(self.recipe) if isinstance(self.recipe, str) else self.recipe
+        names = ("backbone", "weights", "steps", "batch", "size", "encoder_lr", "decoder_lr")
+        changes = {name: _plain(value) for name in names if (value := getattr(self, name)) is not None}
+        if self.random_state is not None:
+            changes["seed"] = _plain(self.random_state)
+        return base.replace(**changes, holdout=0.0)  # held out here, from X
+
+    def _take(self, state: Checkpoint, model: Any) -> None:
+        self._state, self.model_ = state, model.eval()
+        self.recipe_, self.calibration_ = state.recipe, state.calibration
+        self.offset_ = math.nan if state.calibration is None else -state.calibration.threshold
+
+    # ---- scores and decisions ------------------------------------------------------------------------------------
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Minus the anomaly score of each image, (n,): larger is more normal; `recontrast predict` has no minus."""
+        return -np.concatenate([scores for _, scores in self._run(X)])
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """``score_samples(X) - offset_``, (n,): below 0 is a defect."""
+        self._calibrated("decision_function")
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> NDArray[np.int64]:
+        """+1 for good and -1 for a defect, (n,): -1 is a p-value of at most ``false_alarm_rate``."""
+        found = self._calibrated("predict")
+        return np.where(found.defects(-self.score_samples(X)), -1, 1)
+
+    def p_values(self, X: Any) -> NDArray[np.float64]:
+        """Conformal p-values, (n,) in [1 / (m + 1), 1] with m images held out: small is unlike the good ones."""
+        found = self._calibrated("p_values")
+        return found.p_values(-self.score_samples(X))
+
+    def anomaly_maps(self, X: Any) -> NDArray[np.float32]:
+        """Anomaly of each pixel, (n, H, W) with H, W = ``recipe_.out``: larger is *more anomalous*."""
+        return np.concatenate([maps for maps, _ in self._run(X)])
+
+    def _run(self, X: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+        check_is_fitted(self)
+        recipe = self.recipe_
+        images = Given(X, recipe.size, recipe.crop)
+        put(self.model_, recipe, choose(self.device))
+        for maps, scores in infer(self.model_, images, recipe, batch=self.batch or recipe.batch):
+            yield maps.float().cpu().numpy(), scores.double().cpu().numpy()
+
+    def _calibrated(self, method: str) -> Calibration:
+        check_is_fitted(self)
+        if self.calibration_ is None:
+            raise ValueError(
+                f"{method}: wanted a detector with a calibration, got one without: fit with a false_alarm_rate, or run "
+                "recontrast calibrate on its checkpoint"
+            )
+        return self.calibration_
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a checkpoint for `recontrast predict`, `evaluate` and the like; training cannot go on from it.
+
+        Raises:
+            OSError: the file cannot be written; a former one stays.
+        """
+        check_is_fitted(self)
+        return checkpoints.save(path, self._on_cpu())
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: str | None = None) -> "ReContrastDetector":
+        """The detector of a trained run, fitted: nothing of it needs training data.
+
+        Args:
+            path: what `recontrast train` or `save` wrote.
+            device: as in the class.
+
+        Raises:
+            ValueError, OSError: there is no checkpoint, or it is damaged.
+        """
+        state = checkpoints.load(path)
+        rate = None if state.calibration is None else state.calibration.rate
+        detector = cls(state.recipe, false_alarm_rate=rate, device=device)
+        detector._restore(state, path)
+        detector.losses_, detector.held_out_ = np.empty(0), np.empty(0, np.int64)
+        return detector
+
+    def _restore(self, state: Checkpoint, path: str | Path) -> None:
+        with _own_random_state():
+            model = checkpoints.build(state, path)
+        self._take(replace(state, model=model.state_dict(), optimisers=[], rng={}), model)
+
+    def _on_cpu(self) -> Checkpoint:
+        return replace(self._state, model={name: value.cpu() for name, value in self.model_.state_dict().items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Parameters, and what was fitted as the bytes of a checkpoint: of no device."""
+        state = super().__getstate__()
+        if "model_" in state:
+            state = {name: value for name, value in state.items() if name not in ("model_", "_state")}
+            file = io.BytesIO()
+            checkpoints.write(file, self._on_cpu())
+            state["checkpoint"] = file.getvalue()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        content = state.pop("checkpoint", None)
+        super().__setstate__(state)
+        if content is not None:
+            name = "the pickled detector"
+            self._restore(checkpoints.read(io.BytesIO(content), name), name)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "model_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = True
+        tags.input_tags.string = True
+        return tags
+
+
+def _labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
+    labels = np.asarray(y)
+    check_consistent_length(images, labels)
+    if labels.ndim != 1 or not np.isin(labels, (1, -1)).all():
+        got = sorted(set(labels.ravel().tolist()))[:5] if labels.ndim == 1 else f"shape {labels.shape}"
+        raise ValueError(f"fit: y: wanted +1 (good) and -1 (defect), one for each image, got {got}")
+    return labels
+
+
+def _held_out(count: int, rate: float | None, holdout: float | int | None) -> int:
+    """How many of ``count`` good images calibrate."""
+    if rate is None:
+        return 0
+    if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
+        raise ValueError(f"false_alarm_rate: wanted None or a share above 0 and below 1, got {rate!r}")
+    needed = math.ceil(1 / rate - 1e-9) - 1
+    if holdout is None:
+        wanted = max(needed, math.ceil(SHARE * count))
+        most, rest = count // 2, "half of them are left for training"
+    elif isinstance(holdout, numbers.Integral) and not isinstance(holdout, bool):
+        wanted, most, rest = int(holdout), count - 1, "one is left for training"
+    elif isinstance(holdout, numbers.Real) and 0 < holdout < 1:
+        wanted, most, rest = math.ceil(float(holdout) * count - 1e-9), count - 1, "one is left for training"
+    else:
+        raise ValueError(f"holdout: wanted None, a number of images or a share in (0, 1), got {holdout!r}")
+    if not needed <= wanted <= most:
+        raise ValueError(
+            f"false_alarm_rate: a promise of {rate:g} wants at least {needed} images held out, and that {rest}, got "
+            f"{wanted} held out of {count} good images"
+        )
+    return wanted
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's whole numbers, which a grid of parameters may hold, as Python's."""
+    return operator.index(value) if isinstance(value, np.integer) else value
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Torch's global random states as they were, after the block."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield

@@ -1,0 +1,55 @@
+"""Each file in examples/ runs as a user would run it, in a process of its own, on the demo's data; only shorter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recontrast.data.synthetic import make_demo
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+# What makes an example short, where it has such an option. Its file stays what a user would run.
+SHORT = {"--steps": "2", "--size": "64"}
+# What it must print, beside exiting with 0 and nothing on stderr: a new example is run without an entry here.
+SAYS = {
+    "own_loop": r"before training: I-AUROC [\d.]+\n(.*\n)*after training: I-AUROC [\d.]+",
+    "losses_in_your_model": r"Dinomaly's rule: loss [\d.]+ -> [\d.]+, I-AUROC .*\nINP-Former's rule: loss",
+    "scikit_learn": r"AUROC [\d.]+\n(.*\n)*maps: \(2, 64, 64\)\n(.*\n)*read from the disk, it scores the same: True",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_demo(tmp_path_factory.mktemp("examples") / "data", train=12, test=8, size=64)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path, data, tmp_path):
+    options = {**SHORT, "--data": str(data)}
+    arguments = [word for name, value in options.items() if f'"{name}"' in path.read_text() for word in (name, value)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    done = subprocess.run(
+        [sys.executable, str(path), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    assert re.search(SAYS.get(path.stem, r"\S"), done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_can_be_copied(path):
+    """The command is in its first lines and the file in the table; nothing private."""
+    text = path.read_text()
+    command = f"python examples/{path.name}"
+    assert command in text.split("import", 1)[0] or "torchrun" in text.split("import", 1)[0]
+    assert path.name in (ROOT / "examples" / "README.md").read_text()
+    assert not re.search(r"recontrast\.app|recontrast\.\w*\._|import _", text)
+    assert len(text.splitlines()) <= 120
