@@ -125,9 +125,9 @@ def _train(
     last = put(model, recipe, device) == torch.channels_last
     model.train()
     dtype = next(model.parameters()).dtype
-    images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir)
-    batches = Batches(len(used), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
-    about = {"count": len(used), "digest": digest(images)}
+    images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir, tile=recipe.tile, stride=recipe.stride)
+    batches = Batches(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    about = {"count": len(images), "digest": digest(images)}
     distributed.agree(place, {"recipe": recipe.to_dict(), "category": category, "training images": about}, "train")
     run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about, place)
     if found is not None:
@@ -151,7 +151,7 @@ def _train(
     network = torch.compile(network, dynamic=False) if recipe.compile else network
     teacher = None
     if teacher_cache and model.frozen is not None:
-        teacher = TeacherCache(model.frozen, len(used), teacher_cache, autocast=recipe.precision == "bfloat16")
+        teacher = TeacherCache(model.frozen, len(images), teacher_cache, autocast=recipe.precision == "bfloat16")
     pixels = Pixels(images, device)
     replay: Any = None
     if recipe.graph and device.type == "cuda":
