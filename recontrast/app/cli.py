@@ -75,6 +75,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. In mvtec: 2000.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images a step. In mvtec: 16.")] = None,
     size: Annotated[int | None, typer.Option(help="Side to which images are resized, pixels. In mvtec: 256.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Side of tiles at the images' own scale, pixels, in place of --size.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and order. In mvtec: 111.")] = None,
     holdout: Annotated[
         float | None,
@@ -107,7 +110,7 @@ def train(
     from recontrast.engine.calibrate import statement
 
     values: dict[str, Any] = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size}
-    values |= {"seed": seed, "encoder_bn": encoder_bn, "precision": precision}
+    values |= {"tile": tile, "seed": seed, "encoder_bn": encoder_bn, "precision": precision}
     values |= {"channels_last": channels_last, "holdout": holdout}
     given = {key: value for key, value in values.items() if value is not None} | dict(map(change, changes or []))
     resume = None if resume is None else checkpoint_file(resume)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recontrast.app.results import describe
-from recontrast.data import pictures
+from recontrast.app.results import describe, save_map
 from recontrast.data.atomic import replacing
 from recontrast.data.datasets import Sample
 from recontrast.data.inputs import result_names
@@ -83,6 +82,6 @@ def _keeper(
     def keep(samples: Sequence[Sample], maps: Any) -> None:
         for sample, anomaly in zip(samples, maps, strict=True):
             name = names[sample.path]
-            pictures.save_map(folder / name.with_name(name.name + ".tiff"), anomaly, "tiff16", top)
+            save_map(folder / name.with_name(name.name + ".tiff"), anomaly, "tiff16", top, recipe)
 
     return keep

@@ -23,10 +23,11 @@ from recontrast.app.results import (
     below,
     colour_range,
     describe,
+    save_map,
     save_overlays,
     save_scores,
 )
-from recontrast.data import images, pictures
+from recontrast.data import images, large
 from recontrast.data.inputs import Inputs, result_names
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.detector import Detector, open_detector
@@ -54,6 +55,8 @@ def predict(
     threshold: float | None = None,
     rate: float | None = None,
     decide: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
     device: str | None = None,
     batch: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
@@ -70,12 +73,15 @@ def predict(
         out: folder for the results.
         maps: ``"tiff16"`` (uint16 over the range that scores.json states), ``"tiff32"`` or ``"npy"`` (float32), or
             ``"none"``; in the size of the model's input.
-        overlays: write heat maps over the images as PNG, in the size of the original. All share one range of
+        overlays: write heat maps over the images as PNG, in the size of the original, reduced by a
+            whole factor beyond `large.OVERLAY_PIXELS`. All share one range of
             colours, which scores.json states: from the median to the largest map value of this run, or, where a
             threshold on the maximum is given, with the threshold in the middle.
         threshold: flag images whose score is at least this.
         rate: promised share of false alarms in place of the calibration's.
         decide: refuse a detector without a calibration; with one, decisions are always made.
+        tile: of a detector that was trained on tiles, pixels; None: as it was trained. 0: whole images, resized.
+        overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
         device: torch device; None: the GPU where there is one.
         batch: images at once.
         on_progress: called with the number of images done and of all.
@@ -93,7 +99,7 @@ def predict(
     if batch < 1:
         raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
     listed = images.list_images(inputs)
-    detector = open_detector(checkpoint, device) if isinstance(checkpoint, Path) else checkpoint
+    detector = open_detector(checkpoint, device, tile, overlap) if isinstance(checkpoint, Path) else checkpoint
     recipe, top, calibration = detector.recipe, detector.top, chosen(detector, rate, decide)
     pool = ThreadPoolExecutor()
     files = Inputs(listed, pool)
@@ -109,9 +115,9 @@ def predict(
                 if place not in files.unread:
                     kept.append(place)
                     if maps != "none":
-                        pictures.save_map(below(out, "maps", names[place], SUFFIX[maps]), anomaly, maps, top)
+                        save_map(below(out, "maps", names[place], SUFFIX[maps]), anomaly, maps, top, recipe)
                     if overlays:
-                        stored.append(anomaly)
+                        stored.append(large.reduce(anomaly, large.reduction(anomaly.shape), "max"))
                     found.append(Prediction(
                         str(files.paths[place]), score,
                         None if threshold is None else score >= threshold,
@@ -120,6 +126,7 @@ def predict(
                         _decided(calibration, anomaly, score, files.paths[place], recipe),
                     ))  # fmt: skip
                 place += 1
+            del some, anomaly  # a whole map may be large: not beside the next image
             if on_progress is not None:
                 on_progress(place, len(files))
         unread = [files.unread[place] for place in sorted(files.unread)]  # threads note them in any order
@@ -138,6 +145,7 @@ def predict(
         "score": recipe.score,
         "threshold": threshold,
         "calibration": said if calibration is None else {"images": calibration.count, **(said or {})},
+        "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": getattr(detector, "overlap", None)},
         "maps": None if maps == "none" else describe(maps, top, recipe),
         "overlay_range": colours,
         "unread": unread,

@@ -29,6 +29,10 @@ def predict(
     false_alarm_rate: Annotated[
         float | None, typer.Option(help="Decide by this rate in place of the one that was calibrated for.")
     ] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Side of tiles, pixels, where it was trained on tiles. Default: as trained.")
+    ] = None,
+    overlap: Annotated[int | None, typer.Option(help="Of tiles, pixels. Default: a quarter of the tile.")] = None,
     batch: Batch = 16,
     device: Device = None,
 ) -> None:
@@ -41,7 +45,8 @@ def predict(
     with Steps("predict") as shown:
         report = run(
             checkpoint_file(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=overlays, threshold=threshold,
-            rate=false_alarm_rate, decide=decide, device=device, batch=batch, on_progress=shown,
+            rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, device=device, batch=batch,
+            on_progress=shown,
         )  # fmt: skip
     typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
     for text in report.unread:

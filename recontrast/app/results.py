@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from recontrast.app.decisions import COLUMNS, Decision
-from recontrast.data import images, pictures
+from recontrast.data import images, large, pictures
 from recontrast.data.atomic import replacing
 from recontrast.engine.detector import covered
 from recontrast.engine.recipes import Recipe
@@ -91,23 +91,31 @@ def save_overlays(
     def save(place: int) -> None:
         path, name = sources[place]
         image = images.read_image(path)
+        image = large.reduce(image, large.reduction(image.shape[:2]), "mean")
         top, left, height, width = covered(image.shape[:2], recipe)
         heat = np.zeros(image.shape[:2], np.float32)
-        warm = pictures.stretch((stored[place] - low) / max(high - low, 1e-12), (height, width))
-        heat[top : top + height, left : left + width] = warm
-        pictures.save_png(below(out, "overlays", name, ".png"), pictures.overlay(image, heat))
+        warm = (stored[place] - low) / max(high - low, 1e-12)
+        heat[top : top + height, left : left + width] = pictures.stretch(warm, (height, width))
+        pictures.save_png(below(out, "overlays", name, ".png"), large.overlay(image, heat))
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # few: each holds an image in full size
+    few = 1 if recipe.tile is not None else min(4, os.cpu_count() or 1)  # each holds an image in full size
+    with ThreadPoolExecutor(few) as pool:
         for done in [pool.submit(save, place) for place in range(len(sources))]:
             done.result()
 
 
 def describe(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
     """What a reader of the map files must know."""
-    about: dict[str, Any] = {"format": maps, "size": list(recipe.out), "range": [0.0, top]}
+    size = "as the image" if recipe.tile is not None else list(recipe.out)
+    about: dict[str, Any] = {"format": maps, "size": size, "range": [0.0, top]}
     if maps == "tiff16":
         about["scale"] = top / 65535  # anomaly value = stored integer x scale
     return about
+
+
+def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float, recipe: Recipe) -> None:
+    """Write one map; those of whole images at their own scale as tiles. Arguments as `pictures.save_map` takes them."""
+    (pictures.save_map if recipe.tile is None else large.save_map)(path, anomaly, kind, top)
 
 
 def row(found: Prediction) -> dict[str, Any]:

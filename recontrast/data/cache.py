@@ -1,10 +1,10 @@
 """Decoded images, kept: the method uses no augmentation, so a file is decoded and resized once, not once an epoch.
 
 One cache file holds the images of one list of files at one size: a header of `_HEADER` bytes (JSON, then blanks), then
-(N, H, W, 3) uint8. Its name is a hash of format, Pillow version, sizes, and path, length and modification time of
-every file: whatever changes, another name is looked for. A file appears under its name whole (temporary file, fsync,
-rename), so several processes may build the same one; it is checked by length and checksum when it is opened, and built
-again where that fails. Files of former states stay until someone deletes the folder.
+(N, H, W, 3) uint8. Its name is a hash of format, Pillow version, sizes or tiles, and path, length and modification
+time of every file: whatever changes, another name is looked for. A file appears under its name whole (temporary file,
+fsync, rename), so several processes may build the same one; it is checked by length and checksum when it is opened, and
+built again where that fails. Files of former states stay until someone deletes the folder.
 """
 
 import hashlib
@@ -13,9 +13,10 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import torch
 
 from recontrast.data.atomic import replacing
 from recontrast.data.files import PathLike
-from recontrast.data.images import Size, height_width, read_image
+from recontrast.data.images import Size, height_width, image_size, read_image
+from recontrast.data.tiles import Tiles, count
 
 FORMAT = 1
 _PREFIX = "images-"
@@ -40,6 +42,9 @@ class ImageCache:
         samples: `datasets.Sample`s or paths.
         size: as in `images.read_image`, but wanted: all images have one size.
         crop: as in `images.read_image`.
+        tile: pixels; instead of ``size`` and ``crop``: images keep their own scale and are cut into tiles of that side,
+            those of one file one after the other, see `recontrast.data.tiles`.
+        stride: pixels from one tile to the next; None: ``tile``, so that they do not overlap.
         directory: folder of cache files, made if it is missing. None keeps the images in memory.
         workers: threads that decode. None takes one per CPU that this process may use.
         on_progress: called with (images done, images in all) while decoding; not for a cache file that exists.
@@ -56,6 +61,8 @@ class ImageCache:
         crop: Size | None = None,
         directory: PathLike | None = None,
         *,
+        tile: int | None = None,
+        stride: int | None = None,
         workers: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -66,7 +73,11 @@ class ImageCache:
             raise ValueError(f"ImageCache: workers must be at least 1, got {workers}")
         self._workers = workers or len(os.sched_getaffinity(0))
         self._on_progress = on_progress or (lambda done, total: None)
-        self.shape = (len(self._files), *(self._crop or self._size), 3)
+        self._tile = None if tile is None else (tile, stride or tile)
+        # The place of each file's first image, and the end.
+        self._first = [*accumulate((self._count(path) for path in self._files), initial=0)]
+        side = (self._crop or self._size) if tile is None else (tile, tile)
+        self.shape = (self._first[-1], *side, 3)
         self.path: Path | None = None
         if directory is None or not self._files:
             self._images = np.empty(self.shape, np.uint8)
@@ -113,21 +124,33 @@ class ImageCache:
             except FileNotFoundError:
                 raise FileNotFoundError(f"{path}: wanted an image, got no such file") from None
             files.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
-        what = [FORMAT, PIL.__version__, "bilinear", self._size, self._crop, files]
+        how = ["bilinear", self._size, self._crop] if self._tile is None else ["tiles", *self._tile]
+        what = [FORMAT, PIL.__version__, *how, files]
         return hashlib.sha256(json.dumps(what).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _decode(self, keep: Callable[[int, np.ndarray], Any]) -> None:
         """Decode every file and hand it to ``keep`` on a thread; the first failure in list order is raised."""
 
         def work(i: int) -> None:
-            keep(i, read_image(self._files[i], size=self._size, crop=self._crop))
+            for place, pixels in enumerate(self._images_of(self._files[i]), self._first[i]):
+                keep(place, pixels)
 
         pool = ThreadPoolExecutor(self._workers)  # PIL decodes and resizes without holding the interpreter's lock
         try:
-            for done, _ in enumerate(pool.map(work, range(len(self))), 1):
-                self._on_progress(done, len(self))
+            for done, _ in enumerate(pool.map(work, range(len(self._files))), 1):
+                self._on_progress(done, len(self._files))
         finally:  # no thread writes any more when an error, or Ctrl-C, goes on from here
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _count(self, path: Path) -> int:
+        return 1 if self._tile is None else count(image_size(path), *self._tile)
+
+    def _images_of(self, path: Path) -> Iterator[np.ndarray]:
+        if self._tile is None:
+            yield read_image(path, size=self._size, crop=self._crop)
+        else:
+            tiles = Tiles(read_image(path), *self._tile)
+            yield from (tiles[[i]][0] for i in range(len(tiles)))
 
     def _build(self, path: Path) -> None:
         """Write the cache file under its name, whole or not at all."""

@@ -38,6 +38,8 @@ __all__ = [
 
 MAX_PIXELS = 512_000_000  # 1.5 GB as RGB: a larger header is damage or an attack before it is a photograph
 
+_STRIP = 1 << 22  # pixels copied at once
+
 Size = int | Sequence[int]
 
 
@@ -69,11 +71,7 @@ def fit_picture(
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    image = _eight_bits(name, picture)
-    pixels = np.asarray(_resize(image, size))
-    if pixels.ndim == 2:  # resized as grey: the same numbers for a third of the work
-        pixels = np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3))
-    return np.array(_centre(name, pixels, crop), order="C")  # PIL's memory cannot be written to
+    return _rgb(_centre(name, _resize(_eight_bits(name, picture), size), crop))
 
 
 def read_mask(
@@ -110,8 +108,8 @@ def read_mask(
                 f"{path}: wanted a mask of the size of its image {image}, {wanted[0]} x {wanted[1]} (height x width, "
                 f"upright), got {decoded.height} x {decoded.width}"
             )
-    levels = np.asarray(_resize(Image.fromarray(_mask_levels(path, decoded)), size))
-    return _centre(path, levels, crop) >= (1 if rule == "any" else 128)  # 128: the first level above 255 / 2
+    levels = _centre(path, _resize(Image.fromarray(_mask_levels(path, decoded)), size), crop)
+    return np.asarray(levels) >= (1 if rule == "any" else 128)  # 128: the first level above 255 / 2
 
 
 def read_pair(
@@ -220,7 +218,8 @@ def _eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
             del image.info["transparency"]
         if image.mode == "La":
             image = image.convert("LA")
-        return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        return image if image.mode == mode else image.convert(mode)  # PIL would copy
 
 
 def _mask_levels(path: PathLike, image: Image.Image) -> np.ndarray:
@@ -246,14 +245,24 @@ def _resize(image: Image.Image, size: Size | None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _centre(path: PathLike, pixels: np.ndarray, crop: Size | None) -> np.ndarray:
+def _centre(path: PathLike, image: Image.Image, crop: Size | None) -> Image.Image:
     """Centre crop with torchvision's rounding (half to even) of the margins."""
     if crop is None:
-        return pixels
+        return image
     height, width = height_width(crop, "crop")
-    if height > pixels.shape[0] or width > pixels.shape[1]:
+    if height > image.height or width > image.width:
         raise ValueError(
-            f"{path}: crop must fit into the image, wanted {height} x {width} of {pixels.shape[0]} x {pixels.shape[1]}"
+            f"{path}: crop must fit into the image, wanted {height} x {width} of {image.height} x {image.width}"
         )
-    top, left = round((pixels.shape[0] - height) / 2), round((pixels.shape[1] - width) / 2)
-    return pixels[top : top + height, left : left + width]
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an image of mode L or RGB; strip by strip, as PIL's own way takes twice the memory."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    step = max(_STRIP // image.width, 1)
+    for top in range(0, image.height, step):
+        strip = np.asarray(image.crop((0, top, image.width, min(top + step, image.height))))
+        pixels[top : top + step] = strip if strip.ndim == 3 else strip[:, :, None]  # grey: thrice the same
+    return pixels

@@ -53,6 +53,11 @@ def stretch(anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(resized)
 
 
+def levels(anomaly: np.ndarray, top: float) -> np.ndarray:
+    """Values in [0, top] as uint16, 65535 for ``top``."""
+    return np.rint(np.clip(anomaly / top, 0, 1) * 65535).astype(np.uint16)
+
+
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8 as PNG."""
     _save(path, _encoded(Image.fromarray(picture), "PNG"))
@@ -75,8 +80,7 @@ def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float) -> None:
     elif kind == "tiff32":
         _save(path, _encoded(Image.fromarray(anomaly), "TIFF"))
     elif kind == "tiff16":
-        levels = np.rint(np.clip(anomaly / top, 0, 1) * 65535).astype(np.uint16)
-        _save(path, _encoded(Image.fromarray(levels), "TIFF"))
+        _save(path, _encoded(Image.fromarray(levels(anomaly, top)), "TIFF"))
     else:
         raise ValueError(f"maps must be tiff16, tiff32, npy or none, got {kind!r}")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
+from recontrast.data.images import read_image
+from recontrast.data.tiles import Tiles
 from recontrast.engine.evaluate import infer
 from recontrast.engine.recipes import Recipe
 from recontrast.model import ReContrast
@@ -51,10 +52,10 @@ class Board:
             count: how many images.
         """
         chosen = _alternating([s for s in samples if s.split == "test"] or list(samples))[:count]
-        images = ImageCache(chosen, recipe.size, recipe.crop)
+        images = np.stack([_shown(sample, recipe) for sample in chosen])
         maps = np.concatenate([part.cpu().numpy() for part, _ in infer(model, images, recipe, batch=count)])
         grey = (255 * maps.clip(0) / max(float(maps.max()), 1e-12)).astype(np.uint8)
-        for sample, pixels, shown in zip(chosen, images[:], grey, strict=True):
+        for sample, pixels, shown in zip(chosen, images, grey, strict=True):
             both = np.concatenate([pixels, np.repeat(shown[..., None], 3, axis=2)], axis=1)
             name = f"{sample.category}/{sample.split}/{sample.defect}/{sample.path.stem}"
             self.writer.add_image(name, both, step, dataformats="HWC")
@@ -62,6 +63,14 @@ class Board:
     def close(self) -> None:
         """Write what is held back."""
         self.writer.close()
+
+
+def _shown(sample: Sample, recipe: Recipe) -> np.ndarray:
+    """What the network sees of an image, (H, W, 3) uint8: all of it, or the tile in the middle."""
+    if recipe.tile is None:
+        return read_image(sample.path, size=recipe.size, crop=recipe.crop)
+    tiles = Tiles(read_image(sample.path), recipe.tile, recipe.tile)
+    return tiles[[len(tiles) // 2]][0]
 
 
 def _alternating(samples: Sequence[Sample]) -> list[Sample]:

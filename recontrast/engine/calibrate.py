@@ -39,7 +39,7 @@ class Calibration:
     scores: tuple[float, ...]  # ascending
     rate: float  # promised share of false alarms among good images, on average over calibration sets
     threshold: float  # of the score: what is above it is a defect
-    pixel_threshold: float | None  # of the map's values; None where only scores were known
+    pixel_threshold: float | None  # of the map's values; None where only scores were known, or maps differ in size
     pixel_rate: float  # share of a good image's map above the pixel threshold
     pixel_guarantee: bool  # by conformal risk control; else an empirical quantile, which promises nothing
     source: str  # where the good images came from
@@ -127,7 +127,7 @@ def from_maps(
 ) -> Calibration:  # fmt: skip
     """As `calibrate`, from maps (n, H, W) and scores (n,) of any detector, batch after batch, ``count`` images in all.
 
-    All maps have one size: the promise for pixels is of an image's share, and each image counts alike.
+    Maps of several sizes set no pixel threshold: its promise is of an image's share, and each image counts alike.
     """
     allowed(count, rate)
     if not 0 < pixel_rate < 1:
@@ -137,10 +137,12 @@ def from_maps(
     scores: list[float] = []
     highest = np.empty(0, np.float32)  # the largest map values so far: no more are kept than may be flagged
     size: tuple[int, ...] | None = None
+    alike = True
     for maps, values in found:
-        if maps.shape[1:] != (size := size or maps.shape[1:]):
-            raise ValueError(f"calibration: maps: wanted all of the size {size}, got one of {maps.shape[1:]}")
         scores += values.astype(np.float64).tolist()
+        alike = alike and maps.shape[1:] == (size := size or maps.shape[1:])
+        if not alike:
+            continue
         pixels = np.asarray(maps, np.float32).reshape(-1)
         keep = math.floor(max(share, 0) * count * (pixels.size // max(len(values), 1)) + 1e-6) + 1
         highest = np.concatenate([highest, pixels])
@@ -152,7 +154,7 @@ def from_maps(
         raise ValueError("calibration: scores: wanted finite numbers, got others: the detector is not well trained")
     ordered = tuple(sorted(scores))
     return Calibration(
-        scores=ordered, rate=rate, threshold=threshold(ordered, rate), pixel_threshold=float(highest.min()),
+        scores=ordered, rate=rate, threshold=threshold(ordered, rate), pixel_threshold=float(highest.min()) if alike else None,
         pixel_rate=pixel_rate, pixel_guarantee=guarantee, source=source, weights=weights,
     )  # fmt: skip
 

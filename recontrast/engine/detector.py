@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from recontrast.data.inputs import Inputs
 from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine import tiled
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.infer import highest, infer
 from recontrast.engine.recipes import Recipe, pair
@@ -51,16 +52,34 @@ class Detector(Protocol):
 
 
 class Torch:
-    """The detector in a checkpoint of ours."""
+    """The detector in a checkpoint of ours; one that was trained on tiles sees images in tiles."""
 
-    def __init__(self, path: Path, device: str | torch.device | None = None) -> None:
-        """Read it; ``device`` None: the GPU where there is one."""
-        self.model, self.recipe, about = checkpoints.load_model(path, device)
-        self.calibration, self.category = about.calibration, about.category
+    def __init__(
+        self, path: Path, device: str | torch.device | None = None, tile: int | None = None, overlap: int | None = None
+    ) -> None:
+        """Read it.
+
+        Args:
+            path: the checkpoint.
+            device: None: the GPU where there is one.
+            tile: pixels; 0: whole images, resized; None: as it was trained.
+            overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
+
+        Raises:
+            ValueError: it was trained at the other scale, or tile or overlap do not do.
+        """
+        self.model, trained, about = checkpoints.load_model(path, device)
+        self.recipe, self.overlap = tiled.chosen(self.model, trained, tile, overlap, f"{path}")
+        self.category = about.category
+        alike = self.recipe == trained and self.overlap in (None, tiled.overlap_of(trained.out[0]))
+        self.calibration = about.calibration if alike else None  # of these scores, or of none
         self.top = highest(self.model, self.recipe)
 
     def run(self, files: Inputs, batch: int) -> Iterator[Scored]:
-        """See `Detector`; the next batch is decoded while the network runs."""
+        """See `Detector`; the next batch is decoded while the network runs, tiled images are read one by one."""
+        if self.overlap is not None:
+            yield from tiled.run(self.model, files, self.recipe, self.overlap, batch)
+            return
         for maps, scores in infer(self.model, files.resized(self.recipe.size, self.recipe.crop), self.recipe,
                                   batch=batch):  # fmt: skip
             yield maps.cpu().numpy(), scores.cpu().numpy()
@@ -70,17 +89,25 @@ class Torch:
 OPENERS: dict[str, Callable[[Path, Any], Detector]] = {}
 
 
-def open_detector(path: Path, device: str | torch.device | None = None) -> Detector:
-    """The detector in a file.
+def open_detector(
+    path: Path, device: str | torch.device | None = None, tile: int | None = None, overlap: int | None = None
+) -> Detector:
+    """The detector in a file; ``tile`` and ``overlap`` as `Torch` takes them, of a checkpoint alone.
 
     Raises:
         ValueError, OSError: there is none, in one sentence.
     """
-    return OPENERS.get(path.suffix.lower(), Torch)(path, device)
+    if (opener := OPENERS.get(path.suffix.lower())) is None:
+        return Torch(path, device, tile, overlap)
+    if tile or overlap is not None:
+        raise ValueError(f"{path}: wanted a checkpoint where tile or overlap is given, got a file of another kind")
+    return opener(path, device)
 
 
 def covered(shape: Sequence[int], recipe: Recipe) -> tuple[int, int, int, int]:
     """The part of an original image of ``shape`` (H, W) that the map stands for: top, left, height, width."""
+    if recipe.tile is not None:
+        return 0, 0, shape[0], shape[1]
     found = []
     for length, resized, seen in zip(shape, pair(recipe.size), recipe.out, strict=True):
         start = round(round((resized - seen) / 2) * length / resized)

@@ -22,7 +22,7 @@ from recontrast import metrics
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import read_mask
-from recontrast.engine import distributed
+from recontrast.engine import distributed, tiled
 from recontrast.engine.batches import Images
 from recontrast.engine.device import choose, put
 from recontrast.engine.distributed import World
@@ -60,13 +60,14 @@ def evaluate(
     Args:
         model: moved to ``device``; its mode is as before afterwards.
         samples: of one category or of several; those of the train split are passed over.
-        recipe: for size, crop, map, score, mask rule and precision.
+        recipe: for size, crop, map, score, mask rule and precision. With ``tile``, images keep their own scale, maps
+            are blended from tiles (a quarter of each shared), and metrics of pixels are streamed.
         device: None leaves the model where it is.
         batch: images at once.
         workers: threads that decode; None takes one per CPU.
         on_progress: called with category, images done, and images of the category, of this process.
         on_maps: called with each piece of images of this process, and their maps.
-        cache_dir: folder for decoded images; None decodes them anew, while the network runs.
+        cache_dir: folder for decoded images; None decodes them anew, while the network runs. Not for tiles.
         streaming: metrics of pixels from histograms, with a proven bound and in constant memory, instead of exact ones.
         memory: bytes; a category's maps that take more wait in a file in the folder for temporary files.
 
@@ -81,10 +82,14 @@ def evaluate(
         put(model, recipe, choose(device))
     place = distributed.here()
     mine = {name: tests[place.share(len(tests))] for name, tests in groups.items()}
-    images = Chain([_images(some, recipe, workers, cache_dir) for some in mine.values()])
     where = next(model.parameters()).device
     clock = Clock(where)
-    feed = _Feed(infer(model, images, recipe, batch=batch, clock=clock))
+    if recipe.tile is None:
+        images = Chain([_images(some, recipe, workers, cache_dir) for some in mine.values()])
+        feed = _Feed(infer(model, images, recipe, batch=batch, clock=clock))
+    else:
+        streaming = True  # images differ in size, and have more pixels than can be sorted
+        feed = _Feed(tiled.infer_files([s.path for some in mine.values() for s in some], model, recipe, batch, clock))
     jobs: list[Future[Row]] = []
     scored: list[Scored] = []
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as counter:
@@ -118,7 +123,7 @@ def evaluate(
                 category.cancel()
     rows = distributed.from_first(place, rows)
     about = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
-    return Result(rows, *about, scored=scored)
+    return Result(rows, *about, scored=scored, tile=recipe.tile)
 
 
 def _test_images(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
@@ -190,14 +195,17 @@ class _Category:
         self.maps = _room((len(mine) if self.pixels and streamed is None else 0, *recipe.out), memory)
         # Exact metrics are formed by the first process, of all images; histograms are filled by each, of its own.
         wanted = [] if not self.pixels else mine if streamed is not None else tests if place.first else []
-        self.masks = {i: readers.submit(_mask, s, recipe) for i, s in enumerate(wanted) if s.label}
+        self.defective = {i: s for i, s in enumerate(wanted) if s.label}
+        # Masks are read ahead; of images at their own scale when they are needed: all of them may take any memory.
+        ahead = {} if recipe.tile is not None else self.defective
+        self.masks = {i: readers.submit(_mask, s, recipe) for i, s in ahead.items()}
 
     def add(self, begun: int, maps: Tensor, scores: Tensor) -> None:
         """Keep what the network made of images ``begun``, ``begun + 1``, ... of this process's share."""
         done = begun + len(scores)
         self.scores[begun:done] = scores.cpu()
         if self.pixels and self.streamed is not None:
-            truth = self._truth(begun, done)
+            truth = self._truth(begun, done, tuple(maps.shape[1:]))
             since = time.perf_counter()
             self.streamed.update(maps, truth)
             self.counting += time.perf_counter() - since
@@ -244,16 +252,18 @@ class _Category:
         for mask in self.masks.values():
             mask.cancel()
 
-    def _truth(self, begun: int, done: int) -> NDArray[np.bool_]:
-        """Masks of images ``begun`` to ``done``; good images have no defect anywhere."""
-        truth = np.zeros((done - begun, *self.recipe.out), bool)
+    def _truth(self, begun: int, done: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Masks (H, W) = ``shape`` of images ``begun`` to ``done``; good images have no defect anywhere."""
+        truth = np.zeros((done - begun, *shape), bool)
         for i in range(begun, done):
             if i in self.masks:
                 truth[i - begun] = self.masks.pop(i).result()
+            elif i in self.defective:
+                truth[i - begun] = _mask(self.defective[i], self.recipe)
         return truth
 
     def _exact(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        truth = self._truth(0, len(self.tests))
+        truth = self._truth(0, len(self.tests), self.recipe.out)
         if not 0 < np.count_nonzero(truth) < truth.size:
             return None
         of = metrics.pixel_metrics(self.maps, truth)
@@ -286,4 +296,5 @@ def _room(shape: tuple[int, ...], memory: int) -> NDArray[np.float32]:
 def _mask(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:
     if sample.mask is None:
         raise ValueError(f"{sample.path}: wanted an image with a mask, got one without")
-    return read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path)
+    size = None if recipe.tile is not None else recipe.size
+    return read_mask(sample.mask, size=size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path)

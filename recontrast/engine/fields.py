@@ -51,6 +51,8 @@ WANTED: dict[str, Rule] = {
     "batch": _whole(1),
     "size": _EXTENT,
     "crop": (lambda v: v is None or _is_extent(v), f"none, {_EXTENT[1]}"),
+    "tile": (lambda v: v is None or (_is_whole(v) and v >= 1), "none or a whole number of pixels"),
+    "stride": (lambda v: v is None or (_is_whole(v) and v >= 1), "none or a whole number of pixels"),
     "encoder_bn": _one_of("auto", "train", "eval"),
     "bn_train_categories": _NAMES,
     "bn_eval_categories": _NAMES,

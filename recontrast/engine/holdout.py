@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.engine import checkpoint
-from recontrast.engine.calibrate import RATE, Calibration, calibrate
+from recontrast.engine import checkpoint, tiled
+from recontrast.engine.calibrate import PIXEL_RATE, RATE, Calibration, calibrate, digest, from_maps
 from recontrast.engine.run import Run, snapshot
 
 Item = TypeVar("Item")
@@ -57,12 +57,17 @@ def finish(run: Run, kept: Sequence[Sample], target: Path | None, cache_dir: str
         target: its checkpoint; None writes nothing.
         cache_dir: folder for decoded images; None keeps them in memory.
     """
-    recipe = run.recipe
-    images = ImageCache(kept, recipe.size, recipe.crop, directory=cache_dir)
-    found = calibrate(
-        run.model, recipe, images, rate=max(RATE, 1 / (len(kept) + 1)), source="held out of training",
-        batch=recipe.batch,
-    )  # fmt: skip
+    recipe, model = run.recipe, run.model
+    promise: dict[str, Any] = {"rate": max(RATE, 1 / (len(kept) + 1)), "source": "held out of training"}
+    if recipe.tile is None:
+        images = ImageCache(kept, recipe.size, recipe.crop, directory=cache_dir)
+        found = calibrate(model, recipe, images, **promise, batch=recipe.batch)
+    else:  # whole images at their own scale, as they will be scored
+        maps = tiled.infer_files([sample.path for sample in kept], model, recipe, recipe.batch)
+        found = from_maps(
+            ((anomaly.numpy(), score.numpy()) for anomaly, score in maps), len(kept), **promise,
+            pixel_rate=PIXEL_RATE, weights=digest(model.state_dict(), recipe),
+        )  # fmt: skip
     if target is not None:
         checkpoint.save(target, replace(snapshot(run), calibration=found))
     return found

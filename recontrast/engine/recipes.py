@@ -35,6 +35,8 @@ class Recipe:
     batch: int = 16
     size: int | tuple[int, int] = 256  # pixels, a square or (height, width)
     crop: int | tuple[int, int] | None = None  # pixels, centre crop after resizing
+    tile: int | None = None  # pixels; images keep their own scale and are seen in tiles: ``size`` counts for nothing
+    stride: int | None = None  # pixels from one training tile to the next; None: ``tile``, without overlap
     encoder_bn: Literal["auto", "train", "eval"] = "auto"  # auto: by category, see `encoder_bn_for`
     bn_train_categories: tuple[str, ...] = MVTEC_BN_TRAIN
     bn_eval_categories: tuple[str, ...] = MVTEC_BN_EVAL
@@ -101,6 +103,11 @@ class Recipe:
                 f"got {sorted(both)} in both"
             )
         for wrong, sentence in (
+            (self.tile and self.crop, f"crop must be none where tile is given ({self.tile}), got {self.crop!r}"),
+            (
+                self.stride and self.stride > (self.tile or 0),
+                f"stride must be at most tile ({self.tile}), got {self.stride}",
+            ),
             (self.mining and self.loss == "point", "mining must be false where loss is 'point', got true"),
             (
                 self.pairs == "cross" and not self.train_encoder,
@@ -120,7 +127,9 @@ class Recipe:
 
     @property
     def out(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the images that the model sees and of the maps that it gives."""
+        """Height and width, in pixels, of the images or tiles that the model sees and of the maps that it gives."""
+        if self.tile is not None:
+            return self.tile, self.tile
         return pair(self.size if self.crop is None else self.crop)
 
     def encoder_bn_for(self, category: str) -> Literal["train", "eval"]:

@@ -70,6 +70,7 @@ class Result:
     reduce: str
     mask_rule: str
     scored: list[Scored] = field(default_factory=list, repr=False)  # each image
+    tile: int | None = None  # pixels; images and maps then have the size of the files, and ``size`` is that of a tile
 
     @property
     def mean(self) -> Row:
@@ -125,7 +126,8 @@ class Result:
             lines.append(_line([row.category, str(row.images), *cells, f"{sum(row.seconds.values()):.1f}"]))
         lines.append("")
         lines.append(
-            f"Percent. Maps of {self.size[0]} x {self.size[1]} px, {self.reduce} of the pairs, blur {self.blur}, "
+            f"Percent. Maps of {'the size of the images, from tiles of ' if self.tile else ''}"
+            f"{self.size[0]} x {self.size[1]} px, {self.reduce} of the pairs, blur {self.blur}, "
             f"score {self.score}, mask rule {self.mask_rule}."
         )
         lines += [

@@ -60,7 +60,8 @@ def snapshot(run: Run) -> Checkpoint:
         recipe=run.recipe,
         model_config=run.model.config,
         preprocessing={
-            "size": list(pair(size)),
+            "size": None if run.recipe.tile is not None else list(pair(size)),  # none: at their own scale, in tiles
+            "tile": run.recipe.tile,
             "crop": None if crop is None else list(pair(crop)),
             "mean": list(run.model.mean),
             "std": list(run.model.std),

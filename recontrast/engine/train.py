@@ -144,7 +144,7 @@ def _train(
     model.train()
     dtype = next(model.parameters()).dtype
     if images is None:
-        images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir)
+        images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir, tile=recipe.tile, stride=recipe.stride)
     batches = Batches(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     about = {"count": len(images), "digest": digest(images)}
     distributed.agree(place, {"recipe": recipe.to_dict(), "category": category, "training images": about}, "train")
