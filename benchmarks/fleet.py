@@ -60,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(cpus)
     rates: dict[str, list[float]] = {}
     starts: list[float] = []
-    with fleet._cluster(fleet._ray(), None):
+    with fleet._cluster(fleet._ray(None), None):
         for _ in range(given.rounds):
             rates.setdefault("local", []).append(local(given.checkpoint, images))
             for workers in given.workers:

@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ray():
     """One session for all tests."""
-    module = fleet._ray()
+    module = fleet._ray(None)
     with fleet._cluster(module, None, cpus=2):
         yield module
 

@@ -80,7 +80,7 @@ def predict(
     for name, value in (("part", part), ("batch", batch), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"predict: {name}: wanted at least 1, got {value}")
-    ray = _ray()
+    ray = _ray(address)
     checkpoint, out = Path(os.path.abspath(checkpoint)), Path(os.path.abspath(out))
     paths = parts.list_inputs(inputs)
     detector = open_detector(checkpoint, "cpu")  # refused here, in one sentence, before any worker starts
@@ -253,7 +253,7 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
         if address or os.environ.get("RAY_ADDRESS"):
             ray.init(address=address, **told)
         else:
-            ray.init(include_dashboard=False, object_store_memory=STORE, _node_ip_address="127.0.0.1",
+            ray.init("local", include_dashboard=False, object_store_memory=STORE, _node_ip_address="127.0.0.1",
                      num_cpus=cpus or len(os.sched_getaffinity(0)), **told)  # fmt: skip
     except ConnectionError as error:
         where = address or os.environ.get("RAY_ADDRESS")
@@ -279,9 +279,10 @@ def _alone(out: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _ray() -> Any:
+def _ray(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before it is imported: it would report over the network
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a cluster of our own listens on 127.0.0.1 alone
+    if not (address or os.environ.get("RAY_ADDRESS")):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # one of our own listens on 127.0.0.1 alone
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns on stderr of what its own Ray Data does
     try:
         import ray

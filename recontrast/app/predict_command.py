@@ -1,7 +1,7 @@
 """``recontrast predict``: its options, and what it says; the work is in `recontrast.app.predict`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -9,7 +9,7 @@ from recontrast.app.console import Steps, complain
 from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
 
 if TYPE_CHECKING:
-    from recontrast.app.predict import Report
+    from recontrast.app.predict import Maps, Report
 
 
 def predict(
@@ -31,8 +31,25 @@ def predict(
     ] = None,
     batch: Batch = 16,
     device: Device = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: by many workers, also of lists (.txt, .parquet); writes a table alone.")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(help="Of ray. Default: one a GPU, else one for 4 CPUs.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, or one here.")] = None,
+    part: Annotated[int, typer.Option(help="Images in a file of ray's: so many are lost with a worker.")] = 64,
 ) -> None:
     """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
+    if engine == "ray":
+        from recontrast.app.fleet import command
+
+        return command(
+            checkpoint_file(checkpoint), inputs, out, maps=maps, workers=workers, address=address, part=part,
+            batch=batch, threshold=threshold, rate=false_alarm_rate, must_decide=decide, device=device,
+        )  # fmt: skip
+    if workers or address:
+        raise ValueError("--workers, --address: wanted --engine ray with them, got --engine local")
     kinds = ("tiff16", "tiff32", "npy", "none")
     if maps not in kinds:
         raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
@@ -40,7 +57,7 @@ def predict(
 
     with Steps("predict") as shown:
         report = run(
-            checkpoint_file(checkpoint), inputs, out, maps=maps, overlays=overlays, threshold=threshold,
+            checkpoint_file(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=overlays, threshold=threshold,
             rate=false_alarm_rate, decide=decide, device=device, batch=batch, on_progress=shown,
         )  # fmt: skip
     typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
