@@ -95,3 +95,16 @@ def test_a_table_made_together(many):
     assert all(line["ours"] is not None for line in tables[0]["lines"])
     here = many / "table" / "both" / "nut" / "seed-111"
     assert (here / "results.json").exists() and not (here / "checkpoint.pt").exists()
+
+
+def test_example_prints_the_same_with_two_processes():
+    example = Path(__file__).parents[1] / "examples" / "two_processes.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = []
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        command = [sys.executable, *start, example]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append([float(line.split()[-1]) for line in done.stdout.splitlines()])
+    assert len(found[0]) == 6 and found[0][-1] < found[0][0]
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-3)

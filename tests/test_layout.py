@@ -41,6 +41,8 @@ OUTSIDE = {
     "rich": {"app"},
     "yaml": {"engine"},
     "PIL": {"data", "app"},
+    "pyarrow": {"app"},
+    "ray": {"app"},
     "sklearn": {"app"},
     "torchvision": set(),
 }

@@ -35,8 +35,27 @@ def predict(
     overlap: Annotated[int | None, typer.Option(help="Of tiles, pixels. Default: a quarter of the tile.")] = None,
     batch: Batch = 16,
     device: Device = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: by many workers, also of lists (.txt, .parquet); writes a table alone.")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(help="Of ray. Default: one a GPU, else one for 4 CPUs.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, or one here.")] = None,
+    part: Annotated[int, typer.Option(help="Images in a file of ray's: so many are lost with a worker.")] = 64,
 ) -> None:
     """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
+    if engine == "ray":
+        from recontrast.app.fleet import command
+
+        if tile is not None or overlap is not None:
+            raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
+        return command(
+            checkpoint_file(checkpoint), inputs, out, maps=maps, workers=workers, address=address, part=part,
+            batch=batch, threshold=threshold, rate=false_alarm_rate, must_decide=decide, device=device,
+        )  # fmt: skip
+    if workers or address:
+        raise ValueError("--workers, --address: wanted --engine ray with them, got --engine local")
     kinds = ("tiff16", "tiff32", "npy", "none")
     if maps not in kinds:
         raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")

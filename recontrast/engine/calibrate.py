@@ -154,8 +154,8 @@ def from_maps(
         raise ValueError("calibration: scores: wanted finite numbers, got others: the detector is not well trained")
     ordered = tuple(sorted(scores))
     return Calibration(
-        scores=ordered, rate=rate, threshold=threshold(ordered, rate), pixel_threshold=float(highest.min()) if alike else None,
-        pixel_rate=pixel_rate, pixel_guarantee=guarantee, source=source, weights=weights,
+        scores=ordered, rate=rate, threshold=threshold(ordered, rate),
+        pixel_threshold=float(highest.min()) if alike else None, pixel_rate=pixel_rate, pixel_guarantee=guarantee, source=source, weights=weights,
     )  # fmt: skip
 
 
