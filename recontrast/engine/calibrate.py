@@ -155,7 +155,8 @@ def from_maps(
     ordered = tuple(sorted(scores))
     return Calibration(
         scores=ordered, rate=rate, threshold=threshold(ordered, rate),
-        pixel_threshold=float(highest.min()) if alike else None, pixel_rate=pixel_rate, pixel_guarantee=guarantee, source=source, weights=weights,
+        pixel_threshold=float(highest.min()) if alike else None,
+        pixel_rate=pixel_rate, pixel_guarantee=guarantee, source=source, weights=weights,
     )  # fmt: skip
 
 
