@@ -5,11 +5,12 @@ channel and position. A program takes a tile of channels x positions of one pair
 lies along memory. All pairs of a group go into one launch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from recontrast.kernels.pairs import Shapes, by_layout, read, shapes
 from recontrast.kernels.tune import OPTIONS, tuned
 from torch import Tensor
 
@@ -20,26 +21,30 @@ def _sums_tile(
     y_ptr,
     out_ptr,
     tile,
+    part,
     count,
     C: tl.constexpr,
+    PARTS: tl.constexpr,
     P,
     x_s,
     y_s,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    SHARE: tl.constexpr = (C + PARTS - 1) // PARTS
     tiles = tl.cdiv(P, BLOCK_P)
     n = (tile // tiles).to(tl.int64)
     p = (tile % tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    c = (part * SHARE + tl.arange(0, BLOCK_C)).to(tl.int64)
+    end = C if PARTS == 1 else tl.minimum(part * SHARE + SHARE, C)
     x_at = x_ptr + n * x_s[0] + c[:, None] * x_s[1] + p[None, :] * x_s[2]
     y_at = y_ptr + n * y_s[0] + c[:, None] * y_s[1] + p[None, :] * y_s[2]
     acc: tl.constexpr = out_ptr.dtype.element_ty
     xy = tl.zeros([BLOCK_C, BLOCK_P], acc)
     xx = tl.zeros([BLOCK_C, BLOCK_P], acc)
     yy = tl.zeros([BLOCK_C, BLOCK_P], acc)
-    for first in range(0, C, BLOCK_C):
-        inside = (first + c < C)[:, None] & (p < P)[None, :]
+    for first in range(0, SHARE, BLOCK_C):
+        inside = (first + c < end)[:, None] & (p < P)[None, :]
         x = tl.load(x_at, mask=inside, other=0.0).to(acc)
         y = tl.load(y_at, mask=inside, other=0.0).to(acc)
         xy += x * y
@@ -57,13 +62,15 @@ def _sums_tile(
 def _sums(
     xs,  # tuple of (N, C, P) by strides
     ys,  # tuple of (N, C, P) by strides
-    out_ptr,  # flat
+    out_ptr,  # (PARTS, length)
+    length,
     firsts,  # tuple: where the (3, N, P) of a pair begin
     N,  # tuple
     C: tl.constexpr,  # tuple: few values, and a mask less where a block divides it
     P,  # tuple
     x_s,  # tuple of strides (n, c, p)
     y_s,
+    PARTS: tl.constexpr,  # programs that share the channels of a position
     BITS: tl.constexpr,  # of an element: part of the key of tuning
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -71,11 +78,16 @@ def _sums(
     tile = tl.program_id(0)
     for i in tl.static_range(len(xs)):
         tiles = N[i] * tl.cdiv(P[i], BLOCK_P)
-        if (tile >= 0) & (tile < tiles):
+        if (tile >= 0) & (tile < tiles * PARTS):
+            part = tile // tiles if PARTS > 1 else 0  # a number that is known leaves a mask out of the loads
             out = out_ptr + firsts[i]
+            if PARTS > 1:
+                out += (tile // tiles).to(tl.int64) * length
             count = N[i] * P[i]
-            _sums_tile(xs[i], ys[i], out, tile, count, C[i], P[i], x_s[i], y_s[i], BLOCK_C, BLOCK_P)
-        tile -= tiles
+            _sums_tile(
+                xs[i], ys[i], out, tile % tiles, part, count, C[i], PARTS, P[i], x_s[i], y_s[i], BLOCK_C, BLOCK_P
+            )
+        tile -= tiles * PARTS
 
 
 @triton.jit
@@ -162,11 +174,27 @@ def _gradient(
         program -= programs
 
 
+PROGRAMS = 3  # a multiprocessor at least, or channels are shared; as in csrc/cosine.cu
+LEAST = 128  # channels of a program that shares them: a load or two a thread
+FEW = 16  # positions of a program, roughly
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of ``device``; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def parts_of(device: torch.device, features: Sequence[Tensor]) -> int:
+    """How many programs share the channels of a position: 1 unless there are too few positions to fill ``device``."""
+    programs = sum(t.shape[0] * triton.cdiv(t.shape[2] * t.shape[3], FEW) for t in features)
+    most = max((t.shape[1] for t in features), default=0) // LEAST
+    return max(min(triton.cdiv(PROGRAMS * processors(device), max(programs, 1)), most), 1)
+
+
 def _config(channels: int, positions: int, warps: int) -> triton.Config:
     return triton.Config({"BLOCK_C": channels, "BLOCK_P": positions}, num_warps=warps)
 
 
-TOGETHER = 16  # pairs of a launch: each is compiled into the kernel
 KEY = ["N", "C", "P", "BITS"]
 # Positions lie along memory (NCHW).
 PLANES = [
@@ -186,72 +214,28 @@ _sums_of = {"planes": tuned(_sums, PLANES, KEY), "rows": tuned(_sums, ROWS, KEY)
 _gradient_of = {"planes": tuned(_gradient, PLANES, KEY), "rows": tuned(_gradient, ROWS, KEY)}
 
 
-def _strides(t: Tensor) -> tuple[int, int, int] | None:
-    """Strides of (image, channel, position), or None where one stride does not walk through all positions."""
-    n, c, h, w = t.stride()
-    height, width = t.shape[2:]
-    if width == 1:
-        return n, c, h
-    return (n, c, w) if height == 1 or h == width * w else None
-
-
-def _readable(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """``t`` with its strides; a copy of it (the only one made here) where the layout is a rare one."""
-    strides = _strides(t)
-    _, C, H, W = t.shape
-    return (t, strides) if strides else (t.contiguous(), (C * H * W, H * W, 1))
-
-
-Shapes = tuple[tuple[int, ...], ...]
-
-
-def _by_layout(tensors: Sequence[Sequence[Tensor]], pairs: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
-    """Pairs that go into one launch: the same layout, at most TOGETHER."""
-    layouts: dict[str, list[int]] = {}
-    for i in pairs:
-        strides = [_strides(ts[i]) for ts in tensors]
-        rows = all(s is not None and s[1] == 1 for s in strides)
-        layouts.setdefault("rows" if rows else "planes", []).append(i)
-    for layout, members in layouts.items():
-        for first in range(0, len(members), TOGETHER):
-            yield layout, members[first : first + TOGETHER]
-
-
-def _read(tensors: Sequence[Tensor], members: Sequence[int]) -> tuple[tuple[Tensor, ...], Shapes]:
-    """The members as `_readable` gives them: tensors, and strides."""
-    found, strides = zip(*(_readable(tensors[i]) for i in members), strict=True)
-    return found, strides
-
-
-def _shapes(tensors: Sequence[Tensor], members: Sequence[int]) -> Shapes:
-    """Where the sums of each member begin, and its N, C and P."""
-    firsts, at = [], 0
-    for t in tensors:
-        firsts.append(at)
-        at += 3 * t.shape[0] * t.shape[2] * t.shape[3]
-    sizes = [(firsts[i], tensors[i].shape[0], tensors[i].shape[1], tensors[i].shape[2:].numel()) for i in members]
-    return tuple(tuple(column) for column in zip(*sizes, strict=True))
-
-
 def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     """`reference.cosine_sums_group`: lists of (N_i, C_i, H_i, W_i) -> flat, the (3, N_i, H_i, W_i) in turn."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*x, *y)) else torch.float32
     sizes = [3 * t.shape[0] * t.shape[2] * t.shape[3] for t in x]
     out = x[0].new_empty(sum(sizes), dtype=dtype)
-    if not all(t.shape[1] for t in x):
-        out.zero_()  # pairs without channels get no program
     wanted = [i for i, size in enumerate(sizes) if size and x[i].shape[1]]
-    for layout, members in _by_layout((x, y), wanted):
-        xs, x_s = _read(x, members)
-        ys, y_s = _read(y, members)
-        firsts, N, C, P = _shapes(x, members)
+    parts = parts_of(out.device, [x[i] for i in wanted])
+    to = out[None] if parts == 1 else out.new_empty(parts, len(out))
+    if not all(t.shape[1] for t in x):
+        to.zero_()  # pairs without channels get no program
+    for layout, members in by_layout((x, y), wanted):
+        xs, x_s = read(x, members)
+        ys, y_s = read(y, members)
+        firsts, N, C, P = shapes(x, members)
 
-        def grid(meta: dict[str, int], shapes: Shapes = (N, P)) -> tuple[int]:
-            return (sum(n * triton.cdiv(P, meta["BLOCK_P"]) for n, P in zip(*shapes, strict=True)),)
+        def grid(meta: dict[str, int], of: Shapes = (N, P)) -> tuple[int]:
+            return (parts * sum(n * triton.cdiv(p, meta["BLOCK_P"]) for n, p in zip(*of, strict=True)),)
 
+        bits = 8 * xs[0].element_size()
         with torch.cuda.device_of(out):
-            _sums_of[layout][grid](xs, ys, out, firsts, N, C, P, x_s, y_s, BITS=8 * xs[0].element_size(), **OPTIONS)
-    return out
+            _sums_of[layout][grid](xs, ys, to, len(out), firsts, N, C, P, x_s, y_s, PARTS=parts, BITS=bits, **OPTIONS)
+    return out if parts == 1 else torch.sum(to, 0, out=out)
 
 
 def cosine_sums_group_backward(grad: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
@@ -259,15 +243,15 @@ def cosine_sums_group_backward(grad: Tensor, x: Sequence[Tensor], y: Sequence[Te
     grad = grad.contiguous()
     out = [torch.empty_like(t) for t in y]
     wanted = [i for i, t in enumerate(out) if t.numel()]
-    for layout, members in _by_layout((x, y, out), wanted):
-        xs, x_s = _read(x, members)
-        ys, y_s = _read(y, members)
-        to, to_s = _read(out, members)
-        firsts, N, C, P = _shapes(y, members)
+    for layout, members in by_layout((x, y, out), wanted):
+        xs, x_s = read(x, members)
+        ys, y_s = read(y, members)
+        to, to_s = read(out, members)
+        firsts, N, C, P = shapes(y, members)
 
-        def grid(meta: dict[str, int], shapes: Shapes = (N, C, P)) -> tuple[int]:
+        def grid(meta: dict[str, int], of: Shapes = (N, C, P)) -> tuple[int]:
             p, c = meta["BLOCK_P"], meta["BLOCK_C"]
-            return (sum(n * triton.cdiv(P, p) * triton.cdiv(C, c) for n, C, P in zip(*shapes, strict=True)),)
+            return (sum(n * triton.cdiv(P, p) * triton.cdiv(C, c) for n, C, P in zip(*of, strict=True)),)
 
         bits = 8 * ys[0].element_size()
         with torch.cuda.device_of(grad):

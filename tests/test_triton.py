@@ -109,6 +109,28 @@ def test_points_of_weight_zero(layout):
     assert_near(dy, reference.cosine_sums_backward(grad.double(), x.double(), y.double()), ROUNDING[F32])
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1024, 2, 2), (1, 515, 1, 3), (2, 259, 1, 1)], ids=str)
+def test_few_positions_share_their_channels(shape, dtype, layout, monkeypatch):
+    """On a GPU with 132 multiprocessors, programs share the channels of a position."""
+    monkeypatch.setattr(cosine, "processors", lambda device: 132)
+    x, y = features(shape, dtype, layout), features(shape, dtype, layout)
+    assert cosine.parts_of(x.device, [x]) == shape[1] // cosine.LEAST
+    check_cosine(x, y)
+
+
+def test_pairs_of_all_kinds_share_their_channels(monkeypatch):
+    monkeypatch.setattr(cosine, "processors", lambda device: 132)
+    x, y = ([features(s, F32) for s in [(1, 600, 2, 2), (1, 3, 2, 3), (2, 0, 3, 3), (0, 3, 4, 5)]] for _ in "xy")
+    x, y = [*x, features(ODD, BF16, "channels_last")], [*y, features(ODD, F32, "channels_last")]
+    assert cosine.parts_of(x[0].device, x) == 4
+    wide = [[t.double() for t in ts] for ts in (x, y)]
+    assert_near(cosine.cosine_sums_group(x, y), reference.cosine_sums_group(*wide), ROUNDING[F32])
+    monkeypatch.setattr(cosine, "processors", lambda device: 1)
+    assert cosine.parts_of(x[0].device, x) == 1
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
 def test_cosine_of_nothing(shape):
     x, y = features(shape, F32), features(shape, BF16)
@@ -275,6 +297,10 @@ for dtype in torch.float32, torch.bfloat16:
         x = torch.zeros(2, 64, 16, 16, dtype=dtype).contiguous(memory_format=layout)
         small = x[..., :4, :4].clone(memory_format=layout)
         cosine.cosine_sums_group_backward(cosine.cosine_sums_group([x, small], [x, small]), [x, small], [x, small])
+cosine.processors = lambda device: 132
+for layout in torch.contiguous_format, torch.channels_last:
+    few = torch.zeros(1, 1024, 4, 4).contiguous(memory_format=layout)
+    cosine.cosine_sums(few, few)
 for rule in mining.RULES:
     for alpha in [torch.zeros(()), None][rule != "deviation" :]:
         loss, state = mining.mined_loss(torch.zeros(630), [2, 1], [64, 82], rule, 1.0, alpha, 0.0)
@@ -293,5 +319,14 @@ def test_kernels_compile(tmp_path):
     assert run.returncode == 0, run.stderr
     two, refine = ["_pieces", "_finish", "_weigh"], ["_refine", "_select"]
     hardest = [["_pieces", "_select", *refine * digits, "_finish"] for digits in (1, 4)]
-    names = ["_sums", "_gradient"] * 4 + two * 2 + hardest[0] + two[2:] + two + hardest[1] + ["_bands", "_blend"]
+    names = (
+        ["_sums", "_gradient"] * 4
+        + ["_sums"] * 2
+        + two * 2
+        + hardest[0]
+        + two[2:]
+        + two
+        + hardest[1]
+        + ["_bands", "_blend"]
+    )
     assert run.stdout.splitlines() == [f"{name} 90" for name in names]
