@@ -55,6 +55,15 @@ def per_image(maps: Array, masks: Array, limit: float) -> tuple[Array, Array]:
     return areas, reasons
 
 
+def overlap_curve(maps: Array, masks: Array) -> tuple[Array, Array] | None:
+    """False positive rate and mean overlap of (N, H, W), corner after corner; None where `pixels` is None."""
+    if not np.isfinite(maps).all() or masks.all() or not masks.any():
+        return None
+    sweep = _sweep(maps, masks, overlap(regions(masks)[0][masks]))
+    x, y = _overlap_curve(sweep)
+    return x / sweep.negatives, y
+
+
 def thresholds_of(scores: Array, positive: Array) -> tuple[Array, int]:
     """Thresholds of the reference for one image, or why there are none.
 
@@ -146,15 +155,19 @@ def _sweep(scores: Array, positive: Array, weight: Array | None = None) -> _Swee
 
 
 def _aupro(sweep: _Sweep, limit: float) -> float:
-    """The curve runs level to ``above``, then straight to (``fp``, ``overlap``), and level at its end."""
-    x = np.concatenate([[0], np.stack([sweep.above, sweep.fp], 1).ravel(), [sweep.negatives]])
-    y = np.concatenate([[0.0, 0.0], np.repeat(sweep.overlap, 2)])
+    x, y = _overlap_curve(sweep)
     stop = limit * sweep.negatives
     k = int(np.searchsorted(x, stop, side="right"))
     if k < x.size:
         y_stop = y[k - 1] + (y[k] - y[k - 1]) * (stop - x[k - 1]) / (x[k] - x[k - 1])
         x, y = np.append(x[:k], stop), np.append(y[:k], y_stop)
     return _area(x, y) / stop
+
+
+def _overlap_curve(sweep: _Sweep) -> tuple[Array, Array]:
+    """Good pixels found and mean overlap: level to ``above``, straight to (``fp``, ``overlap``), level at the end."""
+    x = np.concatenate([[0], np.stack([sweep.above, sweep.fp], 1).ravel(), [sweep.negatives]])
+    return x, np.concatenate([[0.0, 0.0], np.repeat(sweep.overlap, 2)])
 
 
 def _area(x: Array, y: Array) -> float:

@@ -20,6 +20,7 @@ ALLOWED = {
     "arrays": {"metrics_reference"},  # and _metrics, where it was built
     "bounds": set(),
     "streaming": {"arrays", "bounds", "metrics_reference"},
+    "curves": {"arrays", "metrics_reference"},
     "metrics": {"arrays", "metrics_reference", "streaming"},
     "weights": set(),
     "backbone": {"weights"},
