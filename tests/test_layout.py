@@ -31,7 +31,7 @@ ALLOWED = {
     "engine": {"reference", "ops", "loss", "anomaly_map", "metrics", "backbone", "decoder", "model"},
 }
 ALLOWED["engine"] |= {"fold", "data", "engine"}
-ALLOWED["app"] = set.union(*ALLOWED.values()) | {"app", "kernels"}
+ALLOWED["app"] = set.union(*ALLOWED.values()) | {"app", "kernels", "curves"}
 ALLOWED["__main__"] = {"app"}
 ALLOWED["__init__"] = set(ALLOWED)  # on first use
 # What only some rooms may need, so that `import recontrast` stays light and the losses need no timm.

@@ -12,6 +12,7 @@ from recontrast.app.console import Commands, Steps, complain, show, silent, stop
 from recontrast.app.options import Batch, CheckpointFile, Device, change, checkpoint_file, numbers, split
 from recontrast.app.predict_command import predict
 from recontrast.app.prepare import prepare
+from recontrast.app.report.command import report
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
@@ -244,6 +245,7 @@ def demo(
 
 
 app.command()(prepare)
+app.command()(report)
 
 
 @app.command()

@@ -1,0 +1,134 @@
+"""``recontrast report``: a run becomes one HTML file to look at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from recontrast.app.console import Steps
+from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+
+if TYPE_CHECKING:
+    from recontrast.data.datasets import Sample
+
+BUDGET = 7_000_000  # bytes of all pictures in the file; what else is in it takes some 100 kB
+ALL = "all"
+OnProgress = Callable[[str, int, int], None]  # category, images done, images of the category
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was made."""
+
+    path: Path
+    bytes: int
+    images: int  # evaluated
+    shown: int  # in the gallery
+
+
+def report(
+    run: CheckpointFile,
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[DATA]", help="Data sets or categories in MVTec AD layout. Default: that it was last evaluated on."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file. Default: report.html in the folder of the run.")] = None,
+    category: Annotated[
+        str | None, typer.Option(help="Name of one, or all. Default: what it was trained on, where DATA has it.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="In the gallery at most, the worst errors first.", min=1)] = 300,
+    batch: Batch = 16,
+    device: Device = None,
+) -> None:
+    """Write one HTML file: metrics, threshold, curves, and the images sorted by error."""
+    with Steps("report") as shown:
+        made = write(
+            run, data or [], out, category=category, images=images, batch=batch, device=device,
+            on_progress=lambda name, done, total: shown(done, total, name),
+        )  # fmt: skip
+    left = "" if made.shown == made.images else f", {made.shown} of them shown"
+    typer.echo(f"report of {made.images} images{left}, {made.bytes / 1e6:.1f} MB: {made.path}")
+
+
+def write(
+    run: Path, data: list[Path], out: Path | None = None, *, category: str | None = None, images: int = 300,
+    batch: int = 16, device: str | None = None, budget: int = BUDGET, on_progress: OnProgress | None = None,
+) -> Written:  # fmt: skip
+    """Evaluate the detector of ``run`` once more and write what it does as one HTML file.
+
+    Args:
+        run: folder of a run, or its checkpoint.
+        data: data sets or categories; none: those whose images stand in the ``scores.csv`` of the run.
+        out: the file; None: ``report.html`` beside the checkpoint.
+        category: one, "all", or None for what the run was trained on, where that is in ``data``, else all.
+        images: in the gallery, at most.
+        batch: images at once in the network.
+        device: None: the GPU where there is one.
+        budget: bytes of the pictures in the file, at most.
+        on_progress: called with category, images done, and images of the category.
+
+    Raises:
+        ValueError: no test images, or images that are gone.
+        OSError: the file cannot be written; known before the network runs.
+    """
+    from recontrast.app.about import about
+    from recontrast.app.report import findings, thumbnails
+    from recontrast.app.report.page import page
+    from recontrast.data import datasets
+    from recontrast.data.atomic import replacing
+    from recontrast.engine import checkpoint as checkpoints
+    from recontrast.engine import log
+
+    file = checkpoint_file(run)
+    out = out or file.parent / "report.html"
+    if out.is_dir():
+        raise ValueError(f"{out}: wanted a file to write the report to, got a folder")
+    if images < 1:
+        raise ValueError(f"report: images: wanted at least 1, got {images}")
+    model, recipe, checkpoint = checkpoints.load_model(file, device)
+    found = datasets.load(data or _recorded(file.parent / "scores.csv"))
+    groups = _chosen(found, category, checkpoint.category)
+    # The file is opened first: one that cannot be written costs no evaluation.
+    with replacing(out) as target, findings.gathered(
+        model, groups, recipe, checkpoint.calibration, batch=batch, on_progress=on_progress
+    ) as seen:  # fmt: skip
+        shots = seen.shots[:images]
+        pictures = thumbnails.encode(seen, shots, recipe, budget)
+        lines = log.lines(file.parent / "log.jsonl")
+        text = page(seen, shots, pictures, recipe, checkpoint, lines, about(), str(run))
+        content = text.encode(errors="backslashreplace")  # names that are no UTF-8
+        target.write(content)
+        total = len(seen.shots)
+    return Written(out, len(content), total, len(shots))
+
+
+def _chosen(found: "dict[str, list[Sample]]", category: str | None, trained_on: str) -> "dict[str, list[Sample]]":
+    if category is None:
+        category = trained_on if trained_on in found else ALL
+    if category == ALL:
+        return found
+    if category not in found:
+        raise ValueError(f"--category: wanted one of {', '.join(found)} or all, got {category!r}")
+    return {category: found[category]}
+
+
+def _recorded(scores: Path) -> list[Path]:
+    """Folders of the categories whose test images ``scores.csv`` names."""
+    from recontrast.data.table import read_table
+
+    if not scores.is_file():
+        raise ValueError(f"{scores}: wanted the images that the run was evaluated on, got no such file: name DATA")
+    folders: dict[Path, None] = {}
+    for line in read_table(scores, ["path", "category"]):
+        path = Path(line["path"])
+        if not path.is_file():
+            raise ValueError(f"{scores}: wanted the image {path} that the run was evaluated on, it is gone: name DATA")
+        place = next((up for up in path.parents if up.name == line["category"] and (up / "test").is_dir()), None)
+        if place is None:
+            raise ValueError(f"{scores}: wanted {path} below {line['category']}/test, got it elsewhere: name DATA")
+        folders[place] = None
+    return list(folders)

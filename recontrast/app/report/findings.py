@@ -1,0 +1,193 @@
+"""What a report says: one pass over test images, decisions, recall by kind of defect, curves."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recontrast import curves
+from recontrast.curves import Curve
+from recontrast.data.datasets import Sample
+from recontrast.data.images import read_mask
+from recontrast.engine.calibrate import Calibration
+from recontrast.engine.evaluate import evaluate
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.result import Result, Row
+from recontrast.model import ReContrast
+
+MISSED, FALSE_ALARM, FOUND, PASSED, OPEN = "missed", "false alarm", "found", "passed", "no decision"
+ERRORS = (MISSED, FALSE_ALARM)
+PRO_LIMIT = 0.3  # false positive rate at which the overlap curve and AUPRO end
+Z = 1.959963984540054  # of 95 %, normal
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One test image, what was said of it, and by how much that was right or wrong."""
+
+    sample: Sample
+    place: int  # of its map among all
+    score: float
+    p_value: float | None
+    outcome: str
+    margin: float  # distance from the threshold, in standard deviations of the category's scores
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How many images of one kind were called defects: recall of a kind of defect, false alarms of the good ones."""
+
+    defect: str
+    label: int  # 1 anomalous
+    images: int
+    called: int
+
+    @property
+    def rate(self) -> float:
+        """Share that was called a defect."""
+        return self.called / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the rate (Wilson, 1927)."""
+        n, p = self.images, self.rate
+        centre, half = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
+        return max(0.0, (centre - half) / (1 + Z**2 / n)), min(1.0, (centre + half) / (1 + Z**2 / n))
+
+
+@dataclass(frozen=True)
+class Section:
+    """One category."""
+
+    row: Row
+    shots: list[Shot]
+    threshold: float | None  # calibrated, or of F1-max on these images; None where neither is
+    recalls: list[Recall]  # by kind of defect, the good ones last
+    heat: tuple[float, float]  # map values of the coldest and of the hottest colour
+    centred: bool  # the threshold has the middle colour
+    roc: Curve | None
+    pro: Curve | None
+
+    @property
+    def point(self) -> tuple[float, float] | None:
+        """Where the threshold lies on the ROC curve: false alarms and recall, in [0, 1]."""
+        sums = [[(r.called, r.images) for r in self.recalls if r.label == label] for label in (0, 1)]
+        if not all(sums):
+            return None
+        alarms, found = (sum(c for c, _ in some) / sum(n for _, n in some) for some in sums)
+        return alarms, found
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All of a report but its pictures."""
+
+    result: Result
+    sections: list[Section]
+    calibration: Calibration | None
+    maps: NDArray[np.float32] = field(repr=False)  # (n, H, W), a file that is gone after `gathered`
+
+    @property
+    def shots(self) -> list[Shot]:
+        """All images, the worst error first and the surest right decision last."""
+        return sorted((shot for section in self.sections for shot in section.shots), key=_by_error)
+
+
+@contextmanager
+def gathered(
+    model: ReContrast, groups: Mapping[str, Sequence[Sample]], recipe: Recipe,
+    calibration: Calibration | None = None, *,
+    device: str | None = None, batch: int = 16, on_progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Findings]:  # fmt: skip
+    """Evaluate once, and keep the maps in a temporary file until the block ends.
+
+    Args:
+        model: trained.
+        groups: samples by category; those of the train split are passed over.
+        recipe: that the model was trained with.
+        calibration: decides; None: F1-max on these very images does.
+        device: None leaves the model where it is.
+        batch: images at once.
+        on_progress: called with category, images done, and images of the category.
+    """
+    with tempfile.TemporaryFile(prefix="recontrast-maps-") as waiting:
+        samples: list[Sample] = []
+
+        def keep(some: Sequence[Sample], maps: NDArray[np.float32]) -> None:
+            samples.extend(some)
+            waiting.write(np.ascontiguousarray(maps, np.float32).data)
+
+        result = evaluate(model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=keep)
+        waiting.flush()
+        maps = np.memmap(waiting, np.float32, "r", shape=(len(samples), *recipe.out))
+        sections, begun = [], 0
+        for row in result.rows:
+            inside = slice(begun, begun + row.images)
+            scores = np.array([scored.score for scored in result.scored[inside]])
+            sections.append(_section(row, samples[inside], scores, maps[inside], begun, recipe, calibration))
+            begun += row.images
+        yield Findings(result, sections, calibration, maps)
+
+
+def _section(
+    row: Row, samples: Sequence[Sample], scores: NDArray[Any], maps: NDArray[Any], begun: int, recipe: Recipe,
+    calibration: Calibration | None,
+) -> Section:  # fmt: skip
+    threshold = row.i_threshold if calibration is None else float(calibration.threshold)
+    labels = np.array([sample.label for sample in samples])
+    called = None
+    if threshold is not None:
+        called = scores >= threshold if calibration is None else np.asarray(calibration.defects(scores))
+    p_values = [None] * len(samples) if calibration is None else np.asarray(calibration.p_values(scores)).tolist()
+    unit = float(scores.std()) or 1.0
+    shots = [
+        Shot(
+            sample, begun + i, score, p_values[i], _outcome(sample.label, None if called is None else bool(called[i])),
+            abs(score - threshold) / unit if threshold is not None else -score / unit,
+        )
+        for i, (sample, score) in enumerate(zip(samples, scores.tolist(), strict=True))
+    ]  # fmt: skip
+    recalls = []
+    if called is not None:
+        for label, kind in sorted({(s.label, s.defect) for s in samples}, key=lambda of: (-of[0], of[1])):
+            of = np.array([sample.defect == kind for sample in samples])
+            recalls.append(Recall(kind, label, int(of.sum()), int(called[of].sum())))
+    both = 0 < row.defects < row.images
+    masked = row.aupro is not None
+    truth = np.stack([_truth(sample, recipe) for sample in samples]) if masked else None
+    shown = threshold if recipe.score == "max" else None  # the mean of a map is not one of its values
+    heat = _heat(maps, shown)
+    return Section(
+        row, shots, threshold, recalls, heat, shown is not None and heat[0] < shown,
+        curves.thin(curves.roc(scores, labels)) if both else None,
+        None if truth is None else curves.thin(curves.pro(maps, truth, PRO_LIMIT)),
+    )  # fmt: skip
+
+
+def _outcome(label: int, called: bool | None) -> str:
+    if called is None:
+        return OPEN
+    return (FOUND if called else MISSED) if label else (FALSE_ALARM if called else PASSED)
+
+
+def _by_error(shot: Shot) -> tuple[bool, float]:
+    wrong = shot.outcome in ERRORS
+    return not wrong, -shot.margin if wrong else shot.margin
+
+
+def _truth(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:
+    if sample.mask is None:
+        return np.zeros(recipe.out, bool)
+    return read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path)
+
+
+def _heat(maps: NDArray[Any], threshold: float | None) -> tuple[float, float]:
+    """As in the overlays of `recontrast predict`: the threshold has the middle colour, where it is one of maps."""
+    low = float(np.median([np.median(anomaly) for anomaly in maps]))
+    if threshold is not None and threshold > low:
+        return low, 2 * threshold - low
+    return low, max(float(anomaly.max()) for anomaly in maps)

@@ -1,0 +1,28 @@
+"""A run of a tiny detector, and test images of awkward names."""
+
+import torch
+from tiny import tiny_set
+
+from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine.log import Log
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.train import new_model
+
+RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
+
+
+def trained(root, category="nut", **sizes):
+    """Folder of a run and that of its data: 4 good test images, 4 with a defect."""
+    data = root / "data"
+    tiny_set(data, category, train=2, **{"good": 4, "defects": 4, **sizes})
+    torch.manual_seed(0)
+    model = new_model(RECIPE, category)
+    run = root / "run"
+    about = {"size": [64, 64], "crop": None, "mean": list(model.mean), "std": list(model.std)}
+    checkpoints.save(run / "checkpoint.pt", checkpoints.Checkpoint(
+        40, category, RECIPE, model.config, about, {"count": 2, "digest": ""}, model.state_dict()
+    ))  # fmt: skip
+    log = Log(run / "log.jsonl")
+    for step in range(10, 50, 10):
+        log.write(step=step, loss=2.0 / step, alpha=0.5, images_per_second=9.0, seconds=1.0 * step)
+    return run, data

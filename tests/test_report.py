@@ -1,0 +1,206 @@
+import csv
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_run import RECIPE, trained
+from typer.testing import CliRunner
+
+from recontrast.app.cli import app
+from recontrast.app.report import command, drawings, thumbnails
+from recontrast.app.report.command import write
+from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, PASSED, Recall, gathered
+from recontrast.data import datasets
+from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine.calibrate import Calibration
+
+NASTY = "<script>alert('x')&quot;\"><img src=x onerror=alert(1)>.png"  # a file may be called that
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    handle_startendtag = handle_starttag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    folder, data = trained(root, "nut & <b>bolt<b>")
+    good = data / "nut & <b>bolt<b>" / "test/good"
+    (good / "000.png").rename(good / NASTY.replace("/", "-"))
+    return folder, data
+
+
+@pytest.fixture(scope="module")
+def text(run):
+    return write(run[0], [run[1]], device="cpu").path.read_text()
+
+
+def test_nothing_is_loaded_and_no_name_is_code(text):
+    page = Page(text)
+    for tag, attributes in page.elements:
+        assert not {key for key in attributes if key.startswith("on")}, (tag, attributes)
+        for key in ("src", "href", "srcset", "action", "data", "poster"):
+            assert attributes.get(key, "data:").startswith(("data:", "#")), (tag, attributes)
+    assert len(page.of("script")) == len(page.of("style")) == 1
+    outside = re.sub(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", "", text)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", outside)
+    assert "default-src 'none'" in page.of("meta")[3]["content"]
+    assert "<script>alert" not in outside and NASTY in page.text
+    assert {card["data-category"] for card in page.of("li")} == {"nut & <b>bolt<b>"}
+
+
+def test_every_image_is_there_with_heat_and_mask(text):
+    page = Page(text)
+    assert len(page.of("li")) == 8
+    assert sum(img["src"].startswith("data:image/webp") for img in page.of("img")) == 2 * 8  # image, heat
+    assert sum(img["src"].startswith("data:image/png") for img in page.of("img")) == 4  # masks
+    assert all("alt" in img for img in page.of("img"))
+    labelled = {label["for"] for label in page.of("label")}
+    assert {e["id"] for tag in ("select", "input") for e in page.of(tag)} == labelled
+
+
+def test_without_calibration_it_says_so_and_with_one_what_is_promised(run, text):
+    assert "There is no calibrated threshold" in text and "recontrast calibrate RUN" in text
+    assert "p = " not in text
+    assert "AUPRO, data set" in text and "AUPRO, per image" in text
+
+
+def found(run, calibration=None, recipe=None):
+    model, own, _ = checkpoints.load_model(run[0] / "checkpoint.pt", "cpu")
+    return gathered(model, datasets.load(run[1]), recipe or own, calibration)
+
+
+def test_decisions_are_those_of_the_calibration(run):
+    with found(run) as seen:
+        scores = sorted(shot.score for shot in seen.shots)
+    cut = (scores[3] + scores[4]) / 2  # half of the images lie above it
+    known = Calibration((cut - 0.1, cut - 0.05, cut), 0.25, cut, 0.5, 0.02, False, "<b>lot</b> 7", "")
+    with found(run, known) as seen:
+        shots = seen.shots
+        for shot in shots:
+            above = shot.score > cut
+            assert shot.outcome == (
+                (FOUND if above else MISSED) if shot.sample.label else (FALSE_ALARM if above else PASSED)
+            )
+            assert (shot.p_value <= 0.25) is above
+        wrong = [shot.outcome in (MISSED, FALSE_ALARM) for shot in shots]
+        assert wrong == sorted(wrong, reverse=True) and any(wrong) and not all(wrong)
+        margins = [shot.margin for shot in shots]
+        first = wrong.count(True)
+        assert margins[:first] == sorted(margins[:first], reverse=True) and margins[first:] == sorted(margins[first:])
+        assert sum(r.called for r in seen.sections[0].recalls) == 4
+        assert seen.sections[0].threshold == cut
+        from recontrast.app.report.decision import decision
+
+        said = decision(seen)
+    assert "25 %" in said and "3 good images" in said and "&lt;b&gt;lot&lt;/b&gt; 7" in said
+    assert "no guarantee" in said and "1/4" in said and "no calibrated threshold" not in said
+
+
+def test_a_data_set_of_one_kind_has_no_threshold_and_no_curves(tmp_path):
+    run, data = trained(tmp_path, good=2, defects=0)
+    text = write(run, [data], device="cpu").path.read_text()
+    assert "no decision" in text and "not of both kinds" in text and "ROC" not in text
+    assert "no metrics of images" in text
+
+
+def test_several_categories_have_a_mean_and_a_filter(tmp_path):
+    run, data = trained(tmp_path, "bolt")
+    trained(tmp_path / "other", "screw")
+    made = write(run, [data, tmp_path / "other/data"], category="all", device="cpu", images=5)
+    page = Page(made.path.read_text())
+    assert (made.images, made.shown) == (16, 5) and len(page.of("li")) == 5
+    assert "these 5 are shown" in page.text and "mean" in page.text
+    assert len(page.of("figure")) == 5 + 2 * 3 + 1  # cards, two times three drawings, the loss
+    made = write(run, [data, tmp_path / "other/data"], device="cpu")
+    assert made.images == 8  # what it was trained on
+
+
+def test_without_data_the_evaluated_images_are_taken(run, tmp_path):
+    folder, data = trained(tmp_path)
+    with pytest.raises(ValueError, match=r"scores\.csv: wanted the images .* name DATA"):
+        write(folder, [])
+    with (folder / "scores.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "category", "defect", "label", "score"])
+        tests = [s for s in datasets.load(data)["nut"] if s.split == "test"]
+        rows.writerows([s.path, s.category, s.defect, s.label, 1.0] for s in tests)
+    assert write(folder, [], device="cpu").images == 8
+    tests[0].path.unlink()
+    with pytest.raises(ValueError, match="it is gone: name DATA"):
+        write(folder, [])
+
+
+def test_pictures_keep_to_a_budget(run, tmp_path):
+    with found(run) as seen:
+        large = thumbnails.encode(seen, seen.shots, RECIPE, 10**7)
+        whole = sum(one.bytes for one in large)
+        small = thumbnails.encode(seen, seen.shots, RECIPE, whole // 2)
+        assert 0 < sum(one.bytes for one in small) <= whole // 2
+        with pytest.raises(ValueError, match="wanted pictures of 8 images in 1,000 bytes"):
+            thumbnails.encode(seen, seen.shots, RECIPE, 1000)
+
+
+def test_a_whole_gallery_stays_below_eight_megabytes(run, monkeypatch):
+    """300 pictures of noise, which compresses worse than any photograph."""
+    random = np.random.default_rng(0)
+    noise = [Image.fromarray(random.integers(0, 256, (320, 320, 3), np.uint8)) for _ in range(4)]
+    heat = random.random((256, 256)).astype(np.float32)
+    monkeypatch.setattr(
+        thumbnails, "_source", lambda shot, *_: thumbnails._Source(noise[shot.place % 4], heat, None, 1.0)
+    )
+    with found(run) as seen:
+        pictures = thumbnails.encode(seen, seen.shots * 38, RECIPE, command.BUDGET)
+    assert len(pictures) == 304 and sum(one.bytes for one in pictures) <= command.BUDGET < 7.5e6
+
+
+def test_wilsons_interval():
+    assert Recall("x", 1, 16, 12).interval == pytest.approx((0.5050, 0.8982), abs=1e-4)
+    assert Recall("x", 1, 10, 10).interval == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert Recall("x", 1, 10, 0).interval == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+def test_bars_of_the_histogram_count_the_images():
+    svg = drawings.histogram([1.0] * 30 + [2.0] * 15, [3.0] * 6, 2.5, "a<b")
+    heights = [float(h) for h in re.findall(r'<rect class="good"[^>]*height="([\d.]+)"', svg)]
+    assert len(heights) == 2 and heights[0] == pytest.approx(2 * heights[1], abs=0.2)
+    (below,) = (float(h) for h in re.findall(r'<rect class="defect"[^>]*height="([\d.]+)"', svg))
+    assert below == pytest.approx(heights[0] / 5, abs=0.2)
+    assert "a&lt;b" in svg and "threshold 2.5" in svg
+    assert "nan" not in drawings.histogram([1.0], [], None, "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{run}", "{data}", "--out", "{data}"], "wanted a file to write the report to, got a folder"),
+        (["{data}", "{data}"], "wanted a checkpoint file"),
+        (["{run}", "{data}/nothing"], "got no such folder"),
+        (["{run}", "{data}", "--category", "x"], "--category: wanted one of"),
+        (["{run}", "{data}", "--out", "{run}/checkpoint.pt/x.html"], "cannot write"),
+        (["{run}", "{data}", "--batch", "0"], "batch: wanted at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, arguments, sentence):
+    folder, data = run
+    done = CliRunner().invoke(app, ["report", *(a.format(run=folder, data=data) for a in arguments)])
+    assert done.exit_code == 2 and sentence in done.stderr, done.output
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
