@@ -90,6 +90,8 @@ def write(
     if images < 1:
         raise ValueError(f"report: images: wanted at least 1, got {images}")
     model, recipe, checkpoint = checkpoints.load_model(file, device)
+    if recipe.tile is not None:
+        raise ValueError(f"{file}: report: wanted a detector of whole images, got one of {recipe.tile} px tiles")
     found = datasets.load(data or _recorded(file.parent / "scores.csv"))
     groups = _chosen(found, category, checkpoint.category)
     # The file is opened first: one that cannot be written costs no evaluation.
