@@ -156,7 +156,7 @@ def from_maps(
     return Calibration(
         scores=ordered, rate=rate, threshold=threshold(ordered, rate),
         pixel_threshold=float(highest.min()) if alike else None,
-        pixel_rate=pixel_rate, pixel_guarantee=guarantee, source=source, weights=weights,
+        pixel_rate=pixel_rate, pixel_guarantee=guarantee and alike, source=source, weights=weights,
     )  # fmt: skip
 
 
