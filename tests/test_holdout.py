@@ -80,20 +80,21 @@ def test_too_few_images(samples, tmp_path):
 
 
 def test_command_line_holds_out_a_tenth_unless_a_recipe_says_otherwise(root, tmp_path):
-    said = works("train", root, "--out", tmp_path / "a", *SMALL)
-    assert "2 of 20 good images held out for calibration; --holdout 0 trains on all" in said
-    assert "at the promised false-alarm rate of 0.333" in said and "of 3 defect images found" in said
-    assert checkpoint.load(tmp_path / "a" / "checkpoint.pt").calibration.count == 2
+    assert tiny_set(tmp_path / "many", train=90)
+    said = works("train", tmp_path / "many", "--out", tmp_path / "a", *SMALL)
+    assert "9 of 90 good images held out for calibration; --holdout 0 trains on all" in said
+    assert "at the promised false-alarm rate of 0.1" in said and "of 3 defect images found" in said
+    assert checkpoint.load(tmp_path / "a" / "checkpoint.pt").calibration.count == 9
     said = works("evaluate", tmp_path / "a", root, "--device", "cpu")
-    assert "at the promised false-alarm rate of 0.333" in said and "of 3 good images called defects" in said
+    assert "at the promised false-alarm rate of 0.1" in said and "of 3 good images called defects" in said
     for options in (["--recipe", "mvtec"], ["--holdout", 0]):
         said = works("train", root, "--out", tmp_path / "b", "--overwrite", "--no-evaluate", *SMALL, *options)
         assert "held out" not in said
         assert checkpoint.load(tmp_path / "b" / "checkpoint.pt").calibration is None
     assert "holdout must be a share" in fails("train", root, "--out", tmp_path / "c", *SMALL, "--holdout", 1)
+    result = call("train", root, "--out", tmp_path / "d", "--no-evaluate", *SMALL)
+    assert result.exit_code == 0 and "20 good images are too few to hold any out" in result.stdout
     few = tiny_set(tmp_path / "few", train=3) and tmp_path / "few"
-    result = call("train", few, "--out", tmp_path / "d", "--no-evaluate", *SMALL)
-    assert result.exit_code == 0 and "3 good images are too few to hold any out" in result.stdout
     assert "got 0 of 3 good images held out" in fails("train", few, "--out", tmp_path / "e", *SMALL, "--holdout", 0.1)
 
 

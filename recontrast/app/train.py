@@ -17,6 +17,7 @@ from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import TrainResult
 
 HOLDOUT = 0.1  # share of the good images that is held out where no recipe was asked for
+LEAST = 9  # held out by default: with fewer, not even one false alarm in ten images can be promised
 OnStep = Callable[[str, int, int, str], None]  # category, steps done, of how many, how it goes
 
 
@@ -47,7 +48,8 @@ class Job:
         count = _good(self.groups)
         if self.recipe.holdout:
             kept = round(self.recipe.holdout * count)
-            return f"{kept} of {count} good images held out for calibration; --holdout 0 trains on all"
+            begun = self.resume is None  # else it is decided
+            return f"{kept} of {count} good images held out for calibration" + "; --holdout 0 trains on all" * begun
         if self.few:
             return f"{count} good images are too few to hold any out: no calibration; see recontrast calibrate"
         return None
@@ -87,7 +89,7 @@ def prepare(
     category = category or next(iter(groups))
     few = False
     if recipe is None and resume is None and "holdout" not in changes:
-        few = round(HOLDOUT * _good(groups)) < 1
+        few = round(HOLDOUT * _good(groups)) < LEAST
         chosen = chosen if few else chosen.replace(holdout=HOLDOUT)
     job = Job(chosen, category, groups, out or Path("runs") / category, resume, done, few)
     if job.target.exists() and resume is None and not overwrite:
