@@ -110,7 +110,8 @@ def test_every_kind_of_picture_scores_as_its_file(fitted, tests, tmp_path):
     picture = Image.open(tests[-1]).resize((60, 44))
     turned = picture.getexif()
     turned[0x0112] = 6
-    deep = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257 + 3)
+    levels = np.asarray(picture.convert("L")).astype(np.uint32) * 257 + 3
+    deep = Image.fromarray(np.minimum(levels, 65535).astype(np.uint16))
     picture.save(tmp_path / "turned.jpg", exif=turned)
     picture.convert("RGBA").save(tmp_path / "alpha.png")
     picture.quantize(16).save(tmp_path / "palette.png", transparency=3)
@@ -173,9 +174,9 @@ def test_refuses_parameters_in_fit(good, changes, sentence):
 
 
 def test_holdout():
-    from recontrast.app.estimator import _held_out
+    from recontrast.engine.holdout import how_many
 
-    assert [_held_out(60, *these) for these in ((0.05, None), (0.2, None), (0.2, 9), (0.2, 0.5), (None, 0.5))] == [
+    assert [how_many(60, *these) for these in ((0.05, None), (0.2, None), (0.2, 9), (0.2, 0.5), (None, 0.5))] == [
         19, 12, 9, 30, 0]  # fmt: skip
 
 

@@ -7,7 +7,6 @@ scores, so that a new good image is called a defect with probability at most ``f
 
 import io
 import math
-import numbers
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +26,10 @@ from recontrast.engine import recipe_file
 from recontrast.engine.calibrate import Calibration, calibrate
 from recontrast.engine.checkpoint import Checkpoint
 from recontrast.engine.device import choose, put
+from recontrast.engine.holdout import how_many
 from recontrast.engine.infer import infer
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import train
-
-SHARE = 0.2  # of the good images, held out where nothing else is asked for
 
 
 class ReContrastDetector(OutlierMixin, BaseEstimator):
@@ -124,7 +122,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         good = np.arange(len(images)) if y is None else np.flatnonzero(_labels(images, y) == 1)
         if not len(good):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
-        count = _held_out(len(good), self.false_alarm_rate, self.holdout)
+        count = how_many(len(good), self.false_alarm_rate, self.holdout)
         order = np.random.default_rng(recipe.seed).permutation(good)
         held, used = np.sort(order[:count]), np.sort(order[count:])
         device = choose(self.device)
@@ -275,30 +273,6 @@ def _labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
         got = sorted(set(labels.ravel().tolist()))[:5] if labels.ndim == 1 else f"shape {labels.shape}"
         raise ValueError(f"fit: y: wanted +1 (good) and -1 (defect), one for each image, got {got}")
     return labels
-
-
-def _held_out(count: int, rate: float | None, holdout: float | int | None) -> int:
-    """How many of ``count`` good images calibrate."""
-    if rate is None:
-        return 0
-    if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
-        raise ValueError(f"false_alarm_rate: wanted None or a share above 0 and below 1, got {rate!r}")
-    needed = math.ceil(1 / rate - 1e-9) - 1
-    if holdout is None:
-        wanted = max(needed, math.ceil(SHARE * count))
-        most, rest = count // 2, "half of them are left for training"
-    elif isinstance(holdout, numbers.Integral) and not isinstance(holdout, bool):
-        wanted, most, rest = int(holdout), count - 1, "one is left for training"
-    elif isinstance(holdout, numbers.Real) and 0 < holdout < 1:
-        wanted, most, rest = math.ceil(float(holdout) * count - 1e-9), count - 1, "one is left for training"
-    else:
-        raise ValueError(f"holdout: wanted None, a number of images or a share in (0, 1), got {holdout!r}")
-    if not needed <= wanted <= most:
-        raise ValueError(
-            f"false_alarm_rate: a promise of {rate:g} wants at least {needed} images held out, and that {rest}, got "
-            f"{wanted} held out of {count} good images"
-        )
-    return wanted
 
 
 def _plain(value: Any) -> Any:

@@ -255,7 +255,12 @@ def _centre(path: PathLike, image: Image.Image, crop: Size | None) -> Image.Imag
             f"{path}: crop must fit into the image, wanted {height} x {width} of {image.height} x {image.width}"
         )
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
+    return _cut(image, left, top, width, height)
+
+
+def _cut(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+    """A part of an image of mode L or RGB, pixel for pixel; PIL's own crop holds it against PIL's limit."""
+    return image.resize((width, height), Image.Resampling.NEAREST, box=(left, top, left + width, top + height))
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -263,6 +268,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     step = max(_STRIP // image.width, 1)
     for top in range(0, image.height, step):
-        strip = np.asarray(image.crop((0, top, image.width, min(top + step, image.height))))
+        strip = np.asarray(_cut(image, 0, top, image.width, min(step, image.height - top)))
         pixels[top : top + step] = strip if strip.ndim == 3 else strip[:, :, None]  # grey: thrice the same
     return pixels

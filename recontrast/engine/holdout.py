@@ -1,5 +1,7 @@
 """Good images held out of training: what a calibration needs, since a detector knows those that it was trained on."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from recontrast.engine.calibrate import PIXEL_RATE, RATE, Calibration, calibrate
 from recontrast.engine.run import Run, snapshot
 
 Item = TypeVar("Item")
+SHARE = 0.2  # of the good images, where a promise is asked for and no number of them
 
 
 def held_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -44,6 +47,39 @@ def held_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item]
         [item for i, item in enumerate(items) if i not in chosen],
         [item for i, item in enumerate(items) if i in chosen],
     )
+
+
+def how_many(count: int, rate: float | None, holdout: float | int | None) -> int:
+    """How many of ``count`` good images calibrate, for a promised ``rate``; none without one.
+
+    Args:
+        count: good images in all.
+        rate: promised share of false alarms, or None.
+        holdout: a number of images, a share, or None for a fifth, or more where the promise needs more.
+
+    Raises:
+        ValueError: rate or holdout is no such number, or the images are too few.
+    """
+    if rate is None:
+        return 0
+    if not isinstance(rate, numbers.Real) or not 0 < rate < 1:
+        raise ValueError(f"false_alarm_rate: wanted None or a share above 0 and below 1, got {rate!r}")
+    needed = math.ceil(1 / rate - 1e-9) - 1
+    if holdout is None:
+        wanted = max(needed, math.ceil(SHARE * count))
+        most, rest = count // 2, "half of them are left for training"
+    elif isinstance(holdout, numbers.Integral) and not isinstance(holdout, bool):
+        wanted, most, rest = int(holdout), count - 1, "one is left for training"
+    elif isinstance(holdout, numbers.Real) and 0 < holdout < 1:
+        wanted, most, rest = math.ceil(float(holdout) * count - 1e-9), count - 1, "one is left for training"
+    else:
+        raise ValueError(f"holdout: wanted None, a number of images or a share in (0, 1), got {holdout!r}")
+    if not needed <= wanted <= most:
+        raise ValueError(
+            f"false_alarm_rate: a promise of {rate:g} wants at least {needed} images held out, and that {rest}, got "
+            f"{wanted} held out of {count} good images"
+        )
+    return wanted
 
 
 def finish(run: Run, kept: Sequence[Sample], target: Path | None, cache_dir: str | Path | None) -> Calibration:
