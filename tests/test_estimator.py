@@ -129,6 +129,8 @@ def test_every_kind_of_picture_scores_as_its_file(fitted, tests, tmp_path):
     assert np.array_equal(
         fitted.score_samples(np.stack([grey, grey])), [wanted[paths.index(tmp_path / "grey.png")]] * 2
     )
+    for picture in pictures:
+        picture.close()
 
 
 @pytest.mark.parametrize("X, sentence", [
