@@ -258,6 +258,10 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
     except ConnectionError as error:
         where = address or os.environ.get("RAY_ADDRESS")
         raise OSError(f"--address: wanted a running Ray cluster, got none at {where}") from error
+    except Exception as error:  # Ray raises no kind of its own where its processes do not come up in time
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"ray could not start here: {' '.join(str(error).split())[:300]}") from error
     try:
         yield
     finally:
