@@ -1,6 +1,7 @@
 """`ReContrastDetector`: scikit-learn's contract, as far as images have one, and that it is the detector of the rest."""
 
 import pickle
+from dataclasses import replace
 from io import BytesIO
 
 import joblib
@@ -167,6 +168,7 @@ def test_refuses_what_is_no_image(fitted, X, sentence):
     ({"steps": 0}, "steps must be a whole number of at least 1"),
     ({"random_state": -1}, "seed must be a whole number"),
     ({"size": 33}, "multiples of"),
+    ({"recipe": RECIPE.replace(tile=32)}, "recipe: wanted a detector of whole images, got one of tiles"),
     ({"device": "tpu0"}, "device: wanted"),
 ])  # fmt: skip
 def test_refuses_parameters_in_fit(good, changes, sentence):
@@ -316,3 +318,13 @@ def test_from_a_run(samples, tests, tmp_path):
     with pytest.raises(FileNotFoundError, match="wanted a checkpoint file"):
         ReContrastDetector.from_checkpoint(tmp_path / "none.pt")
     assert checkpoint.load(small).category == "nut"
+
+
+def test_refuses_checkpoints_of_tiles_and_of_others_calibration(fitted, samples, tests, tmp_path):
+    tiled = train(RECIPE.replace(tile=32), samples, out=tmp_path / "tiled", device="cpu").checkpoint
+    with pytest.raises(ValueError, match=rf"{tiled}: wanted a detector of whole images, got one of tiles"):
+        ReContrastDetector.from_checkpoint(tiled)
+    state = checkpoint.load(fitted.save(tmp_path / "ours.pt"))
+    other = checkpoint.save(tmp_path / "other.pt", replace(state, recipe=RECIPE.replace(score="mean")))
+    with pytest.raises(ValueError, match="wanted a calibration of these weights and this recipe"):
+        ReContrastDetector.from_checkpoint(other)

@@ -151,7 +151,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         changes = {name: _plain(value) for name in names if (value := getattr(self, name)) is not None}
         if self.random_state is not None:
             changes["seed"] = _plain(self.random_state)
-        return base.replace(**changes, holdout=0.0)  # held out here, from X
+        return _whole(base.replace(**changes, holdout=0.0), "recipe")  # held out here, from X
 
     def _take(self, state: Checkpoint, model: Any) -> None:
         self._state, self.model_ = state, model.eval()
@@ -220,7 +220,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             device: as in the class.
 
         Raises:
-            ValueError, OSError: there is no checkpoint, or it is damaged.
+            ValueError, OSError: there is no checkpoint, it is damaged, or its detector is one of tiles.
         """
         state = checkpoints.load(path)
         rate = None if state.calibration is None else state.calibration.rate
@@ -230,6 +230,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return detector
 
     def _restore(self, state: Checkpoint, path: str | Path) -> None:
+        _whole(state.recipe, f"{path}")
+        checkpoints.check_calibration(state, path)
         with _own_random_state():
             model = checkpoints.build(state, path)
         self._take(replace(state, model=model.state_dict(), optimisers=[], rng={}), model)
@@ -273,6 +275,14 @@ def _labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
         got = sorted(set(labels.ravel().tolist()))[:5] if labels.ndim == 1 else f"shape {labels.shape}"
         raise ValueError(f"fit: y: wanted +1 (good) and -1 (defect), one for each image, got {got}")
     return labels
+
+
+def _whole(recipe: Recipe, source: str) -> Recipe:
+    """The recipe of whole images that it must be, named ``source`` in errors."""
+    if recipe.tile is not None:
+        raise ValueError(f"{source}: wanted a detector of whole images, got one of tiles ({recipe.tile} px): use "
+                         "recontrast train and recontrast predict")  # fmt: skip
+    return recipe
 
 
 def _plain(value: Any) -> Any:

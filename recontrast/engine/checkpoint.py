@@ -128,11 +128,11 @@ def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
 def calibrated(path: str | Path, calibration: Calibration) -> Path:
     """Put ``calibration`` into the checkpoint at ``path``; all else stays, and so does the file if that fails."""
     found = replace(load(path), calibration=calibration)
-    _check_calibration(found, path)
+    check_calibration(found, path)
     return save(path, found)
 
 
-def _check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
+def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
     """Refuse a calibration of other weights, or of another way to score."""
     wanted = checkpoint.calibration.weights if checkpoint.calibration is not None else None
     if wanted is not None and wanted != (got := digest(checkpoint.model, checkpoint.recipe)):
@@ -167,7 +167,7 @@ def load_model(path: str | Path, device: str | torch.device | None = None) -> tu
     """
     where = choose(device)
     checkpoint = load(path)
-    _check_calibration(checkpoint, path)
+    check_calibration(checkpoint, path)
     model = build(checkpoint, path)
     put(model, checkpoint.recipe, where)
     return model.eval(), checkpoint.recipe, replace(checkpoint, model={}, optimisers=[], rng={})
