@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -195,7 +196,7 @@ def test_bars_of_the_histogram_count_the_images():
         (["{data}", "{data}"], "wanted a checkpoint file"),
         (["{run}", "{data}/nothing"], "got no such folder"),
         (["{run}", "{data}", "--category", "x"], "--category: wanted one of"),
-        (["{run}", "{data}", "--out", "{run}/checkpoint.pt/x.html"], "cannot write"),
+        (["{run}", "{data}", "--out", "{run}/checkpoint.pt/x.html"], "could not be written"),
         (["{run}", "{data}", "--batch", "0"], "batch: wanted at least 1"),
     ],
 )
@@ -203,4 +204,12 @@ def test_bad_input_is_one_sentence(run, arguments, sentence):
     folder, data = run
     done = CliRunner().invoke(app, ["report", *(a.format(run=folder, data=data) for a in arguments)])
     assert done.exit_code == 2 and sentence in done.stderr, done.output
-    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+    assert not [path for path in folder.iterdir() if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_a_detector_of_tiles_is_refused(run, tmp_path):
+    found = checkpoints.load(run[0] / "checkpoint.pt")
+    tiled = dataclasses.replace(found, recipe=RECIPE.replace(tile=64))
+    file = checkpoints.save(tmp_path / "checkpoint.pt", tiled)
+    with pytest.raises(ValueError, match="wanted a detector of whole images, got one of 64 px tiles"):
+        write(file, [run[1]], device="cpu")

@@ -95,7 +95,7 @@ def write(
     found = datasets.load(data or _recorded(file.parent / "scores.csv"))
     groups = _chosen(found, category, checkpoint.category)
     # The file is opened first: one that cannot be written costs no evaluation.
-    with replacing(out) as target, findings.gathered(
+    with replacing(out, wanted=budget) as target, findings.gathered(
         model, groups, recipe, checkpoint.calibration, batch=batch, on_progress=on_progress
     ) as seen:  # fmt: skip
         shots = seen.shots[:images]

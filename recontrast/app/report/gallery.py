@@ -78,7 +78,7 @@ def _card(shot: Shot, pictures: Pictures, threshold: float | None) -> str:
         f'<span class="pic mixed"><img class="heat" src="{pictures.heat}" '
         f'alt="Heat map of {name}" decoding="async"></span>{mask}</span>'
         f'<figcaption><strong class="outcome"><span aria-hidden="true">{SIGNS[shot.outcome]}</span> {shot.outcome}'
-        f'</strong> <span class="score">{shot.score:.4g}</span>{times}{p_value}'
+        f'</strong> <span class="score">{shot.score:#.4g}</span>{times}{p_value}'
         f'<span class="file">{escape(what)}<br><span title="{escape(str(sample.path))}">{name}</span></span>'
         f"</figcaption></figure></li>"
     )
