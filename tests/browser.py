@@ -44,9 +44,10 @@ def browser():
 
 
 def open_page(here, path, *, width=1200, height=900, scheme="light"):
-    """Show the file as on a screen of that size and colour scheme."""
+    """Show the file as on a screen of that size and colour scheme; nothing moves: nothing must be waited for."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     here.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in wanted.items()]
     here.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "screen", "features": features})
     here.get(Path(path).as_uri())
