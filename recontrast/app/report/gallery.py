@@ -23,7 +23,7 @@ def gallery(
     """
     thresholds = {section.row.category: section.threshold for section in sections}
     cards = "".join(_card(s, p, thresholds[s.sample.category]) for s, p in zip(shots, pictures, strict=True))
-    left = "" if len(shots) == total else f" Of {total} images these {len(shots)} are shown; scores.csv has them all."
+    left = "" if len(shots) == total else f" Of {total} images these {len(shots)} are shown (--images)."
     order = "the highest score first" if all(s.outcome == OPEN for s in shots) else (
         "the worst error first, then what was decided rightly, by the narrowest margin first"
     )  # fmt: skip
