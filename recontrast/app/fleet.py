@@ -4,7 +4,6 @@ What travels between processes is names alone. Ray gives the part of a worker th
 die as well, and the same call goes on with the parts that are missing (`recontrast.app.parts`).
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ import recontrast
 from recontrast.app import parts
 from recontrast.app.console import Steps, complain, sentence
 from recontrast.app.decisions import chosen, decide
-from recontrast.data.atomic import replacing
+from recontrast.data.atomic import alone, replacing
 from recontrast.data.images import image_size
 from recontrast.data.inputs import Inputs
 from recontrast.engine.detector import open_detector
@@ -88,7 +87,7 @@ def predict(
     options = {"threshold": threshold, "rate": rate}
     who = parts.identity(checkpoint, options)
     folder = out / parts.FOLDER
-    with _alone(out):
+    with alone(out):
         left = parts.plan(paths, part, who, folder)
         count = len(paths) - sum(len(each.paths) for each in left)
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,21 +265,6 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Only one call at a time fills ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: wanted a folder for this run alone, got another that fills it") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _ray(address: str | None) -> Any:

@@ -90,13 +90,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
     _refuse_full(path)
     within = path.is_dir()
     partial = path / _PARTIAL if within else path.with_name(f".{path.name}{_PARTIAL}")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: wanted a folder for this run alone, got another that fills it") from None
+    with alone(partial, path):
         try:
             for left in partial.iterdir():
                 _remove(left)
@@ -109,6 +103,25 @@ def new_folder(path: PathLike) -> Iterator[Path]:
         except BaseException:  # Ctrl-C too
             _remove(partial)
             raise
+
+
+@contextmanager
+def alone(folder: Path, named: PathLike | None = None) -> Iterator[None]:
+    """Only one process at a time is in this block with ``folder``, which is made; ``named`` says it in the error.
+
+    Raises:
+        ValueError: another one is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{named or folder}: wanted a folder for this run alone, got another that fills it"
+            ) from None
+        yield
     finally:
         os.close(lock)
 
