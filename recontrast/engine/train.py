@@ -49,7 +49,11 @@ class TrainResult:
     losses: list[float]  # one for each step made in this call
     seconds: float  # of those steps; decoding and checkpoints left out
     state: Checkpoint  # as it would be written, without what only another step would need
-    calibration: Calibration | None = None  # where images were held out; in the first process
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Where images were held out; in the first process."""
+        return self.state.calibration
 
 
 def train(
@@ -220,7 +224,7 @@ def _train(
     if kept and calibration is None and place.first:
         calibration = finish(run, kept, target, cache_dir)
     state = replace(snapshot(run), optimisers=[], rng={}, calibration=calibration)
-    return TrainResult(model.eval(), recipe, category, target, run.losses, busy, state, calibration)
+    return TrainResult(model.eval(), recipe, category, target, run.losses, busy, state)
 
 
 def _good(samples: Sequence[Sample]) -> list[Sample]:
