@@ -90,6 +90,10 @@ def test_command_line(checkpoint, folder, tmp_path):
     assert done.exit_code == 0, done.output
     about = json.loads((tmp_path / "scores.json").read_text())
     assert about["tile"] == {"size": 96, "overlap": 32} and about["calibration"] is None, "other tiles, other scores"
+    lost = "its calibration is of tiles of 64 px that share 16: nothing is decided by scores of tiles of 96 px"
+    assert lost in done.stderr
+    refused = CliRunner().invoke(app, [*map(str, words), "--decide"])
+    assert refused.exit_code == 2 and lost in refused.stderr
     assert tifffile.imread(tmp_path / "maps" / "a.tiff").shape == (150, 100)
 
 

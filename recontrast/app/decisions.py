@@ -58,6 +58,8 @@ def chosen(detector: Detector, rate: float | None, decide: bool) -> Calibration 
     found = detector.calibration
     if found is None:
         if decide or rate is not None:
+            if (reason := getattr(detector, "lost", None)) is not None:
+                raise ValueError(f"predict: decisions: {reason}")
             raise ValueError(
                 "predict: decisions: wanted a detector with a calibration, got one without: run recontrast calibrate "
                 "CHECKPOINT --good DIR first"

@@ -43,6 +43,7 @@ class Report:
     predictions: list[Prediction]
     unread: list[str]
     rate: float | None = None  # promised share of false alarms that was decided by; None: nothing was decided
+    lost: str | None = None  # why nothing was decided though the checkpoint holds a calibration
 
 
 def predict(
@@ -150,7 +151,8 @@ def predict(
         "overlay_range": colours,
         "unread": unread,
     })  # fmt: skip
-    return Report(found, unread, None if calibration is None else calibration.rate)
+    rated = None if calibration is None else calibration.rate
+    return Report(found, unread, rated, getattr(detector, "lost", None))
 
 
 def _decided(

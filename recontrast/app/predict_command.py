@@ -68,6 +68,8 @@ def predict(
             on_progress=shown,
         )  # fmt: skip
     typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
+    if report.lost is not None:
+        complain(f"warning: {report.lost}")
     for text in report.unread:
         complain(text)
     if report.unread:

@@ -7,7 +7,7 @@ suffix in `OPENERS` (a function of path and device) or hand an instance to the c
 fixed input, `Inputs.read` for the original. What cannot be read is noted there, and still gets a map and a
 score (of a black image), which the caller drops. Maps may change in size from batch to batch, and stand for the part of
 the image that `covered` says. A detector whose scores differ from those that were calibrated (other views, other scale)
-must have ``calibration`` None.
+must have ``calibration`` None, and may say why there is none in an attribute ``lost``, a sentence.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +73,13 @@ class Torch:
         self.category = about.category
         alike = self.recipe == trained and self.overlap in (None, tiled.overlap_of(trained.out[0]))
         self.calibration = about.calibration if alike else None  # of these scores, or of none
+        self.lost = None
+        if about.calibration is not None and not alike:
+            trained_tile, shared = trained.out[0], tiled.overlap_of(trained.out[0])
+            self.lost = (
+                f"{path}: its calibration is of tiles of {trained_tile} px that share {shared}: nothing is decided by "
+                f"scores of tiles of {self.recipe.out[0]} px that share {self.overlap}"
+            )
         self.top = highest(self.model, self.recipe)
 
     def run(self, files: Inputs, batch: int) -> Iterator[Scored]:
