@@ -187,6 +187,12 @@ def test_warning_fires_on_a_shift_and_rests_without_one():
     fires = [departure(made(random.normal(size=50)), random.normal(1.5, 1, 40)).far for _ in range(50)]
     wider = [departure(made(random.normal(size=90)), random.normal(0, 4, 90)).far for _ in range(50)]
     assert all(fires) and np.mean(wider) > 0.9
+    # Six of sixty above all of 96: by chance in C(150, 54) / C(156, 60) of cases, and the middle is as it was.
+    bulk = np.linspace(0.5, 94.5, 54)
+    tail = departure(made(range(96)).at(1 / 97), np.concatenate([bulk, np.full(6, 96.0)]))
+    exact = math.comb(150, 54) / math.comb(156, 60)
+    assert tail.far and tail.alarms == 6 and tail.p_value == pytest.approx(3 * exact)
+    assert not departure(made(range(96)).at(1 / 97), bulk).far
     shifted = departure(made(range(50)), np.arange(50, 90))
     assert "far from uniform" in shifted.sentence() and shifted.distance == 1 and shifted.alarms == 40
     for wrong in ([], [math.nan]):

@@ -1,8 +1,8 @@
 """Whether a calibration still holds: p-values of new good images must look uniform.
 
 The p-values of one calibration set depend on each other, so that a plain test for uniformity would alarm too often.
-They are uniform exactly when the new scores could have stood among the calibration scores: the two-sample tests below
-ask that, and so keep their level.
+They are uniform exactly when the new scores could have stood among the calibration scores: the tests of two samples
+below ask that, and so keep their level.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from recontrast.engine.calibrate import Calibration
+from recontrast.engine.calibrate import Calibration, allowed
 
 ALARM = 0.01  # so often it warns although nothing changed
 
@@ -21,7 +21,7 @@ class Departure:
 
     count: int  # new good images
     distance: float  # Kolmogorov-Smirnov, largest gap between the distribution of the p-values and the uniform one
-    p_value: float  # of the two tests below together: how often a gap like this comes by chance
+    p_value: float  # of the three tests below together: how often a departure like this comes by chance
     alarms: int  # new good images called defects
     expected: float  # at most so many, by the promise
 
@@ -33,7 +33,7 @@ class Departure:
     def sentence(self) -> str:
         """What was found and what it means."""
         seen = f"{self.count} new good images, {self.alarms} called defects where {self.expected:.3g} were promised"
-        test = f"Kolmogorov-Smirnov distance {self.distance:.2f}, by chance in {self.p_value:.2g} of cases"
+        test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; as far by chance in {self.p_value:.2g} of cases"
         if self.far:
             return (
                 f"p-values of good images are far from uniform ({test}; {seen}): they do not look like the calibration "
@@ -45,20 +45,25 @@ class Departure:
 def departure(calibration: Calibration, scores: ArrayLike) -> Departure:
     """Compare the scores of new good images, (N,), with those of the calibration images.
 
-    The smaller p-value of two tests counts twice (Bonferroni): Kolmogorov-Smirnov, which sees any difference, and
-    Mann-Whitney, which sees a shift with fewer images.
+    The smallest p-value of three tests counts thrice (Bonferroni): Kolmogorov-Smirnov, which sees any difference;
+    Mann-Whitney, which sees a shift with fewer images; and the number of false alarms, which is what was promised and
+    lies in a tail that the others hardly look at. With n calibration images, of which m may lie at or above the
+    threshold, the share of good images above it is distributed as Beta(m, n + 1 - m), and the number among the new ones
+    as its beta-binomial, exactly.
     """
-    from scipy.stats import ks_2samp, mannwhitneyu
+    from scipy.stats import betabinom, ks_2samp, mannwhitneyu
 
     new = np.asarray(scores, np.float64)
     if new.ndim != 1 or not new.size or not np.isfinite(new).all():
         raise ValueError(f"check: scores: wanted finite scores of at least 1 good image, got {new.size} or others")
     known = np.asarray(calibration.scores)
     gap, shift = ks_2samp(new, known), mannwhitneyu(new, known)
+    alarms, over = int(calibration.defects(new).sum()), allowed(known.size, calibration.rate)
+    tail = betabinom(new.size, over, known.size + 1 - over).sf(alarms - 1)
     return Departure(
         count=new.size,
         distance=float(gap.statistic),
-        p_value=min(1.0, 2 * float(min(gap.pvalue, shift.pvalue))),
-        alarms=int(calibration.defects(new).sum()),
+        p_value=min(1.0, 3 * float(min(gap.pvalue, shift.pvalue, tail))),
+        alarms=alarms,
         expected=calibration.rate * new.size,
     )
