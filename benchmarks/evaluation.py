@@ -4,8 +4,10 @@
 
 FOLDER holds categories in MVTec AD layout. The reference side (`tests/upstream.py`, `tests/upstream_model.py`) has the
 same weights and goes as its `evaluation` does: one image after the other, SciPy's blur, lists of pixels, AUPRO of each
-image; it is given its images decoded, outside the time. Ours is timed from the files on. Each side in a process of its
-own, whose peak memory is told too; a category without masks has metrics of images alone, on both sides.
+image; it is given its images decoded, outside the time. Ours is timed from the files on, folding included. Each side in
+a process of its own, whose peak memory is told too; a category without masks has metrics of images alone, on both
+sides. Beside each time stand the metrics that it bought, and the floor: the network's multiply-adds at the rate of a
+large matrix product. bfloat16 is left out where the device has no kernels for it; `--ways` asks for it all the same.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the restated reference lives there
 import upstream
@@ -31,14 +34,42 @@ from recontrast.data.atomic import replacing
 from recontrast.data.cache import ImageCache
 from recontrast.data.images import normalise, read_mask
 from recontrast.engine import checkpoint
+from recontrast.engine.device import bfloat16_pays, choose
 from recontrast.engine.evaluate import evaluate
+from recontrast.engine.ready import Inference
 
-# What is measured -> changes of the recipe, and options of `evaluate`.
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "ours": ({}, {}),
-    "ours, streaming": ({}, {"streaming": True}),
-    "ours, bfloat16": ({"precision": "bfloat16"}, {}),
+# What is measured -> how the model is run, and options of `evaluate`. The last column of the table is over the first.
+WAYS: dict[str, tuple[Inference, dict[str, Any]]] = {
+    "float32": (Inference(folded=False), {}),
+    "float32, folded": (Inference(), {}),
+    "float32, folded, trained view": (Inference(views="trained"), {}),
+    "float32, folded, frozen view": (Inference(views="frozen"), {}),
+    "float32, folded, streaming": (Inference(), {"streaming": True}),
+    "bfloat16": (Inference(precision="bfloat16", folded=False), {}),
+    "bfloat16, folded": (Inference(precision="bfloat16"), {}),
+    "bfloat16, folded, trained view": (Inference(precision="bfloat16", views="trained"), {}),
 }
+LEFT_OUT = ("float32, folded, streaming",)  # unless asked for
+SHOWN = ("i_auroc", "p_auroc", "aupro", "aupro_per_image")
+
+
+def rate(dtype: torch.dtype, device: torch.device, side: int = 2048) -> float:
+    """Multiply-adds a second of a matrix product, the best of five."""
+    a = torch.randn(side, side, device=device).to(dtype)
+    seconds = []
+    for _ in range(6):  # the first warms up
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - begun)
+    return side**3 / min(seconds[1:])
+
+
+def multiply_adds(network: Any, recipe: Any) -> float:
+    """Of one image."""
+    weight = next(network.parameters())
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.zeros(1, 3, *recipe.out, dtype=weight.dtype, device=weight.device), recipe.views)
+    return counter.get_total_flops() / 2
 
 
 def tests_of(data: Path) -> dict[str, list[datasets.Sample]]:
@@ -48,12 +79,21 @@ def tests_of(data: Path) -> dict[str, list[datasets.Sample]]:
 
 def ours(data: Path, file: Path, way: str) -> dict[str, Any]:
     """The evaluation of `recontrast evaluate`."""
-    changes, options = WAYS[way]
-    model, recipe, _ = checkpoint.load_model(file)
+    inference, options = WAYS[way]
+    model, trained, _ = checkpoint.load_model(file)
+    recipe, tests = inference.recipe(trained), tests_of(data)
     begun = time.perf_counter()
-    result = evaluate(model, tests_of(data), recipe.replace(**changes), **options)
+    network = inference.network(model, recipe)
+    result = evaluate(network, tests, recipe, **options)
     seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "split": result.mean.seconds, "table": result.to_markdown()}
+    count = sum(map(len, tests.values()))
+    weight = next(network.parameters())
+    work = multiply_adds(network.float(), recipe)
+    reached = rate(torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32, weight.device)
+    about = {"images": count, "multiply_adds": work, "matmul_rate": reached, "floor": count * work / reached}
+    values = {name: getattr(result.mean, name) for name in SHOWN}
+    split = result.mean.seconds
+    return {"seconds": seconds, "split": split, "metrics": values, **about, "table": result.to_markdown()}
 
 
 def reference(data: Path, file: Path) -> dict[str, Any]:
@@ -77,7 +117,9 @@ def reference(data: Path, file: Path) -> dict[str, Any]:
         rows = upstream.evaluate(pairs, images, torch.from_numpy(shown.copy())[:, None], labels, calc_pro=masked)
         seconds += time.perf_counter() - begun
         found[name] = dict(zip(("p_auroc", "i_auroc", "aupro_per_image"), rows, strict=True))
-    return {"seconds": seconds, "rows": found}
+    means = {name: [row[name] for row in found.values() if row.get(name) is not None] for name in SHOWN}
+    values = {name: float(np.nanmean(of)) if of else None for name, of in means.items()}
+    return {"seconds": seconds, "rows": found, "metrics": values}
 
 
 def measure(way: str, data: Path, file: Path) -> dict[str, Any]:
@@ -92,25 +134,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of categories in MVTec AD layout")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a detector with a ResNet encoder")
-    parser.add_argument("--ways", nargs="+", default=[*WAYS, "reference"], choices=[*WAYS, "reference"])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "reference"])
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"))
     asked = parser.parse_args()
-    found = {}
-    for way in asked.ways:
+    pays = bfloat16_pays(choose(None))
+    ways = asked.ways or [w for w in WAYS if w not in LEFT_OUT and (pays or not w.startswith("bfloat16"))]
+    ways = ways if asked.ways else [*ways, "reference"]
+    found: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        print(f"{way} ...", file=sys.stderr, flush=True)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[way] = pool.apply(measure, (way, asked.data, asked.checkpoint))
-        print(f"{way}: {found[way]['seconds']:.1f} s", file=sys.stderr)
+        print(f"{way}: {found[way]['seconds']:.1f} s", file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    about = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "bfloat16_pays": pays}
     record = {**about, "date": date.today().isoformat(), "ways": found}
     with replacing(asked.out) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
-    print("| | seconds | x ours | peak memory | loading, forward, maps, metrics |\n|---|---:|---:|---:|---|")
+    head = (
+        "seconds | reference / it | floor | peak memory | loading, forward, maps, metrics | I-AUROC | P-AUROC | AUPRO"
+    )
+    print(f"| | {head} | per image |\n|---|" + "---:|" * 4 + "---|" + "---:|" * 4)
+    longest = found.get("reference", {}).get("seconds")
     for way, row in found.items():
-        ratio = row["seconds"] / found[asked.ways[0]]["seconds"]
-        split = ", ".join(f"{row['split'][k]:.1f}" for k in ("loading", "forward", "maps", "metrics") if "split" in row)
-        print(f"| {way} | {row['seconds']:.1f} | {ratio:.1f} | {row['peak_mb']} MB | {split} |")
-    print("\n" + found[asked.ways[0]].get("table", ""))
+        cells = [f"{row['seconds']:.1f}", f"{longest / row['seconds']:.2f}" if longest else "-"]
+        cells += [f"{row['floor']:.1f}" if "floor" in row else "-", f"{row['peak_mb']} MB"]
+        cells += [
+            ", ".join(f"{row['split'][k]:.1f}" for k in ("loading", "forward", "maps", "metrics") if "split" in row)
+        ]
+        cells += ["-" if (v := row["metrics"].get(name)) is None else f"{100 * v:.2f}" for name in SHOWN]
+        print(f"| {way} | " + " | ".join(cells) + " |")
+    for row in found.values():
+        if "floor" in row:
+            work, reached = row["multiply_adds"] / 1e9, row["matmul_rate"] / 1e9
+            print(f"\nfloor: {work:.2f} G multiply-adds an image, a product reaches {reached:.0f} G a second", end="")
+            break
+    print("\n\n" + next((row["table"] for row in found.values() if "table" in row), ""))
 
 
 if __name__ == "__main__":

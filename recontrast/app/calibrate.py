@@ -39,7 +39,7 @@ def calibrate(
         raise ValueError(f"--batch: wanted at least 1 image, got {batch}")
     from recontrast.data.files import list_images
     from recontrast.engine import checkpoint as checkpoints
-    from recontrast.engine.calibrate import allowed, statement
+    from recontrast.engine.calibrate import allowed, digest, statement
     from recontrast.engine.detector import Torch
     from recontrast.engine.uniformity import departure
 
@@ -52,7 +52,7 @@ def calibrate(
     with Steps("calibrate") as shown:
         found, unread = _calibrated(
             detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
-            source=", ".join(map(str, good)),
+            source=", ".join(map(str, good)), weights=digest(checkpoints.load(file).model, detector.recipe),
         )  # fmt: skip
     checkpoints.calibrated(file, found)
     for line in statement(found):
@@ -77,9 +77,8 @@ def _calibrated(
 ) -> "tuple[Calibration, list[str]]":
     """The calibration by all images that can be read, and a sentence for each other file."""
     from recontrast.data.inputs import Inputs
-    from recontrast.engine.calibrate import digest, from_maps
+    from recontrast.engine.calibrate import from_maps
 
-    weights = digest(detector.model.state_dict(), detector.recipe)
     unread: list[str] = []
     with ThreadPoolExecutor() as pool:
         while True:  # again where files could not be read: how many there are decides what is kept
@@ -92,7 +91,7 @@ def _calibrated(
                     done += len(scores)
                     shown(done, len(files))
 
-            found = from_maps(run(), len(files), weights=weights, **options)
+            found = from_maps(run(), len(files), **options)
             if not files.unread:
                 return found, unread
             unread += [files.unread[place] for place in sorted(files.unread)]

@@ -9,7 +9,22 @@ import typer
 
 from recontrast.app.calibrate import calibrate
 from recontrast.app.console import Commands, Steps, complain, show, silent, stop, table
-from recontrast.app.options import Batch, CheckpointFile, Device, change, checkpoint_file, numbers, split
+from recontrast.app.options import (
+    Batch,
+    ChannelsLast,
+    CheckpointFile,
+    Compile,
+    Device,
+    Fold,
+    Precision,
+    Views,
+    Workers,
+    change,
+    checkpoint_file,
+    inference,
+    numbers,
+    split,
+)
 from recontrast.app.predict_command import predict
 from recontrast.app.prepare import prepare
 from recontrast.app.report.command import report
@@ -191,7 +206,13 @@ def evaluate(
         bool,
         typer.Option("--streaming", help="Metrics of pixels from histograms: constant memory, with a proven bound."),
     ] = False,
+    views: Views = None,
+    precision: Precision = None,
+    channels_last: ChannelsLast = None,
+    fold: Fold = True,
+    compiled: Compile = False,
     batch: Batch = 16,
+    workers: Workers = None,
     device: Device = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: decode anew.")] = None,
 ) -> None:
@@ -202,13 +223,15 @@ def evaluate(
 
     if save_maps and out is None:
         raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
+    how = inference(device, views, precision, channels_last, fold, compiled)
     file = checkpoint_file(checkpoint)
     _, where = context.with_resource(distributed.world(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
     model, recipe, about = checkpoints.load_model(file, where)
     _evaluate(
-        model, groups, recipe, out, about.calibration,
-        device=where, batch=batch, cache_dir=cache, streaming=streaming, save_maps=save_maps,
+        model, groups, recipe, out, about.calibration if how.scores_alike(recipe) else None,
+        inference=how, workers=workers, device=where, batch=batch, cache_dir=cache, streaming=streaming,
+        save_maps=save_maps,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from recontrast.engine import distributed
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.evaluate import evaluate
 from recontrast.engine.infer import highest
+from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.result import Result
 from recontrast.engine.uniformity import departure
@@ -26,6 +27,7 @@ def measure(
     out: Path | None,
     *,
     save_maps: bool = False,
+    inference: Inference | None = None,
     **options: Any,
 ) -> tuple[Result, list[Path]]:
     """Metrics by category, written below ``out``.
@@ -36,15 +38,19 @@ def measure(
         recipe: as the model was trained with.
         out: folder for ``results.*`` and ``scores.csv``; None writes nothing.
         save_maps: also write ``maps/NAME.tiff`` (uint16) and ``maps/scale.json``, from the same pass.
+        inference: how the model is run; None: as trained, and folded.
         options: as `recontrast.engine.evaluate.evaluate` takes them.
 
     Returns:
         The result, and the files of it; under torchrun the first process writes them.
     """
+    inference = inference or Inference()
+    recipe = inference.recipe(recipe)
+    network = inference.network(model, recipe)
     keep = None
     if save_maps and out is not None:
-        keep = _keeper(groups, out / "maps", highest(model, recipe), recipe)
-    result = evaluate(model, groups, recipe, on_maps=keep, **options)
+        keep = _keeper(groups, out / "maps", highest(network, recipe), recipe)
+    result = evaluate(network, groups, recipe, on_maps=keep, **options)
     return result, result.write(out) if out is not None and distributed.here().first else []
 
 

@@ -2,15 +2,56 @@
 
 import ast
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from recontrast.app.console import complain
+
+if TYPE_CHECKING:
+    from recontrast.engine.ready import Inference
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU where there is one.")]
 Batch = Annotated[int, typer.Option(help="Images at once.")]
 CheckpointFile = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
 ]
+
+Views = Annotated[
+    str | None,
+    typer.Option(
+        help="Maps of this target alone: trained or frozen, in 2/3 of the time; or both. Default: as trained."
+    ),
+]
+Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as trained.")]
+Fold = Annotated[bool, typer.Option(help="BatchNorm as part of the convolutions: quicker, equal but for rounding.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute and more at the start.")]
+ChannelsLast = Annotated[
+    bool | None, typer.Option("--channels-last/--no-channels-last", help="Layout. Default: as trained.")
+]
+Workers = Annotated[int | None, typer.Option(help="Threads that decode. Default: by the number of CPUs.", min=1)]
+
+
+def inference(
+    device: str | None,
+    views: str | None = None,
+    precision: str | None = None,
+    channels_last: bool | None = None,
+    folded: bool = True,
+    compiled: bool = False,
+) -> "Inference":
+    """How the options say that a model is run; tells where bfloat16 does not pay."""
+    from recontrast.engine.device import bfloat16_pays, choose
+    from recontrast.engine.ready import Inference
+
+    for name, value, wanted in (
+        ("views", views, ("both", "trained", "frozen")), ("precision", precision, ("float32", "bfloat16")),
+    ):  # fmt: skip
+        if value not in (None, *wanted):
+            raise ValueError(f"--{name}: wanted {', '.join(wanted[:-1])} or {wanted[-1]}, got {value!r}")
+    if precision == "bfloat16" and not bfloat16_pays(choose(device)):
+        complain("this CPU has no kernels for bfloat16: it takes several times as long as float32")
+    return Inference(cast("Any", views), cast("Any", precision), channels_last, folded, compiled)
 
 
 def checkpoint_file(path: Path) -> Path:

@@ -31,6 +31,7 @@ from recontrast.data import images, large
 from recontrast.data.inputs import Inputs, result_names
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.detector import Detector, open_detector
+from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe
 
 Maps = Literal["tiff16", "tiff32", "npy", "none"]
@@ -58,6 +59,8 @@ def predict(
     decide: bool = False,
     tile: int | None = None,
     overlap: int | None = None,
+    inference: Inference | None = None,
+    workers: int | None = None,
     device: str | None = None,
     batch: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
@@ -83,6 +86,8 @@ def predict(
         decide: refuse a detector without a calibration; with one, decisions are always made.
         tile: of a detector that was trained on tiles, pixels; None: as it was trained. 0: whole images, resized.
         overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
+        inference: how the model is run, None: as trained, and folded; where that changes scores there are no decisions.
+        workers: threads that decode; None takes a few for each CPU.
         device: torch device; None: the GPU where there is one.
         batch: images at once.
         on_progress: called with the number of images done and of all.
@@ -100,9 +105,11 @@ def predict(
     if batch < 1:
         raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
     listed = images.list_images(inputs)
-    detector = open_detector(checkpoint, device, tile, overlap) if isinstance(checkpoint, Path) else checkpoint
+    detector = checkpoint
+    if isinstance(detector, Path):
+        detector = open_detector(detector, device, tile, overlap, inference)
     recipe, top, calibration = detector.recipe, detector.top, chosen(detector, rate, decide)
-    pool = ThreadPoolExecutor()
+    pool = ThreadPoolExecutor(workers)
     files = Inputs(listed, pool)
     names = result_names(files.paths)
     found: list[Prediction] = []

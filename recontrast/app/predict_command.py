@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from recontrast.app.console import Steps, complain
-from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+from recontrast.app.options import (
+    Batch,
+    ChannelsLast,
+    CheckpointFile,
+    Compile,
+    Device,
+    Fold,
+    Precision,
+    Views,
+    checkpoint_file,
+    inference,
+)
 
 if TYPE_CHECKING:
     from recontrast.app.predict import Maps, Report
@@ -33,29 +44,41 @@ def predict(
         int | None, typer.Option(help="Side of tiles, pixels, where it was trained on tiles. Default: as trained.")
     ] = None,
     overlap: Annotated[int | None, typer.Option(help="Of tiles, pixels. Default: a quarter of the tile.")] = None,
+    views: Views = None,
+    precision: Precision = None,
+    channels_last: ChannelsLast = None,
+    fold: Fold = True,
+    compiled: Compile = False,
     batch: Batch = 16,
     device: Device = None,
     engine: Annotated[
         str, typer.Option(help="local, or ray: by many workers, also of lists (.txt, .parquet); writes a table alone.")
     ] = "local",
-    workers: Annotated[int | None, typer.Option(help="Of ray. Default: one a GPU, else one for 4 CPUs.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that decode; of ray, processes: default one a GPU, else one for 4 CPUs.", min=1),
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, or one here.")] = None,
     part: Annotated[int, typer.Option(help="Images in a file of ray's: so many are lost with a worker.")] = 64,
 ) -> None:
     """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
+    how = inference(device, views, precision, channels_last, fold, compiled)
     if engine == "ray":
         from recontrast.app.fleet import command
 
         if tile is not None or overlap is not None:
             raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
+        if how != inference(device):
+            raise ValueError("--views, --precision, --channels-last, --no-fold, --compile: wanted none of them with "
+                             "--engine ray, which scores as trained")  # fmt: skip
         return command(
             checkpoint_file(checkpoint), inputs, out, maps=maps, workers=workers, address=address, part=part,
             batch=batch, threshold=threshold, rate=false_alarm_rate, must_decide=decide, device=device,
         )  # fmt: skip
-    if workers or address:
-        raise ValueError("--workers, --address: wanted --engine ray with them, got --engine local")
+    if address:
+        raise ValueError("--address: wanted --engine ray with it, got --engine local")
     kinds = ("tiff16", "tiff32", "npy", "none")
     if maps not in kinds:
         raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
@@ -64,8 +87,8 @@ def predict(
     with Steps("predict") as shown:
         report = run(
             checkpoint_file(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=overlays, threshold=threshold,
-            rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, device=device, batch=batch,
-            on_progress=shown,
+            rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=how, workers=workers,
+            device=device, batch=batch, on_progress=shown,
         )  # fmt: skip
     typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
     if report.lost is not None:

@@ -23,6 +23,7 @@ from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine import tiled
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.infer import highest, infer
+from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe, pair
 
 Scored = tuple[NDArray[np.float32], NDArray[np.float32]]  # maps (n, H, W), scores (n,)
@@ -55,7 +56,12 @@ class Torch:
     """The detector in a checkpoint of ours; one that was trained on tiles sees images in tiles."""
 
     def __init__(
-        self, path: Path, device: str | torch.device | None = None, tile: int | None = None, overlap: int | None = None
+        self,
+        path: Path,
+        device: str | torch.device | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
+        inference: Inference | None = None,
     ) -> None:
         """Read it.
 
@@ -64,23 +70,38 @@ class Torch:
             device: None: the GPU where there is one.
             tile: pixels; 0: whole images, resized; None: as it was trained.
             overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
+            inference: how the model is run, None: as trained, and folded; scores that differ have no calibration.
 
         Raises:
             ValueError: it was trained at the other scale, or tile or overlap do not do.
         """
-        self.model, trained, about = checkpoints.load_model(path, device)
-        self.recipe, self.overlap = tiled.chosen(self.model, trained, tile, overlap, f"{path}")
+        inference = inference or Inference()
+        model, stored, about = checkpoints.load_model(path, device)
+        trained = inference.recipe(stored)
+        self.recipe, self.overlap = tiled.chosen(model, trained, tile, overlap, f"{path}")
         self.category = about.category
-        alike = self.recipe == trained and self.overlap in (None, tiled.overlap_of(trained.out[0]))
+        alike = (
+            self.recipe == trained
+            and inference.scores_alike(stored)
+            and self.overlap in (None, tiled.overlap_of(trained.out[0]))
+        )
         self.calibration = about.calibration if alike else None  # of these scores, or of none
         self.lost = None
         if about.calibration is not None and not alike:
-            trained_tile, shared = trained.out[0], tiled.overlap_of(trained.out[0])
-            self.lost = (
-                f"{path}: its calibration is of tiles of {trained_tile} px that share {shared}: nothing is decided by "
-                f"scores of tiles of {self.recipe.out[0]} px that share {self.overlap}"
-            )
+            self.lost = f"{path}: {self._differing(inference, trained, stored)}"
+        self.model = inference.network(model, self.recipe)
         self.top = highest(self.model, self.recipe)
+
+    def _differing(self, inference: Inference, trained: Recipe, stored: Recipe) -> str:
+        """Why scores are not those that were calibrated."""
+        if not inference.scores_alike(stored):
+            asked, was = f"views {trained.views}, {trained.precision}", f"views {stored.views}, {stored.precision}"
+            return f"its calibration is of scores of {was}: nothing is decided by scores of {asked}"
+        tile, shared = trained.out[0], tiled.overlap_of(trained.out[0])
+        return (
+            f"its calibration is of tiles of {tile} px that share {shared}: nothing is decided by scores of tiles of "
+            f"{self.recipe.out[0]} px that share {self.overlap}"
+        )
 
     def run(self, files: Inputs, batch: int) -> Iterator[Scored]:
         """See `Detector`; the next batch is decoded while the network runs, tiled images are read one by one."""
@@ -97,17 +118,24 @@ OPENERS: dict[str, Callable[[Path, Any], Detector]] = {}
 
 
 def open_detector(
-    path: Path, device: str | torch.device | None = None, tile: int | None = None, overlap: int | None = None
+    path: Path,
+    device: str | torch.device | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    inference: Inference | None = None,
 ) -> Detector:
-    """The detector in a file; ``tile`` and ``overlap`` as `Torch` takes them, of a checkpoint alone.
+    """The detector in a file; ``tile``, ``overlap`` and ``inference`` as `Torch` takes them, of a checkpoint alone.
 
     Raises:
         ValueError, OSError: there is none, in one sentence.
     """
     if (opener := OPENERS.get(path.suffix.lower())) is None:
-        return Torch(path, device, tile, overlap)
+        return Torch(path, device, tile, overlap, inference)
     if tile or overlap is not None:
         raise ValueError(f"{path}: wanted a checkpoint where tile or overlap is given, got a file of another kind")
+    if inference not in (None, Inference()):
+        raise ValueError(f"{path}: wanted a checkpoint where views, precision, layout, folding or compiling is given, "
+                         "got a file of another kind, in which they are settled")  # fmt: skip
     return opener(path, device)
 
 

@@ -1,5 +1,6 @@
 """Where a model runs, in which memory layout, and how exact its convolutions are."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,13 @@ def put(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.memory_
     layout = memory_format(recipe, device)
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     return layout
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether ``device`` has kernels for bfloat16; a CPU without AVX-512 takes several times as long as in float32."""
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from recontrast.engine.distributed import World
 from recontrast.engine.infer import Chain, Clock, Files, highest, infer
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.result import Result, Row, Scored
+from recontrast.fold import Folded
 from recontrast.loss import of_all
 from recontrast.model import ReContrast
 
@@ -39,7 +40,7 @@ OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # images, and 
 
 
 def evaluate(
-    model: ReContrast,
+    model: ReContrast | Folded,
     samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     *,
@@ -58,7 +59,7 @@ def evaluate(
     Under torchrun every process gets the same result; no image is counted twice.
 
     Args:
-        model: moved to ``device``; its mode is as before afterwards.
+        model: moved to ``device``; its mode is as before afterwards. `recontrast.engine.ready` makes quicker ones.
         samples: of one category or of several; those of the train split are passed over.
         recipe: for size, crop, map, score, mask rule and precision. With ``tile``, images keep their own scale, maps
             are blended from tiles (a quarter of each shared), and metrics of pixels are streamed.

@@ -18,16 +18,17 @@ from recontrast.data.images import normalise
 from recontrast.engine.batches import Images
 from recontrast.engine.device import convolutions, memory_format
 from recontrast.engine.recipes import Recipe
+from recontrast.fold import Folded
 from recontrast.model import ReContrast
 
 
 def infer(
-    model: ReContrast, images: Images, recipe: Recipe, *, batch: int = 16, clock: "Clock | None" = None
+    model: ReContrast | Folded, images: Images, recipe: Recipe, *, batch: int = 16, clock: "Clock | None" = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Anomaly maps and scores, batch after batch; the next one is fetched while the network runs.
 
     Args:
-        model: on any device; in eval mode while the iterator runs.
+        model: on any device; in eval mode while the iterator runs. `recontrast.engine.ready` makes quicker ones.
         images: decoded at ``recipe.out``, (n, H, W, 3) uint8: an array, or whatever has a length and can be indexed
             with an array of whole numbers, such as `ImageCache`.
         recipe: for map, score and precision.
@@ -74,7 +75,7 @@ def infer(
         model.train(was_training)
 
 
-def highest(model: ReContrast, recipe: Recipe) -> float:
+def highest(model: ReContrast | Folded, recipe: Recipe) -> float:
     """The largest value that a map can have: a cosine distance is at most 2."""
     groups = 2 if model.frozen is not None and recipe.views == "both" else 1
     return 2.0 * groups * len(model.map_sizes(recipe.out)) if recipe.reduce == "sum" else 2.0

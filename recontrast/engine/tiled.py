@@ -18,6 +18,7 @@ from recontrast.data.inputs import Inputs
 from recontrast.data.tiles import Tiles, weights
 from recontrast.engine.infer import Clock, infer
 from recontrast.engine.recipes import Recipe, pair
+from recontrast.fold import Folded
 from recontrast.model import ReContrast
 
 PIECE = 1 << 20  # pixels at once where a whole map is read: small beside any map that is large
@@ -29,7 +30,7 @@ def overlap_of(tile: int, overlap: int | None = None) -> int:
     return int(tile * SHARED) if overlap is None else overlap
 
 
-def check(model: ReContrast, tile: int, overlap: int) -> None:
+def check(model: ReContrast | Folded, tile: int, overlap: int) -> None:
     """Refuse tiles that the network cannot see or that do not cover an image."""
     if tile < model.stride or tile % model.stride:
         raise ValueError(
@@ -40,7 +41,7 @@ def check(model: ReContrast, tile: int, overlap: int) -> None:
 
 
 def chosen(
-    model: ReContrast, trained: Recipe, tile: int | None, overlap: int | None, path: str
+    model: ReContrast | Folded, trained: Recipe, tile: int | None, overlap: int | None, path: str
 ) -> tuple[Recipe, int | None]:
     """How images are to be seen: a recipe with its tile, and the overlap; no overlap: whole and resized.
 
@@ -73,7 +74,7 @@ def chosen(
 
 
 def run(
-    model: ReContrast, files: Inputs, recipe: Recipe, overlap: int, batch: int
+    model: ReContrast | Folded, files: Inputs, recipe: Recipe, overlap: int, batch: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Map (1, H, W) and score (1,) of each of ``files``, read one by one; of a black tile for what cannot be read."""
 
@@ -89,7 +90,7 @@ def run(
 
 
 def map_of(
-    model: ReContrast,
+    model: ReContrast | Folded,
     pixels: NDArray[np.uint8],
     recipe: Recipe,
     *,
@@ -132,7 +133,7 @@ def map_of(
 
 
 def infer_files(
-    paths: Sequence[PathLike], model: ReContrast, recipe: Recipe, batch: int = 16, clock: Clock | None = None
+    paths: Sequence[PathLike], model: ReContrast | Folded, recipe: Recipe, batch: int = 16, clock: Clock | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Maps and scores of image files at their own scale, one after the other, as `recontrast.engine.infer.infer`.
 

@@ -1,0 +1,53 @@
+"""How a trained model is run where nothing is trained any more: one target, fewer bits, folded, compiled."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from recontrast.engine.device import put
+from recontrast.engine.recipes import Recipe
+from recontrast.fold import Folded, fold
+from recontrast.model import ReContrast
+
+# Constants may be rearranged for the kernels, and activations become part of convolutions.
+COMPILE: dict[str, Any] = {"options": {"freezing": True}}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What may differ from training; None is as trained.
+
+    Folding and compiling change rounding alone. Other views and another precision give other scores: a calibration
+    does not hold for them.
+    """
+
+    views: Literal["both", "trained", "frozen"] | None = None  # maps by their target: one takes about 2/3 of the time
+    precision: Literal["float32", "bfloat16"] | None = None
+    channels_last: bool | None = None
+    folded: bool = True  # every BatchNorm part of the convolution before it; bfloat16 weights are rounded once
+    compiled: bool = False  # torch.compile: minutes at the start on a CPU
+
+    def recipe(self, trained: Recipe) -> Recipe:
+        """``trained`` with what is asked for; ValueError where its model has no such views."""
+        asked = {"views": self.views, "precision": self.precision, "channels_last": self.channels_last}
+        return trained.replace(**{name: value for name, value in asked.items() if value is not None})
+
+    def scores_alike(self, trained: Recipe) -> bool:
+        """Whether scores are those of ``trained``, but for rounding."""
+        return self.recipe(trained).replace(channels_last=trained.channels_last) == trained
+
+    def network(self, model: ReContrast, recipe: Recipe) -> ReContrast | Folded:
+        """What `recontrast.engine.infer.infer` runs in place of ``model``.
+
+        Args:
+            model: on its device; it is left as it is where it is folded, and compiled in place where it is not.
+            recipe: as `recipe` gives it.
+        """
+        network = fold(model, recipe.out) if self.folded else model
+        if isinstance(network, Folded) and recipe.precision == "bfloat16":
+            network.to(torch.bfloat16)  # else each pass would round the weights anew
+        put(network, recipe, next(network.parameters()).device)
+        if self.compiled:
+            network.compile(**COMPILE)
+        return network
