@@ -127,6 +127,10 @@ class AnomalyMap:
         maps, maximum = self.from_distances(distances_of(pairs))
         return maps, maximum if how == "max" else self.score(maps, how)
 
+    def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Upsampling and blur of each level as matrices (H, h), and (W, w); float32, for forms of the map elsewhere."""
+        return list(self._rows), list(self._cols)
+
     def score(self, maps: Tensor, how: Score = "max") -> Tensor:
         """Image scores of maps.
 

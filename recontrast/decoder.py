@@ -205,7 +205,8 @@ def _decode(stages: nn.ModuleList, heads: Any, code: Tensor, only: int | None) -
     if not heads:
         return levels
     heads = heads if only is None else [heads[only]]
-    parts = zip(*(level.chunk(len(heads)) for level in levels), strict=True)  # views: no copy of either half
+    # Views: no copy of either half. Not chunk(), which ONNX cannot say of a batch of unknown size.
+    parts = zip(*(x.unflatten(0, (len(heads), x.shape[0] // len(heads))).unbind(0) for x in levels), strict=True)
     return [conv(x) for head, part in zip(heads, parts, strict=True) for conv, x in zip(head, part, strict=True)]
 
 

@@ -9,6 +9,7 @@ import typer
 
 from recontrast.app.calibrate import calibrate
 from recontrast.app.console import Commands, Steps, complain, show, silent, stop, table
+from recontrast.app.export import export
 from recontrast.app.options import (
     Batch,
     ChannelsLast,
@@ -237,6 +238,7 @@ def evaluate(
 
 app.command()(calibrate)
 app.command()(predict)
+app.command()(export)
 
 
 @app.command()

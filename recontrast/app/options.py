@@ -17,6 +17,10 @@ CheckpointFile = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
 ]
 
+DetectorFile = Annotated[
+    Path,
+    typer.Argument(metavar="DETECTOR", help="checkpoint.pt, the folder of its run, or an exported .onnx, .pt2, .xml."),
+]
 Views = Annotated[
     str | None,
     typer.Option(

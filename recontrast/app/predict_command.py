@@ -9,8 +9,8 @@ from recontrast.app.console import Steps, complain
 from recontrast.app.options import (
     Batch,
     ChannelsLast,
-    CheckpointFile,
     Compile,
+    DetectorFile,
     Device,
     Fold,
     Precision,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    checkpoint: CheckpointFile,
+    checkpoint: DetectorFile,
     inputs: Annotated[
         list[Path], typer.Argument(metavar="INPUT", help="Images, or folders that are searched for images.")
     ],

@@ -44,6 +44,10 @@ class Inputs:
             self.unread[place] = str(error)
         return None
 
+    def several(self, places: Sequence[int]) -> list[np.ndarray | None]:
+        """`read` of many places at once, each in its own size."""
+        return list(self._map(self.read, places))
+
 
 class Resized:
     """`Inputs` in one size; black in place of what could not be read."""

@@ -22,6 +22,7 @@ from recontrast.data.inputs import Inputs
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine import tiled
 from recontrast.engine.calibrate import Calibration
+from recontrast.engine.exported import KINDS, Exported
 from recontrast.engine.infer import highest, infer
 from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe, pair
@@ -114,7 +115,7 @@ class Torch:
 
 
 # Files of other kinds, by suffix; whatever is not listed is taken for a checkpoint.
-OPENERS: dict[str, Callable[[Path, Any], Detector]] = {}
+OPENERS: dict[str, Callable[[Path, Any], Detector]] = dict.fromkeys(KINDS, Exported)
 
 
 def open_detector(

@@ -1,0 +1,40 @@
+"""``recontrast export``: a detector as one file for ONNX Runtime, OpenVINO or torch.export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recontrast.app.console import complain
+from recontrast.app.options import CheckpointFile, checkpoint_file
+
+
+def export(
+    run: CheckpointFile,
+    format: Annotated[str, typer.Option("--format", help="onnx, pt2 (torch.export) or openvino.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File: .onnx, .pt2 or .xml (weights beside it in .bin). Default: detector.* beside RUN's."),
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Images, or folders of them, on which it must agree too, besides drawn ones; repeatable."),
+    ] = None,
+) -> None:
+    """Write a detector as one file, from bytes of any size to score and decision, if it gives the same scores."""
+    from recontrast.data.files import list_images
+    from recontrast.engine.export import SUFFIX
+    from recontrast.engine.export import export as write
+
+    file = checkpoint_file(run)
+    if out is None:
+        out = file.with_name("detector" + SUFFIX.get(format, ""))
+    made = write(file, format, out, images=list_images(images) if images else [])
+    typer.echo(
+        f"scores of {made.images} images of many sizes differ by at most {made.difference:.1e} (relative) from the "
+        f"checkpoint's"
+    )
+    for note in made.notes:
+        complain(f"warning: {note}")
+    size = sum(path.stat().st_size for path in made.files) / 1e6
+    typer.echo(f"outputs {', '.join(made.outputs)}, {size:.1f} MB: {', '.join(map(str, made.files))}")

@@ -1,0 +1,262 @@
+"""Writing a detector as one file that needs neither this package nor a checkpoint, and only when it is right.
+
+The file is written to a folder of its own beside its place, opened again by the runtime that it is for, and run on
+images of many sizes beside the checkpoint (PIL, then PyTorch). It moves to its place when all scores agree.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import recontrast
+from recontrast.data import pictures
+from recontrast.data.inputs import Inputs
+from recontrast.engine.calibrate import digest
+from recontrast.engine.deployed import OUTPUTS, Deployed
+from recontrast.engine.detector import Torch
+from recontrast.engine.exported import FORMAT, INSTALL, KEY, Exported
+from recontrast.engine.ready import Inference
+from recontrast.engine.recipes import pair
+from recontrast.model import ReContrast
+
+SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
+TOLERANCE = 1e-4  # largest relative difference of a score
+OPSET = 18
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What was written."""
+
+    path: Path
+    files: tuple[Path, ...]  # OpenVINO's weights lie beside the path
+    outputs: tuple[str, ...]
+    images: int  # compared
+    difference: float  # the largest relative one of their scores
+    notes: tuple[str, ...]  # what the user should know
+
+
+def export(
+    checkpoint: Path, kind: str, out: Path, *, images: Sequence[Path] = (), tolerance: float = TOLERANCE
+) -> Shipment:
+    """Write the detector of ``checkpoint`` as one graph, if it gives the checkpoint's scores.
+
+    Args:
+        checkpoint: what training wrote.
+        kind: "onnx", "pt2" or "openvino".
+        out: the file, with the suffix of its kind: .onnx, .pt2, .xml (its weights go beside it as .bin).
+        images: files on which it must agree too, besides drawn ones of many sizes.
+        tolerance: largest relative difference of a score.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: a kind or suffix that is none; scores or decisions that differ: nothing is written then.
+        ImportError: a package that this kind needs is not installed.
+        OSError: the checkpoint cannot be read, or the file not be written.
+    """
+    if kind not in SUFFIX:
+        raise ValueError(f"export: format: wanted {', '.join(SUFFIX)}, got {kind!r}")
+    if out.suffix.lower() != SUFFIX[kind]:
+        raise ValueError(f"export: wanted a file name that ends in {SUFFIX[kind]}, got {out}")
+    _require(kind)
+    detector = Torch(checkpoint, "cpu", inference=Inference(folded=False))  # weights as they are
+    if detector.overlap is not None:
+        raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
+    assert isinstance(detector.model, ReContrast)  # it was not folded
+    notes = _in_float32(detector)
+    about = describe(detector)
+    graph = Deployed(
+        detector.model, detector.recipe, detector.calibration, tall_first=pictures.tall_first(),
+        branch=kind != "openvino",  # OpenVINO 2026.4: what follows an If is garbage the first time it is run
+    )  # fmt: skip
+    home = next(folder for folder in out.absolute().parents if folder.is_dir())
+    with _folder(home, out) as work:
+        draft = work / out.name
+        with _quiet():
+            _write(traced(graph), graph, kind, draft, json.dumps(about))
+        samples = [*images, *draw(work / "samples", pair(detector.recipe.size))]
+        difference = compare(detector, Exported(draft), samples, tolerance)
+        names = [draft.name, *([draft.with_suffix(".bin").name] if kind == "openvino" else [])]
+        _place(work, names, out.absolute().parent)
+    files = tuple(out.with_name(name) for name in names)
+    outputs = OUTPUTS if detector.calibration is not None else OUTPUTS[:2]
+    return Shipment(out, files, outputs, len(samples), difference, tuple(notes))
+
+
+def describe(detector: Torch) -> dict[str, Any]:
+    """What goes into the file as text: all that is needed to run it, and to know where it comes from."""
+    recipe, model = detector.recipe, detector.model
+    size, crop = pair(recipe.size), None if recipe.crop is None else pair(recipe.crop)
+    return {
+        "format": FORMAT,
+        "recontrast": recontrast.__version__,
+        "category": detector.category,
+        "top": detector.top,
+        "recipe": recipe.to_dict(),
+        "preprocessing": {
+            "input": "uint8 RGB (N, H, W, 3), any size, upright, without alpha",
+            "size": size, "crop": crop, "resize": "Pillow's BILINEAR, to the bit",
+            "vertical_first": "tall images" if pictures.tall_first() else "never",
+            "mean": list(model.mean), "std": list(model.std),
+        },
+        "calibration": None if detector.calibration is None else detector.calibration.to_dict(),
+        "weights": digest(model.state_dict(), recipe),
+    }  # fmt: skip
+
+
+def draw(folder: Path, size: tuple[int, int]) -> list[Path]:
+    """Images to compare on: of the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey."""
+    (h, w), random = size, np.random.default_rng(0)
+    sizes = [
+        (h, w),
+        (2 * h + 3, 2 * w + 1),
+        (h // 2 + 1, w // 2),
+        (h - 1, w + 1),
+        (h // 3, 3 * w),
+        (3 * h + 1, w // 3),
+        (1, 1),
+    ]
+    found = []
+    for place, (height, width) in enumerate([*sizes, (h + 17, w + 5)]):
+        channels = 1 if place == len(sizes) else 3
+        rows, columns = np.arange(height)[:, None, None] / h, np.arange(width)[:, None] / w
+        waves = 60 * np.sin(9 * rows + place) * np.cos(7 * columns + np.arange(channels))
+        pixels = 120 + waves + random.normal(0, 25, (height, width, channels))
+        path = folder / f"{place}.png"
+        pictures.save_png(
+            path,
+            pixels.clip(0, 255).astype(np.uint8).squeeze(2) if channels == 1 else pixels.clip(0, 255).astype(np.uint8),
+        )
+        found.append(path)
+    return found
+
+
+def compare(detector: Torch, exported: Exported, paths: Sequence[Path], tolerance: float = TOLERANCE) -> float:
+    """The largest relative difference of a score between a checkpoint and its exported file.
+
+    Raises:
+        ValueError: it is more than ``tolerance``; or p-values or decisions are not those of the file's own scores.
+    """
+    with ThreadPoolExecutor() as pool:
+        files = Inputs(paths, pool)
+        wanted, got = (np.concatenate([s for _, s in d.run(files, 4)]).astype(float) for d in (detector, exported))
+        if files.unread:
+            raise ValueError(next(iter(files.unread.values())))
+    apart = np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-12)
+    worst = int(np.argmax(np.where(np.isnan(apart), np.inf, apart)))
+    if not apart[worst] <= tolerance:
+        raise ValueError(
+            f"export: wanted scores within {tolerance:g} of the checkpoint's (relative), got {got[worst]:.9g} instead "
+            f"of {wanted[worst]:.9g} for {paths[worst].name}: nothing was written"
+        )
+    if detector.calibration is not None:
+        some = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
+        p, defect = (getattr(detector.calibration, name)(some["score"]) for name in ("p_values", "defects"))
+        if not (np.allclose(some["p_value"], p, atol=1e-6) and (some["defect"] == defect).all()):
+            raise ValueError(
+                f"export: wanted the calibration's p-values {p} and decisions {defect}, got {some['p_value']} and "
+                f"{some['defect']}: nothing was written"
+            )
+    return float(apart[worst])
+
+
+def _in_float32(detector: Torch) -> list[str]:
+    """Let a detector of bfloat16 score in float32; its calibration does not hold for that."""
+    if detector.recipe.precision == "float32":
+        return []
+    detector.recipe = detector.recipe.replace(precision="float32")
+    detector.model.float()
+    if detector.calibration is None:
+        return ["scores are of float32, the checkpoint's of bfloat16"]
+    detector.calibration = None
+    return ["scores are of float32: the calibration, of bfloat16 scores, was left out, and so are decisions"]
+
+
+def traced(graph: Deployed) -> torch.export.ExportedProgram:
+    """The graph written down by torch.export, for any number of images of any size."""
+    size, any_length = graph.resize.out, torch.export.Dim.DYNAMIC
+    example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
+    lengths = ((any_length, any_length, any_length, torch.export.Dim.STATIC),)
+    with torch.no_grad():
+        return torch.export.export(graph, (example,), dynamic_shapes=lengths)
+
+
+def _write(program: torch.export.ExportedProgram, graph: Deployed, kind: str, path: Path, about: str) -> None:
+    if kind == "pt2":
+        torch.export.save(program, path, extra_files={f"{KEY}.json": about})
+        return
+    names = list(OUTPUTS if graph.calibrated else OUTPUTS[:2])
+    onnx = torch.onnx.export(
+        program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names
+    )
+    assert onnx is not None  # only without dynamo
+    if kind == "onnx":
+        onnx.model.metadata_props[KEY] = about
+        onnx.save(path)
+        return
+    import openvino
+
+    middle = path.with_suffix(".onnx")
+    onnx.save(middle)
+    model = openvino.convert_model(middle)
+    model.set_rt_info(about, KEY)
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _require(kind: str) -> None:
+    import importlib.util
+
+    missing = [name for name in NEEDS[kind] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"export to {kind} needs {', '.join(missing)}: {INSTALL}")
+
+
+@contextmanager
+def _folder(home: Path, out: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards, on the disk where the file will be."""
+    try:
+        made = tempfile.TemporaryDirectory(dir=home, prefix=".export-")
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror or error}") from error
+    with made as folder:
+        yield Path(folder)
+
+
+def _place(work: Path, names: Sequence[str], target: Path) -> None:
+    """Move the files to their place: the one that is opened comes last, so that its weights are there."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in reversed(names):
+            os.replace(work / name, target / name)
+    except OSError as error:
+        raise OSError(f"cannot write {target / names[0]}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say of themselves: it is about their own future, and the result is tested."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
