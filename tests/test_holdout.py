@@ -7,7 +7,7 @@ from test_cli import SMALL, call, fails, works
 from test_train import RECIPE, same_weights
 from tiny import tiny_set
 
-from recontrast.app.evaluation import kept_promise
+from recontrast.app.evaluation import decided
 from recontrast.engine import checkpoint
 from recontrast.engine import train as training
 from recontrast.engine.calibrate import Calibration, digest, threshold
@@ -98,7 +98,7 @@ def test_command_line_holds_out_a_tenth_unless_a_recipe_says_otherwise(root, tmp
     assert "got 0 of 3 good images held out" in fails("train", few, "--out", tmp_path / "e", *SMALL, "--holdout", 0.1)
 
 
-def test_kept_promise():
+def test_decided():
     scores = tuple(float(i) for i in range(99))
     found = Calibration(scores, 0.1, threshold(scores, 0.1), None, 0.1, False, "here", "w")
     empty = dataclasses.asdict(Result([], "mvtec", (8, 8), "max", None, "sum", "any"))
@@ -107,12 +107,12 @@ def test_kept_promise():
         scored = [Scored("", "nut", "", label, s) for label, some in ((0, good), (1, bad)) for s in some]
         return Result(**{**empty, "scored": scored})
 
-    text, warning = kept_promise(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found)
-    assert text == (
+    made = decided(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found, {}, RECIPE)
+    assert made.sentence() == (
         "at the promised false-alarm rate of 0.1: 2 of 20 good images called defects (10.0 %), "
         "3 of 4 defect images found (75.0 %)"
     )
-    assert warning is None
-    text, warning = kept_promise(result(np.linspace(80, 140, 20), []), found)
-    assert "defect images found" not in text and "far from uniform" in warning
-    assert kept_promise(result([], [5.0]), found)[1] is None
+    assert made.warnings() == [] and made.to_dict()["false_alarms"] == 2 and made.change is None
+    made = decided(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
+    assert "defect images found" not in made.sentence() and "far from uniform" in made.warnings()[0]
+    assert decided(result([], [5.0]), found, {}, RECIPE).warnings() == []

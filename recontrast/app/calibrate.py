@@ -2,9 +2,11 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from recontrast.app.console import Steps, complain
@@ -13,6 +15,9 @@ from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_fil
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
+
+    from recontrast.data.inputs import Inputs
     from recontrast.engine.calibrate import Calibration
     from recontrast.engine.detector import Scored, Torch
 
@@ -41,6 +46,7 @@ def calibrate(
     from recontrast.engine import checkpoint as checkpoints
     from recontrast.engine.calibrate import allowed, digest, statement
     from recontrast.engine.detector import Torch
+    from recontrast.engine.looks import change
     from recontrast.engine.uniformity import departure
 
     known, new = list_images(good), list_images(check or [])
@@ -59,13 +65,13 @@ def calibrate(
         typer.echo(line)
     typer.echo(f"calibration: {file}")
     if new:
-        scores, others = _scores(detector, new, batch)
+        scores, looks, others = _scores(detector, new, batch)
         unread += others
-        seen = departure(found, scores)
-        if seen.far:
-            complain(f"warning: {seen.sentence()}")
-        else:
-            typer.echo(seen.sentence())
+        for seen in (departure(found, scores), change(np.asarray(found.looks), looks)):
+            if seen.far:
+                complain(f"warning: {seen.sentence()}")
+            else:
+                typer.echo(seen.sentence())
     for text in unread:
         complain(text)
     if unread:
@@ -93,19 +99,29 @@ def _calibrated(
 
             found = from_maps(run(), len(files), **options)
             if not files.unread:
-                return found, unread
+                return replace(found, looks=tuple(map(tuple, _looks(detector, files).tolist()))), unread
             unread += [files.unread[place] for place in sorted(files.unread)]
             paths = [path for place, path in enumerate(files.paths) if place not in files.unread]
             if not paths:
                 raise ValueError(f"none of {len(unread)} images could be read: {unread[0]}")
 
 
-def _scores(detector: "Torch", paths: "Sequence[Path]", batch: int) -> tuple[list[float], list[str]]:
-    """Scores of all images that can be read, and a sentence for each other file."""
+def _looks(detector: "Torch", files: "Inputs") -> "NDArray[np.float64]":
+    """Of each file, read once more: what they look like is asked of the network's input, not of the detector."""
+    from recontrast.engine.looks import looks
+
+    return looks(files.resized(detector.recipe.size, detector.recipe.crop))
+
+
+def _scores(
+    detector: "Torch", paths: "Sequence[Path]", batch: int
+) -> "tuple[list[float], NDArray[np.float64], list[str]]":
+    """Scores and looks of all images that can be read, and a sentence for each other file."""
     from recontrast.data.inputs import Inputs
 
     with ThreadPoolExecutor() as pool:
         files = Inputs(paths, pool)
         scores = [score for _, some in detector.run(files, batch) for score in some.tolist()]
-    kept = [score for place, score in enumerate(scores) if place not in files.unread]
-    return kept, [files.unread[place] for place in sorted(files.unread)]
+        seen = _looks(detector, files)
+    kept = [place for place in range(len(scores)) if place not in files.unread]
+    return [scores[place] for place in kept], seen[kept], [files.unread[place] for place in sorted(files.unread)]

@@ -286,18 +286,17 @@ def _evaluate(
     model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None,
     calibration: "Calibration | None", **options: Any
 ) -> None:  # fmt: skip
-    from recontrast.app.evaluation import kept_promise, measure
+    from recontrast.app.evaluation import measure
 
     with Steps("evaluate") as shown:
-        result, written = measure(
-            model, groups, recipe, out,
+        result, made, written = measure(
+            model, groups, recipe, out, calibration=calibration,
             on_progress=lambda category, done, total: shown(done, total, category), **options,
         )  # fmt: skip
     show(result)
-    if calibration is not None:
-        rates, warning = kept_promise(result, calibration)
-        typer.echo(rates)
-        if warning is not None:
+    if made is not None:
+        typer.echo(made.sentence())
+        for warning in made.warnings():
             complain(f"warning: {warning}")
     if written:
         typer.echo(f"results: {', '.join(map(str, written))}")

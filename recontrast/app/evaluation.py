@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from recontrast.app.results import describe, save_map
 from recontrast.data.atomic import replacing
@@ -12,12 +15,46 @@ from recontrast.data.inputs import result_names
 from recontrast.engine import distributed
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.evaluate import evaluate
-from recontrast.engine.infer import highest
+from recontrast.engine.infer import Files, highest
+from recontrast.engine.looks import Change, change, looks
 from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.result import Result
-from recontrast.engine.uniformity import departure
+from recontrast.engine.uniformity import Departure, departure
 from recontrast.model import ReContrast
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a calibration decides on test images, and whether the good ones are such as it was made with."""
+
+    rate: float  # promised share of false alarms
+    good: int  # images
+    false_alarms: int
+    defects: int  # images
+    found: int
+    departure: Departure | None  # of the p-values of the good images; None without any
+    change: Change | None  # of how they look; None without any, or where the calibration does not know
+
+    def sentence(self) -> str:
+        """The rates."""
+        parts = [
+            f"{count} of {total} {what} ({100 * count / total:.1f} %)"
+            for count, total, what in (
+                (self.false_alarms, self.good, "good images called defects"),
+                (self.found, self.defects, "defect images found"),
+            )
+            if total
+        ]
+        return f"at the promised false-alarm rate of {self.rate:.3g}: {', '.join(parts)}"
+
+    def warnings(self) -> list[str]:
+        """A sentence for each way in which the good images are not like those of the calibration."""
+        return [seen.sentence() for seen in (self.departure, self.change) if seen is not None and seen.far]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values that JSON can hold."""
+        return {**asdict(self), "warnings": self.warnings()}
 
 
 def measure(
@@ -28,8 +65,9 @@ def measure(
     *,
     save_maps: bool = False,
     inference: Inference | None = None,
+    calibration: Calibration | None = None,
     **options: Any,
-) -> tuple[Result, list[Path]]:
+) -> tuple[Result, Decided | None, list[Path]]:
     """Metrics by category, written below ``out``.
 
     Args:
@@ -39,10 +77,12 @@ def measure(
         out: folder for ``results.*`` and ``scores.csv``; None writes nothing.
         save_maps: also write ``maps/NAME.tiff`` (uint16) and ``maps/scale.json``, from the same pass.
         inference: how the model is run; None: as trained, and folded.
+        calibration: of these very scores; decides on the images too.
         options: as `recontrast.engine.evaluate.evaluate` takes them.
 
     Returns:
-        The result, and the files of it; under torchrun the first process writes them.
+        The result, what the calibration decides, and the files of both; under torchrun of the first process, which
+        writes them.
     """
     inference = inference or Inference()
     recipe = inference.recipe(recipe)
@@ -51,29 +91,27 @@ def measure(
     if save_maps and out is not None:
         keep = _keeper(groups, out / "maps", highest(network, recipe), recipe)
     result = evaluate(network, groups, recipe, on_maps=keep, **options)
-    return result, result.write(out) if out is not None and distributed.here().first else []
+    if not distributed.here().first:
+        return result, None, []
+    made = None
+    if calibration is not None:
+        made = decided(result, calibration, groups, recipe)
+        result = replace(result, decided=made.to_dict())
+    return result, made, result.write(out) if out is not None else []
 
 
-def kept_promise(result: Result, calibration: Calibration) -> tuple[str, str | None]:
-    """What a calibration decides on the test images.
-
-    Returns:
-        A sentence with the rates of false alarms and of detection, and a warning where the good test images do not look
-        like the calibration images.
-    """
-    good = [image.score for image in result.scored if not image.label]
-    bad = [image.score for image in result.scored if image.label]
-    parts = [
-        f"{count} of {len(scores)} {what} ({100 * count / len(scores):.1f} %)"
-        for scores, what in ((good, "good images called defects"), (bad, "defect images found"))
-        if scores
-        for count in [int(calibration.defects(scores).sum())]
-    ]
+def decided(
+    result: Result, calibration: Calibration, groups: Mapping[str, Sequence[Sample]], recipe: Recipe
+) -> Decided:
+    """What ``calibration`` decides on the images of ``result``; the good ones among ``groups`` are looked at again."""
+    good, bad = ([image.score for image in result.scored if bool(image.label) == which] for which in (False, True))
+    alarms, found = (int(calibration.defects(scores).sum()) for scores in (good, bad))
+    samples = [s for group in groups.values() for s in group if s.split == "test" and not s.label]
+    other = None
+    if samples and calibration.looks:
+        other = change(np.array(calibration.looks), looks(Files(samples, recipe, None)))
     seen = departure(calibration, good) if good else None
-    return (
-        f"at the promised false-alarm rate of {calibration.rate:.3g}: {', '.join(parts)}",
-        seen.sentence() if seen is not None and seen.far else None,
-    )
+    return Decided(calibration.rate, len(good), alarms, len(bad), found, seen, other)
 
 
 def _keeper(

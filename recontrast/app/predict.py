@@ -145,7 +145,11 @@ def predict(
             middle = threshold if threshold is not None or calibration is None else calibration.threshold
             colours = colour_range(stored, middle if recipe.score == "max" else None)
             save_overlays(stored, [(files.paths[i], names[i]) for i in kept], recipe, colours, out)
-    said = None if calibration is None else {k: v for k, v in calibration.to_dict().items() if k != "scores"}
+    said = (
+        None
+        if calibration is None
+        else {k: v for k, v in calibration.to_dict().items() if k not in ("scores", "looks")}
+    )
     save_scores(out, found, {
         "recontrast": recontrast.__version__,
         "checkpoint": str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from recontrast.engine.batches import Images
 from recontrast.engine.infer import infer
+from recontrast.engine.looks import LOOKS, looks
 from recontrast.engine.recipes import Recipe
 from recontrast.model import ReContrast
 
@@ -44,12 +45,17 @@ class Calibration:
     pixel_guarantee: bool  # by conformal risk control; else an empirical quantile, which promises nothing
     source: str  # where the good images came from
     weights: str  # `digest` of the detector: for any other the scores mean nothing
+    looks: tuple[tuple[float, ...], ...] = ()  # of each image, see `recontrast.engine.looks`; of older ones unknown
 
     def __post_init__(self) -> None:
         """Refuse what cannot be: scores out of order or not finite, a rate below 1 / (n + 1)."""
         scores = np.asarray(self.scores, np.float64)
         if not scores.size or not np.isfinite(scores).all() or (np.diff(scores) < 0).any():
             raise ValueError("calibration: scores: wanted finite numbers in ascending order, got others or none")
+        if self.looks and np.shape(self.looks) != (len(self.scores), len(LOOKS)):
+            raise ValueError(
+                f"calibration: looks: wanted {len(LOOKS)} of each of {len(self.scores)} images, got others"
+            )
         if self.threshold != threshold(self.scores, self.rate):
             raise ValueError(f"calibration: threshold: wanted that of the scores and the rate, got {self.threshold}")
 
@@ -72,16 +78,17 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values that JSON can hold."""
-        return {**asdict(self), "scores": list(self.scores)}
+        return {**asdict(self), "scores": list(self.scores), "looks": [list(one) for one in self.looks]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
         """The inverse of `to_dict`; a missing, unknown or impossible field is a ValueError."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
+        if not isinstance(values, Mapping) or set(values) | {"looks"} != names:
             got = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"calibration: wanted the fields {', '.join(sorted(names))}, got {got}")
-        return cls(**{**values, "scores": tuple(values["scores"])})
+        seen = tuple(map(tuple, values.get("looks", ())))
+        return cls(**{**values, "scores": tuple(values["scores"]), "looks": seen})
 
     def _above(self, scores: ArrayLike) -> NDArray[np.int64]:
         """How many calibration scores are at least each of ``scores``."""
@@ -117,15 +124,17 @@ def calibrate(
         model, images, recipe, batch=batch))  # fmt: skip
     return from_maps(
         found, len(images), rate=rate, pixel_rate=pixel_rate, source=source,
-        weights=digest(model.state_dict(), recipe),
+        weights=digest(model.state_dict(), recipe), seen=looks(images, batch),
     )  # fmt: skip
 
 
 def from_maps(
     found: Iterable[tuple[NDArray[Any], NDArray[Any]]], count: int, *, rate: float, pixel_rate: float, source: str,
-    weights: str,
+    weights: str, seen: ArrayLike = (),
 ) -> Calibration:  # fmt: skip
     """As `calibrate`, from maps (n, H, W) and scores (n,) of any detector, batch after batch, ``count`` images in all.
+
+    ``seen`` are `recontrast.engine.looks.looks` of the images, in any order; without them none can be compared later.
 
     Maps of several sizes set no pixel threshold: its promise is of an image's share, and each image counts alike.
     """
@@ -157,6 +166,7 @@ def from_maps(
         scores=ordered, rate=rate, threshold=threshold(ordered, rate),
         pixel_threshold=float(highest.min()) if alike else None,
         pixel_rate=pixel_rate, pixel_guarantee=guarantee and alike, source=source, weights=weights,
+        looks=tuple(map(tuple, np.asarray(seen, np.float64).tolist())),
     )  # fmt: skip
 
 

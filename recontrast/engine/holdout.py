@@ -13,6 +13,7 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.engine import checkpoint, tiled
 from recontrast.engine.calibrate import PIXEL_RATE, RATE, Calibration, calibrate, digest, from_maps
+from recontrast.engine.looks import looks
 from recontrast.engine.run import Run, snapshot
 
 Item = TypeVar("Item")
@@ -95,14 +96,14 @@ def finish(run: Run, kept: Sequence[Sample], target: Path | None, cache_dir: str
     """
     recipe, model = run.recipe, run.model
     promise: dict[str, Any] = {"rate": max(RATE, 1 / (len(kept) + 1)), "source": "held out of training"}
+    images = ImageCache(kept, recipe.size, recipe.crop, directory=None if recipe.tile else cache_dir)
     if recipe.tile is None:
-        images = ImageCache(kept, recipe.size, recipe.crop, directory=cache_dir)
         found = calibrate(model, recipe, images, **promise, batch=recipe.batch)
     else:  # whole images at their own scale, as they will be scored
         maps = tiled.infer_files([sample.path for sample in kept], model, recipe, recipe.batch)
         found = from_maps(
             ((anomaly.numpy(), score.numpy()) for anomaly, score in maps), len(kept), **promise,
-            pixel_rate=PIXEL_RATE, weights=digest(model.state_dict(), recipe),
+            pixel_rate=PIXEL_RATE, weights=digest(model.state_dict(), recipe), seen=looks(images),
         )  # fmt: skip
     if target is not None:
         checkpoint.save(target, replace(snapshot(run), calibration=found))

@@ -70,6 +70,7 @@ class Result:
     reduce: str
     mask_rule: str
     scored: list[Scored] = field(default_factory=list, repr=False)  # each image
+    decided: dict[str, Any] | None = None  # what a calibration decides on these images
     tile: int | None = None  # pixels; images and maps then have the size of the files, and ``size`` is that of a tile
 
     @property
