@@ -14,7 +14,6 @@ from test_cli import call, fails, works
 from test_predict import save
 
 from recontrast.data.inputs import Inputs
-from recontrast.data.pictures import tall_first
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine import export as module
 from recontrast.engine import exported
@@ -68,9 +67,14 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(run, tmp_path_factory):
-    """One export of each kind."""
-    folder = tmp_path_factory.mktemp("files")
-    return {kind: export(run / "checkpoint.pt", kind, folder / f"d{end}") for kind, end in KINDS.items()}
+    """One export of each kind; the graph is traced once, which takes the most time."""
+    folder, kept, traced = tmp_path_factory.mktemp("files"), [], module.traced
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "traced", lambda graph: kept[0] if kept else kept.append(traced(graph)) or kept[0])
+    try:
+        return {kind: export(run / "checkpoint.pt", kind, folder / f"d{end}") for kind, end in KINDS.items()}
+    finally:
+        patch.undo()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +163,7 @@ def test_example_runs_without_torch(files, run, photographs):
 def test_graph_is_the_detector(changes, photographs, tmp_path):
     recipe = RECIPE.replace(**changes)
     detector = Torch(save(tmp_path / "checkpoint.pt", recipe), "cpu", inference=Inference(folded=False))
-    graph = Deployed(detector.model, recipe, None, tall_first=tall_first())
+    graph = Deployed(detector.model, recipe, None)
     files = Inputs(sorted(photographs.iterdir()))
     wanted = list(detector.run(files, 1))
     for place, (maps, scores) in enumerate(wanted):

@@ -92,12 +92,20 @@ def write_tiff(path, data, shape, bits, photometric, order="<", orientation=1):
 def test_pixels_are_torchvisions_to_the_bit(tmp_path_factory, array, size, data):
     crop = data.draw(st.tuples(st.integers(1, size[0]), st.integers(1, size[1])))
     path = save(tmp_path_factory.mktemp("t") / "x.png", array)
-    steps = [transforms.Resize(size), transforms.CenterCrop(crop), transforms.ToTensor()]
+    across = transforms.Resize((array.shape[0], size[1]))  # Pillow 13 would begin with the height of a tall image
+    steps = [across, transforms.Resize(size), transforms.CenterCrop(crop), transforms.ToTensor()]
     wanted = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(Image.open(path).convert("RGB"))
     got = images.read_image(path, size=size, crop=crop)
     assert got.shape == (*crop, 3) and got.dtype == np.uint8 and got.flags.writeable and got.flags.c_contiguous
     for channels_last in (False, True):
         assert torch.equal(images.normalise(got[None], MEAN, STD, channels_last=channels_last)[0], wanted)
+
+
+def test_tall_images_do_not_depend_on_pillows_version(tmp_path):
+    y, x, c = np.indices((300, 40, 3))
+    path = save(tmp_path / "x.png", ((y * y * 7 + x * x * 13 + c * 71 + x * y * 3) % 256).astype(np.uint8))
+    # Of Image.resize in Pillow 10.1 and 11.3; 13.0 begins with the height, and gives 666250913.
+    assert zlib.crc32(images.read_image(path, size=(32, 24)).tobytes()) == 1641963054
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (255, 301), (64, 64)])
@@ -118,7 +126,8 @@ def test_upstreams_256_and_crop_224(tmp_path, shape):
 def test_masks_are_upstreams(tmp_path_factory, mask, size):
     mask[0, 0] = 255  # grey values stay grey where something is white
     path = save(tmp_path_factory.mktemp("m") / "m.png", mask)
-    steps = [transforms.Resize((size, size)), transforms.CenterCrop(max(1, size - 3)), transforms.ToTensor()]
+    resize = [transforms.Resize((mask.shape[0], size)), transforms.Resize((size, size))]
+    steps = [*resize, transforms.CenterCrop(max(1, size - 3)), transforms.ToTensor()]
     wanted = transforms.Compose(steps)(Image.open(path))[0].numpy()
     crop = max(1, size - 3)
     assert np.array_equal(images.read_mask(path, size=size, crop=crop), wanted.astype(bool))

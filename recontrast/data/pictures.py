@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-import PIL
 from PIL import Image
 
 from recontrast.data.atomic import replacing
@@ -57,11 +56,6 @@ def stretch(anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def levels(anomaly: np.ndarray, top: float) -> np.ndarray:
     """Values in [0, top] as uint16, 65535 for ``top``."""
     return np.rint(np.clip(anomaly / top, 0, 1) * 65535).astype(np.uint16)
-
-
-def tall_first() -> bool:
-    """Whether this Pillow resizes an image that loses most of its height vertically first, as from version 13 on."""
-    return int(PIL.__version__.partition(".")[0]) >= 13
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:

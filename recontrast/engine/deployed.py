@@ -24,7 +24,6 @@ class Deployed(nn.Module):
         model: trained, on the CPU; it is not changed.
         recipe: for size, crop, views, map and score; everything is computed in float32.
         calibration: of the float32 scores; None: there are no decisions.
-        tall_first, branch: of the resize, see `recontrast.engine.resize.Resize`.
     """
 
     means: Tensor
@@ -32,18 +31,10 @@ class Deployed(nn.Module):
     rows: Tensor
     good: Tensor
 
-    def __init__(
-        self,
-        model: ReContrast,
-        recipe: Recipe,
-        calibration: Calibration | None,
-        *,
-        tall_first: bool = True,
-        branch: bool = True,
-    ) -> None:
+    def __init__(self, model: ReContrast, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
         size, (height, width) = pair(recipe.size), recipe.out
-        self.resize = Resize(size, tall_first, branch)
+        self.resize = Resize(size)
         self.window = tuple(  # as in recontrast.data.images: margins round half to even
             slice(start, start + seen)
             for start, seen in ((round((size[0] - height) / 2), height), (round((size[1] - width) / 2), width))

@@ -79,10 +79,7 @@ def export(
     assert isinstance(detector.model, ReContrast)  # it was not folded
     notes = _in_float32(detector)
     about = describe(detector)
-    graph = Deployed(
-        detector.model, detector.recipe, detector.calibration, tall_first=pictures.tall_first(),
-        branch=kind != "openvino",  # OpenVINO 2026.4: what follows an If is garbage the first time it is run
-    )  # fmt: skip
+    graph = Deployed(detector.model, detector.recipe, detector.calibration)
     home = next(folder for folder in out.absolute().parents if folder.is_dir())
     with _folder(home, out) as work:
         draft = work / out.name
@@ -109,8 +106,7 @@ def describe(detector: Torch) -> dict[str, Any]:
         "recipe": recipe.to_dict(),
         "preprocessing": {
             "input": "uint8 RGB (N, H, W, 3), any size, upright, without alpha",
-            "size": size, "crop": crop, "resize": "Pillow's BILINEAR, to the bit",
-            "vertical_first": "tall images" if pictures.tall_first() else "never",
+            "size": size, "crop": crop, "resize": "Pillow's BILINEAR to the bit: across, rounded, then down",
             "mean": list(model.mean), "std": list(model.std),
         },
         "calibration": None if detector.calibration is None else detector.calibration.to_dict(),

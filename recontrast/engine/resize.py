@@ -61,15 +61,6 @@ def coefficients(length: int, out: int, device: torch.device | None = None) -> t
     return torch.cat([hi, lo]), torch.stack([128 * hi.sum(1) + DIGIT // 2 + carry, low - carry * DIGIT], 1)
 
 
-def tall(height: int, width: int, out: tuple[int, int]) -> bool:
-    """Whether Pillow 13 or later resizes such an image vertically before it does horizontally.
-
-    Earlier ones always begin horizontally. That decides which rounding comes first: a fifth of the pixels differ by one
-    level.
-    """
-    return height - out[0] > 2 * max(width - out[1], 0)
-
-
 def _levels(high: Tensor, low: Tensor) -> Tensor:
     """``(high * DIGIT + low) >> 22``, clipped to 8 bits."""
     return torch.floor((high + torch.floor(low / DIGIT)) / DIGIT).clamp(0, 255)
@@ -87,40 +78,20 @@ def _down(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
     return _levels(sums[..., :out, :] + offset[:, :1], sums[..., out:, :] + offset[:, 1:])
 
 
-def _across_first(pixels: Tensor, *axes: Tensor) -> Tensor:
-    return _down(_across(pixels, *axes[2:]), *axes[:2])
-
-
-def _down_first(pixels: Tensor, *axes: Tensor) -> Tensor:
-    return _across(_down(pixels, *axes[:2]), *axes[2:])
-
-
 class Resize(nn.Module):
-    """Images of any size to ``out``, as ``Image.resize(..., BILINEAR)``.
+    """Images of any size to ``out``, as `recontrast.data.images.read_image` has it.
 
     Args:
         out: height and width in pixels.
-        tall_first: as Pillow does from version 13 on, see `tall`; False: as before.
-        branch: whether a graph of it has a branch for the order; False: both are computed and one is taken, in twice
-            the time, for runtimes whose branches cannot be trusted.
     """
 
-    def __init__(self, out: tuple[int, int], tall_first: bool = True, branch: bool = True) -> None:
+    def __init__(self, out: tuple[int, int]) -> None:
         super().__init__()
-        self.out, self.tall_first, self.branch = out, tall_first, branch
+        self.out = out
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 to (N, 3, *out) float32 whole numbers from 0 to 255."""
-        (height, width), pixels, where = self.out, images.permute(0, 3, 1, 2).float(), images.device
+        (height, width), where = self.out, images.device
         high, wide = images.shape[1:3]
-        operands = (pixels, *coefficients(high, height, where), *coefficients(wide, width, where))
-        if not self.tall_first:
-            return _across_first(*operands)
-        lost_y, lost_x = (
-            torch.full((), length, dtype=torch.int32, device=where) - out
-            for length, out in ((high, height), (wide, width))
-        )
-        is_tall = lost_y > 2 * lost_x.clamp(min=0)
-        if not self.branch:
-            return torch.where(is_tall, _down_first(*operands), _across_first(*operands))
-        return torch.cond(is_tall, _down_first, _across_first, operands)
+        across = _across(images.permute(0, 3, 1, 2).float(), *coefficients(wide, width, where))
+        return _down(across, *coefficients(high, height, where))
