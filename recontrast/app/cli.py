@@ -248,7 +248,11 @@ def demo(
     short: Annotated[bool, typer.Option("--short", help="Under a minute: shows that it works, not how well.")] = False,
     seed: Annotated[int, typer.Option(help="Of pictures, weights and order.")] = 0,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also without the trained encoder, in the map and in training, and with an untrained decoder.")
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also without the trained encoder, in the map and in training, and with an untrained decoder.",
+        ),
     ] = False,
     device: Device = None,
 ) -> None:
