@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]  # its conftest.py before that of the tests
@@ -31,12 +33,16 @@ from conftest import SHAPES  # noqa: E402
 from upstream_model import upstream_from  # noqa: E402
 
 from recontrast import AnomalyMap, deviation, hard_mined_cosine, ops, reference  # noqa: E402
-from recontrast.data.images import normalise  # noqa: E402
-from recontrast.engine.device import memory_format, put  # noqa: E402
-from recontrast.engine.evaluate import infer  # noqa: E402
+from recontrast.data.cache import ImageCache  # noqa: E402
+from recontrast.data.datasets import Sample  # noqa: E402
+from recontrast.data.images import normalise, read_mask  # noqa: E402
+from recontrast.engine.device import convolutions, put  # noqa: E402
+from recontrast.engine.evaluate import evaluate, infer  # noqa: E402
 from recontrast.engine.graph import Replay, recorded  # noqa: E402
 from recontrast.engine.pixels import Pixels  # noqa: E402
+from recontrast.engine.ready import Inference  # noqa: E402
 from recontrast.engine.recipes import RECIPES  # noqa: E402
+from recontrast.engine.teacher import TeacherCache  # noqa: E402
 from recontrast.engine.train import new_model, optimisers, step  # noqa: E402
 
 Function = Callable[[], object]
@@ -282,12 +288,15 @@ def maps(run: Run) -> None:
 
 # ---- training ----------------------------------------------------------------
 
-WAYS = {  # each adds to the one before
+CACHED = "teacher cache"  # the features of all images are there already
+WAYS = {
     "ours": {"channels_last": False},
     "ours + channels_last": {"channels_last": True},
     "ours + bfloat16": {"channels_last": True, "precision": "bfloat16"},
     "ours + graph": {"channels_last": True, "precision": "bfloat16", "graph": True},
+    f"ours, bfloat16, {CACHED}, no graph": {"channels_last": True, "precision": "bfloat16"},
     "ours, float32, graph": {"channels_last": True, "graph": True},
+    "ours, full float32": {"channels_last": True, "tf32": False},
 }
 
 
@@ -307,7 +316,8 @@ def training(run: Run) -> None:
             recipe = base.replace(batch=batch, **changes)
             if recipe.graph and not run.cuda:
                 continue
-            run.row(group, name, make=partial(our_step, run, recipe, pixels, batch), images=batch, seconds=2.0, most=15)
+            make = partial(our_step, run, recipe, pixels, batch, cached=CACHED in name)
+            run.row(group, name, make=make, images=batch, seconds=2.0, most=15)
             if run.cuda:
                 torch.cuda.empty_cache()
 
@@ -338,7 +348,7 @@ def reference_step(run: Run, recipe, pixels: np.ndarray, batch: int) -> Function
     return work
 
 
-def our_step(run: Run, recipe, pixels: np.ndarray, batch: int) -> Function:
+def our_step(run: Run, recipe, pixels: np.ndarray, batch: int, cached: bool = False) -> Function:
     """One step as `recontrast.engine.train` makes it, its batch and normalisation included."""
     model = new_model(recipe, "carpet")
     last = put(model, recipe, run.device) == torch.channels_last
@@ -346,14 +356,20 @@ def our_step(run: Run, recipe, pixels: np.ndarray, batch: int) -> Function:
     both = optimisers(model, recipe, run.device)
     fed = Pixels(pixels, run.device)
 
+    index = np.random.default_rng(1).permutation(len(pixels))[:batch]
+    teacher = None
+    if cached:
+        teacher = TeacherCache(model.frozen, len(pixels), 2**34, autocast=recipe.precision == "bfloat16")
+
     def one(moving, images, alpha):
-        return step(model, moving, images, alpha, recipe)
+        known = None if teacher is None else teacher(index, images)
+        return step(model, moving, images, alpha, recipe, known=known)
 
     call = Replay(one, batch, run.device) if recipe.graph else one
-    index = np.random.default_rng(1).permutation(len(pixels))[:batch]
 
     def work():
-        return call(both, normalise(fed[index], model.mean, model.std, channels_last=last), 1.0)
+        with convolutions(recipe):
+            return call(both, normalise(fed[index], model.mean, model.std, channels_last=last), 1.0)
 
     if recipe.graph:
         for _ in range(4):
@@ -371,18 +387,23 @@ def evaluation(run: Run) -> None:
     base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="eval", size=size)
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     group = f"evaluation before metrics, {backbone}, {size} px"
-    for name, changes in {
-        "ours, NCHW": {"channels_last": False},
-        "ours": {},
-        "ours + bfloat16": {"precision": "bfloat16"},
+    for name, way in {
+        "ours, NCHW": Inference(channels_last=False, folded=False),
+        "ours": Inference(folded=False),
+        "ours + folded": Inference(),
+        "ours + bfloat16": Inference(precision="bfloat16", folded=False),
+        "ours + bfloat16 + folded": Inference(precision="bfloat16"),
+        "ours, trained view + bfloat16 + folded": Inference(views="trained", precision="bfloat16"),
+        "ours + bfloat16 + folded + compiled": Inference(precision="bfloat16", compiled=True),
     }.items():
-        recipe = base.replace(**changes)
-        model = new_model(recipe, "carpet")
-        put(model, recipe, run.device)
-        assert memory_format(recipe, run.device) in (torch.channels_last, torch.contiguous_format)
+        if run.late() or (way.compiled and run.tiny):
+            continue
+        model = new_model(base, "carpet").to(run.device)
+        recipe = way.recipe(base)
+        network = way.network(model, recipe)
 
-        def work(model=model, recipe=recipe):
-            return [scores for _, scores in infer(model, images, recipe, batch=batch)]
+        def work(network=network, recipe=recipe):
+            return [scores for _, scores in infer(network, images, recipe, batch=batch)]
 
         run.row(group, f"{name}, batch {batch}", work, images=count, seconds=1.5, most=8)
     model = upstream_from(new_model(base, "carpet"), backbone).to(run.device)
@@ -397,6 +418,61 @@ def evaluation(run: Run) -> None:
                 upstream.anomaly_map_sum(pairs, (size, size)).max()
 
     run.row(group, "reference, batch 1", one_by_one, images=len(few), seconds=1.5, most=5)
+
+
+def whole(run: Run) -> None:
+    """A whole evaluation from files to metrics of pixels: exact, streaming on the device, and the reference's loop."""
+    backbone, size, count = ("resnet18", 64, 8) if run.tiny else ("wide_resnet50_2", 256, 256)
+    base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="eval", size=size)
+    group = f"whole evaluation, {backbone}, {size} px, {count} images in files"
+    with tempfile.TemporaryDirectory() as folder:
+        samples = drawn(Path(folder), count, size)
+        for name, way, streaming in (
+            ("ours, exact", Inference(), False),
+            ("ours, streaming", Inference(), True),
+            ("ours, exact, bfloat16", Inference(precision="bfloat16"), False),
+            ("ours, streaming, bfloat16", Inference(precision="bfloat16"), True),
+        ):
+            if run.late():
+                return
+            recipe = way.recipe(base)
+            network = way.network(new_model(base, "carpet").to(run.device), recipe)
+            work = partial(evaluate, network, samples, recipe, batch=2 if run.tiny else 64, streaming=streaming)
+            run.row(group, name, work, images=count, seconds=2.0, most=3)
+        few = samples[:: max(count // 8, 1)]  # of both kinds
+        begin = new_model(base, "carpet")
+        model = upstream_from(begin, backbone).to(run.device)
+        model.eval()
+        images = normalise(ImageCache(few, size)[:], begin.mean, begin.std)  # decoded outside the time
+        empty = np.zeros((size, size), bool)
+        masks = [empty if s.mask is None else read_mask(s.mask, size=size) for s in few]
+        shown, labels = torch.from_numpy(np.stack(masks))[:, None], np.array([s.label for s in few])
+
+        def pairs(batch):
+            return list(zip(*model(batch.to(run.device)), strict=True))
+
+        def loop():
+            return upstream.evaluate(pairs, images, shown, labels)
+
+        run.row(group, f"reference, {len(few)} of them", loop, images=len(few), seconds=1.0, most=1)
+
+
+def drawn(folder: Path, count: int, size: int) -> list[Sample]:
+    """Test images of noise, every second one with a square that its mask shows."""
+    random, found = np.random.default_rng(0), []
+    for number in range(count):
+        pixels, mask = random.integers(0, 256, (size, size, 3), dtype=np.uint8), np.zeros((size, size), np.uint8)
+        path, masked = folder / f"{number:04}.png", None
+        if number % 2:
+            top, left = random.integers(0, size - size // 8, 2)
+            mask[top : top + size // 8, left : left + size // 8] = 255
+            pixels[mask > 0] = 0
+            masked = folder / f"{number:04}_mask.png"
+            Image.fromarray(mask).save(masked, compress_level=1)
+        Image.fromarray(pixels).save(path, compress_level=1)
+        kind = "square" if number % 2 else "good"
+        found.append(Sample(path, masked, number % 2, "drawn", "test", kind))
+    return found
 
 
 # ---- the table ---------------------------------------------------------------
@@ -426,7 +502,7 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-STAGES = {"loss": loss, "map": maps, "train": training, "evaluate": evaluation}
+STAGES = {"loss": loss, "map": maps, "train": training, "evaluate": evaluation, "whole": whole}
 
 
 def main() -> None:

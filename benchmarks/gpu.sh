@@ -4,7 +4,7 @@
 # benchmarks/results/<device>.json.
 #
 #   benchmarks/gpu.sh                 all of it
-#   benchmarks/gpu.sh map train       these stages alone: build test sanitize loss map train evaluate triton
+#   benchmarks/gpu.sh map train       these stages alone: build test sanitize loss map train evaluate whole triton
 #   DEVICE=cpu benchmarks/gpu.sh      every path on the CPU with tiny shapes, to find what would fail there
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PATH=$PATH:
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 limit=${LIMIT:-470}  # seconds in all
-stages=${*:-build test sanitize loss map train evaluate triton}
+stages=${*:-build test sanitize loss map train evaluate whole triton}
 tiny=()
 [ "$device" = cuda ] || tiny=(--tiny)
 
@@ -89,7 +89,8 @@ if [ $# -eq 0 ]; then rm -f "$out"; fi # a whole run begins anew
 
 # Every op against the float64 oracle on fresh random inputs: odd sizes, all dtypes and layouts, nothing, gradcheck,
 # opcheck, graph capture, a step that may not wait. In parallel where pytest-xdist is: most of it compiles Triton.
-tests=(tests/test_cosine.py tests/test_mining.py tests/test_map.py tests/test_loss.py tests/test_graph.py)
+tests=(tests/test_cosine.py tests/test_mining.py tests/test_map.py tests/test_loss.py tests/test_graph.py
+       tests/test_precision.py tests/test_streaming.py::test_any_path_counts_the_same)
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "${WORKERS:-8}")
 choice=()
@@ -111,12 +112,13 @@ measure map 20 map
 measure loss 90 loss
 measure train 55 train
 CUDA_LAUNCH_BLOCKING=1 measure "train blocked" 15 train --only reference
-measure evaluate 25 evaluate
+measure evaluate 30 evaluate
+measure whole 30 whole
 check "triton test" 90 tests/test_triton.py
 RECONTRAST_BACKEND=triton measure "triton map" 15 map --only ours
 RECONTRAST_BACKEND=triton measure "triton loss" 45 loss --only ours
 
 printf '\n'
-"$python" benchmarks/gpu.py table --out "$out" --device "$device"
+timeout 60 "$python" benchmarks/gpu.py table --out "$out" --device "$device"
 printf '\n%s, %s s\n' "$out" "$SECONDS"
 [ -z "${OUT:-}" ] || [ "$device" != cuda ] || cp "$out" "$OUT/"
