@@ -24,7 +24,7 @@ DetectorFile = Annotated[
 Views = Annotated[
     str | None,
     typer.Option(
-        help="Maps of this target alone: trained or frozen, in 2/3 of the time; or both. Default: as trained."
+        help="Maps of this target alone: trained or frozen, in 0.7 of the time; or both. Default: as trained."
     ),
 ]
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as trained.")]
