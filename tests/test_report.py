@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from recontrast.app.cli import app
 from recontrast.app.report import command, drawings, thumbnails
 from recontrast.app.report.command import write
+from recontrast.app.report.decision import decision
 from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, PASSED, Recall, gathered
 from recontrast.data import datasets
 from recontrast.engine import checkpoint as checkpoints
@@ -87,6 +88,14 @@ def test_without_calibration_it_says_so_and_with_one_what_is_promised(run, text)
 def found(run, calibration=None, recipe=None):
     model, own, _ = checkpoints.load_model(run[0] / "checkpoint.pt", "cpu")
     return gathered(model, datasets.load(run[1]), recipe or own, calibration)
+
+
+def test_images_unlike_those_of_the_calibration_are_warned_of(run):
+    looks = tuple((0.9 + i / 1000, 0.1, 0.1, 0.0) for i in range(40))
+    known = Calibration(tuple(map(float, range(40))), 0.25, 30.0, None, 0.02, False, "", "", looks)
+    with found(run, known) as seen:
+        assert any("do not look like the calibration images" in said for said in seen.warnings), seen.warnings
+        assert "<strong>Warning.</strong> 4 new good images do not look like" in decision(seen)
 
 
 def test_decisions_are_those_of_the_calibration(run):

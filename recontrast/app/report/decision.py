@@ -48,8 +48,9 @@ def _promised(findings: Findings, known: Calibration) -> str:
             f" Of the {good.images} good test images here {good.called} {'was' if good.called == 1 else 'were'}: "
             f"{tables.percent(good.rate)}, 95 % interval {tables.interval(good)}."
         )
+    text += "</p>" + "".join(f"<p><strong>Warning.</strong> {escape(said)}.</p>" for said in findings.warnings)
     text += (
-        "</p><p>The p-value of an image is the share of good images, itself counted among them, that score at least as "
+        "<p>The p-value of an image is the share of good images, itself counted among them, that score at least as "
         f"high; the smallest one is 1/{count + 1}. A defect has a p-value of at most {known.rate:.3g}.</p>"
     )
     if known.pixel_threshold is not None:

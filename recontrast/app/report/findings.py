@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast import curves
+from recontrast.app.evaluation import decided
 from recontrast.curves import Curve
 from recontrast.data.datasets import Sample
 from recontrast.data.images import read_mask
@@ -90,6 +91,7 @@ class Findings:
     sections: list[Section]
     calibration: Calibration | None
     maps: NDArray[np.float32] = field(repr=False)  # (n, H, W), a file that is gone after `gathered`
+    warnings: tuple[str, ...] = ()  # where the good images are not like those of the calibration
 
     @property
     def shots(self) -> list[Shot]:
@@ -130,7 +132,8 @@ def gathered(
             scores = np.array([scored.score for scored in result.scored[inside]])
             sections.append(_section(row, samples[inside], scores, maps[inside], begun, recipe, calibration))
             begun += row.images
-        yield Findings(result, sections, calibration, maps)
+        seen = () if calibration is None else tuple(decided(result, calibration, groups, recipe).warnings())
+        yield Findings(result, sections, calibration, maps, seen)
 
 
 def _section(
