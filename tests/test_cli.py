@@ -192,6 +192,13 @@ def test_version_and_help():
         assert command in works("--help") and "--help" in works(command, "--help")
 
 
+@pytest.mark.parametrize("command", [found.name or found.callback.__name__ for found in app.registered_commands])
+def test_help_names_every_option_in_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = works(command, "--help")
+    assert "…" not in said and max(map(len, said.splitlines())) <= 80
+
+
 def test_module_runs_and_help_is_quick():
     code = "import sys; from recontrast.app import cli; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -129,7 +129,7 @@ def table(out):
 def test_predict_as_asked(checkpoint, data, tmp_path):
     common = ("predict", checkpoint, data, "--no-overlays", "--device", "cpu", "--workers", 1)
     assert run(*common, "--out", tmp_path / "folded").exit_code == 0
-    plain = run(*common, "--out", tmp_path / "plain", "--no-fold", "--no-channels-last")
+    plain = run(*common, "--out", tmp_path / "plain", "--no-fold", "--layout", "nchw")
     assert plain.exit_code == 0 and "called defects" in plain.output
     alone = run(*common, "--out", tmp_path / "trained", "--views", "trained")
     assert alone.exit_code == 0 and "called defects" not in alone.output
@@ -160,6 +160,8 @@ def test_evaluate_as_asked(checkpoint, data, tmp_path):
     [
         (("--views", "left"), "--views: wanted both, trained or frozen, got 'left'"),
         (("--precision", "half"), "--precision: wanted float32 or bfloat16, got 'half'"),
+        (("--layout", "last"), "--layout: wanted channels_last or nchw, got 'last'"),
+        (("--workers", 0), "--workers: wanted at least 1, got 0"),
     ],
 )
 @pytest.mark.parametrize("command", ["predict", "evaluate"])

@@ -12,11 +12,11 @@ from recontrast.app.console import Commands, Steps, complain, show, silent, stop
 from recontrast.app.export import export
 from recontrast.app.options import (
     Batch,
-    ChannelsLast,
     CheckpointFile,
     Compile,
     Device,
-    Fold,
+    Layout,
+    NoFold,
     Precision,
     Views,
     Workers,
@@ -209,8 +209,8 @@ def evaluate(
     ] = False,
     views: Views = None,
     precision: Precision = None,
-    channels_last: ChannelsLast = None,
-    fold: Fold = True,
+    layout: Layout = None,
+    no_fold: NoFold = False,
     compiled: Compile = False,
     batch: Batch = 16,
     workers: Workers = None,
@@ -224,7 +224,7 @@ def evaluate(
 
     if save_maps and out is None:
         raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
-    how = inference(device, views, precision, channels_last, fold, compiled)
+    how = inference(device, views, precision, layout, no_fold, compiled, workers)
     file = checkpoint_file(checkpoint)
     _, where = context.with_resource(distributed.world(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])

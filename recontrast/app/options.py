@@ -28,21 +28,22 @@ Views = Annotated[
     ),
 ]
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as trained.")]
-Fold = Annotated[bool, typer.Option(help="BatchNorm as part of the convolutions: quicker, equal but for rounding.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute and more at the start.")]
-ChannelsLast = Annotated[
-    bool | None, typer.Option("--channels-last/--no-channels-last", help="Layout. Default: as trained.")
+NoFold = Annotated[
+    bool, typer.Option("--no-fold", help="Leave BatchNorm out of the convolutions: equal but for rounding.")
 ]
-Workers = Annotated[int | None, typer.Option(help="Threads that decode. Default: by the number of CPUs.", min=1)]
+Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute and more at the start.")]
+Layout = Annotated[str | None, typer.Option(help="channels_last or nchw. Default: as trained.")]
+Workers = Annotated[int | None, typer.Option(help="Threads that decode. Default: by the number of CPUs.")]
 
 
 def inference(
     device: str | None,
     views: str | None = None,
     precision: str | None = None,
-    channels_last: bool | None = None,
-    folded: bool = True,
+    layout: str | None = None,
+    no_fold: bool = False,
     compiled: bool = False,
+    workers: int | None = None,
 ) -> "Inference":
     """How the options say that a model is run; tells where bfloat16 does not pay."""
     from recontrast.engine.device import bfloat16_pays, choose
@@ -50,12 +51,16 @@ def inference(
 
     for name, value, wanted in (
         ("views", views, ("both", "trained", "frozen")), ("precision", precision, ("float32", "bfloat16")),
+        ("layout", layout, ("channels_last", "nchw")),
     ):  # fmt: skip
         if value not in (None, *wanted):
             raise ValueError(f"--{name}: wanted {', '.join(wanted[:-1])} or {wanted[-1]}, got {value!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers: wanted at least 1, got {workers}")
     if precision == "bfloat16" and not bfloat16_pays(choose(device)):
         complain("this CPU has no kernels for bfloat16: it takes several times as long as float32")
-    return Inference(cast("Any", views), cast("Any", precision), channels_last, folded, compiled)
+    last = None if layout is None else layout == "channels_last"
+    return Inference(cast("Any", views), cast("Any", precision), last, not no_fold, compiled)
 
 
 def checkpoint_file(path: Path) -> Path:

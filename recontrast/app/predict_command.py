@@ -8,11 +8,11 @@ import typer
 from recontrast.app.console import Steps, complain
 from recontrast.app.options import (
     Batch,
-    ChannelsLast,
     Compile,
     DetectorFile,
     Device,
-    Fold,
+    Layout,
+    NoFold,
     Precision,
     Views,
     checkpoint_file,
@@ -32,7 +32,9 @@ def predict(
     maps: Annotated[
         str, typer.Option(help="tiff16 (uint16, scale in scores.json), tiff32 or npy (float32), or none.")
     ] = "none",
-    overlays: Annotated[bool, typer.Option(help="Heat maps over the images, PNG, in their own size.")] = True,
+    no_overlays: Annotated[
+        bool, typer.Option("--no-overlays", help="Without heat maps over the images (PNG, in their own size).")
+    ] = False,
     threshold: Annotated[float | None, typer.Option(help="Flag images whose score is at least this.")] = None,
     decide: Annotated[
         bool, typer.Option("--decide", help="Insist on good or defect: stop where there is no calibration.")
@@ -46,8 +48,8 @@ def predict(
     overlap: Annotated[int | None, typer.Option(help="Of tiles, pixels. Default: a quarter of the tile.")] = None,
     views: Views = None,
     precision: Precision = None,
-    channels_last: ChannelsLast = None,
-    fold: Fold = True,
+    layout: Layout = None,
+    no_fold: NoFold = False,
     compiled: Compile = False,
     batch: Batch = 16,
     device: Device = None,
@@ -56,7 +58,7 @@ def predict(
     ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(help="Threads that decode; of ray, processes: default one a GPU, else one for 4 CPUs.", min=1),
+        typer.Option(help="Threads that decode; of ray, processes: default one a GPU, else one for 4 CPUs."),
     ] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, or one here.")] = None,
     part: Annotated[int, typer.Option(help="Images in a file of ray's: so many are lost with a worker.")] = 64,
@@ -64,14 +66,14 @@ def predict(
     """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
-    how = inference(device, views, precision, channels_last, fold, compiled)
+    how = inference(device, views, precision, layout, no_fold, compiled, workers)
     if engine == "ray":
         from recontrast.app.fleet import command
 
         if tile is not None or overlap is not None:
             raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
         if how != inference(device):
-            raise ValueError("--views, --precision, --channels-last, --no-fold, --compile: wanted none of them with "
+            raise ValueError("--views, --precision, --layout, --no-fold, --compile: wanted none of them with "
                              "--engine ray, which scores as trained")  # fmt: skip
         return command(
             checkpoint_file(checkpoint), inputs, out, maps=maps, workers=workers, address=address, part=part,
@@ -86,9 +88,9 @@ def predict(
 
     with Steps("predict") as shown:
         report = run(
-            checkpoint_file(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=overlays, threshold=threshold,
-            rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=how, workers=workers,
-            device=device, batch=batch, on_progress=shown,
+            checkpoint_file(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,
+            threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=how,
+            workers=workers, device=device, batch=batch, on_progress=shown,
         )  # fmt: skip
     typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
     if report.lost is not None:
