@@ -83,7 +83,7 @@ def ours(data: Path, file: Path, way: str) -> dict[str, Any]:
     model, trained, _ = checkpoint.load_model(file)
     recipe, tests = inference.recipe(trained), tests_of(data)
     begun = time.perf_counter()
-    network = inference.network(model, recipe)
+    network = inference.network(model, recipe, trained)
     result = evaluate(network, tests, recipe, **options)
     seconds = time.perf_counter() - begun
     count = sum(map(len, tests.values()))

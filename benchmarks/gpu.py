@@ -400,7 +400,7 @@ def evaluation(run: Run) -> None:
             continue
         model = new_model(base, "carpet").to(run.device)
         recipe = way.recipe(base)
-        network = way.network(model, recipe)
+        network = way.network(model, recipe, base)
 
         def work(network=network, recipe=recipe):
             return [scores for _, scores in infer(network, images, recipe, batch=batch)]
@@ -436,7 +436,7 @@ def whole(run: Run) -> None:
             if run.late():
                 return
             recipe = way.recipe(base)
-            network = way.network(new_model(base, "carpet").to(run.device), recipe)
+            network = way.network(new_model(base, "carpet").to(run.device), recipe, base)
             work = partial(evaluate, network, samples, recipe, batch=2 if run.tiny else 64, streaming=streaming)
             run.row(group, name, work, images=count, seconds=2.0, most=3)
         few = samples[:: max(count // 8, 1)]  # of both kinds

@@ -76,12 +76,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("inference.json"))
     asked = parser.parse_args()
     device = choose(asked.device)
-    groups = {
-        name: [s for s in group if s.split == "test"][
-            :: 1 if asked.images is None else max(1, len(group) // asked.images)
-        ]
-        for name, group in datasets.load(asked.data).items()
-    }
+    groups = {name: [s for s in group if s.split == "test"] for name, group in datasets.load(asked.data).items()}
+    if asked.images is not None:
+        groups = {name: group[:: max(1, -(-len(group) // asked.images))] for name, group in groups.items()}
     tests = list(itertools.chain(*groups.values()))
     precisions = ["float32"] + ["bfloat16"] * (asked.bfloat16 or bfloat16_pays(device))
     rows: dict[str, dict[str, Any]] = {}
@@ -92,7 +89,7 @@ def main() -> None:
     for way in ways(precisions, not asked.no_compile):
         model, trained, _ = checkpoint.load_model(asked.checkpoint, device)
         recipe = way.recipe(trained)
-        networks[name_of(way)] = way, way.network(model, recipe), recipe
+        networks[name_of(way)] = way, way.network(model, recipe, trained), recipe
         first = passed(networks[name_of(way)][1], images, recipe, asked.batch)
         rows[name_of(way)] = {**asdict(way), "first_batch": first, "seconds": []}
         print(f"{name_of(way)}: ready, first batch {first:.1f} s", file=sys.stderr, flush=True)

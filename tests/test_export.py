@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -247,9 +248,38 @@ def test_files_of_other_versions_or_origins(files, photographs, tmp_path):
     assert "wanted a checkpoint where tile" in said(files["onnx"].path, "--tile", "32")
 
 
+def test_weights_of_another_export_are_refused(files, photographs, tmp_path):
+    for path in files["openvino"].files:
+        shutil.copy(path, tmp_path / path.name)
+    weights = tmp_path / files["openvino"].path.with_suffix(".bin").name
+    found = bytearray(weights.read_bytes())
+    found[len(found) // 2] ^= 1
+    weights.write_bytes(found)
+    said = fails("predict", tmp_path / files["openvino"].path.name, photographs, "--out", tmp_path / "out")
+    assert f"{weights} holds other weights than it was exported with" in said
+
+
+def test_a_model_that_the_format_cannot_hold(run, monkeypatch):
+    def fail(graph):
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(module, "traced", fail)
+    before = sorted(run.iterdir())
+    said = fails("export", run, "--format", "onnx", "--out", run / "d.onnx")
+    assert "wanted a model that onnx can hold, got one that it cannot: no such operator and more" in said
+    assert sorted(run.iterdir()) == before
+
+
+def test_an_image_named_twice_is_compared_once(files, run, photographs):
+    paths = [photographs / "grey.png", photographs / "grey.png", photographs / "wide.png"]
+    count, difference = compare(Torch(run / "checkpoint.pt", "cpu"), Exported(files["onnx"].path), paths)
+    assert count == 2 and difference < 1e-4
+
+
 def test_wrong_options(run, tmp_path, monkeypatch):
     assert "wanted onnx, pt2, openvino, got 'tflite'" in fails("export", run, "--format", "tflite")
     assert "ends in .onnx, got" in fails("export", run, "--format", "onnx", "--out", tmp_path / "d.xml")
+    assert "ends in .xml, got" in fails("export", run, "--format", "openvino", "--out", tmp_path / "d.XML")
     assert "wanted a checkpoint file" in fails("export", tmp_path, "--format", "pt2")
     tiled = save(tmp_path / "tiled.pt", RECIPE.replace(tile=32, size=32, crop=None))
     assert "wanted a detector of whole images to export, got one of tiles" in fails("export", tiled, "--format", "pt2")
@@ -264,7 +294,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "traced", lambda graph: None)
     monkeypatch.setattr(module, "_write", lambda program, graph, kind, path, about: path.write_text("draft"))
     monkeypatch.setattr(module, "Exported", lambda path: Torch(run / "checkpoint.pt", "cpu"))
-    monkeypatch.setattr(module, "compare", lambda *options: 0.0)
+    monkeypatch.setattr(module, "compare", lambda *options: (8, 0.0))
     said = fails("export", run, "--format", "pt2", "--out", tmp_path / "file" / "d.pt2")
     assert f"cannot write {tmp_path / 'file' / 'd.pt2'}: File exists" in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -274,7 +304,7 @@ def test_an_image_too_large_for_the_graph(files, tmp_path):
     Image.new("RGB", (2401, 2)).save(tmp_path / "long.png")
     Image.new("RGB", (2400, 2)).save(tmp_path / "edge.png")
     result = call("predict", files["pt2"].path, tmp_path, "--out", tmp_path / "out", "--no-overlays")
-    assert result.exit_code == 2 and "no more than 60 times 40 x 40 px" in result.stderr
+    assert result.exit_code == 2 and "of at most 2400 x 2400 px" in result.stderr
     assert "1 images scored" in result.stdout
 
 

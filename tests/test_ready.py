@@ -66,17 +66,17 @@ def scores_of(network, images, recipe):
 def test_folded_scores_are_those_of_the_model(model, images, views):
     asked = Inference(views=views)
     recipe = asked.recipe(RECIPE)
-    network = asked.network(model, recipe)
+    network = asked.network(model, recipe, RECIPE)
     assert isinstance(network, Folded) and network.norms_left == 0
     for ours, theirs in zip(scores_of(network, images, recipe), scores_of(model, images, recipe), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert Inference(folded=False).network(model, recipe) is model
+    assert Inference(folded=False).network(model, recipe, RECIPE) is model
 
 
 def test_bfloat16_weights_are_rounded_once(model, images):
     asked = Inference(precision="bfloat16")
     recipe = asked.recipe(RECIPE)
-    network = asked.network(model, recipe)
+    network = asked.network(model, recipe, RECIPE)
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
     maps, scores = scores_of(network, images[:1], recipe)
     exact, _ = scores_of(model, images[:1], RECIPE)
@@ -87,14 +87,14 @@ def test_bfloat16_weights_are_rounded_once(model, images):
 @pytest.mark.parametrize("last", [True, False])
 def test_layout_is_as_asked(model, last):
     asked = Inference(channels_last=last)
-    network = asked.network(model, asked.recipe(RECIPE))
+    network = asked.network(model, asked.recipe(RECIPE), RECIPE)
     kernel = network.model.bottleneck.fuse[0].body[0].weight
     assert kernel.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def test_a_compiled_network_gives_the_same(model, images, monkeypatch):
     monkeypatch.setattr(ready, "COMPILE", {"backend": "eager"})
-    network = Inference(compiled=True).network(model, RECIPE)
+    network = Inference(compiled=True).network(model, RECIPE, RECIPE)
     assert network._compiled_call_impl is not None
     torch.testing.assert_close(scores_of(network, images, RECIPE), scores_of(model, images, RECIPE))
     torch._dynamo.reset()
@@ -105,6 +105,10 @@ def test_scores_alike():
     assert Inference(views="both", precision="float32").scores_alike(RECIPE)
     assert not Inference(views="trained").scores_alike(RECIPE)
     assert not Inference(precision="bfloat16").scores_alike(RECIPE)
+    low = RECIPE.replace(precision="bfloat16")  # folding would move its scores: it is not folded unless asked
+    assert Inference().scores_alike(low) and Inference(precision="bfloat16").scores_alike(low)
+    assert not Inference().folds(low) and not Inference(folded=True).scores_alike(low)
+    assert Inference(precision="bfloat16").folds(RECIPE) and Inference(precision="float32").folds(low)
     with pytest.raises(ValueError, match="views must be 'both' where pairs is 'self'"):
         Inference(views="frozen").recipe(RECIPE.replace(pairs="self", train_encoder=False, mining=False))
 
@@ -153,6 +157,14 @@ def test_evaluate_as_asked(checkpoint, data, tmp_path):
     )
     np.testing.assert_allclose(folded, plain, rtol=1e-5)
     assert (frozen < plain).all()
+
+
+def test_compile_without_a_compiler(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    words = ("predict", checkpoint, data, "--out", tmp_path / "out", "--compile", "--device", "cpu")
+    done = run(*words)
+    assert done.exit_code == 2 and "wanted a C++ compiler for the CPU, got no no-such-compiler" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

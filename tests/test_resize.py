@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from recontrast.data.images import fit_picture
-from recontrast.engine.resize import MOST, Resize, coefficients, fits
+from recontrast.engine.resize import MOST, Resize, coefficients, largest
 
 
 def pillow(images, out):
@@ -51,5 +51,6 @@ def test_coefficients_are_those_of_float64(length, out):
     assert digits[out:].abs().max() <= 1024
 
 
-def test_fits():
-    assert fits(15360, 256) and not fits(15361, 256) and fits(1, 256) and not fits(61, 1)
+def test_largest():
+    assert largest(256) == 15360 and largest(1) == 60 and largest(2048) == 92681
+    assert 92681**2 <= 2**22 * 2048 < 92682**2

@@ -98,8 +98,9 @@ def _calibrated(
                     shown(done, len(files))
 
             found = from_maps(run(), len(files), **options)
+            seen = _looks(detector, files)  # may find that a file cannot be read any more
             if not files.unread:
-                return replace(found, looks=tuple(map(tuple, _looks(detector, files).tolist()))), unread
+                return replace(found, looks=tuple(map(tuple, seen.tolist()))), unread
             unread += [files.unread[place] for place in sorted(files.unread)]
             paths = [path for place, path in enumerate(files.paths) if place not in files.unread]
             if not paths:
@@ -107,7 +108,7 @@ def _calibrated(
 
 
 def _looks(detector: "Torch", files: "Inputs") -> "NDArray[np.float64]":
-    """Of each file, read once more: what they look like is asked of the network's input, not of the detector."""
+    """Of each file, read once more, in the size of the recipe."""
     from recontrast.engine.looks import looks
 
     return looks(files.resized(detector.recipe.size, detector.recipe.crop))

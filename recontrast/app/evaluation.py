@@ -10,9 +10,11 @@ import numpy as np
 
 from recontrast.app.results import describe, save_map
 from recontrast.data.atomic import replacing
+from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.inputs import result_names
 from recontrast.engine import distributed
+from recontrast.engine.batches import Images
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.evaluate import evaluate
 from recontrast.engine.infer import Files, highest
@@ -85,31 +87,38 @@ def measure(
         writes them.
     """
     inference = inference or Inference()
-    recipe = inference.recipe(recipe)
-    network = inference.network(model, recipe)
+    trained, recipe = recipe, inference.recipe(recipe)
+    network = inference.network(model, recipe, trained)
     keep = None
     if save_maps and out is not None:
         keep = _keeper(groups, out / "maps", highest(network, recipe), recipe)
     result = evaluate(network, groups, recipe, on_maps=keep, **options)
     if not distributed.here().first:
         return result, None, []
+    written = result.write(out) if out is not None else []  # before anything else can fail
     made = None
     if calibration is not None:
-        made = decided(result, calibration, groups, recipe)
+        caching = {name: options.get(name) for name in ("workers", "cache_dir")}
+        made = decided(result, calibration, groups, recipe, **caching)
         result = replace(result, decided=made.to_dict())
-    return result, made, result.write(out) if out is not None else []
+        written = result.write(out) if out is not None else []
+    return result, made, written
 
 
 def decided(
-    result: Result, calibration: Calibration, groups: Mapping[str, Sequence[Sample]], recipe: Recipe
-) -> Decided:
+    result: Result, calibration: Calibration, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, *,
+    workers: int | None = None, cache_dir: str | Path | None = None,
+) -> Decided:  # fmt: skip
     """What ``calibration`` decides on the images of ``result``; the good ones among ``groups`` are looked at again."""
     good, bad = ([image.score for image in result.scored if bool(image.label) == which] for which in (False, True))
     alarms, found = (int(calibration.defects(scores).sum()) for scores in (good, bad))
     samples = [s for group in groups.values() for s in group if s.split == "test" and not s.label]
     other = None
     if samples and calibration.looks:
-        other = change(np.array(calibration.looks), looks(Files(samples, recipe, None)))
+        images: Images = Files(samples, recipe, workers)
+        if cache_dir is not None and recipe.tile is None:
+            images = ImageCache(samples, recipe.size, recipe.crop, directory=cache_dir, workers=workers)
+        other = change(np.array(calibration.looks), looks(images))
     seen = departure(calibration, good) if good else None
     return Decided(calibration.rate, len(good), alarms, len(bad), found, seen, other)
 

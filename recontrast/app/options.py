@@ -1,6 +1,8 @@
 """Options that several commands have, and what the words of an option mean."""
 
 import ast
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -57,10 +59,15 @@ def inference(
             raise ValueError(f"--{name}: wanted {', '.join(wanted[:-1])} or {wanted[-1]}, got {value!r}")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers: wanted at least 1, got {workers}")
+    compiler = os.environ.get("CXX", "g++")
+    if compiled and choose(device).type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"--compile: wanted a C++ compiler for the CPU, got no {compiler} on the PATH (CXX names another)"
+        )
     if precision == "bfloat16" and not bfloat16_pays(choose(device)):
         complain("this CPU has no kernels for bfloat16: it takes several times as long as float32")
     last = None if layout is None else layout == "channels_last"
-    return Inference(cast("Any", views), cast("Any", precision), last, not no_fold, compiled)
+    return Inference(cast("Any", views), cast("Any", precision), last, False if no_fold else None, compiled)
 
 
 def checkpoint_file(path: Path) -> Path:

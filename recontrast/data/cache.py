@@ -29,7 +29,7 @@ from recontrast.data.files import PathLike
 from recontrast.data.images import Size, height_width, image_size, read_image
 from recontrast.data.tiles import Tiles, count
 
-FORMAT = 1
+FORMAT = 2  # raised where pixels or file change: 2 is resized across, then down
 _PREFIX = "images-"
 _HEADER = 4096  # bytes: a page, so that the images are aligned as the memory map is
 _STALE = 3600  # seconds: a temporary file to which nobody wrote for so long belongs to a process that was killed

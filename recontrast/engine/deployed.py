@@ -58,7 +58,7 @@ class Deployed(nn.Module):
         """Score images.
 
         Args:
-            image: (N, H, W, 3) uint8, RGB, any N, H and W of at least 1.
+            image: (N, H, W, 3) uint8, RGB, any N, H and W from 1 to `recontrast.engine.resize.largest`.
 
         Returns:
             map: (N, height, width) float32, in the size of the network's input.

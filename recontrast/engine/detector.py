@@ -90,7 +90,7 @@ class Torch:
         self.lost = None
         if about.calibration is not None and not alike:
             self.lost = f"{path}: {self._differing(inference, trained, stored)}"
-        self.model = inference.network(model, self.recipe)
+        self.model = inference.network(model, self.recipe, stored)
         self.top = highest(self.model, self.recipe)
 
     def _differing(self, inference: Inference, trained: Recipe, stored: Recipe) -> str:

@@ -25,9 +25,10 @@ from recontrast.data.inputs import Inputs
 from recontrast.engine.calibrate import digest
 from recontrast.engine.deployed import OUTPUTS, Deployed
 from recontrast.engine.detector import Torch
-from recontrast.engine.exported import FORMAT, INSTALL, KEY, Exported
+from recontrast.engine.exported import FORMAT, INSTALL, KEY, WEIGHTS, Exported, checksum
 from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import pair
+from recontrast.engine.resize import largest
 from recontrast.model import ReContrast
 
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
@@ -70,7 +71,7 @@ def export(
     """
     if kind not in SUFFIX:
         raise ValueError(f"export: format: wanted {', '.join(SUFFIX)}, got {kind!r}")
-    if out.suffix.lower() != SUFFIX[kind]:
+    if out.suffix != SUFFIX[kind]:
         raise ValueError(f"export: wanted a file name that ends in {SUFFIX[kind]}, got {out}")
     _require(kind)
     detector = Torch(checkpoint, "cpu", inference=Inference(folded=False))  # weights as they are
@@ -83,15 +84,21 @@ def export(
     home = next(folder for folder in out.absolute().parents if folder.is_dir())
     with _folder(home, out) as work:
         draft = work / out.name
-        with _quiet():
-            _write(traced(graph), graph, kind, draft, json.dumps(about))
+        try:
+            with _quiet():
+                _write(traced(graph), graph, kind, draft, json.dumps(about))
+        except RuntimeError as error:  # of torch.export, of the ONNX exporter, of OpenVINO
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(
+                f"export: wanted a model that {kind} can hold, got one that it cannot: {reason}"
+            ) from error
         samples = [*images, *draw(work / "samples", pair(detector.recipe.size))]
-        difference = compare(detector, Exported(draft), samples, tolerance)
+        count, difference = compare(detector, Exported(draft), samples, tolerance)
         names = [draft.name, *([draft.with_suffix(".bin").name] if kind == "openvino" else [])]
         _place(work, names, out.absolute().parent)
     files = tuple(out.with_name(name) for name in names)
     outputs = OUTPUTS if detector.calibration is not None else OUTPUTS[:2]
-    return Shipment(out, files, outputs, len(samples), difference, tuple(notes))
+    return Shipment(out, files, outputs, count, difference, tuple(notes))
 
 
 def describe(detector: Torch) -> dict[str, Any]:
@@ -105,7 +112,8 @@ def describe(detector: Torch) -> dict[str, Any]:
         "top": detector.top,
         "recipe": recipe.to_dict(),
         "preprocessing": {
-            "input": "uint8 RGB (N, H, W, 3), any size, upright, without alpha",
+            "input": "uint8 RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
+            "largest": [largest(length) for length in size],
             "size": size, "crop": crop, "resize": "Pillow's BILINEAR to the bit: across, rounded, then down",
             "mean": list(model.mean), "std": list(model.std),
         },
@@ -141,8 +149,10 @@ def draw(folder: Path, size: tuple[int, int]) -> list[Path]:
     return found
 
 
-def compare(detector: Torch, exported: Exported, paths: Sequence[Path], tolerance: float = TOLERANCE) -> float:
-    """The largest relative difference of a score between a checkpoint and its exported file.
+def compare(
+    detector: Torch, exported: Exported, paths: Sequence[Path], tolerance: float = TOLERANCE
+) -> tuple[int, float]:
+    """How many images, and the largest relative difference of a score between a checkpoint and its exported file.
 
     Raises:
         ValueError: it is more than ``tolerance``; or p-values or decisions are not those of the file's own scores.
@@ -157,7 +167,7 @@ def compare(detector: Torch, exported: Exported, paths: Sequence[Path], toleranc
     if not apart[worst] <= tolerance:
         raise ValueError(
             f"export: wanted scores within {tolerance:g} of the checkpoint's (relative), got {got[worst]:.9g} instead "
-            f"of {wanted[worst]:.9g} for {paths[worst].name}: nothing was written"
+            f"of {wanted[worst]:.9g} for {files.paths[worst].name}: nothing was written"
         )
     if detector.calibration is not None:
         some = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
@@ -167,7 +177,7 @@ def compare(detector: Torch, exported: Exported, paths: Sequence[Path], toleranc
                 f"export: wanted the calibration's p-values {p} and decisions {defect}, got {some['p_value']} and "
                 f"{some['defect']}: nothing was written"
             )
-    return float(apart[worst])
+    return len(files), float(apart[worst])
 
 
 def _in_float32(detector: Torch) -> list[str]:
@@ -211,6 +221,8 @@ def _write(program: torch.export.ExportedProgram, graph: Deployed, kind: str, pa
     model = openvino.convert_model(middle)
     model.set_rt_info(about, KEY)
     openvino.save_model(model, path, compress_to_fp16=False)
+    model.set_rt_info(checksum(path.with_suffix(".bin")), WEIGHTS)  # the two files are told to belong together
+    openvino.save_model(model, path, compress_to_fp16=False)
 
 
 def _require(kind: str) -> None:
@@ -236,6 +248,8 @@ def _place(work: Path, names: Sequence[str], target: Path) -> None:
     """Move the files to their place: the one that is opened comes last, so that its weights are there."""
     try:
         target.mkdir(parents=True, exist_ok=True)
+        if len(names) > 1:
+            (target / names[0]).unlink(missing_ok=True)  # the old one must never stand beside the new weights
         for name in reversed(names):
             os.replace(work / name, target / name)
     except OSError as error:

@@ -4,6 +4,7 @@ Each kind is one class with two things: ``about``, the text that `recontrast.eng
 call from bytes of images to named arrays. All run on the CPU, in float32.
 """
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -18,10 +19,11 @@ from recontrast.data.inputs import Inputs
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.deployed import OUTPUTS
 from recontrast.engine.recipes import Recipe, pair
-from recontrast.engine.resize import fits
+from recontrast.engine.resize import largest
 
 FORMAT = 1  # raised when inputs, outputs or the text about them change their meaning
 KEY = "recontrast"  # under it lies the text
+WEIGHTS = "recontrast_weights"  # of OpenVINO: SHA-256 of the .bin
 INSTALL = "pip install 'recontrast[export]'"
 AHEAD = 4  # images decoded at once, in full size
 PIXELS = 2**23  # of one call, unless one image has more: the graph holds them as floats, several times
@@ -62,6 +64,9 @@ class OpenVino:
         core = openvino.Core()
         model = core.read_model(path)
         self.about = str(model.get_rt_info(KEY).value) if model.has_rt_info(KEY) else None
+        weights = path.with_suffix(".bin")
+        if self.about is not None and str(model.get_rt_info(WEIGHTS).value) != checksum(weights):
+            raise ValueError(f"{weights} holds other weights than it was exported with")
         # Some processors would be given bfloat16 otherwise.
         limits = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._model = core.compile_model(model, "CPU", limits)
@@ -70,6 +75,15 @@ class OpenVino:
         """See `Program`."""
         found = self._model(images)
         return {output.get_any_name(): np.array(found[output]) for output in self._model.outputs}
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()
 
 
 class Pt2:
@@ -152,13 +166,15 @@ class Exported:
     def _whole(self, files: Inputs, place: int, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """An image that the graph can take: black in place of what cannot be read, or is too large."""
         size = pair(self.recipe.size)
-        if image is not None and all(map(fits, image.shape[:2], size)):
+        if image is None:
+            return np.zeros((*size, 3), np.uint8)
+        most = largest(size[0]), largest(size[1])
+        if image.shape[0] <= most[0] and image.shape[1] <= most[1]:
             return image
-        if image is not None:
-            files.unread[place] = (
-                f"{files.paths[place]}: wanted an image that the resize of an exported detector reproduces, no more "
-                f"than 60 times {size[0]} x {size[1]} px (height x width), got {image.shape[0]} x {image.shape[1]}"
-            )
+        files.unread[place] = (
+            f"{files.paths[place]}: wanted an image that the resize of an exported detector reproduces, of at most "
+            f"{most[0]} x {most[1]} px (height x width), got {image.shape[0]} x {image.shape[1]}"
+        )
         return np.zeros((*size, 3), np.uint8)
 
 

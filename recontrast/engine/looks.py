@@ -1,7 +1,8 @@
 """Whether good images still look like those of a calibration: light, contrast, focus and colour, whatever they score.
 
 A detector may hardly see that a lamp is weaker, and its p-values then stay as they were, until a defect is dark too. So
-the images themselves are compared as well: four numbers of each, as the network gets to see it, by tests of ranks.
+the images themselves are compared as well: four numbers of each, by tests of ranks, measured at the size of the
+network's input; for a detector of tiles, which leaves images their scale, on the whole image in the recipe's size.
 """
 
 from dataclasses import dataclass

@@ -18,14 +18,16 @@ COMPILE: dict[str, Any] = {"options": {"freezing": True}}
 class Inference:
     """What may differ from training; None is as trained.
 
-    Folding and compiling change rounding alone. Other views and another precision give other scores: a calibration
-    does not hold for them.
+    Folding and compiling change rounding alone, in float32; in bfloat16 folding moves scores by some thousandths. Other
+    views, another precision and that give other scores: a calibration does not hold for them.
     """
 
     views: Literal["both", "trained", "frozen"] | None = None  # maps by their target: one takes 0.7 of the time
     precision: Literal["float32", "bfloat16"] | None = None
     channels_last: bool | None = None
-    folded: bool = True  # every BatchNorm part of the convolution before it; bfloat16 weights are rounded once
+    # Every BatchNorm part of the convolution before it; bfloat16 weights are rounded once. None: where a detector was
+    # not trained in bfloat16, whose scores it would move.
+    folded: bool | None = None
     compiled: bool = False  # torch.compile: minutes at the start on a CPU
 
     def recipe(self, trained: Recipe) -> Recipe:
@@ -35,16 +37,24 @@ class Inference:
 
     def scores_alike(self, trained: Recipe) -> bool:
         """Whether scores are those of ``trained``, but for rounding."""
-        return self.recipe(trained).replace(channels_last=trained.channels_last) == trained
+        alike = self.recipe(trained).replace(channels_last=trained.channels_last) == trained
+        return alike and not (self.folds(trained) and trained.precision == "bfloat16")
 
-    def network(self, model: ReContrast, recipe: Recipe) -> ReContrast | Folded:
+    def folds(self, trained: Recipe) -> bool:
+        """Whether BatchNorm is folded."""
+        if self.folded is not None:
+            return self.folded
+        return trained.precision == "float32" or self.recipe(trained).precision != trained.precision
+
+    def network(self, model: ReContrast, recipe: Recipe, trained: Recipe) -> ReContrast | Folded:
         """What `recontrast.engine.infer.infer` runs in place of ``model``.
 
         Args:
             model: on its device; it is left as it is where it is folded, and compiled in place where it is not.
             recipe: as `recipe` gives it.
+            trained: as the checkpoint has it.
         """
-        network = fold(model, recipe.out) if self.folded else model
+        network = fold(model, recipe.out) if self.folds(trained) else model
         if isinstance(network, Folded) and recipe.precision == "bfloat16":
             network.to(torch.bfloat16)  # else each pass would round the weights anew
         put(network, recipe, next(network.parameters()).device)

@@ -9,8 +9,10 @@ hi * 2**11 + lo with lo from -1024 to 1023, and a pixel into 128 + p: these, and
 and in TF32.
 
 Pillow divides in float64. The two agree because n * 2**22 / S is never half-way between two whole numbers where
-S < 2**23, and else at least 1 / (2 S) away. `fits` says for which sizes all of this holds.
+S < 2**23, and else at least 1 / (2 S) away. `largest` says up to which size all of this holds.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,9 @@ STEPS = (64, 64, 32, 32)  # powers of 2 that make 2**22; a remainder times 64 is
 MOST = 60  # times smaller: with more, the sum of lo * p might pass 2**24
 
 
-def fits(length: int, out: int) -> bool:
-    """Whether an axis of ``length`` pixels becomes one of ``out`` exactly as with Pillow: 15,360 px to 256 does."""
-    return length <= MOST * out and length**2 <= 2**22 * out
+def largest(out: int) -> int:
+    """Pixels of the longest axis that becomes one of ``out`` exactly as with Pillow: 15,360 for 256."""
+    return min(MOST * out, math.isqrt(2**22 * out))
 
 
 def coefficients(length: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
