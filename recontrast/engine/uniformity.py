@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from recontrast.engine.calibrate import Calibration, allowed
-
-ALARM = 0.01  # so often it warns although nothing changed
+from recontrast.engine.looks import ALARM
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""Rows of a measurement: timed on the device, written as they come, and shown as a table beside the rivals."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+
+from recontrast import ops
+
+Function = Callable[[], object]
+
+
+class Run:
+    """Where rows go, on what device, how large and until when."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.device, self.tiny, self.out = torch.device(asked.device), asked.tiny, asked.out
+        self.only, self.deadline = asked.only, time.monotonic() + asked.seconds
+        self.cuda = self.device.type == "cuda"
+        found = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.record = {"about": about(self.device), "rows": [], **found}
+
+    def late(self) -> bool:
+        """Whether the stage's time is over."""
+        return time.monotonic() > self.deadline
+
+    def row(self, group, name, function=None, *, make=None, moved=None, least=None, images=None, seconds=0.8, most=50):
+        """Time ``function``, or what ``make`` returns: ms, GB/s of ``moved`` and ``least`` bytes, images/s, peak MB."""
+        if self.late() or (self.only and not any(part in name for part in self.only)):
+            return
+        row = {"group": group, "name": name}
+        try:
+            row |= self._measure(function or make(), seconds, most)
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+        except Exception as error:  # one rival that fails must not end the run
+            row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if moved and "ms" in row:
+            row["GB/s"] = round(moved / row["ms"] / 1e6, 1)
+        if least and "ms" in row:
+            row["GB/s of hard points"] = round(least / row["ms"] / 1e6, 1)
+        if images and "ms" in row:
+            row["images/s"] = round(images / row["ms"] * 1e3, 1)
+        self.record["rows"] = [r for r in self.record["rows"] if (r["group"], r["name"]) != (group, name)] + [row]
+        self.save()
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+    def save(self) -> None:
+        """Write what there is, whole or not at all."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        part = self.out.with_suffix(".part")
+        part.write_text(json.dumps(self.record, indent=1) + "\n")
+        os.replace(part, self.out)
+
+    def _measure(self, function: Function, seconds: float, most: int) -> dict:
+        synchronise = torch.cuda.synchronize if self.cuda else lambda: None
+        peak = {}
+        function()
+        synchronise()
+        if self.cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        function()
+        synchronise()
+        once = time.perf_counter() - begun
+        if self.cuda:
+            peak = {"peak MB": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
+        rounds = int(min(max(seconds / max(once, 1e-5), 3), most))
+        times = []
+        if self.cuda:
+            marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+            for start, end in marks:
+                start.record()
+                function()
+                end.record()
+            synchronise()
+            times = [start.elapsed_time(end) for start, end in marks]
+        else:
+            for _ in range(rounds):
+                begun = time.perf_counter()
+                function()
+                times.append((time.perf_counter() - begun) * 1e3)
+        low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        return {"ms": round(middle, 4), "low": round(low, 4), "high": round(high, 4), "rounds": rounds, **peak}
+
+
+def about(device: torch.device) -> dict:
+    """Device, driver, versions, date."""
+    found = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
+    found |= {"threads": torch.get_num_threads(), "kernels": dict(ops.BACKEND)}
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        properties = torch.cuda.get_device_properties(device)
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1]
+        found |= {"device": properties.name, "driver": (driver or ["unknown"])[0], "cuda": torch.version.cuda}
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "processors": properties.multi_processor_count,
+        }
+        found |= {"memory MB": properties.total_memory >> 20, "cudnn": torch.backends.cudnn.version()}
+    else:
+        found["device"] = platform.processor() or platform.machine()
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
+
+
+def table(record: dict) -> str:
+    """Rows by group, each with its ratio to the quickest of ours in it."""
+    lines = [", ".join(f"{k} {v}" for k, v in record["about"].items())]
+    groups: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        groups.setdefault(row["group"], []).append(row)
+    for group, rows in groups.items():
+        lines.append(f"\n{group}")
+        ours = min((r["ms"] for r in rows if "ours" in r["name"] and "ms" in r), default=None)
+        for row in sorted(rows, key=lambda r: r.get("ms", float("inf"))):
+            if "ms" not in row:
+                lines.append(f"  {row['name']:<52} {row['failed']}")
+                continue
+            extra = "".join(
+                f"  {row[key]} {key}" for key in ("GB/s", "GB/s of hard points", "images/s", "peak MB") if key in row
+            )
+            ratio = f"{row['ms'] / ours:8.2f} x" if ours and "images/s" not in row else " " * 10
+            lines.append(f"  {row['name']:<52} {row['ms']:10.3f} ms {ratio}{extra}")
+    lines.append("")
+    for name, value in record.get("stages", {}).items():
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines)
