@@ -129,6 +129,42 @@ class Streaming:
                 per-image AUPRO ends where the constructor said.
         """
         limits = arrays.limits_of(self.limit if limit is None else limit)
+        bins, used, totals = self._binned()
+        f1, best = bounds.f1_max(bins)
+        area = (totals[HIGH_WORD] + totals[LOW_WORD] / FINE) / FINE
+        per_image = float("nan") if totals[UNDEFINED] else area / totals[DEFINED]
+        at = {x: bounds.aupro(bins, x) for x in limits}
+        edge = self._edge(int(used[best]))
+        return StreamedMetrics(bounds.auroc(bins), bounds.ap(bins), f1, edge, at[limits[0]], per_image, at)
+
+    @property
+    def both(self) -> bool:
+        """Whether there are pixels of both kinds, without which no metric is defined."""
+        return bool(self.counts[:2].any(dim=1).all())
+
+    def overlap_curve(self, limit: float | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Per-region-overlap curve of all that was added, as `recontrast.curves.pro` gives it of maps.
+
+        Args:
+            limit: false positive rate at which the curve ends; None takes the one of the constructor.
+
+        Returns:
+            False positive rate and mean overlap, float64, from (0, 0) to ``limit``: a corner for each bin that holds
+            something. Corners lie on the exact curve (but for the units in which regions are counted), the area
+            between them is `compute`'s AUPRO.
+
+        Raises:
+            ValueError: there are not both kinds of pixel.
+        """
+        (stop,) = arrays.limits_of(self.limit if limit is None else limit)
+        bins, _, _ = self._binned()
+        x = np.append(0.0, np.cumsum(bins.good) / bins.good.sum())
+        y = np.append(0.0, np.cumsum(bins.overlap))
+        inside = x < stop
+        return np.append(x[inside], stop), np.append(y[inside], np.interp(stop, x, y))
+
+    def _binned(self) -> tuple[bounds.Binned, NDArray[Any], list[int]]:
+        """Bins that hold something, their numbers, and the totals."""
         totals, counts = self.totals.tolist(), self.counts.cpu().numpy()
         good, positive = int(counts[0].sum()), int(counts[1].sum())
         if totals[REGIONS] > MOST_REGIONS:
@@ -136,13 +172,7 @@ class Streaming:
         if good == 0 or positive == 0:
             got = f"{positive} positive and {good} negative in {totals[IMAGES]} images"
             raise ValueError(f"masks: wanted at least one positive and one negative, got {got}")
-        bins, used = bounds.binned(counts, totals[REGIONS])
-        f1, best = bounds.f1_max(bins)
-        area = (totals[HIGH_WORD] + totals[LOW_WORD] / FINE) / FINE
-        per_image = float("nan") if totals[UNDEFINED] else area / totals[DEFINED]
-        at = {x: bounds.aupro(bins, x) for x in limits}
-        edge = self._edge(int(used[best]))
-        return StreamedMetrics(bounds.auroc(bins), bounds.ap(bins), f1, edge, at[limits[0]], per_image, at)
+        return *bounds.binned(counts, totals[REGIONS]), totals
 
     def _edge(self, number: int) -> float:
         """Lower end of a bin."""

@@ -13,7 +13,8 @@ from recontrast.app.cli import app
 from recontrast.app.report import command, drawings, thumbnails
 from recontrast.app.report.command import write
 from recontrast.app.report.decision import decision
-from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, PASSED, Recall, gathered
+from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, PASSED, Recall, gather
+from recontrast.app.report.kept import small
 from recontrast.data import datasets
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine.calibrate import Calibration
@@ -87,40 +88,40 @@ def test_without_calibration_it_says_so_and_with_one_what_is_promised(run, text)
 
 def found(run, calibration=None, recipe=None):
     model, own, _ = checkpoints.load_model(run[0] / "checkpoint.pt", "cpu")
-    return gathered(model, datasets.load(run[1]), recipe or own, calibration)
+    return gather(model, datasets.load(run[1]), recipe or own, calibration)
 
 
 def test_images_unlike_those_of_the_calibration_are_warned_of(run):
     looks = tuple((0.9 + i / 1000, 0.1, 0.1, 0.0) for i in range(40))
     known = Calibration(tuple(map(float, range(40))), 0.25, 30.0, None, 0.02, False, "", "", looks)
-    with found(run, known) as seen:
-        assert any("do not look like the calibration images" in said for said in seen.warnings), seen.warnings
-        assert "<strong>Warning.</strong> 4 new good images do not look like" in decision(seen)
+    seen = found(run, known)
+    assert any("do not look like the calibration images" in said for said in seen.warnings), seen.warnings
+    assert "<strong>Warning.</strong> 4 new good images do not look like" in decision(seen)
 
 
 def test_decisions_are_those_of_the_calibration(run):
-    with found(run) as seen:
-        scores = sorted(shot.score for shot in seen.shots)
+    seen = found(run)
+    scores = sorted(shot.score for shot in seen.shots)
     cut = (scores[3] + scores[4]) / 2  # half of the images lie above it
     known = Calibration((cut - 0.1, cut - 0.05, cut), 0.25, cut, 0.5, 0.02, False, "<b>lot</b> 7", "")
-    with found(run, known) as seen:
-        shots = seen.shots
-        for shot in shots:
-            above = shot.score > cut
-            assert shot.outcome == (
-                (FOUND if above else MISSED) if shot.sample.label else (FALSE_ALARM if above else PASSED)
-            )
-            assert (shot.p_value <= 0.25) is above
-        wrong = [shot.outcome in (MISSED, FALSE_ALARM) for shot in shots]
-        assert wrong == sorted(wrong, reverse=True) and any(wrong) and not all(wrong)
-        margins = [shot.margin for shot in shots]
-        first = wrong.count(True)
-        assert margins[:first] == sorted(margins[:first], reverse=True) and margins[first:] == sorted(margins[first:])
-        assert sum(r.called for r in seen.sections[0].recalls) == 4
-        assert seen.sections[0].threshold == cut
-        from recontrast.app.report.decision import decision
+    seen = found(run, known)
+    shots = seen.shots
+    for shot in shots:
+        above = shot.score > cut
+        assert shot.outcome == (
+            (FOUND if above else MISSED) if shot.sample.label else (FALSE_ALARM if above else PASSED)
+        )
+        assert (shot.p_value <= 0.25) is above
+    wrong = [shot.outcome in (MISSED, FALSE_ALARM) for shot in shots]
+    assert wrong == sorted(wrong, reverse=True) and any(wrong) and not all(wrong)
+    margins = [shot.margin for shot in shots]
+    first = wrong.count(True)
+    assert margins[:first] == sorted(margins[:first], reverse=True) and margins[first:] == sorted(margins[first:])
+    assert sum(r.called for r in seen.sections[0].recalls) == 4
+    assert seen.sections[0].threshold == cut
+    from recontrast.app.report.decision import decision
 
-        said = decision(seen)
+    said = decision(seen)
     assert "25 %" in said and "3 good images" in said and "&lt;b&gt;lot&lt;/b&gt; 7" in said
     assert "no guarantee" in said and "1/4" in said and "no calibrated threshold" not in said
 
@@ -160,13 +161,13 @@ def test_without_data_the_evaluated_images_are_taken(run, tmp_path):
 
 
 def test_pictures_keep_to_a_budget(run, tmp_path):
-    with found(run) as seen:
-        large = thumbnails.encode(seen, seen.shots, RECIPE, 10**7)
-        whole = sum(one.bytes for one in large)
-        small = thumbnails.encode(seen, seen.shots, RECIPE, whole // 2)
-        assert 0 < sum(one.bytes for one in small) <= whole // 2
-        with pytest.raises(ValueError, match="wanted pictures of 8 images in 1,000 bytes"):
-            thumbnails.encode(seen, seen.shots, RECIPE, 1000)
+    seen = found(run)
+    large = thumbnails.encode(seen, seen.shots, RECIPE, 10**7)
+    whole = sum(one.bytes for one in large)
+    small = thumbnails.encode(seen, seen.shots, RECIPE, whole // 2)
+    assert 0 < sum(one.bytes for one in small) <= whole // 2
+    with pytest.raises(ValueError, match="wanted pictures of 8 images in 1,000 bytes"):
+        thumbnails.encode(seen, seen.shots, RECIPE, 1000)
 
 
 def test_a_whole_gallery_stays_below_eight_megabytes(run, monkeypatch):
@@ -177,8 +178,8 @@ def test_a_whole_gallery_stays_below_eight_megabytes(run, monkeypatch):
     monkeypatch.setattr(
         thumbnails, "_source", lambda shot, *_: thumbnails._Source(noise[shot.place % 4], heat, None, 1.0)
     )
-    with found(run) as seen:
-        pictures = thumbnails.encode(seen, seen.shots * 4, RECIPE, command.BUDGET // 10)
+    seen = found(run)
+    pictures = thumbnails.encode(seen, seen.shots * 4, RECIPE, command.BUDGET // 10)
     assert len(pictures) == 32 and sum(one.bytes for one in pictures) <= command.BUDGET // 10 < 7.5e5
 
 
@@ -216,9 +217,34 @@ def test_bad_input_is_one_sentence(run, arguments, sentence):
     assert not [path for path in folder.iterdir() if path.name.endswith((".tmp", ".partial"))]
 
 
-def test_a_detector_of_tiles_is_refused(run, tmp_path):
-    found = checkpoints.load(run[0] / "checkpoint.pt")
-    tiled = dataclasses.replace(found, recipe=RECIPE.replace(tile=64))
-    file = checkpoints.save(tmp_path / "checkpoint.pt", tiled)
-    with pytest.raises(ValueError, match="wanted a detector of whole images, got one of 64 px tiles"):
-        write(file, [run[1]], device="cpu")
+def test_a_detector_of_tiles_shows_each_image_whole(tmp_path):
+    run, data = trained(tmp_path, good=2, defects=2)
+    file = run / "checkpoint.pt"
+    recipe = RECIPE.replace(tile=64)
+    checkpoints.save(file, dataclasses.replace(checkpoints.load(file), recipe=recipe))
+    shapes = {}
+    for i, path in enumerate(sorted((data / "nut/test").rglob("*.png"))):
+        shapes[path.name, path.parent.name] = width, height = 300 + 40 * i, 150
+        for one in (path, data / "nut/ground_truth" / path.parent.name / f"{path.stem}_mask.png"):
+            if one.is_file():
+                Image.open(one).resize((width, height), Image.Resampling.NEAREST).save(one)
+    seen = found((run, data), recipe=recipe)
+    ratios = [heat.shape[1] / heat.shape[0] for heat in seen.heats]
+    assert ratios == pytest.approx([width / height for width, height in shapes.values()], rel=0.03)
+    section = seen.sections[0]
+    x, y = section.pro
+    assert np.trapezoid(y, x) / x[-1] == pytest.approx(section.row.aupro, abs=2e-3)  # thinned to a few corners
+    page = Page(write(run, [data], device="cpu").path.read_text())
+    assert "tiles of 64 px" in page.text and len(page.of("li")) == 4
+    assert {f["style"] for f in page.of("figure") if "style" in f} == {
+        f"--ratio:{width / height:.4f}" for width, height in shapes.values()
+    }
+
+
+def test_a_small_defect_of_a_large_map_stays_hot():
+    anomaly = np.zeros((3000, 4000), np.float32)
+    anomaly[1500, 2000] = 1.0
+    found = small(anomaly)
+    assert found.shape == (96, 128) and found.max() == 1  # a mean of the same area is 0.001
+    assert np.unravel_index(found.argmax(), found.shape) == (48, 64)
+    assert small(anomaly[:200, :100]).shape == (128, 64) and small(np.ones((1, 500), np.uint8)).shape == (1, 128)

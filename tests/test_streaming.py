@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metric_cases import small_cases, some_maps
 
-from recontrast import arrays, bounds, metrics
+from recontrast import arrays, bounds, curves, metrics
 
 NAMES = ("auroc", "ap", "f1_max", "aupro")
 ROUNDING = 1e-12  # of sums in float64: not in the bound
@@ -62,6 +62,23 @@ def test_within_bounds(compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(arrays, "native", None)
     check_bounds()
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+def test_corners_of_the_overlap_curve_lie_on_the_exact_one(limit):
+    maps, masks = some_maps()
+    streaming = streamed(maps, masks, high=float(maps.max()), parts=2)
+    x, y = streaming.overlap_curve(limit)
+    exact_x, exact_y = curves.pro(maps, masks, limit)
+    assert (x[0], y[0], x[-1]) == (0, 0, limit) and len(x) > 100
+    first, last = (np.searchsorted(exact_x, x[1:-1], side=side) for side in ("left", "right"))
+    met, level = exact_x[first] == x[1:-1], np.interp(x[1:-1], exact_x, exact_y)
+    lowest, highest = (np.where(met, exact_y[at], level) for at in (first, last - 1))  # it may rise at one x
+    assert (lowest - 1e-9 <= y[1:-1]).all() and (y[1:-1] <= highest + 1e-9).all()
+    value, bound = streaming.compute(limit).aupro
+    assert abs(np.trapezoid(y, x) / limit - value) <= bound + ROUNDING
+    with pytest.raises(ValueError, match="at least one positive and one negative"):
+        streamed(maps, np.zeros_like(masks), high=float(maps.max())).overlap_curve()
 
 
 @pytest.mark.parametrize("compiled", [True, False])

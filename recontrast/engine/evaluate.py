@@ -21,7 +21,6 @@ from torch import Tensor
 from recontrast import metrics
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.images import read_mask
 from recontrast.engine import distributed, tiled
 from recontrast.engine.batches import Images
 from recontrast.engine.device import choose, put
@@ -29,6 +28,7 @@ from recontrast.engine.distributed import World
 from recontrast.engine.infer import Chain, Clock, Files, highest, infer
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.result import Result, Row, Scored
+from recontrast.engine.truth import truth_of
 from recontrast.fold import Folded
 from recontrast.loss import of_all
 from recontrast.model import ReContrast
@@ -199,7 +199,7 @@ class _Category:
         self.defective = {i: s for i, s in enumerate(wanted) if s.label}
         # Masks are read ahead; of images at their own scale when they are needed: all of them may take any memory.
         ahead = {} if recipe.tile is not None else self.defective
-        self.masks = {i: readers.submit(_mask, s, recipe) for i, s in ahead.items()}
+        self.masks = {i: readers.submit(truth_of, s, recipe) for i, s in ahead.items()}
 
     def add(self, begun: int, maps: Tensor, scores: Tensor) -> None:
         """Keep what the network made of images ``begun``, ``begun + 1``, ... of this process's share."""
@@ -260,7 +260,7 @@ class _Category:
             if i in self.masks:
                 truth[i - begun] = self.masks.pop(i).result()
             elif i in self.defective:
-                truth[i - begun] = _mask(self.defective[i], self.recipe)
+                truth[i - begun] = truth_of(self.defective[i], self.recipe)
         return truth
 
     def _exact(self) -> tuple[dict[str, float], dict[str, float]] | None:
@@ -273,7 +273,7 @@ class _Category:
         return _defined({**values, "aupro": of.aupro, "aupro_per_image": of.aupro_per_image}), {}
 
     def _streamed(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        if self.streamed is None or not self.streamed.counts[:2].any(dim=1).all():
+        if self.streamed is None or not self.streamed.both:
             return None
         of = self.streamed.compute()
         found = {"p_auroc": of.auroc, "p_ap": of.ap, "p_f1": of.f1_max, "aupro": of.aupro}
@@ -292,10 +292,3 @@ def _room(shape: tuple[int, ...], memory: int) -> NDArray[np.float32]:
         return np.empty(shape, np.float32)
     with tempfile.TemporaryFile(prefix="recontrast-maps-") as file:  # the memory map keeps it
         return np.asarray(np.memmap(file, np.float32, "w+", shape=shape))
-
-
-def _mask(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:
-    if sample.mask is None:
-        raise ValueError(f"{sample.path}: wanted an image with a mask, got one without")
-    size = None if recipe.tile is not None else recipe.size
-    return read_mask(sample.mask, size=size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path)

@@ -82,6 +82,7 @@ def write(
     from recontrast.data.atomic import replacing
     from recontrast.engine import checkpoint as checkpoints
     from recontrast.engine import log
+    from recontrast.engine.ready import Inference
 
     file = checkpoint_file(run)
     out = out or file.parent / "report.html"
@@ -90,14 +91,12 @@ def write(
     if images < 1:
         raise ValueError(f"report: images: wanted at least 1, got {images}")
     model, recipe, checkpoint = checkpoints.load_model(file, device)
-    if recipe.tile is not None:
-        raise ValueError(f"{file}: report: wanted a detector of whole images, got one of {recipe.tile} px tiles")
     found = datasets.load(data or _recorded(file.parent / "scores.csv"))
     groups = _chosen(found, category, checkpoint.category)
     # The file is opened first: one that cannot be written costs no evaluation.
-    with replacing(out, wanted=budget) as target, findings.gathered(
-        model, groups, recipe, checkpoint.calibration, batch=batch, on_progress=on_progress
-    ) as seen:  # fmt: skip
+    with replacing(out, wanted=budget) as target:
+        network = Inference().network(model, recipe, recipe)  # as evaluate and predict run it: their very scores
+        seen = findings.gather(network, groups, recipe, checkpoint.calibration, batch=batch, on_progress=on_progress)
         shots = seen.shots[:images]
         pictures = thumbnails.encode(seen, shots, recipe, budget)
         lines = log.lines(file.parent / "log.jsonl")

@@ -1,8 +1,6 @@
 """What a report says: one pass over test images, decisions, recall by kind of defect, curves."""
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,18 +9,19 @@ from numpy.typing import NDArray
 
 from recontrast import curves
 from recontrast.app.evaluation import decided
+from recontrast.app.report.kept import Kept
 from recontrast.curves import Curve
 from recontrast.data.datasets import Sample
-from recontrast.data.images import read_mask
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.evaluate import evaluate
+from recontrast.engine.infer import highest
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.result import Result, Row
+from recontrast.fold import Folded
 from recontrast.model import ReContrast
 
 MISSED, FALSE_ALARM, FOUND, PASSED, OPEN = "missed", "false alarm", "found", "passed", "no decision"
 ERRORS = (MISSED, FALSE_ALARM)
-PRO_LIMIT = 0.3  # false positive rate at which the overlap curve and AUPRO end
 Z = 1.959963984540054  # of 95 %, normal
 
 
@@ -31,7 +30,7 @@ class Shot:
     """One test image, what was said of it, and by how much that was right or wrong."""
 
     sample: Sample
-    place: int  # of its map among all
+    place: int  # of its small map among all
     score: float
     p_value: float | None
     outcome: str
@@ -90,7 +89,7 @@ class Findings:
     result: Result
     sections: list[Section]
     calibration: Calibration | None
-    maps: NDArray[np.float32] = field(repr=False)  # (n, H, W), a file that is gone after `gathered`
+    heats: list[NDArray[np.float32]] = field(repr=False)  # a small map (h, w) of each image
     warnings: tuple[str, ...] = ()  # where the good images are not like those of the calibration
 
     @property
@@ -99,16 +98,15 @@ class Findings:
         return sorted((shot for section in self.sections for shot in section.shots), key=_by_error)
 
 
-@contextmanager
-def gathered(
-    model: ReContrast, groups: Mapping[str, Sequence[Sample]], recipe: Recipe,
+def gather(
+    model: ReContrast | Folded, groups: Mapping[str, Sequence[Sample]], recipe: Recipe,
     calibration: Calibration | None = None, *,
     device: str | None = None, batch: int = 16, on_progress: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Findings]:  # fmt: skip
-    """Evaluate once, and keep the maps in a temporary file until the block ends.
+) -> Findings:  # fmt: skip
+    """Evaluate once.
 
     Args:
-        model: trained.
+        model: trained, or one for inference.
         groups: samples by category; those of the train split are passed over.
         recipe: that the model was trained with.
         calibration: decides; None: F1-max on these very images does.
@@ -116,30 +114,22 @@ def gathered(
         batch: images at once.
         on_progress: called with category, images done, and images of the category.
     """
-    with tempfile.TemporaryFile(prefix="recontrast-maps-") as waiting:
-        samples: list[Sample] = []
-
-        def keep(some: Sequence[Sample], maps: NDArray[np.float32]) -> None:
-            samples.extend(some)
-            waiting.write(np.ascontiguousarray(maps, np.float32).data)
-
-        result = evaluate(model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=keep)
-        waiting.flush()
-        maps = np.memmap(waiting, np.float32, "r", shape=(len(samples), *recipe.out))
-        sections, begun = [], 0
-        for row in result.rows:
-            inside = slice(begun, begun + row.images)
-            scores = np.array([scored.score for scored in result.scored[inside]])
-            sections.append(_section(row, samples[inside], scores, maps[inside], begun, recipe, calibration))
-            begun += row.images
-        seen = () if calibration is None else tuple(decided(result, calibration, groups, recipe).warnings())
-        yield Findings(result, sections, calibration, maps, seen)
+    kept = Kept(recipe, highest(model, recipe))
+    result = evaluate(model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=kept.add)
+    sections, begun = [], 0
+    for row in result.rows:
+        scores = np.array([scored.score for scored in result.scored[begun : begun + row.images]])
+        sections.append(_section(row, kept, scores, begun, recipe, calibration))
+        begun += row.images
+    seen = () if calibration is None else tuple(decided(result, calibration, groups, recipe).warnings())
+    return Findings(result, sections, calibration, kept.small, seen)
 
 
 def _section(
-    row: Row, samples: Sequence[Sample], scores: NDArray[Any], maps: NDArray[Any], begun: int, recipe: Recipe,
-    calibration: Calibration | None,
+    row: Row, kept: Kept, scores: NDArray[Any], begun: int, recipe: Recipe, calibration: Calibration | None
 ) -> Section:  # fmt: skip
+    inside = slice(begun, begun + row.images)
+    samples = kept.samples[inside]
     threshold = row.i_threshold if calibration is None else float(calibration.threshold)
     labels = np.array([sample.label for sample in samples])
     called = None
@@ -160,14 +150,12 @@ def _section(
             of = np.array([sample.defect == kind for sample in samples])
             recalls.append(Recall(kind, label, int(of.sum()), int(called[of].sum())))
     both = 0 < row.defects < row.images
-    masked = row.aupro is not None
-    truth = np.stack([_truth(sample, recipe) for sample in samples]) if masked else None
     shown = threshold if recipe.score == "max" else None  # the mean of a map is not one of its values
-    heat = _heat(maps, shown)
+    heat = _heat(kept.medians[inside], kept.peaks[inside], shown)
     return Section(
         row, shots, threshold, recalls, heat, shown is not None and heat[0] < shown,
         curves.thin(curves.roc(scores, labels)) if both else None,
-        None if truth is None else curves.thin(curves.pro(maps, truth, PRO_LIMIT)),
+        None if row.aupro is None else kept.curve(row.category),
     )  # fmt: skip
 
 
@@ -182,15 +170,9 @@ def _by_error(shot: Shot) -> tuple[bool, float]:
     return not wrong, -shot.margin if wrong else shot.margin
 
 
-def _truth(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:
-    if sample.mask is None:
-        return np.zeros(recipe.out, bool)
-    return read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path)
-
-
-def _heat(maps: NDArray[Any], threshold: float | None) -> tuple[float, float]:
+def _heat(medians: Sequence[float], peaks: Sequence[float], threshold: float | None) -> tuple[float, float]:
     """As in the overlays of `recontrast predict`: the threshold has the middle colour, where it is one of maps."""
-    low = float(np.median([np.median(anomaly) for anomaly in maps]))
+    low = float(np.median(medians))
     if threshold is not None and threshold > low:
         return low, 2 * threshold - low
-    return low, max(float(anomaly.max()) for anomaly in maps)
+    return low, max(peaks)

@@ -10,8 +10,9 @@ import numpy as np
 
 from recontrast.app.report import drawings, tables
 from recontrast.app.report.decision import decision
-from recontrast.app.report.findings import PRO_LIMIT, Findings, Section, Shot
+from recontrast.app.report.findings import Findings, Section, Shot
 from recontrast.app.report.gallery import gallery
+from recontrast.app.report.kept import LIMIT
 from recontrast.app.report.thumbnails import Pictures
 from recontrast.data import pictures as heat
 from recontrast.engine.checkpoint import Checkpoint
@@ -89,12 +90,15 @@ def _head(findings: Findings, title: str, recipe: Recipe, where: str) -> str:
         for value, label in ((mean.i_auroc, "I-AUROC"), (mean.aupro, "AUPRO, data set"))
         if value is not None
     ]
+    seen = f"{recipe.out[1]} &times; {recipe.out[0]} px" if recipe.tile is None else (
+        f"at their own scale in tiles of {recipe.out[0]} px"
+    )  # fmt: skip
     cells = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for value, label in numbers)
     return f"""<header>
 <p class="kind">Anomaly detection report</p>
 <h1>{escape(title)}</h1>
 <p class="dim">{escape(where)}, {mean.images} test images,
-{recipe.out[1]} &times; {recipe.out[0]} px, {escape(recipe.backbone)};
+{seen}, {escape(recipe.backbone)};
 <time datetime="{date.isoformat(timespec="seconds")}">{date.day} {date:%B %Y}</time></p>
 <dl class="numbers">{cells}</dl>
 </header>
@@ -131,7 +135,7 @@ def _figures(section: Section) -> str:
             section.pro, "false positive pixels, %", "overlap of regions, %",
             f"{row.category}: per-region-overlap curve, area {area} percent",
         )  # fmt: skip
-        shown += _figure(drawn, "PRO", f"of all defect regions, area {area} % up to {100 * PRO_LIMIT:.0f} %")
+        shown += _figure(drawn, "PRO", f"of all defect regions, area {area} % up to {100 * LIMIT:.0f} %")
     return shown
 
 

@@ -32,8 +32,10 @@ def metrics(findings: Findings) -> str:
     table = _of_one(rows[0], names) if len(rows) == 1 else _of_several(shown, names)
     notes = "".join(f"<p>{escape(row.category)}: {escape(row.note)}.</p>" for row in shown if row.note)
     result = findings.result
+    size = f"{result.size[1]} &times; {result.size[0]} px"
+    size = size if result.tile is None else f"the size of the images, from tiles of {size}"
     how = (
-        f'<p class="dim">Maps of {result.size[1]} &times; {result.size[0]} px, {result.reduce} of the pairs, '
+        f'<p class="dim">Maps of {size}, {result.reduce} of the pairs, '
         f"blur {result.blur}, score {result.score}, mask rule {result.mask_rule}.</p>"
     )
     return (

@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recontrast.app.report.findings import Findings, Shot
+from recontrast.app.report.kept import SIDE, small
 from recontrast.data import pictures
-from recontrast.data.images import read_image, read_mask
+from recontrast.data.images import read_image
 from recontrast.engine.detector import covered
 from recontrast.engine.recipes import Recipe
+from recontrast.engine.truth import truth_of
 
 # Longest side of photographs in pixels, and WebP quality; tried in this order.
 LEVELS = ((320, 82), (256, 80), (224, 76), (192, 72), (160, 68), (128, 62), (96, 55), (64, 45), (48, 30), (32, 20))
-HEAT_SIDE = 128  # of maps and masks, at most: a map is blurred over 33 pixels
 PROBES = 24  # pictures of which the bytes of a level are guessed
 
 
@@ -60,7 +61,7 @@ def encode(findings: Findings, shots: Sequence[Shot], recipe: Recipe, budget: in
     """
     heats = {section.row.category: section.heat for section in findings.sections}
     with ThreadPoolExecutor(4) as pool:
-        sources = list(pool.map(lambda s: _source(s, findings.maps[s.place], heats[s.sample.category], recipe), shots))
+        sources = list(pool.map(lambda s: _source(s, findings.heats[s.place], heats[s.sample.category], recipe), shots))
         for side, quality in LEVELS:
             probes = sources[:: max(1, len(sources) // PROBES)]
             if sum(_encode(probe, side, quality).bytes for probe in probes) * len(sources) > budget * len(probes):
@@ -78,15 +79,15 @@ def _source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe
     image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
     mask = None
     if shot.sample.mask is not None:
-        mask = read_mask(shot.sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule)
+        mask = small(truth_of(shot.sample, recipe).view(np.uint8)) > 0
     low, high = heat
-    return _Source(image, (np.asarray(anomaly) - low) / max(high - low, 1e-12), mask, width / height)
+    return _Source(image, (anomaly - low) / max(high - low, 1e-12), mask, width / height)
 
 
 def _encode(source: _Source, side: int, quality: int) -> Pictures:
     image = source.image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    size = tuple(min(n, HEAT_SIDE, side) for n in source.heat.shape)
+    size = tuple(min(n, SIDE, side) for n in source.heat.shape)
     warm = np.clip(pictures.stretch(source.heat, (size[0], size[1])), 0, 1)
     opacity = np.rint(255 * np.sqrt(warm)).astype(np.uint8)
     heat = Image.fromarray(np.dstack([pictures.colours(warm), opacity]))

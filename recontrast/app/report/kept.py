@@ -1,0 +1,82 @@
+"""What a report keeps of anomaly maps: a small picture of each, how warm they are, and the overlap curve of a category.
+
+So the memory does not depend on how many maps there are, nor (of tiled detectors) on how large they are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recontrast import curves
+from recontrast.curves import Curve
+from recontrast.data import pictures
+from recontrast.data.datasets import Sample
+from recontrast.engine.recipes import Recipe
+from recontrast.engine.truth import truth_of
+from recontrast.streaming import Streaming
+
+SIDE = 128  # of a small map, at most: a map of 256 px is blurred over 33
+LIMIT = 0.3  # false positive rate at which the overlap curve and AUPRO end
+
+
+class Kept:
+    """Takes the maps of one category after the other, as `recontrast.engine.evaluate.evaluate` hands them on.
+
+    Args:
+        recipe: of the detector, for its masks.
+        high: the largest value that a map can have.
+    """
+
+    def __init__(self, recipe: Recipe, high: float) -> None:
+        self.recipe, self.high = recipe, high
+        self.samples: list[Sample] = []
+        self.small: list[NDArray[np.float32]] = []  # (h, w) each
+        self.medians: list[float] = []
+        self.peaks: list[float] = []
+        self._streamed: Streaming | None = None
+        self._curves: dict[str, Curve] = {}
+
+    def add(self, samples: Sequence[Sample], maps: NDArray[np.float32]) -> None:
+        """Maps (n, H, W) of ``samples``, which are of one category."""
+        if not self.samples or self.samples[-1].category != samples[0].category:
+            self._close()
+            self._streamed = Streaming(self.high, LIMIT)
+        for sample, anomaly in zip(samples, maps, strict=True):
+            self.small.append(small(anomaly))
+            self.medians.append(float(np.median(anomaly)))
+            self.peaks.append(float(anomaly.max()))
+            self.samples.append(sample)
+        if any(sample.label and sample.mask is None for sample in samples):
+            self._streamed = None  # the curve would be of a part of the category
+        if self._streamed is not None:
+            good = np.zeros(maps.shape[1:], bool)
+            self._streamed.update(maps, np.stack([truth_of(s, self.recipe) if s.label else good for s in samples]))
+
+    def curve(self, category: str) -> Curve | None:
+        """Per-region-overlap curve of a category; None where a defect has no mask, or pixels are of one kind."""
+        self._close()
+        return self._curves.get(category)
+
+    def _close(self) -> None:
+        if self._streamed is not None and self._streamed.both:
+            self._curves[self.samples[-1].category] = curves.thin(self._streamed.overlap_curve(LIMIT))
+        self._streamed = None
+
+
+def small(anomaly: NDArray[Any]) -> NDArray[np.float32]:
+    """A map of at most `SIDE` pixels a side; of a large one the peak of each block, so that a small defect stays hot.
+
+    Args:
+        anomaly: (H, W), a map or a mask.
+
+    Returns:
+        (h, w), of the same proportions but for rounding.
+    """
+    scale = min(SIDE / max(anomaly.shape), 1)
+    size = (max(round(anomaly.shape[0] * scale), 1), max(round(anomaly.shape[1] * scale), 1))
+    if scale >= 0.5:
+        return pictures.stretch(anomaly, size)
+    rows, columns = (np.arange(n) * length // n for n, length in zip(size, anomaly.shape, strict=True))
+    return np.maximum.reduceat(np.maximum.reduceat(anomaly, rows, axis=0), columns, axis=1).astype(np.float32)
