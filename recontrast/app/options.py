@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU where there is one.")]
 Batch = Annotated[int, typer.Option(help="Images at once.")]
+Data = Annotated[
+    list[Path],
+    typer.Argument(metavar="DATA", help="Data sets or categories in MVTec AD layout; to train, or folders of images."),
+]
 CheckpointFile = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
 ]
