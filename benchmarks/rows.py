@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -98,8 +99,9 @@ def about(device: torch.device) -> dict:
     found |= {"threads": torch.get_num_threads(), "kernels": dict(ops.BACKEND)}
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        properties = torch.cuda.get_device_properties(device)
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1]
+        properties, driver = torch.cuda.get_device_properties(device), []
+        if shutil.which(query[0]):
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1]
         found |= {"device": properties.name, "driver": (driver or ["unknown"])[0], "cuda": torch.version.cuda}
         found |= {
             "capability": f"{properties.major}.{properties.minor}",

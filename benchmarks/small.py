@@ -24,6 +24,9 @@ torch.ops.recontrast.cosine_sums_backward(ops.cosine_sums(*mixed), *mixed)
 amap = AnomalyMap([13, 5], 40, method="fused")
 for images in (1, 6):
     amap.from_distances([torch.rand(images, size, size, device=device) for size in (13, 5)])
+# Enough images that a GPU of 132 processors takes the kernel of four at once, as in a large evaluation.
+large = AnomalyMap([32, 16], 128, method="fused")
+large.from_distances([torch.rand(136 if device == "cuda" else 2, size, size, device=device) for size in (32, 16)])
 if device == "cuda":
     torch.cuda.synchronize()
 print("ran", ops.BACKEND[torch.device(device).type])

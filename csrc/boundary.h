@@ -32,7 +32,7 @@ inline std::string shape(const Tensor& t) {
 
 inline void check_pair(const char* op, const Tensor& x, const Tensor& y) {
   STD_TORCH_CHECK(x.dim() == 4, op, ": x must be (N, C, H, W), got ", shape(x));
-  STD_TORCH_CHECK(x.sizes() == y.sizes(), op, ": x ", shape(x), " and y ", shape(y), " differ");
+  STD_TORCH_CHECK(x.sizes().equals(y.sizes()), op, ": x ", shape(x), " and y ", shape(y), " differ");
 }
 
 inline void check_gradient(const char* op, const Tensor& grad, const Tensor& y, ScalarType acc) {

@@ -62,10 +62,19 @@ def run(device, replay, wipe=None, rest=()):
     return torch.stack(losses), [p.detach() for p in model.parameters()], call.replays if replay else 0
 
 
+@pytest.fixture
+def _one_order():
+    """cuDNN adds in one order: Adam's first steps have the size of the rate, and one last digit turns their sign."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
 def compare(device, expected_replays, **kwargs):
     (losses, weights, none), (others, theirs, count) = run(device, False, **kwargs), run(device, True, **kwargs)
     assert (none, count) == (0, expected_replays)
-    tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-2, "atol": 2e-3}  # cuDNN adds in any order
+    tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(losses, others, **tolerance)
     for a, b in zip(weights, theirs, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
@@ -75,16 +84,19 @@ def compare(device, expected_replays, **kwargs):
 FULL = SIZES.count(4) - WARM
 
 
+@pytest.mark.usefixtures("_one_order")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_replay_is_eager_over_the_whole_ramp(device):
     compare(device, FULL)
 
 
+@pytest.mark.usefixtures("_one_order")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_replay_notices_a_state_that_was_wiped(device):
     compare(device, FULL - 1, wipe=5)  # the step after the wipe makes a new state
 
 
+@pytest.mark.usefixtures("_one_order")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_an_optimiser_may_rest(device):
     compare(device, FULL, rest=range(5, 9))

@@ -36,6 +36,16 @@ def test_matches_oracle(case, blur, device):
         assert torch.equal(maximum, maps.amax(dim=(1, 2)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: SIZES THAT FILL ONE WERE NOT TRIED")
+def test_images_that_fill_the_device():
+    """Four images at once in a block, which few images do not reach."""
+    distances, rows, cols = arguments([(64, 64), (32, 32), (16, 16)], (256, 256), 70, "cuda")
+    maps, maximum = ops.anomaly_map(distances, rows, cols)
+    double = [[t.double() for t in list_] for list_ in (distances, rows, cols)]
+    torch.testing.assert_close(maps.double(), reference.anomaly_map(*double, 1.0)[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(maximum, maps.amax(dim=(1, 2)))
+
+
 def test_pairs_with_other_matrices(device):
     """Matrices are told apart by where they lie: equal ones in two places, and different ones of one size."""
     distances, rows, cols = arguments([(6, 5)], (9, 11), 2, device)

@@ -67,6 +67,14 @@ def test_group_matches_oracle(dtype, layout, device):
     check_group(*features(SHAPES, dtype, device, layout))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: SIZES THAT FILL ONE WERE NOT TRIED")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_group_that_fills_the_device(dtype, layout):
+    """As in training: other lanes a position than small shapes take, which the benchmarks time."""
+    check_group(*features([(16, 256, 64, 64), (16, 512, 32, 32), (16, 1024, 16, 16)] * 2, dtype, "cuda", layout))
+
+
 def test_group_of_mixed_pairs(device):
     """Dtypes, layouts and alignments that take different kernels, in one call; more pairs than travel in one launch."""
     x, y = [], []

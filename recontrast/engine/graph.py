@@ -92,8 +92,9 @@ class Replay:
         before = []
         for optimiser in moving:
             groups = optimiser.param_groups
-            rates = self.rates.setdefault(id(optimiser), [torch.zeros((), device=self.device) for _ in groups])
-            for group, rate in zip(groups, rates, strict=True):
+            if id(optimiser) not in self.rates:
+                self.rates[id(optimiser)] = [torch.zeros((), device=self.device) for _ in groups]
+            for group, rate in zip(groups, self.rates[id(optimiser)], strict=True):
                 before.append((group, {"lr": group["lr"], "capturable": group["capturable"]}))
                 group["lr"] = rate.fill_(group["lr"])
         return before

@@ -25,7 +25,6 @@
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define STD_CUDA_CHECK(call) ((void)(call))
 
 using std::max;
 using std::min;
