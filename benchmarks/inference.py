@@ -1,4 +1,4 @@
-"""Images a second and AUROC of every way to run a trained detector: views, precision, folding, compiling.
+"""Images a second and AUROC of every way to run a trained detector: views, precision, folding, layout, compiling.
 
     python benchmarks/inference.py --data FOLDER --checkpoint runs/all/checkpoint.pt --out inference.json
 
@@ -45,11 +45,12 @@ def passed(network: Any, images: Any, recipe: Any, batch: int) -> float:
 
 
 def ways(precisions: list[str], compiled: bool) -> list[Inference]:
-    """All that is measured; compiling only of what is folded."""
+    """All that is measured; compiling and the other layout only of what is folded."""
     made = [
         Inference(views=views, precision=precision, folded=folded)
         for precision, folded, views in itertools.product(precisions, (False, True), ("both", "trained", "frozen"))
     ]
+    made += [Inference("both", precision, channels_last=False, folded=True) for precision in precisions]
     return made + [
         Inference(views=views, precision=precision, compiled=True)
         for precision, views in itertools.product(precisions if compiled else [], ("both", "trained"))
@@ -58,7 +59,8 @@ def ways(precisions: list[str], compiled: bool) -> list[Inference]:
 
 def name_of(way: Inference) -> str:
     """Such as "trained, float32, folded"."""
-    return f"{way.views}, {way.precision}" + ", folded" * way.folded + ", compiled" * way.compiled
+    layout = ", NCHW" * (way.channels_last is False)
+    return f"{way.views}, {way.precision}" + ", folded" * bool(way.folded) + layout + ", compiled" * way.compiled
 
 
 def main() -> None:
