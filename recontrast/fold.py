@@ -30,8 +30,7 @@ def fold(model: ReContrast, size: int | tuple[int, int] | None = None) -> "Folde
 
     Args:
         model: trained; it is not changed.
-        size: of the images of the trial run, pixels, a square or (height, width), for an encoder that takes no others;
-            None: the smallest.
+        size: of the images of the trial run, pixels, for an encoder that takes no others; None: the smallest.
 
     Returns:
         The copy, on the device and in the dtype and layout of ``model``.
