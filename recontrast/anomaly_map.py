@@ -23,7 +23,15 @@ ZERO5_RADIUS = 2  # upstream's kernel on the GPU has 5 taps, whatever its sigma
 
 
 def upsampling(out: int, size: int) -> Tensor:
-    """Matrix (out, size), float64, of linear interpolation with aligned corners."""
+    """Linear interpolation with aligned corners along one axis, as ``F.interpolate`` of upstream's map does it.
+
+    Args:
+        out: pixels of the map, at least 1.
+        size: points of the features, at least 1.
+
+    Returns:
+        (out, size), float64.
+    """
     at = torch.arange(out, dtype=torch.float64) * ((size - 1) / (out - 1) if out > 1 else 0.0)
     low = at.floor().clamp_max(max(size - 2, 0)).long()
     high = (low + 1).clamp_max(size - 1)
@@ -33,7 +41,15 @@ def upsampling(out: int, size: int) -> Tensor:
 
 
 def blurring(size: int, blur: str | None) -> Tensor:
-    """Matrix (size, size), float64, of the Gaussian blur with its border rule."""
+    """Gaussian blur along one axis, with its border rule.
+
+    Args:
+        size: pixels of the map, at least 1.
+        blur: as in `AnomalyMap`.
+
+    Returns:
+        (size, size), float64.
+    """
     if blur is None:
         return torch.eye(size, dtype=torch.float64)
     radius = int(TRUNCATE * SIGMA + 0.5) if blur == "reflect" else ZERO5_RADIUS
@@ -78,6 +94,9 @@ def _full_float32() -> Iterator[None]:
 class AnomalyMap:
     """Turns the pairs of a model into anomaly maps at image size, and maps into image scores.
 
+    Guo et al. (https://arxiv.org/abs/2306.02602); upstream's utils.py: ``cal_anomaly_map`` with SciPy's
+    ``gaussian_filter`` for one class, ``cal_anomaly_maps`` with ``get_gaussian_kernel`` for all in one model.
+
     Args:
         sizes: height and width of the features of each level, fine to coarse; an int means a square.
         out: size of the map in pixels.
@@ -115,31 +134,50 @@ class AnomalyMap:
         """Anomaly maps of (teacher, student) pairs.
 
         Args:
-            pairs: (N, C, h, w) each; a multiple of the levels, in the order of ``sizes``, group by group.
+            pairs: (N, C, h, w) each, floating point; a multiple of the levels, in the order of ``sizes``, group by
+                group.
 
         Returns:
             (N, H, W), float32.
+
+        Raises:
+            ValueError: pairs that do not go together, or not with ``sizes``.
         """
         return self.from_distances(distances_of(pairs))[0]
 
     def maps_and_scores(self, pairs: Sequence[tuple[Tensor, Tensor]], how: Score = "max") -> tuple[Tensor, Tensor]:
-        """Anomaly maps and image scores in one go: (N, H, W) and (N,), float32; ``how`` as in `score`."""
+        """Anomaly maps and image scores in one go.
+
+        Args:
+            pairs: (N, C, h, w) each, as in `__call__`.
+            how: as in `score`.
+
+        Returns:
+            Maps (N, H, W) and scores (N,), both float32.
+
+        Raises:
+            ValueError: as `__call__` and `score`.
+        """
         maps, maximum = self.from_distances(distances_of(pairs))
         return maps, maximum if how == "max" else self.score(maps, how)
 
     def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Upsampling and blur of each level as matrices (H, h), and (W, w); float32, for forms of the map elsewhere."""
+        """The upsampling and blur of each level as matrices (H, h), and (W, w), float32, for the map elsewhere."""
         return list(self._rows), list(self._cols)
 
     def score(self, maps: Tensor, how: Score = "max") -> Tensor:
         """Image scores of maps.
 
         Args:
-            maps: (N, H, W).
-            how: "max", "mean", or a fraction in (0, 1]: the mean of that share of the pixels with the largest values.
+            maps: (N, H, W), floating point.
+            how: "max" (upstream's for most data), "mean" (for ISIC 2018), or a fraction in (0, 1]: the mean of that
+                share of the pixels, rounded down but at least one, with the largest values (0.01 in its unified one).
 
         Returns:
             (N,), in the dtype of ``maps``.
+
+        Raises:
+            ValueError: ``how`` is none of these.
         """
         if how == "max":
             return maps.amax(dim=(1, 2))
@@ -154,11 +192,15 @@ class AnomalyMap:
         """Anomaly maps from point distances.
 
         Args:
-            distances: (N, h, w) each; a multiple of the levels, in the order of ``sizes``, group by group.
+            distances: (N, h, w) each, floating point; a multiple of the levels, in the order of ``sizes``, group by
+                group.
 
         Returns:
             maps: (N, H, W), float32.
             maximum: the largest value of each map, (N,), float32.
+
+        Raises:
+            ValueError: another number of distances, or other sizes.
         """
         levels = len(self.sizes)
         if not distances or len(distances) % levels:

@@ -133,11 +133,16 @@ def limits_of(limit: float | Sequence[float]) -> list[float]:
 def regions(masks: Any) -> tuple[NDArray[np.int32], int]:
     """8-connected regions of each mask, numbered 1, 2, ... by their first pixel, image after image.
 
+    What upstream's ``compute_pro`` takes of scikit-image's ``label``; the numbers are those of SciPy's.
+
     Args:
-        masks: (..., H, W).
+        masks: (..., H, W), bool, 0/1 or 0/255.
 
     Returns:
-        Labels of the shape of ``masks``, 0 where there is no region, and the number of regions.
+        Labels (..., H, W), int32, 0 where there is no region, and the number of regions.
+
+    Raises:
+        ValueError: masks of other values or of fewer than two axes.
     """
     positive = as_bool(masks, "masks")
     if positive.ndim < 2:

@@ -14,8 +14,10 @@ import torch
 # By speed. CPU: benchmarks/README.md. CUDA: as expected, until `benchmarks/gpu.sh` has run on the device.
 ORDER = {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")}
 VARIABLE = "RECONTRAST_BACKEND"  # of the environment; a backend that a device never has leaves that device alone
-BACKEND = {"cpu": "torch", "cuda": "torch"}  # what each device runs
-WHY: dict[str, str] = {}  # device -> why it does not run the first of its order
+BACKEND = {"cpu": "torch", "cuda": "torch"}
+"""What each device runs, "native", "triton" or "torch"; read only."""
+WHY: dict[str, str] = {}
+"""Device -> why it does not run the first of its order, or who asked for another; absent where it does."""
 
 
 def choose(device: str, rooms: Mapping[str, str]) -> None:

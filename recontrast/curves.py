@@ -14,7 +14,7 @@ def roc(scores: Any, labels: Any) -> Curve:
     """ROC curve, a corner for each distinct score: scikit-learn's ``roc_curve`` without dropping any.
 
     Args:
-        scores: finite numbers of any shape, higher is more anomalous.
+        scores: finite numbers of any shape and dtype, higher is more anomalous.
         labels: the shape of ``scores``, 1 anomalous, 0 good.
 
     Returns:
@@ -36,6 +36,8 @@ def roc(scores: Any, labels: Any) -> Curve:
 def pro(maps: Any, masks: Any, limit: float = 0.3) -> Curve:
     """Per-region-overlap curve of a data set, whose area over ``limit`` is `recontrast.metrics.aupro`.
 
+    Bergmann et al., IJCV 2021, https://doi.org/10.1007/s11263-020-01400-4.
+
     Args:
         maps: (..., H, W) anomaly maps, finite.
         masks: the shape of ``maps``.
@@ -46,7 +48,8 @@ def pro(maps: Any, masks: Any, limit: float = 0.3) -> Curve:
         an anomalous pixel; see `thin`.
 
     Raises:
-        ValueError: maps that are not finite, or masks without both kinds of pixel.
+        ValueError: maps that are not finite, masks without both kinds of pixel or of another shape, or a limit outside
+            of (0, 1].
     """
     (stop,) = arrays.limits_of(limit)
     scores, positive = arrays.images(maps, masks)
@@ -65,10 +68,13 @@ def thin(curve: Curve, columns: int = 200) -> Curve:
 
     Args:
         curve: x and y, both rising.
-        columns: at most twice as many corners are left, and the ends.
+        columns: at most twice as many corners are left, and the ends; at least 1.
 
     Returns:
         Corners of ``curve``, which lie on it; nowhere is it left by more than it rises within one column.
+
+    Raises:
+        ValueError: fewer than 1 column.
     """
     x, y = curve
     if columns < 1:

@@ -96,6 +96,9 @@ class Bottleneck(nn.Module):
         channels, strides: of the encoder's levels, fine to coarse.
         plan: its residual blocks.
         widths: channels of the decoder's levels, for which the code has room; None: the encoder's.
+
+    Raises:
+        ValueError: strides that are not powers of 2 apart.
     """
 
     def __init__(
@@ -119,7 +122,14 @@ class Bottleneck(nn.Module):
         _initialise(self)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Levels (N, channels, h, w), fine to coarse -> (N, 2 * the coarsest's width, h / 2, w / 2) of it."""
+        """All levels as one code.
+
+        Args:
+            features: (N, channels, h, w) of each level, fine to coarse.
+
+        Returns:
+            (N, 2 * the coarsest's width, h / 2, w / 2) of the coarsest level, in the dtype of the weights.
+        """
         return self.fuse(torch.cat([down(f) for down, f in zip(self.down, features, strict=True)], dim=1))
 
 
@@ -132,6 +142,9 @@ class ReverseResNet(nn.Module):
         heads: the batch is that many parts; each part goes through its own 1x1 convolution (with bias) for each level,
             and only that part: upstream runs every head on the whole batch and throws the rest away. 0: no heads.
         activation: "relu", or "gelu" of the unified recipe.
+
+    Raises:
+        ValueError: another activation, or more levels than the plan has.
     """
 
     def __init__(self, channels: Sequence[int], plan: Plan, *, heads: int = 2, activation: str = "relu") -> None:
@@ -141,9 +154,14 @@ class ReverseResNet(nn.Module):
         _initialise(self)
 
     def forward(self, code: Tensor, only: int | None = None) -> list[Tensor]:
-        """Code (parts * N, 2 * coarsest channels, h, w) -> the levels, fine to coarse, for each part: (N, C, H, W).
+        """The levels, rebuilt from a code.
 
-        With ``only``, the code is that one part's.
+        Args:
+            code: (parts * N, 2 * coarsest channels, h, w), one part for each head.
+            only: the code is that of this one part, counted from 0; None: of all.
+
+        Returns:
+            (N, C, H, W) of each level, fine to coarse, part after part, in the dtype of the weights.
         """
         return _decode(self.stages, self.heads, code, only)
 
@@ -154,7 +172,10 @@ class MirrorDecoder(nn.Module):
     Args:
         channels, strides: of the levels to rebuild, fine to coarse, as `Backbone` publishes them.
         blocks: residual blocks of each level.
-        heads, activation: as in `ReverseResNet`.
+        heads, activation: as in `ReverseResNet`, but at least one head.
+
+    Raises:
+        ValueError: no heads, another activation, or strides that are not powers of 2 apart.
     """
 
     def __init__(
@@ -175,7 +196,15 @@ class MirrorDecoder(nn.Module):
         _initialise(self)
 
     def forward(self, code: Tensor, only: int | None = None) -> list[Tensor]:
-        """As `ReverseResNet.forward`."""
+        """The levels, rebuilt from a code, as `ReverseResNet.forward` does it.
+
+        Args:
+            code: (parts * N, 2 * coarsest width, h, w), one part for each head.
+            only: the code is that of this one part; None: of all.
+
+        Returns:
+            (N, C, H, W) of each level, fine to coarse, part after part, in the dtype of the weights.
+        """
         return _decode(self.stages, self.heads, code, only)
 
 

@@ -34,6 +34,9 @@ def fold(model: ReContrast, size: int | tuple[int, int] | None = None) -> "Folde
 
     Returns:
         The copy, on the device and in the dtype and layout of ``model``.
+
+    Raises:
+        ValueError: a size that the model's strides do not divide.
     """
     folded = copy.deepcopy(model)
     folded.eval()
@@ -72,7 +75,17 @@ class Folded(nn.Module):
         return self.model.frozen
 
     def train(self, mode: bool = True) -> "Folded":
-        """Only eval mode exists: the statistics are gone."""
+        """Only eval mode exists: the statistics are gone.
+
+        Args:
+            mode: False.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: ``mode`` is True.
+        """
         if mode:
             raise ValueError("fold: a folded model has no training mode; train the model that it was made from")
         return super().train(False)
@@ -80,11 +93,22 @@ class Folded(nn.Module):
     def forward(
         self, images: Tensor, views: Literal["both", "trained", "frozen"] = "both"
     ) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (teacher, student), as `ReContrast.forward` gives them in eval mode."""
+        """Pairs (teacher, student), as `ReContrast.forward` gives them in eval mode.
+
+        Args:
+            images: (N, 3, H, W), normalised.
+            views: as in `ReContrast.forward`.
+
+        Returns:
+            2 L pairs of (N, C, h, w), or L, in the dtype of the weights.
+
+        Raises:
+            ValueError: as `ReContrast.forward`.
+        """
         return self.model(images, views)
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """As `ReContrast.map_sizes`."""
+        """The height and width of each level's features for images of ``size``: `ReContrast.map_sizes`."""
         return self.model.map_sizes(size)
 
 

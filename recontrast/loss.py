@@ -8,6 +8,7 @@ https://arxiv.org/abs/2503.02424). All of it follows from the three sums of `rec
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -22,20 +23,45 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 Features = Tensor | Sequence[Tensor]
 
 
+def _number(argument: str, value: object, wanted: str = "a number", holds: bool = True) -> None:
+    if not isinstance(value, Real) or value != value or not holds:
+        raise ValueError(f"{argument}: wanted {wanted}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class deviation:
     """Weight ``factor`` where the distance is below ``mean + alpha * std`` (unbiased, strict), else 1: ReContrast.
 
+    Section 3.4 of the paper (https://arxiv.org/abs/2306.02602); upstream's ``global_cosine_hm``, utils.py.
+
     Attributes:
-        alpha: a number or a 0-dim tensor, which may live on the device and be changed in place.
+        alpha: standard deviations above the mean; a number or a 0-dim tensor, which may live on the device and be
+            changed in place.
         factor: weight of the easy positions.
+
+    Raises:
+        ValueError: alpha or factor is no number.
     """
 
     alpha: float | Tensor
     factor: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Check both; a tensor may only be read on its device."""
+        if not isinstance(self.alpha, Tensor):
+            _number("deviation: alpha", self.alpha, "a number or a 0-dim tensor")
+        _number("deviation: factor", self.factor)
+
     def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
-        """Weights (N, H, W) of distances ``d`` among those of ``everyone``."""
+        """Weights of point distances.
+
+        Args:
+            d: distances of this process, (N, H, W), float32 or float64.
+            everyone: those of all processes, of any shape; their mean and deviation is taken.
+
+        Returns:
+            (N, H, W), in the dtype of ``d``: ones where there are fewer than two of ``everyone``.
+        """
         if everyone.numel() < 2:  # one point has no deviation, and is not below itself
             return torch.ones_like(d)
         return torch.ones_like(d).masked_fill_(d < everyone.mean() + self.alpha * everyone.std(), self.factor)
@@ -45,21 +71,36 @@ class deviation:
 class hardest:
     """Weight ``factor`` for all but the ``fraction`` of largest distances (at least one), else 1: Dinomaly.
 
+    Guo et al., https://arxiv.org/abs/2405.14325; ``global_cosine_hm_percent`` of its code, where p is 1 - fraction.
+
     Attributes:
         fraction: share of the positions that keep their gradient, in (0, 1].
         factor: weight of the others.
+
+    Raises:
+        ValueError: a fraction outside of (0, 1], or a factor that is no number.
     """
 
     fraction: float
     factor: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the fraction."""
+        """Check both."""
+        _number("hardest: fraction", self.fraction)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"hardest: fraction must lie in (0, 1], got {self.fraction}")
+        _number("hardest: factor", self.factor)
 
     def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
-        """Weights (N, H, W) of distances ``d`` among those of ``everyone``."""
+        """Weights of point distances.
+
+        Args:
+            d: distances of this process, (N, H, W), float32 or float64.
+            everyone: those of all processes, of any shape; their largest share is taken.
+
+        Returns:
+            (N, H, W), in the dtype of ``d``: ones where ``everyone`` is empty.
+        """
         if everyone.numel() == 0:
             return torch.ones_like(d)
         k = max(int(everyone.numel() * self.fraction), 1)
@@ -71,14 +112,33 @@ class hardest:
 class power:
     """Weight ``(distance / mean) ** exponent``; distances below zero, which rounding makes, count as zero: INP-Former.
 
+    Luo et al., https://arxiv.org/abs/2503.02424; ``global_cosine_hm_adaptive`` of its code.
+
     Attributes:
-        exponent: 0 weights all positions alike, 3 is INP-Former's.
+        exponent: at least 0, which weights all positions alike; 3 is INP-Former's.
+
+    Raises:
+        ValueError: the exponent is no finite number of at least 0.
     """
 
     exponent: float
 
+    def __post_init__(self) -> None:
+        """Check the exponent."""
+        wanted = "a finite number of at least 0"
+        _number("power: exponent", self.exponent, wanted)
+        _number("power: exponent", self.exponent, wanted, 0 <= self.exponent < math.inf)
+
     def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
-        """Weights (N, H, W) of distances ``d`` among those of ``everyone``; ones where the mean is zero."""
+        """Weights of point distances.
+
+        Args:
+            d: distances of this process, (N, H, W), float32 or float64.
+            everyone: those of all processes, of any shape; their mean is taken.
+
+        Returns:
+            (N, H, W), in the dtype of ``d``: ones where the mean is zero.
+        """
         mean = everyone.clamp_min(0).mean()
         some = mean > 0
         relative = d.clamp_min(0) / torch.where(some, mean, 1.0)
@@ -88,25 +148,56 @@ class power:
 def alpha_at(step: int, steps: int, ramp: float = 0.1, start: float = -3.0, end: float = 1.0) -> float:
     """Alpha of `deviation` at ``step``: linear over the first ``ramp`` of ``steps``, then flat.
 
+    Upstream's ``train``, recontrast_mvtec.py.
+
     Args:
         step: from 0.
-        steps: of the whole run.
-        ramp: share of the steps that the ramp takes.
+        steps: of the whole run, at least 1.
+        ramp: share of the steps that the ramp takes, in [0, 1].
         start: alpha at step 0.
         end: alpha from step ``ramp * steps`` on.
+
+    Returns:
+        Alpha, in standard deviations.
+
+    Raises:
+        ValueError: fewer than 1 step.
     """
+    if steps < 1:
+        raise ValueError(f"alpha_at: steps: wanted at least 1, got {steps}")
     if step >= steps * ramp:
         return end
     return start + (end - start) * step / (steps * ramp)
 
 
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """Point distances ``1 - cos`` over the channels of two (N, C, H, W) features: (N, H, W), float32 or float64."""
+    """Point distances ``1 - cos`` over the channels, which the anomaly map is made of.
+
+    Args:
+        teacher: (N, C, H, W), floating point.
+        student: as ``teacher``, in shape.
+
+    Returns:
+        (N, H, W) in [0, 2], float32 (float64 if one of the features is).
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not go together.
+    """
     return 1 - cosine(cosine_sums(teacher, student))
 
 
 def distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """`distance` of each (teacher, student) pair; the features of all are read at once."""
+    """`distance` of each pair; the features of all are read at once.
+
+    Args:
+        pairs: (teacher, student), (N, C, H, W) each.
+
+    Returns:
+        (N, H, W) of each pair, float32 (float64 if one of the features is); no pair, no distance.
+
+    Raises:
+        ValueError: features that do not go together.
+    """
     teachers, students = [t for t, _ in pairs], [s for _, s in pairs]
     if not pairs:
         return []
@@ -124,7 +215,7 @@ def of_all(part: Tensor, shares: Sequence[int] | None) -> Tensor:
         shares: n of each process; None: there is one.
 
     Returns:
-        (sum of n, ...).
+        (sum of n, ...), in the dtype of ``part``.
     """
     if shares is None:
         return part
@@ -179,7 +270,7 @@ def hard_mined_cosine(
     stop_gradient: bool = True,
     shares: Sequence[int] | None = None,
 ) -> Tensor:
-    """Global cosine distance whose gradient favours the hard positions.
+    """Global cosine distance whose gradient favours the hard positions (section 3.4 of the paper).
 
     The value is the mean over images of ``1 - cos(teacher, student)``, each image's
     feature map taken as one long vector. In the gradient each position is multiplied
@@ -188,7 +279,7 @@ def hard_mined_cosine(
     processes, which DistributedDataParallel takes, does not depend on how a batch is split.
 
     Args:
-        teacher: (N, C, H, W), or a list of such, one for each level.
+        teacher: (N, C, H, W), floating point, or a list of such, one for each level.
         student: as ``teacher``, in shape.
         rule: `deviation`, `hardest`, `power`, or any `Rule`.
         stop_gradient: take the teacher as constant; otherwise its gradient is weighted as the student's is.
@@ -236,16 +327,21 @@ def _arguments(rule: Rule, device: torch.device) -> tuple[str, float, Tensor | N
 def global_cosine(
     teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
 ) -> Tensor:
-    """Global cosine distance without mining: `hard_mined_cosine` with every weight 1 (configuration B of Table 6).
+    """Global cosine distance without mining: `hard_mined_cosine` with every weight 1.
+
+    Configuration B of the paper's Table 6; upstream's ``global_cosine``, utils.py.
 
     Args:
-        teacher: (N, C, H, W), or a list of such.
-        student: as ``teacher``.
+        teacher: (N, C, H, W), floating point, or a list of such.
+        student: as ``teacher``, in shape.
         stop_gradient: take the teacher as constant.
         shares: as in `hard_mined_cosine`.
 
     Returns:
-        Scalar; for lists the sum over the levels.
+        Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
+
+    Raises:
+        ValueError: shapes, dtypes or lists that do not go together.
     """
     pairs = _pairs("global_cosine", teacher, student)
     shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
@@ -258,13 +354,16 @@ def point_cosine(
     """Mean point distance, the region loss of RD4AD's paper (https://arxiv.org/abs/2201.10703, equation 2).
 
     Args:
-        teacher: (N, C, H, W), or a list of such.
-        student: as ``teacher``.
+        teacher: (N, C, H, W), floating point, or a list of such.
+        student: as ``teacher``, in shape.
         stop_gradient: take the teacher as constant.
         shares: as in `hard_mined_cosine`.
 
     Returns:
-        Scalar; for lists the sum over the levels.
+        Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
+
+    Raises:
+        ValueError: shapes, dtypes or lists that do not go together.
     """
     pairs = _pairs("point_cosine", teacher, student)
     shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
@@ -283,7 +382,7 @@ def pairs_loss(
     """The paper's loss of all pairs: levels summed, the mean of the groups (equation 5), and that of its ablation.
 
     Args:
-        pairs: (teacher, student) of `recontrast.ReContrast`, group by group.
+        pairs: (teacher, student) of `recontrast.ReContrast`, (N, C, H, W) each, group by group; at least one.
         rule: as in `hard_mined_cosine`; None: no mining, `global_cosine` or `point_cosine`.
         form: distance of a pair: of the whole map, or the mean over points, which has no mining.
         groups: 2, or 1 for the pairs of one encoder.
@@ -291,8 +390,15 @@ def pairs_loss(
         shares: as in `hard_mined_cosine`.
 
     Returns:
-        Scalar.
+        Scalar, float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: no pairs, features that do not go together, a form that is none, or a rule for the form "point".
     """
+    if not pairs:
+        raise ValueError("pairs_loss: pairs: wanted at least one, got none")
+    if form not in ("global", "point"):
+        raise ValueError(f"pairs_loss: form: wanted 'global' or 'point', got {form!r}")
     teachers, students = zip(*pairs, strict=True)
     if rule is None:
         plain = {"global": global_cosine, "point": point_cosine}[form]

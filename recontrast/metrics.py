@@ -38,22 +38,41 @@ __all__ = [
 ]
 
 REGIONS_BACKEND = "native" if arrays.native else "scipy"
+"""What computes the metrics and finds regions: "native" (csrc/) or, where it was not built, "scipy" and NumPy."""
 
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """Metrics over images, in [0, 1]."""
+    """Metrics over images, in [0, 1]; sources: those of `auroc`, `ap`, `f1_max`, `accuracy` (scikit-learn, upstream).
+
+    Attributes:
+        auroc: area under the ROC curve.
+        ap: average precision.
+        f1_max: largest F1 over all thresholds.
+        f1_threshold: the score from which calling an image anomalous gives ``f1_max``, the highest such.
+        accuracy: share of images that it calls rightly.
+    """
 
     auroc: float
     ap: float
     f1_max: float
-    f1_threshold: float  # the score from which calling an image anomalous gives f1_max, the highest such
-    accuracy: float  # share of images that it calls rightly
+    f1_threshold: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class PixelMetrics:
-    """Metrics over all pixels of the images; ``aupro_per_image`` is NaN where an image leaves it undefined."""
+    """Metrics over all pixels of the images, in [0, 1]; sources as of `ImageMetrics`, and Bergmann et al. of `aupro`.
+
+    Attributes:
+        auroc: area under the ROC curve.
+        ap: average precision.
+        f1_max: largest F1 over all thresholds.
+        f1_threshold: the value of a map from which calling a pixel anomalous gives ``f1_max``, the highest such.
+        aupro: of the data set, at the first limit.
+        aupro_per_image: the reference's, at the first limit; NaN where an image leaves it undefined.
+        aupro_at: AUPRO of the data set by limit, of each that was asked for.
+    """
 
     auroc: float
     ap: float
@@ -61,13 +80,21 @@ class PixelMetrics:
     f1_threshold: float
     aupro: float
     aupro_per_image: float
-    aupro_at: dict[float, float] = field(default_factory=dict)  # by limit, of each that was asked for
+    aupro_at: dict[float, float] = field(default_factory=dict)
 
 
 def auroc(scores: Any, labels: Any) -> float:
     """Area under the ROC curve by the trapezoid rule, in [0, 1]: scikit-learn's ``roc_auc_score``.
 
-    Arguments as for `image_metrics`.
+    Args:
+        scores: as in `image_metrics`.
+        labels: as in `image_metrics`.
+
+    Returns:
+        AUROC; a tie of a positive and a negative counts one half.
+
+    Raises:
+        ValueError: as `image_metrics`.
     """
     return image_metrics(scores, labels).auroc
 
@@ -75,7 +102,15 @@ def auroc(scores: Any, labels: Any) -> float:
 def ap(scores: Any, labels: Any) -> float:
     """Average precision, the sum of precision times gain of recall: scikit-learn's ``average_precision_score``.
 
-    Arguments as for `image_metrics`.
+    Args:
+        scores: as in `image_metrics`.
+        labels: as in `image_metrics`.
+
+    Returns:
+        AP, in [0, 1].
+
+    Raises:
+        ValueError: as `image_metrics`.
     """
     return image_metrics(scores, labels).ap
 
@@ -84,7 +119,17 @@ def f1_max(scores: Any, labels: Any) -> float:
     """Largest F1 over all thresholds (score >= t); `image_metrics` and `pixel_metrics` return the threshold too.
 
     It is the largest value of scikit-learn's ``precision_recall_curve``, and what Dinomaly's tables call F1-max
-    (``f1_score_max``, utils.py). Arguments as for `image_metrics`.
+    (``f1_score_max``, utils.py).
+
+    Args:
+        scores: as in `image_metrics`.
+        labels: as in `image_metrics`.
+
+    Returns:
+        F1, in [0, 1].
+
+    Raises:
+        ValueError: as `image_metrics`.
     """
     return image_metrics(scores, labels).f1_max
 
@@ -93,7 +138,17 @@ def accuracy(scores: Any, labels: Any) -> float:
     """Share of what is called rightly at the threshold of F1-max, chosen on these very scores.
 
     As the paper's tables of medical images have it (``return_best_thr`` and ``evaluation_noseg``, utils.py); where
-    several thresholds reach F1-max, ours is the highest. Arguments as for `image_metrics`.
+    several thresholds reach F1-max, ours is the highest.
+
+    Args:
+        scores: as in `image_metrics`.
+        labels: as in `image_metrics`.
+
+    Returns:
+        Share of all scores, in [0, 1].
+
+    Raises:
+        ValueError: as `image_metrics`.
     """
     return image_metrics(scores, labels).accuracy
 
@@ -101,9 +156,18 @@ def accuracy(scores: Any, labels: Any) -> float:
 def image_metrics(scores: Any, labels: Any) -> ImageMetrics:
     """AUROC, AP, F1-max with the highest threshold that reaches it, and the accuracy there, from one sort.
 
+    Sources: those of `auroc`, `ap`, `f1_max` and `accuracy`, scikit-learn and upstream's utils.py.
+
     Args:
-        scores: finite numbers of any shape, higher is more anomalous.
-        labels: the shape of ``scores``, 1 anomalous, 0 good.
+        scores: finite real numbers of any shape and dtype, higher is more anomalous.
+        labels: the shape of ``scores``, 1 anomalous, 0 good: bool, 0/1 or 0/255.
+
+    Returns:
+        All of them, floats in [0, 1] but for the threshold, which is one of the scores.
+
+    Raises:
+        ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
+            hold one class alone.
     """
     values, positive = (x.ravel() for x in arrays.both(scores, labels))
     found = arrays.kernels().rates(values, positive)
@@ -141,6 +205,11 @@ def aupro(
 
     Returns:
         One area, or, for a sequence of limits, a list of them.
+
+    Raises:
+        ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
+            hold one class alone, a limit outside of (0, 1], another mode; with "per-image", an image whose map or mask
+            leaves its area undefined.
     """
     if mode not in ("dataset", "per-image"):
         raise ValueError(f'mode: wanted "dataset" or "per-image", got {mode!r}')
@@ -155,7 +224,7 @@ def aupro(
 
 
 def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *, labels: Any = None) -> PixelMetrics:
-    """All metrics over pixels from one sort.
+    """All metrics over pixels from one sort; sources as of `PixelMetrics` (Bergmann et al., scikit-learn, upstream).
 
     Args:
         maps: (..., H, W) anomaly maps, finite.
@@ -163,6 +232,13 @@ def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *
         limit: false positive rate at which both AUPROs end, in (0, 1]; of several, ``aupro`` and ``aupro_per_image``
             end at the first, and ``aupro_at`` has AUPRO at each.
         labels: one for each image, 1 anomalous; given, an image whose mask says otherwise is refused.
+
+    Returns:
+        All of them, floats.
+
+    Raises:
+        ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
+            hold one class alone, or a limit outside of (0, 1].
     """
     limits = arrays.limits_of(limit)
     scores, positive = arrays.images(maps, masks, labels)

@@ -22,7 +22,7 @@ PARTIAL_NORM_EPS = 1e-6  # of the trained encoder alone: upstream sets it after 
 
 
 class ReContrast(nn.Module):
-    """Trained and frozen encoder, bottleneck and decoder.
+    """Trained and frozen encoder, bottleneck and decoder: section 3 of the paper, upstream's models/recontrast.py.
 
     ``train()`` keeps the frozen encoder in eval mode, and the trained one too where ``encoder_bn`` is "eval" (its
     statistics then stay those of the pretraining; scale and shift are trained all the same).
@@ -42,7 +42,12 @@ class ReContrast(nn.Module):
     Attributes:
         encoder, frozen, bottleneck, decoder: the parts; ``frozen`` is None where ``pairs`` is "self".
         mean, std: of the images in [0, 1] that the weights expect.
-        stride: height and width of images must be multiples of it.
+        stride: pixels; height and width of images must be multiples of it.
+
+    Raises:
+        ValueError: an argument outside of what is named here, an unknown backbone, or weights that do not fit it.
+        OSError: a weight file, or the hub, cannot be read.
+        ImportError: ``weights`` is "package", and there is none for the backbone.
     """
 
     def __init__(
@@ -100,11 +105,18 @@ class ReContrast(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments that build this model again: ``ReContrast(**config, weights="random")``, then load the state."""
+        """The arguments to build this model again: ``ReContrast(**config, weights="random")``, then load its state."""
         return {**self._arguments, "encoder_bn": self.encoder_bn}
 
     def train(self, mode: bool = True) -> "ReContrast":
-        """Set the mode: see the class."""
+        """Set the mode: see the class.
+
+        Args:
+            mode: True: training; False: eval mode, also of the trained encoder.
+
+        Returns:
+            The model itself.
+        """
         super().train(mode)
         self.encoder.train(mode and self.encoder_bn == "train")
         return self
@@ -118,15 +130,20 @@ class ReContrast(nn.Module):
         """Features to compare, and what the decoder made of the other encoder's.
 
         Args:
-            images: (N, 3, H, W), normalised with ``mean`` and ``std``; H and W are multiples of ``stride``.
+            images: (N, 3, H, W), in the dtype of the weights, normalised with ``mean`` and ``std``; H and W are
+                multiples of ``stride``.
             views: in eval mode, the group with that target alone (Table A6), at half the cost of bottleneck and
                 decoder; their statistics in training are of both.
-            known: what the frozen encoder makes of these images, where that is kept.
+            known: what the frozen encoder makes of these images, (N, C, h, w) of each level, where that is kept.
 
         Returns:
-            2 L pairs (teacher, student) of (N, C, h, w), fine to coarse: (frozen, head 0 of trained) of the L levels,
-            then (trained, head 1 of frozen); L where ``views`` is one of them, or for the one encoder of
-            ``pairs="self"``. A trained encoder's features carry gradient as teachers too: the loss stops it.
+            2 L pairs (teacher, student) of (N, C, h, w), in the dtype of the weights, or of autocast, fine to coarse:
+            (frozen, head 0 of trained) of the L levels, then (trained, head 1 of frozen); L where ``views`` is one of
+            them, or for the one encoder of ``pairs="self"``. A trained encoder's features carry gradient as teachers
+            too: the loss stops it.
+
+        Raises:
+            ValueError: images of another shape, or views that the model or its mode does not have.
         """
         _one_of("views", views, ("both", "trained", "frozen"))
         if views != "both" and (self.training or self.frozen is None):
@@ -147,7 +164,11 @@ class ReContrast(nn.Module):
         return list(zip([*frozen, *trained], students, strict=True))
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """Height and width of each level's features, fine to coarse, for images of ``size`` (int or (h, w))."""
+        """Height and width of each level's features, fine to coarse, for images of ``size``, pixels: int or (h, w).
+
+        Raises:
+            ValueError: height or width is no multiple of ``stride``.
+        """
         height, width = (size, size) if isinstance(size, int) else size
         if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
             wanted = f"height and width of at least {self.stride} px and multiples of it"

@@ -88,7 +88,7 @@ def mined_cosine(
     """`reference.mined_loss` of the pairs: two passes over the features, whatever the rule, and tiny work between.
 
     Args:
-        x: features of each pair, (N_i, C_i, H_i, W_i).
+        x: features of each pair, (N_i, C_i, H_i, W_i), floating point.
         y: features of each pair, as ``x``.
         rule: one of `RULES`.
         parameter: alpha of "deviation", fraction of "hardest", exponent of "power".

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-EPS = 1e-8  # of torch.nn.CosineSimilarity, so that the numbers match upstream's
+EPS = 1e-8
+"""Least norm of a vector of features in a cosine: that of torch.nn.CosineSimilarity, as upstream's numbers have it."""
 RULES = ("deviation", "hardest", "power")  # that `mined_loss` knows; what they mean: recontrast/loss.py
 
 
@@ -27,7 +28,14 @@ def group_dtype(x: Sequence[Tensor], y: Sequence[Tensor]) -> torch.dtype:
 
 
 def cosine(sums: Tensor) -> Tensor:
-    """Cosine from (3, ...) sums <x, y>, <x, x>, <y, y>: (...)."""
+    """Cosine from the sums of `cosine_sums`, as torch.nn.CosineSimilarity forms it; norms below `EPS` count as `EPS`.
+
+    Args:
+        sums: <x, y>, <x, x> and <y, y>, (3, ...), floating point.
+
+    Returns:
+        In [-1, 1] but for rounding: flat or (N, H, W), what ``sums`` is without its first axis, in the same dtype.
+    """
     xy, xx, yy = sums
     return xy / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
 

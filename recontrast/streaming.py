@@ -29,14 +29,24 @@ IMAGES, REGIONS, HIGH_WORD, LOW_WORD, DEFINED, UNDEFINED = range(6)  # of `total
 
 @dataclass(frozen=True)
 class StreamedMetrics:
-    """What `recontrast.metrics.PixelMetrics` holds, with bounds."""
+    """What `recontrast.metrics.PixelMetrics` holds, with bounds; their proof: `recontrast.bounds`.
+
+    Attributes:
+        auroc: area under the ROC curve.
+        ap: average precision.
+        f1_max: largest F1 over all thresholds.
+        f1_threshold: calling score >= it gives F1 of ``f1_max``'s value less its bound.
+        aupro: of the data set, at the first limit.
+        aupro_per_image: the reference's, exact; NaN where an image leaves it undefined.
+        aupro_at: AUPRO of the data set by limit, of each that was asked for.
+    """
 
     auroc: Estimate
     ap: Estimate
     f1_max: Estimate
-    f1_threshold: float  # calling score >= it gives F1 of f1_max's value less its bound
+    f1_threshold: float
     aupro: Estimate
-    aupro_per_image: float  # exact; NaN where an image leaves it undefined
+    aupro_per_image: float
     aupro_at: dict[float, Estimate] = field(default_factory=dict)
 
 
@@ -49,12 +59,21 @@ class Streaming:
         for tensor in streaming.state().values():
             torch.distributed.all_reduce(tensor)
 
+    What the histograms hold, and the proof of the bounds: `recontrast.bounds`.
+
     Args:
         high: largest value of a map: twice the number of pairs for ``reduce="sum"``, 2 for ``"mean"``. Maps lie in
             [0, high]; what rounding takes out of it is put back.
         limit: false positive rate at which the per-image AUPRO ends, and AUPRO where `compute` names no other.
         device: where the histograms are; maps are brought there.
         detail: 2 ** detail bins an octave of scores, 4 to 17; one less halves the memory and doubles the bounds.
+
+    Attributes:
+        counts: (3, bins) int64: good pixels, positives, and shares of regions in units of 2^-40.
+        totals: (6,) int64: images, regions, and what the per-image AUPRO needs.
+
+    Raises:
+        ValueError: high, limit or detail is out of range.
     """
 
     def __init__(
@@ -76,9 +95,12 @@ class Streaming:
         """Add a batch; where it is refused, nothing of it is added.
 
         Args:
-            maps: (..., H, W) anomaly maps, NumPy or torch.
+            maps: (..., H, W) anomaly maps, NumPy or torch, real numbers in [0, high].
             masks: the shape of ``maps``: bool, 0/1 or 0/255.
             labels: one for each image, 1 anomalous; given, an image whose mask says otherwise is refused.
+
+        Raises:
+            ValueError: maps that are not finite or leave [0, high], or masks or labels that do not fit them.
         """
         if self.counts.device.type == "cpu" and arrays.native is not None:
             scores, positive = arrays.images(maps, masks, labels)
@@ -99,7 +121,14 @@ class Streaming:
         self._count(len(positive), regions, found, why)
 
     def merge(self, other: "Streaming | Mapping[str, Tensor]") -> None:
-        """Add what another one holds, or its `state`; both have the same ``high`` and ``limit``."""
+        """Add what another one holds; exact.
+
+        Args:
+            other: of the same ``high``, ``limit`` and ``detail``; or its `state`, (3, bins) and (6,) int64.
+
+        Raises:
+            ValueError: another high or limit, or tensors of another shape or dtype.
+        """
         if isinstance(other, Streaming):
             mine, yours = (self.high, self.limit), (other.high, other.limit)
             if mine != yours:
@@ -113,7 +142,7 @@ class Streaming:
             tensor += other[name].to(tensor.device)
 
     def state(self) -> dict[str, Tensor]:
-        """All that was accumulated, as tensors that add up: ``counts`` (3, bins) and ``totals`` (6,), not copied."""
+        """All that was accumulated, as int64 tensors that add up: ``counts`` (3, bins), ``totals`` (6,), not copied."""
         return {"counts": self.counts, "totals": self.totals}
 
     def reset(self) -> None:
@@ -127,6 +156,12 @@ class Streaming:
         Args:
             limit: false positive rate at which AUPRO ends, or several; None takes the one of the constructor. The
                 per-image AUPRO ends where the constructor said.
+
+        Returns:
+            Values in [0, 1], each with its bound.
+
+        Raises:
+            ValueError: there are not both kinds of pixel, too many regions, or a limit outside of (0, 1].
         """
         limits = arrays.limits_of(self.limit if limit is None else limit)
         bins, used, totals = self._binned()
@@ -154,7 +189,7 @@ class Streaming:
             between them is `compute`'s AUPRO.
 
         Raises:
-            ValueError: there are not both kinds of pixel.
+            ValueError: as `compute`.
         """
         (stop,) = arrays.limits_of(self.limit if limit is None else limit)
         bins, _, _ = self._binned()

@@ -82,10 +82,23 @@ def test_every_room_is_known():
     assert {room(path) for path in FILES} <= set(ALLOWED)
 
 
+def lines_of(text, python):
+    """Lines of a file; of Python without docstrings, which shall be complete."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [node.body[0] for node in ast.walk(ast.parse(text)) if isinstance(node, documented)] if python else []
+    strings = [node for node in found if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    return len(text.splitlines()) - sum(node.end_lineno - node.lineno + 1 for node in strings)
+
+
 @pytest.mark.parametrize("path", [*FILES, *sorted(ROOT.glob("csrc/*"))], ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_readable(path):
-    lines = len(path.read_text().splitlines())
+    lines = lines_of(path.read_text(), path.suffix == ".py")
     assert lines <= 310, f"{path.name} has {lines} lines: two ideas?"
+
+
+def test_docstrings_are_no_lines_of_code():
+    text = '"""One\nand two."""\n\n\ndef f():\n    """Three."""\n    return 4\n'
+    assert (lines_of(text, True), lines_of(text, False)) == (4, 7)
 
 
 def test_import_is_light():
@@ -95,6 +108,28 @@ def test_import_is_light():
     code = "import sys, recontrast; print([m for m in ('timm', 'typer', 'rich', 'sklearn', 'PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_walking_a_checkout_finds_the_package_once():
+    """Tools that walk packages see ours, and none of the checkout's other folders below it."""
+    import subprocess
+
+    code = """
+import importlib, pkgutil, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+import recontrast
+print(*(found.name for found in pkgutil.walk_packages(recontrast.__path__, "recontrast.")))
+for name in ("tests", "benchmarks", "recontrast", "kernel"):
+    try:
+        print("found", importlib.import_module(f"recontrast.{name}"))
+    except ModuleNotFoundError:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    files = [path.relative_to(ROOT) for path in FILES if path.is_relative_to(ROOT / "recontrast")]
+    wanted = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
+    wanted |= {f"recontrast.{library.name.partition('.')[0]}" for library in ROOT.glob("recontrast/*.so")}
+    assert set(done.stdout.split()) == wanted - {"recontrast"}, done.stdout + done.stderr
 
 
 def test_package_is_whole_in_a_checkout():

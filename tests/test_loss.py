@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -143,6 +144,33 @@ def test_rules_are_values():
         hardest(0)
 
 
+@pytest.mark.parametrize(
+    "rule, arguments, message",
+    [
+        (deviation, ("x",), "deviation: alpha: wanted a number or a 0-dim tensor, got 'x'"),
+        (deviation, (None,), "deviation: alpha: wanted a number or a 0-dim tensor, got None"),
+        (deviation, (float("nan"),), "deviation: alpha: wanted a number or a 0-dim tensor, got nan"),
+        (deviation, (1.0, "x"), "deviation: factor: wanted a number, got 'x'"),
+        (hardest, ("x",), "hardest: fraction: wanted a number, got 'x'"),
+        (hardest, (0.5, None), "hardest: factor: wanted a number, got None"),
+        (power, (-1,), "power: exponent: wanted a finite number of at least 0, got -1"),
+        (power, (float("inf"),), "power: exponent: wanted a finite number of at least 0, got inf"),
+        (power, ("x",), "power: exponent: wanted a finite number of at least 0, got 'x'"),
+    ],
+)
+def test_rules_refuse_what_is_no_number(rule, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        rule(*arguments)
+
+
+def test_numpy_numbers_are_numbers():
+    assert (deviation(np.float32(1)).alpha, hardest(np.float64(0.5)).fraction, power(np.int64(3)).exponent) == (
+        1,
+        0.5,
+        3,
+    )
+
+
 def test_rules_at_the_edge():
     zero, one = torch.zeros(2, 3, 3), torch.full((1, 1, 1), 0.5)
     for rule in (deviation(1.0), hardest(0.001), power(3)):
@@ -168,6 +196,8 @@ def test_alpha_ramp():
     assert alpha_at(0, 4, ramp=0.0) == 1.0
     for step in range(40):
         assert alpha_at(step, 37) == pytest.approx(upstream.alpha_at(step, 37))
+    with pytest.raises(ValueError, match=r"^alpha_at: steps: wanted at least 1, got 0$"):
+        alpha_at(5, 0)
 
 
 def test_compiles(device):
@@ -176,6 +206,18 @@ def test_compiles(device):
         lambda t, s: hard_mined_cosine(t, s, deviation(1.0)), fullgraph=True, backend="aot_eager"
     )  # fmt: skip
     torch.testing.assert_close(step(teachers, students), hard_mined_cosine(teachers, students, deviation(1.0)))
+
+
+@pytest.mark.parametrize("of", [float, torch.tensor], ids=["number", "tensor"])
+def test_compiles_with_alpha_from_outside(of):
+    """Alpha as an argument: of a number dynamo makes a constant, then a symbol; the checks must break no graph."""
+    teachers, students = levels()
+    step = torch.compile(
+        lambda t, s, alpha: hard_mined_cosine(t, s, deviation(alpha)), fullgraph=True, backend="aot_eager"
+    )
+    for alpha in (-3.0, 0.5, 1.0):
+        expected = hard_mined_cosine(teachers, students, deviation(alpha))
+        torch.testing.assert_close(step(teachers, students, of(alpha)), expected)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +231,15 @@ def test_compiles(device):
 def test_wrong_lists(teacher, student, message):
     with pytest.raises(ValueError, match=message):
         global_cosine(teacher, student)
+
+
+def test_pairs_loss_refuses_in_one_sentence():
+    pair = (torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"^pairs_loss: pairs: wanted at least one, got none$"):
+        pairs_loss([], deviation(1.0))
+    for rule in (None, deviation(1.0)):
+        with pytest.raises(ValueError, match=r"^pairs_loss: form: wanted 'global' or 'point', got 'mean'$"):
+            pairs_loss([pair], rule, form="mean")
 
 
 def gradient_of_half(rank, file, teacher, student, gradients):

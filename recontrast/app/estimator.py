@@ -40,6 +40,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     which is checked, and are rounded to 255 levels. All are resized as in training on files: the path of an image and
     the PIL image of that path score the same to the bit.
 
+    The decision is split-conformal (Vovk et al., "Algorithmic Learning in a Random World", 2005; Lei et al., JASA
+    2018), see `recontrast.engine.calibrate`.
+
     Args:
         recipe: a `Recipe`, the name of one of the paper's ("mvtec", "visa", ...), or a YAML file: everything about
             training, map and score. The parameters below it take the place of its fields where they are not None.
@@ -113,6 +116,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             y: None: all of X is good. Else +1 for good and -1 for a defect, (n,): only the good ones are used, so that
                 a cross-validation with labels trains on what it should.
 
+        Returns:
+            The detector itself.
+
         Raises:
             ValueError: a parameter that cannot be, images that are none, or too few good ones for the promise.
             OSError: a file cannot be read.
@@ -161,26 +167,86 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     # ---- scores and decisions ------------------------------------------------------------------------------------
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Minus the anomaly score of each image, (n,): larger is more normal; `recontrast predict` has no minus."""
+        """Minus the anomaly score of each image: larger is more normal; `recontrast predict` has no minus.
+
+        Args:
+            X: images, see the class.
+
+        Returns:
+            (n,) float64.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: images that are none.
+            OSError: a file cannot be read.
+        """
         return -np.concatenate([scores for _, scores in self._run(X)])
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """``score_samples(X) - offset_``, (n,): below 0 is a defect."""
+        """``score_samples(X) - offset_``: below 0 is a defect.
+
+        Args:
+            X: images, see the class.
+
+        Returns:
+            (n,) float64.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: images that are none, or there is no calibration.
+            OSError: a file cannot be read.
+        """
         self._calibrated("decision_function")
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> NDArray[np.int64]:
-        """+1 for good and -1 for a defect, (n,): -1 is a p-value of at most ``false_alarm_rate``."""
+        """+1 for good and -1 for a defect: -1 is a p-value of at most ``false_alarm_rate``.
+
+        Args:
+            X: images, see the class.
+
+        Returns:
+            (n,) int64.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: images that are none, or there is no calibration.
+            OSError: a file cannot be read.
+        """
         found = self._calibrated("predict")
         return np.where(found.defects(-self.score_samples(X)), -1, 1)
 
     def p_values(self, X: Any) -> NDArray[np.float64]:
-        """Conformal p-values, (n,) in [1 / (m + 1), 1] with m images held out: small is unlike the good ones."""
+        """Conformal p-values: small is unlike the good ones.
+
+        Args:
+            X: images, see the class.
+
+        Returns:
+            (n,) float64 in [1 / (m + 1), 1], with m images held out.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: images that are none, or there is no calibration.
+            OSError: a file cannot be read.
+        """
         found = self._calibrated("p_values")
         return found.p_values(-self.score_samples(X))
 
     def anomaly_maps(self, X: Any) -> NDArray[np.float32]:
-        """Anomaly of each pixel, (n, H, W) with H, W = ``recipe_.out``: larger is *more anomalous*."""
+        """Anomaly of each pixel: larger is *more anomalous*.
+
+        Args:
+            X: images, see the class.
+
+        Returns:
+            (n, H, W) float32 with H, W = ``recipe_.out``.
+
+        Raises:
+            NotFittedError: `fit` was not called.
+            ValueError: images that are none.
+            OSError: a file cannot be read.
+        """
         return np.concatenate([maps for maps, _ in self._run(X)])
 
     def _run(self, X: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
@@ -205,7 +271,14 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint for `recontrast predict`, `evaluate` and the like; training cannot go on from it.
 
+        Args:
+            path: file to write or to replace.
+
+        Returns:
+            The path.
+
         Raises:
+            NotFittedError: `fit` was not called.
             OSError: the file cannot be written; a former one stays.
         """
         check_is_fitted(self)
@@ -218,6 +291,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         Args:
             path: what `recontrast train` or `save` wrote.
             device: as in the class.
+
+        Returns:
+            The detector.
 
         Raises:
             ValueError, OSError: there is no checkpoint, it is damaged, or its detector is one of tiles.

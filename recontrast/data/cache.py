@@ -52,6 +52,10 @@ class ImageCache:
     Attributes:
         shape: (N, H, W, 3).
         path: the cache file, None in memory.
+
+    Raises:
+        ValueError: files that are no images, a size, crop, tile or stride that is none, or fewer than 1 worker.
+        OSError: a file cannot be read, or the cache not be written: the bytes wanted and free are named.
     """
 
     def __init__(
@@ -97,14 +101,21 @@ class ImageCache:
         return self.shape[0]
 
     def __getitem__(self, indices: Any) -> np.ndarray:
-        """Copies of the images of a list, array or CPU tensor of integers or bools, or of a slice: (n, H, W, 3)."""
+        """Copies of images.
+
+        Args:
+            indices: a list, array or CPU tensor of integers or bools, (n,), or a slice.
+
+        Returns:
+            (n, H, W, 3) uint8.
+        """
         if isinstance(indices, slice):
             return self._images[indices].copy()
         index = np.atleast_1d(np.asarray(indices))
         return self._images[index if index.size else index.astype(np.intp)]  # an empty list would be of floats
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """All images on a device, (N, H, W, 3) uint8; a copy, made piece by piece."""
+        """All images on ``device`` (None: torch's default), (N, H, W, 3) uint8; a copy, made piece by piece."""
         result = torch.empty(self.shape, dtype=torch.uint8, device=device)
         step = max(1, 2**26 // max(1, self._image_bytes))  # pieces of 64 MB
         for start in range(0, len(self), step):

@@ -54,6 +54,11 @@ def load(path: PathLike | Sequence[PathLike], categories: Sequence[str] | None =
 
     Returns:
         Samples by category, train before test; of a plain folder by its own name, train only.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no folder but a file, no such category or one twice, no images, images beside the folders of
+            ``test``, or masks and images that do not go together.
     """
     paths = [Path(one) for one in ([path] if isinstance(path, (str, os.PathLike)) else path)]
     readers: dict[str, Callable[[], list[Sample]]] = {}
@@ -82,7 +87,12 @@ def _readers(path: Path) -> dict[str, Callable[[], list[Sample]]]:
 
 
 def categories(root: PathLike) -> list[str]:
-    """Names of the folders below ``root`` that have a ``train/good``, in natural order."""
+    """All names of the folders below ``root`` that have a ``train/good``, in natural order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no folder but a file.
+    """
     root = Path(root)
     _must_be_folder(root, "the root of a data set")
     return [child.name for child in _folders(root) if (child / "train" / GOOD).is_dir()]
@@ -97,6 +107,11 @@ def mvtec(root: PathLike, category: str) -> list[Sample]:
 
     Returns:
         Train, then test by defect folder, each in natural order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no folder but a file, no such category, no images, images beside the folders of ``test``, or masks
+            and images that do not go together.
     """
     root = Path(root)
     _must_be_folder(root, "the root of a data set")
@@ -118,6 +133,10 @@ def folder(
 
     Returns:
         Samples without masks, in natural order.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no folder but a file, or one without images.
     """
     path = Path(path)
     _must_be_folder(path, "a folder of images")

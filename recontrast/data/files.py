@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # compared in lower case
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Of what is taken for an image in a folder; compared in lower case."""
 
 PathLike = str | os.PathLike[str]
 
@@ -18,6 +19,10 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
 
     Returns:
         Files in the order of ``paths``, a folder's in natural order; never empty for a folder.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a folder without images.
     """
     found: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):

@@ -36,7 +36,8 @@ __all__ = [
     "read_pair",
 ]
 
-MAX_PIXELS = 512_000_000  # 1.5 GB as RGB: a larger header is damage or an attack before it is a photograph
+MAX_PIXELS = 512_000_000
+"""Most pixels of an image, 1.5 GB as RGB: a larger header is damage or an attack before it is a photograph."""
 
 _STRIP = 1 << 22  # pixels copied at once
 
@@ -53,6 +54,11 @@ def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = 
 
     Returns:
         (H, W, 3) uint8, RGB.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: no whole image of these kinds, more than `MAX_PIXELS`, samples without a known scale, or a size or
+            crop that is none.
     """
     return fit_picture(decode(path, MAX_PIXELS), size=size, crop=crop, name=path)
 
@@ -70,6 +76,9 @@ def fit_picture(
 
     Returns:
         (H, W, 3) uint8, RGB.
+
+    Raises:
+        ValueError: samples without a known scale, or a size or crop that is none.
     """
     return _rgb(_centre(name, _resize(_eight_bits(name, picture), size), crop))
 
@@ -97,6 +106,10 @@ def read_mask(
 
     Returns:
         (H, W) bool.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: as in `read_image`; another rule; or another size than the image's.
     """
     if rule not in ("any", "half"):
         raise ValueError(f"read_mask: rule must be 'any' or 'half', got {rule!r}")
@@ -125,6 +138,10 @@ def read_pair(
 
     Returns:
         Image (H, W, 3) uint8, and mask (H, W) bool or None.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: as in `read_image` and `read_mask`.
     """
     image = read_image(sample.path, size=size, crop=crop)
     if sample.mask is None:
@@ -133,7 +150,12 @@ def read_pair(
 
 
 def image_size(path: PathLike) -> tuple[int, int]:
-    """Upright height and width, in pixels, from the file's header."""
+    """The upright height and width of the image at ``path``, in pixels, from the file's header.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: no image of these kinds, or more than `MAX_PIXELS`.
+    """
     return upright_size(path, MAX_PIXELS)
 
 
@@ -157,7 +179,10 @@ def normalise(
         channels_last: memory layout of the result; True needs no reordering.
 
     Returns:
-        (N, 3, H, W).
+        (N, 3, H, W), in ``dtype``.
+
+    Raises:
+        ValueError: a batch of another shape or dtype.
     """
     if isinstance(batch, np.ndarray):
         batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
@@ -185,7 +210,18 @@ def _statistics(
 
 
 def height_width(value: Size, name: str) -> tuple[int, int]:
-    """Check a size in pixels, a number or (h, w), and return it as (h, w)."""
+    """A size in pixels as (h, w), checked.
+
+    Args:
+        value: a whole number above 0, or two of them.
+        name: begins the sentence of an error.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        ValueError: it is none.
+    """
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in pair):
         raise ValueError(f"{name} must be a positive number of pixels or two of them, (height, width), got {value!r}")

@@ -35,7 +35,23 @@ SCORING = ("size", "crop", "blur", "reduce", "score", "views", "tile")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a detector said of good images that it was not trained on, and the promise that was chosen."""
+    """What a detector said of good images that it was not trained on, and the promise that was chosen.
+
+    Attributes:
+        scores: of the calibration images, ascending, in the units of the map.
+        rate: promised share of false alarms among good images, in (0, 1), on average over calibration sets.
+        threshold: of the score: what is above it is a defect.
+        pixel_threshold: of the map's values; None where only scores were known, or maps differ in size.
+        pixel_rate: share of a good image's map above the pixel threshold, in (0, 1).
+        pixel_guarantee: by conformal risk control (Angelopoulos et al., 2022); else an empirical quantile, which
+            promises nothing.
+        source: where the good images came from, in words.
+        weights: `digest` of the detector: for any other the scores mean nothing.
+        looks: of each image, see `recontrast.engine.looks`; of older ones unknown.
+
+    Raises:
+        ValueError: scores out of order or not finite, a rate below 1 / (n + 1), or a threshold that is not theirs.
+    """
 
     scores: tuple[float, ...]  # ascending
     rate: float  # promised share of false alarms among good images, on average over calibration sets
@@ -61,19 +77,43 @@ class Calibration:
 
     @property
     def count(self) -> int:
-        """Calibration images, n."""
+        """The number of calibration images, n."""
         return len(self.scores)
 
     def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """The share of good images, the new one among them, with a score at least as high: (N,) to (N,) float64."""
+        """The share of good images, the new one among them, that score at least as high (Vovk et al., 2005).
+
+        Args:
+            scores: of new images, (N,).
+
+        Returns:
+            (N,) float64 in [1 / (n + 1), 1].
+        """
         return (1 + self._above(scores)) / (self.count + 1)
 
     def defects(self, scores: ArrayLike) -> NDArray[np.bool_]:
-        """Whether each p-value is at most ``rate``, which is score > ``threshold``; a NaN is a defect."""
+        """Whether each p-value is at most ``rate``, which is score > ``threshold``; a NaN is a defect.
+
+        Args:
+            scores: of new images, (N,).
+
+        Returns:
+            (N,) bool.
+        """
         return np.asarray(1 + self._above(scores) <= allowed(self.count, self.rate), np.bool_)
 
     def at(self, rate: float) -> "Calibration":
-        """The same images with another promise; refused below 1 / (n + 1)."""
+        """The same images with another promise.
+
+        Args:
+            rate: promised share of false alarms, in [1 / (n + 1), 1).
+
+        Returns:
+            A new calibration.
+
+        Raises:
+            ValueError: a rate outside of that.
+        """
         return replace(self, rate=rate, threshold=threshold(self.scores, rate))
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +122,17 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """The inverse of `to_dict`; a missing, unknown or impossible field is a ValueError."""
+        """The inverse of `to_dict`.
+
+        Args:
+            values: all fields by name; ``looks`` may be missing.
+
+        Returns:
+            The calibration.
+
+        Raises:
+            ValueError: a missing, unknown or impossible field.
+        """
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) | {"looks"} != names:
             got = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else type(values).__name__
@@ -116,6 +166,9 @@ def calibrate(
         source: where the images came from, in words.
         batch: images at once.
 
+    Returns:
+        The calibration of these weights and this recipe.
+
     Raises:
         ValueError: too few images for the rate, or a rate that is no share.
     """
@@ -132,11 +185,26 @@ def from_maps(
     found: Iterable[tuple[NDArray[Any], NDArray[Any]]], count: int, *, rate: float, pixel_rate: float, source: str,
     weights: str, seen: ArrayLike = (),
 ) -> Calibration:  # fmt: skip
-    """As `calibrate`, from maps (n, H, W) and scores (n,) of any detector, batch after batch, ``count`` images in all.
-
-    ``seen`` are `recontrast.engine.looks.looks` of the images, in any order; without them none can be compared later.
+    """As `calibrate`, from maps and scores of any detector.
 
     Maps of several sizes set no pixel threshold: its promise is of an image's share, and each image counts alike.
+
+    Args:
+        found: maps (n, H, W) and scores (n,), floating point, batch after batch.
+        count: images in all.
+        rate: as in `calibrate`.
+        pixel_rate: as in `calibrate`.
+        source: as in `calibrate`.
+        weights: `digest` of the detector.
+        seen: `recontrast.engine.looks.looks` of the images, (count, 4), in any order; without them none can be
+            compared later.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ValueError: too few images for the rate, rates that are no shares, another number of scores than ``count``, or
+            scores or maps that are not finite.
     """
     allowed(count, rate)
     if not 0 < pixel_rate < 1:
@@ -173,6 +241,13 @@ def from_maps(
 def allowed(count: int, rate: float) -> int:
     """m, the whole part of rate * (n + 1): so many of n + 1 exchangeable images may be called defects.
 
+    Args:
+        count: calibration images, n.
+        rate: promised share of false alarms.
+
+    Returns:
+        m, at least 1.
+
     Raises:
         ValueError: the rate is no share above 0 and below 1, or less than 1 / (n + 1), which nobody can promise.
     """
@@ -189,7 +264,18 @@ def allowed(count: int, rate: float) -> int:
 
 
 def threshold(scores: tuple[float, ...], rate: float) -> float:
-    """The m-th largest of ascending ``scores``, m = floor(rate * (n + 1))."""
+    """The threshold of split conformal prediction (Vovk et al., 2005; Lei et al., 2018): the m-th largest score.
+
+    Args:
+        scores: of n good images, ascending.
+        rate: promised share of false alarms; m = floor(rate * (n + 1)).
+
+    Returns:
+        What is above it is a defect.
+
+    Raises:
+        ValueError: as `allowed`.
+    """
     return float(scores[-allowed(len(scores), rate)])
 
 
@@ -197,7 +283,18 @@ def spread(count: int, rate: float, share: float = 0.9) -> tuple[float, float]:
     """The central interval of the false-alarm rate of one fixed calibration set, over calibration sets.
 
     With continuous scores it is Beta(m, n + 1 - m) distributed, m = floor(rate * (n + 1)) (Vovk, "Conditional validity
-    of inductive conformal predictors", 2012); ``share`` of the sets lie between the two returned rates.
+    of inductive conformal predictors", 2012).
+
+    Args:
+        count: calibration images, n.
+        rate: promised share of false alarms.
+        share: of the sets that lie between the two returned rates.
+
+    Returns:
+        The lower and the upper rate, shares in [0, 1].
+
+    Raises:
+        ValueError: as `allowed`.
     """
     from scipy.special import betaincinv
 
@@ -207,7 +304,15 @@ def spread(count: int, rate: float, share: float = 0.9) -> tuple[float, float]:
 
 
 def digest(weights: Mapping[str, Tensor], recipe: Recipe) -> str:
-    """SHA-256 of all weights and of what of the recipe decides a score."""
+    """SHA-256 of all weights and of what of the recipe decides a score.
+
+    Args:
+        weights: tensors by name, of any shape and dtype, on any device.
+        recipe: its fields `SCORING` count.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     values = recipe.to_dict()
     # Unset fields are left out: those that a later version adds with "off" as default change nothing.
     said = {key: values[key] for key in SCORING if values.get(key) is not None}
@@ -220,7 +325,7 @@ def digest(weights: Mapping[str, Tensor], recipe: Recipe) -> str:
 
 
 def statement(found: Calibration) -> list[str]:
-    """What is promised, in sentences."""
+    """What ``found`` promises, in sentences."""
     n, m = found.count, allowed(found.count, found.rate)
     low, high = spread(n, found.rate)
     pixels = f"{found.pixel_rate:.3g} of a good image's map"

@@ -26,7 +26,21 @@ _KEY = "recontrast_checkpoint"  # under it the format: tells our files from any 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds."""
+    """What a file holds.
+
+    Attributes:
+        step: optimiser steps done.
+        category: what it was trained on.
+        recipe: that it was trained with.
+        model_config: constructor arguments of `ReContrast`, the backbone's name among them.
+        preprocessing: size and crop in pixels as (height, width) or none; mean and std of the three channels.
+        images: of training: how many, and the digest of their pixels.
+        model: all weights by name, the frozen encoder's too.
+        optimisers: their states; empty where only prediction follows.
+        rng: states of random generators, and the place in the epoch; empty likewise.
+        version: of the package that wrote it.
+        calibration: of these very weights, or None.
+    """
 
     step: int  # optimiser steps done
     category: str  # what it was trained on
@@ -61,7 +75,12 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to an open ``file``, which `read` understands."""
+    """Write a checkpoint where `read` can read it.
+
+    Args:
+        file: open for writing bytes.
+        checkpoint: tensors may be on any device.
+    """
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content["recipe"] = checkpoint.recipe.to_dict()
     content["calibration"] = None if checkpoint.calibration is None else checkpoint.calibration.to_dict()
@@ -69,7 +88,19 @@ def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read what `save` wrote, tensors on ``device``."""
+    """Read what `save` wrote.
+
+    Args:
+        path: checkpoint file.
+        device: where its tensors go.
+
+    Returns:
+        All that the file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of ours, of another format, cut off or damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: wanted a checkpoint file, there is {'a folder' if path.is_dir() else 'none'}")
@@ -78,7 +109,19 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
 
 
 def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read what `write` wrote, tensors on ``device``; ``path`` is what errors name."""
+    """Read what `write` wrote.
+
+    Args:
+        file: open for reading bytes, at any place.
+        path: what errors name.
+        device: where its tensors go.
+
+    Returns:
+        All that the file holds.
+
+    Raises:
+        ValueError: it is none of ours, of another format, cut off or damaged.
+    """
     size = file.seek(0, 2)
     damaged = f"{path}: the checkpoint is cut off or damaged ({size:,} bytes)"
     whole = zipfile.is_zipfile(file)  # torch.save writes zip archives; anything else would reach a pickle reader
@@ -113,7 +156,18 @@ def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") 
 
 
 def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
-    """The model that ``checkpoint``, read from ``path``, holds, on the CPU and in training mode."""
+    """The model that a checkpoint holds.
+
+    Args:
+        checkpoint: with its weights.
+        path: what errors name.
+
+    Returns:
+        The model on the CPU, in training mode.
+
+    Raises:
+        ValueError: this version cannot build it, or the weights do not fit.
+    """
     try:
         model = ReContrast(**{**checkpoint.model_config, "weights": "random"})  # every value is overwritten below
     except TypeError as error:
@@ -126,14 +180,34 @@ def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
 
 
 def calibrated(path: str | Path, calibration: Calibration) -> Path:
-    """Put ``calibration`` into the checkpoint at ``path``; all else stays, and so does the file if that fails."""
+    """Put a calibration into a checkpoint; all else stays, and so does the file if that fails.
+
+    Args:
+        path: checkpoint file, replaced.
+        calibration: of its weights.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no checkpoint, a damaged one, or a calibration of other weights.
+        OSError: the file cannot be read or written.
+    """
     found = replace(load(path), calibration=calibration)
     check_calibration(found, path)
     return save(path, found)
 
 
 def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Refuse a calibration of other weights, or of another way to score."""
+    """Refuse a calibration of other weights, or of another way to score.
+
+    Args:
+        checkpoint: with its weights.
+        path: what the error names.
+
+    Raises:
+        ValueError: it has such a one.
+    """
     wanted = checkpoint.calibration.weights if checkpoint.calibration is not None else None
     if wanted is not None and wanted != (got := digest(checkpoint.model, checkpoint.recipe)):
         raise ValueError(
@@ -143,7 +217,16 @@ def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
 
 
 def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path) -> None:
-    """Copy the weights of ``checkpoint``, read from ``path``, and its normalisation into ``model``."""
+    """Copy the weights of a checkpoint and its normalisation into a model.
+
+    Args:
+        model: changed in place.
+        checkpoint: with its weights.
+        path: what the error names.
+
+    Raises:
+        ValueError: the weights do not fit.
+    """
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
@@ -163,7 +246,8 @@ def load_model(path: str | Path, device: str | torch.device | None = None) -> tu
         The model in eval mode, its recipe, and the rest of the checkpoint without its tensors.
 
     Raises:
-        ValueError: the file is none of ours, is damaged, or holds a calibration of other weights.
+        ValueError: the file is none of ours, is damaged, or holds a calibration of other weights; no such device.
+        FileNotFoundError: there is no such file.
     """
     where = choose(device)
     checkpoint = load(path)

@@ -50,7 +50,15 @@ class Detector(Protocol):
         """The largest value that a map can have."""
 
     def run(self, files: Inputs, batch: int) -> Iterator[Scored]:
-        """Maps and scores of all ``files`` in their order, ``batch`` images at once."""
+        """Maps and scores of all files in their order.
+
+        Args:
+            files: the images.
+            batch: images at once.
+
+        Returns:
+            Maps (n, H, W) and scores (n,), float32, batch after batch.
+        """
 
 
 class Torch:
@@ -74,7 +82,8 @@ class Torch:
             inference: how the model is run, None: as trained, and folded; scores that differ have no calibration.
 
         Raises:
-            ValueError: it was trained at the other scale, or tile or overlap do not do.
+            ValueError: it was trained at the other scale, tile or overlap do not do, or the checkpoint is none.
+            OSError: the checkpoint cannot be read.
         """
         inference = inference or Inference()
         model, stored, about = checkpoints.load_model(path, device)
@@ -105,7 +114,15 @@ class Torch:
         )
 
     def run(self, files: Inputs, batch: int) -> Iterator[Scored]:
-        """See `Detector`; the next batch is decoded while the network runs, tiled images are read one by one."""
+        """See `Detector`; the next batch is decoded while the network runs, tiled images are read one by one.
+
+        Args:
+            files: the images.
+            batch: images, or tiles, at once.
+
+        Yields:
+            Maps (n, H, W) and scores (n,), float32.
+        """
         if self.overlap is not None:
             yield from tiled.run(self.model, files, self.recipe, self.overlap, batch)
             return
@@ -125,7 +142,17 @@ def open_detector(
     overlap: int | None = None,
     inference: Inference | None = None,
 ) -> Detector:
-    """The detector in a file; ``tile``, ``overlap`` and ``inference`` as `Torch` takes them, of a checkpoint alone.
+    """The detector in a file.
+
+    Args:
+        path: a checkpoint, or an exported file by its suffix.
+        device: None: the GPU where there is one.
+        tile: as in `Torch`; of a checkpoint alone, as the two below.
+        overlap: as in `Torch`.
+        inference: as in `Torch`.
+
+    Returns:
+        What gives maps and scores.
 
     Raises:
         ValueError, OSError: there is none, in one sentence.
@@ -141,7 +168,15 @@ def open_detector(
 
 
 def covered(shape: Sequence[int], recipe: Recipe) -> tuple[int, int, int, int]:
-    """The part of an original image of ``shape`` (H, W) that the map stands for: top, left, height, width."""
+    """The part of an original image that the map stands for.
+
+    Args:
+        shape: height and width of the image, pixels.
+        recipe: of the detector: its size and crop, or tile.
+
+    Returns:
+        Top, left, height and width, pixels.
+    """
     if recipe.tile is not None:
         return 0, 0, shape[0], shape[1]
     found = []

@@ -74,6 +74,11 @@ def evaluate(
 
     Returns:
         A row for each category, in the order in which they come, their mean, and the score of each image.
+
+    Raises:
+        ValueError: no test images, fewer than 1 at once, a size that the model's strides do not divide, files that are
+            no images, or masks that do not fit them.
+        OSError: a file cannot be read, or the cache or the maps not be written.
     """
     groups = _test_images(samples)
     if batch < 1:

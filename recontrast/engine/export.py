@@ -39,14 +39,23 @@ OPSET = 18
 
 @dataclass(frozen=True)
 class Shipment:
-    """What was written."""
+    """What was written.
+
+    Attributes:
+        path: the file to open.
+        files: all of them: OpenVINO's weights lie beside the path.
+        outputs: names of what the graph gives.
+        images: compared.
+        difference: the largest relative one of their scores.
+        notes: what the user should know, sentences.
+    """
 
     path: Path
-    files: tuple[Path, ...]  # OpenVINO's weights lie beside the path
+    files: tuple[Path, ...]
     outputs: tuple[str, ...]
-    images: int  # compared
-    difference: float  # the largest relative one of their scores
-    notes: tuple[str, ...]  # what the user should know
+    images: int
+    difference: float
+    notes: tuple[str, ...]
 
 
 def export(
@@ -102,7 +111,7 @@ def export(
 
 
 def describe(detector: Torch) -> dict[str, Any]:
-    """What goes into the file as text: all that is needed to run it, and to know where it comes from."""
+    """What goes into the file of ``detector`` as text: all that is needed to run it and to know its origin."""
     recipe, model = detector.recipe, detector.model
     size, crop = pair(recipe.size), None if recipe.crop is None else pair(recipe.crop)
     return {
@@ -123,7 +132,15 @@ def describe(detector: Torch) -> dict[str, Any]:
 
 
 def draw(folder: Path, size: tuple[int, int]) -> list[Path]:
-    """Images to compare on: of the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey."""
+    """Images to compare on: of the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey.
+
+    Args:
+        folder: made; the images are PNG files in it.
+        size: of the model's images, (height, width), pixels.
+
+    Returns:
+        Their paths.
+    """
     (h, w), random = size, np.random.default_rng(0)
     sizes = [
         (h, w),
@@ -152,7 +169,16 @@ def draw(folder: Path, size: tuple[int, int]) -> list[Path]:
 def compare(
     detector: Torch, exported: Exported, paths: Sequence[Path], tolerance: float = TOLERANCE
 ) -> tuple[int, float]:
-    """How many images, and the largest relative difference of a score between a checkpoint and its exported file.
+    """Whether an exported file gives the scores of its checkpoint.
+
+    Args:
+        detector: the checkpoint.
+        exported: the file.
+        paths: images.
+        tolerance: largest relative difference of a score.
+
+    Returns:
+        How many images, and the largest relative difference.
 
     Raises:
         ValueError: it is more than ``tolerance``; or p-values or decisions are not those of the file's own scores.
@@ -193,7 +219,7 @@ def _in_float32(detector: Torch) -> list[str]:
 
 
 def traced(graph: Deployed) -> torch.export.ExportedProgram:
-    """The graph written down by torch.export, for any number of images of any size."""
+    """The graph ``graph`` written down by torch.export, for any number of images of any size, (N, H, W, 3) uint8."""
     size, any_length = graph.resize.out, torch.export.Dim.DYNAMIC
     example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
     lengths = ((any_length, any_length, any_length, torch.export.Dim.STATIC),)

@@ -37,6 +37,10 @@ def infer(
 
     Yields:
         Maps (N, H, W) and scores (N,), float32, on the model's device.
+
+    Raises:
+        ValueError: a size that the model's strides do not divide, or images that cannot be decoded.
+        OSError: a file of theirs cannot be read.
     """
     weight = next(model.parameters())
     last = memory_format(recipe, weight.device) == torch.channels_last
@@ -76,7 +80,18 @@ def infer(
 
 
 def highest(model: ReContrast | Folded, recipe: Recipe) -> float:
-    """The largest value that a map can have: a cosine distance is at most 2."""
+    """The largest value that a map can have: a cosine distance is at most 2.
+
+    Args:
+        model: for the number of its levels and encoders.
+        recipe: for ``views``, ``reduce`` and the size.
+
+    Returns:
+        2, times the number of pairs where they are summed.
+
+    Raises:
+        ValueError: a size that the model's strides do not divide.
+    """
     groups = 2 if model.frozen is not None and recipe.views == "both" else 1
     return 2.0 * groups * len(model.map_sizes(recipe.out)) if recipe.reduce == "sum" else 2.0
 
@@ -85,7 +100,11 @@ class Clock:
     """Seconds by name between marks; on CUDA of the device's time, so that nothing waits before `seconds`."""
 
     def __init__(self, device: torch.device) -> None:
-        """A clock of ``device`` that starts now."""
+        """A clock that starts now.
+
+        Args:
+            device: whose time it is.
+        """
         self.cuda = device.type == "cuda"
         self.marks: list[tuple[str, Any]] = []
         self.mark("start")
@@ -100,7 +119,7 @@ class Clock:
             self.marks.append((name, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """The sum for each name; waits for the device."""
+        """The sum for each name, seconds; waits for the device."""
         if self.cuda:
             self.marks[-1][1].synchronize()
         total: dict[str, float] = {}
@@ -111,7 +130,13 @@ class Clock:
 
 
 class Files:
-    """Image files, decoded when they are indexed."""
+    """Image files, decoded when they are indexed.
+
+    Args:
+        samples: the files.
+        recipe: for size and crop.
+        workers: threads that decode; None takes one per CPU.
+    """
 
     def __init__(self, samples: Sequence[Sample], recipe: Recipe, workers: int | None) -> None:
         self.samples, self.recipe, self.workers = samples, recipe, workers
@@ -120,12 +145,17 @@ class Files:
         return len(self.samples)
 
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
+        """The images of an array of whole numbers ``index``: (n, H, W, 3) uint8."""
         wanted = [self.samples[i] for i in index]
         return ImageCache(wanted, self.recipe.size, self.recipe.crop, workers=self.workers)[:]
 
 
 class Chain:
-    """Images of several sources as those of one, in their order."""
+    """Images of several sources as those of one, in their order.
+
+    Args:
+        sources: images of one size.
+    """
 
     def __init__(self, sources: Sequence[Images]) -> None:
         self.sources = sources
@@ -135,6 +165,7 @@ class Chain:
         return self.ends[-1]
 
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
+        """The images of an array of rising whole numbers ``index``: (n, H, W, 3) uint8."""
         parts = []
         for source, (begin, end) in zip(self.sources, pairwise(self.ends), strict=True):
             inside = index[(index >= begin) & (index < end)]  # indices rise

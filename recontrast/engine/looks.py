@@ -32,7 +32,7 @@ def looks(images: Images, batch: int = 16) -> NDArray[np.float64]:
         batch: images at once.
 
     Returns:
-        (n, 4) float64, rounded to 6 digits.
+        (n, 4) float64, rounded to 6 digits: brightness, contrast, sharpness and warmth, of grey values in [0, 1].
     """
     found = [np.empty((0, len(LOOKS)))]
     for start in range(0, len(images), batch):
@@ -48,17 +48,25 @@ def looks(images: Images, batch: int = 16) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Change:
-    """How the looks of new good images differ from those of the calibration images."""
+    """How the looks of new good images differ from those of the calibration images.
 
-    count: int  # new good images
-    p_value: float  # how often a difference like this comes by chance
-    name: str  # of `LOOKS`: what differs most
-    before: float  # median over the calibration images
-    after: float  # median over the new ones
+    Attributes:
+        count: new good images.
+        p_value: how often a difference like this comes by chance.
+        name: of `LOOKS`: what differs most.
+        before: median over the calibration images, in the units of `LOOKS`.
+        after: median over the new ones.
+    """
+
+    count: int
+    p_value: float
+    name: str
+    before: float
+    after: float
 
     @property
     def far(self) -> bool:
-        """Whether to warn."""
+        """Whether to warn: ``p_value`` is below `ALARM`."""
         return self.p_value < ALARM
 
     def sentence(self) -> str:
@@ -76,10 +84,20 @@ class Change:
 
 
 def change(known: NDArray[np.float64], new: NDArray[np.float64]) -> Change:
-    """Compare looks (m, 4) of calibration images with those (n, 4) of new good ones.
+    """Compare looks of calibration images with those of new good ones.
 
     Kolmogorov-Smirnov, which sees any difference, and Mann-Whitney, which sees a shift with fewer images, of each of
     the four; the smallest p-value counts eight times (Bonferroni).
+
+    Args:
+        known: `looks` of the calibration images, (m, 4).
+        new: `looks` of the new ones, (n, 4).
+
+    Returns:
+        What differs most.
+
+    Raises:
+        ValueError: no image on one side.
     """
     from scipy.stats import ks_2samp, mannwhitneyu
 

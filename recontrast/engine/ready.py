@@ -20,18 +20,28 @@ class Inference:
 
     Folding and compiling change rounding alone, in float32; in bfloat16 folding moves scores by some thousandths. Other
     views, another precision and that give other scores: a calibration does not hold for them.
+
+    Attributes:
+        views: maps by their target, as in `Recipe`: one takes 0.7 of the time.
+        precision: of the convolutions.
+        channels_last: memory layout of images and weights.
+        folded: every BatchNorm part of the convolution before it; bfloat16 weights are rounded once. None: where a
+            detector was not trained in bfloat16, whose scores it would move.
+        compiled: through torch.compile: minutes at the start on a CPU.
     """
 
-    views: Literal["both", "trained", "frozen"] | None = None  # maps by their target: one takes 0.7 of the time
+    views: Literal["both", "trained", "frozen"] | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     channels_last: bool | None = None
-    # Every BatchNorm part of the convolution before it; bfloat16 weights are rounded once. None: where a detector was
-    # not trained in bfloat16, whose scores it would move.
     folded: bool | None = None
-    compiled: bool = False  # torch.compile: minutes at the start on a CPU
+    compiled: bool = False
 
     def recipe(self, trained: Recipe) -> Recipe:
-        """``trained`` with what is asked for; ValueError where its model has no such views."""
+        """The recipe ``trained`` with what is asked for.
+
+        Raises:
+            ValueError: its model has no such views.
+        """
         asked = {"views": self.views, "precision": self.precision, "channels_last": self.channels_last}
         return trained.replace(**{name: value for name, value in asked.items() if value is not None})
 
@@ -41,7 +51,7 @@ class Inference:
         return alike and not (self.folds(trained) and trained.precision == "bfloat16")
 
     def folds(self, trained: Recipe) -> bool:
-        """Whether BatchNorm is folded."""
+        """Whether BatchNorm is folded in a model of the recipe ``trained``."""
         if self.folded is not None:
             return self.folded
         return trained.precision == "float32" or self.recipe(trained).precision != trained.precision
@@ -53,6 +63,12 @@ class Inference:
             model: on its device; it is left as it is where it is folded, and compiled in place where it is not.
             recipe: as `recipe` gives it.
             trained: as the checkpoint has it.
+
+        Returns:
+            The model, or a folded copy of it.
+
+        Raises:
+            ValueError: a size that the model's strides do not divide.
         """
         network = fold(model, recipe.out) if self.folds(trained) else model
         if isinstance(network, Folded) and recipe.precision == "bfloat16":

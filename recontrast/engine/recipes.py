@@ -25,59 +25,104 @@ class Recipe:
 
     ``loss`` to ``pairs`` are the switches of the paper's ablation (Table 6), of one model and one loop; ``views`` is
     that of Table A6. RD4AD is ``train_encoder=False, pairs="self", mining=False``, with ``loss="point"`` as in its
-    paper or ``"global"`` as in its code.
+    paper or ``"global"`` as in its code. Defaults are those of upstream's recontrast_mvtec.py.
+
+    Attributes:
+        name: that results and errors say.
+        backbone: timm's name; the default has torchvision's first weights, the ones that the paper starts from.
+        weights: as `recontrast.ReContrast` takes them; None: by name, through the hub.
+        steps: of the optimisers.
+        batch: images of a step, of all processes together.
+        size: pixels, a square or (height, width).
+        crop: pixels, centre crop after resizing, likewise; None: all.
+        tile: pixels; images keep their own scale and are seen in tiles: ``size`` counts for nothing.
+        stride: pixels from one training tile to the next; None: ``tile``, without overlap.
+        encoder_bn: mode of the trained encoder's BatchNorm; "auto": by category, see `encoder_bn_for`.
+        bn_train_categories, bn_eval_categories: those for which "auto" was chosen so by the authors.
+        decoder_lr: learning rate of bottleneck and decoder.
+        encoder_lr: learning rate of the trained encoder.
+        weight_decay, betas, eps, amsgrad: of AdamW.
+        alpha_start, alpha_end: of `recontrast.alpha_at`, standard deviations.
+        ramp: share of the steps over which alpha rises, in [0, 1].
+        factor: gradient of the easy points, at least 0.
+        activation: of the decoder.
+        partial_norm: `PartialNorm2d` in the encoders.
+        blur, reduce: of `recontrast.AnomalyMap`.
+        score: of an image: "max", "mean", or the mean of this top share of its points, in (0, 1].
+        mask_rule: of `recontrast.data.images.read_mask`.
+        seed: of weights, order and what is held out, from 0 to 2**63 - 1.
+        drop_last: whether an epoch's last batch is left out where it is smaller.
+        precision: of the convolutions; "bfloat16" by autocast.
+        tf32: float32 convolutions in TF32 where the GPU has it: cuDNN's default, and so the reference's.
+        channels_last: memory layout; None: as is faster on the device.
+        compile: the model through torch.compile: half a minute and more at the start of training.
+        graph: steps replayed as a CUDA graph; elsewhere they are not.
+        log_every: steps; the loss is read from the device only then.
+        checkpoint_every: steps.
+        lr_drop: both learning rates are multiplied by it from ``lr_drop_at`` on.
+        lr_drop_at: share of the steps, in [0, 1].
+        wipe_every: steps after which the decoder's AdamW forgets its moments and its step count; None: never.
+        rest: steps after each such wipe in which the encoder is not moved.
+        loss: cosine of the whole map (paper), or mean over points (RD4AD's paper).
+        mining: hard-normal mining: alpha and factor; of the global loss alone.
+        stop_gradient: the target of a pair is a constant.
+        train_encoder: False: the one encoder stays as pretrained, as in RD4AD.
+        pairs: each encoder rebuilt from the other, or one from itself (L pairs).
+        views: pairs of the anomaly map, by their target.
+        holdout: share of the good training images that is kept back, to calibrate on, in [0, 1).
+
+    Raises:
+        ValueError: a field of another type or out of its range, or fields that exclude each other.
     """
 
     name: str = "mvtec"
-    backbone: str = "wide_resnet50_2.tv_in1k"  # torchvision's first weights, the ones that the paper starts from
-    weights: str | None = None  # as `recontrast.ReContrast` takes them; None: by name, through the hub
+    backbone: str = "wide_resnet50_2.tv_in1k"
+    weights: str | None = None
     steps: int = 2000
     batch: int = 16
-    size: int | tuple[int, int] = 256  # pixels, a square or (height, width)
-    crop: int | tuple[int, int] | None = None  # pixels, centre crop after resizing
-    tile: int | None = None  # pixels; images keep their own scale and are seen in tiles: ``size`` counts for nothing
-    stride: int | None = None  # pixels from one training tile to the next; None: ``tile``, without overlap
-    encoder_bn: Literal["auto", "train", "eval"] = "auto"  # auto: by category, see `encoder_bn_for`
+    size: int | tuple[int, int] = 256
+    crop: int | tuple[int, int] | None = None
+    tile: int | None = None
+    stride: int | None = None
+    encoder_bn: Literal["auto", "train", "eval"] = "auto"
     bn_train_categories: tuple[str, ...] = MVTEC_BN_TRAIN
     bn_eval_categories: tuple[str, ...] = MVTEC_BN_EVAL
-    decoder_lr: float = 2e-3  # bottleneck and decoder
+    decoder_lr: float = 2e-3
     encoder_lr: float = 1e-5
     weight_decay: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     alpha_start: float = -3.0
     alpha_end: float = 1.0
-    ramp: float = 0.1  # share of the steps over which alpha rises
-    factor: float = 0.0  # gradient of the easy points
+    ramp: float = 0.1
+    factor: float = 0.0
     activation: Literal["relu", "gelu"] = "relu"
     partial_norm: bool = False
     blur: Literal["reflect", "zero5"] | None = "reflect"
     reduce: Literal["sum", "mean"] = "sum"
-    score: Literal["max", "mean"] | float = (
-        "max"  # of an image: "max", "mean", or the mean of this top share of its points
-    )
+    score: Literal["max", "mean"] | float = "max"
     mask_rule: Literal["any", "half"] = "any"
     seed: int = 111
     drop_last: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
-    tf32: bool = True  # float32 convolutions in TF32 where the GPU has it: cuDNN's default, and so the reference's
-    channels_last: bool | None = None  # None: as is faster on the device
-    compile: bool = False  # the model through torch.compile: half a minute and more at the start
-    graph: bool = False  # steps replayed as a CUDA graph; elsewhere they are not
-    log_every: int = 20  # steps; the loss is read from the device only then
-    checkpoint_every: int = 250  # steps
+    tf32: bool = True
+    channels_last: bool | None = None
+    compile: bool = False
+    graph: bool = False
+    log_every: int = 20
+    checkpoint_every: int = 250
     amsgrad: bool = False
-    lr_drop: float = 1.0  # both learning rates are multiplied by it ...
-    lr_drop_at: float = 1.0  # ... from this share of the steps on
-    wipe_every: int | None = None  # steps after which the decoder's AdamW forgets its moments and its step count
-    rest: int = 0  # steps after each such wipe in which the encoder is not moved
-    loss: Literal["global", "point"] = "global"  # cosine of the whole map (paper), or mean over points (RD4AD's paper)
-    mining: bool = True  # hard-normal mining: alpha and factor; of the global loss alone
-    stop_gradient: bool = True  # the target of a pair is a constant
-    train_encoder: bool = True  # false: the one encoder stays as pretrained, as in RD4AD
-    pairs: Literal["cross", "self"] = "cross"  # each encoder rebuilt from the other, or one from itself (L pairs)
-    views: Literal["both", "trained", "frozen"] = "both"  # pairs of the anomaly map, by their target
-    holdout: float = 0.0  # share of the good training images that is kept back, to calibrate on
+    lr_drop: float = 1.0
+    lr_drop_at: float = 1.0
+    wipe_every: int | None = None
+    rest: int = 0
+    loss: Literal["global", "point"] = "global"
+    mining: bool = True
+    stop_gradient: bool = True
+    train_encoder: bool = True
+    pairs: Literal["cross", "self"] = "cross"
+    views: Literal["both", "trained", "frozen"] = "both"
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every field; whole numbers given for real ones and lists given for tuples are converted."""
@@ -127,13 +172,13 @@ class Recipe:
 
     @property
     def out(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the images or tiles that the model sees and of the maps that it gives."""
+        """The height and width, in pixels, of the images or tiles that the model sees and of the maps that it gives."""
         if self.tile is not None:
             return self.tile, self.tile
         return pair(self.size if self.crop is None else self.crop)
 
     def encoder_bn_for(self, category: str) -> Literal["train", "eval"]:
-        """BatchNorm mode of the trained encoder for ``category``.
+        """The BatchNorm mode of the trained encoder for ``category``.
 
         With ``encoder_bn="auto"`` as the paper chose it for its own categories, and ``"eval"`` for any other: one
         class in a batch says little about the statistics of another.
@@ -143,7 +188,11 @@ class Recipe:
         return "train" if category in self.bn_train_categories else "eval"
 
     def replace(self, **changes: Any) -> "Recipe":
-        """A copy with ``changes``, checked."""
+        """A copy with ``changes``, checked.
+
+        Raises:
+            ValueError: an unknown field, or a value that is not allowed.
+        """
         _refuse_unknown(changes, self.name)
         return replace(self, **changes)
 
@@ -153,7 +202,17 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The inverse of `to_dict`; absent fields take their defaults, unknown ones are refused."""
+        """The inverse of `to_dict`.
+
+        Args:
+            values: fields by name; absent ones take their defaults.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            ValueError: no mapping, an unknown field, or a value that is not allowed.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe: wanted a mapping of field names to values, got {type(values).__name__}")
         _refuse_unknown(values, str(values.get("name", "mvtec")))
@@ -161,12 +220,21 @@ class Recipe:
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size that may be one number."""
+    """The (height, width) of ``size``, which may be one number."""
     return (size, size) if isinstance(size, int) else size
 
 
 def differences(one: Recipe, other: Recipe, ignore: tuple[str, ...] = ()) -> list[str]:
-    """One text for each field in which two recipes differ: ``"batch: 16 and 8"``."""
+    """Each field in which two recipes differ.
+
+    Args:
+        one: a recipe.
+        other: another.
+        ignore: names of fields.
+
+    Returns:
+        Texts like ``"batch: 16 and 8"``.
+    """
     a, b = one.to_dict(), other.to_dict()
     return [f"{key}: {a[key]!r} and {b[key]!r}" for key in a if key not in ignore and a[key] != b[key]]
 
@@ -219,3 +287,8 @@ RECIPES: dict[str, Recipe] = {
         _APTOS.replace(name="isic2018", steps=2000, crop=224, score="mean"),  # recontrast_isic.py
     )
 }
+"""The recipes of the nine scripts in the paper's public code (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602):
+
+"mvtec", "visa", "mvtec_stable", "visa_stable" (appendix E), "mvtec_unified", "visa_unified", "aptos", "oct2017" and
+"isic2018", each by the name of `Recipe.name`. To change one: ``RECIPES["mvtec"].replace(steps=500)``.
+"""

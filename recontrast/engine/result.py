@@ -26,24 +26,40 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One category, or the mean of several. A metric that cannot be formed is None; ``note`` says why."""
+    """One category, or the mean of several. A metric that cannot be formed is None; ``note`` says why.
+
+    Attributes:
+        category: its name, or "mean".
+        images: how many.
+        defects: images with one.
+        i_auroc, i_ap, i_f1: metrics of images, in [0, 1]; F1 is the largest over all thresholds.
+        i_accuracy: share of images called rightly at that threshold.
+        p_auroc, p_ap, p_f1: metrics of pixels, in [0, 1].
+        aupro: over the data set.
+        aupro_per_image: the reference's.
+        i_threshold: image score that gives ``i_f1``, chosen on these very images.
+        p_threshold: map value that gives ``p_f1``.
+        seconds: loading (waited for), forward, maps, metrics.
+        bounds: of streamed metrics, by name: the exact one is as near, or nearer.
+        note: why metrics are lacking; empty where none is.
+    """
 
     category: str
     images: int
-    defects: int  # images with one
+    defects: int
     i_auroc: float | None = None
     i_ap: float | None = None
-    i_f1: float | None = None  # largest over all thresholds
-    i_accuracy: float | None = None  # at that threshold
+    i_f1: float | None = None
+    i_accuracy: float | None = None
     p_auroc: float | None = None
     p_ap: float | None = None
     p_f1: float | None = None
-    aupro: float | None = None  # over the data set
-    aupro_per_image: float | None = None  # the reference's
-    i_threshold: float | None = None  # image score that gives i_f1, chosen on these very images
-    p_threshold: float | None = None  # map value that gives p_f1
-    seconds: dict[str, float] = field(default_factory=dict)  # loading (waited for), forward, maps, metrics
-    bounds: dict[str, float] = field(default_factory=dict)  # of streamed metrics: the exact one is as near, or nearer
+    aupro: float | None = None
+    aupro_per_image: float | None = None
+    i_threshold: float | None = None
+    p_threshold: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
 
@@ -60,22 +76,32 @@ class Scored:
 
 @dataclass(frozen=True)
 class Result:
-    """Rows by category, their mean, and what was decided before: metrics are in [0, 1]."""
+    """Rows by category, their mean, and what was decided before: metrics are in [0, 1].
+
+    Attributes:
+        rows: one for each category.
+        recipe: its name.
+        size: of images and maps, (height, width), pixels.
+        score, blur, reduce, mask_rule: of the recipe.
+        scored: each image.
+        decided: what a calibration decides on these images.
+        tile: pixels; images and maps then have the size of the files, and ``size`` is that of a tile.
+    """
 
     rows: list[Row]
     recipe: str
-    size: tuple[int, int]  # of images and maps, (height, width)
+    size: tuple[int, int]
     score: str | float
     blur: str | None
     reduce: str
     mask_rule: str
-    scored: list[Scored] = field(default_factory=list, repr=False)  # each image
-    decided: dict[str, Any] | None = None  # what a calibration decides on these images
-    tile: int | None = None  # pixels; images and maps then have the size of the files, and ``size`` is that of a tile
+    scored: list[Scored] = field(default_factory=list, repr=False)
+    decided: dict[str, Any] | None = None
+    tile: int | None = None
 
     @property
     def mean(self) -> Row:
-        """Mean of each metric over the categories that have it; images and seconds are summed."""
+        """The mean of each metric over the categories that have it; images and seconds are summed."""
         seconds: dict[str, float] = {}
         for row in self.rows:
             for name, value in row.seconds.items():
@@ -93,7 +119,7 @@ class Result:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the scores of the images as plain values that JSON can hold."""
+        """All but the scores of the images as plain values that JSON can hold."""
         found = {**asdict(self), "size": list(self.size), "mean": asdict(self.mean)}
         del found["scored"]
         return found
@@ -146,7 +172,17 @@ class Result:
         return text.getvalue()
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write ``results.json``, ``.csv`` and ``.md`` and ``scores.csv`` into ``folder``, each whole or not at all."""
+        """Write ``results.json``, ``.csv`` and ``.md`` and ``scores.csv``, each whole or not at all.
+
+        Args:
+            folder: made if need be.
+
+        Returns:
+            The four paths.
+
+        Raises:
+            OSError: a file cannot be written; a former one stays.
+        """
         texts = {
             "results.json": json.dumps(self.to_dict(), indent=1) + "\n",
             "results.csv": self.to_csv(),

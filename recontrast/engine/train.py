@@ -40,19 +40,29 @@ OnLog = Callable[[int, float, float, float], None]  # step, loss, images per sec
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` leaves."""
+    """What `train` leaves.
 
-    model: ReContrast  # in eval mode
+    Attributes:
+        model: in eval mode.
+        recipe: that it was trained with.
+        category: as it was given, or made of the samples'.
+        checkpoint: the file; None where nothing is written.
+        losses: one for each step made in this call.
+        seconds: of those steps; decoding and checkpoints left out.
+        state: as it would be written, without what only another step would need.
+    """
+
+    model: ReContrast
     recipe: Recipe
     category: str
     checkpoint: Path | None
-    losses: list[float]  # one for each step made in this call
-    seconds: float  # of those steps; decoding and checkpoints left out
-    state: Checkpoint  # as it would be written, without what only another step would need
+    losses: list[float]
+    seconds: float
+    state: Checkpoint
 
     @property
     def calibration(self) -> Calibration | None:
-        """Where images were held out; in the first process."""
+        """The calibration where images were held out, in the first process; else None."""
         return self.state.calibration
 
 
@@ -95,7 +105,9 @@ def train(
         The trained model in eval mode, the losses, and where the checkpoint is.
 
     Raises:
-        ValueError: there is nothing to train on, the loss is no number any more, or a checkpoint does not fit.
+        ValueError: there is nothing to train on, too little for the batch or the calibration, options that exclude each
+            other, the loss is no number any more, or a checkpoint does not fit.
+        OSError: a file cannot be read or written.
         KeyboardInterrupt: Ctrl-C, after the running step is complete and a checkpoint written.
     """
     images: Images | None = None if isinstance(samples, Sequence) else samples
@@ -245,14 +257,15 @@ def step(
     Args:
         model: `ReContrast` in training mode; compiled, or spread over processes.
         moving: the optimisers that take part.
-        images: (N, 3, H, W), normalised.
+        images: (N, 3, H, W), normalised, in the dtype of the weights.
         alpha: standard deviations above the mean from which on a point is hard.
         recipe: for precision, and for the loss.
         shares: images of each process; None: there is one.
-        known: features of the frozen encoder, where they are kept.
+        known: features of the frozen encoder, (N, C, h, w) of each level, where they are kept.
 
     Returns:
-        The loss of before the step, a scalar on the device; of several processes, this one's part.
+        The loss of before the step, a scalar on the device, float32 (float64 for such weights); of several processes,
+        this one's part.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         pairs = model(images, known=known)
@@ -267,7 +280,19 @@ def step(
 
 
 def new_model(recipe: Recipe, category: str) -> ReContrast:
-    """The model that ``recipe`` asks for, on the CPU."""
+    """The model that a recipe asks for.
+
+    Args:
+        recipe: for backbone, weights and the switches of the model.
+        category: that decides `Recipe.encoder_bn_for`.
+
+    Returns:
+        An untrained model on the CPU, in training mode.
+
+    Raises:
+        ValueError: as `ReContrast`.
+        OSError: the weights cannot be read.
+    """
     return ReContrast(
         recipe.backbone,
         weights=recipe.weights,

@@ -16,17 +16,25 @@ from recontrast.engine.looks import ALARM
 
 @dataclass(frozen=True)
 class Departure:
-    """How far the p-values of new good images are from uniform."""
+    """How far the p-values of new good images are from uniform.
 
-    count: int  # new good images
-    distance: float  # Kolmogorov-Smirnov, largest gap between the distribution of the p-values and the uniform one
-    p_value: float  # of the three tests below together: how often a departure like this comes by chance
-    alarms: int  # new good images called defects
-    expected: float  # at most so many, by the promise
+    Attributes:
+        count: new good images.
+        distance: Kolmogorov-Smirnov, largest gap between the distribution of the p-values and the uniform one.
+        p_value: of the three tests of `departure` together: how often a departure like this comes by chance.
+        alarms: new good images called defects.
+        expected: at most so many, by the promise.
+    """
+
+    count: int
+    distance: float
+    p_value: float
+    alarms: int
+    expected: float
 
     @property
     def far(self) -> bool:
-        """Whether to warn."""
+        """Whether to warn: ``p_value`` is below `recontrast.engine.looks.ALARM`."""
         return self.p_value < ALARM
 
     def sentence(self) -> str:
@@ -42,13 +50,23 @@ class Departure:
 
 
 def departure(calibration: Calibration, scores: ArrayLike) -> Departure:
-    """Compare the scores of new good images, (N,), with those of the calibration images.
+    """Compare the scores of new good images with those of the calibration images.
 
     The smallest p-value of three tests counts thrice (Bonferroni): Kolmogorov-Smirnov, which sees any difference;
     Mann-Whitney, which sees a shift with fewer images; and the number of false alarms, which is what was promised and
     lies in a tail that the others hardly look at. With n calibration images, of which m may lie at or above the
     threshold, the share of good images above it is distributed as Beta(m, n + 1 - m), and the number among the new ones
-    as its beta-binomial, exactly.
+    as its beta-binomial, exactly (Vovk, "Conditional validity of inductive conformal predictors", 2012).
+
+    Args:
+        calibration: of the same detector.
+        scores: of the new images, (N,), N at least 1.
+
+    Returns:
+        Distance, p-value and alarms.
+
+    Raises:
+        ValueError: no scores, or some that are not finite.
     """
     from scipy.stats import betabinom, ks_2samp, mannwhitneyu
 
