@@ -206,7 +206,7 @@ def test_bars_of_the_histogram_count_the_images():
         (["{data}", "{data}"], "wanted a checkpoint file"),
         (["{run}", "{data}/nothing"], "got no such folder"),
         (["{run}", "{data}", "--category", "x"], "--category: wanted one of"),
-        (["{run}", "{data}", "--out", "{run}/checkpoint.pt/x.html"], "could not be written"),
+        (["{run}", "{data}", "--out", "{run}/checkpoint.pt/x.html"], "run/checkpoint.pt (not a folder)"),
         (["{run}", "{data}", "--batch", "0"], "batch: wanted at least 1"),
     ],
 )

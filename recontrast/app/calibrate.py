@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from recontrast.app.console import Steps, complain
-from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file, writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,11 +49,12 @@ def calibrate(
     from recontrast.engine.looks import change
     from recontrast.engine.uniformity import departure
 
+    file = checkpoint_file(checkpoint)
+    writable(file.parent, "CHECKPOINT")
     known, new = list_images(good), list_images(check or [])
     if shared := {os.path.realpath(path) for path in known} & {os.path.realpath(path) for path in new}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     allowed(len(known), false_alarm_rate)  # before a model is built
-    file = checkpoint_file(checkpoint)
     detector = Torch(file, device)
     with Steps("calibrate") as shown:
         found, unread = _calibrated(

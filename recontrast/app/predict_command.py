@@ -17,6 +17,7 @@ from recontrast.app.options import (
     Views,
     checkpoint_file,
     inference,
+    writable,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def predict(
     """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
+    writable(out)
     how = inference(device, views, precision, layout, no_fold, compiled, workers)
     if engine == "ray":
         from recontrast.app.fleet import command

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from recontrast.app.options import writable
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
 from recontrast.engine import checkpoint, recipe_file
@@ -96,6 +97,7 @@ def prepare(
         raise ValueError(
             f"{job.target} is there already: go on with --resume {job.out}, or take --overwrite or another --out"
         )
+    writable(job.out)
     return job
 
 
