@@ -81,7 +81,7 @@ def test_every_image_is_there_with_heat_and_mask(text):
 
 
 def test_without_calibration_it_says_so_and_with_one_what_is_promised(run, text):
-    assert "There is no calibrated threshold" in text and "recontrast calibrate RUN" in text
+    assert "There is no calibrated threshold" in text and f"recontrast calibrate {run[0]} --good DIR" in text
     assert "p = " not in text
     assert "AUPRO, data set" in text and "AUPRO, per image" in text
 
@@ -96,7 +96,7 @@ def test_images_unlike_those_of_the_calibration_are_warned_of(run):
     known = Calibration(tuple(map(float, range(40))), 0.25, 30.0, None, 0.02, False, "", "", looks)
     seen = found(run, known)
     assert any("do not look like the calibration images" in said for said in seen.warnings), seen.warnings
-    assert "<strong>Warning.</strong> 4 new good images do not look like" in decision(seen)
+    assert "<strong>Warning.</strong> 4 new good images do not look like" in decision(seen, "run")
 
 
 def test_decisions_are_those_of_the_calibration(run):
@@ -121,7 +121,7 @@ def test_decisions_are_those_of_the_calibration(run):
     assert seen.sections[0].threshold == cut
     from recontrast.app.report.decision import decision
 
-    said = decision(seen)
+    said = decision(seen, "run")
     assert "25 %" in said and "3 good images" in said and "&lt;b&gt;lot&lt;/b&gt; 7" in said
     assert "no guarantee" in said and "1/4" in said and "no calibrated threshold" not in said
 

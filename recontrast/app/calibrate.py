@@ -26,7 +26,7 @@ def calibrate(
     checkpoint: CheckpointFile,
     good: Annotated[
         list[Path],
-        typer.Option(help="Good images that were not trained on, or a folder of them; repeatable."),
+        typer.Option(help="Good images that were not trained on, or a folder of them; several: --good A --good B."),
     ],
     false_alarm_rate: Annotated[
         float, typer.Option(help="Promised share of good images called defects; at least 1/(n + 1) of n images.")
@@ -34,7 +34,9 @@ def calibrate(
     pixel_rate: Annotated[float, typer.Option(help="Share of a good image's map that may be flagged.")] = 0.01,
     check: Annotated[
         list[Path] | None,
-        typer.Option(help="Other good images, or a folder of them: do they still look like these? Repeatable."),
+        typer.Option(
+            help="Other good images, or a folder: do they still look like these? Several: --check A --check B."
+        ),
     ] = None,
     batch: Batch = 16,
     device: Device = None,
@@ -64,7 +66,9 @@ def calibrate(
     checkpoints.calibrated(file, found)
     for line in statement(found):
         typer.echo(line)
-    typer.echo(f"calibration: {file}")
+    before = detector.calibration
+    fewer = before is not None and before.count > found.count
+    typer.echo(f"calibration: {file}" + (f", replaces one from {before.count} images" if before and fewer else ""))
     if new:
         scores, looks, others = _scores(detector, new, batch)
         unread += others
