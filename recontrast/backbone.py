@@ -70,6 +70,13 @@ class Backbone(nn.Module):
         return [f.permute(0, 3, 1, 2) for f in features] if self._nhwc else list(features)
 
 
+def strides(name: str, levels: int = 3) -> tuple[int, ...]:
+    """Strides of the levels of `Backbone`, fine to coarse, without its weights."""
+    places = _pyramid(name, levels)  # checks the name too
+    info = outline(name, features_only=True).feature_info.info
+    return tuple(info[place]["reduction"] for place in places)
+
+
 def _pyramid(name: str, levels: int) -> tuple[int, ...]:
     """Indices of the ``levels`` finest outputs of stride 4 or more; checks the name on the way."""
     base = name.partition(".")[0]

@@ -49,6 +49,19 @@ def test_calibrate_then_decide(run, good, tmp_path):
     )
 
 
+def test_a_calibration_from_more_images_is_not_replaced_in_silence(run, good):
+    first, fewer = sorted(good.iterdir())[0], sorted(good.iterdir())[:12]
+    options = ["--false-alarm-rate", 0.1, "--device", "cpu"]
+    assert "replaces" not in works("calibrate", run, "--good", good, *options)
+    assert "replaces" not in works("calibrate", run, "--good", good, *options)
+    some = [word for path in fewer for word in ("--good", path)]
+    said = works("calibrate", run, *some, *options)
+    assert said.splitlines()[-1] == f"calibration: {run / 'checkpoint.pt'}, replaces one from 24 images"
+    help = " ".join(works("calibrate", "--help").replace("│", " ").split())
+    assert "--good A --good B" in help and "--check A --check B" in help
+    assert call("calibrate", run, "--good", good, first).exit_code == 2
+
+
 def test_check_warns_of_other_images_alone(run, good, tmp_path):
     like, unlike = draw(tmp_path / "like", 16, seed=1), draw(tmp_path / "unlike", 16, seed=2, spread=50.0)
     options = ["calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu", "--check"]
@@ -89,5 +102,6 @@ def test_what_cannot_be_promised_is_refused(run, good, tmp_path):
 
 def test_decisions_without_a_calibration_are_refused(run, good, tmp_path):
     for option in (["--decide"], ["--false-alarm-rate", 0.1]):
-        assert "run recontrast calibrate" in fails("predict", run, good, "--out", tmp_path / "out", *option)
+        said = fails("predict", run, good, "--out", tmp_path / "out", *option)
+        assert f"run recontrast calibrate {run / 'checkpoint.pt'} --good DIR first" in said
     assert not (tmp_path / "out").exists()

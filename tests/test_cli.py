@@ -227,7 +227,19 @@ def train_fails(data, tmp_path, *more, wrote=()):
         (["--category", "brik"], "wanted category 'brik', got brick, grass, gravel"),
         ([], "choose one with --category, or all of them with --category all (brick, grass, gravel)"),
         (["--recipe", "mvtek"], "recipe: wanted one of mvtec, visa, "),
-        (["--category", "all", "--size", "16"], "at least 32 px and multiples of it (stride of resnet10t), got 16x16"),
+        (
+            ["--category", "all", "--size", "16"],
+            "--size: wanted a multiple of 32 px of at least 32 (the network's stride), got 16",
+        ),
+        (["--category", "all", "--size", "100"], "--size: wanted a multiple of 32 px of at least 32"),
+        (["--category", "all", "--tile", "16"], "--tile: wanted a multiple of 32 px of at least 32 (the network's"),
+        (["--category", "all", "--tile", "100"], "stride), got 100"),
+        (["--category", "all", "--set", "crop=40"], "crop: wanted a multiple of 32 px"),
+        (
+            ["--category", "all", "--set", "size=(64,70)"],
+            "--size: wanted a multiple of 32 px of at least 32 (the network's stride), got 64 x 70",
+        ),
+        (["--category", "all", "--holdout", "0.001"], "got 0 of 12 good images held out (holdout 0.001)"),
         (["--category", "all", "--backbone", "resnet19"], "resnet19"),
         (["--category", "all", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["--category", "all", "--encoder-bn", "on"], "encoder_bn must be one of 'auto', 'train', 'eval', got 'on'"),
@@ -331,12 +343,28 @@ def test_bad_checkpoints(run, data, tmp_path, command):
     [
         (["--maps", "gif"], "--maps: wanted one of tiff16, tiff32, npy, none, got 'gif'"),
         (["--batch", "0"], "batch: wanted at least 1 image, got 0"),
+        (["--threshold", "nan"], "--threshold: wanted a finite number, got nan"),
+        (["--threshold", "-inf"], "--threshold: wanted a finite number, got -inf"),
+        (["--engine", "ray", "--threshold", "inf"], "--threshold: wanted a finite number, got inf"),
         (["--device", "tpu9"], "'tpu9'"),
     ],
 )
 def test_wrong_arguments_of_predict(run, data, tmp_path, more, wanted):
     assert wanted in fails("predict", run[0], data / "brick", "--out", tmp_path / "out", *more)
     assert not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.PARQUET"])
+def test_lists_are_for_ray(run, tmp_path, name):
+    (tmp_path / name).write_text("a.png")
+    message = fails("predict", run[0], tmp_path / name, "--out", tmp_path / "out")
+    assert message.endswith(f"{name}: wanted images or folders, got a list of images: lists need --engine ray")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_said_to_be_held_out_where_nothing_can_be(data, tmp_path):
+    result = call("train", data, "--category", "brick", "--out", tmp_path / "out", *SMALL, "--holdout", "0.001")
+    assert result.exit_code == 2 and not result.stdout and "wanted at least 1 image held out" in result.stderr
 
 
 def test_out_is_a_file(run, data, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recontrast.app.decisions import find_regions
+from recontrast.app.decisions import Region, find_regions
 from recontrast.app.predict import predict
 from recontrast.engine.calibrate import from_maps
 from recontrast.engine.recipes import Recipe
@@ -89,6 +89,36 @@ def test_decisions_without_a_calibration(folder, tmp_path, asked):
     predict(Brightness(), [folder], tmp_path, overlays=False)
     assert (tmp_path / "scores.csv").read_text().splitlines()[0] == "path,score"
     assert not (tmp_path / "regions.csv").exists()
+
+
+def test_nothing_of_a_former_run_stays_beside_new_scores(calibration, folder, tmp_path):
+    """But what it did not write itself stays, and so does all else where its list cannot be read."""
+    detector = Brightness(calibration)
+    predict(detector, [folder], tmp_path, maps="npy")
+    assert (tmp_path / "regions.csv").is_file() and (tmp_path / "overlays" / "bad.png").is_file()
+    for mine in ("notes.txt", "maps/mine.npy"):
+        (tmp_path / mine).write_text("mine")
+    predict(Brightness(), [folder / "good.png"], tmp_path, maps="tiff16", overlays=False)
+    left = ["maps/good.tiff", "maps/mine.npy", "notes.txt", "scores.csv", "scores.json"]
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == left
+    assert not (tmp_path / "overlays").exists()
+    (tmp_path.parent / "outside.npy").write_text("mine")
+    for former in ("[", "[]", '{"images": [3]}', '{"images": [{"map": ""}, {"map": "maps/../../outside.npy"}]}',
+                   '{"images": [{"map": "notes.txt", "overlay": ["a"]}]}'):  # fmt: skip
+        (tmp_path / "scores.json").write_text(former)
+        predict(Brightness(), [folder / "good.png"], tmp_path, overlays=False)
+        assert (tmp_path / "notes.txt").is_file() and (tmp_path / "maps" / "good.tiff").is_file()
+        assert (tmp_path.parent / "outside.npy").is_file()
+
+
+def test_a_peak_is_no_less_hot_in_an_image_smaller_than_its_map():
+    anomaly = np.zeros((64, 64), np.float32)
+    anomaly[40, 50] = 1
+    assert find_regions(anomaly, 0.5, (1, 1), RECIPE) == [Region(1, 0, 0, 1, 1, 1.0, 0, 0)]
+    (thin,) = find_regions(anomaly, 0.5, (2, 128), RECIPE)
+    assert (thin.top, thin.height, thin.area) == (1, 1, thin.width) and thin.left <= 100 <= thin.left + thin.width
+    (small,) = find_regions(anomaly, 0.5, (40, 33), RECIPE)
+    assert (small.peak, small.peak_row, small.peak_column) == (1.0, 25, 26)
 
 
 def test_regions_touch_at_corners_and_lie_in_the_crop():

@@ -318,5 +318,5 @@ def test_written_files(tmp_path):
     assert found["mean"]["i_auroc"] == 0.75
     assert found["rows"][1]["aupro"] is None
     assert found["mask_rule"] == "any"
-    with pytest.raises(OSError, match=r"results\.json: could not be written"):
+    with pytest.raises(OSError, match=r"^cannot write .*results\.json: (Not a directory|File exists)$"):
         RESULT.write(paths[0])

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,21 +29,12 @@ from recontrast.engine.recipes import Recipe
 
 # A crop and a top share: every branch of the graph but the ones that are simpler.
 RECIPE = Recipe(backbone="test_resnet", weights="random", size=40, crop=32, score=0.01, encoder_bn="eval")
+ROOT = Path(__file__).parents[1]
 KINDS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 pytestmark = [
     # Of the packages' own making: onnxscript's and openvino's imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*"),
 ]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A calibrated checkpoint; its threshold lies between the scores of the images of `photographs`."""
-    path = save(tmp_path_factory.mktemp("run") / "checkpoint.pt", RECIPE)
-    found = checkpoints.load(path)
-    scores = tuple(float(np.float32(s)) for s in np.linspace(2.0, 9.0, 39))
-    made = Calibration(scores, 0.5, scores[-20], None, 0.01, False, "drawn", digest(found.model, found.recipe))
-    return checkpoints.calibrated(path, made).parent
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +56,20 @@ def photographs(tmp_path_factory):
     noise(20, 200, 3).save(folder / "wide.png")
     noise(20, 200, 3).save(folder / "wider.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(photographs, tmp_path_factory):
+    """A calibrated checkpoint; its threshold lies between the scores of the images of `photographs`."""
+    path = save(tmp_path_factory.mktemp("run") / "checkpoint.pt", RECIPE)
+    found = checkpoints.load(path)
+    seen = np.sort(
+        [score for _, some in Torch(path, "cpu").run(Inputs(sorted(photographs.iterdir())), 8) for score in some]
+    )
+    middle = (seen[3] + seen[4]) / 2
+    scores = tuple(float(np.float32(s)) for s in np.linspace(middle - 1, middle + 1, 39))
+    made = Calibration(scores, 0.5, scores[-20], None, 0.01, False, "drawn", digest(found.model, found.recipe))
+    return checkpoints.calibrated(path, made).parent
 
 
 @pytest.fixture(scope="module")
@@ -132,20 +138,53 @@ def test_what_the_file_says(files, run):
         assert detector.about["preprocessing"]["crop"] == [32, 32]
 
 
-def test_example_runs_without_torch(files, run, photographs):
-    """It would fail here if it, or what it imports, brought torch or this package."""
-    example, paths = Path(__file__).parents[1] / "examples/onnx_production.py", sorted(photographs.glob("w*.png"))
+@pytest.fixture(scope="module")
+def predicted(run, photographs, tmp_path_factory):
+    """Path -> line of `recontrast predict` with the checkpoint."""
+    out = tmp_path_factory.mktemp("predicted")
+    works("predict", run, photographs, "--out", out, "--no-overlays", "--device", "cpu")
+    found = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
+    assert len(found) == 8 and {line["decision"] for line in found} == {"defect", "good"}
+    return {line["path"]: line for line in found}
+
+
+def without_torch(script, *arguments, **options):
+    """What a script prints; it would fail here if it, or what it imports, brought torch or this package."""
     code = "import runpy, sys; sys.modules['torch'] = sys.modules['recontrast'] = None; del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, example, files["onnx"].path, *paths]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    command = [sys.executable, "-c", code, script, *arguments]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
+
+
+def test_example_runs_without_torch(files, predicted, tmp_path):
+    example = ROOT / "examples/onnx_production.py"
+    done = without_torch(example, files["onnx"].path, *predicted)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    found, detector = checkpoints.load(run / "checkpoint.pt").calibration, Torch(run / "checkpoint.pt", "cpu")
-    scores = np.concatenate([score for _, score in detector.run(Inputs(paths), 2)])
-    for line, path, score, defect in zip(lines, paths, scores, found.defects(scores), strict=True):
-        assert line.startswith(f"{path}: score ") and line.endswith(": defect" if defect else ": good")
-        assert float(line.split("score ")[1].split(",")[0]) == pytest.approx(score, rel=1e-4)
+    for line, (path, wanted) in zip(done.stdout.splitlines(), predicted.items(), strict=True):
+        assert line.startswith(f"{path}: score ") and line.endswith(f": {wanted['decision']}")
+        assert float(line.split("score ")[1].split(",")[0]) == pytest.approx(float(wanted["score"]), rel=1e-4)
+    for name, dtype, got in (("floats.tiff", np.float32, "floats"), ("wide.tiff", np.int32, "70000 to 70000")):
+        Image.fromarray(np.full((9, 9), 70000, dtype)).save(tmp_path / name)
+        done = without_torch(example, files["onnx"].path, tmp_path / name)
+        assert done.returncode == 1 and f"{name}: wanted samples of 8 or 16 bits, got {got}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_what_readme_shows_gives_the_scores_of_predict(files, predicted, tmp_path):
+    """The block as it stands there, beside a detector of the name that it has there."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "onnxruntime" in block]
+    (tmp_path / "block.py").write_text(block)
+    shutil.copy(files["onnx"].path, tmp_path / "detector.onnx")
+    done = without_torch("block.py", *predicted, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    for line, (path, wanted) in zip(done.stdout.splitlines(), predicted.items(), strict=True):
+        said = line.removeprefix(f"{path} ").split()
+        assert [float(word) for word in said[:2]] == pytest.approx(
+            [float(wanted["score"]), float(wanted["p_value"])], rel=1e-4
+        )
+        assert said[2] == str(wanted["decision"] == "defect")
 
 
 # ---- the graph, without writing it down -------------------------------------
@@ -176,7 +215,10 @@ def test_graph_is_the_detector(changes, photographs, tmp_path):
 def test_decisions_at_the_threshold(run):
     found = Torch(run / "checkpoint.pt", "cpu", inference=Inference(folded=False))
     graph = Deployed(found.model, found.recipe, found.calibration)
-    scores = np.array([*found.calibration.scores, 0.0, 100.0, np.nextafter(np.float32(9), np.float32(10))], np.float32)
+    scores = np.array(
+        [*found.calibration.scores, 0.0, 100.0, np.nextafter(np.float32(found.calibration.scores[-1]), np.float32(10))],
+        np.float32,
+    )
     graph.amap.score = lambda maps, how: torch.from_numpy(scores)
     _, _, p, defect = graph(torch.zeros(1, 40, 40, 3, dtype=torch.uint8))
     np.testing.assert_allclose(p.numpy(), found.calibration.p_values(scores), rtol=1e-6)

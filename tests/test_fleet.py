@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from test_cli import call
 
 from recontrast.app import fleet, parts
 from recontrast.app.predict import predict
@@ -89,6 +93,14 @@ predict(Path({str(checkpoint)!r}), [Path({str(folder)!r})], out, workers=1, part
     return tmp_path / "out"
 
 
+def running(process):
+    """Whether it may still write: a zombie does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def rows(out):
     """Path -> row; each once."""
     found = pq.read_table(out / parts.FOLDER).to_pylist()
@@ -97,21 +109,26 @@ def rows(out):
 
 
 def test_killed_worker(ray, checkpoint, folder, tmp_path):
-    """Its images are done by others: each is there once, as the local prediction has it."""
-    killed = []
+    """Half-way: what it had left is done by others, each image is there once, as the local prediction has it."""
+    killed, before = [], set()
 
     def kill(done, total):
-        if not killed:
-            first = next((tmp_path / "out" / parts.FOLDER).glob("part-*"))
-            killed.append(int(parts.about_part(first)["worker"].split(":")[1]))
+        if not killed and done >= total / 2:
+            last = max((tmp_path / "out" / parts.FOLDER).glob("part-*"), key=lambda file: file.stat().st_mtime_ns)
+            killed.append(int(parts.about_part(last)["worker"].split(":")[1]))
             assert done < total
             os.kill(killed[0], signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while running(killed[0]):
+                assert time.monotonic() < deadline
+            before.update((tmp_path / "out" / parts.FOLDER).glob("part-*"))
 
     summary = fleet.predict(checkpoint, [folder], tmp_path / "out", workers=2, part=2, batch=2, on_progress=kill)
     assert killed and (summary.scored, len(summary.unread)) == (IMAGES, 1)
     found = rows(tmp_path / "out")
-    written = [parts.about_part(file)["worker"] for file in (tmp_path / "out" / parts.FOLDER).iterdir()]
-    assert len(set(written)) >= 2  # the other worker, and whoever took the place of the killed one
+    assert len(before) >= 12  # of 25 parts
+    late = set((tmp_path / "out" / parts.FOLDER).glob("part-*")) - before
+    assert late and killed[0] not in {int(parts.about_part(file)["worker"].split(":")[1]) for file in late}
     here = predict(checkpoint, [folder], tmp_path / "local", overlays=False, batch=2, device="cpu")
     assert len(here.predictions) == IMAGES and summary.defects == sum(p.decision.defect for p in here.predictions)
     assert 0 < summary.defects
@@ -129,16 +146,19 @@ def test_killed_worker(ray, checkpoint, folder, tmp_path):
     assert (about["images"], about["unread"]) == (IMAGES + 1, 1)
 
 
-def test_killed_driver_goes_on(ray, checkpoint, folder, killed_driver):
-    """The same call makes what is missing, and leaves what is there as it is."""
+def test_killed_driver_goes_on(ray, checkpoint, folder, killed_driver, tmp_path):
+    """The command makes what is missing, of a list of the same images, and leaves what is there as it is."""
     before = {file: file.stat().st_ino for file in (killed_driver / parts.FOLDER).glob("part-*")}
-    counts = []
-    summary = fleet.predict(
-        checkpoint, [folder], killed_driver, part=4, on_progress=lambda done, total: counts.append(done)
-    )
-    assert (summary.scored, len(summary.unread)) == (IMAGES, 1)
-    assert counts[0] > 4 * len(before) - 4 and counts[-1] == IMAGES + 1
-    rows(killed_driver)
+    pq.write_table(pa.table({"path": parts.list_inputs([folder])}), tmp_path / "list.parquet")
+    options = ["--out", killed_driver, "--engine", "ray", "--part", 4, "--decide"]
+    result = call("predict", checkpoint, tmp_path / "list.parquet", *options)
+    found = rows(killed_driver)
+    defects = sum(row["decision"] == "defect" for row in found.values())
+    assert result.stdout == f"{IMAGES} images scored, {defects} defects: {killed_driver / parts.FOLDER}\n"
+    said = result.stderr.splitlines()
+    first, last = (re.fullmatch(rf"predict (\d+)/{IMAGES + 1}", said[place]) for place in (0, -2))
+    assert int(first[1]) > 4 * len(before) - 4 and int(last[1]) == IMAGES + 1
+    assert said[-1].startswith(f"recontrast: {folder / 'bad.png'}: wanted") and result.exit_code == 2  # one is unread
     assert all(file.stat().st_ino == inode for file, inode in before.items())
     assert not [file for file in (killed_driver / parts.FOLDER).iterdir() if file.name.startswith(".")]
 

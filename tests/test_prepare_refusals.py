@@ -247,7 +247,7 @@ def test_wrong_arguments(download, tmp_path):
     assert cli("mvtec").exit_code == 2  # no --source
     message = fails("mvtec", "--source", source, "--out", source)
     assert message == f"{source}: wanted a new or an empty folder, got one that holds mvtec_anomaly_detection"
-    assert "got a file" in fails("mvtec", "--source", source, "--out", tmp_path / "file")
+    assert "(not a folder)" in fails("mvtec", "--source", source, "--out", tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["downloads", "file"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from recontrast.app.console import Steps, complain
-from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file, writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def calibrate(
     checkpoint: CheckpointFile,
     good: Annotated[
         list[Path],
-        typer.Option(help="Good images that were not trained on, or a folder of them; repeatable."),
+        typer.Option(help="Good images that were not trained on, or a folder of them; several: --good A --good B."),
     ],
     false_alarm_rate: Annotated[
         float, typer.Option(help="Promised share of good images called defects; at least 1/(n + 1) of n images.")
@@ -34,7 +34,9 @@ def calibrate(
     pixel_rate: Annotated[float, typer.Option(help="Share of a good image's map that may be flagged.")] = 0.01,
     check: Annotated[
         list[Path] | None,
-        typer.Option(help="Other good images, or a folder of them: do they still look like these? Repeatable."),
+        typer.Option(
+            help="Other good images, or a folder: do they still look like these? Several: --check A --check B."
+        ),
     ] = None,
     batch: Batch = 16,
     device: Device = None,
@@ -49,11 +51,12 @@ def calibrate(
     from recontrast.engine.looks import change
     from recontrast.engine.uniformity import departure
 
+    file = checkpoint_file(checkpoint)
+    writable(file.parent, "CHECKPOINT")
     known, new = list_images(good), list_images(check or [])
     if shared := {os.path.realpath(path) for path in known} & {os.path.realpath(path) for path in new}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     allowed(len(known), false_alarm_rate)  # before a model is built
-    file = checkpoint_file(checkpoint)
     detector = Torch(file, device)
     with Steps("calibrate") as shown:
         found, unread = _calibrated(
@@ -63,7 +66,9 @@ def calibrate(
     checkpoints.calibrated(file, found)
     for line in statement(found):
         typer.echo(line)
-    typer.echo(f"calibration: {file}")
+    before = detector.calibration
+    fewer = before is not None and before.count > found.count
+    typer.echo(f"calibration: {file}" + (f", replaces one from {before.count} images" if before and fewer else ""))
     if new:
         scores, looks, others = _scores(detector, new, batch)
         unread += others

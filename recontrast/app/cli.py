@@ -11,7 +11,7 @@ from recontrast.app.calibrate import calibrate
 from recontrast.app.console import Commands, Steps, show, silent, stop, table
 from recontrast.app.evaluate_command import evaluate
 from recontrast.app.export import export
-from recontrast.app.options import Device, change, numbers, split
+from recontrast.app.options import Device, change, numbers, split, writable
 from recontrast.app.predict_command import predict
 from recontrast.app.prepare import prepare
 from recontrast.app.report.command import report
@@ -72,6 +72,7 @@ def reproduce(
     from recontrast.engine.reproduce import reproduce as run
 
     out = out or Path("runs") / name
+    writable(out)
     try:
         with Steps("") as shown:
             found = run(
@@ -113,6 +114,7 @@ def demo(
     """Train one detector for three photographed surfaces with drawn defects: minutes on a CPU, nothing to download."""
     from recontrast.app import demo as demonstration
 
+    writable(out)
     with Steps("train") as shown:
         found = demonstration.run(
             out, steps=steps, seed=seed, short=short, compare=compare, device=device,

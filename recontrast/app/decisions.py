@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recontrast.data import pictures
 from recontrast.engine.calibrate import Calibration
-from recontrast.engine.detector import Detector, covered
+from recontrast.engine.detector import OPENERS, Detector, covered
 from recontrast.engine.recipes import Recipe
 from recontrast.metrics import regions
 
@@ -47,22 +48,27 @@ class Decision:
         return "defect" if self.defect else "good"
 
 
-def chosen(detector: Detector, rate: float | None, decide: bool) -> Calibration | None:
+def chosen(
+    detector: Detector, rate: float | None, decide: bool, source: Path | Detector | None = None
+) -> Calibration | None:
     """The calibration to decide by.
 
     Args:
         detector: may have one.
         rate: promised share of false alarms in place of the stored one; None keeps it.
         decide: whether it is an error to have none.
+        source: where the detector comes from, for the sentence of the error.
     """
     found = detector.calibration
     if found is None:
         if decide or rate is not None:
             if (reason := getattr(detector, "lost", None)) is not None:
                 raise ValueError(f"predict: decisions: {reason}")
+            run = "recontrast calibrate CHECKPOINT --good DIR, then recontrast export"
+            if isinstance(source, Path) and source.suffix.lower() not in OPENERS:
+                run = f"recontrast calibrate {source} --good DIR"
             raise ValueError(
-                "predict: decisions: wanted a detector with a calibration, got one without: run recontrast calibrate "
-                "CHECKPOINT --good DIR first"
+                f"predict: decisions: wanted a detector with a calibration, got one without: run {run} first"
             )
         return None
     return found if rate is None else found.at(rate)
@@ -90,7 +96,9 @@ def decide(
 def find_regions(anomaly: np.ndarray, threshold: float, shape: Sequence[int], recipe: Recipe) -> list[Region]:
     """Regions of a map (h, w) above ``threshold`` in an original of ``shape`` (H, W), the highest peak first."""
     top, left, height, width = covered(shape, recipe)
-    warm = anomaly if anomaly.shape == (height, width) else pictures.stretch(anomaly, (height, width))
+    warm = anomaly
+    if anomaly.shape != (height, width):  # a mean would cool the peak of an image that is smaller than its map
+        warm = pictures.stretch(pictures.peaks(anomaly, (height, width)), (height, width))
     labels, count = regions(warm > threshold)
     if not count:
         return []

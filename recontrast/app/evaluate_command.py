@@ -19,6 +19,7 @@ from recontrast.app.options import (
     Workers,
     checkpoint_file,
     inference,
+    writable,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def evaluate(
 
     if save_maps and out is None:
         raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
+    if out is not None:
+        writable(out)
     how = inference(device, views, precision, layout, no_fold, compiled, workers)
     file = checkpoint_file(checkpoint)
     _, where = context.with_resource(distributed.world(device))

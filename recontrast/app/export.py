@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from recontrast.app.console import complain
-from recontrast.app.options import CheckpointFile, checkpoint_file
+from recontrast.app.options import CheckpointFile, checkpoint_file, writable
 
 
 def export(
@@ -29,6 +29,7 @@ def export(
     file = checkpoint_file(run)
     if out is None:
         out = file.with_name("detector" + SUFFIX.get(format, ""))
+    writable(out.parent)
     made = write(file, format, out, images=list_images(images) if images else [])
     typer.echo(
         f"scores of {made.images} images of many sizes differ by at most {made.difference:.1e} (relative) from the "

@@ -83,7 +83,7 @@ def predict(
     checkpoint, out = Path(os.path.abspath(checkpoint)), Path(os.path.abspath(out))
     paths = parts.list_inputs(inputs)
     detector = open_detector(checkpoint, "cpu")  # refused here, in one sentence, before any worker starts
-    chosen(detector, rate, must_decide)
+    chosen(detector, rate, must_decide, checkpoint)
     options = {"threshold": threshold, "rate": rate}
     who = parts.identity(checkpoint, options)
     folder = out / parts.FOLDER

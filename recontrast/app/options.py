@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -77,6 +78,30 @@ def inference(
 def checkpoint_file(path: Path) -> Path:
     """The checkpoint that a file or the folder of a run stands for."""
     return path / "checkpoint.pt" if path.is_dir() else path
+
+
+def writable(folder: Path, option: str = "--out") -> None:
+    """Refuse a folder in which nothing can be written, or that cannot be made, before there is any work to lose.
+
+    Args:
+        folder: as it was named; where it is not there yet, the nearest one above it counts. Nothing is made.
+        option: what named it.
+
+    Raises:
+        ValueError: the sentence, with the system's reason.
+    """
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        reason = "not a folder" if place == Path(os.path.abspath(folder)) else f"{place} is not a folder"
+    else:
+        try:
+            with tempfile.TemporaryFile(dir=place):  # permission bits alone say little: of root, of a read-only disk
+                return
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+    raise ValueError(f"{option}: wanted a folder that can be written, got {folder} ({reason})")
 
 
 def change(text: str) -> tuple[str, Any]:

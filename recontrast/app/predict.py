@@ -67,7 +67,8 @@ def predict(
 ) -> Report:
     """Score images, decide where there is a calibration, and write all of it below ``out``.
 
-    That is ``scores.csv``, ``scores.json``, ``regions.csv`` (with decisions), ``maps/`` and ``overlays/``.
+    That is ``scores.csv``, ``scores.json``, ``regions.csv`` (with decisions), ``maps/`` and ``overlays/``;
+    what a former run wrote there and this one does not is removed.
 
     A file that cannot be read is left out and reported; every file that is written is whole.
 
@@ -108,7 +109,7 @@ def predict(
     detector = checkpoint
     if isinstance(detector, Path):
         detector = open_detector(detector, device, tile, overlap, inference)
-    recipe, top, calibration = detector.recipe, detector.top, chosen(detector, rate, decide)
+    recipe, top, calibration = detector.recipe, detector.top, chosen(detector, rate, decide, checkpoint)
     pool = ThreadPoolExecutor(workers)
     files = Inputs(listed, pool)
     names = result_names(files.paths)

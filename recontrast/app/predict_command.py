@@ -1,5 +1,6 @@
 """``recontrast predict``: its options, and what it says; the work is in `recontrast.app.predict`."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -17,6 +18,7 @@ from recontrast.app.options import (
     Views,
     checkpoint_file,
     inference,
+    writable,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ def predict(
     """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"--threshold: wanted a finite number, got {threshold:g}")
+    writable(out)
     how = inference(device, views, precision, layout, no_fold, compiled, workers)
     if engine == "ray":
         from recontrast.app.fleet import command
@@ -84,8 +89,12 @@ def predict(
     kinds = ("tiff16", "tiff32", "npy", "none")
     if maps not in kinds:
         raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
+    from recontrast.app.parts import LISTS
     from recontrast.app.predict import predict as run
 
+    for path in inputs:
+        if path.suffix.lower() in LISTS and path.is_file():
+            raise ValueError(f"{path}: wanted images or folders, got a list of images: lists need --engine ray")
     with Steps("predict") as shown:
         report = run(
             checkpoint_file(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recontrast.app.console import Steps, complain, table
+from recontrast.app.options import writable
 
 if TYPE_CHECKING:
     from recontrast.data.prepare import Counts
@@ -26,6 +27,8 @@ def prepare(
     from recontrast.data.prepare import prepare as run
     from recontrast.data.prepare import total
 
+    if out is not None:
+        writable(out)
     with Steps(f"prepare {name}") as shown:
         made = run(name, source, out, link=not copy, workers=workers, on_progress=shown)
     rows = [_row(category, found, made.published.get(category)) for category, found in made.counts.items()]

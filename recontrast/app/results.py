@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,9 @@ def row(found: Prediction) -> dict[str, Any]:
 def save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, Any]) -> None:
     """Write ``scores.csv``, ``scores.json`` and, where there are decisions, ``regions.csv``.
 
+    Maps, overlays and regions of a former run that this one does not write go first: no file stands beside scores that
+    it does not belong to.
+
     Args:
         out: folder for the results.
         predictions: in order.
@@ -148,11 +152,28 @@ def save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, A
             for number, region in enumerate(made.regions or (), 1):
                 regions.append([found.path, number, *region.to_dict().values()])
         lines.append(line)
+    written = {name for found in predictions for name in (found.map, found.overlay)}
+    for old in _of_former(out / "scores.json") - written | (set() if decided else {"regions.csv"}):
+        (out / old).unlink(missing_ok=True)
+        for folder in (out / old).parents[: len(Path(old).parents) - 1]:
+            with suppress(OSError):  # there is more in it
+                folder.rmdir()
     _save_csv(out / "scores.csv", lines)
     if decided:
         _save_csv(out / "regions.csv", regions)
     with replacing(out / "scores.json") as file:
         file.write((json.dumps({**about, "images": [row(found) for found in predictions]}, indent=1) + "\n").encode())
+
+
+def _of_former(scores: Path) -> set[str]:
+    """Maps and overlays that a former run says it wrote, relative to the folder; nothing else is ever removed."""
+    try:
+        images = json.loads(scores.read_bytes())["images"]
+        names = [image[key] for image in images for key in ("map", "overlay") if key in image]
+        parts = {name: PurePosixPath(name).parts for name in names}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+        return set()
+    return {name for name, path in parts.items() if path[:1] in (("maps",), ("overlays",)) and ".." not in path}
 
 
 def _save_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:

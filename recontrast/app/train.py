@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from recontrast.app.options import writable
+from recontrast.backbone import strides
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
 from recontrast.engine import checkpoint, recipe_file
 from recontrast.engine import train as engine
 from recontrast.engine.board import FOLDER, Board
+from recontrast.engine.holdout import held_out
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import TrainResult
 
@@ -51,7 +54,8 @@ class Job:
             begun = self.resume is None  # else it is decided
             return f"{kept} of {count} good images held out for calibration" + "; --holdout 0 trains on all" * begun
         if self.few:
-            return f"{count} good images are too few to hold any out: no calibration; see recontrast calibrate"
+            later = f"recontrast calibrate {self.target} --good DIR"
+            return f"{count} good images are too few to hold any out: no calibration; for one, {later}"
         return None
 
 
@@ -96,7 +100,23 @@ def prepare(
         raise ValueError(
             f"{job.target} is there already: go on with --resume {job.out}, or take --overwrite or another --out"
         )
+    check_size(chosen)
+    if count := _good(groups):  # without any there is nothing to train on, which is said later
+        held_out(range(count), chosen.holdout, chosen.seed)
+    writable(job.out)
     return job
+
+
+def check_size(recipe: Recipe) -> None:
+    """Refuse tiles or images that the strides of the network do not divide, before anything is read."""
+    step = 2 * strides(recipe.backbone)[-1]  # as `ReContrast.stride`
+    if any(side < step or side % step for side in recipe.out):
+        option = "--tile" if recipe.tile is not None else "--size" if recipe.crop is None else "crop"
+        sides = recipe.out if len(set(recipe.out)) > 1 else recipe.out[:1]
+        raise ValueError(
+            f"{option}: wanted a multiple of {step} px of at least {step} (the network's stride), got "
+            f"{' x '.join(map(str, sides))}"
+        )
 
 
 def run(

@@ -12,12 +12,13 @@ from typing import BinaryIO
 
 from recontrast.data.files import PathLike
 
+_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # reasons that have to do with bytes
 _PARTIAL = ".partial"  # ends the name of what is not finished
 Sentence = Callable[[Path, str, int | None, int | None], str]  # path, reason, bytes wanted, bytes free
 
 
 def unwritable(path: Path, reason: str, wanted: int | None, free: int | None) -> str:
-    """What is said of a file that cannot be written; ``wanted`` and ``free`` are bytes, where they are known."""
+    """What is said of a file that cannot be written; ``wanted`` and ``free`` are bytes, where they are the reason."""
     if wanted is None:
         return f"cannot write {path}: {reason}"
     room = "" if free is None else f", {free:,} are free"
@@ -68,6 +69,8 @@ def replacing(
         if not isinstance(cause, OSError) or cause.errno is None or not _of(cause.filename, partial, path):
             raise
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else None
+        if cause.errno not in _ROOM:
+            wanted = free = None
         failure = OSError(sentence(path, cause.strerror or str(cause), wanted, free))
         failure.errno = cause.errno
         raise failure from cause

@@ -207,4 +207,6 @@ def _write(file: int, data: bytes, offset: int) -> None:
 
 
 def _unwritable(path: Path, reason: str, wanted: int | None, free: int | None) -> str:
+    if wanted is None:
+        return f"{path}: wanted to write decoded images, got {reason!r}"
     return f"{path}: wanted to write {wanted} bytes of decoded images, got {reason!r}, {free} bytes free"

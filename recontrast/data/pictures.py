@@ -53,6 +53,14 @@ def stretch(anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(resized)
 
 
+def peaks(anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest value of each block, along either axis on which a map (h, w) is longer than ``size`` (H, W)."""
+    for axis, (length, wanted) in enumerate(zip(anomaly.shape, size, strict=True)):
+        if length > wanted:
+            anomaly = np.maximum.reduceat(anomaly, np.arange(wanted) * length // wanted, axis=axis)
+    return anomaly
+
+
 def levels(anomaly: np.ndarray, top: float) -> np.ndarray:
     """Values in [0, top] as uint16, 65535 for ``top``."""
     return np.rint(np.clip(anomaly / top, 0, 1) * 65535).astype(np.uint16)

@@ -212,7 +212,7 @@ def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
     if wanted is not None and wanted != (got := digest(checkpoint.model, checkpoint.recipe)):
         raise ValueError(
             f"{path}: wanted a calibration of these weights and this recipe ({got[:12]}), got one of others "
-            f"({wanted[:12]}): run recontrast calibrate on it"
+            f"({wanted[:12]}): run recontrast calibrate {path} --good DIR"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recontrast.app.console import Steps
-from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file, writable
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
@@ -45,6 +45,7 @@ def report(
     device: Device = None,
 ) -> None:
     """Write one HTML file: metrics, threshold, curves, and the images sorted by error."""
+    writable(checkpoint_file(run).parent if out is None else out.parent)
     with Steps("report") as shown:
         made = write(
             run, data or [], out, category=category, images=images, batch=batch, device=device,

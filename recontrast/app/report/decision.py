@@ -7,14 +7,14 @@ from recontrast.app.report.findings import Findings
 from recontrast.engine.calibrate import Calibration, spread
 
 
-def decision(findings: Findings) -> str:
-    """The section of the page."""
+def decision(findings: Findings, run: str) -> str:
+    """The section of the page; ``run`` as the user named it."""
     known = findings.calibration
-    text = _chosen(findings) if known is None else _promised(findings, known)
+    text = _chosen(findings, run) if known is None else _promised(findings, known)
     return f'<section aria-labelledby="threshold"><h2 id="threshold">The threshold</h2>{text}</section>\n'
 
 
-def _chosen(findings: Findings) -> str:
+def _chosen(findings: Findings, run: str) -> str:
     found = [(s.row.category, s.threshold) for s in findings.sections if s.threshold is not None]
     several = len(findings.sections) > 1
     values = ", ".join(f"{escape(name) + ' ' if several else ''}<b>{value:.4g}</b>" for name, value in found)
@@ -28,7 +28,8 @@ def _chosen(findings: Findings) -> str:
     return (
         f"<p><strong>There is no calibrated threshold.</strong> {used}</p>"
         "<p>A threshold with a promised rate of false alarms needs good images that were not trained on: "
-        "<code>recontrast calibrate RUN --good DIR --false-alarm-rate 0.01</code>, then this report again.</p>"
+        f"<code>recontrast calibrate {escape(run)} --good DIR --false-alarm-rate 0.01</code>, then this report "
+        "again.</p>"
     )
 
 

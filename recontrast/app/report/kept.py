@@ -78,5 +78,4 @@ def small(anomaly: NDArray[Any]) -> NDArray[np.float32]:
     size = (max(round(anomaly.shape[0] * scale), 1), max(round(anomaly.shape[1] * scale), 1))
     if scale >= 0.5:
         return pictures.stretch(anomaly, size)
-    rows, columns = (np.arange(n) * length // n for n, length in zip(size, anomaly.shape, strict=True))
-    return np.maximum.reduceat(np.maximum.reduceat(anomaly, rows, axis=0), columns, axis=1).astype(np.float32)
+    return pictures.peaks(anomaly, size).astype(np.float32)

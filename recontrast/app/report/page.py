@@ -44,7 +44,7 @@ def page(
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     body = "".join((
         _head(findings, title, recipe, where),
-        decision(findings),
+        decision(findings, where),
         tables.metrics(findings),
         tables.recalls(findings),
         _curves(findings),
