@@ -50,6 +50,10 @@ class deviation:
         """Check both; a tensor may only be read on its device."""
         if not isinstance(self.alpha, Tensor):
             _number("deviation: alpha", self.alpha, "a number or a 0-dim tensor")
+        elif self.alpha.dim():
+            raise ValueError(
+                f"deviation: alpha: wanted a number or a 0-dim tensor, got a tensor of shape {tuple(self.alpha.shape)}"
+            )
         _number("deviation: factor", self.factor)
 
     def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:

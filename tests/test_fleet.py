@@ -109,11 +109,11 @@ def rows(out):
 
 
 def test_killed_worker(ray, checkpoint, folder, tmp_path):
-    """Half-way: what it had left is done by others, each image is there once, as the local prediction has it."""
+    """On the way: what it had left is done by others, each image is there once, as the local prediction has it."""
     killed, before = [], set()
 
     def kill(done, total):
-        if not killed and done >= total / 2:
+        if not killed and done >= total / 3:
             last = max((tmp_path / "out" / parts.FOLDER).glob("part-*"), key=lambda file: file.stat().st_mtime_ns)
             killed.append(int(parts.about_part(last)["worker"].split(":")[1]))
             assert done < total
@@ -121,12 +121,13 @@ def test_killed_worker(ray, checkpoint, folder, tmp_path):
             deadline = time.monotonic() + 60
             while running(killed[0]):
                 assert time.monotonic() < deadline
+                time.sleep(0.01)
             before.update((tmp_path / "out" / parts.FOLDER).glob("part-*"))
 
     summary = fleet.predict(checkpoint, [folder], tmp_path / "out", workers=2, part=2, batch=2, on_progress=kill)
     assert killed and (summary.scored, len(summary.unread)) == (IMAGES, 1)
     found = rows(tmp_path / "out")
-    assert len(before) >= 12  # of 25 parts
+    assert len(before) >= 8  # of 25 parts
     late = set((tmp_path / "out" / parts.FOLDER).glob("part-*")) - before
     assert late and killed[0] not in {int(parts.about_part(file)["worker"].split(":")[1]) for file in late}
     here = predict(checkpoint, [folder], tmp_path / "local", overlays=False, batch=2, device="cpu")

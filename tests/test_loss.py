@@ -149,6 +149,7 @@ def test_rules_are_values():
     [
         (deviation, ("x",), "deviation: alpha: wanted a number or a 0-dim tensor, got 'x'"),
         (deviation, (None,), "deviation: alpha: wanted a number or a 0-dim tensor, got None"),
+        (deviation, (torch.ones(3),), r"deviation: alpha: wanted .* 0-dim tensor, got a tensor of shape \(3,\)"),
         (deviation, (float("nan"),), "deviation: alpha: wanted a number or a 0-dim tensor, got nan"),
         (deviation, (1.0, "x"), "deviation: factor: wanted a number, got 'x'"),
         (hardest, ("x",), "hardest: fraction: wanted a number, got 'x'"),

@@ -25,10 +25,12 @@ COMMANDS = {
     "reproduce": ["reproduce", "mvtec", "--data", "none", "--out", "{out}"],
     "prepare": ["prepare", "visa", "--source", "none", "--out", "{out}"],
     "demo": ["demo", "--out", "{out}"],
-    "calibrate": ["calibrate", "{out}/no.pt", "--good", "none"],
     "train": ["train", "{data}", "--out", "{out}"],
-    "export beside": ["export", "{out}/no.pt", "--format", "onnx"],
-    "report beside": ["report", "{out}/no.pt"],
+}
+BESIDE = {  # what they write stands beside the checkpoint, or in it
+    "CHECKPOINT": ["calibrate", "{out}/no.pt", "--good", "{data}", "--false-alarm-rate", "0.5"],
+    "RUN": ["export", "{out}/no.pt", "--format", "onnx"],
+    "RUN ": ["report", "{out}/no.pt"],
 }
 
 
@@ -36,9 +38,11 @@ COMMANDS = {
 def open_folder():
     """A folder that everybody may read, whoever we are: those of pytest are their owner's alone."""
     folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
     tiny_set(folder / "data", train=2, good=0, defects=0)
     (folder / "ro").mkdir()
+    (folder / "ro/no.pt").write_text("no checkpoint")
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755 if place.is_dir() else 0o644)
     (folder / "ro").chmod(0o555)
     yield folder
     shutil.rmtree(folder)
@@ -52,7 +56,7 @@ def somebody():
         return
     try:
         os.seteuid(65534)
-    except PermissionError:
+    except OSError:  # no such user where root is one of a namespace
         pytest.skip("a root that may not become somebody else")
     try:
         yield
@@ -60,30 +64,39 @@ def somebody():
         os.seteuid(0)
 
 
-def said(command, out, data):
-    return fails(*(word.format(out=out, data=data) for word in COMMANDS[command]))
+def said(words, out, data=None):
+    return fails(*(word.format(out=out, data=data) for word in words))
 
 
 def test_every_command_that_writes_is_here():
     from recontrast.app.cli import app
 
     names = {found.name or found.callback.__name__ for found in app.registered_commands}
-    assert names - {"info"} == {words[0] for words in COMMANDS.values()}
+    assert names - {"info"} == {words[0] for words in (*COMMANDS.values(), *BESIDE.values())}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_is_said_first(command, open_folder, tmp_path):
-    option = "CHECKPOINT" if command == "calibrate" else "--out"
-    wanted = f"recontrast: {option}: wanted a folder that can be written, got"
+    words, wanted = COMMANDS[command], "recontrast: --out: wanted a folder that can be written, got"
     (tmp_path / "file").write_text("mine")
     for out, reason in ((tmp_path / "file", "not a folder"), (tmp_path / "file/a", f"{tmp_path}/file is not a folder")):
-        assert said(command, out, open_folder / "data") == f"{wanted} {out} ({reason})"
+        assert said(words, out, open_folder / "data") == f"{wanted} {out} ({reason})"
     assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path) == ["file"]
-    assert re.fullmatch(rf"{wanted} /proc/none \([a-z ]+\)", said(command, "/proc/none", open_folder / "data"))
+    assert re.fullmatch(rf"{wanted} /proc/none \([a-z ]+\)", said(words, "/proc/none", open_folder / "data"))
     with somebody():
         for out in (open_folder / "ro", open_folder / "ro/new/run"):
-            assert said(command, out, open_folder / "data") == f"{wanted} {out} (permission denied)"
-    assert not list((open_folder / "ro").iterdir())
+            assert said(words, out, open_folder / "data") == f"{wanted} {out} (permission denied)"
+    assert os.listdir(open_folder / "ro") == ["no.pt"]
+
+
+@pytest.mark.parametrize("option", BESIDE)
+def test_nothing_can_be_written_beside_a_checkpoint(option, open_folder):
+    place, data = open_folder / "ro", open_folder / "data"
+    wanted = f"recontrast: {option.strip()}: wanted a folder that can be written, got"
+    with somebody():
+        assert said(BESIDE[option], place, data) == f"{wanted} {place} (permission denied)"
+    missing = said(BESIDE[option], "/proc/none", data)
+    assert "no.pt" in missing and "can be written" not in missing
 
 
 def test_what_can_be_written_is_left_as_it_is(tmp_path):

@@ -52,7 +52,8 @@ def calibrate(
     from recontrast.engine.uniformity import departure
 
     file = checkpoint_file(checkpoint)
-    writable(file.parent, "CHECKPOINT")
+    if file.is_file():  # else that it is missing is what to say
+        writable(file.parent, "CHECKPOINT")
     known, new = list_images(good), list_images(check or [])
     if shared := {os.path.realpath(path) for path in known} & {os.path.realpath(path) for path in new}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")

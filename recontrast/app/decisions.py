@@ -97,8 +97,10 @@ def find_regions(anomaly: np.ndarray, threshold: float, shape: Sequence[int], re
     """Regions of a map (h, w) above ``threshold`` in an original of ``shape`` (H, W), the highest peak first."""
     top, left, height, width = covered(shape, recipe)
     warm = anomaly
-    if anomaly.shape != (height, width):  # a mean would cool the peak of an image that is smaller than its map
-        warm = pictures.stretch(pictures.peaks(anomaly, (height, width)), (height, width))
+    if anomaly.shape != (height, width):
+        warm = pictures.stretch(anomaly, (height, width))
+        if (anomaly > threshold).any() and not (warm > threshold).any():  # a mean cooled it: the image is smaller
+            warm = pictures.stretch(pictures.peaks(anomaly, (height, width)), (height, width))
     labels, count = regions(warm > threshold)
     if not count:
         return []

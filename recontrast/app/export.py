@@ -27,9 +27,10 @@ def export(
     from recontrast.engine.export import export as write
 
     file = checkpoint_file(run)
+    if out is not None or file.is_file():  # else that it is missing is what to say
+        writable(file.parent if out is None else out.parent, "RUN" if out is None else "--out")
     if out is None:
         out = file.with_name("detector" + SUFFIX.get(format, ""))
-    writable(out.parent)
     made = write(file, format, out, images=list_images(images) if images else [])
     typer.echo(
         f"scores of {made.images} images of many sizes differ by at most {made.difference:.1e} (relative) from the "

@@ -68,7 +68,7 @@ def predict(
     """Score images, decide where there is a calibration, and write all of it below ``out``.
 
     That is ``scores.csv``, ``scores.json``, ``regions.csv`` (with decisions), ``maps/`` and ``overlays/``;
-    what a former run wrote there and this one does not is removed.
+    what a finished former run wrote there and this one does not is removed.
 
     A file that cannot be read is left out and reported; every file that is written is whole.
 

@@ -132,8 +132,8 @@ def row(found: Prediction) -> dict[str, Any]:
 def save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, Any]) -> None:
     """Write ``scores.csv``, ``scores.json`` and, where there are decisions, ``regions.csv``.
 
-    Maps, overlays and regions of a former run that this one does not write go first: no file stands beside scores that
-    it does not belong to.
+    Maps, overlays and regions of a finished former run that this one does not write are removed at the end: no file
+    stands beside scores that it does not belong to.
 
     Args:
         out: folder for the results.
@@ -152,28 +152,32 @@ def save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, A
             for number, region in enumerate(made.regions or (), 1):
                 regions.append([found.path, number, *region.to_dict().values()])
         lines.append(line)
-    written = {name for found in predictions for name in (found.map, found.overlay)}
-    for old in _of_former(out / "scores.json") - written | (set() if decided else {"regions.csv"}):
-        (out / old).unlink(missing_ok=True)
-        for folder in (out / old).parents[: len(Path(old).parents) - 1]:
-            with suppress(OSError):  # there is more in it
-                folder.rmdir()
+    stale = _of_former(out / "scores.json") - {name for found in predictions for name in (found.map, found.overlay)}
     _save_csv(out / "scores.csv", lines)
     if decided:
+        stale -= {"regions.csv"}
         _save_csv(out / "regions.csv", regions)
     with replacing(out / "scores.json") as file:
         file.write((json.dumps({**about, "images": [row(found) for found in predictions]}, indent=1) + "\n").encode())
+    for old in stale:
+        with suppress(OSError, ValueError):  # it is gone, or was never a file
+            (out / old).unlink()
+        for folder in (out / old).parents[: len(Path(old).parents) - 1]:
+            with suppress(OSError, ValueError):  # there is more in it
+                folder.rmdir()
 
 
 def _of_former(scores: Path) -> set[str]:
-    """Maps and overlays that a former run says it wrote, relative to the folder; nothing else is ever removed."""
+    """Files that a finished former run says it wrote, relative to the folder; nothing else is ever removed."""
     try:
         images = json.loads(scores.read_bytes())["images"]
         names = [image[key] for image in images for key in ("map", "overlay") if key in image]
         parts = {name: PurePosixPath(name).parts for name in names}
+        decided = any("decision" in image for image in images)
     except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
         return set()
-    return {name for name, path in parts.items() if path[:1] in (("maps",), ("overlays",)) and ".." not in path}
+    ours = {name for name, path in parts.items() if path[:1] in (("maps",), ("overlays",)) and ".." not in path}
+    return ours | ({"regions.csv"} if decided else set())
 
 
 def _save_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:

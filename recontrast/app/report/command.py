@@ -45,7 +45,8 @@ def report(
     device: Device = None,
 ) -> None:
     """Write one HTML file: metrics, threshold, curves, and the images sorted by error."""
-    writable(checkpoint_file(run).parent if out is None else out.parent)
+    if out is not None or checkpoint_file(run).is_file():  # else that it is missing is what to say
+        writable(checkpoint_file(run).parent if out is None else out.parent, "RUN" if out is None else "--out")
     with Steps("report") as shown:
         made = write(
             run, data or [], out, category=category, images=images, batch=batch, device=device,

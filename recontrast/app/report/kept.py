@@ -1,6 +1,6 @@
 """What a report keeps of anomaly maps: a small picture of each, how warm they are, and the overlap curve of a category.
 
-So the memory does not depend on how many maps there are, nor (of tiled detectors) on how large they are.
+64 kB an image at most, so that the maps of tiled detectors, which have the size of the images, need not be kept.
 """
 
 from collections.abc import Sequence

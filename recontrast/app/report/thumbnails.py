@@ -60,7 +60,8 @@ def encode(findings: Findings, shots: Sequence[Shot], recipe: Recipe, budget: in
         ValueError: not even the smallest pictures fit.
     """
     heats = {section.row.category: section.heat for section in findings.sections}
-    with ThreadPoolExecutor(4) as pool:
+    # Originals of tiled detectors may be large: one at a time.
+    with ThreadPoolExecutor(4 if recipe.tile is None else 1) as pool:
         sources = list(pool.map(lambda s: _source(s, findings.heats[s.place], heats[s.sample.category], recipe), shots))
         for side, quality in LEVELS:
             probes = sources[:: max(1, len(sources) // PROBES)]
