@@ -68,17 +68,19 @@ def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
     torch.save({_KEY: FORMAT, **content}, file)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read what `save` wrote, tensors on ``device``."""
+def load(path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> Checkpoint:
+    """Read what `save` wrote, tensors on ``device``; ``mapped``: on the CPU, each read from the file when it is used."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: wanted a checkpoint file, there is {'a folder' if path.is_dir() else 'none'}")
     with path.open("rb") as file:
-        return read(file, path, device)
+        return read(file, path, device, mapped=mapped)
 
 
-def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read what `write` wrote, tensors on ``device``; ``path`` is what errors name."""
+def read(
+    file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False
+) -> Checkpoint:
+    """Read what `write` wrote, as `load`; ``path`` is what errors name, and the file where it is ``mapped``."""
     size = file.seek(0, 2)
     damaged = f"{path}: the checkpoint is cut off or damaged ({size:,} bytes)"
     whole = zipfile.is_zipfile(file)  # torch.save writes zip archives; anything else would reach a pickle reader
@@ -88,7 +90,7 @@ def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") 
             damaged if file.read(2) == b"PK" else f"{path}: wanted a recontrast checkpoint, got a file of another kind"
         )
     try:
-        content = torch.load(file, map_location=device, weights_only=True)
+        content = torch.load(str(path) if mapped else file, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file that holds other things") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -114,14 +116,32 @@ def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") 
 
 def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
     """The model that ``checkpoint``, read from ``path``, holds, on the CPU and in training mode."""
+    model = _made(checkpoint, path)
+    restore(model, checkpoint, path)
+    return model
+
+
+def _made(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+    """Of random weights."""
     try:
-        model = ReContrast(**{**checkpoint.model_config, "weights": "random"})  # every value is overwritten below
+        return ReContrast(**{**checkpoint.model_config, "weights": "random"})
     except TypeError as error:
         raise ValueError(
             f"{path}: wanted a model that recontrast {recontrast.__version__} can build, got one of "
             f"{checkpoint.version} ({error})"
         ) from error
-    restore(model, checkpoint, path)
+
+
+def _taken(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+    """As `build`, of the tensors of a mapped ``checkpoint``: no weights are drawn, and none are in memory twice."""
+    with torch.device("meta"):
+        model = _made(checkpoint, path)
+    kinds = {name: value.dtype for name, value in model.state_dict().items()}
+    # A copy each, no view of the file: somebody may write into it while the model is in use.
+    weights = {name: value.to(kinds.get(name, value.dtype), copy=True) for name, value in checkpoint.model.items()}
+    restore(model, replace(checkpoint, model=weights), path, assign=True)
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):  # a buffer that no state holds
+        return build(replace(checkpoint, model=weights), path)
     return model
 
 
@@ -142,10 +162,10 @@ def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
         )
 
 
-def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path) -> None:
-    """Copy the weights of ``checkpoint``, read from ``path``, and its normalisation into ``model``."""
+def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path, *, assign: bool = False) -> None:
+    """Copy, or hand over, the weights of ``checkpoint``, read from ``path``, and its normalisation to ``model``."""
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(checkpoint.model, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights do not fit the model that its configuration says: {reason}") from error
@@ -166,9 +186,9 @@ def load_model(path: str | Path, device: str | torch.device | None = None) -> tu
         ValueError: the file is none of ours, is damaged, or holds a calibration of other weights.
     """
     where = choose(device)
-    checkpoint = load(path)
+    checkpoint = load(path, mapped=True)  # states of optimisers are not read at all
     check_calibration(checkpoint, path)
-    model = build(checkpoint, path)
+    model = _taken(checkpoint, path)
     put(model, checkpoint.recipe, where)
     return model.eval(), checkpoint.recipe, replace(checkpoint, model={}, optimisers=[], rng={})
 

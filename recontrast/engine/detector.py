@@ -22,6 +22,7 @@ from recontrast.data.inputs import Inputs
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine import tiled
 from recontrast.engine.calibrate import Calibration
+from recontrast.engine.device import release
 from recontrast.engine.exported import KINDS, Exported
 from recontrast.engine.infer import highest, infer
 from recontrast.engine.ready import Inference
@@ -90,8 +91,10 @@ class Torch:
         self.lost = None
         if about.calibration is not None and not alike:
             self.lost = f"{path}: {self._differing(inference, trained, stored)}"
-        self.model = inference.network(model, self.recipe, stored)
+        self.model = inference.network(model, self.recipe, stored, keep=False)
         self.top = highest(self.model, self.recipe)
+        del model
+        release()
 
     def _differing(self, inference: Inference, trained: Recipe, stored: Recipe) -> str:
         """Why scores are not those that were calibrated."""

@@ -46,15 +46,18 @@ class Inference:
             return self.folded
         return trained.precision == "float32" or self.recipe(trained).precision != trained.precision
 
-    def network(self, model: ReContrast, recipe: Recipe, trained: Recipe) -> ReContrast | Folded:
+    def network(
+        self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True
+    ) -> ReContrast | Folded:
         """What `recontrast.engine.infer.infer` runs in place of ``model``.
 
         Args:
             model: on its device; it is left as it is where it is folded, and compiled in place where it is not.
             recipe: as `recipe` gives it.
             trained: as the checkpoint has it.
+            keep: False: ``model`` may be used up, which saves the memory of a second one.
         """
-        network = fold(model, recipe.out) if self.folds(trained) else model
+        network = fold(model, recipe.out, keep=keep) if self.folds(trained) else model
         if isinstance(network, Folded) and recipe.precision == "bfloat16":
             network.to(torch.bfloat16)  # else each pass would round the weights anew
         put(network, recipe, next(network.parameters()).device)
