@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,10 @@ from PIL import Image
 from test_cli import call, fails, works
 from test_predict import RECIPE, save
 
+from recontrast.data.datasets import Sample
+from recontrast.data.images import read_image
 from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine import train as engine
 
 
 def draw(folder, count, *, seed, spread=12.0):
@@ -91,3 +95,33 @@ def test_decisions_without_a_calibration_are_refused(run, good, tmp_path):
     for option in (["--decide"], ["--false-alarm-rate", 0.1]):
         assert "run recontrast calibrate" in fails("predict", run, good, "--out", tmp_path / "out", *option)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+def test_images_of_the_training_are_refused(good, tmp_path, tile):
+    """Whatever they are called and however they are stored; also where arrays were trained on."""
+    recipe = RECIPE.replace(tile=tile, steps=1, batch=4)
+    (tmp_path / "data").mkdir()
+    paths = sorted(good.iterdir())[:9]
+    if tile is None:
+        samples = np.stack([read_image(path, size=64) for path in paths])
+    else:
+        samples = [Sample(path, None, 0, "nut", "train", "good") for path in paths]
+    engine.train(recipe, samples, out=tmp_path / "run", device="cpu")
+    fresh = draw(tmp_path / "fresh", 20, seed=3)
+    with Image.open(paths[4]) as image:
+        image.save(tmp_path / "again.bmp")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    options = ["calibrate", tmp_path / "run", "--false-alarm-rate", 0.1, "--device", "cpu", "--good", fresh]
+    for option in ("--good", "--check"):
+        said = fails(*options, option, tmp_path / "again.bmp")
+        wanted = f"{option}: wanted good images that were not trained on, got 1 of {1 if option == '--check' else 21}"
+        assert f"{wanted} that were (first: {tmp_path / 'again.bmp'})" in said
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    works(*options)
+    found = checkpoints.load(tmp_path / "run" / "checkpoint.pt")
+    older = {name: value for name, value in found.images.items() if name != "each"}
+    checkpoints.save(tmp_path / "run" / "checkpoint.pt", replace(found, images=older))
+    works(*options, "--good", tmp_path / "again.bmp")
+    engine.train(recipe.replace(checkpoint_every=1), samples, out=tmp_path / "on", device="cpu",
+                 resume=tmp_path / "run" / "checkpoint.pt")  # fmt: skip

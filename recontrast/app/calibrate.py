@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from recontrast.data.inputs import Inputs
     from recontrast.engine.calibrate import Calibration
+    from recontrast.engine.checkpoint import Checkpoint
     from recontrast.engine.detector import Scored, Torch
 
 
@@ -55,10 +56,13 @@ def calibrate(
     allowed(len(known), false_alarm_rate)  # before a model is built
     file = checkpoint_file(checkpoint)
     detector = Torch(file, device)
+    stored = checkpoints.load(file, mapped=True)
+    for option, paths in (("--good", known), ("--check", new)):
+        _refuse_trained(option, paths, stored)
     with Steps("calibrate") as shown:
         found, unread = _calibrated(
             detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
-            source=", ".join(map(str, good)), weights=digest(checkpoints.load(file).model, detector.recipe),
+            source=", ".join(map(str, good)), weights=digest(stored.model, detector.recipe),
         )  # fmt: skip
     checkpoints.calibrated(file, found)
     for line in statement(found):
@@ -76,6 +80,36 @@ def calibrate(
         complain(text)
     if unread:
         raise typer.Exit(2)
+
+
+def _refuse_trained(option: str, paths: "Sequence[Path]", stored: "Checkpoint") -> None:
+    """A detector scores the images of its training lower than any others; of older checkpoints they are unknown."""
+    from recontrast.data.inputs import Inputs
+    from recontrast.data.tiles import Tiles
+    from recontrast.engine.batches import fingerprint, fingerprints
+
+    recipe, trained = stored.recipe, fingerprints(stored.images)
+    if not trained:
+        return
+    files = Inputs(paths)
+
+    def seen(place: int) -> bool:
+        if recipe.tile is None:
+            pixels = files.read(place, recipe.size, recipe.crop)
+            return pixels is not None and fingerprint(pixels) in trained
+        pixels = files.read(place)
+        if pixels is None:  # said when it is to be scored
+            return False
+        tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
+        return fingerprint(tiles[range(len(tiles))]) in trained
+
+    with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:  # whole images may be large
+        found = [files.paths[place] for place, was in enumerate(pool.map(seen, range(len(files)))) if was]
+    if found:
+        raise ValueError(
+            f"{option}: wanted good images that were not trained on, got {len(found)} of {len(files)} that were "
+            f"(first: {found[0]})"
+        )
 
 
 def _calibrated(

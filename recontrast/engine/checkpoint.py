@@ -33,7 +33,7 @@ class Checkpoint:
     recipe: Recipe
     model_config: dict[str, Any]  # constructor arguments of `ReContrast`, the backbone's name among them
     preprocessing: dict[str, Any]  # size and crop as (height, width) or none; mean and std of the three channels
-    images: dict[str, Any]  # of training: how many, and the digest of their pixels
+    images: dict[str, Any]  # of training: see `recontrast.engine.batches.described`
     model: dict[str, Tensor] = field(default_factory=dict, repr=False)  # all weights, the frozen encoder's too
     optimisers: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rng: dict[str, Any] = field(default_factory=dict, repr=False)  # states of random generators, place in the epoch
@@ -77,9 +77,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, mapped: bool =
         return read(file, path, device, mapped=mapped)
 
 
-def read(
-    file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False
-) -> Checkpoint:
+def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> Checkpoint:
     """Read what `write` wrote, as `load`; ``path`` is what errors name, and the file where it is ``mapped``."""
     size = file.seek(0, 2)
     damaged = f"{path}: the checkpoint is cut off or damaged ({size:,} bytes)"

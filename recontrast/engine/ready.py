@@ -46,9 +46,7 @@ class Inference:
             return self.folded
         return trained.precision == "float32" or self.recipe(trained).precision != trained.precision
 
-    def network(
-        self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True
-    ) -> ReContrast | Folded:
+    def network(self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True) -> ReContrast | Folded:
         """What `recontrast.engine.infer.infer` runs in place of ``model``.
 
         Args:
