@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from recontrast.app.console import Steps, complain
-from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file
+from recontrast.app.options import Batch, CheckpointFile, Device, Precision, Views, checkpoint_file, inference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +37,8 @@ def calibrate(
         list[Path] | None,
         typer.Option(help="Other good images, or a folder of them: do they still look like these? Repeatable."),
     ] = None,
+    views: Views = None,
+    precision: Precision = None,
     batch: Batch = 16,
     device: Device = None,
 ) -> None:
@@ -55,19 +57,26 @@ def calibrate(
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     allowed(len(known), false_alarm_rate)  # before a model is built
     file = checkpoint_file(checkpoint)
-    detector = Torch(file, device)
+    how = inference(device, views, precision)
+    detector = Torch(file, device, inference=how)
     stored = checkpoints.load(file, mapped=True)
     for option, paths in (("--good", known), ("--check", new)):
         _refuse_trained(option, paths, stored)
     with Steps("calibrate") as shown:
         found, unread = _calibrated(
             detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
-            source=", ".join(map(str, good)), weights=digest(stored.model, detector.recipe),
+            source=", ".join(map(str, good)), weights=digest(stored.model, stored.recipe),
         )  # fmt: skip
+    if not how.scores_alike(stored.recipe):
+        recipe = detector.recipe
+        found = replace(found, views=recipe.views, precision=recipe.precision)
     checkpoints.calibrated(file, found)
     for line in statement(found):
         typer.echo(line)
     typer.echo(f"calibration: {file}")
+    if found.views is not None:
+        typer.echo(f"it decides with --views {found.views} --precision {found.precision} alone: predict and evaluate "
+                   "take them too")  # fmt: skip
     if new:
         scores, looks, others = _scores(detector, new, batch)
         unread += others

@@ -69,7 +69,10 @@ def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> Checkpoint:
-    """Read what `save` wrote, tensors on ``device``; ``mapped``: on the CPU, each read from the file when it is used."""
+    """Read what `save` wrote, tensors on ``device``; ``mapped``: on the CPU, each read from the file when it is used.
+
+    A file that is written in place, and not replaced, must not be mapped.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: wanted a checkpoint file, there is {'a folder' if path.is_dir() else 'none'}")

@@ -72,7 +72,7 @@ class Torch:
             device: None: the GPU where there is one.
             tile: pixels; 0: whole images, resized; None: as it was trained.
             overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
-            inference: how the model is run, None: as trained, and folded; scores that differ have no calibration.
+            inference: how the model is run, None: as trained, and folded; scores not calibrated decide nothing.
 
         Raises:
             ValueError: it was trained at the other scale, or tile or overlap do not do.
@@ -82,25 +82,19 @@ class Torch:
         trained = inference.recipe(stored)
         self.recipe, self.overlap = tiled.chosen(model, trained, tile, overlap, f"{path}")
         self.category = about.category
-        alike = (
-            self.recipe == trained
-            and inference.scores_alike(stored)
-            and self.overlap in (None, tiled.overlap_of(trained.out[0]))
-        )
-        self.calibration = about.calibration if alike else None  # of these scores, or of none
+        alike = self.recipe == trained and self.overlap in (None, tiled.overlap_of(trained.out[0]))
+        found = inference.calibration(stored, about.calibration)
+        self.calibration = found if alike else None  # of these scores, or of none
         self.lost = None
-        if about.calibration is not None and not alike:
-            self.lost = f"{path}: {self._differing(inference, trained, stored)}"
+        if about.calibration is not None and self.calibration is None:
+            self.lost = f"{path}: {inference.lost(stored, about.calibration) or self._other_tiles(trained)}"
         self.model = inference.network(model, self.recipe, stored, keep=False)
         self.top = highest(self.model, self.recipe)
         del model
         release()
 
-    def _differing(self, inference: Inference, trained: Recipe, stored: Recipe) -> str:
+    def _other_tiles(self, trained: Recipe) -> str:
         """Why scores are not those that were calibrated."""
-        if not inference.scores_alike(stored):
-            asked, was = f"views {trained.views}, {trained.precision}", f"views {stored.views}, {stored.precision}"
-            return f"its calibration is of scores of {was}: nothing is decided by scores of {asked}"
         tile, shared = trained.out[0], tiled.overlap_of(trained.out[0])
         return (
             f"its calibration is of tiles of {tile} px that share {shared}: nothing is decided by scores of tiles of "

@@ -49,8 +49,9 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 def release() -> None:
-    """Give memory that was freed back to the system: glibc keeps hundreds of MB of it, beside which a large image must
-    find room. Where there is no glibc nothing happens.
+    """Give memory that was freed back to the system, beside which a large image must find room.
+
+    glibc keeps hundreds of MB of it; where there is no glibc nothing happens.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

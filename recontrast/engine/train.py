@@ -29,6 +29,7 @@ from recontrast.engine.holdout import finish, held_out
 from recontrast.engine.log import Log
 from recontrast.engine.optimise import optimisers, schedule
 from recontrast.engine.pixels import Pixels
+from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.run import Run, check_resumed, read, restore, snapshot
 from recontrast.engine.teacher import TeacherCache
@@ -53,7 +54,7 @@ class TrainResult:
     @property
     def calibration(self) -> Calibration | None:
         """Where images were held out; in the first process."""
-        return self.state.calibration
+        return Inference().calibration(self.recipe, self.state.calibration)
 
 
 def train(
