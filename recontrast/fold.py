@@ -112,7 +112,10 @@ def _norms_of_convolutions(model: ReContrast, size: int | tuple[int, int]) -> li
     for encoder in encoders:
         encoder.frozen = False  # it runs without a graph otherwise
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        forgotten = torch.autograd.graph.saved_tensors_hooks(
+            lambda _: None, lambda _: None
+        )  # the graph's shape will do
+        with torch.inference_mode(False), torch.enable_grad(), forgotten:
             images = torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device)
             results = [feature.grad_fn for pair in model(images) for feature in pair]
     finally:

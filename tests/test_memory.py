@@ -1,11 +1,16 @@
 """What loading a detector takes: its weights, and for a moment those of the file, whatever else the file holds."""
 
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from recontrast.data import pages
+from recontrast.data.tiles import Tiles
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import new_model
@@ -42,3 +47,25 @@ def test_a_detector_is_loaded_once_and_without_the_optimisers(tmp_path):
     before, peak, now = map(float, done.stdout.split())
     assert peak - before < 2 * megabytes + 60, f"{peak - before:.0f} MB for {megabytes:.0f} MB of weights"
     assert now - before < megabytes + 50, f"{now - before:.0f} MB stay for {megabytes:.0f} MB of weights"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+def test_rows_of_a_large_image_are_given_back(monkeypatch):
+    """Tiles are the same; what lies above the last ones is no longer in memory."""
+    monkeypatch.setattr(pages, "LEAST", 1 << 20)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    pixels = pages.empty((4000, 3000, 3))
+    pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
+    wanted, spent = Tiles(pixels.copy(), 256, 192), Tiles(pixels, 256, 192, spend=True)
+    before = resident()
+    for place in range(0, len(wanted), 4):
+        index = np.arange(place, min(place + 4, len(wanted)))
+        np.testing.assert_array_equal(spent[index], wanted[index])
+    assert before - resident() > 0.8 * pixels.nbytes
+    assert not pixels[:3000].any() and pixels[-1].any()
+    own = np.ones((64, 64, 3), np.uint8)
+    Tiles(own, 32, 32, spend=True)[[2]]
+    assert own.all(), "the caller's own arrays stay"

@@ -88,6 +88,7 @@ class Torch:
         self.lost = None
         if about.calibration is not None and self.calibration is None:
             self.lost = f"{path}: {inference.lost(stored, about.calibration) or self._other_tiles(trained)}"
+        release()
         self.model = inference.network(model, self.recipe, stored, keep=False)
         self.top = highest(self.model, self.recipe)
         del model
