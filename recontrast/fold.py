@@ -23,7 +23,7 @@ CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, PartialNorm2d)
 
 
-def fold(model: ReContrast, size: int | tuple[int, int] | None = None) -> "Folded":
+def fold(model: ReContrast, size: int | tuple[int, int] | None = None, *, keep: bool = True) -> "Folded":
     """A copy of ``model`` for inference, with each BatchNorm folded into the convolution before it, in float64.
 
     A norm that follows no convolution, or one whose result is also read elsewhere, stays as it is. Activations stay.
@@ -31,6 +31,7 @@ def fold(model: ReContrast, size: int | tuple[int, int] | None = None) -> "Folde
     Args:
         model: trained; it is not changed.
         size: of the images of the trial run, pixels, for an encoder that takes no others; None: the smallest.
+        keep: False: nothing is copied, ``model`` becomes part of the result and is of no other use any more.
 
     Returns:
         The copy, on the device and in the dtype and layout of ``model``.
@@ -38,7 +39,7 @@ def fold(model: ReContrast, size: int | tuple[int, int] | None = None) -> "Folde
     Raises:
         ValueError: a size that the model's strides do not divide.
     """
-    folded = copy.deepcopy(model)
+    folded = copy.deepcopy(model) if keep else model
     folded.eval()
     size = size or model.stride
     model.map_sizes(size)  # refuses what the strides do not divide
@@ -135,7 +136,12 @@ def _norms_of_convolutions(model: ReContrast, size: int | tuple[int, int]) -> li
     for encoder in encoders:
         encoder.frozen = False  # it runs without a graph otherwise
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        nothing: Any = lambda _: None  # noqa: E731 - the graph's shape will do, no activation is kept
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(nothing, nothing),
+        ):
             images = torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device)
             results = [feature.grad_fn for pair in model(images) for feature in pair]
     finally:

@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,10 @@ from PIL import Image
 from test_cli import call, fails, works
 from test_predict import RECIPE, save
 
+from recontrast.data.datasets import Sample
+from recontrast.data.images import read_image
 from recontrast.engine import checkpoint as checkpoints
+from recontrast.engine import train as engine
 
 
 def draw(folder, count, *, seed, spread=12.0):
@@ -105,3 +109,70 @@ def test_decisions_without_a_calibration_are_refused(run, good, tmp_path):
         said = fails("predict", run, good, "--out", tmp_path / "out", *option)
         assert f"run recontrast calibrate {run / 'checkpoint.pt'} --good DIR first" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+def test_images_of_the_training_are_refused(good, tmp_path, tile):
+    """Whatever they are called and however they are stored; also where arrays were trained on."""
+    recipe = RECIPE.replace(tile=tile, steps=1, batch=4)
+    (tmp_path / "data").mkdir()
+    paths = sorted(good.iterdir())[:9]
+    if tile is None:
+        samples = np.stack([read_image(path, size=64) for path in paths])
+    else:
+        samples = [Sample(path, None, 0, "nut", "train", "good") for path in paths]
+    engine.train(recipe, samples, out=tmp_path / "run", device="cpu")
+    fresh = draw(tmp_path / "fresh", 20, seed=3)
+    with Image.open(paths[4]) as image:
+        image.save(tmp_path / "again.bmp")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    options = ["calibrate", tmp_path / "run", "--false-alarm-rate", 0.1, "--device", "cpu", "--good", fresh]
+    for option in ("--good", "--check"):
+        said = fails(*options, option, tmp_path / "again.bmp")
+        wanted = f"{option}: wanted good images that were not trained on, got 1 of {1 if option == '--check' else 21}"
+        assert f"{wanted} that were (first: {tmp_path / 'again.bmp'})" in said
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    works(*options)
+    found = checkpoints.load(tmp_path / "run" / "checkpoint.pt")
+    older = {name: value for name, value in found.images.items() if name != "each"}
+    checkpoints.save(tmp_path / "run" / "checkpoint.pt", replace(found, images=older))
+    works(*options, "--good", tmp_path / "again.bmp")
+    engine.train(recipe.replace(checkpoint_every=1), samples, out=tmp_path / "on", device="cpu",
+                 resume=tmp_path / "run" / "checkpoint.pt")  # fmt: skip
+
+
+def test_scores_of_one_view_are_decided_by_their_own_calibration(run, good, tmp_path):
+    fast = ["--views", "trained", "--precision", "bfloat16", "--device", "cpu"]
+    said = works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, *fast)
+    assert "it decides with --views trained --precision bfloat16 alone" in said
+    found = checkpoints.load(run / "checkpoint.pt").calibration
+    assert (found.views, found.precision) == ("trained", "bfloat16")
+    predict = ["predict", run, good, "--out", tmp_path / "out", "--no-overlays"]
+    assert "1 called defects at a false-alarm rate of 0.1" in works(*predict, *fast, "--decide")
+    lost = "its calibration is of scores of views trained, bfloat16: nothing is decided by scores of views "
+    hint = "; --views trained --precision bfloat16 decides"
+    for options, got in (
+        ([], "both, float32"), (fast[:2], "trained, float32"),
+        ([*fast, "--no-fold"], "trained, bfloat16, folded otherwise"),
+    ):  # fmt: skip
+        result = call(*predict, *options, "--device", "cpu")
+        assert result.exit_code == 0 and "called defects" not in result.stdout
+        assert f"{lost}{got}" in result.stderr and hint in result.stderr
+    assert f"{lost}both, float32{hint}" in fails(*predict, "--decide", "--device", "cpu")
+    works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu")
+    found = checkpoints.load(run / "checkpoint.pt").calibration
+    assert (found.views, found.precision) == (None, None) and not {"views", "precision"} & set(found.to_dict())
+    assert "1 called defects" in works(*predict, "--device", "cpu")
+
+
+def test_evaluate_says_what_it_takes_to_decide(run, good, tmp_path):
+    draw(tmp_path / "nut" / "train" / "good", 1, seed=5)
+    draw(tmp_path / "nut" / "test" / "good", 2, seed=6)
+    draw(tmp_path / "nut" / "test" / "bent", 2, seed=7, spread=80.0)
+    words = ["evaluate", run, tmp_path / "nut", "--device", "cpu"]
+    works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--views", "trained", "--device", "cpu")
+    result = call(*words)
+    assert result.exit_code == 0 and "--views trained --precision float32 decides" in result.stderr
+    decided = call(*words, "--views", "trained")
+    assert decided.exit_code == 0 and "decides" not in decided.stderr
+    assert "at the promised false-alarm rate of 0.1" in decided.stdout and "promised" not in result.stdout

@@ -354,3 +354,20 @@ def test_runtime_that_is_not_installed(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"needs onnxruntime: pip install 'recontrast\[export\]'"):
         Onnx(files["onnx"].path)
+
+
+def test_one_view_with_its_own_decisions_or_none(run, photographs, tmp_path):
+    copy = tmp_path / "run" / "checkpoint.pt"
+    copy.parent.mkdir()
+    copy.write_bytes((run / "checkpoint.pt").read_bytes())
+    made = export(copy, "pt2", tmp_path / "none.pt2", views="trained")
+    assert made.outputs == ("map", "score") and "its calibration is of scores of views both" in made.notes[0]
+    options = ["--good", photographs, "--false-alarm-rate", 0.2, "--views", "trained", "--device", "cpu"]
+    works("calibrate", copy.parent, *options)
+    said = works("export", copy.parent, "--format", "pt2", "--views", "trained", "--out", tmp_path / "one.pt2")
+    assert "outputs map, score, p_value, defect" in said
+    alone, wanted = open_detector(tmp_path / "one.pt2"), checkpoints.load(copy).calibration
+    assert alone.calibration == wanted and alone.recipe == RECIPE.replace(views="trained")
+    pixels = np.full((1, 40, 50, 3), 90, np.uint8)
+    found = alone.program(pixels)
+    assert found["p_value"] == pytest.approx(wanted.p_values(found["score"]))

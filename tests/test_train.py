@@ -12,7 +12,7 @@ from tiny import tiny_set
 
 from recontrast.engine import checkpoint
 from recontrast.engine import train as training
-from recontrast.engine.batches import Batches, digest
+from recontrast.engine.batches import Batches, described, fingerprint, fingerprints
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import train
 
@@ -338,8 +338,11 @@ def test_batches_go_on(drop_last):
 
 
 def test_digest():
-    images = np.random.default_rng(0).integers(0, 255, (130, 2, 3, 3), np.uint8)
-    assert digest(images) == digest(images.copy())
-    assert digest(images) != digest(images[::-1])
-    assert digest(images) != digest(images[:-1])
-    assert digest(images) != digest(images.reshape(130, 3, 2, 3))
+    images = np.random.default_rng(0).integers(0, 256, (130, 2, 3, 3), np.uint8)
+    wanted = described(images)
+    assert wanted == described(images.copy()) and wanted["count"] == 130
+    for other in (images[::-1], images[:-1], images.reshape(130, 3, 2, 3)):
+        assert described(other)["digest"] != wanted["digest"]
+    assert len(fingerprints(wanted)) == 130 and fingerprint(images[77]) in fingerprints(wanted)
+    assert fingerprint(images[77, ::-1]) not in fingerprints(wanted)
+    assert described(images[:0])["each"] == "" and not fingerprints({"count": 1, "digest": ""})

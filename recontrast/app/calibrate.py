@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from recontrast.app.console import Steps, complain
-from recontrast.app.options import Batch, CheckpointFile, Device, checkpoint_file, writable
+from recontrast.app.options import Batch, CheckpointFile, Device, Precision, Views, checkpoint_file, inference, writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from recontrast.data.inputs import Inputs
     from recontrast.engine.calibrate import Calibration
+    from recontrast.engine.checkpoint import Checkpoint
     from recontrast.engine.detector import Scored, Torch
 
 
@@ -38,6 +39,8 @@ def calibrate(
             help="Other good images, or a folder: do they still look like these? Several: --check A --check B."
         ),
     ] = None,
+    views: Views = None,
+    precision: Precision = None,
     batch: Batch = 16,
     device: Device = None,
 ) -> None:
@@ -58,18 +61,27 @@ def calibrate(
     if shared := {os.path.realpath(path) for path in known} & {os.path.realpath(path) for path in new}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     allowed(len(known), false_alarm_rate)  # before a model is built
-    detector = Torch(file, device)
+    how = inference(device, views, precision)
+    stored = checkpoints.load(file, mapped=True)
+    for option, paths in (("--good", known), ("--check", new)):
+        _refuse_trained(option, paths, stored)
+    detector = Torch(file, device, inference=how, calibrated=False)
     with Steps("calibrate") as shown:
         found, unread = _calibrated(
             detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
-            source=", ".join(map(str, good)), weights=digest(checkpoints.load(file).model, detector.recipe),
+            source=", ".join(map(str, good)), weights=digest(stored.model, stored.recipe),
         )  # fmt: skip
+    if not how.scores_alike(stored.recipe):
+        recipe = detector.recipe
+        found = replace(found, views=recipe.views, precision=recipe.precision)
     checkpoints.calibrated(file, found)
     for line in statement(found):
         typer.echo(line)
-    before = detector.calibration
-    fewer = before is not None and before.count > found.count
-    typer.echo(f"calibration: {file}" + (f", replaces one from {before.count} images" if before and fewer else ""))
+    before = 0 if stored.calibration is None else stored.calibration.count
+    typer.echo(f"calibration: {file}" + f", replaces one from {before} images" * (before > found.count))
+    if found.views is not None:
+        typer.echo(f"it decides with --views {found.views} --precision {found.precision} alone: predict and evaluate "
+                   "take them too")  # fmt: skip
     if new:
         scores, looks, others = _scores(detector, new, batch)
         unread += others
@@ -82,6 +94,36 @@ def calibrate(
         complain(text)
     if unread:
         raise typer.Exit(2)
+
+
+def _refuse_trained(option: str, paths: "Sequence[Path]", stored: "Checkpoint") -> None:
+    """A detector scores the images of its training lower than any others; of older checkpoints they are unknown."""
+    from recontrast.data.inputs import Inputs
+    from recontrast.data.tiles import Tiles
+    from recontrast.engine.batches import fingerprint, fingerprints
+
+    recipe, trained = stored.recipe, fingerprints(stored.images)
+    if not trained:
+        return
+    files = Inputs(paths)
+
+    def seen(place: int) -> bool:
+        if recipe.tile is None:
+            pixels = files.read(place, recipe.size, recipe.crop)
+            return pixels is not None and fingerprint(pixels) in trained
+        pixels = files.read(place)
+        if pixels is None:  # said when it is to be scored
+            return False
+        tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
+        return fingerprint(tiles[range(len(tiles))]) in trained
+
+    with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:  # whole images may be large
+        found = [files.paths[place] for place, was in enumerate(pool.map(seen, range(len(files)))) if was]
+    if found:
+        raise ValueError(
+            f"{option}: wanted good images that were not trained on, got {len(found)} of {len(files)} that were "
+            f"(first: {found[0]})"
+        )
 
 
 def _calibrated(

@@ -28,6 +28,7 @@ from recontrast.engine.checkpoint import Checkpoint
 from recontrast.engine.device import choose, put
 from recontrast.engine.holdout import how_many
 from recontrast.engine.infer import infer
+from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.train import train
 
@@ -161,8 +162,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
 
     def _take(self, state: Checkpoint, model: Any) -> None:
         self._state, self.model_ = state, model.eval()
-        self.recipe_, self.calibration_ = state.recipe, state.calibration
-        self.offset_ = math.nan if state.calibration is None else -state.calibration.threshold
+        found = Inference().calibration(state.recipe, state.calibration)
+        self.recipe_, self.calibration_ = state.recipe, found
+        self.offset_ = math.nan if found is None else -found.threshold
 
     # ---- scores and decisions ------------------------------------------------------------------------------------
 

@@ -65,8 +65,10 @@ def evaluate(
     _, where = context.with_resource(distributed.world(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
     model, recipe, about = checkpoints.load_model(file, where)
+    if about.calibration is not None and (lost := how.lost(recipe, about.calibration)) is not None:
+        complain(f"warning: {file}: {lost}")
     show_metrics(
-        model, groups, recipe, out, about.calibration if how.scores_alike(recipe) else None,
+        model, groups, recipe, out, how.calibration(recipe, about.calibration),
         inference=how, workers=workers, device=where, batch=batch, cache_dir=cache, streaming=streaming,
         save_maps=save_maps,
     )  # fmt: skip

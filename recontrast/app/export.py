@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from recontrast.app.console import complain
-from recontrast.app.options import CheckpointFile, checkpoint_file, writable
+from recontrast.app.options import CheckpointFile, Views, checkpoint_file, inference, writable
 
 
 def export(
@@ -20,6 +20,7 @@ def export(
         list[Path] | None,
         typer.Option(help="Images, or folders of them, on which it must agree too, besides drawn ones; repeatable."),
     ] = None,
+    views: Views = None,
 ) -> None:
     """Write a detector as one file, from bytes of any size to score and decision, if it gives the same scores."""
     from recontrast.data.files import list_images
@@ -31,7 +32,8 @@ def export(
         writable(file.parent if out is None else out.parent, "RUN" if out is None else "--out")
     if out is None:
         out = file.with_name("detector" + SUFFIX.get(format, ""))
-    made = write(file, format, out, images=list_images(images) if images else [])
+    how = inference("cpu", views)
+    made = write(file, format, out, images=list_images(images) if images else [], views=how.views)
     typer.echo(
         f"scores of {made.images} images of many sizes differ by at most {made.difference:.1e} (relative) from the "
         f"checkpoint's"

@@ -52,6 +52,7 @@ class ImageCache:
     Attributes:
         shape: (N, H, W, 3).
         path: the cache file, None in memory.
+        first: place of each file's first image (there is one, or its tiles), and the end.
 
     Raises:
         ValueError: files that are no images, a size, crop, tile or stride that is none, or fewer than 1 worker.
@@ -78,10 +79,9 @@ class ImageCache:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)
-        # The place of each file's first image, and the end.
-        self._first = [*accumulate((self._count(path) for path in self._files), initial=0)]
+        self.first = [*accumulate((self._count(path) for path in self._files), initial=0)]
         side = (self._crop or self._size) if tile is None else (tile, tile)
-        self.shape = (self._first[-1], *side, 3)
+        self.shape = (self.first[-1], *side, 3)
         self.path: Path | None = None
         if directory is None or not self._files:
             self._images = np.empty(self.shape, np.uint8)
@@ -143,7 +143,7 @@ class ImageCache:
         """Decode every file and hand it to ``keep`` on a thread; the first failure in list order is raised."""
 
         def work(i: int) -> None:
-            for place, pixels in enumerate(self._images_of(self._files[i]), self._first[i]):
+            for place, pixels in enumerate(self._images_of(self._files[i]), self.first[i]):
                 keep(place, pixels)
 
         pool = ThreadPoolExecutor(self._workers)  # PIL decodes and resizes without holding the interpreter's lock

@@ -23,6 +23,7 @@ from PIL import Image
 
 from recontrast.data.decode import decode, one_sentence, upright_size
 from recontrast.data.files import IMAGE_SUFFIXES, PathLike, list_images
+from recontrast.data.pages import empty
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -307,7 +308,7 @@ def _cut(image: Image.Image, left: int, top: int, width: int, height: int) -> Im
 
 def _rgb(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of an image of mode L or RGB; strip by strip, as PIL's own way takes twice the memory."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    pixels = empty((image.height, image.width, 3))
     step = max(_STRIP // image.width, 1)
     for top in range(0, image.height, step):
         strip = np.asarray(_cut(image, 0, top, image.width, min(step, image.height - top)))

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recontrast.data.pages import forget
+
 
 def starts(length: int, tile: int, stride: int) -> list[int]:
     """First pixel of each tile along an axis of ``length`` pixels; at least one tile, no pixel without one."""
@@ -59,15 +61,16 @@ class Tiles:
         pixels: (H, W, 3) uint8; not copied, unless it is smaller than a tile.
         tile: side, pixels.
         stride: pixels from one tile to the next, at most ``tile``.
+        spend: the rows above those that are asked for may be given back (`pages.forget`): they are lost.
 
     Attributes:
         corners: upper left pixel (y, x) of each tile.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8], tile: int, stride: int) -> None:
+    def __init__(self, pixels: NDArray[np.uint8], tile: int, stride: int, *, spend: bool = False) -> None:
         height, width = pixels.shape[:2]
         self.corners = [(y, x) for y in starts(height, tile, stride) for x in starts(width, tile, stride)]
-        self.tile = tile
+        self.tile, self._spend = tile, spend
         missing = [(0, max(tile - height, 0)), (0, max(tile - width, 0)), (0, 0)]
         self._pixels = np.pad(pixels, missing, "symmetric") if height < tile or width < tile else pixels
 
@@ -80,4 +83,6 @@ class Tiles:
         found = np.empty((len(chosen), self.tile, self.tile, 3), np.uint8)
         for place, (y, x) in enumerate(chosen):
             found[place] = self._pixels[y : y + self.tile, x : x + self.tile]
+        if self._spend and chosen:
+            forget(self._pixels, min(y for y, _ in chosen))
         return found

@@ -29,6 +29,7 @@ from recontrast.model import ReContrast
 
 RATE = 0.01  # false alarms promised where nothing else is asked for
 PIXEL_RATE = 0.01  # share of a good image's map that may be flagged
+_HOW = ("views", "precision")  # fields of a calibration that older ones lack
 # What a score depends on besides the weights and the image: another value, other scores.
 SCORING = ("size", "crop", "blur", "reduce", "score", "views", "tile")
 
@@ -62,6 +63,8 @@ class Calibration:
     source: str  # where the good images came from
     weights: str  # `digest` of the detector: for any other the scores mean nothing
     looks: tuple[tuple[float, ...], ...] = ()  # of each image, see `recontrast.engine.looks`; of older ones unknown
+    views: str | None = None  # under which the scores were made; None: as trained
+    precision: str | None = None  # likewise
 
     def __post_init__(self) -> None:
         """Refuse what cannot be: scores out of order or not finite, a rate below 1 / (n + 1)."""
@@ -118,7 +121,9 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values that JSON can hold."""
-        return {**asdict(self), "scores": list(self.scores), "looks": [list(one) for one in self.looks]}
+        values = {**asdict(self), "scores": list(self.scores), "looks": [list(one) for one in self.looks]}
+        # What is as trained is left out: an older version reads it then.
+        return {name: value for name, value in values.items() if name not in _HOW or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
@@ -134,7 +139,7 @@ class Calibration:
             ValueError: a missing, unknown or impossible field.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) | {"looks"} != names:
+        if not isinstance(values, Mapping) or set(values) | {"looks", *_HOW} != names:
             got = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"calibration: wanted the fields {', '.join(sorted(names))}, got {got}")
         seen = tuple(map(tuple, values.get("looks", ())))

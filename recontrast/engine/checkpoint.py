@@ -47,7 +47,7 @@ class Checkpoint:
     recipe: Recipe
     model_config: dict[str, Any]  # constructor arguments of `ReContrast`, the backbone's name among them
     preprocessing: dict[str, Any]  # size and crop as (height, width) or none; mean and std of the three channels
-    images: dict[str, Any]  # of training: how many, and the digest of their pixels
+    images: dict[str, Any]  # of training: see `recontrast.engine.batches.described`
     model: dict[str, Tensor] = field(default_factory=dict, repr=False)  # all weights, the frozen encoder's too
     optimisers: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rng: dict[str, Any] = field(default_factory=dict, repr=False)  # states of random generators, place in the epoch
@@ -87,12 +87,14 @@ def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
     torch.save({_KEY: FORMAT, **content}, file)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load(path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> Checkpoint:
     """Read what `save` wrote.
 
     Args:
         path: checkpoint file.
         device: where its tensors go.
+        mapped: leave them on the CPU, each read from the file when it is used. Not for a file that is written in place
+            and not replaced.
 
     Returns:
         All that the file holds.
@@ -105,16 +107,17 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: wanted a checkpoint file, there is {'a folder' if path.is_dir() else 'none'}")
     with path.open("rb") as file:
-        return read(file, path, device)
+        return read(file, path, device, mapped=mapped)
 
 
-def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> Checkpoint:
     """Read what `write` wrote.
 
     Args:
         file: open for reading bytes, at any place.
-        path: what errors name.
+        path: what errors name, and the file where it is ``mapped``.
         device: where its tensors go.
+        mapped: as in `load`.
 
     Returns:
         All that the file holds.
@@ -131,7 +134,7 @@ def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu") 
             damaged if file.read(2) == b"PK" else f"{path}: wanted a recontrast checkpoint, got a file of another kind"
         )
     try:
-        content = torch.load(file, map_location=device, weights_only=True)
+        content = torch.load(str(path) if mapped else file, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file that holds other things") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -168,14 +171,32 @@ def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
     Raises:
         ValueError: this version cannot build it, or the weights do not fit.
     """
+    model = _made(checkpoint, path)
+    restore(model, checkpoint, path)
+    return model
+
+
+def _made(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+    """Of random weights."""
     try:
-        model = ReContrast(**{**checkpoint.model_config, "weights": "random"})  # every value is overwritten below
+        return ReContrast(**{**checkpoint.model_config, "weights": "random"})
     except TypeError as error:
         raise ValueError(
             f"{path}: wanted a model that recontrast {recontrast.__version__} can build, got one of "
             f"{checkpoint.version} ({error})"
         ) from error
-    restore(model, checkpoint, path)
+
+
+def _taken(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+    """As `build`, of the tensors of a mapped ``checkpoint``: no weights are drawn, and none are in memory twice."""
+    with torch.device("meta"):
+        model = _made(checkpoint, path)
+    kinds = {name: value.dtype for name, value in model.state_dict().items()}
+    # A copy each, no view of the file: somebody may write into it while the model is in use.
+    weights = {name: value.to(kinds.get(name, value.dtype), copy=True) for name, value in checkpoint.model.items()}
+    restore(model, replace(checkpoint, model=weights), path, assign=True)
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):  # a buffer that no state holds
+        return build(replace(checkpoint, model=weights), path)
     return model
 
 
@@ -216,31 +237,35 @@ def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
         )
 
 
-def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path) -> None:
-    """Copy the weights of a checkpoint and its normalisation into a model.
+def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path, *, assign: bool = False) -> None:
+    """Give a model the weights of a checkpoint, and its normalisation.
 
     Args:
         model: changed in place.
         checkpoint: with its weights.
         path: what the error names.
+        assign: hand the tensors over; else they are copied.
 
     Raises:
         ValueError: the weights do not fit.
     """
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(checkpoint.model, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights do not fit the model that its configuration says: {reason}") from error
     model.mean, model.std = (tuple(checkpoint.preprocessing[name]) for name in ("mean", "std"))
 
 
-def load_model(path: str | Path, device: str | torch.device | None = None) -> tuple[ReContrast, Recipe, Checkpoint]:
+def load_model(
+    path: str | Path, device: str | torch.device | None = None, *, calibrated: bool = True
+) -> tuple[ReContrast, Recipe, Checkpoint]:
     """A trained model ready to predict.
 
     Args:
         path: checkpoint file.
         device: where the model goes; None: the GPU where there is one.
+        calibrated: False: leave out the calibration, whatever it is of.
 
     Returns:
         The model in eval mode, its recipe, and the rest of the checkpoint without its tensors.
@@ -250,9 +275,12 @@ def load_model(path: str | Path, device: str | torch.device | None = None) -> tu
         FileNotFoundError: there is no such file.
     """
     where = choose(device)
-    checkpoint = load(path)
-    check_calibration(checkpoint, path)
-    model = build(checkpoint, path)
+    checkpoint = load(path, mapped=True)  # states of optimisers are not read at all
+    if calibrated:
+        check_calibration(checkpoint, path)
+    else:
+        checkpoint = replace(checkpoint, calibration=None)
+    model = _taken(checkpoint, path)
     put(model, checkpoint.recipe, where)
     return model.eval(), checkpoint.recipe, replace(checkpoint, model={}, optimisers=[], rng={})
 

@@ -22,6 +22,7 @@ from recontrast.data.inputs import Inputs
 from recontrast.engine import checkpoint as checkpoints
 from recontrast.engine import tiled
 from recontrast.engine.calibrate import Calibration
+from recontrast.engine.device import release
 from recontrast.engine.exported import KINDS, Exported
 from recontrast.engine.infer import highest, infer
 from recontrast.engine.ready import Inference
@@ -71,6 +72,8 @@ class Torch:
         tile: int | None = None,
         overlap: int | None = None,
         inference: Inference | None = None,
+        *,
+        calibrated: bool = True,
     ) -> None:
         """Read it.
 
@@ -79,34 +82,32 @@ class Torch:
             device: None: the GPU where there is one.
             tile: pixels; 0: whole images, resized; None: as it was trained.
             overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
-            inference: how the model is run, None: as trained, and folded; scores that differ have no calibration.
+            inference: how the model is run, None: as trained, and folded; scores not calibrated decide nothing.
+            calibrated: False: whatever calibration there is is left out, where a new one is to be made.
 
         Raises:
             ValueError: it was trained at the other scale, tile or overlap do not do, or the checkpoint is none.
             OSError: the checkpoint cannot be read.
         """
         inference = inference or Inference()
-        model, stored, about = checkpoints.load_model(path, device)
+        model, stored, about = checkpoints.load_model(path, device, calibrated=calibrated)
         trained = inference.recipe(stored)
         self.recipe, self.overlap = tiled.chosen(model, trained, tile, overlap, f"{path}")
         self.category = about.category
-        alike = (
-            self.recipe == trained
-            and inference.scores_alike(stored)
-            and self.overlap in (None, tiled.overlap_of(trained.out[0]))
-        )
-        self.calibration = about.calibration if alike else None  # of these scores, or of none
+        alike = self.recipe == trained and self.overlap in (None, tiled.overlap_of(trained.out[0]))
+        found = inference.calibration(stored, about.calibration)
+        self.calibration = found if alike else None  # of these scores, or of none
         self.lost = None
-        if about.calibration is not None and not alike:
-            self.lost = f"{path}: {self._differing(inference, trained, stored)}"
-        self.model = inference.network(model, self.recipe, stored)
+        if about.calibration is not None and self.calibration is None:
+            self.lost = f"{path}: {inference.lost(stored, about.calibration) or self._other_tiles(trained)}"
+        release()
+        self.model = inference.network(model, self.recipe, stored, keep=False)
         self.top = highest(self.model, self.recipe)
+        del model
+        release()
 
-    def _differing(self, inference: Inference, trained: Recipe, stored: Recipe) -> str:
+    def _other_tiles(self, trained: Recipe) -> str:
         """Why scores are not those that were calibrated."""
-        if not inference.scores_alike(stored):
-            asked, was = f"views {trained.views}, {trained.precision}", f"views {stored.views}, {stored.precision}"
-            return f"its calibration is of scores of {was}: nothing is decided by scores of {asked}"
         tile, shared = trained.out[0], tiled.overlap_of(trained.out[0])
         return (
             f"its calibration is of tiles of {tile} px that share {shared}: nothing is decided by scores of tiles of "

@@ -1,5 +1,6 @@
 """Where a model runs, in which memory layout, and how exact its convolutions are."""
 
+import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,17 @@ def bfloat16_pays(device: torch.device) -> bool:
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return True
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def release() -> None:
+    """Give memory that was freed back to the system, beside which a large image must find room.
+
+    glibc keeps hundreds of MB of it; where there is no glibc nothing happens.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        pass
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,13 @@ class Shipment:
 
 
 def export(
-    checkpoint: Path, kind: str, out: Path, *, images: Sequence[Path] = (), tolerance: float = TOLERANCE
+    checkpoint: Path,
+    kind: str,
+    out: Path,
+    *,
+    images: Sequence[Path] = (),
+    tolerance: float = TOLERANCE,
+    views: Literal["both", "trained", "frozen"] | None = None,
 ) -> Shipment:
     """Write the detector of ``checkpoint`` as one graph, if it gives the checkpoint's scores.
 
@@ -69,6 +75,7 @@ def export(
         out: the file, with the suffix of its kind: .onnx, .pt2, .xml (its weights go beside it as .bin).
         images: files on which it must agree too, besides drawn ones of many sizes.
         tolerance: largest relative difference of a score.
+        views: maps of this target alone, decided by a calibration of them; None: as trained.
 
     Returns:
         What was written.
@@ -83,11 +90,11 @@ def export(
     if out.suffix != SUFFIX[kind]:
         raise ValueError(f"export: wanted a file name that ends in {SUFFIX[kind]}, got {out}")
     _require(kind)
-    detector = Torch(checkpoint, "cpu", inference=Inference(folded=False))  # weights as they are
+    detector = Torch(checkpoint, "cpu", inference=Inference(views, folded=False))  # weights as they are
     if detector.overlap is not None:
         raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
     assert isinstance(detector.model, ReContrast)  # it was not folded
-    notes = _in_float32(detector)
+    notes = [*([] if detector.lost is None else [detector.lost]), *_in_float32(detector)]
     about = describe(detector)
     graph = Deployed(detector.model, detector.recipe, detector.calibration)
     home = next(folder for folder in out.absolute().parents if folder.is_dir())

@@ -1,10 +1,11 @@
 """How a trained model is run where nothing is trained any more: one target, fewer bits, folded, compiled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from recontrast.engine.calibrate import Calibration
 from recontrast.engine.device import put
 from recontrast.engine.recipes import Recipe
 from recontrast.fold import Folded, fold
@@ -14,12 +15,17 @@ from recontrast.model import ReContrast
 COMPILE: dict[str, Any] = {"options": {"freezing": True}}
 
 
+def made(found: Calibration) -> "Inference":
+    """How the model was run for a calibration."""
+    return Inference(found.views, found.precision)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Inference:
     """What may differ from training; None is as trained.
 
     Folding and compiling change rounding alone, in float32; in bfloat16 folding moves scores by some thousandths. Other
-    views, another precision and that give other scores: a calibration does not hold for them.
+    views, another precision and that give other scores: a calibration holds for those that it was made of.
 
     Attributes:
         views: maps by their target, as in `Recipe`: one takes 0.7 of the time.
@@ -45,10 +51,31 @@ class Inference:
         asked = {"views": self.views, "precision": self.precision, "channels_last": self.channels_last}
         return trained.replace(**{name: value for name, value in asked.items() if value is not None})
 
-    def scores_alike(self, trained: Recipe) -> bool:
-        """Whether scores are those of ``trained``, but for rounding."""
-        alike = self.recipe(trained).replace(channels_last=trained.channels_last) == trained
-        return alike and not (self.folds(trained) and trained.precision == "bfloat16")
+    def scores_alike(self, trained: Recipe, other: "Inference | None" = None) -> bool:
+        """Whether scores are those of ``other``, by default of ``trained`` as it is, but for rounding."""
+        other = other or Inference()
+        wanted = other.recipe(trained)
+        alike = self.recipe(trained).replace(channels_last=wanted.channels_last) == wanted
+        return alike and (wanted.precision == "float32" or self.folds(trained) == other.folds(trained))
+
+    def calibration(self, trained: Recipe, found: Calibration | None) -> Calibration | None:
+        """``found``, where it is of these scores."""
+        return found if found is not None and self.scores_alike(trained, made(found)) else None
+
+    def lost(self, trained: Recipe, found: Calibration) -> str | None:
+        """Why ``found`` decides nothing of these scores, in words that follow a name; None: it does."""
+        if self.calibration(trained, found) is not None:
+            return None
+        asked, was = (
+            f"views {recipe.views}, {recipe.precision}" + ("" if folded == usual else ", folded otherwise")
+            for recipe, folded, usual in (
+                (self.recipe(trained), self.folds(trained), replace(self, folded=None).folds(trained)),
+                (made(found).recipe(trained), True, True),
+            )
+        )
+        options = [f"--{name} {value}" for name in ("views", "precision") if (value := getattr(found, name))]
+        passed = f"; {' '.join(options)} decides" if options else ""
+        return f"its calibration is of scores of {was}: nothing is decided by scores of {asked}{passed}"
 
     def folds(self, trained: Recipe) -> bool:
         """Whether BatchNorm is folded in a model of the recipe ``trained``."""
@@ -56,21 +83,22 @@ class Inference:
             return self.folded
         return trained.precision == "float32" or self.recipe(trained).precision != trained.precision
 
-    def network(self, model: ReContrast, recipe: Recipe, trained: Recipe) -> ReContrast | Folded:
+    def network(self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True) -> ReContrast | Folded:
         """What `recontrast.engine.infer.infer` runs in place of ``model``.
 
         Args:
             model: on its device; it is left as it is where it is folded, and compiled in place where it is not.
             recipe: as `recipe` gives it.
             trained: as the checkpoint has it.
+            keep: False: ``model`` may be used up, which saves the memory of a second one.
 
         Returns:
-            The model, or a folded copy of it.
+            The model, or what it is folded into.
 
         Raises:
             ValueError: a size that the model's strides do not divide.
         """
-        network = fold(model, recipe.out) if self.folds(trained) else model
+        network = fold(model, recipe.out, keep=keep) if self.folds(trained) else model
         if isinstance(network, Folded) and recipe.precision == "bfloat16":
             network.to(torch.bfloat16)  # else each pass would round the weights anew
         put(network, recipe, next(network.parameters()).device)

@@ -16,12 +16,14 @@ from recontrast.data.files import PathLike
 from recontrast.data.images import read_image
 from recontrast.data.inputs import Inputs
 from recontrast.data.tiles import Tiles, weights
+from recontrast.engine.device import release
 from recontrast.engine.infer import Clock, infer
 from recontrast.engine.recipes import Recipe, pair
 from recontrast.fold import Folded
 from recontrast.model import ReContrast
 
 PIECE = 1 << 20  # pixels at once where a whole map is read: small beside any map that is large
+AT_ONCE = 1 << 17  # pixels of a batch of tiles on a CPU, which is no quicker with more: 2 tiles of 256 px
 SHARED = 0.25  # of a tile that neighbours share, where nothing else is asked for
 
 
@@ -82,11 +84,13 @@ def run(
         pixels = files.read(place)
         if pixels is None:
             pixels = np.zeros((*recipe.out, 3), np.uint8)
-        anomaly = map_of(model, pixels, recipe, overlap=overlap, batch=batch)
+        release()  # what decoding took
+        anomaly = map_of(model, pixels, recipe, overlap=overlap, batch=batch, spend=True)
         return anomaly[None], np.array([score_of(anomaly, recipe.score)], np.float32)
 
     for place in range(len(files)):
         yield one(place)  # nothing of an image is held while the next is read
+        release()
 
 
 def map_of(
@@ -97,6 +101,7 @@ def map_of(
     overlap: int | None = None,
     batch: int = 16,
     clock: Clock | None = None,
+    spend: bool = False,
 ) -> NDArray[np.float32]:
     """Anomaly map of an image at its own scale.
 
@@ -105,8 +110,9 @@ def map_of(
         pixels: (H, W, 3) uint8; smaller than a tile, it is mirrored up to one, see `recontrast.data.tiles`.
         recipe: with ``tile``; for map and precision.
         overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
-        batch: tiles at once.
+        batch: tiles at once; on a CPU at most so many as have `AT_ONCE` pixels.
         clock: told what takes the time.
+        spend: ``pixels`` are lost, those of a large file given back as the map grows.
 
     Returns:
         (H, W), values as those of a tile's map.
@@ -122,8 +128,11 @@ def map_of(
     (tops, rows), (lefts, columns) = (weights(length, tile, overlap) for length in (height, width))
     windows = [(y, x, r, c) for y, r in zip(tops, rows, strict=True) for x, c in zip(lefts, columns, strict=True)]
     found = np.zeros((height, width), np.float32)
+    if next(model.parameters()).device.type == "cpu":
+        batch = min(batch, max(AT_ONCE // tile**2, 1))
     place = 0
-    for maps, _ in infer(model, Tiles(pixels, tile, tile - overlap), recipe, batch=batch, clock=clock):
+    tiles = Tiles(pixels, tile, tile - overlap, spend=spend)
+    for maps, _ in infer(model, tiles, recipe, batch=batch, clock=clock):
         for anomaly in maps.cpu().numpy():
             y, x, row, column = windows[place]
             part = found[y : y + tile, x : x + tile]  # of an image smaller than a tile: less than a tile

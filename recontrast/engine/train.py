@@ -19,7 +19,7 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise
 from recontrast.engine import checkpoint, distributed, interrupt, recipe_file
-from recontrast.engine.batches import Batches, Images, digest
+from recontrast.engine.batches import Batches, Images, described
 from recontrast.engine.calibrate import Calibration
 from recontrast.engine.checkpoint import Checkpoint
 from recontrast.engine.device import convolutions, put
@@ -29,6 +29,7 @@ from recontrast.engine.holdout import finish, held_out
 from recontrast.engine.log import Log
 from recontrast.engine.optimise import optimisers, schedule
 from recontrast.engine.pixels import Pixels
+from recontrast.engine.ready import Inference
 from recontrast.engine.recipes import Recipe
 from recontrast.engine.run import Run, check_resumed, read, restore, snapshot
 from recontrast.engine.teacher import TeacherCache
@@ -63,7 +64,7 @@ class TrainResult:
     @property
     def calibration(self) -> Calibration | None:
         """The calibration where images were held out, in the first process; else None."""
-        return self.state.calibration
+        return Inference().calibration(self.recipe, self.state.calibration)
 
 
 def train(
@@ -162,8 +163,9 @@ def _train(
     if images is None:
         images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir, tile=recipe.tile, stride=recipe.stride)
     batches = Batches(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
-    about = {"count": len(images), "digest": digest(images)}
-    distributed.agree(place, {"recipe": recipe.to_dict(), "category": category, "training images": about}, "train")
+    about = described(images)
+    same = {name: about[name] for name in ("count", "digest")}
+    distributed.agree(place, {"recipe": recipe.to_dict(), "category": category, "training images": same}, "train")
     run = Run(recipe, category, device, model, optimisers(model, recipe, device), batches, about, place)
     if found is not None:
         restore(run, found, f"{resume}")

@@ -97,8 +97,10 @@ def write(
     groups = _chosen(found, category, checkpoint.category)
     # The file is opened first: one that cannot be written costs no evaluation.
     with replacing(out, wanted=budget) as target:
-        network = Inference().network(model, recipe, recipe)  # as evaluate and predict run it: their very scores
-        seen = findings.gather(network, groups, recipe, checkpoint.calibration, batch=batch, on_progress=on_progress)
+        how = Inference()
+        network = how.network(model, recipe, recipe)  # as evaluate and predict run it: their very scores
+        decides = how.calibration(recipe, checkpoint.calibration)
+        seen = findings.gather(network, groups, recipe, decides, batch=batch, on_progress=on_progress)
         shots = seen.shots[:images]
         pictures = thumbnails.encode(seen, shots, recipe, budget)
         lines = log.lines(file.parent / "log.jsonl")
