@@ -49,22 +49,24 @@ class Calibration:
         source: where the good images came from, in words.
         weights: `digest` of the detector: for any other the scores mean nothing.
         looks: of each image, see `recontrast.engine.looks`; of older ones unknown.
+        views: targets of the maps whose scores these are, as in `Recipe`; None: as trained.
+        precision: likewise.
 
     Raises:
         ValueError: scores out of order or not finite, a rate below 1 / (n + 1), or a threshold that is not theirs.
     """
 
-    scores: tuple[float, ...]  # ascending
-    rate: float  # promised share of false alarms among good images, on average over calibration sets
-    threshold: float  # of the score: what is above it is a defect
-    pixel_threshold: float | None  # of the map's values; None where only scores were known, or maps differ in size
-    pixel_rate: float  # share of a good image's map above the pixel threshold
-    pixel_guarantee: bool  # by conformal risk control; else an empirical quantile, which promises nothing
-    source: str  # where the good images came from
-    weights: str  # `digest` of the detector: for any other the scores mean nothing
-    looks: tuple[tuple[float, ...], ...] = ()  # of each image, see `recontrast.engine.looks`; of older ones unknown
-    views: str | None = None  # under which the scores were made; None: as trained
-    precision: str | None = None  # likewise
+    scores: tuple[float, ...]
+    rate: float
+    threshold: float
+    pixel_threshold: float | None
+    pixel_rate: float
+    pixel_guarantee: bool
+    source: str
+    weights: str
+    looks: tuple[tuple[float, ...], ...] = ()
+    views: str | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be: scores out of order or not finite, a rate below 1 / (n + 1)."""

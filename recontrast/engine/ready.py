@@ -16,7 +16,7 @@ COMPILE: dict[str, Any] = {"options": {"freezing": True}}
 
 
 def made(found: Calibration) -> "Inference":
-    """How the model was run for a calibration."""
+    """How a model was run for the calibration ``found``."""
     return Inference(found.views, found.precision)  # type: ignore[arg-type]
 
 
@@ -52,18 +52,42 @@ class Inference:
         return trained.replace(**{name: value for name, value in asked.items() if value is not None})
 
     def scores_alike(self, trained: Recipe, other: "Inference | None" = None) -> bool:
-        """Whether scores are those of ``other``, by default of ``trained`` as it is, but for rounding."""
+        """Whether scores are those of another way, but for rounding.
+
+        Args:
+            trained: as the checkpoint has it.
+            other: the other way; None: as trained.
+
+        Returns:
+            True where one calibration holds for both.
+        """
         other = other or Inference()
         wanted = other.recipe(trained)
         alike = self.recipe(trained).replace(channels_last=wanted.channels_last) == wanted
         return alike and (wanted.precision == "float32" or self.folds(trained) == other.folds(trained))
 
     def calibration(self, trained: Recipe, found: Calibration | None) -> Calibration | None:
-        """``found``, where it is of these scores."""
+        """The calibration of these scores.
+
+        Args:
+            trained: as the checkpoint has it.
+            found: that of the checkpoint.
+
+        Returns:
+            ``found``, or None where it is of other scores.
+        """
         return found if found is not None and self.scores_alike(trained, made(found)) else None
 
     def lost(self, trained: Recipe, found: Calibration) -> str | None:
-        """Why ``found`` decides nothing of these scores, in words that follow a name; None: it does."""
+        """Why a calibration decides nothing of these scores.
+
+        Args:
+            trained: as the checkpoint has it.
+            found: the calibration.
+
+        Returns:
+            Words that follow the checkpoint's name; None where it does decide.
+        """
         if self.calibration(trained, found) is not None:
             return None
         asked, was = (
