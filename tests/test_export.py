@@ -333,13 +333,20 @@ def test_wrong_options(run, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "traced", lambda graph: pytest.fail("work for nothing"))
+    said = fails("export", run, "--format", "pt2", "--out", tmp_path / "file" / "d.pt2")
+    assert f"--out: wanted a folder that can be written, got {tmp_path / 'file'} (not a folder)" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_in_the_place_of_the_file(run, tmp_path, monkeypatch):
+    (tmp_path / "d.pt2").mkdir()
     monkeypatch.setattr(module, "traced", lambda graph: None)
     monkeypatch.setattr(module, "_write", lambda program, graph, kind, path, about: path.write_text("draft"))
     monkeypatch.setattr(module, "Exported", lambda path: Torch(run / "checkpoint.pt", "cpu"))
     monkeypatch.setattr(module, "compare", lambda *options: (8, 0.0))
-    said = fails("export", run, "--format", "pt2", "--out", tmp_path / "file" / "d.pt2")
-    assert f"cannot write {tmp_path / 'file' / 'd.pt2'}: File exists" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert "d.pt2" in fails("export", run, "--format", "pt2", "--out", tmp_path / "d.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.pt2"] and not list((tmp_path / "d.pt2").iterdir())
 
 
 def test_an_image_too_large_for_the_graph(files, tmp_path):

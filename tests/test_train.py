@@ -211,11 +211,12 @@ def test_weights_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
 # ---- interrupted, killed, resumed ---------------------------------------------------
 
 
-def test_ctrl_c_waits_for_the_step(samples, unbroken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits_for_the_step(number, samples, unbroken, tmp_path, monkeypatch):
     def interrupted(*args):
         interrupted.calls += 1
         if interrupted.calls == 4:
-            signal.raise_signal(signal.SIGINT)  # in the middle of the step
+            signal.raise_signal(number)  # in the middle of the step
         return step(*args)
 
     step, interrupted.calls = training.step, 0
@@ -225,6 +226,7 @@ def test_ctrl_c_waits_for_the_step(samples, unbroken, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(RECIPE, samples, out=tmp_path, device="cpu")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 4

@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from recontrast.engine.calibrate import Calibration
     from recontrast.engine.checkpoint import Checkpoint
     from recontrast.engine.detector import Scored, Torch
+    from recontrast.engine.looks import Change
+    from recontrast.engine.uniformity import Departure
 
 
 def calibrate(
     checkpoint: CheckpointFile,
     good: Annotated[
-        list[Path],
-        typer.Option(help="Good images that were not trained on, or a folder of them; several: --good A --good B."),
-    ],
+        list[Path] | None,
+        typer.Option(
+            help="Good images that were not trained on, or a folder of them; several: --good A --good B. "
+            "Left out: --check alone, by the calibration that is there."
+        ),
+    ] = None,
     false_alarm_rate: Annotated[
         float, typer.Option(help="Promised share of good images called defects; at least 1/(n + 1) of n images.")
     ] = 0.01,
@@ -47,53 +52,72 @@ def calibrate(
     """Set the threshold that keeps a promised false-alarm rate, and save it in the checkpoint."""
     if batch < 1:
         raise ValueError(f"--batch: wanted at least 1 image, got {batch}")
+    if not good and not check:
+        raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
     from recontrast.data.files import list_images
     from recontrast.engine import checkpoint as checkpoints
     from recontrast.engine.calibrate import allowed, digest, statement
     from recontrast.engine.detector import Torch
-    from recontrast.engine.looks import change
-    from recontrast.engine.uniformity import departure
 
     file = checkpoint_file(checkpoint)
-    if file.is_file():  # else that it is missing is what to say
+    if good and file.is_file():  # else that it is missing is what to say
         writable(file.parent, "CHECKPOINT")
-    known, new = list_images(good), list_images(check or [])
+    known, new = list_images(good or []), list_images(check or [])
     if shared := {os.path.realpath(path) for path in known} & {os.path.realpath(path) for path in new}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
-    allowed(len(known), false_alarm_rate)  # before a model is built
+    if good:
+        allowed(len(known), false_alarm_rate)  # before a model is built
     how = inference(device, views, precision)
     stored = checkpoints.load(file, mapped=True)
     for option, paths in (("--good", known), ("--check", new)):
         _refuse_trained(option, paths, stored)
-    detector = Torch(file, device, inference=how, calibrated=False)
-    with Steps("calibrate") as shown:
-        found, unread = _calibrated(
-            detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
-            source=", ".join(map(str, good)), weights=digest(stored.model, stored.recipe),
-        )  # fmt: skip
-    if not how.scores_alike(stored.recipe):
-        recipe = detector.recipe
-        found = replace(found, views=recipe.views, precision=recipe.precision)
-    checkpoints.calibrated(file, found)
-    for line in statement(found):
-        typer.echo(line)
-    before = 0 if stored.calibration is None else stored.calibration.count
-    typer.echo(f"calibration: {file}" + f", replaces one from {before} images" * (before > found.count))
-    if found.views is not None:
-        typer.echo(f"it decides with --views {found.views} --precision {found.precision} alone: predict and evaluate "
-                   "take them too")  # fmt: skip
+    unread: list[str] = []
+    detector = Torch(file, device, inference=how, calibrated=not good)
+    found = detector.calibration
+    if good:
+        with Steps("calibrate") as shown:
+            found, unread = _calibrated(
+                detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
+                source=", ".join(map(str, good)), weights=digest(stored.model, stored.recipe),
+            )  # fmt: skip
+        if not how.scores_alike(stored.recipe):
+            recipe = detector.recipe
+            found = replace(found, views=recipe.views, precision=recipe.precision)
+        checkpoints.calibrated(file, found)
+        for line in statement(found):
+            typer.echo(line)
+        before = 0 if stored.calibration is None else stored.calibration.count
+        typer.echo(f"calibration: {file}" + f", replaces one from {before} images" * (before > found.count))
+        if found.views is not None:
+            typer.echo(f"it decides with --views {found.views} --precision {found.precision} alone: predict and "
+                       "evaluate take them too")  # fmt: skip
+    if found is None:
+        raise ValueError(
+            detector.lost or f"{file}: wanted a calibration to compare with, got none: --good DIR makes one"
+        )
     if new:
-        scores, looks, others = _scores(detector, new, batch)
-        unread += others
-        for seen in (departure(found, scores), change(np.asarray(found.looks), looks)):
-            if seen.far:
-                complain(f"warning: {seen.sentence()}")
-            else:
-                typer.echo(seen.sentence())
+        unread += _compare(detector, found, new, batch)
     for text in unread:
         complain(text)
     if unread:
         raise typer.Exit(2)
+
+
+def _compare(detector: "Torch", known: "Calibration", paths: "Sequence[Path]", batch: int) -> list[str]:
+    """Say whether other good images are like those of a calibration; a sentence for each file that cannot be read."""
+    from recontrast.engine.looks import change
+    from recontrast.engine.uniformity import departure
+
+    scores, looks, unread = _scores(detector, paths, batch)
+    found: list[Change | Departure] = [departure(known, scores)]
+    if known.looks:  # older calibrations have none
+        found.append(change(np.asarray(known.looks), looks))
+    for seen in found:
+        if seen.far:
+            complain(f"warning: {seen.sentence()}")
+        else:
+            typer.echo(seen.sentence())
+    return unread
 
 
 def _refuse_trained(option: str, paths: "Sequence[Path]", stored: "Checkpoint") -> None:

@@ -18,7 +18,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: 
 Batch = Annotated[int, typer.Option(help="Images at once.")]
 Data = Annotated[
     list[Path],
-    typer.Argument(metavar="DATA", help="Data sets or categories in MVTec AD layout; to train, or folders of images."),
+    typer.Argument(
+        metavar="DATA", help="Data sets or categories in MVTec AD layout; train takes folders of good images too."
+    ),
 ]
 CheckpointFile = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")

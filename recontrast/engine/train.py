@@ -109,7 +109,8 @@ def train(
         ValueError: there is nothing to train on, too little for the batch or the calibration, options that exclude each
             other, the loss is no number any more, or a checkpoint does not fit.
         OSError: a file cannot be read or written.
-        KeyboardInterrupt: Ctrl-C, after the running step is complete and a checkpoint written.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM to a process alone, after the running step is complete and a checkpoint
+            written.
     """
     images: Images | None = None if isinstance(samples, Sequence) else samples
     used = _good(samples) if isinstance(samples, Sequence) else ()
@@ -197,7 +198,7 @@ def _train(
     busy, since = 0.0, time.perf_counter()
     seen, logged = 0, 0  # images, and losses read, since and up to the last line
     between = True  # two steps, and so in a state that may be saved
-    with interrupt.held_back() as asked:
+    with interrupt.held_back(place.size == 1) as asked:
         try:
             while run.done < recipe.steps:
                 between = False
