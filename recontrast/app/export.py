@@ -33,7 +33,7 @@ def export(
     if out is None:
         out = file.with_name("detector" + SUFFIX.get(format, ""))
     how = inference("cpu", views)
-    complain("traced, written, opened again and compared: a minute or two")
+    typer.echo("traced, written, opened again and compared: a minute or two")
     made = write(file, format, out, images=list_images(images) if images else [], views=how.views)
     typer.echo(
         f"scores of {made.images} images of many sizes differ by at most {made.difference:.1e} (relative) from the "
