@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         self, name: str, *, levels: int = 3, weights: str | os.PathLike | None = None, frozen: bool = False
     ) -> None:
         super().__init__()
-        extractor: Any = timm.create_model(name, features_only=True, out_indices=_pyramid(name, levels))
+        extractor: Any = timm.create_model(name, features_only=True, out_indices=tuple(_pyramid(name, levels)))
         info = extractor.feature_info
         stage = max(level.get("stage", 0) for level in info.get_dicts())
         if stage and isinstance(getattr(extractor, "blocks", None), nn.Sequential):
@@ -72,13 +72,11 @@ class Backbone(nn.Module):
 
 def strides(name: str, levels: int = 3) -> tuple[int, ...]:
     """Strides of the levels of `Backbone`, fine to coarse, without its weights."""
-    places = _pyramid(name, levels)  # checks the name too
-    info = outline(name, features_only=True).feature_info.info
-    return tuple(info[place]["reduction"] for place in places)
+    return tuple(_pyramid(name, levels).values())
 
 
-def _pyramid(name: str, levels: int) -> tuple[int, ...]:
-    """Indices of the ``levels`` finest outputs of stride 4 or more; checks the name on the way."""
+def _pyramid(name: str, levels: int) -> dict[int, int]:
+    """Indices and strides of the ``levels`` finest outputs of stride 4 or more; checks the name on the way."""
     base = name.partition(".")[0]
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
@@ -90,11 +88,11 @@ def _pyramid(name: str, levels: int) -> tuple[int, ...]:
         wanted = f"a timm model with features_only and a known tag ({tags})"
         raise ValueError(f"backbone: wanted {wanted}, got {name!r}: {str(error).strip().rstrip('.')}") from error
     deepest = {level["reduction"]: i for i, level in enumerate(info)}  # one output for each stride
-    indices = tuple(i for stride, i in deepest.items() if stride >= 4)
+    indices = {i: stride for stride, i in deepest.items() if stride >= 4}
     if not 1 <= levels <= len(indices):
         wanted = f"1 to {len(indices)} for {name!r}, whose strides are {', '.join(map(str, deepest))}"
         raise ValueError(f"backbone: levels: wanted {wanted}, got {levels}")
-    return indices[:levels]
+    return dict(list(indices.items())[:levels])
 
 
 Moments = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
