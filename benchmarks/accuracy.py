@@ -29,15 +29,16 @@ import upstream
 from upstream_model import replace_layers, upstream_from
 
 from recontrast import metrics, ops
-from recontrast.data.atomic import replacing
+from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample, mvtec
 from recontrast.data.images import normalise, read_mask
-from recontrast.engine.batches import Batches
-from recontrast.engine.device import choose
-from recontrast.engine.evaluate import evaluate
-from recontrast.engine.recipes import RECIPES, Recipe
-from recontrast.engine.train import new_model, train
+from recontrast.evaluation.evaluate import evaluate
+from recontrast.recipes.paper import RECIPES
+from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.device import resolve_device
+from recontrast.training.sampler import BatchSampler
+from recontrast.training.train import new_model, train
 
 METRICS = {
     "i_auroc": "I-AUROC",
@@ -74,7 +75,7 @@ def reference(samples: list[Sample], category: str, recipe: Recipe, device: torc
 
     training = [sample for sample in samples if sample.split == "train"]
     images = tensors(training)
-    order = Batches(len(training), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    order = BatchSampler(len(training), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     groups = itertools.chain(model.bottleneck.parameters(), model.decoder.parameters()), model.encoder.parameters()
     log = progress(category, "reference", recipe)
 
@@ -187,7 +188,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Make the runs that are not in the file, and print the table."""
     asked = arguments()
-    device = choose(asked.device)
+    device = resolve_device(asked.device)
     settings = {name: getattr(asked, name) for name in ("backbone", "steps", "batch", "size")}
     settings |= {"weights": Path(asked.weights).name, "device": device.type}
     if asked.recipe != "mvtec":  # one detector for all of them
@@ -210,7 +211,7 @@ def main() -> None:
             runs = {"ours": ours, "reference": reference}[side](samples, category, base.replace(seed=seed), device)
             record["runs"] |= {f"{name}/{seed}/{side}": run for name, run in runs.items()}
             text = json.dumps(record, indent=1).encode() + b"\n"
-            with replacing(asked.out, wanted=len(text)) as file:
+            with replace_file(asked.out, wanted=len(text)) as file:
                 file.write(text)
             print(f"\r{category}/{seed}/{side}: {json.dumps(runs)}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in {**settings, **record["machine"]}.items()) + "\n")

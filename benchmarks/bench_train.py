@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the re
 import upstream
 from upstream_model import upstream_from
 
-from recontrast.engine.device import choose, put
-from recontrast.engine.optimise import optimisers
-from recontrast.engine.recipes import RECIPES
-from recontrast.engine.teacher import TeacherCache
-from recontrast.engine.train import new_model, step
+from recontrast.recipes.paper import RECIPES
+from recontrast.runtime.device import move_model, resolve_device
+from recontrast.training.optimisers import build_optimisers
+from recontrast.training.teacher_cache import TeacherCache
+from recontrast.training.train import new_model, step
 
 WAYS = {  # recipe fields and, as "cache", the teacher cache
     "reference": None,
@@ -71,10 +71,10 @@ def reference_step(recipe, device):
 
 
 def our_step(recipe, device, cached):
-    """Ours, as `recontrast.engine.train.train` makes it."""
+    """Ours, as `recontrast.training.train.train` makes it."""
     model = new_model(recipe, "any")
-    layout = put(model, recipe, device)
-    both = optimisers(model.train(), recipe, device)
+    layout = move_model(model, device, recipe.channels_last)
+    both = build_optimisers(model.train(), recipe, device)
     network = torch.compile(model, dynamic=False) if recipe.compile else model
     bfloat16 = recipe.precision == "bfloat16"
     teacher = TeacherCache(model.frozen, recipe.batch, 2**34, autocast=bfloat16) if cached else None
@@ -88,7 +88,7 @@ def our_step(recipe, device, cached):
 
 def measure(asked):
     """Seconds of each step of one way, and its largest memory, as one line of JSON."""
-    device = choose(asked.device)
+    device = resolve_device(asked.device)
     torch.manual_seed(0)
     switches = dict(WAYS[asked.way] or {})
     cached = switches.pop("cache", False)

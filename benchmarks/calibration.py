@@ -26,17 +26,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from recontrast.data.atomic import replacing
+from recontrast.calibration.appearance_drift import describe_appearance, measure_appearance_drift
+from recontrast.calibration.conformal import (
+    Calibration,
+    allowed_false_alarms,
+    conformal_threshold,
+    false_alarm_interval,
+)
+from recontrast.calibration.score_drift import measure_score_drift
+from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import categories, mvtec
-from recontrast.engine.calibrate import Calibration, allowed, spread, threshold
-from recontrast.engine.device import choose
-from recontrast.engine.evaluate import evaluate
-from recontrast.engine.holdout import held_out
-from recontrast.engine.looks import change, looks
-from recontrast.engine.recipes import RECIPES, Recipe
-from recontrast.engine.train import train
-from recontrast.engine.uniformity import departure
+from recontrast.evaluation.evaluate import evaluate
+from recontrast.recipes.paper import RECIPES
+from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.device import resolve_device
+from recontrast.training.holdout import split_holdout
+from recontrast.training.train import train
 
 RATES = (0.02, 0.05, 0.1, 0.2)
 
@@ -46,13 +52,13 @@ def resplits(scores: Sequence[float], rate: float, times: int, seed: int = 0) ->
     random = np.random.default_rng(seed)
     pool = np.array(scores)
     half = len(pool) // 2
-    promise = allowed(half, rate) / (half + 1)
+    promise = allowed_false_alarms(half, rate) / (half + 1)
     found = np.empty(times)
     for i in range(times):
         order = random.permutation(pool)
-        limit = threshold(tuple(np.sort(order[:half]).tolist()), rate)
+        limit = conformal_threshold(tuple(np.sort(order[:half]).tolist()), rate)
         found[i] = np.mean(order[half:] > limit)
-    low, high = spread(half, rate)
+    low, high = false_alarm_interval(half, rate)
     return {
         "calibration": half, "new": len(pool) - half, "times": times, "promise": promise, "mean": float(found.mean()),
         "error": float(found.std(ddof=1) / math.sqrt(times)),  # Monte Carlo, one standard deviation of the mean
@@ -94,17 +100,17 @@ def checked(held: Calibration, good: Sequence[float]) -> dict[str, Any] | None:
     """What the test for uniform p-values says of the good test images."""
     if not good:
         return None
-    seen = departure(held, good)
+    seen = measure_score_drift(held, good)
     return {"far": seen.far, "p_value": seen.p_value, "distance": seen.distance, "sentence": seen.sentence()}
 
 
 def looked_at(data: Path, category: str, recipe: Recipe) -> dict[str, Any]:
     """What the check of the images themselves says of the good test images, beside those held out."""
     samples = mvtec(data, category)
-    _, held = held_out([s for s in samples if s.split == "train"], recipe.holdout, recipe.seed)
+    _, held = split_holdout([s for s in samples if s.split == "train"], recipe.holdout, recipe.seed)
     good = [s for s in samples if s.split == "test" and not s.label]
-    known, new = (looks(ImageCache(some, recipe.size, recipe.crop)) for some in (held, good))
-    seen = change(known, new)
+    known, new = (describe_appearance(ImageCache(some, recipe.size, recipe.crop)) for some in (held, good))
+    seen = measure_appearance_drift(known, new)
     return {"far": seen.far, "p_value": seen.p_value, "name": seen.name, "sentence": seen.sentence()}
 
 
@@ -159,7 +165,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure the categories that are not in the file, and print the tables."""
     asked = arguments()
-    device = choose(asked.device)
+    device = resolve_device(asked.device)
     names = ("backbone", "steps", "batch", "size", "holdout", "precision", "seed")
     settings = {name: getattr(asked, name) for name in names}
     about = {**settings, "weights": Path(asked.weights).name, "times": asked.times, "device": device.type}
@@ -176,7 +182,7 @@ def main() -> None:
         of = of or measure(asked.data, category, recipe, asked.times, device)
         record["categories"][category] = {**of, "looks": looked_at(asked.data, category, recipe)}
         text = json.dumps(record, indent=1).encode() + b"\n"
-        with replacing(asked.out, wanted=len(text)) as file:
+        with replace_file(asked.out, wanted=len(text)) as file:
             file.write(text)
     print(", ".join(f"{key} {value}" for key, value in {**about, **record["machine"]}.items()) + "\n")
     print(tables(record["categories"]))

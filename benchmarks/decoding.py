@@ -26,7 +26,7 @@ from PIL import Image
 
 from recontrast import ReContrast
 from recontrast.data.images import list_images, read_image
-from recontrast.fold import fold
+from recontrast.models.fold import fold
 
 SIDE = 256
 BYTES = SIDE * SIDE * 3

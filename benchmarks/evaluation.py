@@ -29,25 +29,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the re
 import upstream
 from upstream_model import upstream_from
 
+from recontrast import checkpoint
 from recontrast.data import datasets
-from recontrast.data.atomic import replacing
+from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.images import normalise, read_mask
-from recontrast.engine import checkpoint
-from recontrast.engine.device import bfloat16_pays, choose
-from recontrast.engine.evaluate import evaluate
-from recontrast.engine.ready import Inference
+from recontrast.evaluation.evaluate import evaluate
+from recontrast.inference.options import InferenceOptions
+from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
 # What is measured -> how the model is run, and options of `evaluate`. The last column of the table is over the first.
-WAYS: dict[str, tuple[Inference, dict[str, Any]]] = {
-    "float32": (Inference(folded=False), {}),
-    "float32, folded": (Inference(), {}),
-    "float32, folded, trained view": (Inference(views="trained"), {}),
-    "float32, folded, frozen view": (Inference(views="frozen"), {}),
-    "float32, folded, streaming": (Inference(), {"streaming": True}),
-    "bfloat16": (Inference(precision="bfloat16", folded=False), {}),
-    "bfloat16, folded": (Inference(precision="bfloat16"), {}),
-    "bfloat16, folded, trained view": (Inference(precision="bfloat16", views="trained"), {}),
+WAYS: dict[str, tuple[InferenceOptions, dict[str, Any]]] = {
+    "float32": (InferenceOptions(folded=False), {}),
+    "float32, folded": (InferenceOptions(), {}),
+    "float32, folded, trained view": (InferenceOptions(views="trained"), {}),
+    "float32, folded, frozen view": (InferenceOptions(views="frozen"), {}),
+    "float32, folded, streaming": (InferenceOptions(), {"streaming": True}),
+    "bfloat16": (InferenceOptions(precision="bfloat16", folded=False), {}),
+    "bfloat16, folded": (InferenceOptions(precision="bfloat16"), {}),
+    "bfloat16, folded, trained view": (InferenceOptions(precision="bfloat16", views="trained"), {}),
 }
 LEFT_OUT = ("float32, folded, streaming",)  # unless asked for
 SHOWN = ("i_auroc", "p_auroc", "aupro", "aupro_per_image")
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, "reference"])
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"))
     asked = parser.parse_args()
-    pays = bfloat16_pays(choose(None))
+    pays = is_bfloat16_fast(resolve_device(None))
     ways = asked.ways or [w for w in WAYS if w not in LEFT_OUT and (pays or not w.startswith("bfloat16"))]
     ways = ways if asked.ways else [*ways, "reference"]
     found: dict[str, dict[str, Any]] = {}
@@ -149,7 +149,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     about = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "bfloat16_pays": pays}
     record = {**about, "date": date.today().isoformat(), "ways": found}
-    with replacing(asked.out) as file:
+    with replace_file(asked.out) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
     head = (
         "seconds | reference / it | floor | peak memory | loading, forward, maps, metrics | I-AUROC | P-AUROC | AUPRO"

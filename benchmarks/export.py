@@ -26,15 +26,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recontrast.data.atomic import replacing
-from recontrast.data.files import list_images
-from recontrast.data.inputs import Inputs
-from recontrast.engine import checkpoint as checkpoints
-from recontrast.engine.detector import Detector, Torch
-from recontrast.engine.export import SUFFIX, export
-from recontrast.engine.exported import Exported
-from recontrast.engine.recipes import RECIPES, Recipe
-from recontrast.engine.train import new_model
+from recontrast import checkpoint as checkpoints
+from recontrast.data.atomic import replace_file
+from recontrast.data.image_files import ImageFiles
+from recontrast.data.listing import list_images
+from recontrast.export.export import SUFFIX, export
+from recontrast.inference.detector import CheckpointDetector, Detector
+from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.recipes.paper import RECIPES
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.train import new_model
 
 
 def untrained(folder: Path, recipe: Recipe) -> Path:
@@ -64,7 +65,7 @@ def seconds(detector: Detector, paths: list[Path], batch: int) -> float:
     """Time from files to scores."""
     with ThreadPoolExecutor() as pool:
         start = time.perf_counter()
-        for _ in detector.run(Inputs(paths, pool), batch):
+        for _ in detector.run(ImageFiles(paths, pool), batch):
             pass
         return time.perf_counter() - start
 
@@ -74,13 +75,13 @@ def measure(recipe: Recipe, kinds: list[str], asked: argparse.Namespace, save: C
     with tempfile.TemporaryDirectory(dir=asked.work) as name:
         folder = Path(name)
         path, files = untrained(folder, recipe), photographs(folder, asked.count, asked.side)
-        own = Torch(path, "cpu")
+        own = CheckpointDetector(path, "cpu")
         for kind in kinds:
             start = time.perf_counter()
             made = export(
                 path, kind, folder / f"detector{SUFFIX[kind]}", images=asked.images and list_images(asked.images)
             )
-            took, exported = time.perf_counter() - start, Exported(made.path)
+            took, exported = time.perf_counter() - start, ExportedDetector(made.path)
             both: list[tuple[float, float]] = []
             for detector in (own, exported):
                 seconds(detector, files[: asked.batch], asked.batch)  # warm
@@ -125,7 +126,7 @@ def main() -> None:
 
         def save(kind: str, found: dict, known: dict = known, backbone: str = backbone) -> None:
             known[kind] = found
-            with replacing(asked.out) as file:
+            with replace_file(asked.out) as file:
                 file.write(json.dumps(record, indent=1).encode() + b"\n")
             print(f"{backbone} {kind}: {json.dumps(found)}", file=sys.stderr, flush=True)
 

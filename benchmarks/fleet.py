@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from recontrast.app import fleet
-from recontrast.app.predict import predict
+from recontrast.app.prediction import ray_predict
+from recontrast.app.prediction.predict import predict
 from recontrast.data.images import list_images
 
 
@@ -27,7 +27,7 @@ def over_ray(checkpoint: Path, images: list[Path], workers: int, part: int) -> t
     marks: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as out:
         begun = time.perf_counter()
-        fleet.predict(checkpoint, images, Path(out), workers=workers, part=part, device="cpu",
+        ray_predict.predict(checkpoint, images, Path(out), workers=workers, part=part, device="cpu",
                       on_progress=lambda done, total: marks.append((time.perf_counter(), done)))  # fmt: skip
     (start, first), (end, last) = marks[workers - 1], marks[-1]
     return (last - first) / (end - start), marks[0][0] - begun
@@ -60,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(cpus)
     rates: dict[str, list[float]] = {}
     starts: list[float] = []
-    with fleet._cluster(fleet._ray(None), None):
+    with ray_predict._cluster(ray_predict._ray(None), None):
         for _ in range(given.rounds):
             rates.setdefault("local", []).append(local(given.checkpoint, images))
             for workers in given.workers:

@@ -32,15 +32,15 @@ from recontrast import AnomalyMap, ReContrast, deviation, hard_mined_cosine, ops
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise, read_mask
-from recontrast.engine.device import convolutions, put
-from recontrast.engine.evaluate import evaluate, infer
-from recontrast.engine.graph import Replay, recorded
-from recontrast.engine.pixels import Pixels
-from recontrast.engine.ready import Inference
-from recontrast.engine.recipes import RECIPES
-from recontrast.engine.teacher import TeacherCache
-from recontrast.engine.train import new_model, optimisers, step
+from recontrast.evaluation.evaluate import evaluate, infer
+from recontrast.inference.options import InferenceOptions
 from recontrast.loss import distances as distances_of
+from recontrast.recipes.paper import RECIPES
+from recontrast.runtime.device import convolution_precision, move_model
+from recontrast.training.cuda_graph import GraphedStep, recorded
+from recontrast.training.device_images import DeviceImages
+from recontrast.training.teacher_cache import TeacherCache
+from recontrast.training.train import new_model, optimisers, step
 
 COPY = 2**31  # bytes of the copy that tells the bandwidth: far more than any cache
 
@@ -245,12 +245,12 @@ def reference_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batc
 
 
 def our_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int, cached: bool = False) -> Function:
-    """One step as `recontrast.engine.train` makes it, its batch and normalisation included."""
+    """One step as `recontrast.training.train` makes it, its batch and normalisation included."""
     model = copy.deepcopy(begin)
-    last = put(model, recipe, run.device) == torch.channels_last
+    last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
     model.train()
     both = optimisers(model, recipe, run.device)
-    fed = Pixels(pixels, run.device)
+    fed = DeviceImages(pixels, run.device)
 
     index = np.random.default_rng(1).permutation(len(pixels))[:batch]
     teacher = None
@@ -261,10 +261,10 @@ def our_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int
         known = None if teacher is None else teacher(index, images)
         return step(model, moving, images, alpha, recipe, known=known)
 
-    call = Replay(one, batch, run.device) if recipe.graph else one
+    call = GraphedStep(one, batch, run.device) if recipe.graph else one
 
     def work():
-        with convolutions(recipe):
+        with convolution_precision(recipe.tf32):
             return call(both, normalise(fed[index], model.mean, model.std, channels_last=last), 1.0)
 
     if recipe.graph:
@@ -296,13 +296,13 @@ def evaluation(run: Run) -> None:
 
     run.row(group, "reference, batch 1", one_by_one, images=len(few), seconds=1.0, most=5)
     for name, way in {  # what compiles comes last: it may take all that is left
-        "ours + bfloat16 + folded": Inference(precision="bfloat16"),
-        "ours, NCHW": Inference(channels_last=False, folded=False),
-        "ours": Inference(folded=False),
-        "ours + folded": Inference(),
-        "ours + bfloat16": Inference(precision="bfloat16", folded=False),
-        "ours, trained view + bfloat16 + folded": Inference(views="trained", precision="bfloat16"),
-        "ours + bfloat16 + folded + compiled": Inference(precision="bfloat16", compiled=True),
+        "ours + bfloat16 + folded": InferenceOptions(precision="bfloat16"),
+        "ours, NCHW": InferenceOptions(channels_last=False, folded=False),
+        "ours": InferenceOptions(folded=False),
+        "ours + folded": InferenceOptions(),
+        "ours + bfloat16": InferenceOptions(precision="bfloat16", folded=False),
+        "ours, trained view + bfloat16 + folded": InferenceOptions(views="trained", precision="bfloat16"),
+        "ours + bfloat16 + folded + compiled": InferenceOptions(precision="bfloat16", compiled=True),
     }.items():
         if run.late() or (way.compiled and run.tiny):
             continue
@@ -339,10 +339,10 @@ def whole(run: Run) -> None:
 
         run.row(group, f"reference, {len(few)} of them", loop, images=len(few), seconds=1.0, most=1)
         for name, way, streaming in (
-            ("ours, exact", Inference(), False),
-            ("ours, streaming, bfloat16", Inference(precision="bfloat16"), True),
-            ("ours, exact, bfloat16", Inference(precision="bfloat16"), False),
-            ("ours, streaming", Inference(), True),
+            ("ours, exact", InferenceOptions(), False),
+            ("ours, streaming, bfloat16", InferenceOptions(precision="bfloat16"), True),
+            ("ours, exact, bfloat16", InferenceOptions(precision="bfloat16"), False),
+            ("ours, streaming", InferenceOptions(), True),
         ):
             if run.late():
                 return

@@ -98,8 +98,8 @@ if [ $# -eq 0 ]; then rm -f "$out"; fi # a whole run begins anew, stages alone g
 
 # Every op against the float64 oracle on fresh random inputs: odd sizes, all dtypes and layouts, nothing, gradcheck,
 # opcheck, graph capture, a step that may not wait. In parallel where pytest-xdist is: most of it compiles Triton.
-tests=(tests/test_cosine.py tests/test_mining.py tests/test_map.py tests/test_loss.py tests/test_graph.py
-       tests/test_precision.py tests/test_streaming.py::test_any_path_counts_the_same)
+tests=(tests/test_cosine_sums.py tests/test_mined_loss.py tests/test_anomaly_map_op.py tests/test_loss.py tests/training/test_cuda_graph.py
+       tests/training/test_precision.py tests/metrics/test_streaming.py::test_any_path_counts_the_same)
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "${WORKERS:-$(($(nproc) > 4 ? $(nproc) - 2 : 2))}")
 choice=()
@@ -126,7 +126,7 @@ measure train 60 train
 CUDA_LAUNCH_BLOCKING=1 measure "train blocked" 12 train --only reference
 measure evaluate 25 evaluate
 measure whole 25 whole
-check "triton test" 75 tests/test_triton.py
+check "triton test" 75 tests/kernels/test_triton.py
 RECONTRAST_BACKEND=triton measure "triton map" 12 map --only ours
 RECONTRAST_BACKEND=triton measure "triton loss" 30 loss --only ours
 if [ "$device" = cuda ]; then stage races 60 bash -c 'sanitize racecheck'; fi

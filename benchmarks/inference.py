@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from recontrast import checkpoint
 from recontrast.data import datasets
-from recontrast.data.atomic import replacing
+from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
-from recontrast.engine import checkpoint
-from recontrast.engine.device import bfloat16_pays, choose
-from recontrast.engine.evaluate import evaluate
-from recontrast.engine.infer import infer
-from recontrast.engine.ready import Inference
+from recontrast.evaluation.evaluate import evaluate
+from recontrast.inference.infer import infer
+from recontrast.inference.options import InferenceOptions
+from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
 SHOWN = ("i_auroc", "p_auroc", "aupro")
 
@@ -44,20 +44,20 @@ def passed(network: Any, images: Any, recipe: Any, batch: int) -> float:
     return time.perf_counter() - begun
 
 
-def ways(precisions: list[str], compiled: bool) -> list[Inference]:
+def ways(precisions: list[str], compiled: bool) -> list[InferenceOptions]:
     """All that is measured; compiling and the other layout only of what is folded."""
     made = [
-        Inference(views=views, precision=precision, folded=folded)
+        InferenceOptions(views=views, precision=precision, folded=folded)
         for precision, folded, views in itertools.product(precisions, (False, True), ("both", "trained", "frozen"))
     ]
-    made += [Inference("both", precision, channels_last=False, folded=True) for precision in precisions]
+    made += [InferenceOptions("both", precision, channels_last=False, folded=True) for precision in precisions]
     return made + [
-        Inference(views=views, precision=precision, compiled=True)
+        InferenceOptions(views=views, precision=precision, compiled=True)
         for precision, views in itertools.product(precisions if compiled else [], ("both", "trained"))
     ]
 
 
-def name_of(way: Inference) -> str:
+def name_of(way: InferenceOptions) -> str:
     """Such as "trained, float32, folded"."""
     layout = ", NCHW" * (way.channels_last is False)
     return f"{way.views}, {way.precision}" + ", folded" * bool(way.folded) + layout + ", compiled" * way.compiled
@@ -77,12 +77,12 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="also where it does not pay")
     parser.add_argument("--out", type=Path, default=Path("inference.json"))
     asked = parser.parse_args()
-    device = choose(asked.device)
+    device = resolve_device(asked.device)
     groups = {name: [s for s in group if s.split == "test"] for name, group in datasets.load(asked.data).items()}
     if asked.images is not None:
         groups = {name: group[:: max(1, -(-len(group) // asked.images))] for name, group in groups.items()}
     tests = list(itertools.chain(*groups.values()))
-    precisions = ["float32"] + ["bfloat16"] * (asked.bfloat16 or bfloat16_pays(device))
+    precisions = ["float32"] + ["bfloat16"] * (asked.bfloat16 or is_bfloat16_fast(device))
     rows: dict[str, dict[str, Any]] = {}
     networks = {}
     trained = checkpoint.load(asked.checkpoint).recipe
@@ -107,7 +107,7 @@ def main() -> None:
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     record = {"device": card, "threads": torch.get_num_threads(), "torch": torch.__version__, "batch": asked.batch}
     record |= {"date": date.today().isoformat(), "images": len(tests), "ways": rows}
-    with replacing(asked.out) as file:
+    with replace_file(asked.out) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
     print("| views, precision | images/s | x the first | I-AUROC | P-AUROC | AUPRO |\n|---|" + "---:|" * 5)
     base = statistics.median(next(iter(rows.values()))["seconds"])

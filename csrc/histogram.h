@@ -1,4 +1,4 @@
-// Histograms of maps for recontrast/streaming.py.
+// Histograms of maps for recontrast/metrics/streaming.py.
 #pragma once
 
 #include <cstdint>

@@ -195,7 +195,7 @@ int64_t histogram(const py::array& maps, const py::array& masks, py::array count
 PYBIND11_MODULE(_metrics, m, py::mod_gil_not_used()) {
   using namespace py::literals;
   m.doc() =
-      "Compiled parts of recontrast.metrics, recontrast.regions and recontrast.streaming.\n\n"
+      "Compiled parts of recontrast.metrics, recontrast.regions and recontrast.metrics.streaming.\n\n"
       "Arrays are C-contiguous; masks and labels are bool or uint8, positive where not 0. `threads` is how many to use "
       "at most, 0 for one per core; no result depends on it.";
   m.def("regions", &recontrast::regions, "masks"_a, "threads"_a = 0,

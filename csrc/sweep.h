@@ -1,4 +1,4 @@
-// The exact metrics of scores and masks: what recontrast/metrics_reference.py does in NumPy.
+// The exact metrics of scores and masks: what recontrast/metrics/reference.py does in NumPy.
 #pragma once
 
 #include <cstdint>

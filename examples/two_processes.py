@@ -12,7 +12,7 @@ import torch
 from recontrast import ReContrast, deviation, pairs_loss
 from recontrast.data.images import normalise
 from recontrast.data.synthetic import photographs
-from recontrast.engine import distributed
+from recontrast.runtime import distributed
 
 STEPS, BATCH, SIZE = 6, 8, 64
 
@@ -26,10 +26,10 @@ def batches(seed: int = 0) -> torch.Tensor:
 
 
 torch.set_num_threads(1)
-with distributed.world("cpu") as (place, device):  # joins the processes; alone without torchrun
+with distributed.join_processes("cpu") as (place, device):  # joins the processes; alone without torchrun
     torch.manual_seed(0)  # the same weights everywhere
     model = ReContrast("resnet10t", weights="random", encoder_bn="train").to(device).train()
-    together = distributed.wrap(model, place, device)  # DistributedDataParallel, BatchNorm over all images
+    together = distributed.wrap_model(model, place, device)  # DistributedDataParallel, BatchNorm over all images
     optimiser = torch.optim.AdamW(
         [{"params": model.decoder_parameters(), "lr": 2e-3}, {"params": model.encoder_parameters(), "lr": 1e-5}]
     )

@@ -11,18 +11,11 @@ if TYPE_CHECKING:
     from recontrast import metrics, ops
     from recontrast.anomaly_map import AnomalyMap
     from recontrast.app.estimator import ReContrastDetector
-    from recontrast.engine.recipes import RECIPES, Recipe
-    from recontrast.loss import (
-        alpha_at,
-        deviation,
-        global_cosine,
-        hard_mined_cosine,
-        hardest,
-        pairs_loss,
-        point_cosine,
-        power,
-    )
-    from recontrast.model import ReContrast
+    from recontrast.loss import global_cosine, hard_mined_cosine, pairs_loss, point_cosine
+    from recontrast.mining import alpha_at, deviation, hardest, power
+    from recontrast.models.recontrast import ReContrast
+    from recontrast.recipes.paper import RECIPES
+    from recontrast.recipes.recipe import Recipe
 
 __all__ = [
     "RECIPES",
@@ -60,22 +53,30 @@ class _Kernels:
 if not Path(__file__).with_name("kernels").exists() and _Kernels.folder.with_name("setup.py").exists():
     sys.meta_path.append(_Kernels)
 
-# Imported on first use: torch and timm take seconds, and `recontrast --help` needs neither.
+# Imported on first use: torch and timm take seconds to import, and `recontrast --help` needs neither.
 _MODULES = {
     "AnomalyMap": "anomaly_map",
-    "ReContrast": "model",
+    "RECIPES": "recipes.paper",
+    "ReContrast": "models.recontrast",
     "ReContrastDetector": "app.estimator",
-    "RECIPES": "engine.recipes",
-    "Recipe": "engine.recipes",
+    "Recipe": "recipes.recipe",
+    "alpha_at": "mining",
+    "deviation": "mining",
+    "global_cosine": "loss",
+    "hard_mined_cosine": "loss",
+    "hardest": "mining",
+    "pairs_loss": "loss",
+    "point_cosine": "loss",
+    "power": "mining",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'recontrast' has no attribute {name!r}")
     if name in ("metrics", "ops"):
         return importlib.import_module(f"recontrast.{name}")
-    return getattr(importlib.import_module(f"recontrast.{_MODULES.get(name, 'loss')}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'recontrast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"recontrast.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

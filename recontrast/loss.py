@@ -6,9 +6,7 @@ https://arxiv.org/abs/2503.02424). All of it follows from the three sums of `rec
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,162 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recontrast import ops
+from recontrast.mining import Rule, deviation, hardest, power
 from recontrast.ops import cosine, cosine_sums
+from recontrast.runtime.collectives import gather_shares, resolve_shares
 
-# A rule maps point distances of this process (N, H, W) and of all of them (any shape) to gradient weights (N, H, W).
-Rule = Callable[[Tensor, Tensor], Tensor]
 Features = Tensor | Sequence[Tensor]
-
-
-def _number(argument: str, value: object, wanted: str = "a number", holds: bool = True) -> None:
-    if not isinstance(value, Real) or value != value or not holds:
-        raise ValueError(f"{argument}: wanted {wanted}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class deviation:
-    """Weight ``factor`` where the distance is below ``mean + alpha * std`` (unbiased, strict), else 1: ReContrast.
-
-    Section 3.4 of the paper (https://arxiv.org/abs/2306.02602); upstream's ``global_cosine_hm``, utils.py.
-
-    Attributes:
-        alpha: standard deviations above the mean; a number or a 0-dim tensor, which may live on the device and be
-            changed in place.
-        factor: weight of the easy positions.
-
-    Raises:
-        ValueError: alpha or factor is no number.
-    """
-
-    alpha: float | Tensor
-    factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check both; a tensor may only be read on its device."""
-        if not isinstance(self.alpha, Tensor):
-            _number("deviation: alpha", self.alpha, "a number or a 0-dim tensor")
-        elif self.alpha.dim():
-            raise ValueError(
-                f"deviation: alpha: wanted a number or a 0-dim tensor, got a tensor of shape {tuple(self.alpha.shape)}"
-            )
-        _number("deviation: factor", self.factor)
-
-    def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
-        """Weights of point distances.
-
-        Args:
-            d: distances of this process, (N, H, W), float32 or float64.
-            everyone: those of all processes, of any shape; their mean and deviation is taken.
-
-        Returns:
-            (N, H, W), in the dtype of ``d``: ones where there are fewer than two of ``everyone``.
-        """
-        if everyone.numel() < 2:  # one point has no deviation, and is not below itself
-            return torch.ones_like(d)
-        return torch.ones_like(d).masked_fill_(d < everyone.mean() + self.alpha * everyone.std(), self.factor)
-
-
-@dataclass(frozen=True)
-class hardest:
-    """Weight ``factor`` for all but the ``fraction`` of largest distances (at least one), else 1: Dinomaly.
-
-    Guo et al., https://arxiv.org/abs/2405.14325; ``global_cosine_hm_percent`` of its code, where p is 1 - fraction.
-
-    Attributes:
-        fraction: share of the positions that keep their gradient, in (0, 1].
-        factor: weight of the others.
-
-    Raises:
-        ValueError: a fraction outside of (0, 1], or a factor that is no number.
-    """
-
-    fraction: float
-    factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check both."""
-        _number("hardest: fraction", self.fraction)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"hardest: fraction must lie in (0, 1], got {self.fraction}")
-        _number("hardest: factor", self.factor)
-
-    def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
-        """Weights of point distances.
-
-        Args:
-            d: distances of this process, (N, H, W), float32 or float64.
-            everyone: those of all processes, of any shape; their largest share is taken.
-
-        Returns:
-            (N, H, W), in the dtype of ``d``: ones where ``everyone`` is empty.
-        """
-        if everyone.numel() == 0:
-            return torch.ones_like(d)
-        k = max(int(everyone.numel() * self.fraction), 1)
-        least = everyone.flatten().topk(k, sorted=False).values.amin()
-        return torch.ones_like(d).masked_fill_(d < least, self.factor)
-
-
-@dataclass(frozen=True)
-class power:
-    """Weight ``(distance / mean) ** exponent``; distances below zero, which rounding makes, count as zero: INP-Former.
-
-    Luo et al., https://arxiv.org/abs/2503.02424; ``global_cosine_hm_adaptive`` of its code.
-
-    Attributes:
-        exponent: at least 0, which weights all positions alike; 3 is INP-Former's.
-
-    Raises:
-        ValueError: the exponent is no finite number of at least 0.
-    """
-
-    exponent: float
-
-    def __post_init__(self) -> None:
-        """Check the exponent."""
-        wanted = "a finite number of at least 0"
-        _number("power: exponent", self.exponent, wanted)
-        _number("power: exponent", self.exponent, wanted, 0 <= self.exponent < math.inf)
-
-    def __call__(self, d: Tensor, everyone: Tensor) -> Tensor:
-        """Weights of point distances.
-
-        Args:
-            d: distances of this process, (N, H, W), float32 or float64.
-            everyone: those of all processes, of any shape; their mean is taken.
-
-        Returns:
-            (N, H, W), in the dtype of ``d``: ones where the mean is zero.
-        """
-        mean = everyone.clamp_min(0).mean()
-        some = mean > 0
-        relative = d.clamp_min(0) / torch.where(some, mean, 1.0)
-        return torch.where(some, relative**self.exponent, 1.0)
-
-
-def alpha_at(step: int, steps: int, ramp: float = 0.1, start: float = -3.0, end: float = 1.0) -> float:
-    """Alpha of `deviation` at ``step``: linear over the first ``ramp`` of ``steps``, then flat.
-
-    Upstream's ``train``, recontrast_mvtec.py.
-
-    Args:
-        step: from 0.
-        steps: of the whole run, at least 1.
-        ramp: share of the steps that the ramp takes, in [0, 1].
-        start: alpha at step 0.
-        end: alpha from step ``ramp * steps`` on.
-
-    Returns:
-        Alpha, in standard deviations.
-
-    Raises:
-        ValueError: fewer than 1 step.
-    """
-    if steps < 1:
-        raise ValueError(f"alpha_at: steps: wanted at least 1, got {steps}")
-    if step >= steps * ramp:
-        return end
-    return start + (end - start) * step / (steps * ramp)
 
 
 def distance(teacher: Tensor, student: Tensor) -> Tensor:
@@ -209,36 +56,6 @@ def distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     shapes = [(3, s.shape[0], *s.shape[2:]) for s in students]
     parts = sums.split([math.prod(shape) for shape in shapes])
     return [1 - cosine(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def of_all(part: Tensor, shares: Sequence[int] | None) -> Tensor:
-    """The parts of all processes, one behind the other, on each of them.
-
-    Args:
-        part: (n, ...), n being this process's share; on a device that the backend knows.
-        shares: n of each process; None: there is one.
-
-    Returns:
-        (sum of n, ...), in the dtype of ``part``.
-    """
-    if shares is None:
-        return part
-    padded = part.new_zeros(max(shares), *part.shape[1:])
-    padded[: len(part)] = part
-    parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded)
-    return torch.cat([whole[:n] for whole, n in zip(parts, shares, strict=True)])
-
-
-def _shares(images: int, device: torch.device, given: Sequence[int] | None) -> Sequence[int] | None:
-    """Images of each process: as given, or asked for (one small collective and, on CUDA, a wait); None if alone."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    if given is not None:
-        return given
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.full_like(counts[0], images))
-    return [int(count) for count in counts]
 
 
 def _mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
@@ -301,12 +118,12 @@ def hard_mined_cosine(
     if fused is not None:
         return ops.mined_cosine(teachers, students, *fused)
     losses = []
-    shares = _shares(len(students[0]), students[0].device, shares)
+    shares = resolve_shares(len(students[0]), students[0].device, shares)
     for t, s in zip(teachers, students, strict=True):
         sums = cosine_sums(t, s)  # (3, N, H, W)
         with torch.no_grad():
             points = 1 - cosine(sums)  # (N, H, W)
-            weight = rule(points, of_all(points, shares))  # (N, H, W)
+            weight = rule(points, gather_shares(points, shares))  # (N, H, W)
         sums = sums.detach() + weight * (sums - sums.detach())  # the same value; the gradient weighted
         losses.append(_global_distance(sums, shares))
     return torch.stack(losses).sum()
@@ -348,7 +165,7 @@ def global_cosine(
         ValueError: shapes, dtypes or lists that do not go together.
     """
     pairs = _pairs("global_cosine", teacher, student)
-    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
+    shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
     return torch.stack([_global_distance(_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
 
 
@@ -370,7 +187,7 @@ def point_cosine(
         ValueError: shapes, dtypes or lists that do not go together.
     """
     pairs = _pairs("point_cosine", teacher, student)
-    shares = _shares(len(pairs[0][0]), pairs[0][0].device, shares)
+    shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
     return torch.stack([_mean(1 - cosine(_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
 
 

@@ -1,4 +1,4 @@
-"""Calls recontrast._metrics with whatever NumPy can make, as tests/test_sanitizers.py runs it: `MODULE SEED SECONDS`.
+"""Calls recontrast._metrics with whatever NumPy can make, for tests/csrc/test_sanitizers.py: `MODULE SEED SECONDS`.
 
 Right arguments have to give what the oracle gives, wrong ones an exception; the sanitizers watch the memory. torch is
 not imported: it would take longer than the rest.
@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from recontrast import metrics_reference as oracle
+from recontrast.metrics import reference as oracle
 
 SIZES = [0, 1, 2, 3, 7, 8, 9, 16, 17, 40, 65]
 DTYPES = ["?", "u1", "i1", "u2", "i4", "i8", "f2", "f4", "f8", ">f4", ">f8", "g", "c8", "O", "U3", "M8[s]", "V5"]

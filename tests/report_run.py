@@ -3,10 +3,10 @@
 import torch
 from tiny import tiny_set
 
-from recontrast.engine import checkpoint as checkpoints
-from recontrast.engine.log import Log
-from recontrast.engine.recipes import Recipe
-from recontrast.engine.train import new_model
+from recontrast import checkpoint as checkpoints
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.json_log import JsonLog
+from recontrast.training.train import new_model
 
 RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
 
@@ -22,7 +22,7 @@ def trained(root, category="nut", **sizes):
     checkpoints.save(run / "checkpoint.pt", checkpoints.Checkpoint(
         40, category, RECIPE, model.config, about, {"count": 2, "digest": ""}, model.state_dict()
     ))  # fmt: skip
-    log = Log(run / "log.jsonl")
+    log = JsonLog(run / "log.jsonl")
     for step in range(10, 50, 10):
         log.write(step=step, loss=2.0 / step, alpha=0.5, images_per_second=9.0, seconds=1.0 * step)
     return run, data

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import recontrast
-from recontrast import ReContrast
+from recontrast import ReContrast, checkpoint
 from recontrast.data import atomic
-from recontrast.engine import checkpoint
-from recontrast.engine.recipes import Recipe
+from recontrast.recipes.recipe import Recipe
 
 RECIPE = Recipe(backbone="test_resnet", weights="random", size=64, seed=3, channels_last=False)
 
@@ -201,7 +200,7 @@ WRITE = """
 import os, resource, signal, sys
 import torch
 from recontrast.data import atomic
-from recontrast.engine import checkpoint
+from recontrast import checkpoint
 path, how = sys.argv[1:]
 state = checkpoint.load(path)
 if how == "limit":

@@ -12,7 +12,7 @@ from recontrast.data.synthetic import make_demo
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
-NEEDS_A_FILE = ("onnx_production",)  # tests/test_export.py makes one and runs it
+NEEDS_A_FILE = ("onnx_production",)  # tests/export/test_export.py makes one and runs it
 # What makes an example short, where it has such an option. Its file stays what a user would run.
 SHORT = {"--steps": "2", "--size": "64"}
 # What it must print, beside exiting with 0 and nothing on stderr: a new example is run without an entry here.

@@ -1,4 +1,4 @@
-"""One process of tests/test_distributed.py: trains every case on DATA and leaves what it found in OUT.
+"""One process of tests/runtime/test_distributed.py: trains every case on DATA and leaves what it found in OUT.
 
 python -m torch.distributed.run --nproc_per_node 3 tests/torchrun_worker.py DATA OUT
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from recontrast.data import datasets
-from recontrast.engine import distributed
-from recontrast.engine.evaluate import evaluate
-from recontrast.engine.recipes import Recipe
-from recontrast.engine.reproduce import reproduce
-from recontrast.engine.train import train
-from recontrast.model import ReContrast
+from recontrast.evaluation.evaluate import evaluate
+from recontrast.experiments.reproduce import reproduce
+from recontrast.models.recontrast import ReContrast
+from recontrast.recipes.recipe import Recipe
+from recontrast.runtime import distributed
+from recontrast.training.train import train
 
 RECIPE = Recipe(
     backbone="resnet18", weights="random", steps=5, batch=5, size=64, encoder_bn="train", log_every=2, seed=3,
@@ -43,7 +43,7 @@ def run(case, data, out):
     out.mkdir(parents=True, exist_ok=True)
     samples = [s for group in datasets.load(data).values() for s in group]
     result = train(recipe, samples, out=out / "run", model=small(recipe), device="cpu")
-    rank = distributed.here().rank
+    rank = distributed.current_world().rank
     (out / f"losses{rank}.json").write_text(json.dumps(result.losses))
     torch.save(result.model.state_dict(), out / f"model{rank}.pt")
 
@@ -51,7 +51,7 @@ def run(case, data, out):
 def measured(data, out):
     """Evaluate a model that was not trained, image by image: what is in a batch with what changes nothing."""
     samples = datasets.load(data)
-    model, rank = small(RECIPE).eval(), distributed.here().rank
+    model, rank = small(RECIPE).eval(), distributed.current_world().rank
     for streaming in (False, True):
         found = evaluate(model, samples, RECIPE, batch=1, streaming=streaming)
         rows = [{**asdict(row), "seconds": None} for row in found.rows]
@@ -62,7 +62,7 @@ def measured(data, out):
 def refused(data, out):
     """Train on other images in every process but the first."""
     samples = [s for group in datasets.load(data).values() for s in group]
-    rank = distributed.here().rank
+    rank = distributed.current_world().rank
     try:
         train(RECIPE, samples[rank:], out=out / "refused", category="all", model=small(RECIPE), device="cpu")
     except ValueError as error:
@@ -73,13 +73,13 @@ def reproduced(data, out):
     """A table of two runs, made by all processes together."""
     changes = {"backbone": "test_resnet", "weights": "random", "size": 32, "batch": 3, "steps": 2}
     found = reproduce("maps", data, out / "table", categories=["nut"], changes=changes, device="cpu")
-    (out / f"table{distributed.here().rank}.json").write_text(json.dumps(found.to_dict()))
+    (out / f"table{distributed.current_world().rank}.json").write_text(json.dumps(found.to_dict()))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     data, out = map(Path, sys.argv[1:])
-    with distributed.world("cpu"):
+    with distributed.join_processes("cpu"):
         for case in CASES:
             run(case, data, out / case)
         measured(data, out)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from recontrast.engine.evaluate import Result
+    from recontrast.evaluation.evaluate import Result
 
 USER_ERRORS = (ValueError, OSError, ImportError)  # a wrong argument, file or installation: one sentence, no traceback
 PLAIN_EVERY = 10.0  # seconds between two lines of progress where the output is not a terminal
@@ -28,40 +28,40 @@ class Commands(typer.core.TyperGroup):
         except BrokenPipeError:
             raise  # `recontrast ... | head`: click ends quietly
         except KeyboardInterrupt:
-            stop("interrupted", status=130)
+            exit_with_error("interrupted", status=130)
         except Exception as error:
             # By name: torch is not imported for a command that failed without it.
             memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             if os.environ.get("RECONTRAST_DEBUG") or not (memory or isinstance(error, USER_ERRORS)):
                 raise
-            stop("out of memory: try a smaller --batch or --size" if memory else sentence(error))
+            exit_with_error("out of memory: try a smaller --batch or --size" if memory else describe_error(error))
 
 
-def sentence(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in one line, ``file: reason`` where the system gave both."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """One line on stderr."""
-    who = f"process {os.environ['RANK']}: " if silent() else ""
+    who = f"process {os.environ['RANK']}: " if is_silent() else ""
     sys.stderr.write(f"recontrast: {who}{text}\n")
 
 
-def stop(text: str, status: int = 2) -> NoReturn:
+def exit_with_error(text: str, status: int = 2) -> NoReturn:
     """One line on stderr, then exit."""
-    complain(text)
+    print_error(text)
     raise typer.Exit(status)
 
 
-def silent() -> bool:
+def is_silent() -> bool:
     """Whether this is a process of torchrun that leaves speaking to the first."""
     return os.environ.get("RANK", "0") != "0"
 
 
-class Steps:
+class ProgressBar:
     """Progress of counted work on stderr: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, what: str) -> None:
@@ -71,7 +71,7 @@ class Steps:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` are finished; ``note`` says how it goes."""
-        if silent():
+        if is_silent():
             return
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, note=note)
@@ -79,10 +79,10 @@ class Steps:
             self._next = time.monotonic() + PLAIN_EVERY
             sys.stderr.write(f"{self._what} {done}/{total} {note}".rstrip() + "\n")
 
-    def __enter__(self) -> "Steps":
+    def __enter__(self) -> "ProgressBar":
         """Show the bar, where there is a terminal."""
         console = Console(stderr=True)
-        if console.is_terminal and not silent():
+        if console.is_terminal and not is_silent():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -99,7 +99,7 @@ class Steps:
             self._bar.__exit__(*error)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table on stdout: the first column to the left, the others to the right, the last row set off."""
     rows = list(rows)
     shown = Table(title=title, title_justify="left", title_style="bold")
@@ -112,9 +112,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     console.print(shown)
 
 
-def show(result: "Result", title: str = "") -> None:
+def print_result(result: "Result", title: str = "") -> None:
     """Print the metrics of a result in percent."""
-    from recontrast.engine.result import METRICS
+    from recontrast.evaluation.results import METRICS
 
     rows = [*result.rows, *([result.mean] if len(result.rows) > 1 else [])]
     names = [name for name in METRICS if any(getattr(row, name) is not None for row in rows)]
@@ -122,7 +122,7 @@ def show(result: "Result", title: str = "") -> None:
         [row.category, *("-" if (v := getattr(row, name)) is None else f"{100 * v:.2f}" for name in names)]
         for row in rows
     ]
-    table(title, ["category", *(METRICS[name] for name in names)], cells)
+    print_table(title, ["category", *(METRICS[name] for name in names)], cells)
     for row in rows:
         if row.note:
             typer.echo(f"{row.category}: {row.note}")

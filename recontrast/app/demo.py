@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from recontrast.data import datasets, images, pictures, synthetic
+from recontrast.data import datasets, heatmaps, images, synthetic
 from recontrast.data.datasets import Sample
-from recontrast.engine import evaluate, train
-from recontrast.engine.device import choose
-from recontrast.engine.evaluate import Result
-from recontrast.engine.infer import infer
-from recontrast.engine.recipes import Recipe
-from recontrast.model import ReContrast
+from recontrast.evaluation import evaluate
+from recontrast.evaluation.evaluate import Result
+from recontrast.inference.infer import infer
+from recontrast.models.recontrast import ReContrast
+from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.device import resolve_device
+from recontrast.training import train
 
 RECIPE = Recipe(
     name="demo",
@@ -50,7 +51,7 @@ class Demo:
     seconds: float
 
 
-def run(
+def run_demo(
     out: Path,
     *,
     steps: int | None = None,
@@ -103,7 +104,7 @@ def run(
         still = recipe.replace(encoder_lr=0.0)
         results[FROZEN] = evaluate.evaluate(fit(FROZEN, still, None).model, data, still)
         torch.manual_seed(seed)
-        model = train.new_model(recipe, "all").to(choose(device))
+        model = train.new_model(recipe, "all").to(resolve_device(device))
         results[UNTRAINED] = evaluate.evaluate(model, data, recipe)
     return Demo(results, sheets, found.checkpoint, found.seconds)
 
@@ -127,8 +128,8 @@ def _sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe)
         if sample.mask is not None:
             mask = images.read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule)
         white = np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255
-        rows = (image, white, pictures.overlay(image, (heat - low) / max(high - low, 1e-12)))
+        rows = (image, white, heatmaps.overlay(image, (heat - low) / max(high - low, 1e-12)))
         for row, picture in enumerate(rows):
             canvas.paste(Image.fromarray(picture), (left, LINE + row * (height + MARGIN)))
-    pictures.save_png(path, np.asarray(canvas))
+    heatmaps.save_png(path, np.asarray(canvas))
     return path

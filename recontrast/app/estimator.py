@@ -1,8 +1,8 @@
 """The detector with scikit-learn's face: fit on good images, then score, decide, and take maps.
 
 scikit-learn's signs: larger scores are more normal, +1 is good, -1 a defect. The decision is split-conformal
-(`recontrast.engine.calibrate`): some of the good images are held out of training, and the threshold is one of their
-scores, so that a new good image is called a defect with probability at most ``false_alarm_rate``.
+(`recontrast.calibration.conformal`): some of the good images are held out of training, and the threshold is one of
+their scores, so that a new good image is called a defect with probability at most ``false_alarm_rate``.
 """
 
 import io
@@ -20,17 +20,18 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
-from recontrast.data.given import Given, items
-from recontrast.engine import checkpoint as checkpoints
-from recontrast.engine import recipe_file
-from recontrast.engine.calibrate import Calibration, calibrate
-from recontrast.engine.checkpoint import Checkpoint
-from recontrast.engine.device import choose, put
-from recontrast.engine.holdout import how_many
-from recontrast.engine.infer import infer
-from recontrast.engine.ready import Inference
-from recontrast.engine.recipes import Recipe
-from recontrast.engine.train import train
+from recontrast import checkpoint as checkpoints
+from recontrast.calibration.conformal import Calibration
+from recontrast.checkpoint import Checkpoint
+from recontrast.data.in_memory import InMemoryImages, items
+from recontrast.inference.calibrate import calibrate
+from recontrast.inference.infer import infer
+from recontrast.inference.options import InferenceOptions
+from recontrast.recipes import yaml_file
+from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.device import move_model, resolve_device
+from recontrast.training.holdout import resolve_holdout_count
+from recontrast.training.train import train
 
 
 class ReContrastDetector(OutlierMixin, BaseEstimator):
@@ -42,7 +43,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     the PIL image of that path score the same to the bit.
 
     The decision is split-conformal (Vovk et al., "Algorithmic Learning in a Random World", 2005; Lei et al., JASA
-    2018), see `recontrast.engine.calibrate`.
+    2018), see `recontrast.calibration.conformal`.
 
     Args:
         recipe: a `Recipe`, the name of one of the paper's ("mvtec", "visa", ...), or a YAML file: everything about
@@ -67,7 +68,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     Attributes:
         recipe_: the `Recipe` that was trained.
         model_: the `ReContrast` module, in eval mode.
-        calibration_: scores and promise (`recontrast.engine.calibrate.Calibration`); None where nothing was held out.
+        calibration_: scores and promise (`recontrast.calibration.conformal.Calibration`); None where nothing was
+            held out.
         offset_: ``-threshold``: ``decision_function = score_samples - offset_``; NaN where there is no calibration.
         losses_: of each step of training, float64; empty for a detector read from a file.
         held_out_: places in X of the images that calibrated, ascending int64; empty for one read from a file.
@@ -129,13 +131,13 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         good = np.arange(len(images)) if y is None else np.flatnonzero(_labels(images, y) == 1)
         if not len(good):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
-        count = how_many(len(good), self.false_alarm_rate, self.holdout)
+        count = resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)
         order = np.random.default_rng(recipe.seed).permutation(good)
         held, used = np.sort(order[:count]), np.sort(order[count:])
-        device = choose(self.device)
+        device = resolve_device(self.device)
 
-        def given(places: NDArray[np.int64]) -> Given:
-            return Given([images[place] for place in places], recipe.size, recipe.crop)
+        def given(places: NDArray[np.int64]) -> InMemoryImages:
+            return InMemoryImages([images[place] for place in places], recipe.size, recipe.crop)
 
         with _own_random_state():
             result = train(recipe, given(used)[np.arange(len(used))], device=device)
@@ -153,7 +155,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         """The recipe with the parameters that were given."""
         if not isinstance(self.recipe, Recipe | str):
             raise ValueError(f"recipe: wanted a Recipe, a name or a YAML file, got {type(self.recipe).__name__}")
-        base = recipe_file.find(self.recipe) if isinstance(self.recipe, str) else self.recipe
+        base = yaml_file.load_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
         names = ("backbone", "weights", "steps", "batch", "size", "encoder_lr", "decoder_lr")
         changes = {name: _plain(value) for name in names if (value := getattr(self, name)) is not None}
         if self.random_state is not None:
@@ -162,7 +164,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
 
     def _take(self, state: Checkpoint, model: Any) -> None:
         self._state, self.model_ = state, model.eval()
-        found = Inference().calibration(state.recipe, state.calibration)
+        found = InferenceOptions().calibration(state.recipe, state.calibration)
         self.recipe_, self.calibration_ = state.recipe, found
         self.offset_ = math.nan if found is None else -found.threshold
 
@@ -254,8 +256,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     def _run(self, X: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
         check_is_fitted(self)
         recipe = self.recipe_
-        images = Given(X, recipe.size, recipe.crop)
-        put(self.model_, recipe, choose(self.device))
+        images = InMemoryImages(X, recipe.size, recipe.crop)
+        move_model(self.model_, resolve_device(self.device), recipe.channels_last)
         for maps, scores in infer(self.model_, images, recipe, batch=self.batch or recipe.batch):
             yield maps.float().cpu().numpy(), scores.double().cpu().numpy()
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from recontrast.app.console import complain
+from recontrast.app.console import print_error
 
 if TYPE_CHECKING:
-    from recontrast.engine.ready import Inference
+    from recontrast.inference.options import InferenceOptions
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU where there is one.")]
 Batch = Annotated[int, typer.Option(help="Images at once.")]
@@ -45,7 +45,7 @@ Layout = Annotated[str | None, typer.Option(help="channels_last or nchw. Default
 Workers = Annotated[int | None, typer.Option(help="Threads that decode. Default: by the number of CPUs.")]
 
 
-def inference(
+def build_inference_options(
     device: str | None,
     views: str | None = None,
     precision: str | None = None,
@@ -53,10 +53,10 @@ def inference(
     no_fold: bool = False,
     compiled: bool = False,
     workers: int | None = None,
-) -> "Inference":
+) -> "InferenceOptions":
     """How the options say that a model is run; tells where bfloat16 does not pay."""
-    from recontrast.engine.device import bfloat16_pays, choose
-    from recontrast.engine.ready import Inference
+    from recontrast.inference.options import InferenceOptions
+    from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
     for name, value, wanted in (
         ("views", views, ("both", "trained", "frozen")), ("precision", precision, ("float32", "bfloat16")),
@@ -67,22 +67,22 @@ def inference(
     if workers is not None and workers < 1:
         raise ValueError(f"--workers: wanted at least 1, got {workers}")
     compiler = os.environ.get("CXX", "g++")
-    if compiled and choose(device).type == "cpu" and shutil.which(compiler) is None:
+    if compiled and resolve_device(device).type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(
             f"--compile: wanted a C++ compiler for the CPU, got no {compiler} on the PATH (CXX names another)"
         )
-    if precision == "bfloat16" and not bfloat16_pays(choose(device)):
-        complain("this CPU has no kernels for bfloat16: it takes several times as long as float32")
+    if precision == "bfloat16" and not is_bfloat16_fast(resolve_device(device)):
+        print_error("this CPU has no kernels for bfloat16: it takes several times as long as float32")
     last = None if layout is None else layout == "channels_last"
-    return Inference(cast("Any", views), cast("Any", precision), last, False if no_fold else None, compiled)
+    return InferenceOptions(cast("Any", views), cast("Any", precision), last, False if no_fold else None, compiled)
 
 
-def checkpoint_file(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint that a file or the folder of a run stands for."""
     return path / "checkpoint.pt" if path.is_dir() else path
 
 
-def writable(folder: Path, option: str = "--out") -> None:
+def check_writable(folder: Path, option: str = "--out") -> None:
     """Refuse a folder in which nothing can be written, or that cannot be made, before there is any work to lose.
 
     Args:
@@ -106,7 +106,7 @@ def writable(folder: Path, option: str = "--out") -> None:
     raise ValueError(f"{option}: wanted a folder that can be written, got {folder} ({reason})")
 
 
-def change(text: str) -> tuple[str, Any]:
+def parse_change(text: str) -> tuple[str, Any]:
     """``key=value`` as key and Python value: a number, true, false, none, a list, or else a text."""
     key, sign, value = text.partition("=")
     if not sign or not key:
@@ -120,14 +120,14 @@ def change(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def split(text: str | None) -> list[str]:
+def parse_list(text: str | None) -> list[str]:
     """The words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()] if text else []
 
 
-def numbers(option: str, text: str | None) -> list[int]:
+def parse_numbers(option: str, text: str | None) -> list[int]:
     """The whole numbers between commas; ``option`` is named where there are other things."""
     try:
-        return [int(word) for word in split(text)]
+        return [int(word) for word in parse_list(text)]
     except ValueError:
         raise ValueError(f"{option}: wanted whole numbers and commas, got {text!r}") from None

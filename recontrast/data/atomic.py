@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from recontrast.data.files import PathLike
+from recontrast.data.listing import PathLike
 
 _ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # reasons that have to do with bytes
 _PARTIAL = ".partial"  # ends the name of what is not finished
@@ -26,7 +26,7 @@ def unwritable(path: Path, reason: str, wanted: int | None, free: int | None) ->
 
 
 @contextmanager
-def replacing(
+def replace_file(
     path: PathLike, wanted: int | None = None, *, temporary: str | None = None, sentence: Sentence = unwritable
 ) -> Iterator[BinaryIO]:
     """A file open for writing that takes the place of ``path`` when the block ends, and vanishes when it fails.
@@ -77,7 +77,7 @@ def replacing(
 
 
 @contextmanager
-def new_folder(path: PathLike) -> Iterator[Path]:
+def create_folder(path: PathLike) -> Iterator[Path]:
     """A folder to fill whose content is at ``path`` when the block ends, and vanishes when it fails.
 
     Until then it is ``.NAME.partial`` beside ``path``, or, where that is an empty folder (perhaps a mount, or the one
@@ -93,7 +93,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
     _refuse_full(path)
     within = path.is_dir()
     partial = path / _PARTIAL if within else path.with_name(f".{path.name}{_PARTIAL}")
-    with alone(partial, path):
+    with lock_folder(partial, path):
         try:
             for left in partial.iterdir():
                 _remove(left)
@@ -109,7 +109,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path, named: PathLike | None = None) -> Iterator[None]:
+def lock_folder(folder: Path, named: PathLike | None = None) -> Iterator[None]:
     """Only one process at a time is in this block with ``folder``, which is made; ``named`` says it in the error.
 
     Raises:

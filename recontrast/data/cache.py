@@ -24,9 +24,9 @@ import numpy as np
 import PIL
 import torch
 
-from recontrast.data.atomic import replacing
-from recontrast.data.files import PathLike
+from recontrast.data.atomic import replace_file
 from recontrast.data.images import Size, height_width, image_size, read_image
+from recontrast.data.listing import PathLike
 from recontrast.data.tiles import Tiles, count
 
 FORMAT = 2  # raised where pixels or file change: 2 is resized across, then down
@@ -173,7 +173,7 @@ class ImageCache:
         total = _HEADER + len(self) * self._image_bytes
         checksums = np.zeros(len(self), "<u4")
         temporary = f".{path.name}.{uuid.uuid4().hex}.tmp"  # its own: several processes may build the same
-        with replacing(path, wanted=total, temporary=temporary, sentence=_unwritable) as file:
+        with replace_file(path, wanted=total, temporary=temporary, sentence=_unwritable) as file:
 
             def keep(i: int, pixels: np.ndarray) -> None:
                 checksums[i] = zlib.crc32(pixels.data)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from recontrast.data.files import PathLike, images_below, is_hidden, is_image, list_images, natural
+from recontrast.data.listing import PathLike, images_below, is_hidden, is_image, list_images, natural
 
 GOOD = "good"  # the folder of normal images, and the `defect` of a normal sample
 

@@ -6,7 +6,7 @@ from typing import IO
 
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from recontrast.data.files import PathLike
+from recontrast.data.listing import PathLike
 
 # The plugins are called directly: Image.open warns above 89 and refuses above 179 megapixels by a process-wide setting.
 _PLUGINS: dict[bytes, Callable[[IO[bytes], str], ImageFile.ImageFile]] = {

@@ -8,8 +8,8 @@ roundings included. So the pixels are those that the published figures were meas
 
 import numpy as np
 
-from recontrast.data.files import PathLike
 from recontrast.data.images import read_image
+from recontrast.data.listing import PathLike
 
 DARK = 30  # of 765: the sum of a pixel's channels that the black around the eye does not exceed
 MARGIN = 5  # pixels

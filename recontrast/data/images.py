@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from recontrast.data.decode import decode, one_sentence, upright_size
-from recontrast.data.files import IMAGE_SUFFIXES, PathLike, list_images
-from recontrast.data.pages import empty
+from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
+from recontrast.data.memory import empty
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from recontrast.data import originals
-from recontrast.data.atomic import new_folder
+from recontrast.data import downloads
+from recontrast.data.atomic import create_folder
 from recontrast.data.datasets import GOOD
-from recontrast.data.files import PathLike
-from recontrast.data.originals import Entry
-from recontrast.data.pictures import save_png
+from recontrast.data.downloads import Entry
+from recontrast.data.heatmaps import save_png
+from recontrast.data.listing import PathLike
 
 MARK = "prepared.json"  # beside the categories: what was made of which download
 WAYS = ("hard links", "symbolic links", "copies", "pictures written")
@@ -89,12 +89,12 @@ PUBLISHED = {
     "oct2017": {"oct2017": Counts(26315, 1000, 250)},
     "isic2018": {"isic2018": Counts(6705, 193)},
 }
-READERS: dict[str, Callable[[Path], originals.Plan]] = {
-    "mvtec": originals.mvtec,
-    "visa": originals.visa,
-    "aptos": originals.aptos,
-    "oct2017": originals.oct2017,
-    "isic2018": originals.isic2018,
+READERS: dict[str, Callable[[Path], downloads.Plan]] = {
+    "mvtec": downloads.mvtec,
+    "visa": downloads.visa,
+    "aptos": downloads.aptos,
+    "oct2017": downloads.oct2017,
+    "isic2018": downloads.isic2018,
 }
 
 
@@ -145,7 +145,7 @@ def prepare(
     warnings = compare(counts, PUBLISHED[name])
     files: dict[str, int] = {}
     if out is not None:
-        with new_folder(out) as folder:
+        with create_folder(out) as folder:
             files = _fill(folder, os.path.realpath(out), entries, link, workers, on_progress)
             about = {"data": name, "source": os.path.abspath(root), "files": files}
             about |= {"images": {category: asdict(found) for category, found in counts.items()}}

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from recontrast.data.atomic import replacing
-from recontrast.data.pictures import save_png
+from recontrast.data.atomic import replace_file
+from recontrast.data.heatmaps import save_png
 
 NAMES = ("brick", "grass", "gravel")
 KINDS = ("scratch", "stain", "hole", "misplaced")
@@ -81,7 +81,7 @@ def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 
             picture, mask = draw_defect(_cut(photo[:, border:], size, rng), kind, rng)
             save_png(root / name / "test" / kind / f"{index:03}.png", picture)
             save_png(root / name / "ground_truth" / kind / f"{index:03}_mask.png", mask.astype(np.uint8) * 255)
-    with replacing(root / MARK) as file:  # last: an interrupted run leaves no mark ...
+    with replace_file(root / MARK) as file:  # last: an interrupted run leaves no mark ...
         file.write(json.dumps(made).encode())
     return root
 

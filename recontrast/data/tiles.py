@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast.data.pages import forget
+from recontrast.data.memory import forget
 
 
 def starts(length: int, tile: int, stride: int) -> list[int]:

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast import curves
-from recontrast.app.evaluation import decided
-from recontrast.app.report.kept import Kept
-from recontrast.curves import Curve
+from recontrast.app.evaluate_job import decided
+from recontrast.app.report.map_summaries import MapSummaries
+from recontrast.calibration.conformal import Calibration
 from recontrast.data.datasets import Sample
-from recontrast.engine.calibrate import Calibration
-from recontrast.engine.evaluate import evaluate
-from recontrast.engine.infer import highest
-from recontrast.engine.recipes import Recipe
-from recontrast.engine.result import Result, Row
-from recontrast.fold import Folded
-from recontrast.model import ReContrast
+from recontrast.evaluation.evaluate import evaluate
+from recontrast.evaluation.results import Result, Row
+from recontrast.inference.infer import max_map_value
+from recontrast.metrics import curves
+from recontrast.metrics.curves import Curve
+from recontrast.models.fold import Folded
+from recontrast.models.recontrast import ReContrast
+from recontrast.recipes.recipe import Recipe
 
 MISSED, FALSE_ALARM, FOUND, PASSED, OPEN = "missed", "false alarm", "found", "passed", "no decision"
 ERRORS = (MISSED, FALSE_ALARM)
@@ -114,7 +114,7 @@ def gather(
         batch: images at once.
         on_progress: called with category, images done, and images of the category.
     """
-    kept = Kept(recipe, highest(model, recipe))
+    kept = MapSummaries(recipe, max_map_value(model, recipe))
     result = evaluate(model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=kept.add)
     sections, begun = [], 0
     for row in result.rows:
@@ -126,7 +126,7 @@ def gather(
 
 
 def _section(
-    row: Row, kept: Kept, scores: NDArray[Any], begun: int, recipe: Recipe, calibration: Calibration | None
+    row: Row, kept: MapSummaries, scores: NDArray[Any], begun: int, recipe: Recipe, calibration: Calibration | None
 ) -> Section:  # fmt: skip
     inside = slice(begun, begun + row.images)
     samples = kept.samples[inside]

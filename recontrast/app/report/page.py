@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from recontrast.app.report import drawings, tables
-from recontrast.app.report.decision import decision
+from recontrast.app.report import html_tables, svg
 from recontrast.app.report.findings import Findings, Section, Shot
 from recontrast.app.report.gallery import gallery
-from recontrast.app.report.kept import LIMIT
+from recontrast.app.report.map_summaries import LIMIT
+from recontrast.app.report.threshold_section import decision
 from recontrast.app.report.thumbnails import Pictures
-from recontrast.data import pictures as heat
-from recontrast.engine.checkpoint import Checkpoint
-from recontrast.engine.recipes import Recipe
+from recontrast.checkpoint import Checkpoint
+from recontrast.data import heatmaps as heat
+from recontrast.recipes.recipe import Recipe
 
 # Nothing is loaded from anywhere: the browser itself refuses what is not in the file.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -45,12 +45,12 @@ def page(
     body = "".join((
         _head(findings, title, recipe, where),
         decision(findings, where),
-        tables.metrics(findings),
-        tables.recalls(findings),
+        html_tables.metrics(findings),
+        html_tables.recalls(findings),
         _curves(findings),
         gallery(findings.sections, shots, pictures, len(findings.shots), _legend(findings)),
         _training(log, checkpoint),
-        tables.facts(recipe, checkpoint, about),
+        html_tables.facts(recipe, checkpoint, about),
     ))  # fmt: skip
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -80,8 +80,8 @@ def _head(findings: Findings, title: str, recipe: Recipe, where: str) -> str:
     numbers = [
         (f"{of.called} of {of.images}", label)
         for label, of in (
-            ("defects found", tables.together(findings, defects=True)),
-            ("good images with a false alarm", tables.together(findings, defects=False)),
+            ("defects found", html_tables.together(findings, defects=True)),
+            ("good images with a false alarm", html_tables.together(findings, defects=False)),
         )
         if of is not None
     ]
@@ -119,10 +119,10 @@ def _figures(section: Section) -> str:
     said = "good images above the line, hatched; defects below it"
     if section.threshold is not None:
         said += f"; broken line: the threshold, {section.threshold:.4g}"
-    shown = _figure(drawings.histogram(good, bad, section.threshold, row.category), "Scores", said)
+    shown = _figure(svg.histogram(good, bad, section.threshold, row.category), "Scores", said)
     if section.roc is not None:
-        area, point = tables.cell(row, "i_auroc"), section.point
-        drawn = drawings.curve(
+        area, point = html_tables.cell(row, "i_auroc"), section.point
+        drawn = svg.curve(
             section.roc, "good images called defects, %", "defects found, %",
             f"{row.category}: ROC curve, area {area} percent", point,
         )  # fmt: skip
@@ -130,8 +130,8 @@ def _figures(section: Section) -> str:
             drawn, "ROC", f"of images, area {area} %" + ("" if point is None else "; circle: the threshold")
         )
     if section.pro is not None:
-        area = tables.cell(row, "aupro")
-        drawn = drawings.curve(
+        area = html_tables.cell(row, "aupro")
+        drawn = svg.curve(
             section.pro, "false positive pixels, %", "overlap of regions, %",
             f"{row.category}: per-region-overlap curve, area {area} percent",
         )  # fmt: skip
@@ -158,7 +158,7 @@ def _training(log: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> str:
         text = (
             f"over {checkpoint.images.get('count', '?')} good images; it rises where the mining turns to harder points"
         )
-        drawn = _figure(drawings.losses([step for step, _ in known], [loss for _, loss in known]), "Loss", text)
+        drawn = _figure(svg.losses([step for step, _ in known], [loss for _, loss in known]), "Loss", text)
         shown = f'<div class="figures">{drawn}</div>'
     else:
         shown = "<p>There is no log.jsonl of two lines or more beside the checkpoint.</p>"

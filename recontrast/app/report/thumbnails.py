@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recontrast.app.report.findings import Findings, Shot
-from recontrast.app.report.kept import SIDE, small
-from recontrast.data import pictures
+from recontrast.app.report.map_summaries import SIDE, small
+from recontrast.data import heatmaps
 from recontrast.data.images import read_image
-from recontrast.engine.detector import covered
-from recontrast.engine.recipes import Recipe
-from recontrast.engine.truth import truth_of
+from recontrast.evaluation.ground_truth import read_ground_truth
+from recontrast.inference.detector import map_extent
+from recontrast.recipes.recipe import Recipe
 
 # Longest side of photographs in pixels, and WebP quality; tried in this order.
 LEVELS = ((320, 82), (256, 80), (224, 76), (192, 72), (160, 68), (128, 62), (96, 55), (64, 45), (48, 30), (32, 20))
@@ -75,12 +75,12 @@ def encode(findings: Findings, shots: Sequence[Shot], recipe: Recipe, budget: in
 
 def _source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe: Recipe) -> _Source:
     full = read_image(shot.sample.path)
-    top, left, height, width = covered(full.shape[:2], recipe)
+    top, left, height, width = map_extent(full.shape[:2], recipe)
     image = Image.fromarray(full[top : top + height, left : left + width])
     image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
     mask = None
     if shot.sample.mask is not None:
-        mask = small(truth_of(shot.sample, recipe).view(np.uint8)) > 0
+        mask = small(read_ground_truth(shot.sample, recipe).view(np.uint8)) > 0
     low, high = heat
     return _Source(image, (anomaly - low) / max(high - low, 1e-12), mask, width / height)
 
@@ -89,12 +89,12 @@ def _encode(source: _Source, side: int, quality: int) -> Pictures:
     image = source.image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     size = tuple(min(n, SIDE, side) for n in source.heat.shape)
-    warm = np.clip(pictures.stretch(source.heat, (size[0], size[1])), 0, 1)
+    warm = np.clip(heatmaps.stretch(source.heat, (size[0], size[1])), 0, 1)
     opacity = np.rint(255 * np.sqrt(warm)).astype(np.uint8)
-    heat = Image.fromarray(np.dstack([pictures.colours(warm), opacity]))
+    heat = Image.fromarray(np.dstack([heatmaps.colours(warm), opacity]))
     mask = None
     if source.mask is not None:
-        white = pictures.stretch(source.mask.astype(np.float32), (size[0], size[1])) > 0
+        white = heatmaps.stretch(source.mask.astype(np.float32), (size[0], size[1])) > 0
         mask = _uri(Image.fromarray(white), "PNG", optimize=True)
     return Pictures(
         _uri(image, "WEBP", quality=quality, method=4),

@@ -1,0 +1,95 @@
+"""``recontrast evaluate``: its options, and what it says; the work is in `recontrast.app.evaluate_job`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recontrast.app.console import ProgressBar, print_error, print_result
+from recontrast.app.options import (
+    Batch,
+    CheckpointFile,
+    Compile,
+    Data,
+    Device,
+    Layout,
+    NoFold,
+    Precision,
+    Views,
+    Workers,
+    build_inference_options,
+    check_writable,
+    resolve_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from recontrast.calibration.conformal import Calibration
+    from recontrast.data.datasets import Sample
+    from recontrast.recipes.recipe import Recipe
+
+
+def evaluate(
+    context: typer.Context,
+    checkpoint: CheckpointFile,
+    data: Data,
+    category: Annotated[str | None, typer.Option(help="Name of one category. Default: all below DATA.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: none.")] = None,
+    save_maps: Annotated[
+        bool, typer.Option("--save-maps", help="Also write 16-bit TIFF maps to OUT/maps; results.md has their scale.")
+    ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option("--streaming", help="Metrics of pixels from histograms: constant memory, with a proven bound."),
+    ] = False,
+    views: Views = None,
+    precision: Precision = None,
+    layout: Layout = None,
+    no_fold: NoFold = False,
+    compiled: Compile = False,
+    batch: Batch = 16,
+    workers: Workers = None,
+    device: Device = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: decode anew.")] = None,
+) -> None:
+    """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
+    from recontrast import checkpoint as checkpoints
+    from recontrast.data import datasets
+    from recontrast.runtime import distributed
+
+    if save_maps and out is None:
+        raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
+    if out is not None:
+        check_writable(out)
+    how = build_inference_options(device, views, precision, layout, no_fold, compiled, workers)
+    file = resolve_checkpoint(checkpoint)
+    _, where = context.with_resource(distributed.join_processes(device))
+    groups = datasets.load(data, None if category in (None, "all") else [category])
+    model, recipe, about = checkpoints.load_model(file, where)
+    if about.calibration is not None and (lost := how.calibration_note(recipe, about.calibration)) is not None:
+        print_error(f"warning: {file}: {lost}")
+    show_metrics(
+        model, groups, recipe, out, how.calibration(recipe, about.calibration),
+        inference=how, workers=workers, device=where, batch=batch, cache_dir=cache, streaming=streaming,
+        save_maps=save_maps,
+    )  # fmt: skip
+
+
+def show_metrics(
+    model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None,
+    calibration: "Calibration | None", **options: Any
+) -> None:  # fmt: skip
+    """Evaluate, and say what came of it; ``options`` are those of `recontrast.app.evaluate_job.measure`."""
+    from recontrast.app.evaluate_job import measure
+
+    with ProgressBar("evaluate") as shown:
+        result, made, written = measure(
+            model, groups, recipe, out, calibration=calibration,
+            on_progress=lambda category, done, total: shown(done, total, category), **options,
+        )  # fmt: skip
+    print_result(result)
+    if made is not None:
+        typer.echo(made.sentence())
+        for warning in made.warnings():
+            print_error(f"warning: {warning}")
+    if written:
+        typer.echo(f"results: {', '.join(map(str, written))}")

@@ -1,0 +1,48 @@
+"""``recontrast reproduce``: run a table of the paper again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recontrast.app.console import ProgressBar, exit_with_error, print_table
+from recontrast.app.options import Device, check_writable, parse_change, parse_list, parse_numbers
+
+
+def reproduce(
+    name: Annotated[
+        str, typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... (see README).")
+    ],
+    data: Annotated[Path, typer.Option(help="Data set in MVTec AD layout, or the folder of one category.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of its runs. Default: runs/TABLE.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 1,11,111. Default: the recipe's.")] = None,
+    categories: Annotated[str | None, typer.Option(help="Such as screw,grid. Default: all below DATA.")] = None,
+    entries: Annotated[str | None, typer.Option(help="Lines of the table, such as A,E,ours. Default: all.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of the recipe; repeatable.")
+    ] = None,
+    device: Device = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: decode for each run.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoints of finished runs.")] = False,
+) -> None:
+    """Run a table of the paper again, and print ours beside its numbers; a second call goes on."""
+    from recontrast.experiments.reproduce import reproduce as run
+
+    out = out or Path("runs") / name
+    check_writable(out)
+    try:
+        with ProgressBar("") as shown:
+            found = run(
+                name, data, out, seeds=parse_numbers("--seeds", seeds),
+                categories=parse_list(categories), entries=parse_list(entries),
+                changes=dict(map(parse_change, changes or [])),
+                device=device, cache_dir=cache, keep=keep,
+                on_step=lambda what, done, total, note: shown(done, total, f"{what}: {note}"),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        exit_with_error(f"interrupted; the same command goes on with what is in {out}", status=130)
+    head, cells = found.cells()
+    print_table(found.title, head, cells)
+    for note in found.notes:
+        typer.echo(note)
+    typer.echo(f"comparison: {out / 'comparison.md'}, .csv, .json")

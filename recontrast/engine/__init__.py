@@ -1,1 +1,0 @@
-"""The engine: recipes, training, evaluation, checkpoints; functions over the model of `recontrast.model`."""

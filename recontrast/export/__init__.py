@@ -1,0 +1,1 @@
+"""Detectors as ONNX, OpenVINO and torch.export files."""

@@ -1,0 +1,84 @@
+"""A detector as one graph: bytes of images of any size in; map, score, p-value and decision out; stock operators alone.
+
+What the command line does with PIL, the network and the calibration, in a form that `torch.export` can write down.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from recontrast.anomaly_map import AnomalyMap
+from recontrast.calibration.conformal import Calibration
+from recontrast.data.pillow_resize import Resize
+from recontrast.models.fold import fold
+from recontrast.models.recontrast import ReContrast
+from recontrast.recipes.recipe import Recipe, to_pair
+from recontrast.reference import cosine, cosine_sums
+
+
+class DetectorGraph(nn.Module):
+    """Preprocessing, network with BatchNorm folded, anomaly map, score and decision.
+
+    Args:
+        model: trained, on the CPU; it is not changed.
+        recipe: for size, crop, views, map and score; everything is computed in float32.
+        calibration: of the float32 scores; None: there are no decisions.
+    """
+
+    means: Tensor
+    stds: Tensor
+    rows: Tensor
+    good: Tensor
+
+    def __init__(self, model: ReContrast, recipe: Recipe, calibration: Calibration | None) -> None:
+        super().__init__()
+        size, (height, width) = to_pair(recipe.size), recipe.out
+        self.resize = Resize(size)
+        self.window = tuple(  # as in recontrast.data.images: margins round half to even
+            slice(start, start + seen)
+            for start, seen in ((round((size[0] - height) / 2), height), (round((size[1] - width) / 2), width))
+        )
+        self.network = fold(model, recipe.out).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.views, self.how = recipe.views, recipe.score
+        self.amap = AnomalyMap(model.map_sizes(recipe.out), recipe.out, recipe.blur, recipe.reduce, "matmul")
+        rows, cols = self.amap.matrices()
+        self.register_buffer("rows", torch.cat(rows, dim=1), persistent=False)
+        for level, matrix in enumerate(cols):
+            self.register_buffer(f"cols{level}", matrix, persistent=False)
+        self.register_buffer("means", torch.tensor(model.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("stds", torch.tensor(model.std).view(1, 3, 1, 1), persistent=False)
+        self.calibrated = calibration is not None
+        if calibration is not None:  # float32 holds them as they are: they are scores of float32
+            self.register_buffer("good", torch.tensor(calibration.scores, dtype=torch.float32), persistent=False)
+            self.threshold = float(torch.tensor(calibration.threshold, dtype=torch.float32))
+        self.requires_grad_(False).eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Score images.
+
+        Args:
+            image: (N, H, W, 3) uint8, RGB, any N, H and W from 1 to `recontrast.data.pillow_resize.largest`.
+
+        Returns:
+            map: (N, height, width) float32, in the size of the network's input.
+            score: (N,) float32.
+            p_value: (N,) float32, and defect: (N,) bool; only with a calibration. A score
+                that is no number is a defect.
+        """
+        pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
+        pairs = self.network((pixels / 255 - self.means) / self.stds, self.views)
+        maps = self._map([1 - cosine(cosine_sums(teacher, student)) for teacher, student in pairs])
+        score = self.amap.score(maps, self.how)
+        if not self.calibrated:
+            return maps, score
+        above = (self.good >= score.unsqueeze(1)).float().sum(1)
+        return maps, score, (1 + above) / (1 + self.good.shape[0]), ~(score <= self.threshold)
+
+    def _map(self, distances: list[Tensor]) -> Tensor:
+        """The two matrix products of `AnomalyMap`."""
+        levels = len(self.amap.sizes)
+        products = []
+        for level in range(levels):
+            first, *others = distances[level::levels]
+            products.append(sum(others, first) @ getattr(self, f"cols{level}").mT)
+        scale = 1 / len(distances) if self.amap.reduce == "mean" else 1.0
+        return self.rows @ torch.cat(products, dim=1) * scale

@@ -1,0 +1,1 @@
+"""Networks: encoder, bottleneck, decoder, and the ReContrast model made of them."""

@@ -1,0 +1,1 @@
+"""Recipes: every setting of a training run, the paper's scripts among them."""

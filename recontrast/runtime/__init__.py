@@ -1,0 +1,1 @@
+"""Devices, processes and clocks: how a run is executed."""

@@ -1,0 +1,137 @@
+"""The report as a browser shows it: run in headless Chromium."""
+
+import json
+
+import pytest
+from browser import browser, open_page
+from report_run import trained
+
+from recontrast.app.report.write import write_report
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    run, data = trained(root)
+    return write_report(run, [data], root / "report.html", device="cpu").path
+
+
+@pytest.fixture(scope="module")
+def here():
+    with browser() as driver:
+        yield driver
+
+
+def visible(here):
+    return here.execute_script(
+        "return [...document.querySelectorAll('#cards > li')].filter(c => c.offsetParent).length"
+    )
+
+
+def test_it_opens_from_disk_without_an_error_or_a_request(here, page):
+    open_page(here, page)
+    here.get_log("performance")
+    open_page(here, page)
+    assert [line["message"] for line in here.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
+    events = [json.loads(line["message"])["message"] for line in here.get_log("performance")]
+    asked = {e["params"]["request"]["url"].split(":")[0] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert asked <= {"file", "data"}
+    broken = here.execute_script("return [...document.images].filter(i => i.complete && !i.naturalWidth).length")
+    assert len(here.find_elements("css selector", "#cards img")) > 12 and broken == 0
+
+
+def test_the_gallery_is_filtered(here, page):
+    from selenium.webdriver.support.select import Select
+
+    open_page(here, page)
+    everything = visible(here)
+    assert everything == 8
+    Select(here.find_element("id", "of-defect")).select_by_value("square")
+    assert visible(here) == 4 and here.find_element("id", "count").text == "4 of 8 images"
+    cards = here.find_elements("css selector", "#cards > li:not([hidden])")
+    assert {card.get_attribute("data-defect") for card in cards} == {"square"}
+    outcome = Select(here.find_element("id", "of-outcome"))
+    for option in [o.get_attribute("value") for o in outcome.options][1:]:
+        outcome.select_by_value(option)
+        shown = here.find_elements("css selector", "#cards > li:not([hidden])")
+        assert all(c.get_attribute("data-outcome") == option for c in shown)
+    outcome.select_by_value("passed" if "passed" in [o.get_attribute("value") for o in outcome.options] else "")
+    if visible(here) == 0:  # a defect is never "passed": all are hidden, and the way back is offered
+        here.find_element("id", "reset").click()
+        assert visible(here) == everything
+
+
+def test_the_slider_obeys_the_keyboard(here, page):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(here, page)
+    slider = here.find_element("id", "mix")
+    here.execute_script("arguments[0].focus()", slider)
+
+    def opacities():
+        at = "getComputedStyle(document.querySelector('.mixed %s')).opacity"
+        return [float(here.execute_script("return " + at % part)) for part in ("img", ".heat")]
+
+    assert opacities() == [1, 1]
+    slider.send_keys(Keys.HOME)
+    assert opacities() == [1, 0] and slider.get_attribute("aria-valuetext") == "image"
+    slider.send_keys(Keys.END)
+    assert opacities() == [0, 1] and slider.get_attribute("aria-valuetext") == "heat map"
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert opacities() == pytest.approx([0.1, 1])
+
+
+def test_the_keyboard_reaches_the_gallery_and_focus_is_seen(here, page):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(here, page)
+    here.find_element("tag name", "body").send_keys(Keys.TAB)
+    link = here.switch_to.active_element
+    assert link.text == "Skip to the images" and link.get_attribute("href").endswith("#gallery")
+    assert here.execute_script("return arguments[0].getBoundingClientRect().top", link) >= 0
+    style = "const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth]"
+    assert here.execute_script(style) == ["solid", "3px"]
+    for control in here.find_elements("css selector", "#controls select, #controls input, summary"):
+        assert here.execute_script("return arguments[0].tabIndex", control) == 0
+
+
+@pytest.mark.parametrize("width", [360, 700, 1200])
+def test_nothing_sticks_out(here, page, width):
+    open_page(here, page, width=width)
+    assert here.execute_script("return document.documentElement.scrollWidth") <= width
+    here.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert here.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+# The contrast of each element with text of its own, as WCAG 2.2 defines it, against the next painted background.
+CONTRAST = """
+const parse = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255)
+  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+  if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+return [...document.querySelectorAll('main *')].filter(e => !['OPTION', 'SCRIPT'].includes(e.tagName) &&
+  [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
+  const style = getComputedStyle(e), ink = e instanceof SVGElement ? style.fill : style.color;
+  const [a, b] = [light(parse(ink)), light(ground(e))].sort((x, y) => y - x);
+  return [(a + 0.05) / (b + 0.05), e.className.baseVal ?? e.className, e.textContent.slice(0, 30)]; });
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out(here, page, scheme):
+    open_page(here, page, scheme=scheme)
+    found = here.execute_script(CONTRAST)
+    paper = here.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
+    assert (max(map(int, paper[4:-1].split(","))) < 60) is (scheme == "dark")
+    assert len(found) > 60
+    assert [row for row in found if row[0] < 4.5] == []
+
+
+def test_it_prints(here, page):
+    open_page(here, page)
+    printed = here.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
+    assert len(printed["data"]) > 10_000
+    here.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    hidden = "return getComputedStyle(document.getElementById('controls')).display"
+    assert here.execute_script(hidden) == "none"

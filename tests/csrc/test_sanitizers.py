@@ -1,0 +1,84 @@
+"""recontrast._metrics under AddressSanitizer and UBSan: built anew, called by fuzz_metrics.py in another process."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 4  # of fuzzing; the seed is fixed, so that a failure comes again
+
+
+@pytest.fixture(scope="module")
+def awake():
+    """Environment in which libasan is loaded before Python."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++: its libasan is what Python is started beside")
+    # libasan wraps the throw of libstdc++, which Python would load too late.
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("g++ comes without libasan")
+    return os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself leaves much allocated
+        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
+        "PYTHONMALLOC": "malloc",  # its own pools would hide what lies beside an array
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture(scope="module")
+def module(awake, tmp_path_factory):
+    """The module, built with the sanitizers."""
+    pybind11 = pytest.importorskip("pybind11")
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
+    build = tmp_path_factory.mktemp("sanitized")
+    if cmake is None:
+        pytest.skip("no cmake")
+    options = {
+        "RECONTRAST_SANITIZE": "ON",
+        "RECONTRAST_OUT": build,
+        "CMAKE_CXX_COMPILER": shutil.which("g++"),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    } | ({"CMAKE_MAKE_PROGRAM": ninja} if ninja else {})
+    generator = ["-G", "Ninja"] if ninja else []
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    for command in (
+        [cmake, "-S", ROOT, "-B", build / "cmake", *generator, *defines],
+        [cmake, "--build", build / "cmake"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    built = build / f"_metrics{sysconfig.get_config_var('EXT_SUFFIX')}"
+    code = built.read_bytes()
+    assert b"__asan_report_load" in code and b"__ubsan_handle" in code, "built without the sanitizers"
+    return built
+
+
+def python(awake, *arguments):
+    return subprocess.run([sys.executable, *arguments], env=awake, capture_output=True, text=True, timeout=300)
+
+
+def test_sanitizer_is_awake(awake):
+    """Reading past an array is found: otherwise the next test could not fail."""
+    done = python(
+        awake, "-c", "import ctypes, numpy; a = numpy.zeros(9999, 'u1'); ctypes.string_at(a.ctypes.data, 10000)"
+    )
+    assert done.returncode == 99
+    assert "heap-buffer-overflow" in done.stderr
+
+
+def test_boundary(awake, module):
+    done = python(awake, ROOT / "tests" / "fuzz_metrics.py", module, "0", str(SECONDS))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert int(done.stdout.split()[0]) >= 50

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recontrast.data.images import fit_picture
+from recontrast.data.pillow_resize import MOST, Resize, coefficients, largest
+
+
+def pillow(images, out):
+    return np.stack([fit_picture(Image.fromarray(image), size=out) for image in images]).transpose(0, 3, 1, 2)
+
+
+def ours(images, out):
+    return Resize(out)(torch.from_numpy(images)).numpy()
+
+
+def some(random):
+    """Sizes up, down and across, one pixel and the largest scale among them."""
+    for _ in range(100):
+        out = tuple(random.integers(1, 80, 2).tolist())
+        yield tuple(min(int(2 ** random.uniform(0, 9)), MOST * o) for o in out), out
+
+
+def test_to_the_bit_on_many_sizes():
+    random = np.random.default_rng()
+    for (height, width), out in some(random):
+        images = random.integers(0, 256, (1, height, width, 3), np.uint8)
+        if random.integers(2):
+            images = np.where(images < 128, np.uint8(0), np.uint8(255))  # the largest sums
+        np.testing.assert_array_equal(ours(images, out), pillow(images, out), err_msg=f"{images.shape} to {out}")
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 700), (256, 256), (257, 255), (255, 257), (1080, 1920), (15360, 3), (3, 15360), (700, 2)]
+)
+def test_to_the_bit_at_real_sizes(shape):
+    images = np.random.default_rng().integers(0, 256, (2, *shape, 3), np.uint8)
+    np.testing.assert_array_equal(ours(images, (256, 256)), pillow(images, (256, 256)))
+
+
+@pytest.mark.parametrize(("length", "out"), [(1, 1), (1, 7), (7, 7), (8, 7), (6, 7), (1000, 17), (15360, 256)])
+def test_coefficients_are_those_of_float64(length, out):
+    digits, _ = coefficients(length, out)
+    weights = digits[:out].double() * 2048 + digits[out:].double()
+    centre = (torch.arange(out, dtype=torch.float64) + 0.5) * length / out
+    distance = (torch.arange(length) + 0.5 - centre.unsqueeze(1)).abs() / max(length / out, 1)
+    triangle = (1 - distance).clamp(min=0)
+    exact = triangle / triangle.sum(1, keepdim=True) * 2**22
+    assert (weights - exact).abs().max() <= 0.5 + 1e-6
+    assert digits[out:].abs().max() <= 1024
+
+
+def test_largest():
+    assert largest(256) == 15360 and largest(1) == 60 and largest(2048) == 92681
+    assert 92681**2 <= 2**22 * 2048 < 92682**2

@@ -1,0 +1,237 @@
+import csv
+import json
+
+import pytest
+from command_line import fails, works
+from tiny import tiny_set
+
+from recontrast.evaluation.results import METRICS
+from recontrast.experiments import paper_tables, published_numbers, reproduce
+from recontrast.experiments.comparison import Comparison, Line
+from recontrast.experiments.paper_tables import TABLES
+from recontrast.recipes.paper import RECIPES
+
+CHANGES = {"backbone": "test_resnet", "weights": "random", "size": 32, "batch": 4, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate(("grid", "screw")):
+        tiny_set(root, name, train=4, good=2, defects=2, seed=seed)
+    return root
+
+
+def run(name, data, out, calls=None, **more):
+    """Reproduce a table with tiny runs; ``calls`` gathers what was done."""
+    note = None if calls is None else lambda what, *_: calls.append(what)
+    return reproduce.reproduce(name, data, out, on_step=note, device="cpu", **{"changes": CHANGES, **more})
+
+
+def line(found, entry, category, metric="i_auroc"):
+    (one,) = (x for x in found.lines if (x.entry, x.category, x.metric) == (entry, category, metric))
+    return one
+
+
+# ---- numbers and tables ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["MVTEC", "VISA"])
+def test_published_means_are_those_of_their_categories(name):
+    """A number copied wrongly would show: the logs round each to four digits."""
+    numbers = dict(getattr(published_numbers, name))
+    mean = numbers.pop("mean")
+    for metric, value in mean.items():
+        assert sum(row[metric] for row in numbers.values()) / len(numbers) == pytest.approx(value, abs=1e-4)
+    assert len(numbers) == {"MVTEC": 15, "VISA": 12}[name]
+
+
+def test_tables_fit_together():
+    assert set(published_numbers.ABLATION) == set(published_numbers.ABLATION_APTOS) == set(paper_tables.ABLATION)
+    assert (
+        published_numbers.ABLATION["ours"]["i_auroc"]
+        == published_numbers.MVTEC["mean"]["i_auroc"]
+        == published_numbers.ALPHA["1"]["i_auroc"]
+    )
+    assert published_numbers.MAPS["both"] == published_numbers.ALPHA["1"]
+    assert published_numbers.MAPS_APTOS["both"]["i_auroc"] == published_numbers.MEDICAL["aptos"]["i_auroc"] == 0.9751
+    for name, table in TABLES.items():
+        names = [entry.name for entry in table.entries]
+        assert len(set(names)) == len(names) and all("/" not in n for n in names), name
+        assert all((entry.trained_as or entry.name) in names for entry in table.entries)
+        for entry in table.entries:
+            assert "mean" in entry.numbers
+            assert {metric for numbers in entry.numbers.values() for metric in numbers} <= set(METRICS)
+            RECIPES[table.recipe].replace(**entry.changes, **entry.evaluation)
+        of = RECIPES[table.recipe]
+        assert set(table.categories) <= {*of.bn_train_categories, *of.bn_eval_categories} or of.encoder_bn != "auto"
+
+
+# ---- runs ------------------------------------------------------------------------------
+
+
+def test_a_table_by_category_and_seed(data, tmp_path):
+    calls = []
+    found = run("mvtec", data, tmp_path, calls, seeds=[1, 2], categories=["screw"])
+    assert {c.split(" ", 1)[1] for c in calls} == {"ours screw seed 1", "ours screw seed 2"}
+    one = line(found, "ours", "screw")
+    assert (one.seeds, one.paper, len(found.lines)) == (2, 0.9795, 3)
+    rows = [json.loads((tmp_path / f"ours/screw/seed-{s}/results.json").read_text())["rows"][0] for s in (1, 2)]
+    assert one.ours == pytest.approx((rows[0]["i_auroc"] + rows[1]["i_auroc"]) / 2)
+    assert one.spread == pytest.approx(abs(rows[0]["i_auroc"] - rows[1]["i_auroc"]) / 2**0.5)
+    assert one.difference == pytest.approx(one.ours - 0.9795)
+    here = tmp_path / "ours" / "screw" / "seed-1"
+    assert sorted(p.name for p in here.iterdir()) == [
+        "log.jsonl", "recipe.yaml", "results.csv", "results.json", "results.md", "scores.csv",
+    ]  # fmt: skip
+
+    calls.clear()
+    both = run("mvtec", data, tmp_path, calls, seeds=[2])  # what is there is passed over
+    assert {c.split(" ", 1)[1] for c in calls} == {"ours grid seed 2"}
+    mean = line(both, "ours", "mean", "p_auroc")
+    assert mean.paper == pytest.approx((0.9921 + 0.9957) / 2)  # the paper's mean over the same two
+    assert mean.ours == pytest.approx((line(both, "ours", "grid", "p_auroc").ours
+                                       + line(both, "ours", "screw", "p_auroc").ours) / 2)  # fmt: skip
+    calls.clear()
+    assert run("mvtec", data, tmp_path, calls, seeds=[2]).lines == both.lines and not calls
+
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| entry | category | I-AUROC | paper | diff | P-AUROC |" in text
+    assert "Not the paper's settings: backbone test_resnet" in text and "Of 2 categories, 2 are among" in text
+    assert json.loads((tmp_path / "comparison.json").read_text())["lines"][0]["category"] == "grid"
+    with (tmp_path / "comparison.csv").open() as file:
+        assert [row["metric"] for row in csv.DictReader(file)][:3] == ["i_auroc", "p_auroc", "aupro_per_image"]
+
+
+def test_a_broken_run_goes_on(data, tmp_path):
+    def interrupt(what, done, *_):
+        if what.startswith("train ours screw") and done == 1:
+            raise KeyboardInterrupt
+
+    changes = {**CHANGES, "log_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce("mvtec", data, tmp_path, changes=changes, device="cpu", on_step=interrupt)
+    assert (tmp_path / "ours/grid/seed-111/results.json").exists()
+    assert (tmp_path / "ours/screw/seed-111/checkpoint.pt").exists()
+    steps = []
+    run("mvtec", data, tmp_path, changes=changes, keep=True)
+    assert (tmp_path / "ours/screw/seed-111/checkpoint.pt").exists()
+    log = (tmp_path / "ours/screw/seed-111/log.jsonl").read_text().splitlines()
+    assert [json.loads(text)["step"] for text in log] == [1, 2] and not steps
+
+
+def test_one_detector_for_all(data, tmp_path):
+    calls = []
+    found = run("visa_unified", data, tmp_path, calls)
+    assert {c for c in calls if c.startswith("train")} == {"train ours all seed 1"}
+    assert [x.category for x in found.lines if x.metric == "p_ap"] == ["grid", "screw", "mean"]
+    assert line(found, "ours", "mean").paper is None  # of other categories
+    assert "results.json" in {p.name for p in (tmp_path / "ours/all/seed-1").iterdir()}
+
+
+def test_maps_share_one_training(data, tmp_path):
+    calls = []
+    found = run("maps", data / "grid", tmp_path, calls)
+    assert [c for c in calls if c.startswith("train")] == ["train both grid seed 111"]
+    assert [x.entry for x in found.lines] == ["frozen", "trained", "both"]
+    thresholds = [
+        json.loads((tmp_path / f"{e}/grid/seed-111/results.json").read_text())["rows"][0]["p_threshold"]
+        for e in ("frozen", "trained", "both")
+    ]
+    assert len(set(thresholds)) == 3
+    calls.clear()
+    (tmp_path / "trained/grid/seed-111/results.json").unlink()  # its model is gone: trained again, the rest stays
+    run("maps", data / "grid", tmp_path, calls)
+    assert {c.split()[0] for c in calls} == {"train", "evaluate"}
+
+
+def test_some_entries(data, tmp_path):
+    found = run("ablation", data / "grid", tmp_path, entries=["A", "ours"])
+    assert [x.entry for x in found.lines] == ["A", "A", "ours", "ours"]
+    assert all(x.ours is not None and x.paper is None for x in found.lines)
+    aptos = run("ablation_aptos", data / "grid", tmp_path / "other", entries=["D"])
+    assert line(aptos, "D", "mean").paper == 0.9306  # of its one category, whatever its name
+    isic = run("isic2018", data / "grid", tmp_path / "isic", changes={**CHANGES, "size": 64, "crop": 32})
+    assert [(x.metric, x.paper) for x in isic.lines] == [("i_auroc", 0.9015), ("i_f1", 0.8112), ("i_accuracy", 0.8601)]
+    assert all(x.ours is not None for x in isic.lines)
+
+
+# ---- what does not go ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, more, text",
+    [
+        ("mvtek", {}, "reproduce: table: wanted one of mvtec, visa, .*, got 'mvtek'"),
+        ("mvtec", {"entries": ["F"]}, "reproduce: entry: wanted one of ours, got 'F'"),
+        ("mvtec", {"categories": ["grit"]}, "wanted category 'grit', got grid"),
+        ("aptos", {}, "wanted one category for aptos, got 2: grid, screw"),
+        ("alpha", {"changes": {"alpha_end": 2.0}}, "fields that the table leaves alone, got alpha_end"),
+        ("maps", {"changes": {"views": "both"}}, "fields that the table leaves alone, got views"),
+        ("mvtec", {"changes": {"seed": 3}}, "fields that the table leaves alone, got seed"),
+        ("mvtec", {"changes": {"step": 3}}, "there is no field 'step'"),
+    ],
+)
+def test_refused(data, tmp_path, name, more, text):
+    with pytest.raises(ValueError, match=text) as error:
+        run(name, data, tmp_path / "out", **more)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_results_of_something_else_are_refused(data, tmp_path):
+    run("mvtec", data, tmp_path / "out", categories=["grid"])
+    here = tmp_path / "out/ours/grid/seed-111"
+    with pytest.raises(
+        ValueError, match=r"recipe.yaml: wanted the recipe of this call, got another \(steps: 2 and 3\)"
+    ):
+        run("mvtec", data, tmp_path / "out", categories=["grid"], changes={**CHANGES, "steps": 3})
+    tiny_set(tmp_path / "more", "grid", train=4, good=3, defects=2)
+    with pytest.raises(ValueError, match=r"results.json: wanted results of the test images .*'grid': 5.* got .*4"):
+        run("mvtec", tmp_path / "more", tmp_path / "out")
+    (here / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"results.json: wanted the results of a run, got something else"):
+        run("mvtec", data, tmp_path / "out", categories=["grid"])
+    tiny_set(tmp_path / "none", "grid", train=4, good=0, defects=0)
+    with pytest.raises(ValueError, match="wanted test images of grid, got none"):
+        run("mvtec", tmp_path / "none", tmp_path / "other")
+
+
+def test_percent_and_absence():
+    lines = [Line("a", "x", "i_auroc", 2, 0.5, 0.01, 0.75), Line("a", "x", "i_accuracy", 0, None, None, 0.9)]
+    found = Comparison("t", "T", lines, ["Note."])
+    assert found.cells() == (
+        ["entry", "category", "I-AUROC", "paper", "diff", "I-ACC", "paper", "diff"],
+        [["a", "x", "50.00 ± 1.00", "75.00", "-25.00", "-", "90.00", "-"]],
+    )
+    assert found.to_markdown().endswith("Note.\n")
+
+
+# ---- the command -------------------------------------------------------------------------
+
+
+def test_command(data, tmp_path):
+    options = [text for key, value in CHANGES.items() for text in ("--set", f"{key}={value}")]
+    said = works(
+        "reproduce", "mvtec", "--data", data, "--out", tmp_path, "--categories", "grid,", "--seeds", "7", *options
+    )
+    assert "I-AUROC" in said and "Recipe mvtec, seed 7." in said and str(tmp_path / "comparison.md") in said
+    assert "wanted one of mvtec" in fails("reproduce", "mvtek", "--data", data)
+    assert "--seeds: wanted whole numbers and commas, got '1,a'" in fails(
+        "reproduce", "mvtec", "--data", data, "--seeds", "1,a"
+    )
+
+
+def test_train_from_yaml_with_tensorboard(data, tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: mvtec_stable\n" + "".join(f"{k}: {v}\n" for k, v in CHANGES.items()))
+    arguments = ["train", data / "grid", "--recipe", tmp_path / "mine.yaml", "--no-evaluate"]
+    works(*arguments, "--out", tmp_path / "run", "--tensorboard", "--device", "cpu", "--set", "log_every=1")
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "rest: 99" in text and "steps: 2" in text
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    (tmp_path / "mine.yaml").write_text("steps: [")
+    assert f"{tmp_path / 'mine.yaml'}, line 1: wanted a recipe in YAML" in fails(*arguments, "--out", tmp_path / "b")
+    (tmp_path / "mine.yaml").write_text("stepz: 3")
+    assert "there is no field 'stepz' (did you mean steps?)" in fails(*arguments, "--out", tmp_path / "b")
+    assert "nowhere.yaml: No such file" in fails("train", data / "grid", "--recipe", "nowhere.yaml")
+    too_large = ["--recipe", "mvtec_stable", "--set", "batch=9", "--set", "weights=random", "--backbone", "test_resnet"]
+    assert "batch: wanted at most the 4 training images, got 9" in fails("train", data / "grid", *too_large)

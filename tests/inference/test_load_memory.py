@@ -1,0 +1,71 @@
+"""What loading a detector takes: its weights, and for a moment those of the file, whatever else the file holds."""
+
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recontrast import checkpoint as checkpoints
+from recontrast.data import memory
+from recontrast.data.tiles import Tiles
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.train import new_model
+
+RECIPE = Recipe(backbone="resnet18", weights="random", size=64, encoder_bn="eval")
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from recontrast.app import predict
+from recontrast.inference.detector import open_detector
+
+torch.set_num_threads(1)
+status = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) / 1024
+before = status("VmRSS")
+detector = open_detector(Path(sys.argv[1]), "cpu")
+print(before, status("VmHWM"), status("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_detector_is_loaded_once_and_without_the_optimisers(tmp_path):
+    torch.manual_seed(0)
+    model = new_model(RECIPE, "nut")
+    about = {"size": [64, 64], "crop": None, "mean": list(model.mean), "std": list(model.std)}
+    weights = model.state_dict()
+    states = [{name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2)]
+    path = checkpoints.save(tmp_path / "checkpoint.pt", checkpoints.Checkpoint(
+        1, "nut", RECIPE, model.config, about, {"count": 1, "digest": ""}, weights, states
+    ))  # fmt: skip
+    megabytes = sum(value.numel() * value.element_size() for value in weights.values()) / 2**20
+    done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    before, peak, now = map(float, done.stdout.split())
+    assert peak - before < 2 * megabytes + 60, f"{peak - before:.0f} MB for {megabytes:.0f} MB of weights"
+    assert now - before < megabytes + 50, f"{now - before:.0f} MB stay for {megabytes:.0f} MB of weights"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+def test_rows_of_a_large_image_are_given_back(monkeypatch):
+    """Tiles are the same; what lies above the last ones is no longer in memory."""
+    monkeypatch.setattr(memory, "LEAST", 1 << 20)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    pixels = memory.empty((4000, 3000, 3))
+    pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
+    wanted, spent = Tiles(pixels.copy(), 256, 192), Tiles(pixels, 256, 192, spend=True)
+    before = resident()
+    for place in range(0, len(wanted), 4):
+        index = np.arange(place, min(place + 4, len(wanted)))
+        np.testing.assert_array_equal(spent[index], wanted[index])
+    assert before - resident() > 0.8 * pixels.nbytes
+    assert not pixels[:3000].any() and pixels[-1].any()
+    own = np.ones((64, 64, 3), np.uint8)
+    Tiles(own, 32, 32, spend=True)[[2]]
+    assert own.all(), "the caller's own arrays stay"

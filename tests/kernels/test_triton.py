@@ -1,0 +1,332 @@
+"""The Triton kernels against the float64 oracle: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter is switched on in conftest.py, before triton is imported. No importorskip: a machine that tests this
+package has Triton.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from op_cases import GROUPS, RULES, far_points, random_sums
+
+from recontrast import reference
+from recontrast.kernels import cosine, map, mining, tune
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F32, F16), (F64, BF16)]
+ROUNDING = {F64: 1e-14, F32: 1e-6, F16: 1e-3, BF16: 8e-3}  # relative; the interpreter cuts bfloat16 instead of rounding
+ODD = (3, 5, 7, 13)
+SHAPES = [(2, 64, 8, 8), (1, 1, 1, 1), (2, 40, 4, 4), (2, 3, 1, 9), (2, 130, 5, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _first_configuration(monkeypatch):
+    """One configuration a kernel, as in the interpreter: to compile and time them all takes minutes on a GPU."""
+    for name, kernel in (("_sums_of", cosine._sums), ("_gradient_of", cosine._gradient)):
+        first = {"planes": tune.First(kernel, cosine.PLANES), "rows": tune.First(kernel, cosine.ROWS)}
+        monkeypatch.setattr(cosine, name, first)
+    monkeypatch.setattr(map, "_tuned_blend", tune.First(map._blend, map.CONFIGS))
+
+
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def cut(t, dim):
+    """``t`` as the second half of a wider tensor that is NaN elsewhere."""
+    return torch.cat([t * math.nan, t], dim).narrow(dim, t.shape[dim], t.shape[dim])
+
+
+LAYOUTS = {
+    "nchw": lambda t: t,
+    "channels_last": channels_last,
+    "batch_slice": lambda t: cut(t, 0),
+    "channel_slice": lambda t: cut(t, 1),
+    "channels_last_channel_slice": lambda t: channels_last(torch.cat([t * math.nan, t], 1))[:, t.shape[1] :],
+    "transposed": lambda t: t.mT.contiguous().mT,
+}
+
+
+def features(shape, dtype, layout="nchw"):
+    return LAYOUTS[layout](torch.randn(shape, device=DEVICE).to(dtype))
+
+
+def assert_near(ours, oracle, rounding, terms=None):
+    """The norm of the error, against that of the oracle (float64), or of ``terms`` that may cancel in it."""
+    assert ours.shape == oracle.shape
+    terms = oracle if terms is None else terms
+    assert (ours.double() - oracle).norm() <= rounding * terms.norm().clamp_min(1e-30)
+
+
+def check_cosine(x, y):
+    sums = cosine.cosine_sums(x, y)
+    dtype = reference.sum_dtype(x, y)
+    assert sums.dtype == dtype
+    assert_near(sums, reference.cosine_sums(x.double(), y.double()), ROUNDING[dtype])
+    grad = torch.randn_like(sums)
+    dy = cosine.cosine_sums_backward(grad, x, y)
+    assert dy.dtype == y.dtype
+    assert dy.stride() == torch.empty_like(y).stride()
+    doubles = [t.double() for t in (grad, x, y)]
+    terms = reference.cosine_sums_backward(*(t.abs() for t in doubles))
+    assert_near(dy, reference.cosine_sums_backward(*doubles), max(ROUNDING[y.dtype], ROUNDING[dtype]), terms)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}".replace("torch.", ""))
+def test_cosine_by_dtype_and_layout(dtypes, layout):
+    check_cosine(*(features(ODD, dtype, layout) for dtype in dtypes))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cosine_by_shape(shape, layout):
+    check_cosine(features(shape, F32, layout), features(shape, F32, layout))
+
+
+@pytest.mark.parametrize(
+    "layouts", [("nchw", "channels_last"), ("channels_last", "channel_slice"), ("transposed", "nchw")]
+)
+def test_cosine_of_two_layouts(layouts):
+    check_cosine(*(features((2, 40, 5, 3), F32, layout) for layout in layouts))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_points_of_weight_zero(layout):
+    shape = (2, 20, 6, 7)
+    keep = torch.rand(2, 1, 6, 7, device=DEVICE) < 0.2
+    x, y = (torch.randn(shape, device=DEVICE) for _ in "xy")
+    grad = torch.randn(3, 2, 6, 7, device=DEVICE) * keep[:, 0]
+    broken = [LAYOUTS[layout](torch.where(keep, t, math.nan)) for t in (x, y)]
+    dy = cosine.cosine_sums_backward(grad, *broken)
+    assert (dy[~keep.expand(shape)] == 0).all()
+    assert_near(dy, reference.cosine_sums_backward(grad.double(), x.double(), y.double()), ROUNDING[F32])
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1024, 2, 2), (1, 515, 1, 3), (2, 259, 1, 1)], ids=str)
+def test_few_positions_share_their_channels(shape, dtype, layout, monkeypatch):
+    """On a GPU with 132 multiprocessors, programs share the channels of a position."""
+    monkeypatch.setattr(cosine, "processors", lambda device: 132)
+    x, y = features(shape, dtype, layout), features(shape, dtype, layout)
+    assert cosine.parts_of(x.device, [x]) == shape[1] // cosine.LEAST
+    check_cosine(x, y)
+
+
+def test_pairs_of_all_kinds_share_their_channels(monkeypatch):
+    monkeypatch.setattr(cosine, "processors", lambda device: 132)
+    x, y = ([features(s, F32) for s in [(1, 600, 2, 2), (1, 3, 2, 3), (2, 0, 3, 3), (0, 3, 4, 5)]] for _ in "xy")
+    x, y = [*x, features(ODD, BF16, "channels_last")], [*y, features(ODD, F32, "channels_last")]
+    assert cosine.parts_of(x[0].device, x) == 4
+    wide = [[t.double() for t in ts] for ts in (x, y)]
+    assert_near(cosine.cosine_sums_group(x, y), reference.cosine_sums_group(*wide), ROUNDING[F32])
+    monkeypatch.setattr(cosine, "processors", lambda device: 1)
+    assert cosine.parts_of(x[0].device, x) == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_cosine_of_nothing(shape):
+    x, y = features(shape, F32), features(shape, BF16)
+    sums = cosine.cosine_sums(x, y)
+    assert sums.shape == (3, shape[0], *shape[2:])
+    assert (sums == 0).all()
+    assert cosine.cosine_sums_backward(sums, x, y).shape == shape
+
+
+def test_group_of_mixed_pairs():
+    """Layouts and dtypes of all kinds in one call, more pairs than travel in one launch, pairs with nothing to do."""
+    shapes = [(1, 3, 2, 2)] * 17 + [(2, 40, 5, 3), (0, 3, 4, 5), (2, 0, 3, 3), (2, 3, 0, 5)]
+    x, y = ([features(shape, F32) for shape in shapes] for _ in "xy")
+    for layout in LAYOUTS:
+        x, y = [*x, features(ODD, BF16, layout)], [*y, features(ODD, F32, layout)]
+    for _ in range(2):
+        sums = cosine.cosine_sums_group(x, y)
+        wide = [[t.double() for t in ts] for ts in (x, y)]
+        assert sums.dtype == reference.group_dtype(x, y)
+        assert_near(sums, reference.cosine_sums_group(*wide), ROUNDING[F32])
+        grad = torch.randn_like(sums)
+        theirs = reference.cosine_sums_group_backward(grad.double(), *wide)
+        for dy, t, expected in zip(cosine.cosine_sums_group_backward(grad, x, y), y, theirs, strict=True):
+            assert (dy.dtype, dy.stride()) == (t.dtype, torch.empty_like(t).stride())
+            assert_near(dy, expected, 5e-6)
+        x[0] = x[0].double()  # now all are summed in float64
+
+
+# ---- mining ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("rule", RULES[1:4] + RULES[5:], ids=str)
+def test_mining(rule, dtype, group):
+    name, parameter, factor = rule
+    sums, wide = random_sums(*group, dtype, DEVICE)
+    tolerance = {"rtol": 3e-6 if dtype == F32 else 1e-12, "atol": 1e-6 if dtype == F32 else 1e-13}
+    alpha = torch.tensor(parameter, dtype=dtype, device=DEVICE) if name == "deviation" and factor else None
+    loss, state = mining.mined_loss(sums, *group, name, parameter, alpha, factor)
+    expected = reference.mined_loss(wide, *group, name, parameter, None, factor)
+    for ours, theirs in zip((loss, state), expected, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, equal_nan=True, **tolerance)
+    grad = torch.tensor(-1.7, dtype=dtype, device=DEVICE)
+    ours = mining.mined_loss_backward(grad, sums, state, *group, name, parameter, factor)
+    theirs = reference.mined_loss_backward(grad.double(), wide, expected[1], *group, name, parameter, factor)
+    far = far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
+    if name == "power":
+        far[:] = True
+    torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
+
+
+@pytest.mark.parametrize("points", [1, 37, 1025])
+def test_as_many_are_hard_as_asked_for(points):
+    sums, _ = random_sums([2], [points], F32, DEVICE)
+    one = torch.ones((), device=DEVICE)
+    for fraction in (1e-9, 0.2, 0.7, 1.0):
+        _, state = mining.mined_loss(sums, [2], [points], "hardest", fraction, None, 0.0)
+        grad = mining.mined_loss_backward(one, sums, state, [2], [points], "hardest", fraction, 0.0)
+        assert (grad.view(3, -1)[0] != 0).sum() == max(int(2 * points * fraction), 1)
+
+
+# ---- the map -----------------------------------------------------------------
+
+
+def band(out, size, radius):
+    """(out, size): weights that fall off linearly ``radius`` cells from the diagonal."""
+    at = torch.linspace(0, size - 1, out, device=DEVICE)[:, None]
+    return (1 - (torch.arange(size, device=DEVICE) - at).abs() / radius).clamp_min(0)
+
+
+def matrices(out, sizes, radius=2.5):
+    rows = [band(out[0], h, radius) for h, _ in sizes]
+    cols = [band(out[1], w, radius) for _, w in sizes]
+    return rows, cols
+
+
+def check_map(distances, rows, cols, scale=1.0):
+    maps, maximum = map.anomaly_map(distances, rows, cols, scale)
+    doubles = [[t.double() for t in tensors] for tensors in (distances, rows, cols)]
+    oracle, _ = reference.anomaly_map(*doubles, scale)
+    assert maps.dtype == rows[0].dtype
+    assert_near(maps, oracle, ROUNDING[F32])
+    torch.testing.assert_close(maximum, maps.amax((1, 2)), rtol=0, atol=0)
+
+
+SIZES = [(24, 20), (12, 10), (3, 5)]
+
+
+@pytest.mark.parametrize("pairs", [(0,), (0, 1, 2), (0, 1, 0, 1), (0, 1, 2, 0)], ids=str)
+def test_map(pairs):
+    rows, cols = matrices((70, 48), SIZES)  # 70: a second tile, hardly begun
+    distances = [torch.rand(2, *SIZES[i], device=DEVICE) for i in pairs]
+    check_map(distances, [rows[i] for i in pairs], [cols[i] for i in pairs], 1 / len(pairs))
+
+
+@pytest.mark.parametrize("kind", ["dense", "zero", "negative", "transposed"])
+def test_map_of_unusual_values(kind):
+    rows, cols = matrices((20, 33), [(40, 17)], radius=99 if kind == "dense" else 3)
+    distances = torch.rand(3, 40, 17, device=DEVICE)
+    if kind == "zero":
+        rows = [torch.zeros_like(rows[0])]
+    if kind == "negative":
+        distances = -distances - 1
+    if kind == "transposed":
+        distances, rows, cols = distances.mT.contiguous().mT, [rows[0].T.contiguous().T], [cols[0].T.contiguous().T]
+    check_map([distances], rows, cols)
+
+
+def test_maximum_of_nan_is_nan():
+    rows, cols = matrices((8, 8), [(4, 4)])
+    distances = torch.rand(2, 4, 4, device=DEVICE)
+    distances[1, 2, 2] = math.nan
+    _, maximum = map.anomaly_map([distances], rows, cols, 1.0)
+    assert maximum.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("N, H", [(0, 8), (2, 0)])
+def test_map_of_nothing(N, H):
+    rows, cols = torch.zeros(H, 4, device=DEVICE), torch.zeros(8, 4, device=DEVICE)
+    maps, maximum = map.anomaly_map([torch.zeros(N, 4, 4, device=DEVICE)], [rows], [cols], 1.0)
+    assert maps.shape == (N, H, 8)
+    assert maximum.tolist() == [0.0] * N
+
+
+# ---- configurations ----------------------------------------------------------
+
+
+def test_the_interpreter_takes_one_configuration():
+    assert isinstance(tune.tuned(cosine._sums, cosine.ROWS, cosine.KEY), tune.First) != GPU
+
+
+@pytest.mark.skipif(not GPU, reason="tuning takes a GPU")
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_tuned_kernels(layout, monkeypatch):
+    monkeypatch.undo()  # the fixture above
+    check_cosine(features((4, 64, 16, 16), F32, layout), features((4, 64, 16, 16), F32, layout))
+    rows, cols = matrices((64, 64), SIZES)
+    check_map([torch.rand(2, *size, device=DEVICE) for size in SIZES], rows, cols)
+
+
+# Compiles for a GPU that is not there: launches become compilations, tuning becomes the first configuration.
+COMPILE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from recontrast.kernels import tune
+
+class NoGPU:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", int(sys.argv[1]), 32))
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+def compiled(self, grid):
+    return lambda *args, **kwargs: print(self.fn.__name__, self.warmup(*args, grid=(1,), **kwargs).metadata.target.arch)
+
+driver.set_active(NoGPU)
+triton.JITFunction.__getitem__ = compiled
+triton.autotune = lambda configs, key: lambda kernel: tune.First(kernel, configs)
+from recontrast.kernels import cosine, map, mining
+
+for dtype in torch.float32, torch.bfloat16:
+    for layout in torch.contiguous_format, torch.channels_last:
+        x = torch.zeros(2, 64, 16, 16, dtype=dtype).contiguous(memory_format=layout)
+        small = x[..., :4, :4].clone(memory_format=layout)
+        cosine.cosine_sums_group_backward(cosine.cosine_sums_group([x, small], [x, small]), [x, small], [x, small])
+cosine.processors = lambda device: 132
+for layout in torch.contiguous_format, torch.channels_last:
+    few = torch.zeros(1, 1024, 4, 4).contiguous(memory_format=layout)
+    cosine.cosine_sums(few, few)
+for rule in mining.RULES:
+    for alpha in [torch.zeros(()), None][rule != "deviation" :]:
+        loss, state = mining.mined_loss(torch.zeros(630), [2, 1], [64, 82], rule, 1.0, alpha, 0.0)
+        mining.mined_loss_backward(loss, torch.zeros(630), state, [2, 1], [64, 82], rule, 1.0, 0.0)
+mining.mined_loss(torch.zeros(630, dtype=torch.float64), [2, 1], [64, 82], "hardest", 1.0, None, 0.0)
+matrices = [torch.zeros(256, size) for size in (64, 32, 16)] * 2
+map.anomaly_map([torch.zeros(2, size, size) for size in (64, 32, 16)] * 2, matrices, matrices, 1.0)
+"""
+
+
+def test_kernels_compile(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "error", "-c", COMPILE, "90"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    two, refine = ["_pieces", "_finish", "_weigh"], ["_refine", "_select"]
+    hardest = [["_pieces", "_select", *refine * digits, "_finish"] for digits in (1, 4)]
+    names = (
+        ["_sums", "_gradient"] * 4
+        + ["_sums"] * 2
+        + two * 2
+        + hardest[0]
+        + two[2:]
+        + two
+        + hardest[1]
+        + ["_bands", "_blend"]
+    )
+    assert run.stdout.splitlines() == [f"{name} 90" for name in names]

@@ -1,0 +1,279 @@
+"""Streaming metrics: within their bounds of the exact ones, merged exactly, in memory that does not grow."""
+
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metric_cases import small_cases, some_maps
+
+from recontrast import metrics
+from recontrast.metrics import bounds, curves, inputs
+
+NAMES = ("auroc", "ap", "f1_max", "aupro")
+ROUNDING = 1e-12  # of sums in float64: not in the bound
+DETAIL = 10  # small histograms: most tests have few pixels
+STEP = np.float32(2**-16)  # a bin holds 64 of them from 1 to 2
+
+
+def streamed(maps, masks, high=2.0, parts=1, device="cpu", detail=DETAIL):
+    streaming = metrics.Streaming(high, device=device, detail=detail)
+    size = -(-len(maps) // parts)
+    for first in range(0, len(maps), size):
+        streaming.update(maps[first : first + size], masks[first : first + size])
+    return streaming
+
+
+@st.composite
+def crowded_cases(draw):
+    """Maps whose scores share bins: a few bins, many, or one; some of them at or a little outside the range."""
+    maps, masks = draw(small_cases())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    steps = rng.integers(0, draw(st.sampled_from([3, 64, 200, 5000])), maps.shape)
+    maps = (1 + steps * STEP).astype(maps.dtype)
+    if draw(st.booleans()):
+        at = rng.random(maps.shape) < 0.3
+        maps[at] = rng.choice([-1e-3, 0, 1e-30, 2e-6, 1.9999, 2, 2.001], at.sum())
+    return maps, masks
+
+
+@given(crowded_cases(), st.sampled_from([0.05, 0.3, 1.0]), st.integers(1, 3))
+@settings(deadline=None, max_examples=400)
+def check_bounds(case, limit, parts):
+    maps, masks = case
+    exact = metrics.pixel_metrics(maps, masks, (0.3, limit))
+    streaming = streamed(maps, masks, parts=parts)
+    ours = streaming.compute((0.3, limit))
+    for name in NAMES:
+        value, bound = getattr(ours, name)
+        assert abs(value - getattr(exact, name)) <= bound + ROUNDING, name
+    value, bound = ours.aupro_at[limit]
+    assert abs(value - exact.aupro_at[limit]) <= bound + ROUNDING
+    assert ours.aupro_per_image == pytest.approx(exact.aupro_per_image, abs=1e-15, nan_ok=True)
+    called = maps >= ours.f1_threshold
+    reached = 2 * (called & masks).sum() / (called.sum() + masks.sum())
+    assert reached == pytest.approx(ours.f1_max.value - ours.f1_max.bound, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_within_bounds(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(inputs, "native", None)
+    check_bounds()
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+def test_corners_of_the_overlap_curve_lie_on_the_exact_one(limit):
+    maps, masks = some_maps()
+    streaming = streamed(maps, masks, high=float(maps.max()), parts=2)
+    x, y = streaming.overlap_curve(limit)
+    exact_x, exact_y = curves.pro(maps, masks, limit)
+    assert (x[0], y[0], x[-1]) == (0, 0, limit) and len(x) > 100
+    first, last = (np.searchsorted(exact_x, x[1:-1], side=side) for side in ("left", "right"))
+    met, level = exact_x[first] == x[1:-1], np.interp(x[1:-1], exact_x, exact_y)
+    lowest, highest = (np.where(met, exact_y[at], level) for at in (first, last - 1))  # it may rise at one x
+    assert (lowest - 1e-9 <= y[1:-1]).all() and (y[1:-1] <= highest + 1e-9).all()
+    value, bound = streaming.compute(limit).aupro
+    assert abs(np.trapezoid(y, x) / limit - value) <= bound + ROUNDING
+    with pytest.raises(ValueError, match="at least one positive and one negative"):
+        streamed(maps, np.zeros_like(masks), high=float(maps.max())).overlap_curve()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_bounds_are_reached(compiled, monkeypatch):
+    """In one bin, positives first or last: no smaller bound of AUROC and AUPRO would do."""
+    if not compiled:
+        monkeypatch.setattr(inputs, "native", None)
+    masks = np.arange(40).reshape(1, 5, 8) < 8
+    first, last = (np.where(masks, 1 + 2 * STEP, 1 + x * STEP).astype(np.float32) for x in (1, 3))
+    assert torch.equal(streamed(first, masks).counts, streamed(last, masks).counts)
+    ours = streamed(first, masks).compute()
+    rounding = 2.0**-41 * 8
+    assert ours.auroc == (0.5, 0.5)
+    assert ours.aupro == pytest.approx((0.5, 0.5 + rounding))
+    assert ours.f1_max == pytest.approx(((1 + metrics.f1_max(last, masks)) / 2, (1 - metrics.f1_max(last, masks)) / 2))
+    assert metrics.f1_max(first, masks) == metrics.ap(first, masks) == 1
+    assert ours.ap.value + ours.ap.bound == pytest.approx(1)
+    spread = (1 + np.arange(40, 0, -1) * STEP).reshape(1, 5, 8).astype(np.float32)[:, ::-1, ::-1]
+    lowest = metrics.ap(spread, masks)  # positives last, each with a score of its own
+    assert ours.ap.value - ours.ap.bound == pytest.approx(lowest, abs=1e-3)
+    assert ours.ap.value - ours.ap.bound <= lowest
+
+
+def test_scores_apart_are_exact():
+    """No bin holds both classes: nothing is unknown but the rounding of areas."""
+    maps, masks = some_maps(n=3, size=32)
+    maps = (np.random.default_rng(0).permutation(maps.size).reshape(maps.shape) / maps.size + 0.5).astype(np.float32)
+    exact, ours = metrics.pixel_metrics(maps, masks), streamed(maps, masks, detail=17).compute()
+    assert ours.auroc == pytest.approx((exact.auroc, 0), abs=1e-13)
+    assert ours.f1_max == pytest.approx((exact.f1_max, 0), abs=1e-13)
+    assert ours.aupro == pytest.approx((exact.aupro, 0), abs=1e-9)
+    assert ours.ap == pytest.approx((exact.ap, 0), abs=1e-4)  # the logarithm is not quite the sum
+
+
+@pytest.mark.parametrize("scale", [1, 1e-2])
+def test_bounds_are_useful(scale):
+    """Smooth maps with values in a quarter of an octave, near the top of the range and far below it."""
+    maps, masks = some_maps(n=40, size=64)
+    ours = streamed(maps * np.float32(scale), masks, high=12.0, detail=17).compute()
+    assert max(ours.auroc.bound, ours.aupro.bound) < 1e-4
+    assert max(ours.ap.bound, ours.f1_max.bound) < 2e-3
+
+
+@pytest.mark.parametrize("high", [1e-3, 1.0, 2.0, 3.999, 4.0, 12, 1e6])
+def test_histograms_are_small(high):
+    streaming = metrics.Streaming(high)
+    assert streaming.counts.nbytes <= 64e6
+    maps, masks = some_maps(n=2)
+    streaming.update(maps * np.float32(high), masks)
+    top = np.full((1, 2, 2), high, np.float32)
+    streaming.update(top, np.array([[[1, 1], [0, 0]]]))
+    assert streaming.counts[0, -1] == streaming.counts[1, -1] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_any_path_counts_the_same(dtype, device, monkeypatch):
+    maps, masks = some_maps(n=7, size=24)
+    tensor = torch.from_numpy(maps).to(dtype)
+    expected = streamed(tensor.float().numpy(), masks).state()
+    exact = metrics.aupro(tensor, masks, mode="per-image")
+    for compiled in (inputs.native, None):
+        monkeypatch.setattr(inputs, "native", compiled)
+        streaming = metrics.Streaming(2.0, device=device, detail=DETAIL)
+        streaming.update(tensor[:3].to(device), masks[:3])
+        streaming.update(tensor[3:, None].to(device), torch.from_numpy(masks[3:, None]).to(device))
+        assert torch.equal(streaming.counts.cpu(), expected["counts"])
+        assert streaming.compute().aupro_per_image == pytest.approx(exact, abs=1e-15)
+        assert streaming.totals[[0, 1, 4, 5]].tolist() == expected["totals"][[0, 1, 4, 5]].tolist()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_arrays_of_any_kind(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(inputs, "native", None)
+    maps, masks = some_maps(n=6, size=24)
+    expected = streamed(maps, masks).counts
+    wide = np.zeros((6, 48, 48), np.float32)
+    wide[:, ::2, ::2] = maps
+    for some in (wide[:, ::2, ::2], maps.astype(">f4"), np.asfortranarray(maps), maps.copy()):
+        of = masks.astype(np.uint8) * 255
+        some.flags.writeable = of.flags.writeable = False
+        assert torch.equal(streamed(some, of).counts, expected)
+        assert torch.equal(streamed(some, masks[:, ::-1][:, ::-1]).counts, expected)
+    grown = torch.from_numpy(maps).requires_grad_()
+    assert torch.equal(streamed(grown, masks).counts, expected)
+    for wrong in (maps * 1j, torch.from_numpy(maps * 1j)):
+        with pytest.raises(ValueError, match=r"maps: wanted real numbers, got dtype (torch\.)?complex64"):
+            metrics.Streaming(2.0, detail=DETAIL).update(wrong, masks)
+
+
+def test_order_and_parts_do_not_matter():
+    maps, masks = some_maps(n=12)
+    whole = streamed(maps, masks)
+    order = np.random.default_rng(0).permutation(12)
+    parts = [streamed(maps[i], masks[i], parts=2) for i in np.array_split(order, 3)]
+    merged = pickle.loads(pickle.dumps(parts[0]))
+    merged.merge(parts[1])
+    merged.merge(parts[2].state())
+    added = {name: sum(part.state()[name] for part in parts) for name in whole.state()}  # what an all-reduce does
+    for name, tensor in whole.state().items():
+        assert torch.equal(merged.state()[name], tensor)
+        assert torch.equal(added[name], tensor)
+    assert merged.compute() == whole.compute()
+    for mine, reduced in zip(parts[0].state().values(), added.values(), strict=True):
+        mine.copy_(reduced)  # in place, as a collective writes it
+    assert parts[0].compute() == whole.compute()
+    merged.reset()
+    merged.update(maps, masks)
+    assert merged.compute() == whole.compute()
+
+
+def test_threads_do_not_matter():
+    native = pytest.importorskip("recontrast._metrics")
+    maps, masks = some_maps(n=20, size=200)
+    counts = [np.zeros((3, 5000), np.int64) for _ in range(4)]
+    found = [native.histogram(maps, masks, c, 12, 250000, t) for c, t in zip(counts, (1, 0, 2, 7), strict=True)]
+    assert len(set(found)) == 1
+    assert counts[0][:2].sum() == maps.size
+    for other in counts[1:]:
+        np.testing.assert_array_equal(counts[0], other)
+
+
+def test_refused_batches_leave_no_trace():
+    maps, masks = some_maps()
+    streaming = streamed(maps, masks)
+    before = streaming.compute()
+    for wrong, message in [
+        (np.where(masks, np.nan, maps), f"maps: wanted finite numbers, got {masks.sum()} NaN and 0 infinite"),
+        (maps + 2, r"maps: wanted values in \[0, 2\], got values from 2\.\d+ to 2\.\d+"),
+        (maps - 1, r"maps: wanted values in \[0, 2\], got values from -0\.\d+ to"),
+        (maps[:5], r"masks: wanted the shape of maps, \(5, 32, 32\), got \(6, 32, 32\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            streaming.update(wrong, masks)
+    assert streaming.compute() == before
+    assert streaming.totals[0] == 6
+
+
+def test_refused():
+    maps, masks = some_maps()
+    with pytest.raises(ValueError, match=r"masks: wanted at least .* 0 positive and 0 negative in 0 images"):
+        metrics.Streaming(2.0).compute()
+    with pytest.raises(ValueError, match=r"masks: .* 0 positive and 6144 negative in 6 images"):
+        streamed(maps, masks & False).compute()
+    for high in (0, -1, float("nan"), float("inf"), 1e30):
+        with pytest.raises(ValueError, match="high: wanted the largest value of a map, from 1e-20 to 1e20, got"):
+            metrics.Streaming(high)
+    with pytest.raises(ValueError, match=r"limit: wanted a false positive rate in \(0, 1\], got 0"):
+        metrics.Streaming(2.0, 0)
+    with pytest.raises(ValueError, match=r"merge: other: wanted high and limit \(2.0, 0.3\), got \(12.0, 0.3\)"):
+        streamed(maps, masks).merge(metrics.Streaming(12.0, detail=DETAIL))
+    with pytest.raises(ValueError, match="merge: counts: wanted int64"):
+        streamed(maps, masks).merge(metrics.Streaming(3.0, detail=DETAIL).state())
+    for detail in (3, 18):
+        with pytest.raises(ValueError, match=f"detail: wanted from 4 to 17, got {detail}"):
+            metrics.Streaming(2.0, detail=detail)
+    crowd = streamed(maps, masks)
+    crowd.totals[1] += 1 << 22
+    with pytest.raises(ValueError, match="masks: wanted at most 4194304 regions in all"):
+        crowd.compute()
+
+
+def test_an_image_that_leaves_the_per_image_aupro_undefined():
+    maps, masks = some_maps()
+    maps[3] = 1
+    ours = streamed(maps, masks).compute()
+    assert np.isnan(ours.aupro_per_image)
+    assert np.isnan(metrics.pixel_metrics(maps, masks).aupro_per_image)
+    assert not np.isnan(ours.aupro.value)
+
+
+def test_many_images_take_no_more_memory():
+    maps, masks = some_maps(n=4, size=64)
+    streaming = streamed(maps, masks)
+    tracemalloc.start()
+    streaming.update(maps, masks)
+    first = tracemalloc.get_traced_memory()[0]
+    for _ in range(50):
+        streaming.update(maps, masks)
+    assert tracemalloc.get_traced_memory()[0] - first < 20_000
+    tracemalloc.stop()
+
+
+def test_bounds_of_bins_by_hand():
+    # From the top: 2 positives; 1 positive and 3 good; 1 good. Positives are regions of two pixels and of one.
+    unit = 1 << bounds.UNIT
+    counts = np.array([[1, 0, 3, 0], [0, 0, 1, 2], [0, 0, unit, unit]])
+    bins, used = bounds.binned(counts, 2)
+    assert used.tolist() == [3, 2, 0]
+    assert bounds.auroc(bins) == pytest.approx(((2 * 4 + 1 + 1.5) / 12, 1.5 / 12))
+    upper, lower = (2 + 3 / 3) / 3, (2 + 1 - 3 * np.log(1 + 1 / 5.5)) / 3
+    assert bounds.ap(bins) == pytest.approx(((upper + lower) / 2, (upper - lower) / 2))
+    f1, best = bounds.f1_max(bins)
+    assert (f1.value + f1.bound, f1.value - f1.bound, best) == pytest.approx((2 * 3 / 6, 2 * 2 / 5, 0))
+    rounding = 2.0**-41 * 3 / 2
+    assert bounds.aupro(bins, 0.5) == pytest.approx((0.75, 0.25 + rounding))
+    assert bounds.aupro(bins, 1.0) == pytest.approx(((3 * 0.75 + 1) / 4, 3 * 0.25 / 4 + rounding))

@@ -1,0 +1,243 @@
+import dataclasses
+import json
+
+import pytest
+
+from recontrast.recipes import yaml_file
+from recontrast.recipes.paper import RECIPES
+from recontrast.recipes.recipe import Recipe, differences
+from recontrast.recipes.validation import FIELD_RULES, REAL
+
+BAD = {
+    "steps": [0, -1, 2.0, "10", True, None],
+    "batch": [0, 1.5],
+    "size": [0, "256", (256,), (256, 0), 256.0],
+    "crop": [0, (224, 224, 3), 300],  # 300: larger than size
+    "encoder_bn": ["on", None, True],
+    "bn_train_categories": ["carpet", [1]],
+    "decoder_lr": [-1.0, float("nan"), float("inf"), "2e-3", True],
+    "betas": [0.9, (0.9,), (0.9, 1.0), ("a", "b")],
+    "eps": [0.0, -1e-8],
+    "ramp": [-0.1, 1.5],
+    "factor": [-1.0],
+    "activation": ["tanh"],
+    "partial_norm": [1, "yes"],
+    "blur": ["gauss", False],
+    "reduce": ["max"],
+    "score": ["top", 0.0, 1.5, -0.1, None, True],
+    "mask_rule": ["all"],
+    "holdout": [-0.1, 1.0, "half", True],
+    "seed": [-1, 2**63, 1.0],
+    "precision": ["float16", "bf16"],
+    "tf32": ["yes", 1],
+    "channels_last": ["auto", 1],
+    "log_every": [0],
+    "checkpoint_every": [0],
+    "compile": ["yes"],
+    "amsgrad": [1],
+    "lr_drop": [0.0, -1.0],
+    "lr_drop_at": [1.1, "end"],
+    "wipe_every": [0, 500.0],
+    "rest": [-1, 1.5, 1],  # 1: there is no wipe
+    "loss": ["regional"],
+    "mining": ["no"],
+    "stop_gradient": [0],
+    "train_encoder": [None],
+    "pairs": ["both"],
+    "views": ["all", None],
+    "name": ["", 3],
+    "weights": ["", 3],
+}
+
+
+@pytest.mark.parametrize("field, value", [(f, v) for f, values in BAD.items() for v in values])
+def test_refuses(field, value):
+    with pytest.raises(ValueError, match=rf"^recipe .*: {field} must .*, got ") as error:
+        Recipe(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_field_names_the_close_one():
+    with pytest.raises(ValueError, match=r"recipe 'mvtec': there is no field 'step' \(did you mean steps\?\)"):
+        RECIPES["mvtec"].replace(step=3)
+    with pytest.raises(ValueError, match="there is no field 'zzz'; fields are name, "):
+        Recipe.from_dict({"zzz": 1})
+    with pytest.raises(ValueError, match="wanted a mapping of field names to values, got list"):
+        Recipe.from_dict([1])
+
+
+def test_one_category_in_both_lists():
+    with pytest.raises(ValueError, match=r"got \['a'\] in both"):
+        Recipe(bn_train_categories=("a", "b"), bn_eval_categories=("a",))
+
+
+def test_round_trip_through_json():
+    recipe = RECIPES["mvtec"].replace(size=(256, 192), crop=(224, 160), score=0.01, betas=(0.5, 0.9), blur=None)
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+    assert isinstance(again.size, tuple)
+    assert isinstance(again.bn_eval_categories, tuple)
+    assert hash(again) == hash(recipe)
+
+
+def test_numbers_of_the_script():
+    """recontrast_mvtec.py, last iteration, as the paper reports it."""
+    recipe = RECIPES["mvtec"]
+    assert (recipe.steps, recipe.batch, recipe.size, recipe.crop, recipe.seed) == (2000, 16, 256, None, 111)
+    assert (recipe.decoder_lr, recipe.encoder_lr, recipe.weight_decay, recipe.eps) == (2e-3, 1e-5, 1e-5, 1e-8)
+    assert (recipe.alpha_start, recipe.alpha_end, recipe.ramp, recipe.factor) == (-3.0, 1.0, 0.1, 0.0)
+    assert (recipe.blur, recipe.reduce, recipe.score, recipe.drop_last) == ("reflect", "sum", "max", False)
+    assert len(recipe.bn_train_categories) + len(recipe.bn_eval_categories) == 15
+
+
+TABLE = {  # steps, batch, drop_last, ramp, eps, score, encoder_bn; what else differs from `mvtec`
+    "mvtec": ((2000, 16, False, 0.1, 1e-8, "max", "auto"), {}),
+    "visa": ((3000, 16, False, 0.1, 1e-8, "max", "auto"), {}),
+    "mvtec_stable": (
+        (2000, 16, True, 0.2, 1e-10, 0.01, "train"),
+        {"partial_norm": True, "wipe_every": 500, "rest": 99},
+    ),
+    "visa_stable": ((4000, 16, True, 0.2, 1e-10, "max", "train"), {"partial_norm": True, "wipe_every": 500}),
+    "mvtec_unified": (
+        (5000, 16, True, 0.1, 1e-10, 0.01, "eval"),
+        {"amsgrad": True, "lr_drop": 0.2, "lr_drop_at": 0.8, "activation": "gelu", "reduce": "mean", "blur": "zero5",
+         "seed": 1},
+    ),
+    "aptos": ((1000, 32, False, 0.1, 1e-8, "max", "train"), {}),
+    "oct2017": ((1000, 32, False, 0.1, 1e-8, "max", "eval"), {}),
+    "isic2018": ((2000, 32, False, 0.1, 1e-8, "mean", "train"), {"crop": 224}),
+}  # fmt: skip
+TABLE["visa_unified"] = TABLE["mvtec_unified"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_numbers_of_every_script(name):
+    """All that a script shares with recontrast_mvtec.py is as there, and nothing else."""
+    columns, more = TABLE[name]
+    recipe = RECIPES[name]
+    names = ("steps", "batch", "drop_last", "ramp", "eps", "score", "encoder_bn")
+    assert tuple(getattr(recipe, column) for column in names) == columns
+    free = {"name", "bn_train_categories", "bn_eval_categories", *names, *more}
+    for field in dataclasses.fields(Recipe):
+        if field.name not in free:
+            assert getattr(recipe, field.name) == getattr(RECIPES["mvtec"], field.name), field.name
+    assert {key: getattr(recipe, key) for key in more} == more
+    assert recipe.name == name
+
+
+def test_every_recipe_is_in_the_table():
+    assert set(TABLE) == set(RECIPES)
+
+
+def test_visa_by_category():
+    """Of its twelve, two in eval mode; the stable script trains all of them alike."""
+    visa = RECIPES["visa"]
+    assert [c for c in (*visa.bn_train_categories, *visa.bn_eval_categories) if visa.encoder_bn_for(c) == "eval"] == [
+        "cashew",
+        "pcb1",
+    ]
+    assert len(visa.bn_train_categories) == 10
+    assert RECIPES["visa_stable"].encoder_bn_for("cashew") == "train"
+    assert RECIPES["visa_unified"].encoder_bn_for("candle") == "eval"
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"loss": "point"}, "mining must be false where loss is 'point', got true"),
+        ({"train_encoder": False}, "pairs must be 'self' where train_encoder is false, got 'cross'"),
+        ({"pairs": "self", "views": "trained"}, "views must be 'both' where pairs is 'self', .*got 'trained'"),
+        ({"wipe_every": 5, "rest": 6}, r"rest must be at most wipe_every \(5\), got 6"),
+    ],
+)
+def test_switches_that_do_not_go_together(changes, text):
+    with pytest.raises(ValueError, match=f"^recipe 'mvtec': {text}"):
+        RECIPES["mvtec"].replace(**changes)
+
+
+def test_every_field_has_its_rule():
+    assert set(FIELD_RULES) == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(REAL) < set(FIELD_RULES)
+
+
+# ---- YAML ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_round_trip_through_yaml(tmp_path, name):
+    recipe = RECIPES[name].replace(size=(256, 224), weights="wéights.pth", decoder_lr=1e-5)
+    assert yaml_file.read_recipe(yaml_file.write_recipe(tmp_path / "recipe.yaml", recipe)) == recipe
+
+
+def test_yaml_of_a_person(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text("# mine\nbase: visa\nname: mine\nsteps: 100\nencoder_lr: 2e-5\nsize: [64, 32]\nwipe_every: null\n")
+    found = yaml_file.load_recipe(str(path))
+    assert found == RECIPES["visa"].replace(name="mine", steps=100, encoder_lr=2e-5, size=(64, 32))
+    assert yaml_file.load_recipe("oct2017") is RECIPES["oct2017"]
+    path.write_text("steps: 7")
+    assert yaml_file.read_recipe(path) == RECIPES["mvtec"].replace(steps=7)
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        (b"steps: [1", "line 1: wanted a recipe in YAML, got "),
+        (b"steps: 1\n  batch: 2", "line 2: wanted a recipe in YAML, got mapping values are not allowed"),
+        (b"steps: 1\nsteps: 2", "line 2: wanted a recipe in YAML, got 'steps' twice"),
+        (b"steps: !!python/object:os.system 1", "line 1: wanted a recipe in YAML, got could not determine"),
+        (b"{[1]: 2}", "line 1: wanted a recipe in YAML, got found unhashable key"),
+        (b"\x89PNG\x00\xff", "wanted a recipe in YAML, got a file of another kind"),
+        (b"- steps", "wanted a mapping of recipe fields to values, got list"),
+        (b"", "wanted a mapping of recipe fields to values, got an empty file"),
+        (b"step: 3", r"recipe 'mvtec': there is no field 'step' \(did you mean steps\?\)"),
+        (b"3: 3", "recipe 'mvtec': there is no field '3'"),
+        (b"steps: many", "recipe 'mvtec': steps must be a whole number of at least 1, got 'many'"),
+        (b"base: mvtek", "base: wanted one of mvtec, visa, .*, got 'mvtek'"),
+        (b"base: [mvtec]", r"base: wanted one of .*, got \['mvtec'\]"),
+    ],
+)
+def test_broken_yaml(tmp_path, text, wanted):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=wanted) as error:
+        yaml_file.read_recipe(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_find_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"wanted one of mvtec, visa, .*, or a YAML file, got 'mvtek'"):
+        yaml_file.load_recipe("mvtek")
+    with pytest.raises(FileNotFoundError):
+        yaml_file.load_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPES["mvtec"].steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "category, mode",
+    [("toothbrush", "eval"), ("screw", "eval"), ("carpet", "train"), ("zipper", "train"), ("my_parts", "eval")],
+)
+def test_encoder_bn_by_category(category, mode):
+    recipe = RECIPES["mvtec"]
+    assert recipe.encoder_bn_for(category) == mode
+    assert recipe.replace(encoder_bn="train").encoder_bn_for(category) == "train"
+    assert recipe.replace(encoder_bn="eval").encoder_bn_for(category) == "eval"
+
+
+def test_conversions():
+    recipe = Recipe(decoder_lr=0, betas=[0, 0], size=[64, 32], score=1)
+    assert (recipe.decoder_lr, recipe.betas, recipe.size, recipe.score) == (0.0, (0.0, 0.0), (64, 32), 1.0)
+    assert isinstance(recipe.decoder_lr, float)
+    assert recipe.out == (64, 32)
+    assert Recipe(size=256, crop=224).out == (224, 224)
+
+
+def test_differences():
+    recipe = Recipe()
+    other = recipe.replace(batch=8, log_every=3)
+    assert differences(recipe, other) == ["batch: 16 and 8", "log_every: 20 and 3"]
+    assert differences(recipe, other, ignore=("log_every",)) == ["batch: 16 and 8"]

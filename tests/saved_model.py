@@ -1,0 +1,31 @@
+"""A checkpoint of an untrained model."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from recontrast import checkpoint as checkpoints
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.train import new_model
+
+RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
+
+
+def save(path, recipe):
+    torch.manual_seed(0)
+    model = new_model(recipe, "tile")
+    about = {"size": list(recipe.out), "crop": None, "mean": list(model.mean), "std": list(model.std)}
+    state = model.state_dict()
+    return checkpoints.save(
+        path, checkpoints.Checkpoint(1, "tile", recipe, model.config, about, {"count": 1, "digest": ""}, state)
+    )
+
+
+def draw(folder, count, *, seed, spread=12.0):
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    stripes = 110 + 60 * np.sin(np.arange(64) / 3)[:, None, None]
+    for i in range(count):
+        pixels = stripes + random.normal(0, spread, (64, 64, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03}.png")
+    return folder

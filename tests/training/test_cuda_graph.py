@@ -1,0 +1,237 @@
+"""Steps that wait for nothing: replayed as a graph, compiled as one, fed from the device."""
+
+import numpy as np
+import pytest
+import torch
+
+from recontrast import ReContrast, deviation, hard_mined_cosine, hardest, pairs_loss, power
+from recontrast.data.images import normalise
+from recontrast.mining import alpha_at
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.cuda_graph import WARM, GraphedStep, recorded
+from recontrast.training.device_images import DeviceImages
+from recontrast.training.optimisers import build_optimisers
+from recontrast.training.train import step
+
+RECIPE = Recipe(
+    backbone="test_resnet", weights="random", steps=12, batch=4, size=32, ramp=0.5,
+    decoder_lr=2**-9, encoder_lr=2**-17,  # numbers that float32 holds, as the tensors on the device do
+)  # fmt: skip
+SIZES = [4, 4, 4, 3] * 3  # a ragged batch ends each epoch
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: THE STEP WAS NOT RECORDED")
+
+
+def model_and_optimisers(device):
+    torch.manual_seed(1)
+    model = ReContrast("test_resnet", weights="random").to(device).train()
+    return model, build_optimisers(model, RECIPE, torch.device(device))
+
+
+def batches(device):
+    torch.manual_seed(2)
+    return [torch.randn(size, 3, 32, 32, device=device) for size in SIZES]
+
+
+def played(work):
+    """What `recorded` does, without a GPU: the work is done again at each replay, and its result kept in one place."""
+    result = torch.zeros(())
+    return lambda: result.copy_(work()), result
+
+
+def run(device, replay, wipe=None, rest=()):
+    """Losses, last weights and number of replays over the whole ramp; rates fall half-way."""
+    model, both = model_and_optimisers(device)
+
+    def one(moving, images, alpha):
+        return step(model, moving, images, alpha, RECIPE)
+
+    call = one
+    if replay:
+        call = GraphedStep(one, RECIPE.batch, torch.device(device), None if device == "cuda" else played)
+    losses = []
+    for i, images in enumerate(batches(device)):
+        if i == len(SIZES) // 2:
+            for optimiser in both:
+                for group in optimiser.param_groups:
+                    group["lr"] *= 0.25
+        if i == wipe:
+            both[0].state.clear()
+        alpha = float(np.float32(alpha_at(i, RECIPE.steps, RECIPE.ramp)))
+        losses.append(call(both[:1] if i in rest else both, images, alpha))
+    rates = [group["lr"] for optimiser in both for group in optimiser.param_groups]
+    assert all(isinstance(rate, float) for rate in rates), "checkpoints hold numbers"
+    return torch.stack(losses), [p.detach() for p in model.parameters()], call.replays if replay else 0
+
+
+@pytest.fixture
+def _one_order():
+    """cuDNN adds in one order: Adam's first steps have the size of the rate, and one last digit turns their sign."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def compare(device, expected_replays, **kwargs):
+    (losses, weights, none), (others, theirs, count) = run(device, False, **kwargs), run(device, True, **kwargs)
+    assert (none, count) == (0, expected_replays)
+    tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(losses, others, **tolerance)
+    for a, b in zip(weights, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    assert losses[-1] != losses[0]
+
+
+FULL = SIZES.count(4) - WARM
+
+
+@pytest.mark.usefixtures("_one_order")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_replay_is_eager_over_the_whole_ramp(device):
+    compare(device, FULL)
+
+
+@pytest.mark.usefixtures("_one_order")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_replay_notices_a_state_that_was_wiped(device):
+    compare(device, FULL - 1, wipe=5)  # the step after the wipe makes a new state
+
+
+@pytest.mark.usefixtures("_one_order")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_an_optimiser_may_rest(device):
+    compare(device, FULL, rest=range(5, 9))
+
+
+def test_replay_copies_what_changes():
+    """A recorded step sees the images and the alpha of the call, at places that stay."""
+    seen = []
+
+    def one(moving, images, alpha):
+        seen.append((images.data_ptr(), alpha.data_ptr(), images.sum().item(), alpha.item()))
+        return images.sum()
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(1)
+    optimiser.step()
+    replay = GraphedStep(one, 2, torch.device("cpu"), played)
+    for i in range(WARM + 3):
+        images = torch.full((2, 3, 4, 4), float(i))
+        assert replay([optimiser], images, float(i)).item() == i * images[0].numel() * 2
+    assert [call[2:] for call in seen] == [(96.0 * i, float(i)) for i in range(WARM + 3)]
+    assert len({call[:2] for call in seen[WARM:]}) == 1
+    assert replay.replays == 3
+
+
+def test_compiles_as_one_graph():
+    """Model and loss; alpha is a tensor, so that its ramp compiles nothing anew."""
+    model, _ = model_and_optimisers("cpu")
+    images, alpha = torch.randn(2, 3, 32, 32), torch.tensor(-1.0)
+
+    def loss_of(images, alpha):
+        return pairs_loss(model(images), deviation(alpha))
+
+    model.encoder_bn = "eval"
+    model.eval()  # statistics that stay: both ways must see the same
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=False)
+    for value in (-1.0, 0.5):
+        alpha.fill_(value)
+        results = []
+        for function in (loss_of, compiled):
+            model.zero_grad()
+            loss = function(images, alpha)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in model.decoder_parameters() if p.grad is not None)])
+        assert len(results[0]) > 10
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_recipe_asks_for_it():
+    assert RECIPE.graph is False
+    assert RECIPE.replace(graph=True).graph
+    with pytest.raises(ValueError, match="graph must be true or false, got 1"):
+        RECIPE.replace(graph=1)
+
+
+@pytest.mark.parametrize("budget", [0, 10**9, None])
+def test_pixels(budget):
+    images = np.random.default_rng(0).integers(0, 256, (9, 5, 4, 3), dtype=np.uint8)
+    pixels = DeviceImages(images, torch.device("cpu"), budget)
+    assert pixels.resident == bool(budget)
+    for index in ([3], [8, 0, 3], []):
+        index = np.array(index, np.int64)
+        assert np.array_equal(pixels[index].numpy(), images[index])
+
+
+def test_statistics_are_sent_once(monkeypatch):
+    images = torch.randint(0, 256, (2, 4, 6, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        first = normalise(images, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3])
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("a copy to the device"))
+    again = normalise(images, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    assert torch.equal(first, again)
+    (again * torch.ones(1, requires_grad=True)).sum().backward()  # no inference tensor is left inside
+
+
+@gpu
+@pytest.mark.parametrize("rule", [deviation(1.0), hardest(0.1, 0.1), power(3)], ids=str)
+def test_the_loss_is_captured(rule):
+    """Replayed on other features, the recorded loss and gradient are those of an eager call."""
+    shapes = [(4, 64, 16, 16), (4, 96, 8, 8), (2, 7, 5, 3)]
+    x, y = ([torch.randn(shape, device="cuda") for shape in shapes] for _ in "xy")
+    y = [t.requires_grad_() for t in y]
+
+    def work():
+        for t in y:
+            t.grad = None
+        loss = hard_mined_cosine(x, y, rule)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        work()
+    repeat, loss = recorded(work)
+    gradients = [t.grad for t in y]
+    with torch.no_grad():
+        for t in (*x, *y):
+            t.normal_()
+    repeat()
+    captured = [loss.clone(), *(g.clone() for g in gradients)]
+    loss = work()
+    for ours, eager in zip(captured, [loss, *(t.grad for t in y)], strict=True):
+        assert torch.equal(ours, eager)
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_waits_for_nothing(precision):
+    """Between two log lines: batch from the resident cache, normalisation, step, replay."""
+    device = torch.device("cuda")
+    model, both = model_and_optimisers(device)
+    recipe = RECIPE.replace(precision=precision)
+    pixels = DeviceImages(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), device)
+    assert pixels.resident
+
+    def one(moving, images, alpha):
+        return step(model, moving, images, alpha, recipe)
+
+    replay = GraphedStep(one, 4, device)
+
+    def turn(call, size=4):
+        images = normalise(pixels[np.arange(size)], model.mean, model.std, channels_last=True)
+        return call(both, images, 0.5)
+
+    for _ in range(2):
+        turn(one)
+    for _ in range(WARM + 1):  # records
+        turn(replay)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [turn(one), turn(replay), turn(replay, 3), turn(replay)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+    assert replay.replays == 3

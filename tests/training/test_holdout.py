@@ -1,0 +1,120 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from command_line import SMALL, call, fails, works
+from small_run import RECIPE, same_weights
+from tiny import tiny_set
+
+from recontrast import checkpoint
+from recontrast.app.evaluate_job import decided
+from recontrast.calibration.conformal import Calibration, conformal_threshold
+from recontrast.checkpoint import digest
+from recontrast.evaluation.results import Result, ScoredImage
+from recontrast.recipes.paper import RECIPES
+from recontrast.recipes.recipe import Recipe
+from recontrast.training import train as training
+from recontrast.training.holdout import split_holdout
+from recontrast.training.train import train
+
+SHARED = RECIPE.replace(steps=2, checkpoint_every=2, holdout=0.3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    tiny_set(root, train=20)
+    return root
+
+
+@pytest.fixture(scope="module")
+def samples(root):
+    return tiny_set(root, train=20)
+
+
+def test_held_out():
+    kept, held = split_holdout(range(270), 0.1, 3)
+    assert len(held) == 27 and sorted(kept + held) == list(range(270)) and kept == sorted(kept)
+    assert split_holdout(range(270), 0.1, 3) == (kept, held) and split_holdout(range(270), 0.1, 4) != (kept, held)
+    assert split_holdout(range(9), 0.0, 3) == (list(range(9)), [])
+    for share, count in ((0.1, 3), (0.9, 2)):
+        with pytest.raises(ValueError, match="holdout: wanted at least 1 image held out and 1 to train on"):
+            split_holdout(range(count), share, 0)
+    assert all(recipe.holdout == 0 for recipe in RECIPES.values())
+    with pytest.raises(ValueError, match="holdout must be a share of at least 0 and below 1, got 1"):
+        Recipe(holdout=1)
+
+
+def test_training_calibrates_on_what_it_did_not_see(samples, tmp_path):
+    result = train(SHARED, samples, out=tmp_path, device="cpu")
+    good = [sample for sample in samples if sample.split == "train"]
+    used, kept = split_holdout(good, 0.3, SHARED.seed)
+    found = checkpoint.load(result.checkpoint)
+    assert found.images["count"] == len(used) == 14 and found.calibration == result.calibration
+    assert result.calibration.count == len(kept) == 6 and result.calibration.rate == pytest.approx(1 / 7)
+    assert result.calibration.weights == digest(result.model.state_dict(), SHARED)
+    alone = train(SHARED.replace(holdout=0.0), used, device="cpu")
+    assert alone.losses == result.losses and alone.calibration is None
+    assert same_weights(alone.model, result.model)
+
+
+def test_a_finished_run_without_calibration_gets_it_when_resumed(samples, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "finish", stop)
+        train(SHARED, samples, out=tmp_path, device="cpu")
+    path = tmp_path / "checkpoint.pt"
+    before = checkpoint.load(path)
+    assert before.step == 2 and before.calibration is None
+    found = train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration
+    assert found is not None and checkpoint.load(path).calibration == found
+    other = checkpoint.write_calibration(path, found.at(0.5)) and checkpoint.load(path).calibration
+    assert train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration == other  # what is there stays
+
+
+def test_too_few_images(samples, tmp_path):
+    with pytest.raises(ValueError, match="got 0 of 3 good images held out"):
+        train(SHARED.replace(holdout=0.1), samples[:3], out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_holds_out_a_tenth_unless_a_recipe_says_otherwise(root, tmp_path):
+    assert tiny_set(tmp_path / "many", train=90)
+    said = works("train", tmp_path / "many", "--out", tmp_path / "a", *SMALL)
+    assert "9 of 90 good images held out for calibration; --holdout 0 trains on all" in said
+    assert "at the promised false-alarm rate of 0.1" in said and "of 3 defect images found" in said
+    assert checkpoint.load(tmp_path / "a" / "checkpoint.pt").calibration.count == 9
+    said = works("evaluate", tmp_path / "a", root, "--device", "cpu")
+    assert "at the promised false-alarm rate of 0.1" in said and "of 3 good images called defects" in said
+    for options in (["--recipe", "mvtec"], ["--holdout", 0]):
+        said = works("train", root, "--out", tmp_path / "b", "--overwrite", "--no-evaluate", *SMALL, *options)
+        assert "held out" not in said
+        assert checkpoint.load(tmp_path / "b" / "checkpoint.pt").calibration is None
+    assert "holdout must be a share" in fails("train", root, "--out", tmp_path / "c", *SMALL, "--holdout", 1)
+    result = call("train", root, "--out", tmp_path / "d", "--no-evaluate", *SMALL)
+    assert result.exit_code == 0 and "20 good images are too few to hold any out" in result.stdout
+    few = tiny_set(tmp_path / "few", train=3) and tmp_path / "few"
+    assert "got 0 of 3 good images held out" in fails("train", few, "--out", tmp_path / "e", *SMALL, "--holdout", 0.1)
+
+
+def test_decided():
+    scores = tuple(float(i) for i in range(99))
+    found = Calibration(scores, 0.1, conformal_threshold(scores, 0.1), None, 0.1, False, "here", "w")
+    empty = dataclasses.asdict(Result([], "mvtec", (8, 8), "max", None, "sum", "any"))
+
+    def result(good, bad):
+        scored = [ScoredImage("", "nut", "", label, s) for label, some in ((0, good), (1, bad)) for s in some]
+        return Result(**{**empty, "scored": scored})
+
+    made = decided(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found, {}, RECIPE)
+    assert made.sentence() == (
+        "at the promised false-alarm rate of 0.1: 2 of 20 good images called defects (10.0 %), "
+        "3 of 4 defect images found (75.0 %)"
+    )
+    assert made.warnings() == [] and made.to_dict()["false_alarms"] == 2 and made.change is None
+    made = decided(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
+    assert "defect images found" not in made.sentence() and "far from uniform" in made.warnings()[0]
+    assert decided(result([], [5.0]), found, {}, RECIPE).warnings() == []

@@ -1,0 +1,338 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from small_run import RECIPE, log_of, same_weights
+from tiny import tiny_set
+
+from recontrast import checkpoint
+from recontrast.data.fingerprint import describe_images, fingerprint, fingerprints
+from recontrast.training import train as training
+from recontrast.training.sampler import BatchSampler
+from recontrast.training.train import train
+
+SOURCE = (sys.executable, "-c")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    return tiny_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(samples, tmp_path_factory):
+    """A whole run, with its files, that others are compared with."""
+    return train(RECIPE, samples, out=tmp_path_factory.mktemp("unbroken"), device="cpu")
+
+
+# ---- a whole run ---------------------------------------------------------------
+
+
+def test_a_run(samples, tmp_path):
+    calls = []
+    result = train(RECIPE, samples, out=tmp_path / "out", device="cpu", on_log=lambda *args: calls.append(args))
+    assert len(result.losses) == 6
+    assert result.category == "nut"
+    assert not result.model.training
+    assert [call[0] for call in calls] == [2, 4, 6]
+    assert calls[1][1] == pytest.approx(sum(result.losses[2:4]) / 2)
+    assert all(call[2] > 0 for call in calls)
+    assert [call[3] for call in calls] == [1.0, 1.0, 1.0]  # the ramp takes 0.6 steps
+    lines = log_of(tmp_path / "out")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert [line["loss"] for line in lines] == [call[1] for call in calls]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
+    found = checkpoint.load(result.checkpoint)
+    assert (found.step, found.category, found.images["count"]) == (6, "nut", 7)
+    loaded, recipe, _ = checkpoint.load_model(result.checkpoint, "cpu")
+    assert recipe == RECIPE
+    assert same_weights(loaded, result.model)
+
+
+def test_it_learns(samples):
+    result = train(RECIPE.replace(steps=20, alpha_end=-3.0, batch=7, size=64), samples, device="cpu")
+    assert result.checkpoint is None
+    assert sum(result.losses[-5:]) < 0.7 * sum(result.losses[:5])
+
+
+def test_equal_seeds_equal_weights(samples, unbroken):
+    again = train(RECIPE, samples, device="cpu")
+    assert again.losses == unbroken.losses
+    assert same_weights(again.model, unbroken.model)
+    other = train(RECIPE.replace(seed=2), samples, device="cpu")
+    assert other.losses != unbroken.losses
+
+
+def test_random_generators_do_not_matter_after_the_start(samples, unbroken):
+    again = train(RECIPE, samples, device="cpu", on_log=lambda *args: torch.manual_seed(0))
+    assert again.losses == unbroken.losses
+
+
+def test_test_images_are_never_used(samples, unbroken):
+    only = [sample for sample in samples if sample.split == "train"]
+    assert len(only) < len(samples)
+    assert train(RECIPE, only, device="cpu").losses == unbroken.losses
+
+
+@pytest.mark.parametrize("batch, drop_last", [(1, False), (100, False), (3, True), (7, True)])
+def test_any_batch(samples, batch, drop_last):
+    recipe = RECIPE.replace(batch=batch, drop_last=drop_last, steps=3, encoder_bn="eval")
+    assert all(map(math.isfinite, train(recipe, samples, device="cpu").losses))
+
+
+def test_one_step_and_one_image(samples):
+    assert len(train(RECIPE.replace(steps=1), samples[:1], device="cpu").losses) == 1
+
+
+@pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"channels_last": True}, {"precision": "float32"}])
+def test_switches_change_little(samples, unbroken, change):
+    result = train(RECIPE.replace(channels_last=False).replace(**change), samples, device="cpu")
+    assert result.losses[:2] == pytest.approx(unbroken.losses[:2], rel=0.03)
+    last = next(result.model.parameters()).is_contiguous(memory_format=torch.channels_last)
+    assert last == bool(change.get("channels_last"))
+
+
+def test_cache_of_decoded_images(samples, unbroken, tmp_path):
+    for _ in range(2):
+        assert train(RECIPE, samples, device="cpu", cache_dir=tmp_path).losses == unbroken.losses
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_several_categories_in_one_model(samples, tmp_path):
+    more = tiny_set(tmp_path, "bolt", seed=5)
+    result = train(RECIPE, [*samples, *more], out=tmp_path / "out", device="cpu")
+    assert result.category == "nut+bolt"
+    assert checkpoint.load(result.checkpoint).images["count"] == 14
+    assert train(RECIPE, [*samples, *more], category="unified", device="cpu").category == "unified"
+
+
+def test_category_decides_the_batch_norm(samples):
+    fixed = train(RECIPE.replace(steps=1), samples, category="screw", device="cpu").model
+    moving = train(RECIPE.replace(steps=1), samples, category="zipper", device="cpu").model
+    counts = [int(next(b for n, b in m.encoder.named_buffers() if "num_batches" in n)) for m in (fixed, moving)]
+    assert counts == [0, 1]
+
+
+def test_a_given_model_is_trained_in_place(samples):
+    model = training.new_model(RECIPE, "nut")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert train(RECIPE, samples, model=model, device="cpu").model is model
+    after = model.state_dict()
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"encoder", "bottleneck", "decoder"}  # and not the frozen encoder
+
+
+# ---- what a run refuses ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"drop_last": True, "batch": 8}, "batch: wanted at most the 7 training images, got 8"),
+        ({"size": 72}, "at least 32 px and multiples of it .stride of test_resnet.*, got 72x72"),
+        ({"size": 16}, "at least 32 px and multiples of it .stride of test_resnet.*, got 16x16"),
+        ({"size": 64, "crop": 48}, "at least 32 px and multiples of it .stride of test_resnet.*, got 48x48"),
+        ({"backbone": "test_resnett"}, "test_resnet"),
+    ],
+)
+def test_refuses_recipes(samples, tmp_path, change, text):
+    with pytest.raises(ValueError, match=text):
+        train(RECIPE.replace(**change), samples, out=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_no_images(samples):
+    with pytest.raises(ValueError, match="wanted good training images, got none among 6 samples"):
+        train(RECIPE, [sample for sample in samples if sample.split == "test"], device="cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_refuses_devices(samples, device):
+    with pytest.raises(ValueError, match="device: wanted "):
+        train(RECIPE, samples, device=device)
+
+
+# ---- the loss is no number any more ------------------------------------------------
+
+
+def test_loss_not_a_number(samples, tmp_path, monkeypatch):
+    def broken(*arguments):
+        loss = step(*arguments)
+        broken.calls += 1
+        return loss * float("nan") if broken.calls == 5 else loss
+
+    step, broken.calls = training.step, 0
+    monkeypatch.setattr(training, "step", broken)
+    with pytest.raises(ValueError, match=r"the loss of nut is nan at step 5: lower decoder_lr \(0.002\)") as error:
+        train(RECIPE, samples, out=tmp_path, device="cpu")
+    assert "\n" not in str(error.value)
+    assert checkpoint.load(tmp_path / "checkpoint.pt").step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
+
+
+def test_learning_rate_too_high(samples, tmp_path):
+    with pytest.raises(ValueError, match=r"(the loss of nut is|is not finite at step)"):
+        train(RECIPE.replace(decoder_lr=1e38, steps=30), samples, out=tmp_path, device="cpu")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_weights_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
+    """The loss of a step is that of the weights before it."""
+
+    def broken(model, *arguments):
+        loss = step(model, *arguments)
+        next(model.decoder_parameters()).data[0] = float("inf")
+        return loss
+
+    step = training.step
+    monkeypatch.setattr(training, "step", broken)
+    with pytest.raises(ValueError, match="is not finite at step 1: lower decoder_lr"):
+        train(RECIPE.replace(checkpoint_every=1), samples, out=tmp_path, device="cpu")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+# ---- interrupted, killed, resumed ---------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits_for_the_step(number, samples, unbroken, tmp_path, monkeypatch):
+    def interrupted(*args):
+        interrupted.calls += 1
+        if interrupted.calls == 4:
+            signal.raise_signal(number)  # in the middle of the step
+        return step(*args)
+
+    step, interrupted.calls = training.step, 0
+    monkeypatch.setattr(training, "step", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is begun without it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(RECIPE, samples, out=tmp_path, device="cpu")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoint.load(tmp_path / "checkpoint.pt").step == 4
+    result = train(RECIPE, samples, out=tmp_path, resume=tmp_path / "checkpoint.pt", device="cpu")
+    assert result.losses == unbroken.losses[4:]
+    assert same_weights(result.model, unbroken.model)
+
+
+def test_interrupt_between_steps_and_within(samples, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, samples, out=tmp_path, device="cpu", on_log=interrupted)
+    assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2
+    monkeypatch.setattr(training, "step", interrupted)  # half a step is done: not a state to go on from
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, samples, out=tmp_path, device="cpu", resume=tmp_path / "checkpoint.pt")
+    assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2
+
+
+KILLED = """
+import os, signal, sys
+from recontrast.data.datasets import mvtec
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.train import train
+root, out, recipe = sys.argv[1:]
+recipe = Recipe.from_dict(eval(recipe))
+train(recipe, mvtec(root, "nut"), out=out, device="cpu",
+      on_log=lambda step, *rest: step == 5 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_killed_and_resumed(samples, tmp_path):
+    """SIGKILL after step 5, a checkpoint at 3: what follows equals the unbroken run to the bit."""
+    recipe = RECIPE.replace(log_every=1, drop_last=False, batch=3, steps=8, encoder_bn="train")
+    whole = train(recipe, samples, out=tmp_path / "whole", device="cpu")
+    root = samples[0].path.parents[3]
+    arguments = [*SOURCE, KILLED, str(root), str(tmp_path / "out"), repr(recipe.to_dict())]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **threads}, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    path = tmp_path / "out" / "checkpoint.pt"
+    assert checkpoint.load(path).step == 3
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [1, 2, 3, 4, 5]
+
+    result = train(recipe, samples, out=tmp_path / "out", resume=path, device="cpu")
+    assert result.losses == whole.losses[3:]
+    assert same_weights(result.model, whole.model)
+    assert [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, 9))
+    assert [line["loss"] for line in log_of(tmp_path / "out")] == [line["loss"] for line in log_of(tmp_path / "whole")]
+    ends = [checkpoint.load(folder / "checkpoint.pt") for folder in (tmp_path / "out", tmp_path / "whole")]
+    for one, other in zip(*(end.optimisers for end in ends), strict=True):
+        assert one["param_groups"] == other["param_groups"]
+        for key, value in one["state"].items():
+            assert all(torch.equal(value[name], other["state"][key][name]) for name in value)
+
+
+def test_resumed_when_all_is_done(samples, unbroken):
+    before = unbroken.checkpoint.read_bytes()
+    again = train(RECIPE, samples, out=unbroken.checkpoint.parent, resume=unbroken.checkpoint, device="cpu")
+    assert again.losses == []
+    assert same_weights(again.model, unbroken.model)
+    assert unbroken.checkpoint.read_bytes() == before
+
+
+def test_resume_refuses_what_differs(samples, unbroken, tmp_path):
+    path = unbroken.checkpoint
+
+    def refused(text, recipe=RECIPE, use=samples, **more):
+        with pytest.raises(ValueError, match=text) as error:
+            train(recipe, use, resume=path, device="cpu", **more)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+    refused(r"got another \(batch: 4 and 5; seed: 1 and 2\)", RECIPE.replace(batch=5, seed=2))
+    refused("category: wanted the 'nut' that the run was begun with, got 'bolt'", category="bolt")
+    refused("images: wanted the 7 training images that the run was begun with, got 6", use=samples[1:])
+    refused("as many with other pixels or in another order", use=[samples[1], samples[0], *samples[2:]])
+    other = tiny_set(tmp_path, seed=1)
+    refused("as many with other pixels", use=other)
+    free = RECIPE.replace(log_every=1, checkpoint_every=100)  # these do not change what is computed
+    assert train(free, samples, resume=path, device="cpu").losses == []
+
+
+# ---- the order of images --------------------------------------------------------------
+
+
+def test_batches_cover_each_epoch():
+    batches = BatchSampler(10, 4, drop_last=False, seed=0)
+    epochs = [[next(batches) for _ in range(3)] for _ in range(3)]
+    assert [[len(b) for b in epoch] for epoch in epochs] == [[4, 4, 2]] * 3
+    orders = [np.concatenate(epoch).tolist() for epoch in epochs]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1]
+
+
+def test_batches_drop_last():
+    batches = BatchSampler(10, 4, drop_last=True, seed=0)
+    assert [len(next(batches)) for _ in range(5)] == [4] * 5
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_go_on(drop_last):
+    whole, broken = (BatchSampler(10, 4, drop_last=drop_last, seed=7) for _ in range(2))
+    expected = [next(whole).tolist() for _ in range(12)]
+    for stop in range(12):
+        again = BatchSampler(10, 4, drop_last=drop_last, seed=99)
+        again.restore(broken.state())
+        assert next(again).tolist() == next(broken).tolist() == expected[stop]
+
+
+def test_digest():
+    images = np.random.default_rng(0).integers(0, 256, (130, 2, 3, 3), np.uint8)
+    wanted = describe_images(images)
+    assert wanted == describe_images(images.copy()) and wanted["count"] == 130
+    for other in (images[::-1], images[:-1], images.reshape(130, 3, 2, 3)):
+        assert describe_images(other)["digest"] != wanted["digest"]
+    assert len(fingerprints(wanted)) == 130 and fingerprint(images[77]) in fingerprints(wanted)
+    assert fingerprint(images[77, ::-1]) not in fingerprints(wanted)
+    assert describe_images(images[:0])["each"] == "" and not fingerprints({"count": 1, "digest": ""})
