@@ -6,8 +6,9 @@ suffix in `OPENERS` (a function of path and device) or hand an instance to the c
 ``run`` reads what it needs from `recontrast.data.image_files.ImageFiles`, in order and none left out:
 `ImageFiles.resized` for a fixed input, `ImageFiles.read` for the original. What cannot be read is noted there, and
 still gets a map and a score (of a black image), which the caller drops. Maps may change in size from batch to batch,
-and stand for the part of the image that `map_extent` says. A detector whose scores differ from those that were calibrated (other views, other
-scale) must have ``calibration`` None, and may say why there is none in an attribute ``calibration_note``, a sentence.
+and stand for the part of the image that `map_extent` says. A detector whose scores differ from those that were
+calibrated (other views, other scale) must have ``calibration`` None, and may say why there is none in an attribute
+``calibration_note``, a sentence.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -4,11 +4,9 @@ from recontrast.recipes.recipe import VISA_BN_EVAL, VISA_BN_TRAIN, Recipe
 
 _MVTEC = Recipe(name="mvtec")  # recontrast_mvtec.py
 
-
 _VISA = _MVTEC.replace(
     name="visa", steps=3000, bn_train_categories=VISA_BN_TRAIN, bn_eval_categories=VISA_BN_EVAL
 )  # recontrast_visa.py
-
 
 # recontrast_mvtec_stable.py. Its comment says that the encoder rests for 100 steps; its counter is raised for the
 # first time in the very step of the wipe, so that they are 99.
@@ -17,7 +15,6 @@ _MVTEC_STABLE = _MVTEC.replace(
     wipe_every=500, rest=99, score=0.01,
 )  # fmt: skip
 
-
 # recontrast_visa_stable.py: 4000 steps, though its runs are named for 3000; its counter of resting steps begins at the
 # end and is never set back, so that the encoder never rests.
 _VISA_STABLE = _MVTEC_STABLE.replace(
@@ -25,13 +22,11 @@ _VISA_STABLE = _MVTEC_STABLE.replace(
     rest=0, score="max",
 )  # fmt: skip
 
-
 # recontrast_mvtec_multiclass.py. Its one AdamW of three groups is two here: AdamW treats each weight alone.
 _MVTEC_UNIFIED = _MVTEC.replace(
     name="mvtec_unified", steps=5000, seed=1, encoder_bn="eval", drop_last=True, eps=1e-10, amsgrad=True,
     lr_drop=0.2, lr_drop_at=0.8, activation="gelu", reduce="mean", blur="zero5", score=0.01,
 )  # fmt: skip
-
 
 _APTOS = _MVTEC.replace(name="aptos", steps=1000, batch=32, encoder_bn="train")  # recontrast_aptos.py
 
