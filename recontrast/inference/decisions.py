@@ -62,7 +62,7 @@ def select_calibration(
     found = detector.calibration
     if found is None:
         if decide or rate is not None:
-            if (reason := getattr(detector, "lost", None)) is not None:
+            if (reason := getattr(detector, "calibration_note", None)) is not None:
                 raise ValueError(f"predict: decisions: {reason}")
             run = "recontrast calibrate CHECKPOINT --good DIR, then recontrast export"
             if isinstance(source, Path) and source.suffix.lower() not in OPENERS:

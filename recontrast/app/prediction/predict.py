@@ -164,7 +164,7 @@ def predict(
         "unread": unread,
     })  # fmt: skip
     rated = None if calibration is None else calibration.rate
-    return PredictionSummary(found, unread, rated, getattr(detector, "lost", None))
+    return PredictionSummary(found, unread, rated, getattr(detector, "calibration_note", None))
 
 
 def _decided(
