@@ -69,6 +69,7 @@ measure() { # NAME SECONDS ARGUMENTS...: the time is known to the program, which
 
 logs=${OUT:-$(mktemp -d)}
 out=
+[ -e recontrast/kernels ] || ln -s ../kernels recontrast/kernels # CMake makes it too, but not every run builds
 
 build() { # by CMake, which goes on where one source fails: a mistake on the CPU must not cost the kernels of the GPU
   local architecture

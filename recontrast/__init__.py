@@ -1,10 +1,6 @@
 """ReContrast: visual anomaly detection by contrastive reconstruction (Guo et al., NeurIPS 2023)."""
 
 import importlib
-import sys
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,23 +31,6 @@ __all__ = [
     "power",
 ]
 __version__ = "0.1.0"
-
-
-class _Kernels:
-    """Finds ``recontrast.kernels``, and nothing else, beside the package: in a checkout kernels/ is not in it."""
-
-    folder = Path(__file__).parents[1] / "kernels"
-
-    @classmethod
-    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """What the import system asks of every finder; it asks this one last."""
-        if name != f"{__name__}.kernels":
-            return None
-        return spec_from_file_location(name, cls.folder / "__init__.py", submodule_search_locations=[str(cls.folder)])
-
-
-if not Path(__file__).with_name("kernels").exists() and _Kernels.folder.with_name("setup.py").exists():
-    sys.meta_path.append(_Kernels)
 
 # Imported on first use: torch and timm take seconds to import, and `recontrast --help` needs neither.
 _MODULES = {

@@ -1,6 +1,6 @@
-"""Which kernels run on a device: the first of `ORDER` that is there, or what ``RECONTRAST_BACKEND`` names.
+"""Which kernels run on each device: the first available backend of `ORDER`, or the one ``RECONTRAST_BACKEND`` names.
 
-Compiled C++/CUDA (``csrc/``), then Triton (``kernels/``), then the oracle (``reference.py``).
+The backends are "native" (compiled C++ and CUDA, ``csrc/``), "triton" (``kernels/``) and "torch" (``reference.py``).
 """
 
 import importlib
@@ -11,51 +11,51 @@ from pathlib import Path
 
 import torch
 
-# By speed. CPU: benchmarks/README.md. CUDA: as expected, until `benchmarks/gpu.sh` has run on the device.
+# Fastest first. CPU: measured, benchmarks/README.md. CUDA: expected, to be measured by `benchmarks/gpu.sh`.
 ORDER = {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")}
-VARIABLE = "RECONTRAST_BACKEND"  # of the environment; a backend that a device never has leaves that device alone
+VARIABLE = "RECONTRAST_BACKEND"  # environment variable; ignored for a device that does not have this backend
 BACKEND = {"cpu": "torch", "cuda": "torch"}
-"""What each device runs, "native", "triton" or "torch"; read only."""
+"""Backend of each device: "native", "triton" or "torch"; read only."""
 WHY: dict[str, str] = {}
-"""Device -> why it does not run the first of its order, or who asked for another; absent where it does."""
+"""Device -> why it does not run the first backend of its order, or who chose another; absent otherwise."""
 
 
-def choose(device: str, rooms: Mapping[str, str]) -> None:
+def choose(device: str, modules: Mapping[str, str]) -> None:
     """Register the kernels of ``device``.
 
     Args:
         device: "cpu" or "cuda".
-        rooms: operator -> its file in kernels/.
+        modules: operator -> the module of ``recontrast.kernels`` that implements it.
 
     Raises:
-        ValueError: ``RECONTRAST_BACKEND`` names no backend, or one that is not there.
+        ValueError: ``RECONTRAST_BACKEND`` is not the name of a backend, or that backend is not available.
     """
-    asked = os.environ.get(VARIABLE, "")
-    known = tuple(dict.fromkeys(name for order in ORDER.values() for name in order))
-    if asked and asked not in known:
-        raise ValueError(f"{VARIABLE}: wanted one of {', '.join(known)}, got {asked!r}")
-    if asked in ORDER[device]:
-        if missing := _register(asked, device, rooms):
-            raise ValueError(f"{VARIABLE}: wanted {asked} kernels on {device}, but {missing}")
-        BACKEND[device], WHY[device] = asked, f"asked for by {VARIABLE}"
+    requested = os.environ.get(VARIABLE, "")
+    names = tuple(dict.fromkeys(name for order in ORDER.values() for name in order))
+    if requested and requested not in names:
+        raise ValueError(f"{VARIABLE}: wanted one of {', '.join(names)}, got {requested!r}")
+    if requested in ORDER[device]:
+        if reason := _register(requested, device, modules):
+            raise ValueError(f"{VARIABLE}: wanted {requested} kernels on {device}, but {reason}")
+        BACKEND[device], WHY[device] = requested, f"asked for by {VARIABLE}"
         return
     reasons = []
     for name in ORDER[device]:
-        missing = _register(name, device, rooms)
-        if missing is None:
+        reason = _register(name, device, modules)
+        if reason is None:
             BACKEND[device] = name
             break
-        reasons.append(missing)
+        reasons.append(reason)
     if reasons:
         WHY[device] = "; ".join(reasons)
         warnings.warn(f"recontrast runs {BACKEND[device]} kernels on {device}: {WHY[device]}", stacklevel=3)
 
 
-def _register(name: str, device: str, rooms: Mapping[str, str]) -> str | None:
-    """Register the kernels of backend ``name``, or say why there are none."""
+def _register(name: str, device: str, modules: Mapping[str, str]) -> str | None:
+    """Register the kernels of backend ``name``; return why that is not possible, or None."""
     if name == "native":
         return _native(device)
-    return _triton(device, rooms) if name == "triton" else None
+    return _triton(device, modules) if name == "triton" else None
 
 
 def _native(device: str) -> str | None:
@@ -69,11 +69,13 @@ def _native(device: str) -> str | None:
     return None
 
 
-def _triton(device: str, rooms: Mapping[str, str]) -> str | None:
+def _triton(device: str, modules: Mapping[str, str]) -> str | None:
     try:
-        for name, room in rooms.items():
-            kernels = importlib.import_module(f"recontrast.kernels.{room}")
-            torch.library.impl(f"recontrast::{name}", device, getattr(kernels, name))
+        for operator, module in modules.items():
+            kernels = importlib.import_module(f"recontrast.kernels.{module}")
+            torch.library.impl(f"recontrast::{operator}", device, getattr(kernels, operator))
     except ImportError as error:
+        if error.name == "recontrast.kernels":
+            return "recontrast.kernels is not installed (pip install -e . in the checkout installs it)"
         return f"no Triton: {error}"
     return None

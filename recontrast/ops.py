@@ -25,14 +25,14 @@ SCHEMAS = {
     " float parameter, float factor) -> Tensor",
     "anomaly_map": "(Tensor[] distances, Tensor[] rows, Tensor[] cols, float scale) -> (Tensor, Tensor)",
 }
-ROOM = {  # file of kernels/
-    "cosine_sums": "cosine",
-    "cosine_sums_backward": "cosine",
-    "cosine_sums_group": "cosine",
-    "cosine_sums_group_backward": "cosine",
-    "mined_loss": "mining",
-    "mined_loss_backward": "mining",
-    "anomaly_map": "map",
+KERNEL_MODULES = {  # operator -> module of recontrast.kernels that implements it
+    "cosine_sums": "cosine_sums",
+    "cosine_sums_backward": "cosine_sums",
+    "cosine_sums_group": "cosine_sums",
+    "cosine_sums_group_backward": "cosine_sums",
+    "mined_loss": "mined_loss",
+    "mined_loss_backward": "mined_loss",
+    "anomaly_map": "anomaly_map",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"recontrast::{_name}", _schema)
@@ -251,8 +251,8 @@ torch.library.register_autograd("recontrast::mined_loss", _backward_mined, setup
 
 for _name in SCHEMAS:
     torch.library.impl(f"recontrast::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
-backend.choose("cpu", ROOM)
+backend.choose("cpu", KERNEL_MODULES)
 if torch.cuda.is_available():
-    backend.choose("cuda", ROOM)
+    backend.choose("cuda", KERNEL_MODULES)
 else:
     WHY["cuda"] = "no CUDA device"

@@ -1,8 +1,10 @@
 """Which kernels run, and what the environment may ask for."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,11 +54,26 @@ def test_what_is_missing_is_said_once(monkeypatch):
 
 
 def test_triton_registers_every_operator():
-    """On the device of a GPU; here, that each name is found where `ops.ROOM` says."""
+    """Registering needs a GPU; here, that each operator is in the module that `ops.KERNEL_MODULES` names."""
     import importlib
 
     from recontrast import ops
 
-    for name, room in ops.ROOM.items():
-        assert callable(getattr(importlib.import_module(f"recontrast.kernels.{room}"), name))
-    assert set(ops.ROOM) == set(ops.SCHEMAS)
+    for name, module in ops.KERNEL_MODULES.items():
+        assert callable(getattr(importlib.import_module(f"recontrast.kernels.{module}"), name))
+    assert set(ops.KERNEL_MODULES) == set(ops.SCHEMAS)
+
+
+def test_missing_kernels_are_one_sentence(tmp_path):
+    """In a checkout in which nothing was built, without an installed package."""
+    (tmp_path / "recontrast").mkdir()
+    for name in ("__init__.py", "backend.py"):
+        shutil.copy(Path(backend.__file__).with_name(name), tmp_path / "recontrast")
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+from recontrast import backend
+print(backend._triton("cuda", {"cosine_sums": "cosine_sums"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "recontrast.kernels is not installed (pip install -e . in the checkout installs it)\n", done

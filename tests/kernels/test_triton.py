@@ -14,7 +14,7 @@ import torch
 from op_cases import GROUPS, RULES, far_points, random_sums
 
 from recontrast import reference
-from recontrast.kernels import cosine, map, mining, tune
+from recontrast.kernels import anomaly_map, autotune, cosine_sums, mined_loss
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -28,10 +28,10 @@ SHAPES = [(2, 64, 8, 8), (1, 1, 1, 1), (2, 40, 4, 4), (2, 3, 1, 9), (2, 130, 5, 
 @pytest.fixture(autouse=True)
 def _first_configuration(monkeypatch):
     """One configuration a kernel, as in the interpreter: to compile and time them all takes minutes on a GPU."""
-    for name, kernel in (("_sums_of", cosine._sums), ("_gradient_of", cosine._gradient)):
-        first = {"planes": tune.First(kernel, cosine.PLANES), "rows": tune.First(kernel, cosine.ROWS)}
-        monkeypatch.setattr(cosine, name, first)
-    monkeypatch.setattr(map, "_tuned_blend", tune.First(map._blend, map.CONFIGS))
+    for name, kernel in (("_sums_of", cosine_sums._sums), ("_gradient_of", cosine_sums._gradient)):
+        first = {"planes": autotune.First(kernel, cosine_sums.PLANES), "rows": autotune.First(kernel, cosine_sums.ROWS)}
+        monkeypatch.setattr(cosine_sums, name, first)
+    monkeypatch.setattr(anomaly_map, "_tuned_blend", autotune.First(anomaly_map._blend, anomaly_map.CONFIGS))
 
 
 def channels_last(t):
@@ -65,12 +65,12 @@ def assert_near(ours, oracle, rounding, terms=None):
 
 
 def check_cosine(x, y):
-    sums = cosine.cosine_sums(x, y)
+    sums = cosine_sums.cosine_sums(x, y)
     dtype = reference.sum_dtype(x, y)
     assert sums.dtype == dtype
     assert_near(sums, reference.cosine_sums(x.double(), y.double()), ROUNDING[dtype])
     grad = torch.randn_like(sums)
-    dy = cosine.cosine_sums_backward(grad, x, y)
+    dy = cosine_sums.cosine_sums_backward(grad, x, y)
     assert dy.dtype == y.dtype
     assert dy.stride() == torch.empty_like(y).stride()
     doubles = [t.double() for t in (grad, x, y)]
@@ -104,7 +104,7 @@ def test_points_of_weight_zero(layout):
     x, y = (torch.randn(shape, device=DEVICE) for _ in "xy")
     grad = torch.randn(3, 2, 6, 7, device=DEVICE) * keep[:, 0]
     broken = [LAYOUTS[layout](torch.where(keep, t, math.nan)) for t in (x, y)]
-    dy = cosine.cosine_sums_backward(grad, *broken)
+    dy = cosine_sums.cosine_sums_backward(grad, *broken)
     assert (dy[~keep.expand(shape)] == 0).all()
     assert_near(dy, reference.cosine_sums_backward(grad.double(), x.double(), y.double()), ROUNDING[F32])
 
@@ -114,30 +114,30 @@ def test_points_of_weight_zero(layout):
 @pytest.mark.parametrize("shape", [(1, 1024, 2, 2), (1, 515, 1, 3), (2, 259, 1, 1)], ids=str)
 def test_few_positions_share_their_channels(shape, dtype, layout, monkeypatch):
     """On a GPU with 132 multiprocessors, programs share the channels of a position."""
-    monkeypatch.setattr(cosine, "processors", lambda device: 132)
+    monkeypatch.setattr(cosine_sums, "processors", lambda device: 132)
     x, y = features(shape, dtype, layout), features(shape, dtype, layout)
-    assert cosine.parts_of(x.device, [x]) == shape[1] // cosine.LEAST
+    assert cosine_sums.parts_of(x.device, [x]) == shape[1] // cosine_sums.LEAST
     check_cosine(x, y)
 
 
 def test_pairs_of_all_kinds_share_their_channels(monkeypatch):
-    monkeypatch.setattr(cosine, "processors", lambda device: 132)
+    monkeypatch.setattr(cosine_sums, "processors", lambda device: 132)
     x, y = ([features(s, F32) for s in [(1, 600, 2, 2), (1, 3, 2, 3), (2, 0, 3, 3), (0, 3, 4, 5)]] for _ in "xy")
     x, y = [*x, features(ODD, BF16, "channels_last")], [*y, features(ODD, F32, "channels_last")]
-    assert cosine.parts_of(x[0].device, x) == 4
+    assert cosine_sums.parts_of(x[0].device, x) == 4
     wide = [[t.double() for t in ts] for ts in (x, y)]
-    assert_near(cosine.cosine_sums_group(x, y), reference.cosine_sums_group(*wide), ROUNDING[F32])
-    monkeypatch.setattr(cosine, "processors", lambda device: 1)
-    assert cosine.parts_of(x[0].device, x) == 1
+    assert_near(cosine_sums.cosine_sums_group(x, y), reference.cosine_sums_group(*wide), ROUNDING[F32])
+    monkeypatch.setattr(cosine_sums, "processors", lambda device: 1)
+    assert cosine_sums.parts_of(x[0].device, x) == 1
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
 def test_cosine_of_nothing(shape):
     x, y = features(shape, F32), features(shape, BF16)
-    sums = cosine.cosine_sums(x, y)
+    sums = cosine_sums.cosine_sums(x, y)
     assert sums.shape == (3, shape[0], *shape[2:])
     assert (sums == 0).all()
-    assert cosine.cosine_sums_backward(sums, x, y).shape == shape
+    assert cosine_sums.cosine_sums_backward(sums, x, y).shape == shape
 
 
 def test_group_of_mixed_pairs():
@@ -147,13 +147,13 @@ def test_group_of_mixed_pairs():
     for layout in LAYOUTS:
         x, y = [*x, features(ODD, BF16, layout)], [*y, features(ODD, F32, layout)]
     for _ in range(2):
-        sums = cosine.cosine_sums_group(x, y)
+        sums = cosine_sums.cosine_sums_group(x, y)
         wide = [[t.double() for t in ts] for ts in (x, y)]
         assert sums.dtype == reference.group_dtype(x, y)
         assert_near(sums, reference.cosine_sums_group(*wide), ROUNDING[F32])
         grad = torch.randn_like(sums)
         theirs = reference.cosine_sums_group_backward(grad.double(), *wide)
-        for dy, t, expected in zip(cosine.cosine_sums_group_backward(grad, x, y), y, theirs, strict=True):
+        for dy, t, expected in zip(cosine_sums.cosine_sums_group_backward(grad, x, y), y, theirs, strict=True):
             assert (dy.dtype, dy.stride()) == (t.dtype, torch.empty_like(t).stride())
             assert_near(dy, expected, 5e-6)
         x[0] = x[0].double()  # now all are summed in float64
@@ -170,13 +170,13 @@ def test_mining(rule, dtype, group):
     sums, wide = random_sums(*group, dtype, DEVICE)
     tolerance = {"rtol": 3e-6 if dtype == F32 else 1e-12, "atol": 1e-6 if dtype == F32 else 1e-13}
     alpha = torch.tensor(parameter, dtype=dtype, device=DEVICE) if name == "deviation" and factor else None
-    loss, state = mining.mined_loss(sums, *group, name, parameter, alpha, factor)
+    loss, state = mined_loss.mined_loss(sums, *group, name, parameter, alpha, factor)
     expected = reference.mined_loss(wide, *group, name, parameter, None, factor)
     for ours, theirs in zip((loss, state), expected, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), theirs, equal_nan=True, **tolerance)
     grad = torch.tensor(-1.7, dtype=dtype, device=DEVICE)
-    ours = mining.mined_loss_backward(grad, sums, state, *group, name, parameter, factor)
+    ours = mined_loss.mined_loss_backward(grad, sums, state, *group, name, parameter, factor)
     theirs = reference.mined_loss_backward(grad.double(), wide, expected[1], *group, name, parameter, factor)
     far = far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
     if name == "power":
@@ -189,8 +189,8 @@ def test_as_many_are_hard_as_asked_for(points):
     sums, _ = random_sums([2], [points], F32, DEVICE)
     one = torch.ones((), device=DEVICE)
     for fraction in (1e-9, 0.2, 0.7, 1.0):
-        _, state = mining.mined_loss(sums, [2], [points], "hardest", fraction, None, 0.0)
-        grad = mining.mined_loss_backward(one, sums, state, [2], [points], "hardest", fraction, 0.0)
+        _, state = mined_loss.mined_loss(sums, [2], [points], "hardest", fraction, None, 0.0)
+        grad = mined_loss.mined_loss_backward(one, sums, state, [2], [points], "hardest", fraction, 0.0)
         assert (grad.view(3, -1)[0] != 0).sum() == max(int(2 * points * fraction), 1)
 
 
@@ -210,7 +210,7 @@ def matrices(out, sizes, radius=2.5):
 
 
 def check_map(distances, rows, cols, scale=1.0):
-    maps, maximum = map.anomaly_map(distances, rows, cols, scale)
+    maps, maximum = anomaly_map.anomaly_map(distances, rows, cols, scale)
     doubles = [[t.double() for t in tensors] for tensors in (distances, rows, cols)]
     oracle, _ = reference.anomaly_map(*doubles, scale)
     assert maps.dtype == rows[0].dtype
@@ -245,14 +245,14 @@ def test_maximum_of_nan_is_nan():
     rows, cols = matrices((8, 8), [(4, 4)])
     distances = torch.rand(2, 4, 4, device=DEVICE)
     distances[1, 2, 2] = math.nan
-    _, maximum = map.anomaly_map([distances], rows, cols, 1.0)
+    _, maximum = anomaly_map.anomaly_map([distances], rows, cols, 1.0)
     assert maximum.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("N, H", [(0, 8), (2, 0)])
 def test_map_of_nothing(N, H):
     rows, cols = torch.zeros(H, 4, device=DEVICE), torch.zeros(8, 4, device=DEVICE)
-    maps, maximum = map.anomaly_map([torch.zeros(N, 4, 4, device=DEVICE)], [rows], [cols], 1.0)
+    maps, maximum = anomaly_map.anomaly_map([torch.zeros(N, 4, 4, device=DEVICE)], [rows], [cols], 1.0)
     assert maps.shape == (N, H, 8)
     assert maximum.tolist() == [0.0] * N
 
@@ -261,7 +261,7 @@ def test_map_of_nothing(N, H):
 
 
 def test_the_interpreter_takes_one_configuration():
-    assert isinstance(tune.tuned(cosine._sums, cosine.ROWS, cosine.KEY), tune.First) != GPU
+    assert isinstance(autotune.tuned(cosine_sums._sums, cosine_sums.ROWS, cosine_sums.KEY), autotune.First) != GPU
 
 
 @pytest.mark.skipif(not GPU, reason="tuning takes a GPU")
@@ -278,7 +278,7 @@ COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from recontrast.kernels import tune
+from recontrast.kernels import autotune
 
 class NoGPU:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", int(sys.argv[1]), 32))
@@ -289,25 +289,26 @@ def compiled(self, grid):
 
 driver.set_active(NoGPU)
 triton.JITFunction.__getitem__ = compiled
-triton.autotune = lambda configs, key: lambda kernel: tune.First(kernel, configs)
-from recontrast.kernels import cosine, map, mining
+triton.autotune = lambda configs, key: lambda kernel: autotune.First(kernel, configs)
+from recontrast.kernels import anomaly_map, cosine_sums, mined_loss
 
 for dtype in torch.float32, torch.bfloat16:
     for layout in torch.contiguous_format, torch.channels_last:
         x = torch.zeros(2, 64, 16, 16, dtype=dtype).contiguous(memory_format=layout)
         small = x[..., :4, :4].clone(memory_format=layout)
-        cosine.cosine_sums_group_backward(cosine.cosine_sums_group([x, small], [x, small]), [x, small], [x, small])
-cosine.processors = lambda device: 132
+        sums = cosine_sums.cosine_sums_group([x, small], [x, small])
+        cosine_sums.cosine_sums_group_backward(sums, [x, small], [x, small])
+cosine_sums.processors = lambda device: 132
 for layout in torch.contiguous_format, torch.channels_last:
     few = torch.zeros(1, 1024, 4, 4).contiguous(memory_format=layout)
-    cosine.cosine_sums(few, few)
-for rule in mining.RULES:
+    cosine_sums.cosine_sums(few, few)
+for rule in mined_loss.RULES:
     for alpha in [torch.zeros(()), None][rule != "deviation" :]:
-        loss, state = mining.mined_loss(torch.zeros(630), [2, 1], [64, 82], rule, 1.0, alpha, 0.0)
-        mining.mined_loss_backward(loss, torch.zeros(630), state, [2, 1], [64, 82], rule, 1.0, 0.0)
-mining.mined_loss(torch.zeros(630, dtype=torch.float64), [2, 1], [64, 82], "hardest", 1.0, None, 0.0)
+        loss, state = mined_loss.mined_loss(torch.zeros(630), [2, 1], [64, 82], rule, 1.0, alpha, 0.0)
+        mined_loss.mined_loss_backward(loss, torch.zeros(630), state, [2, 1], [64, 82], rule, 1.0, 0.0)
+mined_loss.mined_loss(torch.zeros(630, dtype=torch.float64), [2, 1], [64, 82], "hardest", 1.0, None, 0.0)
 matrices = [torch.zeros(256, size) for size in (64, 32, 16)] * 2
-map.anomaly_map([torch.zeros(2, size, size) for size in (64, 32, 16)] * 2, matrices, matrices, 1.0)
+anomaly_map.anomaly_map([torch.zeros(2, size, size) for size in (64, 32, 16)] * 2, matrices, matrices, 1.0)
 """
 
 

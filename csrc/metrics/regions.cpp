@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "threads.h"
+#include "parallel_for.h"
 
 namespace recontrast {
 namespace {

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "lanes.h"
-#include "mining.h"
+#include "mined_loss.h"
+#include "simd.h"
 
 namespace recontrast {
 namespace {

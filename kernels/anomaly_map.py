@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from recontrast.kernels.tune import OPTIONS, tuned
 from torch import Tensor
+
+from recontrast.kernels.autotune import OPTIONS, tuned
 
 BLOCK = 64  # side of a tile of the map: of its dense products with bands of 26, 14 and 8, few zeros are multiplied
 

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "histogram.h"
+#include "parallel_for.h"
 #include "regions.h"
 #include "sweep.h"
-#include "threads.h"
 
 namespace py = pybind11;
 

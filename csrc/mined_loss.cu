@@ -5,7 +5,7 @@
 // block puts the pieces together); "hardest" takes more between them (hardest.h). Counts are whole numbers and all
 // other sums have a fixed order, so results repeat to the bit.
 
-#include "hardest.h"
+#include "radix_select.cuh"
 
 namespace recontrast {
 namespace {

@@ -1,8 +1,8 @@
-"""mined_loss in Triton. What it computes: recontrast/reference.py; the plan is that of csrc/mining.cu.
+"""mined_loss in Triton. What it computes: recontrast/reference.py; the plan is that of csrc/mined_loss.cu.
 
-Bound by the latency of launches, so that all pairs share each. "deviation" and "power" take two; "hardest" takes more
-(`recontrast.kernels.hardest`). Counts are whole numbers and all other sums have a fixed order: results repeat to the
-bit.
+Bound by the latency of launches, therefore one launch serves all pairs. "deviation" and "power" need two launches,
+"hardest" more (`recontrast.kernels.radix_select`). Counts are integers and all other sums have a fixed order, so
+results are reproducible bit by bit.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from recontrast.kernels.hardest import BINS, DIGIT, _distance, _key, _member, _norm, _refine, _select
-from recontrast.kernels.tune import OPTIONS
 from torch import Tensor
+
+from recontrast.kernels.autotune import OPTIONS
+from recontrast.kernels.radix_select import BINS, DIGIT, _distance, _key, _member, _norm, _refine, _select
 
 PIECE = 1024  # points of a program
 FIELDS = 5  # of a piece: mean (or sum) of distances, squares about it, and the three sums

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "features.h"
+#include "feature_access.cuh"
 
 namespace recontrast {
 

@@ -3,7 +3,7 @@
 // Memory-bound like the sums (cosine.cu); channels are shared by blocks, so that few positions fill the chip as well.
 #pragma once
 
-#include "group.h"
+#include "feature_pairs.cuh"
 
 namespace recontrast {
 

@@ -6,10 +6,10 @@
 
 #include <algorithm>
 
-#include "boundary.h"
-#include "lanes.h"
-#include "leaves.h"
-#include "pages.h"
+#include "buffer_pool.h"
+#include "cosine_simd.h"
+#include "simd.h"
+#include "tensor_arguments.h"
 
 namespace recontrast {
 namespace {

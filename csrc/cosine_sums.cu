@@ -7,7 +7,7 @@
 // ones leave of the chip. Where even all together are too few positions, blocks split the channels as well: each writes
 // partial sums, and a second launch adds them up. Without atomics, in an order that shapes and GPU alone decide.
 
-#include "gradient.h"
+#include "cosine_sums_backward.cuh"
 
 namespace recontrast {
 namespace {

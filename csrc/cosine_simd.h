@@ -1,7 +1,7 @@
 // The innermost loops of cosine_sums on the CPU, over numbers side by side.
 #pragma once
 
-#include "lanes.h"
+#include "simd.h"
 
 namespace recontrast {
 namespace {

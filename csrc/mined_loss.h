@@ -4,7 +4,7 @@
 #include <cmath>
 #include <optional>
 
-#include "boundary.h"
+#include "tensor_arguments.h"
 
 #ifdef __CUDACC__
 #define BOTH __host__ __device__ __forceinline__

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <bit>
 
-#include "threads.h"
+#include "parallel_for.h"
 
 namespace recontrast {
 namespace {

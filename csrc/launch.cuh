@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "boundary.h"
+#include "tensor_arguments.h"
 
 namespace recontrast {
 

@@ -5,8 +5,8 @@
 // spread, those of a float would not be, and blocks would queue for a few counters.
 #pragma once
 
-#include "launch.h"
-#include "mining.h"
+#include "launch.cuh"
+#include "mined_loss.h"
 
 namespace recontrast {
 namespace {

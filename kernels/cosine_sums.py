@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from recontrast.kernels.pairs import Shapes, by_layout, read, shapes
-from recontrast.kernels.tune import OPTIONS, tuned
 from torch import Tensor
+
+from recontrast.kernels.autotune import OPTIONS, tuned
+from recontrast.kernels.feature_pairs import Shapes, by_layout, read, shapes
 
 
 @triton.jit
@@ -174,7 +175,7 @@ def _gradient(
         program -= programs
 
 
-PROGRAMS = 3  # a multiprocessor at least, or channels are shared; as in csrc/cosine.cu
+PROGRAMS = 3  # a multiprocessor at least, or channels are shared; as in csrc/cosine_sums.cu
 LEAST = 128  # channels of a program that shares them: a load or two a thread
 FEW = 16  # positions of a program, roughly
 

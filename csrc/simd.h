@@ -11,7 +11,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "boundary.h"
+#include "tensor_arguments.h"
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__has_attribute)
 #if __has_attribute(target_clones)

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "threads.h"
+#include "parallel_for.h"
 
 namespace recontrast {
 

@@ -8,8 +8,8 @@
 #include <limits>
 #include <tuple>
 
-#include "boundary.h"
-#include "lanes.h"
+#include "simd.h"
+#include "tensor_arguments.h"
 
 namespace recontrast {
 namespace {

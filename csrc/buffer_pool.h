@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "boundary.h"
+#include "tensor_arguments.h"
 
 namespace recontrast {
 

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "launch.h"
+#include "launch.cuh"
 
 namespace recontrast {
 namespace {

@@ -16,8 +16,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "sort.h"
-#include "threads.h"
+#include "parallel_for.h"
+#include "radix_sort.h"
 
 namespace recontrast {
 namespace {
