@@ -5,7 +5,7 @@ masks are bool, 0/1 or 0/255 and of the same shape. A threshold t calls everythi
 equal scores share one threshold. float32 and float64 are compared as they are; counts are whole numbers, sums float64.
 `Streaming` gives the pixel metrics in constant memory.
 
-``recontrast._metrics`` computes them (csrc/sweep.cpp), on all cores; without it `recontrast.metrics.reference` does,
+``recontrast._metrics`` (csrc/metrics/) computes them on all cores; without it, `recontrast.metrics.reference` computes
 the same in NumPy.
 """
 
