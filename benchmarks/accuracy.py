@@ -211,7 +211,7 @@ def main() -> None:
             runs = {"ours": ours, "reference": reference}[side](samples, category, base.replace(seed=seed), device)
             record["runs"] |= {f"{name}/{seed}/{side}": run for name, run in runs.items()}
             text = json.dumps(record, indent=1).encode() + b"\n"
-            with replace_file(asked.out, wanted=len(text)) as file:
+            with replace_file(asked.out, size=len(text)) as file:
                 file.write(text)
             print(f"\r{category}/{seed}/{side}: {json.dumps(runs)}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in {**settings, **record["machine"]}.items()) + "\n")

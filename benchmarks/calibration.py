@@ -182,7 +182,7 @@ def main() -> None:
         of = of or measure(asked.data, category, recipe, asked.times, device)
         record["categories"][category] = {**of, "looks": looked_at(asked.data, category, recipe)}
         text = json.dumps(record, indent=1).encode() + b"\n"
-        with replace_file(asked.out, wanted=len(text)) as file:
+        with replace_file(asked.out, size=len(text)) as file:
             file.write(text)
     print(", ".join(f"{key} {value}" for key, value in {**about, **record["machine"]}.items()) + "\n")
     print(tables(record["categories"]))

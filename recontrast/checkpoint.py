@@ -71,7 +71,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
         OSError: the file cannot be written, with the bytes wanted and the bytes free; a former file stays.
     """
     path = Path(path)
-    with replace_file(path, wanted=_bytes(checkpoint.model) + _bytes(checkpoint.optimisers)) as file:
+    with replace_file(path, size=_bytes(checkpoint.model) + _bytes(checkpoint.optimisers)) as file:
         write(file, checkpoint)
     return path
 

@@ -128,7 +128,7 @@ def _sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe)
         if sample.mask is not None:
             mask = images.read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule)
         white = np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255
-        rows = (image, white, heatmaps.overlay(image, (heat - low) / max(high - low, 1e-12)))
+        rows = (image, white, heatmaps.draw_overlay(image, (heat - low) / max(high - low, 1e-12)))
         for row, picture in enumerate(rows):
             canvas.paste(Image.fromarray(picture), (left, LINE + row * (height + MARGIN)))
     heatmaps.save_png(path, np.asarray(canvas))

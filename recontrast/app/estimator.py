@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from recontrast import checkpoint as checkpoints
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
-from recontrast.data.in_memory import InMemoryImages, items
+from recontrast.data.in_memory import InMemoryImages, as_image_list
 from recontrast.inference.calibrate import calibrate
 from recontrast.inference.infer import infer
 from recontrast.inference.options import InferenceOptions
@@ -127,7 +127,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             OSError: a file cannot be read.
         """
         recipe = self._recipe()
-        images = items(X)
+        images = as_image_list(X)
         good = np.arange(len(images)) if y is None else np.flatnonzero(_labels(images, y) == 1)
         if not len(good):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")

@@ -15,7 +15,7 @@ from recontrast.calibration.score_drift import ScoreDrift, measure_score_drift
 from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.image_files import result_names
+from recontrast.data.image_files import assign_result_names
 from recontrast.data.sources import Images
 from recontrast.evaluation.category import SampleImages
 from recontrast.evaluation.evaluate import evaluate
@@ -133,7 +133,7 @@ def _keeper(
 ) -> Callable[[Sequence[Sample], Any], None]:
     """Writes maps as they come, and first what their numbers mean."""
     paths = [s.path for group in groups.values() for s in group if s.split == "test"]
-    names = dict(zip(paths, result_names(paths), strict=True))
+    names = dict(zip(paths, assign_result_names(paths), strict=True))
     with replace_file(folder / "scale.json") as file:
         file.write((json.dumps(describe("tiff16", top, recipe), indent=1) + "\n").encode())
 

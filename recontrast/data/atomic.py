@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name whole, or not at all."""
+"""Atomic writes: a file or folder appears under its final name when it is complete, or not at all."""
 
 import errno
 import fcntl
@@ -12,108 +12,134 @@ from typing import BinaryIO
 
 from recontrast.data.listing import PathLike
 
-_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # reasons that have to do with bytes
-_PARTIAL = ".partial"  # ends the name of what is not finished
-Sentence = Callable[[Path, str, int | None, int | None], str]  # path, reason, bytes wanted, bytes free
+_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # for these, the message states the sizes in bytes
+_PARTIAL = ".partial"  # suffix of an unfinished file or folder
+ErrorText = Callable[[Path, str, int | None, int | None], str]
+"""Writes an error message from the path, the reason, the bytes needed and the bytes free."""
 
 
-def unwritable(path: Path, reason: str, wanted: int | None, free: int | None) -> str:
-    """What is said of a file that cannot be written; ``wanted`` and ``free`` are bytes, where they are the reason."""
-    if wanted is None:
+def describe_write_error(path: Path, reason: str, size: int | None, free: int | None) -> str:
+    """Return the error message for a file that could not be written.
+
+    Args:
+        path: File to write.
+        reason: Reason given by the operating system.
+        size: Bytes needed; None unless space is the reason.
+        free: Bytes free on the disk; None if unknown.
+
+    Returns:
+        One sentence.
+    """
+    if size is None:
         return f"cannot write {path}: {reason}"
-    room = "" if free is None else f", {free:,} are free"
-    return f"{path}: could not be written ({reason}): wanted {wanted:,} bytes{room}"
+    available = "" if free is None else f", {free:,} are free"
+    return f"{path}: could not be written ({reason}): wanted {size:,} bytes{available}"
 
 
 @contextmanager
 def replace_file(
-    path: PathLike, wanted: int | None = None, *, temporary: str | None = None, sentence: Sentence = unwritable
+    path: PathLike,
+    size: int | None = None,
+    *,
+    temporary_name: str | None = None,
+    describe_error: ErrorText = describe_write_error,
 ) -> Iterator[BinaryIO]:
-    """A file open for writing that takes the place of ``path`` when the block ends, and vanishes when it fails.
+    """Open a temporary file that replaces ``path`` when the block ends, and is deleted if the block fails.
 
     Args:
-        path: file to write or to replace; folders above it are made.
-        wanted: bytes that will be written, as far as is known: they must be free before anything is, and are on the
-            disk before the name is. None, for what can be made again in a moment: neither is asked for.
-        temporary: name of the file until then, in the same folder. Default: with ``wanted`` the name of the file and
-            ".partial", so that the next run overwrites what a killed one left; without, a new one each time, so that
-            several processes may write at once.
-        sentence: how a failure is said.
+        path: File to create or replace. Missing parent folders are created.
+        size: Expected size in bytes. If given, the space is checked first, and the data is synced to disk before the
+            file gets its name. None skips both, for files that are cheap to write again.
+        temporary_name: Name of the temporary file, in the same folder. Default: the name of the file and ".partial" if
+            ``size`` is given, so that the next run overwrites what a killed run left; otherwise a unique name, so
+            that several processes can write at once.
+        describe_error: Function that writes the error message.
+
+    Yields:
+        The temporary file, open for binary writing.
 
     Raises:
-        OSError: one sentence with the path and the reason; a former file stays.
+        OSError: If the file cannot be written. The message names the path and the reason; an existing file is kept.
     """
     path = Path(path)
-    shared = temporary is not None or wanted is None
-    partial = path.with_name(temporary or (f".{uuid.uuid4().hex[:12]}.tmp" if shared else path.name + _PARTIAL))
+    unique = temporary_name is not None or size is None
+    partial = path.with_name(temporary_name or (f".{uuid.uuid4().hex[:12]}.tmp" if unique else path.name + _PARTIAL))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if wanted is not None and wanted > shutil.disk_usage(path.parent).free:
+        if size is not None and size > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
-            with partial.open("xb" if shared else "wb") as file:
+            with partial.open("xb" if unique else "wb") as file:
                 yield file
-                if wanted is not None:
+                if size is not None:
                     file.flush()
                     os.fsync(file.fileno())
             os.replace(partial, path)
-        except BaseException:  # Ctrl-C too
-            with suppress(OSError):  # it was never made
+        except BaseException:  # includes Ctrl-C
+            with suppress(OSError):  # the file may not exist yet
                 partial.unlink()
             raise
-        if wanted is not None:
-            _sync(path.parent)  # the rename itself
+        if size is not None:
+            _sync_folder(path.parent)  # makes the rename durable
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps what the file raised
-        # An error without a number, or one that names another file, is not of writing this one.
-        if not isinstance(cause, OSError) or cause.errno is None or not _of(cause.filename, partial, path):
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps the file's error
+        # Errors without a number, and errors about other files, come from the caller's block: raise them unchanged.
+        if not isinstance(cause, OSError) or cause.errno is None or not _concerns(cause.filename, partial, path):
             raise
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else None
-        if cause.errno not in _ROOM:
-            wanted = free = None
-        failure = OSError(sentence(path, cause.strerror or str(cause), wanted, free))
+        if cause.errno not in _SPACE_ERRORS:
+            size = free = None
+        failure = OSError(describe_error(path, cause.strerror or str(cause), size, free))
         failure.errno = cause.errno
         raise failure from cause
 
 
 @contextmanager
 def create_folder(path: PathLike) -> Iterator[Path]:
-    """A folder to fill whose content is at ``path`` when the block ends, and vanishes when it fails.
+    """Create a temporary folder whose content moves to ``path`` when the block ends, and is deleted if it fails.
 
-    Until then it is ``.NAME.partial`` beside ``path``, or, where that is an empty folder (perhaps a mount, or the one
-    we are in), ``.partial`` within; it is locked, and what a killed run left there is emptied.
+    The temporary folder is ``.NAME.partial`` beside ``path``. If ``path`` is an existing empty folder, which may be a
+    mount point or the working directory, it is ``.partial`` inside ``path``. It is locked while in use, and content
+    left by a killed run is removed.
 
     Args:
-        path: a folder that is not there or is empty; those above it are made.
+        path: Folder that does not exist or is empty. Missing parent folders are created.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        ValueError: there is something at ``path``, or another process is filling it.
+        ValueError: If ``path`` is a file or a folder with content, or if another process is filling it.
     """
     path = Path(os.path.abspath(path))
-    _refuse_full(path)
-    within = path.is_dir()
-    partial = path / _PARTIAL if within else path.with_name(f".{path.name}{_PARTIAL}")
+    _check_new_or_empty(path)
+    inside = path.is_dir()
+    partial = path / _PARTIAL if inside else path.with_name(f".{path.name}{_PARTIAL}")
     with lock_folder(partial, path):
         try:
-            for left in partial.iterdir():
-                _remove(left)
+            for leftover in partial.iterdir():
+                _remove(leftover)
             yield partial
-            _refuse_full(path)  # something may have come meanwhile
-            if within:
-                _move_up(partial, path)
+            _check_new_or_empty(path)  # another process may have written there in the meantime
+            if inside:
+                _move_content(partial, path)
             else:
                 os.replace(partial, path)
-        except BaseException:  # Ctrl-C too
+        except BaseException:  # includes Ctrl-C
             _remove(partial)
             raise
 
 
 @contextmanager
-def lock_folder(folder: Path, named: PathLike | None = None) -> Iterator[None]:
-    """Only one process at a time is in this block with ``folder``, which is made; ``named`` says it in the error.
+def lock_folder(folder: Path, reported_path: PathLike | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on a folder for the length of the block.
+
+    Args:
+        folder: Folder to lock; created if missing.
+        reported_path: Path to name in the error message. Default: ``folder``.
 
     Raises:
-        ValueError: another one is.
+        ValueError: If another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -122,21 +148,21 @@ def lock_folder(folder: Path, named: PathLike | None = None) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{named or folder}: wanted a folder for this run alone, got another that fills it"
+                f"{reported_path or folder}: wanted a folder that no other process writes to, got one in use"
             ) from None
         yield
     finally:
         os.close(lock)
 
 
-def _move_up(partial: Path, path: Path) -> None:
-    """Move what is in ``partial`` to ``path``, all or nothing."""
+def _move_content(source: Path, target: Path) -> None:
+    """Move everything in ``source`` to ``target``; if one move fails, remove what was moved."""
     moved = []
     try:
-        for child in sorted(partial.iterdir()):
-            moved.append(path / child.name)
+        for child in sorted(source.iterdir()):
+            moved.append(target / child.name)
             os.replace(child, moved[-1])
-        partial.rmdir()
+        source.rmdir()
     except BaseException:
         for child in moved:
             _remove(child)
@@ -144,29 +170,30 @@ def _move_up(partial: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder that may not be there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _refuse_full(path: Path) -> None:
-    """Refuse a file, and a folder that holds anything but what a killed run left."""
+def _check_new_or_empty(path: Path) -> None:
+    """Raise ValueError if ``path`` is a file or a folder with content; a leftover ``.partial`` does not count."""
     if path.is_dir():
-        inside = min((child.name for child in path.iterdir() if child.name != _PARTIAL), default=None)
-        if inside is not None:
-            raise ValueError(f"{path}: wanted a new or an empty folder, got one that holds {inside}")
+        first = min((child.name for child in path.iterdir() if child.name != _PARTIAL), default=None)
+        if first is not None:
+            raise ValueError(f"{path}: wanted a new or an empty folder, got one that holds {first}")
     elif os.path.lexists(path):
         raise ValueError(f"{path}: wanted a new or an empty folder, got a file")
 
 
-def _of(filename: PathLike | int | None, partial: Path, path: Path) -> bool:
-    """Whether an error with this file name comes from writing ``path``; one of an open file has none."""
+def _concerns(filename: PathLike | int | None, partial: Path, path: Path) -> bool:
+    """Whether an error with this file name is about writing ``path``; errors of open files carry no name."""
     return not isinstance(filename, (str, os.PathLike)) or Path(filename) in (partial, path, *path.parents)
 
 
-def _sync(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
+    """Sync a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -25,9 +25,9 @@ import PIL
 import torch
 
 from recontrast.data.atomic import replace_file
-from recontrast.data.images import Size, height_width, image_size, read_image
+from recontrast.data.images import Size, image_size, parse_size, read_image
 from recontrast.data.listing import PathLike
-from recontrast.data.tiles import Tiles, count
+from recontrast.data.tiles import Tiles, count_tiles
 
 FORMAT = 2  # raised where pixels or file change: 2 is resized across, then down
 _PREFIX = "images-"
@@ -72,16 +72,16 @@ class ImageCache:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._files = [Path(getattr(sample, "path", sample)) for sample in samples]
-        self._size = height_width(size, "size")
-        self._crop = None if crop is None else height_width(crop, "crop")
+        self._size = parse_size(size, "size")
+        self._crop = None if crop is None else parse_size(crop, "crop")
         if workers is not None and workers < 1:
             raise ValueError(f"ImageCache: workers must be at least 1, got {workers}")
         self._workers = workers or len(os.sched_getaffinity(0))
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)
-        self.first = [*accumulate((self._count(path) for path in self._files), initial=0)]
+        self.offsets = [*accumulate((self._count(path) for path in self._files), initial=0)]
         side = (self._crop or self._size) if tile is None else (tile, tile)
-        self.shape = (self.first[-1], *side, 3)
+        self.shape = (self.offsets[-1], *side, 3)
         self.path: Path | None = None
         if directory is None or not self._files:
             self._images = np.empty(self.shape, np.uint8)
@@ -143,7 +143,7 @@ class ImageCache:
         """Decode every file and hand it to ``keep`` on a thread; the first failure in list order is raised."""
 
         def work(i: int) -> None:
-            for place, pixels in enumerate(self._images_of(self._files[i]), self.first[i]):
+            for place, pixels in enumerate(self._images_of(self._files[i]), self.offsets[i]):
                 keep(place, pixels)
 
         pool = ThreadPoolExecutor(self._workers)  # PIL decodes and resizes without holding the interpreter's lock
@@ -154,7 +154,7 @@ class ImageCache:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _count(self, path: Path) -> int:
-        return 1 if self._tile is None else count(image_size(path), *self._tile)
+        return 1 if self._tile is None else count_tiles(image_size(path), *self._tile)
 
     def _images_of(self, path: Path) -> Iterator[np.ndarray]:
         if self._tile is None:
@@ -173,7 +173,7 @@ class ImageCache:
         total = _HEADER + len(self) * self._image_bytes
         checksums = np.zeros(len(self), "<u4")
         temporary = f".{path.name}.{uuid.uuid4().hex}.tmp"  # its own: several processes may build the same
-        with replace_file(path, wanted=total, temporary=temporary, sentence=_unwritable) as file:
+        with replace_file(path, size=total, temporary_name=temporary, describe_error=_unwritable) as file:
 
             def keep(i: int, pixels: np.ndarray) -> None:
                 checksums[i] = zlib.crc32(pixels.data)
@@ -206,7 +206,7 @@ def _write(file: int, data: bytes, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _unwritable(path: Path, reason: str, wanted: int | None, free: int | None) -> str:
-    if wanted is None:
+def _unwritable(path: Path, reason: str, size: int | None, free: int | None) -> str:
+    if size is None:
         return f"{path}: wanted to write decoded images, got {reason!r}"
-    return f"{path}: wanted to write {wanted} bytes of decoded images, got {reason!r}, {free} bytes free"
+    return f"{path}: wanted to write {size} bytes of decoded images, got {reason!r}, {free} bytes free"

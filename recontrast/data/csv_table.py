@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """One line of a table, by column."""
 
     place: str  # file and line, as errors begin
@@ -18,7 +18,7 @@ class Line:
         return self.cells[column]
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[Line]:
+def read_table(path: Path, columns: Sequence[str]) -> list[TableRow]:
     """Read a CSV file.
 
     Args:
@@ -28,7 +28,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Line]:
     Returns:
         Its lines, at least one; empty ones are passed over.
     """
-    lines: list[Line] = []
+    lines: list[TableRow] = []
     seen: dict[str, str] = {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -43,7 +43,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Line]:
                     continue
                 if len(row) != len(header):
                     raise ValueError(f"{place}: wanted {len(header)} cells, one for each column, got {len(row)}")
-                line = Line(place, {name: cell.strip() for name, cell in zip(header, row, strict=True)})
+                line = TableRow(place, {name: cell.strip() for name, cell in zip(header, row, strict=True)})
                 key = line[columns[0]]
                 if key in seen:
                     raise ValueError(f"{place}: wanted each {columns[0]} once, got {key} of {seen[key]} again")

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from recontrast.data.listing import PathLike, images_below, is_hidden, is_image, list_images, natural
+from recontrast.data.listing import PathLike, find_images, is_hidden, is_image, list_images, natural_sort_key
 
 GOOD = "good"  # the folder of normal images, and the `defect` of a normal sample
 
@@ -179,7 +179,7 @@ def _category(here: Path, name: str) -> list[Sample]:
 def _masks(ground_truth: Path) -> dict[str, Path]:
     """Mask files by relative path without suffix; those of good images, which can only be black, are left out."""
     masks: dict[str, Path] = {}
-    for path in images_below(ground_truth):
+    for path in find_images(ground_truth):
         relative = path.relative_to(ground_truth)
         if relative.parts[0] == GOOD:
             continue
@@ -192,7 +192,9 @@ def _masks(ground_truth: Path) -> dict[str, Path]:
 
 def _folders(path: Path) -> list[Path]:
     """Visible folders directly below ``path``, in natural order."""
-    return sorted((p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name)), key=lambda p: natural(p.name))
+    return sorted(
+        (p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name)), key=lambda p: natural_sort_key(p.name)
+    )
 
 
 def _must_be_folder(path: Path, what: str) -> None:

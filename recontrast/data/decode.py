@@ -33,23 +33,23 @@ _UPRIGHT = {
 
 def decode(path: PathLike, max_pixels: int) -> Image.Image:
     """All pixels of the first picture of a file, turned upright by its EXIF orientation, in the file's own mode."""
-    with _opened(path, max_pixels) as image, one_sentence(path):
+    with _opened(path, max_pixels) as image, convert_decoder_errors(path):
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             # its load() checks PIL's limit, but only where it makes the memory itself
             image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
-        return upright(image)
+        return apply_orientation(image)
 
 
-def upright(image: Image.Image) -> Image.Image:
+def apply_orientation(image: Image.Image) -> Image.Image:
     """The picture turned by its EXIF orientation, loaded; itself where it has none."""
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:
+def read_upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:
     """Height and width that `decode` would give, from the header alone."""
-    with _opened(path, max_pixels) as image, one_sentence(path):
+    with _opened(path, max_pixels) as image, convert_decoder_errors(path):
         if isinstance(image, TiffImagePlugin.TiffImageFile):  # whether .size is upright depends on Pillow's version
             width, height, turned = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, _ORIENTATION))
         else:
@@ -58,7 +58,7 @@ def upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:
 
 
 @contextmanager
-def one_sentence(path: PathLike) -> Iterator[None]:
+def convert_decoder_errors(path: PathLike) -> Iterator[None]:
     """Turn whatever a decoder of PIL raises (OSError, SyntaxError, struct.error, ...) into a ValueError."""
     try:
         yield
@@ -83,7 +83,7 @@ def _opened(path: PathLike, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
             got = f"a file that starts with {start!r}" if start else "an empty file"
             raise ValueError(f"{path}: wanted a PNG, JPEG, BMP, TIFF or WebP image, got {got}")
         file.seek(0)
-        with one_sentence(path):
+        with convert_decoder_errors(path):
             image = plugin(file, "")  # without a name PIL does not map the file, which could shrink meanwhile
         if image.width * image.height > max_pixels:
             raise ValueError(

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from recontrast.data import datasets
-from recontrast.data.csv_table import Line, read_table
+from recontrast.data.csv_table import TableRow, read_table
 from recontrast.data.datasets import GOOD
 from recontrast.data.decode import decode
 from recontrast.data.fundus import read_fundus
@@ -41,7 +41,7 @@ class Entry:
 Plan = tuple[Path, list[Entry]]  # where the download was found, and what is made of it
 
 
-def mvtec(source: Path) -> Plan:
+def read_mvtec(source: Path) -> Plan:
     """MVTec AD as it unpacks: CATEGORY/{train,test,ground_truth}, and any other data set in its layout."""
     alone = (source / "train").is_dir()
     root = source if alone else _root(source, "*/train", f"CATEGORY/train/{GOOD}, as MVTec AD unpacks")
@@ -53,14 +53,14 @@ def mvtec(source: Path) -> Plan:
     return root, entries
 
 
-def visa(source: Path) -> Plan:
+def read_visa(source: Path) -> Plan:
     """VisA: its download arranged by its own split_csv/1cls.csv, or what its authors' script made of it.
 
     Normal images are good, all others bad; every value of a mask that is not zero becomes 255.
     """
     table = "split_csv/1cls.csv"
     if not _holders(source, table) and _holders(source, "*/train"):
-        return mvtec(source)
+        return read_mvtec(source)
     root = _root(source, table, f"{table} of the VisA download, or the one-class layout CATEGORY/train/{GOOD}")
     entries, absent = [], _Absent(root)
     for line in read_table(root / table, ("image", "object", "split", "label", "mask")):
@@ -77,12 +77,12 @@ def visa(source: Path) -> Plan:
         if not good:
             mask = absent.check(line, line["mask"], "mask")
             target = f"{category}/ground_truth/{BAD}/{PurePosixPath(name).with_suffix('.png')}"
-            entries.append(Entry(target, mask, partial(binary_mask, image=image)))
+            entries.append(Entry(target, mask, partial(binarise_mask, image=image)))
     absent.refuse()
     return root, entries
 
 
-def aptos(source: Path) -> Plan:
+def read_aptos(source: Path) -> Plan:
     """APTOS 2019: train.csv and train_images/; the images without labels are not used.
 
     Grade 0 is normal. Its images are shuffled in the order of the table, and the first thousand are for training.
@@ -106,7 +106,7 @@ def aptos(source: Path) -> Plan:
     return root, drawn + entries
 
 
-def oct2017(source: Path) -> Plan:
+def read_oct2017(source: Path) -> Plan:
     """OCT2017 (CellData/OCT of ZhangLabData): train/NORMAL for training, all of test/ for the test."""
     root = _root(source, "train/NORMAL", "train/NORMAL and test/NORMAL, as OCT2017 unpacks")
     if not (root / "test" / "NORMAL").is_dir():
@@ -123,7 +123,7 @@ def oct2017(source: Path) -> Plan:
     return root, entries
 
 
-def isic2018(source: Path) -> Plan:
+def read_isic2018(source: Path) -> Plan:
     """ISIC 2018 Task 3: naevi (NV) of the training set for training, all of the validation set for the test."""
     first = "ISIC2018_Task3_Training_Input"
     root = _root(source, first, f"{first}, ..._GroundTruth and the same of Validation, as ISIC 2018 Task 3 unpacks")
@@ -148,7 +148,7 @@ def isic2018(source: Path) -> Plan:
     return root, entries
 
 
-def binary_mask(path: Path, image: Path) -> np.ndarray | None:
+def binarise_mask(path: Path, image: Path) -> np.ndarray | None:
     """The mask with every value that is not zero as 255, (H, W) uint8; None where it is so already."""
     decoded = decode(path, MAX_PIXELS)
     wanted, got = image_size(image), (decoded.height, decoded.width)
@@ -170,7 +170,7 @@ class _Absent:
     def __init__(self, root: Path) -> None:
         self.root, self.first, self.count = root, "", 0
 
-    def check(self, line: Line, name: str, what: str = "image") -> Path:
+    def check(self, line: TableRow, name: str, what: str = "image") -> Path:
         """The file ``name`` below the root that ``line`` names."""
         relative = PurePosixPath(name)
         if not is_image(relative.name) or relative.is_absolute() or ".." in relative.parts:

@@ -18,7 +18,7 @@ def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
 
     Returns:
         "count"; "digest": SHA-256 of all pixels in their order, which tells a resumed run's data from others; "each":
-        the `fingerprint` of each file, or of each image where they come from no files, one after the other.
+        the `compute_fingerprint` of each file, or of each image where they come from no files, one after the other.
     """
     total = hashlib.sha256()
     first = getattr(images, "first", range(len(images) + 1))  # of `ImageCache`: a file may be several tiles
@@ -38,7 +38,7 @@ def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
     return {"count": len(images), "digest": total.hexdigest(), "each": "".join(one.hexdigest() for one in sums)}
 
 
-def fingerprint(pixels: NDArray[np.uint8]) -> str:
+def compute_fingerprint(pixels: NDArray[np.uint8]) -> str:
     """Tells an image from any other: BLAKE2b, 8 bytes in hex, of its pixels as the network is given them.
 
     Args:
@@ -47,7 +47,7 @@ def fingerprint(pixels: NDArray[np.uint8]) -> str:
     return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=_BYTES).hexdigest()
 
 
-def fingerprints(images: Mapping[str, Any]) -> frozenset[str]:
+def read_fingerprints(images: Mapping[str, Any]) -> frozenset[str]:
     """Those in what `describe_images` said; none in what was said before there were any."""
     each = images.get("each", "")
     return frozenset(each[place : place + 2 * _BYTES] for place in range(0, len(each), 2 * _BYTES))

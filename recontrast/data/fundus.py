@@ -1,6 +1,6 @@
 """Fundus photographs cut to the eye, as the reference prepares APTOS 2019 (`fundus_crop` of its prepare_aptos.py).
 
-The eye is the largest 8-connected region where the three channels sum to more than `DARK`. A square around its
+The eye is the largest 8-connected region where the three channels sum to more than `DARK_LEVEL`. A square around its
 centroid, with the longer side of its bounding box and `MARGIN` pixels more on each side, is cut out, black where it
 leaves the photograph, and resized as OpenCV's ``INTER_LINEAR`` does it for bytes: no antialiasing, 11-bit weights,
 roundings included. So the pixels are those that the published figures were measured on.
@@ -11,7 +11,7 @@ import numpy as np
 from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
 
-DARK = 30  # of 765: the sum of a pixel's channels that the black around the eye does not exceed
+DARK_LEVEL = 30  # of 765: the sum of a pixel's channels that the black around the eye does not exceed
 MARGIN = 5  # pixels
 SIDE = 512  # pixels of the result
 _BITS = 11  # of the weights, in OpenCV
@@ -20,13 +20,13 @@ _BITS = 11  # of the weights, in OpenCV
 def read_fundus(path: PathLike) -> np.ndarray:
     """Decode a fundus photograph, cut to the eye: (SIDE, SIDE, 3) uint8, RGB."""
     image = read_image(path)
-    square = eye_square(image)
+    square = find_eye_square(image)
     if square is None:
-        raise ValueError(f"{path}: wanted a fundus photograph, got one without a pixel brighter than {DARK}")
-    return resize_linear(cut(image, *square), SIDE)
+        raise ValueError(f"{path}: wanted a fundus photograph, got one without a pixel brighter than {DARK_LEVEL}")
+    return resize_linear(crop_with_padding(image, *square), SIDE)
 
 
-def eye_square(image: np.ndarray) -> tuple[int, int, int, int] | None:
+def find_eye_square(image: np.ndarray) -> tuple[int, int, int, int] | None:
     """Where to cut.
 
     Args:
@@ -36,7 +36,7 @@ def eye_square(image: np.ndarray) -> tuple[int, int, int, int] | None:
         Top, left, bottom, right in pixels, which may lie outside the image; None where all is dark.
     """
     red, green, blue = (image[:, :, channel].astype(np.uint16) for channel in range(3))
-    rows, starts, ends = largest_region(red + green + blue > DARK)
+    rows, starts, ends = find_largest_region(red + green + blue > DARK_LEVEL)
     if not len(rows):
         return None
     lengths = ends - starts
@@ -47,7 +47,7 @@ def eye_square(image: np.ndarray) -> tuple[int, int, int, int] | None:
     return (*(low - MARGIN).tolist(), *(high + MARGIN).tolist())
 
 
-def largest_region(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def find_largest_region(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The largest 8-connected region, of equals the first in reading order.
 
     Args:
@@ -79,7 +79,7 @@ def largest_region(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return rows[mine], starts[mine], ends[mine]
 
 
-def cut(image: np.ndarray, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+def crop_with_padding(image: np.ndarray, top: int, left: int, bottom: int, right: int) -> np.ndarray:
     """The part of (H, W, C) uint8 between these pixels, black where it leaves the image."""
     result = np.zeros((bottom - top, right - left, image.shape[2]), image.dtype)
     part = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recontrast.data.images import Size, height_width, read_image
+from recontrast.data.images import Size, parse_size, read_image
 
 
 class ImageFiles:
@@ -24,37 +24,37 @@ class ImageFiles:
         """``pool`` decodes; None: the thread that asks."""
         unique = {os.path.abspath(path): path for path in reversed(paths)}
         self.paths = list(reversed(unique.values()))
-        self.unread: dict[int, str] = {}
+        self.errors: dict[int, str] = {}
         self._map: Any = map if pool is None else pool.map
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def resized(self, size: Size, crop: Size | None = None) -> "Resized":
+    def resized(self, size: Size, crop: Size | None = None) -> "ResizedImages":
         """All of them in one size, as `recontrast.inference.infer.infer` takes them."""
-        return Resized(self, size, crop)
+        return ResizedImages(self, size, crop)
 
     def read(self, place: int, size: Size | None = None, crop: Size | None = None) -> np.ndarray | None:
         """(H, W, 3) uint8, or None where the file cannot be read, with the reason in ``unread``."""
         try:
             return read_image(self.paths[place], size=size, crop=crop)
         except OSError as error:
-            self.unread[place] = f"{self.paths[place]}: {error.strerror or error}"
+            self.errors[place] = f"{self.paths[place]}: {error.strerror or error}"
         except ValueError as error:
-            self.unread[place] = str(error)
+            self.errors[place] = str(error)
         return None
 
-    def several(self, places: Sequence[int]) -> list[np.ndarray | None]:
+    def read_many(self, places: Sequence[int]) -> list[np.ndarray | None]:
         """`read` of many places at once, each in its own size."""
         return list(self._map(self.read, places))
 
 
-class Resized:
+class ResizedImages:
     """`ImageFiles` in one size; black in place of what could not be read."""
 
     def __init__(self, inputs: ImageFiles, size: Size, crop: Size | None) -> None:
         self.inputs, self.size, self.crop = inputs, size, crop
-        self.out = height_width(size if crop is None else crop, "size")
+        self.out = parse_size(size if crop is None else crop, "size")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -68,7 +68,7 @@ class Resized:
         return np.zeros((*self.out, 3), np.uint8) if found is None else found
 
 
-def result_names(paths: Sequence[Path]) -> list[Path]:
+def assign_result_names(paths: Sequence[Path]) -> list[Path]:
     """Where results go below the output folder: no two in one place.
 
     Folders below the one that all files share are kept, and so is a file's suffix where the names differ in nothing

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recontrast.data.decode import decode, one_sentence, upright_size
+from recontrast.data.decode import convert_decoder_errors, decode, read_upright_size
 from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
-from recontrast.data.memory import empty
+from recontrast.data.memory import allocate_pixels
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -157,7 +157,7 @@ def image_size(path: PathLike) -> tuple[int, int]:
         OSError: there is no such file, or it cannot be opened.
         ValueError: no image of these kinds, or more than `MAX_PIXELS`.
     """
-    return upright_size(path, MAX_PIXELS)
+    return read_upright_size(path, MAX_PIXELS)
 
 
 def normalise(
@@ -210,7 +210,7 @@ def _statistics(
         return tuple(torch.tensor(v, device=device).repeat(width) for v in ((255.0,) * 3, mean, std))
 
 
-def height_width(value: Size, name: str) -> tuple[int, int]:
+def parse_size(value: Size, name: str) -> tuple[int, int]:
     """A size in pixels as (h, w), checked.
 
     Args:
@@ -249,7 +249,7 @@ def _eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
         if values.min() < 0 or values.max() > full:
             raise ValueError(f"{path}: wanted samples from 0 to {full} (16 bits), got {values.min()} to {values.max()}")
         return Image.fromarray(((values * 255 + full // 2) // full).astype(np.uint8))  # (v + 128) // 257 for 16 bits
-    with one_sentence(path):
+    with convert_decoder_errors(path):
         if "transparency" in image.info:  # PIL warns, or looks for a replacement colour, where one is set
             image = image.copy()  # it may be the caller's
             del image.info["transparency"]
@@ -283,7 +283,7 @@ def _resize(image: Image.Image, size: Size | None) -> Image.Image:
     """
     if size is None:
         return image
-    height, width = height_width(size, "size")
+    height, width = parse_size(size, "size")
     across = image.resize((width, image.height), Image.Resampling.BILINEAR)
     return across.resize((width, height), Image.Resampling.BILINEAR)
 
@@ -292,7 +292,7 @@ def _centre(path: PathLike, image: Image.Image, crop: Size | None) -> Image.Imag
     """Centre crop with torchvision's rounding (half to even) of the margins."""
     if crop is None:
         return image
-    height, width = height_width(crop, "crop")
+    height, width = parse_size(crop, "crop")
     if height > image.height or width > image.width:
         raise ValueError(
             f"{path}: crop must fit into the image, wanted {height} x {width} of {image.height} x {image.width}"
@@ -308,7 +308,7 @@ def _cut(image: Image.Image, left: int, top: int, width: int, height: int) -> Im
 
 def _rgb(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of an image of mode L or RGB; strip by strip, as PIL's own way takes twice the memory."""
-    pixels = empty((image.height, image.width, 3))
+    pixels = allocate_pixels((image.height, image.width, 3))
     step = max(_STRIP // image.width, 1)
     for top in range(0, image.height, step):
         strip = np.asarray(_cut(image, 0, top, image.width, min(step, image.height - top)))

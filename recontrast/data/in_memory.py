@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recontrast.data.decode import upright
-from recontrast.data.images import Size, fit_picture, height_width, read_image
+from recontrast.data.decode import apply_orientation
+from recontrast.data.images import Size, fit_picture, parse_size, read_image
 
 WANTED = "a sequence of paths or PIL images, or an array (n, h, w, 3) or (n, h, w) of uint8, or of floats in [0, 1]"
 ROUNDING = 1e-6  # beyond [0, 1] in float arrays: what arithmetic in float32 leaves
@@ -35,8 +35,8 @@ class InMemoryImages:
     """
 
     def __init__(self, images: Any, size: Size, crop: Size | None = None) -> None:
-        self._items = items(images)
-        self._size, self._crop = height_width(size, "size"), None if crop is None else height_width(crop, "crop")
+        self._items = as_image_list(images)
+        self._size, self._crop = parse_size(size, "size"), None if crop is None else parse_size(crop, "crop")
         self.shape = (len(self._items), *(self._crop or self._size), 3)
 
     def __len__(self) -> int:
@@ -57,11 +57,11 @@ class InMemoryImages:
         if isinstance(item, str | os.PathLike):
             return read_image(item, size=self._size, crop=self._crop)
         name = f"image {place}"
-        picture = upright(item) if isinstance(item, Image.Image) else Image.fromarray(levels(item, name))
+        picture = apply_orientation(item) if isinstance(item, Image.Image) else Image.fromarray(to_uint8(item, name))
         return fit_picture(picture, size=self._size, crop=self._crop, name=name)
 
 
-def items(images: Any) -> list[Any]:
+def as_image_list(images: Any) -> list[Any]:
     """The images of whatever `InMemoryImages` takes, as a list of paths, PIL images and arrays; checks kinds only."""
     if isinstance(images, str | os.PathLike | Image.Image) or not hasattr(images, "__len__"):
         raise ValueError(f"images: wanted {WANTED}, got {_kind(images)}")
@@ -76,7 +76,7 @@ def items(images: Any) -> list[Any]:
     return found
 
 
-def levels(pixels: np.ndarray, name: str) -> np.ndarray:
+def to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
     """An array (h, w, 3) or (h, w) as uint8; ``name`` begins the sentence of an error."""
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or 0 in pixels.shape:
         raise ValueError(f"{name}: wanted an array (h, w, 3) or (h, w), got {pixels.shape}")

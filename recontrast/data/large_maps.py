@@ -35,7 +35,7 @@ def save_map(path: Path, anomaly: NDArray[np.float32], kind: str, top: float) ->
         raise ValueError(f"maps must be tiff16, tiff32, npy or none, got {kind!r}")
     height, width = anomaly.shape
     if kind == "npy":
-        with replace_file(path, wanted=anomaly.nbytes + HEADER) as file:
+        with replace_file(path, size=anomaly.nbytes + HEADER) as file:
             np.lib.format.write_array(file, np.ascontiguousarray(anomaly, np.float32))
         return
     try:
@@ -44,14 +44,14 @@ def save_map(path: Path, anomaly: NDArray[np.float32], kind: str, top: float) ->
         raise ImportError("maps as tiled TIFF need tifffile: pip install 'recontrast[tiles]'") from error
     dtype = np.dtype(np.uint16 if kind == "tiff16" else np.float32)
     number = math.ceil(height / SIDE) * math.ceil(width / SIDE)
-    with replace_file(path, wanted=number * (SIDE * SIDE * dtype.itemsize + 16) + HEADER) as file:
+    with replace_file(path, size=number * (SIDE * SIDE * dtype.itemsize + 16) + HEADER) as file:
         tifffile.imwrite(
             file, _tiles(anomaly, dtype, top), shape=anomaly.shape, dtype=dtype, tile=(SIDE, SIDE),
             photometric="minisblack", metadata=None,
         )  # fmt: skip
 
 
-def reduction(shape: tuple[int, int], limit: int = OVERLAY_PIXELS) -> int:
+def find_reduction(shape: tuple[int, int], limit: int = OVERLAY_PIXELS) -> int:
     """The smallest whole factor by which an image of ``shape`` (H, W) has at most ``limit`` pixels."""
     factor = math.isqrt(max(math.ceil(shape[0] * shape[1] / limit) - 1, 0)) + 1
     while math.ceil(shape[0] / factor) * math.ceil(shape[1] / factor) > limit:
@@ -59,7 +59,7 @@ def reduction(shape: tuple[int, int], limit: int = OVERLAY_PIXELS) -> int:
     return factor
 
 
-def reduce(pixels: NDArray[Any], factor: int, how: str) -> NDArray[Any]:
+def reduce_blocks(pixels: NDArray[Any], factor: int, how: str) -> NDArray[Any]:
     """Blocks of ``factor`` x ``factor`` pixels, fewer at the right and the lower edge, become one.
 
     Args:
@@ -86,13 +86,13 @@ def reduce(pixels: NDArray[Any], factor: int, how: str) -> NDArray[Any]:
     return found
 
 
-def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+def draw_overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     """`pictures.overlay`, strip by strip: what it needs beyond the result does not grow with the image."""
     found = np.empty(image.shape, np.uint8)
     step = max(STRIP // image.shape[1], 1)
     for begin in range(0, len(image), step):
         rows = slice(begin, begin + step)
-        found[rows] = heatmaps.overlay(image[rows], heat[rows])
+        found[rows] = heatmaps.draw_overlay(image[rows], heat[rows])
     return found
 
 
@@ -102,5 +102,5 @@ def _tiles(anomaly: NDArray[np.float32], dtype: np.dtype[Any], top: float) -> It
         for x in range(0, anomaly.shape[1], SIDE):
             part = anomaly[y : y + SIDE, x : x + SIDE]
             tile = np.zeros((SIDE, SIDE), dtype)
-            tile[: part.shape[0], : part.shape[1]] = heatmaps.levels(part, top) if dtype == np.uint16 else part
+            tile[: part.shape[0], : part.shape[1]] = heatmaps.to_uint16(part, top) if dtype == np.uint16 else part
             yield tile

@@ -15,7 +15,7 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     """Image files named by ``paths``.
 
     Args:
-        paths: one or more; a file is taken as it is, a folder is searched to the bottom (see `images_below`).
+        paths: one or more; a file is taken as it is, a folder is searched to the bottom (see `find_images`).
 
     Returns:
         Files in the order of ``paths``, a folder's in natural order; never empty for a folder.
@@ -27,7 +27,7 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if path.is_dir():
-            below = images_below(path)
+            below = find_images(path)
             if not below:
                 others = sum(1 for other in path.rglob("*") if other.is_file() and not is_hidden(other.name))
                 got = f"{others} of other kinds" if others else "none"
@@ -40,7 +40,7 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     return found
 
 
-def images_below(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> list[Path]:
     """Image files at any depth, in natural order of their relative paths; links are followed, hidden names are not."""
     found: list[Path] = []
     seen: set[str] = set()  # a link to a folder above would go round for ever
@@ -50,7 +50,7 @@ def images_below(folder: Path) -> list[Path]:
         if real not in seen:
             found += [Path(here, name) for name in files if is_image(name)]
         seen.add(real)
-    return sorted(found, key=lambda path: [natural(part) for part in path.relative_to(folder).parts])
+    return sorted(found, key=lambda path: [natural_sort_key(part) for part in path.relative_to(folder).parts])
 
 
 def is_image(name: str) -> bool:
@@ -63,6 +63,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
 
 
-def natural(name: str) -> tuple[list[int | str], str]:
+def natural_sort_key(name: str) -> tuple[list[int | str], str]:
     """Sort key by which image2 comes before image10."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))], name

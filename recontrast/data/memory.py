@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 LEAST = 1 << 25  # bytes: smaller images are not worth pages of their own
 
 
-def empty(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """An array of ``shape``, uint8; a large one in pages of its own, which `forget` can give back."""
+def allocate_pixels(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An array of ``shape``, uint8; a large one in pages of its own, which `release_rows` can give back."""
     size = math.prod(shape)
     if size < LEAST or not hasattr(mmap, "MADV_DONTNEED"):
         return np.empty(shape, np.uint8)
@@ -18,8 +18,13 @@ def empty(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return np.frombuffer(own, np.uint8).reshape(shape)
 
 
-def forget(pixels: NDArray[np.uint8], rows: int) -> None:
-    """Give back the memory of the first ``rows`` of what `empty` made: they are lost. Of any other array: nothing."""
+def release_rows(pixels: NDArray[np.uint8], rows: int) -> None:
+    """Return the memory of the first rows of an array from `allocate_pixels` to the system; their content is lost.
+
+    Args:
+        pixels: (H, W, C) uint8. Arrays with memory of any other kind are left as they are.
+        rows: Number of rows.
+    """
     base = pixels.base
     while isinstance(base, np.ndarray):
         base = base.base

@@ -9,7 +9,7 @@ hi * 2**11 + lo with lo from -1024 to 1023, and a pixel into 128 + p: these, and
 and in TF32.
 
 Pillow divides in float64. The two agree because n * 2**22 / S is never half-way between two whole numbers where
-S < 2**23, and else at least 1 / (2 S) away. `largest` says up to which size all of this holds.
+S < 2**23, and else at least 1 / (2 S) away. `max_exact_length` says up to which size all of this holds.
 """
 
 import math
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 DIGIT = 2048  # 2**11: two digits are the 22 bits of a weight in Pillow, 32 - 8 of a pixel - 2
 STEPS = (64, 64, 32, 32)  # powers of 2 that make 2**22; a remainder times 64 is an int32 while S < 2**25
-MOST = 60  # times smaller: with more, the sum of lo * p might pass 2**24
+MAX_REDUCTION = 60  # times smaller: with more, the sum of lo * p might pass 2**24
 
 
-def largest(out: int) -> int:
+def max_exact_length(out: int) -> int:
     """Pixels of the longest axis that becomes one of ``out`` exactly as with Pillow: 15,360 for 256."""
-    return min(MOST * out, math.isqrt(2**22 * out))
+    return min(MAX_REDUCTION * out, math.isqrt(2**22 * out))
 
 
-def coefficients(length: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def compute_coefficients(length: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Weights of the pixels of an axis for each pixel of the result, in units of 2**-22.
 
     Args:
@@ -80,7 +80,7 @@ def _down(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
     return _levels(sums[..., :out, :] + offset[:, :1], sums[..., out:, :] + offset[:, 1:])
 
 
-class Resize(nn.Module):
+class PillowResize(nn.Module):
     """Images of any size to ``out``, as `recontrast.data.images.read_image` has it.
 
     Args:
@@ -95,5 +95,5 @@ class Resize(nn.Module):
         """(N, H, W, 3) uint8 to (N, 3, *out) float32 whole numbers from 0 to 255."""
         (height, width), where = self.out, images.device
         high, wide = images.shape[1:3]
-        across = _across(images.permute(0, 3, 1, 2).float(), *coefficients(wide, width, where))
-        return _down(across, *coefficients(high, height, where))
+        across = _across(images.permute(0, 3, 1, 2).float(), *compute_coefficients(wide, width, where))
+        return _down(across, *compute_coefficients(high, height, where))

@@ -19,8 +19,8 @@ from recontrast.data.downloads import Entry
 from recontrast.data.heatmaps import save_png
 from recontrast.data.listing import PathLike
 
-MARK = "prepared.json"  # beside the categories: what was made of which download
-WAYS = ("hard links", "symbolic links", "copies", "pictures written")
+MARKER_FILE = "prepared.json"  # beside the categories: what was made of which download
+TRANSFER_METHODS = ("hard links", "symbolic links", "copies", "pictures written")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _published(table: str) -> dict[str, Counts]:
     return {name: Counts(int(train), int(good) + int(bad), int(good)) for name, train, good, bad in rows}
 
 
-PUBLISHED = {
+PUBLISHED_COUNTS = {
     "mvtec": _published(  # Bergmann et al., CVPR 2019, Table 1
         """
         bottle      209  20  63
@@ -90,16 +90,16 @@ PUBLISHED = {
     "isic2018": {"isic2018": Counts(6705, 193)},
 }
 READERS: dict[str, Callable[[Path], downloads.Plan]] = {
-    "mvtec": downloads.mvtec,
-    "visa": downloads.visa,
-    "aptos": downloads.aptos,
-    "oct2017": downloads.oct2017,
-    "isic2018": downloads.isic2018,
+    "mvtec": downloads.read_mvtec,
+    "visa": downloads.read_visa,
+    "aptos": downloads.read_aptos,
+    "oct2017": downloads.read_oct2017,
+    "isic2018": downloads.read_isic2018,
 }
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     """What was found, and what was made of it."""
 
     name: str
@@ -108,7 +108,7 @@ class Prepared:
     counts: dict[str, Counts]  # by category
     published: dict[str, Counts]
     warnings: list[str]  # a sentence for each category whose counts are not the published ones, one for those missing
-    files: dict[str, int]  # how many came in each of `WAYS`
+    files: dict[str, int]  # how many came in each of `TRANSFER_METHODS`
 
 
 def prepare(
@@ -119,7 +119,7 @@ def prepare(
     link: bool = True,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Prepared:
+) -> PreparedDataset:
     """Bring an original download into MVTec AD layout.
 
     Args:
@@ -141,19 +141,21 @@ def prepare(
     if name not in READERS:
         raise ValueError(f"prepare: wanted one of {', '.join(READERS)}, got {name!r}")
     root, entries = READERS[name](Path(source))
-    counts = count(entries, root)
-    warnings = compare(counts, PUBLISHED[name])
+    counts = count_images(entries, root)
+    warnings = compare_counts(counts, PUBLISHED_COUNTS[name])
     files: dict[str, int] = {}
     if out is not None:
         with create_folder(out) as folder:
             files = _fill(folder, os.path.realpath(out), entries, link, workers, on_progress)
             about = {"data": name, "source": os.path.abspath(root), "files": files}
             about |= {"images": {category: asdict(found) for category, found in counts.items()}}
-            (folder / MARK).write_text(json.dumps(about, indent=1) + "\n")
-    return Prepared(name, root, None if out is None else Path(out), counts, PUBLISHED[name], warnings, files)
+            (folder / MARKER_FILE).write_text(json.dumps(about, indent=1) + "\n")
+    return PreparedDataset(
+        name, root, None if out is None else Path(out), counts, PUBLISHED_COUNTS[name], warnings, files
+    )
 
 
-def count(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
+def count_images(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
     """Images by category, in the order in which the categories come; refuses two files of one name."""
     sources: dict[str, Path] = {}
     places: dict[str, list[str]] = {}
@@ -173,14 +175,14 @@ def count(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
     return found
 
 
-def total(counts: dict[str, Counts]) -> Counts:
+def sum_counts(counts: dict[str, Counts]) -> Counts:
     """The sum over all categories."""
     good = [one.good for one in counts.values() if one.good is not None]
     test = sum(one.test for one in counts.values())
     return Counts(sum(one.train for one in counts.values()), test, sum(good) if len(good) == len(counts) else None)
 
 
-def compare(found: dict[str, Counts], published: dict[str, Counts]) -> list[str]:
+def compare_counts(found: dict[str, Counts], published: dict[str, Counts]) -> list[str]:
     """A sentence for each category that differs from what was published, and one for all that are missing."""
     warnings = []
     for category, counts in found.items():
@@ -202,7 +204,7 @@ def _fill(
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, int]:
     """Put every file where it belongs below ``folder``, which will be ``final``; how many came in which way."""
-    ways = dict.fromkeys(WAYS, 0)
+    ways = dict.fromkeys(TRANSFER_METHODS, 0)
 
     def put(entry: Entry) -> str:
         target = folder / entry.target

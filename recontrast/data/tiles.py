@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast.data.memory import forget
+from recontrast.data.memory import release_rows
 
 
-def starts(length: int, tile: int, stride: int) -> list[int]:
+def tile_starts(length: int, tile: int, stride: int) -> list[int]:
     """First pixel of each tile along an axis of ``length`` pixels; at least one tile, no pixel without one."""
     if tile < 1 or not 1 <= stride <= tile:
         raise ValueError(f"tiles: wanted a tile of at least 1 px and a stride from 1 px to it, got {tile} and {stride}")
     return [*range(0, length - tile, stride), max(length - tile, 0)]
 
 
-def weights(length: int, tile: int, overlap: int) -> tuple[list[int], NDArray[np.float32]]:
+def tile_weights(length: int, tile: int, overlap: int) -> tuple[list[int], NDArray[np.float32]]:
     """A partition of unity along an axis: where tiles begin, and how much each of their pixels counts.
 
     Each tile's window rises as a squared sine over ``overlap`` pixels and falls likewise, so that what a network makes
@@ -37,7 +37,7 @@ def weights(length: int, tile: int, overlap: int) -> tuple[list[int], NDArray[np
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap: wanted from 0 to {tile - 1} px (tiles of {tile} px), got {overlap}")
-    first = starts(length, tile, tile - overlap)
+    first = tile_starts(length, tile, tile - overlap)
     window = np.ones(tile)
     if overlap:
         rise = np.sin(np.pi / 2 * (np.arange(overlap) + 0.5) / overlap) ** 2
@@ -49,9 +49,9 @@ def weights(length: int, tile: int, overlap: int) -> tuple[list[int], NDArray[np
     return first, np.stack([window / total[start : start + tile] for start in first]).astype(np.float32)
 
 
-def count(shape: tuple[int, int], tile: int, stride: int) -> int:
+def count_tiles(shape: tuple[int, int], tile: int, stride: int) -> int:
     """Number of tiles of an image of ``shape`` (H, W)."""
-    return len(starts(shape[0], tile, stride)) * len(starts(shape[1], tile, stride))
+    return len(tile_starts(shape[0], tile, stride)) * len(tile_starts(shape[1], tile, stride))
 
 
 class Tiles:
@@ -61,16 +61,16 @@ class Tiles:
         pixels: (H, W, 3) uint8; not copied, unless it is smaller than a tile.
         tile: side, pixels.
         stride: pixels from one tile to the next, at most ``tile``.
-        spend: the rows above those that are asked for may be given back (`pages.forget`): they are lost.
+        release: the rows above those that are asked for may be given back (`pages.forget`): they are lost.
 
     Attributes:
         corners: upper left pixel (y, x) of each tile.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8], tile: int, stride: int, *, spend: bool = False) -> None:
+    def __init__(self, pixels: NDArray[np.uint8], tile: int, stride: int, *, release: bool = False) -> None:
         height, width = pixels.shape[:2]
-        self.corners = [(y, x) for y in starts(height, tile, stride) for x in starts(width, tile, stride)]
-        self.tile, self._spend = tile, spend
+        self.corners = [(y, x) for y in tile_starts(height, tile, stride) for x in tile_starts(width, tile, stride)]
+        self.tile, self._release = tile, release
         missing = [(0, max(tile - height, 0)), (0, max(tile - width, 0)), (0, 0)]
         self._pixels = np.pad(pixels, missing, "symmetric") if height < tile or width < tile else pixels
 
@@ -83,6 +83,6 @@ class Tiles:
         found = np.empty((len(chosen), self.tile, self.tile, 3), np.uint8)
         for place, (y, x) in enumerate(chosen):
             found[place] = self._pixels[y : y + self.tile, x : x + self.tile]
-        if self._spend and chosen:
-            forget(self._pixels, min(y for y, _ in chosen))
+        if self._release and chosen:
+            release_rows(self._pixels, min(y for y, _ in chosen))
         return found

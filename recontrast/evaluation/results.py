@@ -192,7 +192,7 @@ class Result:
         paths = []
         for name, text in texts.items():
             paths.append(Path(folder) / name)
-            with replace_file(paths[-1], wanted=len(text)) as file:
+            with replace_file(paths[-1], size=len(text)) as file:
                 file.write(text.encode(errors="surrogateescape"))
         return paths
 

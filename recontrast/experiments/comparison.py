@@ -85,7 +85,7 @@ class Comparison:
         texts = {"json": json.dumps(self.to_dict(), indent=1) + "\n", "csv": self.to_csv(), "md": self.to_markdown()}
         for suffix, text in texts.items():
             path = folder / f"comparison.{suffix}"
-            with replace_file(path, wanted=len(text.encode())) as file:
+            with replace_file(path, size=len(text.encode())) as file:
                 file.write(text.encode())
             yield path
 

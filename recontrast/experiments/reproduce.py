@@ -22,7 +22,7 @@ from recontrast.experiments.comparison import Comparison, Line
 from recontrast.experiments.paper_tables import TABLES, Entry, Table
 from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
-from recontrast.recipes.recipe import Recipe, differences
+from recontrast.recipes.recipe import Recipe, list_differences
 from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
 from recontrast.training.state import FREE_ON_RESUME
@@ -178,7 +178,7 @@ def _write(folder: Path, recipe: Recipe, result: Result) -> None:
 def _finished(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:
     """Rows of the results in ``folder``; None where there are none; refused where they are of something else."""
     path, written = folder / "results.json", folder / yaml_file.FILE_NAME
-    if written.exists() and (differ := differences(yaml_file.read_recipe(written), recipe, ignore=FREE_ON_RESUME)):
+    if written.exists() and (differ := list_differences(yaml_file.read_recipe(written), recipe, ignore=FREE_ON_RESUME)):
         raise ValueError(
             f"{written}: wanted the recipe of this call, got another ({'; '.join(differ)}); name another --out"
         )

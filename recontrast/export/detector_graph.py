@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recontrast.anomaly_map import AnomalyMap
 from recontrast.calibration.conformal import Calibration
-from recontrast.data.pillow_resize import Resize
+from recontrast.data.pillow_resize import PillowResize
 from recontrast.models.fold import fold
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe, to_pair
@@ -32,7 +32,7 @@ class DetectorGraph(nn.Module):
     def __init__(self, model: ReContrast, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
         size, (height, width) = to_pair(recipe.size), recipe.out
-        self.resize = Resize(size)
+        self.resize = PillowResize(size)
         self.window = tuple(  # as in recontrast.data.images: margins round half to even
             slice(start, start + seen)
             for start, seen in ((round((size[0] - height) / 2), height), (round((size[1] - width) / 2), width))
@@ -56,7 +56,7 @@ class DetectorGraph(nn.Module):
         """Score images.
 
         Args:
-            image: (N, H, W, 3) uint8, RGB, any N, H and W from 1 to `recontrast.data.pillow_resize.largest`.
+            image: (N, H, W, 3) uint8, RGB, any N, H and W from 1 to `recontrast.data.pillow_resize.max_exact_length`.
 
         Returns:
             map: (N, height, width) float32, in the size of the network's input.

@@ -19,7 +19,7 @@ import torch
 
 import recontrast
 from recontrast.checkpoint import digest
-from recontrast.data.pillow_resize import largest
+from recontrast.data.pillow_resize import max_exact_length
 from recontrast.export.detector_graph import DetectorGraph
 from recontrast.export.verify import TOLERANCE, compare, draw
 from recontrast.inference.detector import CheckpointDetector
@@ -127,7 +127,7 @@ def describe(detector: CheckpointDetector) -> dict[str, Any]:
         "recipe": recipe.to_dict(),
         "preprocessing": {
             "input": "uint8 RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
-            "largest": [largest(length) for length in size],
+            "largest": [max_exact_length(length) for length in size],
             "size": size, "crop": crop, "resize": "Pillow's BILINEAR to the bit: across, rounded, then down",
             "mean": list(model.mean), "std": list(model.std),
         },

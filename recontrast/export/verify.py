@@ -69,8 +69,8 @@ def compare(
     with ThreadPoolExecutor() as pool:
         files = ImageFiles(paths, pool)
         wanted, got = (np.concatenate([s for _, s in d.run(files, 4)]).astype(float) for d in (detector, exported))
-        if files.unread:
-            raise ValueError(next(iter(files.unread.values())))
+        if files.errors:
+            raise ValueError(next(iter(files.errors.values())))
     apart = np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-12)
     worst = int(np.argmax(np.where(np.isnan(apart), np.inf, apart)))
     if not apart[worst] <= tolerance:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from recontrast.calibration.appearance_drift import describe_appearance
 from recontrast.calibration.conformal import PIXEL_RATE, RATE, Calibration, allowed_false_alarms, calibrate_maps
 from recontrast.checkpoint import Checkpoint, digest
-from recontrast.data.fingerprint import fingerprint, fingerprints
+from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.sources import Images
 from recontrast.data.tiles import Tiles
@@ -60,7 +60,7 @@ def calibrate(
 
 def refuse_training_images(option: str, paths: Sequence[Path], stored: Checkpoint) -> None:
     """A detector scores the images of its training lower than any others; of older checkpoints they are unknown."""
-    recipe, trained = stored.recipe, fingerprints(stored.images)
+    recipe, trained = stored.recipe, read_fingerprints(stored.images)
     if not trained:
         return
     files = ImageFiles(paths)
@@ -68,12 +68,12 @@ def refuse_training_images(option: str, paths: Sequence[Path], stored: Checkpoin
     def seen(place: int) -> bool:
         if recipe.tile is None:
             pixels = files.read(place, recipe.size, recipe.crop)
-            return pixels is not None and fingerprint(pixels) in trained
+            return pixels is not None and compute_fingerprint(pixels) in trained
         pixels = files.read(place)
         if pixels is None:  # said when it is to be scored
             return False
         tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
-        return fingerprint(tiles[range(len(tiles))]) in trained
+        return compute_fingerprint(tiles[range(len(tiles))]) in trained
 
     with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:  # whole images may be large
         found = [files.paths[place] for place, was in enumerate(pool.map(seen, range(len(files)))) if was]
@@ -106,10 +106,10 @@ def calibrate_files(
 
             found = calibrate_maps(run(), len(files), **options)
             seen = _appearance(detector, files)  # may find that a file cannot be read any more
-            if not files.unread:
+            if not files.errors:
                 return replace(found, looks=tuple(map(tuple, seen.tolist()))), unread
-            unread += [files.unread[place] for place in sorted(files.unread)]
-            paths = [path for place, path in enumerate(files.paths) if place not in files.unread]
+            unread += [files.errors[place] for place in sorted(files.errors)]
+            paths = [path for place, path in enumerate(files.paths) if place not in files.errors]
             if not paths:
                 raise ValueError(f"none of {len(unread)} images could be read: {unread[0]}")
 
@@ -127,5 +127,5 @@ def score_files(
         files = ImageFiles(paths, pool)
         scores = [score for _, some in detector.run(files, batch) for score in some.tolist()]
         seen = _appearance(detector, files)
-    kept = [place for place in range(len(scores)) if place not in files.unread]
-    return [scores[place] for place in kept], seen[kept], [files.unread[place] for place in sorted(files.unread)]
+    kept = [place for place in range(len(scores)) if place not in files.errors]
+    return [scores[place] for place in kept], seen[kept], [files.errors[place] for place in sorted(files.errors)]

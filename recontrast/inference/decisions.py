@@ -98,9 +98,9 @@ def find_regions(anomaly: np.ndarray, threshold: float, shape: Sequence[int], re
     top, left, height, width = map_extent(shape, recipe)
     warm = anomaly
     if anomaly.shape != (height, width):
-        warm = heatmaps.stretch(anomaly, (height, width))
+        warm = heatmaps.resize_map(anomaly, (height, width))
         if (anomaly > threshold).any() and not (warm > threshold).any():  # a mean cooled it: the image is smaller
-            warm = heatmaps.stretch(heatmaps.peaks(anomaly, (height, width)), (height, width))
+            warm = heatmaps.resize_map(heatmaps.reduce_to_peaks(anomaly, (height, width)), (height, width))
     labels, count = regions(warm > threshold)
     if not count:
         return []

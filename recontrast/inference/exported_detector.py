@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from recontrast.calibration.conformal import Calibration
 from recontrast.data.image_files import ImageFiles
-from recontrast.data.pillow_resize import largest
+from recontrast.data.pillow_resize import max_exact_length
 from recontrast.recipes.recipe import Recipe, to_pair
 
 FORMAT = 1  # raised when inputs, outputs or the text about them change their meaning
@@ -148,7 +148,7 @@ class ExportedDetector:
         group: list[NDArray[np.uint8]] = []
         for start in range(0, len(files), AHEAD):
             places = range(start, min(start + AHEAD, len(files)))
-            for place, image in zip(places, files.several(places), strict=True):
+            for place, image in zip(places, files.read_many(places), strict=True):
                 seen = self._whole(files, place, image)
                 room = min(batch, max(PIXELS // (seen.shape[0] * seen.shape[1]), 1))
                 if group and (len(group) >= room or group[0].shape != seen.shape):
@@ -167,10 +167,10 @@ class ExportedDetector:
         size = to_pair(self.recipe.size)
         if image is None:
             return np.zeros((*size, 3), np.uint8)
-        most = largest(size[0]), largest(size[1])
+        most = max_exact_length(size[0]), max_exact_length(size[1])
         if image.shape[0] <= most[0] and image.shape[1] <= most[1]:
             return image
-        files.unread[place] = (
+        files.errors[place] = (
             f"{files.paths[place]}: wanted an image that the resize of an exported detector reproduces, of at most "
             f"{most[0]} x {most[1]} px (height x width), got {image.shape[0]} x {image.shape[1]}"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
-from recontrast.data.tiles import Tiles, weights
+from recontrast.data.tiles import Tiles, tile_weights
 from recontrast.inference.infer import infer
 from recontrast.models.fold import Folded
 from recontrast.models.recontrast import ReContrast
@@ -128,13 +128,13 @@ def compute_tiled_map(
     tile, overlap = recipe.tile, resolve_overlap(recipe.tile, overlap)
     check_tiling(model, tile, overlap)
     height, width = pixels.shape[:2]
-    (tops, rows), (lefts, columns) = (weights(length, tile, overlap) for length in (height, width))
+    (tops, rows), (lefts, columns) = (tile_weights(length, tile, overlap) for length in (height, width))
     windows = [(y, x, r, c) for y, r in zip(tops, rows, strict=True) for x, c in zip(lefts, columns, strict=True)]
     found = np.zeros((height, width), np.float32)
     if next(model.parameters()).device.type == "cpu":
         batch = min(batch, max(AT_ONCE // tile**2, 1))
     place = 0
-    tiles = Tiles(pixels, tile, tile - overlap, spend=spend)
+    tiles = Tiles(pixels, tile, tile - overlap, release=spend)
     for maps, _ in infer(model, tiles, recipe, batch=batch, clock=clock):
         for anomaly in maps.cpu().numpy():
             y, x, row, column = windows[place]

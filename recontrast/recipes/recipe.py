@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from recontrast.recipes.validation import FIELD_RULES, REAL
+from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
 
 # Encoder BatchNorm of `recontrast_mvtec.py` and `recontrast_visa.py`: "chosen empirically" by its authors, by category.
 MVTEC_BN_EVAL = ("toothbrush", "leather", "grid", "tile", "wood", "screw")
@@ -130,7 +130,7 @@ class Recipe:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 value = tuple(value)
-            if field.name in REAL and isinstance(value, int) and not isinstance(value, bool):
+            if field.name in FLOAT_FIELDS and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
             if field.name == "betas" and isinstance(value, tuple) and all(type(v) is int for v in value):
                 value = tuple(float(v) for v in value)
@@ -224,7 +224,7 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def differences(one: Recipe, other: Recipe, ignore: tuple[str, ...] = ()) -> list[str]:
+def list_differences(one: Recipe, other: Recipe, ignore: tuple[str, ...] = ()) -> list[str]:
     """Each field in which two recipes differ.
 
     Args:

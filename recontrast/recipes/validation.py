@@ -5,22 +5,22 @@ from collections.abc import Callable
 from typing import Any
 
 # Whether a value will do, and the words for those that do.
-Rule = tuple[Callable[[Any], bool], str]
+FieldRule = tuple[Callable[[Any], bool], str]
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _whole(least: int) -> Rule:
+def _whole(least: int) -> FieldRule:
     return lambda v: _is_whole(v) and v >= least, f"a whole number of at least {least}"
 
 
-def _real(holds: Callable[[float], bool], wanted: str) -> Rule:
+def _real(holds: Callable[[float], bool], wanted: str) -> FieldRule:
     return lambda v: isinstance(v, float) and math.isfinite(v) and holds(v), wanted
 
 
-def _one_of(*choices: Any) -> Rule:
+def _one_of(*choices: Any) -> FieldRule:
     return lambda v: any(v is c or (isinstance(v, str) and v == c) for c in choices), "one of " + ", ".join(
         map(repr, choices)
     )
@@ -36,14 +36,14 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
 
-_EXTENT: Rule = (_is_extent, "a whole number of pixels or a pair (height, width)")
-_NAMES: Rule = (_is_names, "a list of category names")
-_FLAG: Rule = (lambda v: isinstance(v, bool), "true or false")
+_EXTENT: FieldRule = (_is_extent, "a whole number of pixels or a pair (height, width)")
+_NAMES: FieldRule = (_is_names, "a list of category names")
+_FLAG: FieldRule = (lambda v: isinstance(v, bool), "true or false")
 _RATE = _real(lambda v: v >= 0, "a number of at least 0")
 _ANY = _real(lambda v: True, "a number")
 _SHARE = _real(lambda v: 0 <= v <= 1, "a share from 0 to 1")
 
-FIELD_RULES: dict[str, Rule] = {
+FIELD_RULES: dict[str, FieldRule] = {
     "name": (lambda v: isinstance(v, str) and bool(v), "a name"),
     "backbone": (lambda v: isinstance(v, str) and bool(v), "the name of a timm model"),
     "weights": (lambda v: v is None or (isinstance(v, str) and bool(v)), 'none, a file, "package" or "random"'),
@@ -100,7 +100,7 @@ FIELD_RULES: dict[str, Rule] = {
     "checkpoint_every": _whole(1),
 }
 # Fields of real numbers: a whole one that is given for them is converted.
-REAL = (
+FLOAT_FIELDS = (
     "decoder_lr",
     "encoder_lr",
     "weight_decay",

@@ -57,7 +57,7 @@ def read_recipe(path: str | Path) -> Recipe:
 def write_recipe(path: str | Path, recipe: Recipe) -> Path:
     """Write all fields of ``recipe`` to a YAML file, whole or not at all."""
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True).encode()
-    with replace_file(path, wanted=len(text)) as file:
+    with replace_file(path, size=len(text)) as file:
         file.write(text)
     return Path(path)
 

@@ -16,7 +16,7 @@ class JsonLog:
         self.path = path
         kept = [line for line in read_log(path) if line["step"] <= keep] if keep else []
         text = b"".join(json.dumps(line).encode() + b"\n" for line in kept)
-        with replace_file(path, wanted=len(text)) as file:
+        with replace_file(path, size=len(text)) as file:
             file.write(text)
 
     def write(self, **values: Any) -> None:

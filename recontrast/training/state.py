@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from recontrast import checkpoint
 from recontrast.checkpoint import Checkpoint
 from recontrast.models.recontrast import ReContrast
-from recontrast.recipes.recipe import Recipe, differences, to_pair
+from recontrast.recipes.recipe import Recipe, list_differences, to_pair
 from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
 from recontrast.training.sampler import BatchSampler
@@ -104,7 +104,7 @@ def check_resumed(found: Checkpoint, path: str, recipe: Recipe, category: str) -
         raise ValueError(
             f"{path}: category: wanted the {found.category!r} that the run was begun with, got {category!r}"
         )
-    if differ := differences(found.recipe, recipe, ignore=FREE_ON_RESUME):
+    if differ := list_differences(found.recipe, recipe, ignore=FREE_ON_RESUME):
         raise ValueError(f"{path}: wanted the recipe that the run was begun with, got another ({'; '.join(differ)})")
 
 

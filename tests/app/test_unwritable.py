@@ -117,9 +117,9 @@ def test_a_full_disk_is_said_too(tmp_path, monkeypatch):
 
 def test_bytes_are_named_where_they_are_the_reason(open_folder):
     with somebody(), pytest.raises(OSError, match=rf"^cannot write {open_folder}/ro/a: Permission denied$"):
-        with replace_file(open_folder / "ro" / "a", wanted=7):
+        with replace_file(open_folder / "ro" / "a", size=7):
             raise AssertionError("never reached")
     for code, bytes_named in ((errno.EDQUOT, True), (errno.EFBIG, True), (errno.EIO, False)):
-        with pytest.raises(OSError, match="a: ") as caught, replace_file(open_folder / "a", wanted=7):
+        with pytest.raises(OSError, match="a: ") as caught, replace_file(open_folder / "a", size=7):
             raise OSError(code, os.strerror(code))
         assert ("wanted 7 bytes" in str(caught.value)) is bytes_named

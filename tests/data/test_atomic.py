@@ -17,7 +17,7 @@ def names(folder):
 
 def test_errors_of_other_files_stay_theirs(tmp_path):
     """Only what writing this file raised is said to be about this file."""
-    with pytest.raises(FileNotFoundError) as error, replace_file(tmp_path / "a", wanted=3):
+    with pytest.raises(FileNotFoundError) as error, replace_file(tmp_path / "a", size=3):
         (tmp_path / "elsewhere").read_bytes()
     assert error.value.filename == str(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=r"^no number$"), replace_file(tmp_path / "a"):
@@ -102,8 +102,8 @@ def test_folder_refuses_what_is_there(tmp_path):
 @pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
 def test_folder_of_a_killed_run_is_emptied(tmp_path, there):
     code = (
-        "import os, sys; from recontrast.data.atomic import new_folder\n"
-        "with new_folder(sys.argv[1]) as folder:\n"
+        "import os, sys; from recontrast.data.atomic import create_folder\n"
+        "with create_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'left' / 'deep').mkdir(parents=True); (folder / 'link').symlink_to('left')\n"
         "    os.kill(os.getpid(), 9)"
     )
@@ -123,7 +123,7 @@ def test_folder_is_filled_by_one_process(tmp_path):
     other = os.open(partial, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     try:
-        with pytest.raises(ValueError, match=r"out: wanted a folder for this run alone, got another that fills it$"):
+        with pytest.raises(ValueError, match=r"out: wanted a folder that no other process writes to, got one in use$"):
             with create_folder(tmp_path / "out"):
                 raise AssertionError("never reached")
         assert names(partial) == ["theirs"]

@@ -23,17 +23,17 @@ def test_square_is_that_of_the_reference(seed):
     image = blobs(random, random.integers(1, 60, 2), random.uniform(0.02, 0.9))
     bright = image.sum(-1) > 30
     if not bright.any():
-        assert fundus.eye_square(image) is None
+        assert fundus.find_eye_square(image) is None
         return
     labels = label(bright)
     region = max(regionprops(labels), key=lambda found: found.area)
     ours = np.zeros_like(bright)
-    for row, start, end in zip(*fundus.largest_region(bright), strict=True):
+    for row, start, end in zip(*fundus.find_largest_region(bright), strict=True):
         ours[row, start:end] = True
     np.testing.assert_array_equal(ours, labels == region.label)
     side = max(region.bbox[2] - region.bbox[0], region.bbox[3] - region.bbox[1])
     low, high = ((np.array(region.centroid) + sign * side / 2).astype(int) for sign in (-1, 1))
-    assert fundus.eye_square(image) == (*(low - 5), *(high + 5))
+    assert fundus.find_eye_square(image) == (*(low - 5), *(high + 5))
 
 
 def test_regions_of_a_long_way_round():
@@ -43,18 +43,21 @@ def test_regions_of_a_long_way_round():
         spiral[i, i : 61 - i] = spiral[60 - i, i : 61 - i] = spiral[i : 61 - i, 60 - i] = True
         spiral[i + 2 : 61 - i, i] = True
         spiral[i + 2, i : i + 3] = True
-    _, starts, ends = fundus.largest_region(spiral)
+    _, starts, ends = fundus.find_largest_region(spiral)
     assert (ends - starts).sum() == spiral.sum()
 
 
 def test_cut_is_black_outside():
     image = np.arange(1, 61, dtype=np.uint8).reshape(4, 5, 3)
-    np.testing.assert_array_equal(fundus.cut(image, 1, 2, 3, 5), image[1:3, 2:5])
-    got = fundus.cut(image, -2, -1, 6, 7)
+    np.testing.assert_array_equal(fundus.crop_with_padding(image, 1, 2, 3, 5), image[1:3, 2:5])
+    got = fundus.crop_with_padding(image, -2, -1, 6, 7)
     np.testing.assert_array_equal(got[2:6, 1:6], image)
     got[2:6, 1:6] = 0
     assert got.shape == (8, 8, 3) and not got.any()
-    assert not fundus.cut(image, 9, 9, 12, 12).any() and not fundus.cut(image, -9, -9, -2, -2).any()
+    assert (
+        not fundus.crop_with_padding(image, 9, 9, 12, 12).any()
+        and not fundus.crop_with_padding(image, -9, -9, -2, -2).any()
+    )
 
 
 def pattern(height, width):
@@ -109,7 +112,7 @@ def test_read_fundus(tmp_path):
     found = fundus.read_fundus(tmp_path / "eye.png")
     assert found.shape == (512, 512, 3) and found.dtype == np.uint8
     np.testing.assert_array_equal(found[256, 256], [200, 90, 20])
-    top, left, bottom, right = fundus.eye_square(image)
+    top, left, bottom, right = fundus.find_eye_square(image)
     assert top < -10 and bottom > 305  # as high as the eye is wide, and the margins
     for axis, low, high, start, length in ((0, left, right, 41, 319), (1, top, bottom, 0, 300)):
         places = np.nonzero((found[:, :, 0] > 100).any(axis))[0]

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from recontrast.data.images import fit_picture
-from recontrast.data.pillow_resize import MOST, Resize, coefficients, largest
+from recontrast.data.pillow_resize import MAX_REDUCTION, PillowResize, compute_coefficients, max_exact_length
 
 
 def pillow(images, out):
@@ -12,14 +12,14 @@ def pillow(images, out):
 
 
 def ours(images, out):
-    return Resize(out)(torch.from_numpy(images)).numpy()
+    return PillowResize(out)(torch.from_numpy(images)).numpy()
 
 
 def some(random):
     """Sizes up, down and across, one pixel and the largest scale among them."""
     for _ in range(100):
         out = tuple(random.integers(1, 80, 2).tolist())
-        yield tuple(min(int(2 ** random.uniform(0, 9)), MOST * o) for o in out), out
+        yield tuple(min(int(2 ** random.uniform(0, 9)), MAX_REDUCTION * o) for o in out), out
 
 
 def test_to_the_bit_on_many_sizes():
@@ -41,7 +41,7 @@ def test_to_the_bit_at_real_sizes(shape):
 
 @pytest.mark.parametrize(("length", "out"), [(1, 1), (1, 7), (7, 7), (8, 7), (6, 7), (1000, 17), (15360, 256)])
 def test_coefficients_are_those_of_float64(length, out):
-    digits, _ = coefficients(length, out)
+    digits, _ = compute_coefficients(length, out)
     weights = digits[:out].double() * 2048 + digits[out:].double()
     centre = (torch.arange(out, dtype=torch.float64) + 0.5) * length / out
     distance = (torch.arange(length) + 0.5 - centre.unsqueeze(1)).abs() / max(length / out, 1)
@@ -52,5 +52,5 @@ def test_coefficients_are_those_of_float64(length, out):
 
 
 def test_largest():
-    assert largest(256) == 15360 and largest(1) == 60 and largest(2048) == 92681
+    assert max_exact_length(256) == 15360 and max_exact_length(1) == 60 and max_exact_length(2048) == 92681
     assert 92681**2 <= 2**22 * 2048 < 92682**2

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from recontrast.app.cli import app
 from recontrast.data import datasets, downloads, fundus, images
 from recontrast.data import prepare as module
-from recontrast.data.prepare import PUBLISHED, Counts, prepare
+from recontrast.data.prepare import PUBLISHED_COUNTS, Counts, prepare
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_visa_in_one_class_layout(download, tmp_path):
     prepare("visa", download("visa"), tmp_path / "VisA_pytorch" / "1cls")
     made = prepare("visa", tmp_path / "VisA_pytorch", tmp_path / "out")
     assert listing(tmp_path / "out") == {"candle": VISA, "pcb1": VISA}
-    assert made.files == {"hard links": 16} and made.published is PUBLISHED["visa"]
+    assert made.files == {"hard links": 16} and made.published is PUBLISHED_COUNTS["visa"]
 
 
 def test_visa_masks_of_every_mode(tmp_path):
@@ -116,10 +116,10 @@ def test_visa_masks_of_every_mode(tmp_path):
     coloured[3:6, :, 1] = 9
     for picture in (Image.fromarray(levels), palette, Image.fromarray(coloured), Image.fromarray(levels.astype("u2"))):
         picture.save(tmp_path / "mask.png")
-        found = downloads.binary_mask(tmp_path / "mask.png", tmp_path / "image.png")
+        found = downloads.binarise_mask(tmp_path / "mask.png", tmp_path / "image.png")
         np.testing.assert_array_equal(found, (levels != 0) * np.uint8(255))
     Image.fromarray((levels != 0) * np.uint8(255)).save(tmp_path / "mask.png")
-    assert downloads.binary_mask(tmp_path / "mask.png", tmp_path / "image.png") is None  # right as it is: linked
+    assert downloads.binarise_mask(tmp_path / "mask.png", tmp_path / "image.png") is None  # right as it is: linked
 
 
 def test_aptos(download, tmp_path, few):
@@ -149,13 +149,13 @@ def test_aptos_split_is_that_of_the_reference(tmp_path):
     (tmp_path / "train_images").mkdir()
     for name in names:
         (tmp_path / "train_images" / f"{name}.png").touch()
-    _, entries = downloads.aptos(tmp_path)
+    _, entries = downloads.read_aptos(tmp_path)
     normal = names[:1805]
     random.seed(1)
     random.shuffle(normal)
     assert [entry.target for entry in entries[:1000]] == [f"aptos/train/good/{name}.png" for name in normal[:1000]]
     assert [entry.target for entry in entries[1000:1805]] == [f"aptos/test/good/{name}.png" for name in normal[1000:]]
-    assert module.count(entries, tmp_path)["aptos"] == Counts(1000, 810, 805)
+    assert module.count_images(entries, tmp_path)["aptos"] == Counts(1000, 810, 805)
 
 
 def test_oct2017(download, tmp_path):
@@ -261,7 +261,7 @@ def test_again(download, tmp_path, few, name):
     for path in tree(tmp_path / "a"):
         one, other = (tmp_path / out / path for out in ("a", "b"))
         assert one.is_dir() or one.read_bytes() == other.read_bytes()
-    about = json.loads((tmp_path / "a" / module.MARK).read_text())
+    about = json.loads((tmp_path / "a" / module.MARKER_FILE).read_text())
     assert about["data"] == name and about["files"] == first.files and about["source"] == str(first.source)
     with pytest.raises(ValueError, match=f"^{tmp_path / 'a'}: wanted a new or an empty folder, got one that holds "):
         prepare(name, source, tmp_path / "a")
@@ -296,8 +296,8 @@ def test_interrupted_and_begun_again(download, tmp_path):
 def test_published_counts():
     """The totals that the authors of the data sets, and the reference, state."""
     totals = {}
-    for name, table in PUBLISHED.items():
-        whole = module.total(table)
+    for name, table in PUBLISHED_COUNTS.items():
+        whole = module.sum_counts(table)
         totals[name] = (whole.train, whole.test, len(table))
     assert totals == {
         "mvtec": (3629, 1725, 15),
@@ -306,15 +306,15 @@ def test_published_counts():
         "oct2017": (26315, 1000, 1),
         "isic2018": (6705, 193, 1),
     }
-    assert sum(c.good for c in PUBLISHED["mvtec"].values()) == 467
-    assert all(c.test - c.good == 100 for c in PUBLISHED["visa"].values())
-    assert set(module.READERS) == set(PUBLISHED) == set(DOWNLOADS)
+    assert sum(c.good for c in PUBLISHED_COUNTS["mvtec"].values()) == 467
+    assert all(c.test - c.good == 100 for c in PUBLISHED_COUNTS["visa"].values())
+    assert set(module.READERS) == set(PUBLISHED_COUNTS) == set(DOWNLOADS)
 
 
 def test_differences_from_the_published_counts():
     published = {"a": Counts(3, 4, 2), "b": Counts(1, 1), "c": Counts(5, 5, 5)}
-    assert module.compare({**published, "b": Counts(1, 1, 1)}, published) == []
-    assert module.compare({"a": Counts(2, 4, 1), "b": Counts(1, 3, 1), "d": Counts(1, 0, 0)}, published) == [
+    assert module.compare_counts({**published, "b": Counts(1, 1, 1)}, published) == []
+    assert module.compare_counts({"a": Counts(2, 4, 1), "b": Counts(1, 3, 1), "d": Counts(1, 0, 0)}, published) == [
         "a: 2 train, published 3; 1 good of test, published 2",
         "b: 3 test, published 1",
         "d: 1 train, 0 test, not among the published categories",
@@ -343,7 +343,7 @@ def test_command(download, tmp_path):
 
 
 def test_command_with_the_published_counts(download, tmp_path, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, "isic2018", {"isic2018": Counts(3, 4)})
+    monkeypatch.setitem(PUBLISHED_COUNTS, "isic2018", {"isic2018": Counts(3, 4)})
     result = cli("isic2018", "--source", download("isic2018"), "--out", tmp_path / "out", "--copy")
     assert "all counts are the published ones" in result.stdout and "warning" not in result.output
     assert f"7 copies: {tmp_path / 'out'}\n" in result.stdout

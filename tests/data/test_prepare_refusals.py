@@ -149,11 +149,11 @@ def test_files_that_are_no_tables(refused, content, wanted):
 def test_tables_as_others_save_them(download):
     """A byte order mark, other line ends, other columns and order, blanks and empty lines change nothing."""
     source = download("aptos")
-    expected = downloads.aptos(source)
+    expected = downloads.read_aptos(source)
     rows = [line.split(",") for line in (source / "train.csv").read_text().splitlines()]
     text = "\r\n\r\n".join(f"{grade}, {name} ,x" for name, grade in rows)
     (source / "train.csv").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n,,\r\n")
-    assert downloads.aptos(source) == expected
+    assert downloads.read_aptos(source) == expected
 
 
 # ---- downloads that are not whole ------------------------------------------------------

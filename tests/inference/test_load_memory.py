@@ -57,9 +57,9 @@ def test_rows_of_a_large_image_are_given_back(monkeypatch):
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
-    pixels = memory.empty((4000, 3000, 3))
+    pixels = memory.allocate_pixels((4000, 3000, 3))
     pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
-    wanted, spent = Tiles(pixels.copy(), 256, 192), Tiles(pixels, 256, 192, spend=True)
+    wanted, spent = Tiles(pixels.copy(), 256, 192), Tiles(pixels, 256, 192, release=True)
     before = resident()
     for place in range(0, len(wanted), 4):
         index = np.arange(place, min(place + 4, len(wanted)))
@@ -67,5 +67,5 @@ def test_rows_of_a_large_image_are_given_back(monkeypatch):
     assert before - resident() > 0.8 * pixels.nbytes
     assert not pixels[:3000].any() and pixels[-1].any()
     own = np.ones((64, 64, 3), np.uint8)
-    Tiles(own, 32, 32, spend=True)[[2]]
+    Tiles(own, 32, 32, release=True)[[2]]
     assert own.all(), "the caller's own arrays stay"

@@ -16,7 +16,7 @@ from recontrast import metrics
 from recontrast.anomaly_map import AnomalyMap
 from recontrast.data import datasets, heatmaps, images, large_maps
 from recontrast.data.cache import ImageCache
-from recontrast.data.tiles import Tiles, count, starts, weights
+from recontrast.data.tiles import Tiles, count_tiles, tile_starts, tile_weights
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.inference.infer import infer
 from recontrast.inference.tiling import compute_tiled_map, score_map
@@ -46,8 +46,8 @@ def model():
 @given(st.integers(1, 300), st.integers(1, 70), st.data())
 def test_tiles_cover_and_weights_add_up_to_one(length, tile, data):
     overlap = data.draw(st.integers(0, tile - 1))
-    first, each = weights(length, tile, overlap)
-    assert first == starts(length, tile, tile - overlap) == sorted(set(first))
+    first, each = tile_weights(length, tile, overlap)
+    assert first == tile_starts(length, tile, tile - overlap) == sorted(set(first))
     assert first[-1] + tile == max(length, tile) and (each > 0).all()
     total = np.zeros(max(length, tile))
     for start, window in zip(first, each, strict=True):
@@ -56,7 +56,7 @@ def test_tiles_cover_and_weights_add_up_to_one(length, tile, data):
 
 
 def test_what_lies_at_the_border_of_a_tile_counts_least():
-    _, each = weights(1000, 256, 64)
+    _, each = tile_weights(1000, 256, 64)
     assert (each[0][:192] == 1).all() and each[0][-1] < 2e-4 and each[1][0] < 2e-4
     assert each[1][32] == pytest.approx(0.5, abs=0.02)
 
@@ -64,7 +64,7 @@ def test_what_lies_at_the_border_of_a_tile_counts_least():
 def test_tiles_are_parts_of_the_image_and_small_images_are_mirrored():
     pixels = noise(100, 70, 3)
     tiles = Tiles(pixels, 32, 24)
-    assert len(tiles) == count((100, 70), 32, 24) == 4 * 3
+    assert len(tiles) == count_tiles((100, 70), 32, 24) == 4 * 3
     for i, (y, x) in enumerate(tiles.corners):
         np.testing.assert_array_equal(tiles[[i]][0], pixels[y : y + 32, x : x + 32])
     assert tiles.corners[-1] == (68, 38)
@@ -76,13 +76,13 @@ def test_tiles_are_parts_of_the_image_and_small_images_are_mirrored():
 @pytest.mark.parametrize("tile, stride", [(0, 1), (8, 0), (8, 9)])
 def test_wrong_tiles(tile, stride):
     with pytest.raises(ValueError, match=f"wanted a tile of at least 1 px .* got {tile} and {stride}"):
-        starts(20, tile, stride)
+        tile_starts(20, tile, stride)
 
 
 @pytest.mark.parametrize("overlap", [-1, 8, 9])
 def test_wrong_overlap(overlap):
     with pytest.raises(ValueError, match=rf"overlap: wanted from 0 to 7 px .*, got {overlap}"):
-        weights(20, 8, overlap)
+        tile_weights(20, 8, overlap)
 
 
 @pytest.mark.parametrize("where", [None, "cache"])
@@ -120,7 +120,7 @@ def test_blended_map_is_the_weighted_sum_of_tiles_whatever_the_batch(model):
         found, compute_tiled_map(model, pixels, RECIPE, overlap=24, batch=1), rtol=1e-3, atol=1e-5
     )
     total = np.zeros(pixels.shape[:2])
-    (tops, rows), (lefts, columns) = weights(100, 64, 24), weights(150, 64, 24)
+    (tops, rows), (lefts, columns) = tile_weights(100, 64, 24), tile_weights(150, 64, 24)
     for y, row in zip(tops, rows, strict=True):
         for x, column in zip(lefts, columns, strict=True):
             (maps,) = (m for m, _ in infer(model, pixels[None, y : y + 64, x : x + 64], RECIPE))
@@ -166,7 +166,7 @@ def test_maps_are_read_back(tmp_path, kind, shape):
     assert os.listdir(path.parent) == ["map"]
     if kind == "npy":
         return np.testing.assert_array_equal(np.load(path), anomaly)
-    wanted = anomaly if kind == "tiff32" else heatmaps.levels(anomaly, 12.0)
+    wanted = anomaly if kind == "tiff32" else heatmaps.to_uint16(anomaly, 12.0)
     with tifffile.TiffFile(path) as file:
         assert file.pages[0].is_tiled and (file.pages[0].tilelength, file.pages[0].tilewidth) == (256, 256)
         np.testing.assert_array_equal(file.asarray(), wanted)
@@ -190,7 +190,7 @@ def test_missing_tifffile(tmp_path, monkeypatch):
 
 
 def test_reduced_pictures():
-    assert [large_maps.reduction(s, 100) for s in [(10, 10), (10, 11), (20, 20), (1, 1000), (21, 20)]] == [
+    assert [large_maps.find_reduction(s, 100) for s in [(10, 10), (10, 11), (20, 20), (1, 1000), (21, 20)]] == [
         1,
         2,
         2,
@@ -198,17 +198,17 @@ def test_reduced_pictures():
         3,
     ]
     pixels, anomaly = noise(10, 7, 3), np.random.default_rng(1).random((10, 7), np.float32)
-    small = large_maps.reduce(pixels, 4, "mean")
+    small = large_maps.reduce_blocks(pixels, 4, "mean")
     assert small.shape == (3, 2, 3) and small.dtype == np.uint8
     np.testing.assert_array_equal(small[2, 1], np.rint(pixels[8:, 4:].mean((0, 1))))
-    hot = large_maps.reduce(anomaly, 4, "max")
+    hot = large_maps.reduce_blocks(anomaly, 4, "max")
     assert hot.max() == anomaly.max() and hot[0, 1] == anomaly[:4, 4:].max()
 
 
 def test_overlay_by_strips(monkeypatch):
     monkeypatch.setattr(large_maps, "STRIP", 100)
     pixels, anomaly = noise(40, 30, 3), np.random.default_rng(1).random((40, 30), np.float32)
-    np.testing.assert_array_equal(large_maps.overlay(pixels, anomaly), heatmaps.overlay(pixels, anomaly))
+    np.testing.assert_array_equal(large_maps.draw_overlay(pixels, anomaly), heatmaps.draw_overlay(pixels, anomaly))
 
 
 @pytest.mark.parametrize("values, message", [
@@ -242,7 +242,7 @@ def test_training_on_tiles(category, tmp_path):
     assert len(result.losses) == 2
     found = checkpoints.load(result.checkpoint)
     assert found.recipe.tile == 64 and found.preprocessing["size"] is None and found.preprocessing["tile"] == 64
-    wanted = sum(count(images.image_size(s.path), 64, 32) for s in category if s.split == "train")
+    wanted = sum(count_tiles(images.image_size(s.path), 64, 32) for s in category if s.split == "train")
     assert found.images["count"] == wanted == 1 + 3 * 2 + 1 * 2
     with pytest.raises(ValueError, match=r"got another .*stride: 32 and None"):
         train(RECIPE, category, out=tmp_path, device="cpu", resume=result.checkpoint)

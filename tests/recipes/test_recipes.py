@@ -5,8 +5,8 @@ import pytest
 
 from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
-from recontrast.recipes.recipe import Recipe, differences
-from recontrast.recipes.validation import FIELD_RULES, REAL
+from recontrast.recipes.recipe import Recipe, list_differences
+from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
 
 BAD = {
     "steps": [0, -1, 2.0, "10", True, None],
@@ -157,7 +157,7 @@ def test_switches_that_do_not_go_together(changes, text):
 
 def test_every_field_has_its_rule():
     assert set(FIELD_RULES) == {field.name for field in dataclasses.fields(Recipe)}
-    assert set(REAL) < set(FIELD_RULES)
+    assert set(FLOAT_FIELDS) < set(FIELD_RULES)
 
 
 # ---- YAML ----------------------------------------------------------------------
@@ -239,5 +239,5 @@ def test_conversions():
 def test_differences():
     recipe = Recipe()
     other = recipe.replace(batch=8, log_every=3)
-    assert differences(recipe, other) == ["batch: 16 and 8", "log_every: 20 and 3"]
-    assert differences(recipe, other, ignore=("log_every",)) == ["batch: 16 and 8"]
+    assert list_differences(recipe, other) == ["batch: 16 and 8", "log_every: 20 and 3"]
+    assert list_differences(recipe, other, ignore=("log_every",)) == ["batch: 16 and 8"]

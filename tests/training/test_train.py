@@ -11,7 +11,7 @@ from small_run import RECIPE, log_of, same_weights
 from tiny import tiny_set
 
 from recontrast import checkpoint
-from recontrast.data.fingerprint import describe_images, fingerprint, fingerprints
+from recontrast.data.fingerprint import compute_fingerprint, describe_images, read_fingerprints
 from recontrast.training import train as training
 from recontrast.training.sampler import BatchSampler
 from recontrast.training.train import train
@@ -333,6 +333,6 @@ def test_digest():
     assert wanted == describe_images(images.copy()) and wanted["count"] == 130
     for other in (images[::-1], images[:-1], images.reshape(130, 3, 2, 3)):
         assert describe_images(other)["digest"] != wanted["digest"]
-    assert len(fingerprints(wanted)) == 130 and fingerprint(images[77]) in fingerprints(wanted)
-    assert fingerprint(images[77, ::-1]) not in fingerprints(wanted)
-    assert describe_images(images[:0])["each"] == "" and not fingerprints({"count": 1, "digest": ""})
+    assert len(read_fingerprints(wanted)) == 130 and compute_fingerprint(images[77]) in read_fingerprints(wanted)
+    assert compute_fingerprint(images[77, ::-1]) not in read_fingerprints(wanted)
+    assert describe_images(images[:0])["each"] == "" and not read_fingerprints({"count": 1, "digest": ""})

@@ -25,7 +25,7 @@ def prepare(
 ) -> None:
     """Bring a data set of the paper into the layout that is read here, and check its counts."""
     from recontrast.data.prepare import prepare as run
-    from recontrast.data.prepare import total
+    from recontrast.data.prepare import sum_counts
 
     if out is not None:
         check_writable(out)
@@ -33,7 +33,7 @@ def prepare(
         made = run(name, source, out, link=not copy, workers=workers, on_progress=shown)
     rows = [_row(category, found, made.published.get(category)) for category, found in made.counts.items()]
     if len(rows) > 1:
-        rows.append(_row("all", total(made.counts), total(made.published)))
+        rows.append(_row("all", sum_counts(made.counts), sum_counts(made.published)))
     columns = [text for key in ("train", "test", "good of test") for text in (key, "published")]
     print_table(f"{name} in {made.source}", ["category", *columns], rows)
     for text in made.warnings:

@@ -67,14 +67,6 @@ def below(out: Path, folder: str, name: Path, suffix: str) -> Path:
     return out / folder / name.with_name(name.name + suffix)
 
 
-def colour_range(stored: Any, threshold: float | None) -> tuple[float, float]:
-    """Map values of the coldest and of the hottest colour."""
-    low = float(np.median([np.median(anomaly) for anomaly in stored]))
-    if threshold is not None and threshold > low:
-        return low, 2 * threshold - low
-    return low, max(float(anomaly.max()) for anomaly in stored)
-
-
 def save_overlays(
     stored: Any, sources: Sequence[tuple[Path, Path]], recipe: Recipe, colours: tuple[float, float], out: Path
 ) -> None:
@@ -84,7 +76,7 @@ def save_overlays(
         stored: maps by place.
         sources: path and result name of each.
         recipe: says which part of an image the map stands for.
-        colours: as `colour_range` gives it.
+        colours: as `recontrast.data.heatmaps.colour_range` gives it.
         out: folder for the results.
     """
     low, high = colours
@@ -92,12 +84,12 @@ def save_overlays(
     def save(place: int) -> None:
         path, name = sources[place]
         image = images.read_image(path)
-        image = large_maps.reduce(image, large_maps.reduction(image.shape[:2]), "mean")
+        image = large_maps.reduce_blocks(image, large_maps.find_reduction(image.shape[:2]), "mean")
         top, left, height, width = map_extent(image.shape[:2], recipe)
         heat = np.zeros(image.shape[:2], np.float32)
         warm = (stored[place] - low) / max(high - low, 1e-12)
-        heat[top : top + height, left : left + width] = heatmaps.stretch(warm, (height, width))
-        heatmaps.save_png(below(out, "overlays", name, ".png"), large_maps.overlay(image, heat))
+        heat[top : top + height, left : left + width] = heatmaps.resize_map(warm, (height, width))
+        heatmaps.save_png(below(out, "overlays", name, ".png"), large_maps.draw_overlay(image, heat))
 
     few = 1 if recipe.tile is not None else min(4, os.cpu_count() or 1)  # each holds an image in full size
     with ThreadPoolExecutor(few) as pool:

@@ -132,7 +132,7 @@ def write(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], about: Ma
     pq.write_table(table, sink)
     data = sink.getvalue()
     temporary = f".{part.name}.{os.uname().nodename}.{os.getpid()}"
-    with replace_file(folder / part.name, wanted=data.size, temporary=temporary) as file:
+    with replace_file(folder / part.name, size=data.size, temporary_name=temporary) as file:
         file.write(data)
     (folder / f".{part.name}.begun").unlink(missing_ok=True)
 

@@ -19,15 +19,14 @@ from recontrast.app.prediction.output_files import (
     Prediction,
     Waiting,
     below,
-    colour_range,
     describe,
     save_map,
     save_overlays,
     save_scores,
 )
 from recontrast.calibration.conformal import Calibration
-from recontrast.data import images, large_maps
-from recontrast.data.image_files import ImageFiles, result_names
+from recontrast.data import heatmaps, images, large_maps
+from recontrast.data.image_files import ImageFiles, assign_result_names
 from recontrast.inference.decisions import Decision, select_calibration
 from recontrast.inference.decisions import decide as decide_on
 from recontrast.inference.detector import Detector, open_detector
@@ -112,7 +111,7 @@ def predict(
     recipe, top, calibration = detector.recipe, detector.top, select_calibration(detector, rate, decide, checkpoint)
     pool = ThreadPoolExecutor(workers)
     files = ImageFiles(listed, pool)
-    names = result_names(files.paths)
+    names = assign_result_names(files.paths)
     found: list[Prediction] = []
     kept: list[int] = []  # places of the files that could be read
     out.mkdir(parents=True, exist_ok=True)
@@ -121,12 +120,14 @@ def predict(
         place = 0
         for some, scores in detector.run(files, batch):
             for anomaly, score in zip(some, scores.tolist(), strict=True):
-                if place not in files.unread:
+                if place not in files.errors:
                     kept.append(place)
                     if maps != "none":
                         save_map(below(out, "maps", names[place], SUFFIX[maps]), anomaly, maps, top, recipe)
                     if overlays:
-                        stored.append(large_maps.reduce(anomaly, large_maps.reduction(anomaly.shape), "max"))
+                        stored.append(
+                            large_maps.reduce_blocks(anomaly, large_maps.find_reduction(anomaly.shape), "max")
+                        )
                     found.append(Prediction(
                         str(files.paths[place]), score,
                         None if threshold is None else score >= threshold,
@@ -138,13 +139,17 @@ def predict(
             del some, anomaly  # a whole map may be large: not beside the next image
             if on_progress is not None:
                 on_progress(place, len(files))
-        unread = [files.unread[place] for place in sorted(files.unread)]  # threads note them in any order
+        unread = [files.errors[place] for place in sorted(files.errors)]  # threads note them in any order
         if not kept:
             raise ValueError(f"none of {len(files)} images could be read: {unread[0]}")
         colours = None
         if overlays:
             middle = threshold if threshold is not None or calibration is None else calibration.threshold
-            colours = colour_range(stored, middle if recipe.score == "max" else None)
+            colours = heatmaps.colour_range(
+                [np.median(stored[i]) for i in range(len(stored))],
+                (float(stored[i].max()) for i in range(len(stored))),
+                middle if recipe.score == "max" else None,
+            )
             save_overlays(stored, [(files.paths[i], names[i]) for i in kept], recipe, colours, out)
     said = (
         None

@@ -172,8 +172,8 @@ class Worker:
 
     def _row(self, files: ImageFiles, place: int, anomaly: np.ndarray, score: float) -> dict[str, Any]:
         path = files.paths[place]
-        if place in files.unread:
-            return {"path": str(path), "error": files.unread[place]}
+        if place in files.errors:
+            return {"path": str(path), "error": files.errors[place]}
         row: dict[str, Any] = {"path": str(path), "score": score}
         if self.threshold is not None:
             row["flagged"] = score >= self.threshold

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from recontrast.app.evaluate_job import decided
 from recontrast.app.report.map_summaries import MapSummaries
 from recontrast.calibration.conformal import Calibration
+from recontrast.data import heatmaps
 from recontrast.data.datasets import Sample
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import Result, Row
@@ -151,7 +152,7 @@ def _section(
             recalls.append(Recall(kind, label, int(of.sum()), int(called[of].sum())))
     both = 0 < row.defects < row.images
     shown = threshold if recipe.score == "max" else None  # the mean of a map is not one of its values
-    heat = _heat(kept.medians[inside], kept.peaks[inside], shown)
+    heat = heatmaps.colour_range(kept.medians[inside], kept.peaks[inside], shown)
     return Section(
         row, shots, threshold, recalls, heat, shown is not None and heat[0] < shown,
         curves.thin(curves.roc(scores, labels)) if both else None,
@@ -168,11 +169,3 @@ def _outcome(label: int, called: bool | None) -> str:
 def _by_error(shot: Shot) -> tuple[bool, float]:
     wrong = shot.outcome in ERRORS
     return not wrong, -shot.margin if wrong else shot.margin
-
-
-def _heat(medians: Sequence[float], peaks: Sequence[float], threshold: float | None) -> tuple[float, float]:
-    """As in the overlays of `recontrast predict`: the threshold has the middle colour, where it is one of maps."""
-    low = float(np.median(medians))
-    if threshold is not None and threshold > low:
-        return low, 2 * threshold - low
-    return low, max(peaks)

@@ -79,5 +79,5 @@ def small(anomaly: NDArray[Any]) -> NDArray[np.float32]:
     scale = min(SIDE / max(anomaly.shape), 1)
     size = (max(round(anomaly.shape[0] * scale), 1), max(round(anomaly.shape[1] * scale), 1))
     if scale >= 0.5:
-        return heatmaps.stretch(anomaly, size)
-    return heatmaps.peaks(anomaly, size).astype(np.float32)
+        return heatmaps.resize_map(anomaly, size)
+    return heatmaps.reduce_to_peaks(anomaly, size).astype(np.float32)

@@ -141,7 +141,7 @@ def _figures(section: Section) -> str:
 
 def _legend(findings: Findings) -> str:
     """The scale of the heat maps: a colour's value differs by category, its place against the threshold does not."""
-    stops = ", ".join(f"rgb({','.join(map(str, colour))})" for colour in heat.ANCHORS)
+    stops = ", ".join(f"rgb({','.join(map(str, colour))})" for colour in heat.COLOUR_STOPS)
     ends = ["median", "highest value"]
     if all(section.centred for section in findings.sections):
         ends = ["median", "threshold", "as far above it"]

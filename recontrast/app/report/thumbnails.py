@@ -89,12 +89,12 @@ def _encode(source: _Source, side: int, quality: int) -> Pictures:
     image = source.image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     size = tuple(min(n, SIDE, side) for n in source.heat.shape)
-    warm = np.clip(heatmaps.stretch(source.heat, (size[0], size[1])), 0, 1)
+    warm = np.clip(heatmaps.resize_map(source.heat, (size[0], size[1])), 0, 1)
     opacity = np.rint(255 * np.sqrt(warm)).astype(np.uint8)
-    heat = Image.fromarray(np.dstack([heatmaps.colours(warm), opacity]))
+    heat = Image.fromarray(np.dstack([heatmaps.colourise(warm), opacity]))
     mask = None
     if source.mask is not None:
-        white = heatmaps.stretch(source.mask.astype(np.float32), (size[0], size[1])) > 0
+        white = heatmaps.resize_map(source.mask.astype(np.float32), (size[0], size[1])) > 0
         mask = _uri(Image.fromarray(white), "PNG", optimize=True)
     return Pictures(
         _uri(image, "WEBP", quality=quality, method=4),

@@ -65,7 +65,7 @@ def write_report(
     found = datasets.load(data or _recorded(file.parent / "scores.csv"))
     groups = _chosen(found, category, checkpoint.category)
     # The file is opened first: one that cannot be written costs no evaluation.
-    with replace_file(out, wanted=budget) as target:
+    with replace_file(out, size=budget) as target:
         how = InferenceOptions()
         network = how.network(model, recipe, recipe)  # as evaluate and predict run it: their very scores
         decides = how.calibration(recipe, checkpoint.calibration)

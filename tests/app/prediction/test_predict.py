@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 from saved_model import RECIPE, save
 
-from recontrast.app.prediction.output_files import colour_range
 from recontrast.app.prediction.predict import predict
 from recontrast.data import atomic, heatmaps
-from recontrast.data.image_files import result_names
+from recontrast.data.image_files import assign_result_names
 from recontrast.inference.detector import map_extent
 
 
@@ -149,7 +148,7 @@ def test_disk_full(checkpoint, folder, tmp_path, monkeypatch):
 
 def test_result_names():
     def names(*paths):
-        return [name.as_posix() for name in result_names([Path(path) for path in paths])]
+        return [name.as_posix() for name in assign_result_names([Path(path) for path in paths])]
 
     assert names("/a/x.png") == ["x"]
     assert names("/a/b/x.png", "/a/c/x.png", "/a/y.png") == ["b/x", "c/x", "y"]
@@ -170,31 +169,31 @@ def test_covered():
 
 
 def test_range_puts_the_threshold_in_the_middle():
-    maps = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
-    assert colour_range(maps, None) == (5.5, 11)
-    assert colour_range(maps, 7.0) == (5.5, 8.5)
-    assert colour_range(maps, 1.0) == (5.5, 11)  # below the coldest: no help
+    medians, peaks = [1.5, 5.5, 9.5], [3.0, 7.0, 11.0]
+    assert heatmaps.colour_range(medians, peaks, None) == (5.5, 11)
+    assert heatmaps.colour_range(medians, peaks, 7.0) == (5.5, 8.5)
+    assert heatmaps.colour_range(medians, peaks, 1.0) == (5.5, 11)  # a threshold below the median sets no range
 
 
 # ---- pictures ----------------------------------------------------------------
 
 
 def test_colours_rise_evenly_in_lightness():
-    table = heatmaps.colours(np.linspace(0, 1, 256))
+    table = heatmaps.colourise(np.linspace(0, 1, 256))
     assert table.shape == (256, 3) and table.dtype == np.uint8
     linear = np.where(table / 255 <= 0.04045, table / 255 / 12.92, ((table / 255 + 0.055) / 1.055) ** 2.4)
     y = linear @ [0.2126, 0.7152, 0.0722]
     lightness = np.where(y > 0.008856, 116 * np.cbrt(y) - 16, 903.3 * y)
     assert lightness[0] < 5 and lightness[-1] > 95
     assert (np.diff(lightness[::16]) > 2).all()
-    np.testing.assert_array_equal(heatmaps.colours(np.array([-1, np.nan, 2])), table[[0, 0, 255]])
+    np.testing.assert_array_equal(heatmaps.colourise(np.array([-1, np.nan, 2])), table[[0, 0, 255]])
 
 
 def test_overlay_leaves_the_cold_and_covers_the_hot():
     image = np.random.default_rng(0).integers(0, 256, (8, 9, 1), np.uint8).repeat(3, -1)
-    np.testing.assert_array_equal(heatmaps.overlay(image, np.zeros((8, 9))), image)
-    hot = heatmaps.overlay(image, np.ones((8, 9))).astype(int)
-    assert (np.abs(hot - heatmaps.colours(np.ones(1))) <= (1 - heatmaps.MOST_OPAQUE) * 256).all()
+    np.testing.assert_array_equal(heatmaps.draw_overlay(image, np.zeros((8, 9))), image)
+    hot = heatmaps.draw_overlay(image, np.ones((8, 9))).astype(int)
+    assert (np.abs(hot - heatmaps.colourise(np.ones(1))) <= (1 - heatmaps.MAX_OPACITY) * 256).all()
     assert hot.std(axis=(0, 1)).min() > 5  # the picture shows through
 
 

@@ -67,7 +67,7 @@ def fails(*words):
 
 def test_maps_scores_and_overlays_are_of_the_full_image(checkpoint, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(large_maps, "OVERLAY_PIXELS", 10_000)
-    monkeypatch.setattr(large_maps.reduction, "__defaults__", (10_000,))
+    monkeypatch.setattr(large_maps.find_reduction, "__defaults__", (10_000,))
     (folder / "d.png").write_bytes(b"no image")
     report = predict(checkpoint, [folder], tmp_path, maps="tiff32", batch=3, device="cpu")
     (folder / "d.png").unlink()
