@@ -8,7 +8,7 @@ from conftest import SHAPES
 from scipy.ndimage import gaussian_filter
 
 from recontrast import AnomalyMap, deviation, hard_mined_cosine, reference
-from recontrast.loss import distance
+from recontrast.loss import point_distance
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 SMOOTHING = 9  # positions: distances of real features are alike nearby, and so are the easy points
@@ -72,7 +72,7 @@ def test_op(timed, benchmark, op, kernel, dtype, layout, shape, device):
     function = getattr(torch.ops.recontrast if kernel == "ours" else reference, op)
     if op == "cosine_sums":
         return timed(lambda: function(teacher, student), teacher.nbytes * 2, rounds=9)
-    points = distance(teacher, student)
+    points = point_distance(teacher, student)
     grad = torch.randn(3, *points.shape, device=device) * deviation(1.0)(points, points)
     return timed(lambda: function(grad, teacher, student), teacher.nbytes * 3, rounds=9)
 

@@ -34,7 +34,7 @@ from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise, read_mask
 from recontrast.evaluation.evaluate import evaluate, infer
 from recontrast.inference.options import InferenceOptions
-from recontrast.loss import distances as distances_of
+from recontrast.loss import point_distances
 from recontrast.recipes.paper import RECIPES
 from recontrast.runtime.device import convolution_precision, move_model
 from recontrast.training.cuda_graph import GraphedStep, recorded
@@ -58,7 +58,7 @@ def eager_mathematics(teachers, students):
     sums = ops.cosine_sums_group([t.detach() for t in teachers], students)
     images, points = [t.shape[0] for t in students], [t.shape[2] * t.shape[3] for t in students]
     losses = []
-    for part in reference.of_pairs(sums, images, points):
+    for part in reference.split_pairs(sums, images, points):
         d = 1 - reference.cosine(part.detach())
         part = part.detach() + deviation(1.0)(d, d) * (part - part.detach())
         losses.append((1 - reference.cosine(part.sum(2))).mean())
@@ -94,7 +94,7 @@ def replay_of(work: Function) -> Function:
 def hard_share(teachers: list, students: list) -> float:
     """Share of the numbers that belong to hard points."""
     hard = total = 0
-    for d, t in zip(distances_of(list(zip(teachers, students, strict=True))), teachers, strict=True):
+    for d, t in zip(point_distances(list(zip(teachers, students, strict=True))), teachers, strict=True):
         hard, total = hard + int((d >= d.mean() + d.std()).sum()) * t.shape[1], total + d.numel() * t.shape[1]
     return hard / total
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recontrast import ops
-from recontrast.loss import distances as distances_of
+from recontrast.loss import point_distances
 
 Size = int | tuple[int, int]
 Score = Literal["max", "mean"] | float
@@ -22,7 +22,7 @@ TRUNCATE = 4.0  # of scipy.ndimage.gaussian_filter: 4 sigma, 33 taps
 ZERO5_RADIUS = 2  # upstream's kernel on the GPU has 5 taps, whatever its sigma
 
 
-def upsampling(out: int, size: int) -> Tensor:
+def build_upsampling_matrix(out: int, size: int) -> Tensor:
     """Linear interpolation with aligned corners along one axis, as ``F.interpolate`` of upstream's map does it.
 
     Args:
@@ -40,7 +40,7 @@ def upsampling(out: int, size: int) -> Tensor:
     return (1 - share) * identity[low] + share * identity[high]
 
 
-def blurring(size: int, blur: str | None) -> Tensor:
+def build_blur_matrix(size: int, blur: str | None) -> Tensor:
     """Gaussian blur along one axis, with its border rule.
 
     Args:
@@ -126,9 +126,9 @@ class AnomalyMap:
         if not self.sizes or min(min(size) for size in [*self.sizes, self.out]) < 1:
             raise ValueError(f"AnomalyMap: sizes and out must be at least 1 px, got {self.sizes} and {self.out}")
         self.blur, self.reduce, self.method = blur, reduce, method
-        blur_y, blur_x = (blurring(size, blur) for size in self.out)
-        self._rows = [(blur_y @ upsampling(self.out[0], h)).float() for h, _ in self.sizes]  # each (H, h)
-        self._cols = [(blur_x @ upsampling(self.out[1], w)).float() for _, w in self.sizes]  # each (W, w)
+        blur_y, blur_x = (build_blur_matrix(size, blur) for size in self.out)
+        self._rows = [(blur_y @ build_upsampling_matrix(self.out[0], h)).float() for h, _ in self.sizes]  # each (H, h)
+        self._cols = [(blur_x @ build_upsampling_matrix(self.out[1], w)).float() for _, w in self.sizes]  # each (W, w)
 
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Anomaly maps of (teacher, student) pairs.
@@ -143,7 +143,7 @@ class AnomalyMap:
         Raises:
             ValueError: pairs that do not go together, or not with ``sizes``.
         """
-        return self.from_distances(distances_of(pairs))[0]
+        return self.from_distances(point_distances(pairs))[0]
 
     def maps_and_scores(self, pairs: Sequence[tuple[Tensor, Tensor]], how: Score = "max") -> tuple[Tensor, Tensor]:
         """Anomaly maps and image scores in one go.
@@ -158,7 +158,7 @@ class AnomalyMap:
         Raises:
             ValueError: as `__call__` and `score`.
         """
-        maps, maximum = self.from_distances(distances_of(pairs))
+        maps, maximum = self.from_distances(point_distances(pairs))
         return maps, maximum if how == "max" else self.score(maps, how)
 
     def matrices(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -21,7 +21,7 @@ from recontrast.runtime.collectives import gather_shares, resolve_shares
 Features = Tensor | Sequence[Tensor]
 
 
-def distance(teacher: Tensor, student: Tensor) -> Tensor:
+def point_distance(teacher: Tensor, student: Tensor) -> Tensor:
     """Point distances ``1 - cos`` over the channels, which the anomaly map is made of.
 
     Args:
@@ -37,8 +37,8 @@ def distance(teacher: Tensor, student: Tensor) -> Tensor:
     return 1 - cosine(cosine_sums(teacher, student))
 
 
-def distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """`distance` of each pair; the features of all are read at once.
+def point_distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """`point_distance` of each pair; the features of all are read at once.
 
     Args:
         pairs: (teacher, student), (N, C, H, W) each.

@@ -90,7 +90,7 @@ def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 
 def cosine_sums_group_backward(grad: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
     """Gradient of `cosine_sums_group` with respect to each ``y``: see `cosine_sums_backward`."""
-    parts = of_pairs(grad, [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y])
+    parts = split_pairs(grad, [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y])
     return [
         cosine_sums_backward(part.reshape(3, b.shape[0], *b.shape[2:]), a, b)
         for part, a, b in zip(parts, x, y, strict=True)
@@ -123,7 +123,7 @@ def mined_loss(
             distance), then the derivative of the loss by the three sums of each image, (3, N).
     """
     losses, state = [], []
-    for part in of_pairs(sums, images, points):  # (3, N, P)
+    for part in split_pairs(sums, images, points):  # (3, N, P)
         whole = part.sum(2)
         xy, xx, yy = whole
         inverse = 1 / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
@@ -159,7 +159,7 @@ def mined_loss_backward(
         As ``sums``.
     """
     gradients, at = [], 0
-    for part, n in zip(of_pairs(sums, images, points), images, strict=True):
+    for part, n in zip(split_pairs(sums, images, points), images, strict=True):
         d, threshold = 1 - cosine(part), state[at]
         slope = state[at + 1 : at + 1 + 3 * n].reshape(3, n, 1)
         if rule == "power":
@@ -172,7 +172,7 @@ def mined_loss_backward(
     return torch.cat(gradients)
 
 
-def of_pairs(flat: Tensor, images: Sequence[int], points: Sequence[int]) -> Iterator[Tensor]:
+def split_pairs(flat: Tensor, images: Sequence[int], points: Sequence[int]) -> Iterator[Tensor]:
     """The (3, N, P) of each pair, out of a flat tensor as `cosine_sums_group` gives it."""
     sizes = [3 * n * p for n, p in zip(images, points, strict=True)]
     for part, n, p in zip(flat.split(sizes), images, points, strict=True):

@@ -3,7 +3,7 @@
 import torch
 
 from recontrast import reference
-from recontrast.anomaly_map import blurring, upsampling
+from recontrast.anomaly_map import build_blur_matrix, build_upsampling_matrix
 
 # A layer of the model, the smallest, odd everything, more channels and positions than a block, one row.
 SHAPES = [(2, 64, 16, 16), (1, 1, 1, 1), (3, 5, 7, 13), (1, 70, 65, 67), (2, 4100, 2, 3), (2, 3, 1, 9)]
@@ -34,8 +34,8 @@ def error(ours, expected):
 
 
 def anomaly_map_arguments(sizes, out, images, device, blur="reflect", dtype=torch.float32):
-    rows = [(blurring(out[0], blur) @ upsampling(out[0], h)).to(device, dtype) for h, _ in sizes]
-    cols = [(blurring(out[1], blur) @ upsampling(out[1], w)).to(device, dtype) for _, w in sizes]
+    rows = [(build_blur_matrix(out[0], blur) @ build_upsampling_matrix(out[0], h)).to(device, dtype) for h, _ in sizes]
+    cols = [(build_blur_matrix(out[1], blur) @ build_upsampling_matrix(out[1], w)).to(device, dtype) for _, w in sizes]
     distances = [torch.rand(images, *size, device=device, dtype=dtype) for size in sizes * 2]
     return distances, rows * 2, cols * 2
 
@@ -84,7 +84,7 @@ def random_sums(images, points, dtype, device):
 def far_points(sums, state, images, points, band):
     """Flat mask of the points that are not so near their threshold that rounding decides."""
     far, at = [], 0
-    for part, n in zip(reference.of_pairs(sums, images, points), images, strict=True):
+    for part, n in zip(reference.split_pairs(sums, images, points), images, strict=True):
         keep = (1 - reference.cosine(part) - state[at]).abs() > band
         far.append(keep.expand_as(part).flatten())
         at += 1 + 3 * n

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from recontrast import AnomalyMap
-from recontrast.loss import distance
+from recontrast.loss import point_distance
 
 SIZES, OUT = [(16, 16), (8, 8), (4, 4)], (64, 64)
 ODD = [(9, 13), (5, 7), (2, 3)], (57, 91)
@@ -19,7 +19,7 @@ def pairs(sizes, groups=2, images=2, channels=6):
 
 def upsampled(pairs, out):
     """Sum of the point distances at image size, float64."""
-    maps = [distance(t.double(), s.double()).unsqueeze(1) for t, s in pairs]
+    maps = [point_distance(t.double(), s.double()).unsqueeze(1) for t, s in pairs]
     return sum(F.interpolate(m, size=out, mode="bilinear", align_corners=True) for m in maps)[:, 0]
 
 

@@ -7,7 +7,7 @@ import torch
 from op_cases import DTYPES, GROUPS, LAYOUTS, ROUNDING, RULES, SHAPES, error, far_points, features, random_sums
 
 from recontrast import deviation, hard_mined_cosine, hardest, ops, power, reference
-from recontrast.loss import distance, distances
+from recontrast.loss import point_distance, point_distances
 from recontrast.ops import cosine_sums_group, mined_cosine
 
 group_backward = torch.ops.recontrast.cosine_sums_group_backward
@@ -25,7 +25,7 @@ def check_group(x, y):
     )
     grad = torch.randn_like(sums)
     points = [t.shape[2] * t.shape[3] for t in y]
-    for part in reference.of_pairs(grad, [t.shape[0] for t in y], points):
+    for part in reference.split_pairs(grad, [t.shape[0] for t in y], points):
         part *= torch.rand_like(part[:1]) < 0.4  # most points are easy
     gradients = group_backward(grad, x, y)
     expected = reference.cosine_sums_group_backward(grad.double(), doubles(x), doubles(y))
@@ -78,10 +78,10 @@ def test_group_is_the_pairs_one_by_one(device):
 
 def test_distances_are_those_of_each_pair(device):
     x, y = features([(2, 64, 16, 16), (0, 3, 2, 2), (2, 40, 5, 3)], torch.bfloat16, device)
-    found = distances(list(zip(x, y, strict=True)))
+    found = point_distances(list(zip(x, y, strict=True)))
     for ours, a, b in zip(found, x, y, strict=True):
         assert ours.shape == (a.shape[0], *a.shape[2:])
-        torch.testing.assert_close(ours, distance(a, b))
+        torch.testing.assert_close(ours, point_distance(a, b))
 
 
 def test_group_gradient(device):

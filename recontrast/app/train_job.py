@@ -12,7 +12,7 @@ from recontrast import checkpoint
 from recontrast.app.options import check_writable
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
-from recontrast.models.backbone import strides
+from recontrast.models.backbone import get_strides
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.holdout import split_holdout
@@ -109,7 +109,7 @@ def prepare_job(
 
 def check_size(recipe: Recipe) -> None:
     """Refuse tiles or images that the strides of the network do not divide, before anything is read."""
-    step = 2 * strides(recipe.backbone)[-1]  # as `ReContrast.stride`
+    step = 2 * get_strides(recipe.backbone)[-1]  # as `ReContrast.stride`
     if any(side < step or side % step for side in recipe.out):
         option = "--tile" if recipe.tile is not None else "--size" if recipe.crop is None else "crop"
         sides = recipe.out if len(set(recipe.out)) > 1 else recipe.out[:1]

@@ -146,7 +146,7 @@ class Category:
         return _drop_undefined({**values, "aupro": of.aupro, "aupro_per_image": of.aupro_per_image}), {}
 
     def _streamed(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        if self.streamed is None or not self.streamed.both:
+        if self.streamed is None or not self.streamed.has_both_classes:
             return None
         of = self.streamed.compute()
         found = {"p_auroc": of.auroc, "p_ap": of.ap, "p_f1": of.f1_max, "aupro": of.aupro}

@@ -23,7 +23,7 @@ from recontrast.evaluation.category import Category, SampleImages
 from recontrast.evaluation.results import Result, Row, ScoredImage
 from recontrast.inference import tiling
 from recontrast.inference.infer import infer, max_map_value
-from recontrast.models.fold import Folded
+from recontrast.models.fold import FoldedModel
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
@@ -37,7 +37,7 @@ OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # images, and 
 
 
 def evaluate(
-    model: ReContrast | Folded,
+    model: ReContrast | FoldedModel,
     samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     *,

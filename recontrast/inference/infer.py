@@ -10,7 +10,7 @@ from torch import Tensor
 from recontrast.anomaly_map import AnomalyMap
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
-from recontrast.models.fold import Folded
+from recontrast.models.fold import FoldedModel
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.clock import Clock
@@ -18,7 +18,7 @@ from recontrast.runtime.device import convolution_precision, memory_format
 
 
 def infer(
-    model: ReContrast | Folded, images: Images, recipe: Recipe, *, batch: int = 16, clock: "Clock | None" = None
+    model: ReContrast | FoldedModel, images: Images, recipe: Recipe, *, batch: int = 16, clock: "Clock | None" = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Anomaly maps and scores, batch after batch; the next one is fetched while the network runs.
 
@@ -74,7 +74,7 @@ def infer(
         model.train(was_training)
 
 
-def max_map_value(model: ReContrast | Folded, recipe: Recipe) -> float:
+def max_map_value(model: ReContrast | FoldedModel, recipe: Recipe) -> float:
     """The largest value that a map can have: a cosine distance is at most 2.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from recontrast.calibration.conformal import Calibration
-from recontrast.models.fold import Folded, fold
+from recontrast.models.fold import FoldedModel, fold
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model
@@ -107,7 +107,9 @@ class InferenceOptions:
             return self.folded
         return trained.precision == "float32" or self.recipe(trained).precision != trained.precision
 
-    def network(self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True) -> ReContrast | Folded:
+    def network(
+        self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True
+    ) -> ReContrast | FoldedModel:
         """What `recontrast.inference.infer.infer` runs in place of ``model``.
 
         Args:
@@ -123,7 +125,7 @@ class InferenceOptions:
             ValueError: a size that the model's strides do not divide.
         """
         network = fold(model, recipe.out, keep=keep) if self.folds(trained) else model
-        if isinstance(network, Folded) and recipe.precision == "bfloat16":
+        if isinstance(network, FoldedModel) and recipe.precision == "bfloat16":
             network.to(torch.bfloat16)  # else each pass would round the weights anew
         move_model(network, next(network.parameters()).device, recipe.channels_last)
         if self.compiled:

@@ -17,7 +17,7 @@ from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.tiles import Tiles, tile_weights
 from recontrast.inference.infer import infer
-from recontrast.models.fold import Folded
+from recontrast.models.fold import FoldedModel
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
@@ -33,7 +33,7 @@ def resolve_overlap(tile: int, overlap: int | None = None) -> int:
     return int(tile * SHARED) if overlap is None else overlap
 
 
-def check_tiling(model: ReContrast | Folded, tile: int, overlap: int) -> None:
+def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> None:
     """Refuse tiles that the network cannot see or that do not cover an image."""
     if tile < model.stride or tile % model.stride:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_tiling(model: ReContrast | Folded, tile: int, overlap: int) -> None:
 
 
 def resolve_tiling(
-    model: ReContrast | Folded, trained: Recipe, tile: int | None, overlap: int | None, path: str
+    model: ReContrast | FoldedModel, trained: Recipe, tile: int | None, overlap: int | None, path: str
 ) -> tuple[Recipe, int | None]:
     """How images are to be seen: a recipe with its tile, and the overlap; no overlap: whole and resized.
 
@@ -79,7 +79,7 @@ def resolve_tiling(
 
 
 def infer_tiled(
-    model: ReContrast | Folded, files: ImageFiles, recipe: Recipe, overlap: int, batch: int
+    model: ReContrast | FoldedModel, files: ImageFiles, recipe: Recipe, overlap: int, batch: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Map (1, H, W) and score (1,) of each of ``files``, read one by one; of a black tile for what cannot be read."""
 
@@ -97,7 +97,7 @@ def infer_tiled(
 
 
 def compute_tiled_map(
-    model: ReContrast | Folded,
+    model: ReContrast | FoldedModel,
     pixels: NDArray[np.uint8],
     recipe: Recipe,
     *,
@@ -145,7 +145,11 @@ def compute_tiled_map(
 
 
 def infer_files(
-    paths: Sequence[PathLike], model: ReContrast | Folded, recipe: Recipe, batch: int = 16, clock: Clock | None = None
+    paths: Sequence[PathLike],
+    model: ReContrast | FoldedModel,
+    recipe: Recipe,
+    batch: int = 16,
+    clock: Clock | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Maps and scores of image files at their own scale, one after the other, as `recontrast.inference.infer.infer`.
 

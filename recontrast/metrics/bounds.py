@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Binned:
+class Bins:
     """Counts of B bins from the highest scores down, and what lies above each."""
 
     good: Array  # (B,) n
@@ -60,14 +60,14 @@ class Binned:
         return t, f, h
 
 
-def binned(counts: Array, regions: int) -> tuple[Binned, Array]:
+def select_bins(counts: Array, regions: int) -> tuple[Bins, Array]:
     """Of (3, bins) counts, upwards: those bins that hold something, downwards, and their numbers."""
     used = np.flatnonzero(counts[0] + counts[1])[::-1]
     good, positive, share = counts[:, used]
-    return Binned(good, positive, share / (2.0**UNIT * max(regions, 1)), regions), used
+    return Bins(good, positive, share / (2.0**UNIT * max(regions, 1)), regions), used
 
 
-def auroc(bins: Binned) -> Estimate:
+def auroc(bins: Bins) -> Estimate:
     """Area under the ROC curve."""
     n, p = bins.good.astype(float), bins.positive.astype(float)
     pairs, (_, above, _) = float(p.sum() * n.sum()), bins.above
@@ -76,7 +76,7 @@ def auroc(bins: Binned) -> Estimate:
     return _between(lower, lower + inside)
 
 
-def ap(bins: Binned) -> Estimate:
+def ap(bins: Bins) -> Estimate:
     """Average precision."""
     n, p, (t, f, _) = bins.good, bins.positive, bins.above
     g, hit = f + n, p > 0
@@ -85,7 +85,7 @@ def ap(bins: Binned) -> Estimate:
     return _between(*(float(x) / float(p.sum()) for x in (lower, upper)))
 
 
-def f1_max(bins: Binned) -> tuple[Estimate, int]:
+def f1_max(bins: Bins) -> tuple[Estimate, int]:
     """Largest F1, and the first bin at whose lower edge the lower end of the estimate is reached."""
     n, p, (t, f, _) = bins.good, bins.positive, bins.above
     reached = 2 * (t + p) / (t + p + f + n + p.sum())
@@ -94,7 +94,7 @@ def f1_max(bins: Binned) -> tuple[Estimate, int]:
     return _between(float(reached[best]), float(upper)), best
 
 
-def aupro(bins: Binned, limit: float) -> Estimate:
+def aupro(bins: Bins, limit: float) -> Estimate:
     """Area under the per-region-overlap curve up to a false positive rate, over that rate."""
     n, (_, f, h) = bins.good, bins.above
     stop = limit * float(n.sum())

@@ -23,8 +23,8 @@ def roc(scores: Any, labels: Any) -> Curve:
     Raises:
         ValueError: scores that are not finite, or labels of one class.
     """
-    values, positive = (x.ravel() for x in inputs.both(scores, labels))
-    inputs.defined(values, positive)
+    values, positive = (x.ravel() for x in inputs.check_scores_and_labels(scores, labels))
+    inputs.check_metrics_defined(values, positive)
     order = np.argsort(values, kind="stable")[::-1]
     values, positive = values[order], positive[order]
     last = np.flatnonzero(np.append(values[1:] != values[:-1], True))  # of each run of equal scores
@@ -51,11 +51,11 @@ def pro(maps: Any, masks: Any, limit: float = 0.3) -> Curve:
         ValueError: maps that are not finite, masks without both kinds of pixel or of another shape, or a limit outside
             of (0, 1].
     """
-    (stop,) = inputs.limits_of(limit)
-    scores, positive = inputs.images(maps, masks)
-    found = reference.overlap_curve(scores, positive)
+    (stop,) = inputs.check_limits(limit)
+    scores, positive = inputs.check_maps_and_masks(maps, masks)
+    found = reference.compute_overlap_curve(scores, positive)
     if found is None:
-        inputs.defined(scores, positive, "maps", "masks")
+        inputs.check_metrics_defined(scores, positive, "maps", "masks")
         raise ValueError("masks: wanted both kinds of pixel, got one")
     x, y = found
     end = float(np.interp(stop, x, y))

@@ -169,10 +169,10 @@ def image_metrics(scores: Any, labels: Any) -> ImageMetrics:
         ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
             hold one class alone.
     """
-    values, positive = (x.ravel() for x in inputs.both(scores, labels))
-    found = inputs.kernels().rates(values, positive)
+    values, positive = (x.ravel() for x in inputs.check_scores_and_labels(scores, labels))
+    found = inputs.get_kernels().rates(values, positive)
     if found is None:
-        inputs.defined(values, positive)
+        inputs.check_metrics_defined(values, positive)
     return ImageMetrics(*found[:5])
 
 
@@ -213,10 +213,10 @@ def aupro(
     """
     if mode not in ("dataset", "per-image"):
         raise ValueError(f'mode: wanted "dataset" or "per-image", got {mode!r}')
-    limits = inputs.limits_of(limit)
-    scores, positive = inputs.images(maps, masks, labels)
+    limits = inputs.check_limits(limit)
+    scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
     if mode == "per-image":
-        inputs.defined(scores, positive, "maps", "masks")
+        inputs.check_metrics_defined(scores, positive, "maps", "masks")
         areas = [_per_image(scores, positive, x) for x in limits]
     else:
         areas = _pixels(scores, positive, limits)[5]
@@ -240,8 +240,8 @@ def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *
         ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
             hold one class alone, or a limit outside of (0, 1].
     """
-    limits = inputs.limits_of(limit)
-    scores, positive = inputs.images(maps, masks, labels)
+    limits = inputs.check_limits(limit)
+    scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
     found = _pixels(scores, positive, limits)
     try:
         per_image = _per_image(scores, positive, limits[0])
@@ -252,15 +252,15 @@ def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *
 
 
 def _pixels(scores: NDArray[Any], positive: NDArray[Any], limits: list[float]) -> Any:
-    found = inputs.kernels().pixels(scores, positive, limits)
+    found = inputs.get_kernels().pixels(scores, positive, limits)
     if found is None:
-        inputs.defined(scores, positive, "maps", "masks")
+        inputs.check_metrics_defined(scores, positive, "maps", "masks")
     return found
 
 
 def _per_image(scores: NDArray[Any], positive: NDArray[Any], limit: float) -> float:
     """Mean over the images that have a region."""
-    areas, reasons = inputs.kernels().per_image(scores, positive, limit)
+    areas, reasons = inputs.get_kernels().per_image(scores, positive, limit)
     for n in np.flatnonzero(reasons > reference.GOOD_IMAGE):
         why = {
             reference.CONSTANT_MAP: "has a constant map",

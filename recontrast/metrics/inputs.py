@@ -24,7 +24,7 @@ except ImportError:  # not compiled: slower, the same numbers
 Array = NDArray[Any]
 
 
-def kernels() -> Any:
+def get_kernels() -> Any:
     """The compiled module, or the oracle, whose functions have the same names, arguments and results."""
     return native or reference
 
@@ -61,7 +61,7 @@ def as_scores(scores: Any, name: str) -> Array:
     return values.astype(np.float32 if single else np.float64, copy=False)
 
 
-def both(scores: Any, labels: Any, s: str = "scores", y: str = "labels") -> tuple[Array, Array]:
+def check_scores_and_labels(scores: Any, labels: Any, s: str = "scores", y: str = "labels") -> tuple[Array, Array]:
     """Scores and bool labels of one shape, C-contiguous; ``s`` and ``y`` name them in errors."""
     values, positive = as_scores(scores, s), as_bool(labels, y)
     if values.shape != positive.shape:
@@ -69,14 +69,14 @@ def both(scores: Any, labels: Any, s: str = "scores", y: str = "labels") -> tupl
     return np.ascontiguousarray(values), np.ascontiguousarray(positive)
 
 
-def images(maps: Any, masks: Any, labels: Any = None) -> tuple[Array, Array]:
+def check_maps_and_masks(maps: Any, masks: Any, labels: Any = None) -> tuple[Array, Array]:
     """Maps and masks, (N, H, W) with N >= 1; ``labels`` say which images are anomalous, None asks for no agreement."""
     scores = as_scores(maps, "maps")
-    positive = image_masks(scores.shape, masks, labels)
-    return np.ascontiguousarray(stacked(scores)), positive
+    positive = check_masks(scores.shape, masks, labels)
+    return np.ascontiguousarray(stack_images(scores)), positive
 
 
-def image_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
+def check_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
     """Masks for maps of a shape, C-contiguous (N, H, W) with at least one pixel."""
     positive = as_bool(masks, "masks")
     if tuple(shape) != positive.shape:
@@ -85,18 +85,18 @@ def image_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
         raise ValueError(f"maps: wanted (..., H, W), got shape {tuple(shape)}")
     if positive.size == 0:
         raise ValueError(f"maps: wanted at least one pixel of one image, got shape {tuple(shape)}")
-    positive = np.ascontiguousarray(stacked(positive))
+    positive = np.ascontiguousarray(stack_images(positive))
     if labels is not None:
-        agree(positive, as_bool(labels, "labels"))
+        check_labels_match_masks(positive, as_bool(labels, "labels"))
     return positive
 
 
-def stacked(array: Array) -> Array:
+def stack_images(array: Array) -> Array:
     """(..., H, W) as (N, H, W)."""
     return array.reshape(prod(array.shape[:-2]), *array.shape[-2:])
 
 
-def agree(masks: Array, labels: Array) -> None:
+def check_labels_match_masks(masks: Array, labels: Array) -> None:
     """Refuse an anomalous image without a positive pixel and a good one that has any."""
     if labels.size != len(masks):
         raise ValueError(f"labels: wanted one for each of {len(masks)} images, got shape {labels.shape}")
@@ -107,7 +107,7 @@ def agree(masks: Array, labels: Array) -> None:
         raise ValueError(f"masks: image {n} (counted from 0), which labels call {called}, has {got}")
 
 
-def defined(values: Array, positive: Array, s: str = "scores", y: str = "labels") -> None:
+def check_metrics_defined(values: Array, positive: Array, s: str = "scores", y: str = "labels") -> None:
     """Refuse scores that are not finite, and labels without both classes."""
     finite, nan = np.isfinite(values).sum(), np.isnan(values).sum()
     if finite < values.size:
@@ -119,7 +119,7 @@ def defined(values: Array, positive: Array, s: str = "scores", y: str = "labels"
         raise ValueError(f"{y}: wanted at least one positive and one negative, got {got}")
 
 
-def limits_of(limit: float | Sequence[float]) -> list[float]:
+def check_limits(limit: float | Sequence[float]) -> list[float]:
     """False positive rates in (0, 1], one or several."""
     limits = [float(x) for x in np.atleast_1d(np.asarray(limit, float))]
     if not limits:
@@ -147,5 +147,5 @@ def regions(masks: Any) -> tuple[NDArray[np.int32], int]:
     positive = as_bool(masks, "masks")
     if positive.ndim < 2:
         raise ValueError(f"masks: wanted (..., H, W), got shape {positive.shape}")
-    labels, counts = kernels().regions(stacked(np.ascontiguousarray(positive)))
+    labels, counts = get_kernels().regions(stack_images(np.ascontiguousarray(positive)))
     return labels.reshape(positive.shape), int(np.sum(counts))

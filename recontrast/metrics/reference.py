@@ -38,7 +38,7 @@ def rates(scores: Array, labels: Array) -> Rates | None:
 
 def pixels(maps: Array, masks: Array, limits: Sequence[float]) -> Rates | None:
     """The same over all pixels of (N, H, W), and the data set's AUPRO at each of the limits."""
-    return _rates(maps, masks, overlap(regions(masks)[0][masks]), limits)
+    return _rates(maps, masks, compute_overlap_weights(regions(masks)[0][masks]), limits)
 
 
 def per_image(maps: Array, masks: Array, limit: float) -> tuple[Array, Array]:
@@ -46,25 +46,27 @@ def per_image(maps: Array, masks: Array, limit: float) -> tuple[Array, Array]:
     areas, reasons = np.full(len(maps), np.nan), np.zeros(len(maps), np.uint8)
     labels = regions(masks)[0]
     for n, (scores, positive) in enumerate(zip(maps, masks, strict=True)):
-        thresholds, reasons[n] = thresholds_of(scores, positive)
+        thresholds, reasons[n] = compute_thresholds(scores, positive)
         if reasons[n] == 0:
             good = np.searchsorted(thresholds, scores[~positive], side="left")
             passed = np.searchsorted(thresholds, scores[positive], side="left")
             called = np.bincount(good, minlength=thresholds.size + 1)
-            areas[n], reasons[n] = image_area(called, passed, overlap(labels[n][positive]), limit)
+            areas[n], reasons[n] = compute_image_area(
+                called, passed, compute_overlap_weights(labels[n][positive]), limit
+            )
     return areas, reasons
 
 
-def overlap_curve(maps: Array, masks: Array) -> tuple[Array, Array] | None:
+def compute_overlap_curve(maps: Array, masks: Array) -> tuple[Array, Array] | None:
     """False positive rate and mean overlap of (N, H, W), corner after corner; None where `pixels` is None."""
     if not np.isfinite(maps).all() or masks.all() or not masks.any():
         return None
-    sweep = _sweep(maps, masks, overlap(regions(masks)[0][masks]))
+    sweep = _sweep(maps, masks, compute_overlap_weights(regions(masks)[0][masks]))
     x, y = _overlap_curve(sweep)
     return x / sweep.negatives, y
 
 
-def thresholds_of(scores: Array, positive: Array) -> tuple[Array, int]:
+def compute_thresholds(scores: Array, positive: Array) -> tuple[Array, int]:
     """Thresholds of the reference for one image, or why there are none.
 
     They are ``np.arange(low, high, step)`` as NumPy 2 forms it of scalars: step and number in the dtype of the map, the
@@ -85,7 +87,7 @@ def thresholds_of(scores: Array, positive: Array) -> tuple[Array, int]:
     return float(low) + np.arange(count) * delta, NO_GOOD_PIXEL if positive.all() else 0
 
 
-def image_area(called: Array, passed: Array, weight: Array, limit: float) -> tuple[float, int]:
+def compute_image_area(called: Array, passed: Array, weight: Array, limit: float) -> tuple[float, int]:
     """The reference's area of one image, or why it is NaN; a pixel is found above a threshold.
 
     Args:
@@ -102,7 +104,7 @@ def image_area(called: Array, passed: Array, weight: Array, limit: float) -> tup
     return _area(fpr[kept][::-1] / fpr[kept].max(), found[kept][::-1]), 0
 
 
-def overlap(label: Array) -> Array:
+def compute_overlap_weights(label: Array) -> Array:
     """What each positive pixel adds to the mean overlap: 1 / (its region's area * number of regions)."""
     _, label, area = np.unique(label, return_inverse=True, return_counts=True)
     return 1 / (area[label] * area.size)

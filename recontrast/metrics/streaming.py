@@ -80,7 +80,7 @@ class Streaming:
     ) -> None:
         if not 1e-20 <= high <= 1e20:  # a float32 holds all octaves
             raise ValueError(f"high: wanted the largest value of a map, from 1e-20 to 1e20, got {high}")
-        self.high, self.limit = float(high), inputs.limits_of(limit)[0]
+        self.high, self.limit = float(high), inputs.check_limits(limit)[0]
         if not 4 <= detail <= DETAIL:
             raise ValueError(f"detail: wanted from 4 to {DETAIL}, got {detail}")
         self._shift = 23 - detail  # bits of a float32 that its bin leaves out
@@ -102,14 +102,14 @@ class Streaming:
             ValueError: maps that are not finite or leave [0, high], or masks or labels that do not fit them.
         """
         if self.counts.device.type == "cpu" and inputs.native is not None:
-            scores, positive = inputs.images(maps, masks, labels)
+            scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
             self._check(float(scores.min()), float(scores.max()), scores)
             found, why = inputs.native.per_image(scores, positive, self.limit)
             rounded = scores.astype(np.float32, copy=False)  # keeps the order, if not every difference
             regions = inputs.native.histogram(rounded, positive, self.counts.numpy(), self._shift, self._base)
         else:
             tensor = maps if isinstance(maps, Tensor) else torch.from_numpy(np.array(inputs.as_scores(maps, "maps")))
-            positive = inputs.image_masks(tensor.shape, masks, labels)
+            positive = inputs.check_masks(tensor.shape, masks, labels)
             if tensor.is_complex():
                 raise ValueError(f"maps: wanted real numbers, got dtype {tensor.dtype}")
             tensor = tensor.detach().to(self.counts.device).reshape(positive.shape)
@@ -162,7 +162,7 @@ class Streaming:
         Raises:
             ValueError: there are not both kinds of pixel, too many regions, or a limit outside of (0, 1].
         """
-        limits = inputs.limits_of(self.limit if limit is None else limit)
+        limits = inputs.check_limits(self.limit if limit is None else limit)
         bins, used, totals = self._binned()
         f1, best = bounds.f1_max(bins)
         area = (totals[HIGH_WORD] + totals[LOW_WORD] / FINE) / FINE
@@ -172,7 +172,7 @@ class Streaming:
         return StreamedMetrics(bounds.auroc(bins), bounds.ap(bins), f1, edge, at[limits[0]], per_image, at)
 
     @property
-    def both(self) -> bool:
+    def has_both_classes(self) -> bool:
         """Whether there are pixels of both kinds, without which no metric is defined."""
         return bool(self.counts[:2].any(dim=1).all())
 
@@ -190,14 +190,14 @@ class Streaming:
         Raises:
             ValueError: as `compute`.
         """
-        (stop,) = inputs.limits_of(self.limit if limit is None else limit)
+        (stop,) = inputs.check_limits(self.limit if limit is None else limit)
         bins, _, _ = self._binned()
         x = np.append(0.0, np.cumsum(bins.good) / bins.good.sum())
         y = np.append(0.0, np.cumsum(bins.overlap))
         inside = x < stop
         return np.append(x[inside], stop), np.append(y[inside], np.interp(stop, x, y))
 
-    def _binned(self) -> tuple[bounds.Binned, NDArray[Any], list[int]]:
+    def _binned(self) -> tuple[bounds.Bins, NDArray[Any], list[int]]:
         """Bins that hold something, their numbers, and the totals."""
         totals, counts = self.totals.tolist(), self.counts.cpu().numpy()
         good, positive = int(counts[0].sum()), int(counts[1].sum())
@@ -206,7 +206,7 @@ class Streaming:
         if good == 0 or positive == 0:
             got = f"{positive} positive and {good} negative in {totals[IMAGES]} images"
             raise ValueError(f"masks: wanted at least one positive and one negative, got {got}")
-        return *bounds.binned(counts, totals[REGIONS]), totals
+        return *bounds.select_bins(counts, totals[REGIONS]), totals
 
     def _edge(self, number: int) -> float:
         """Lower end of a bin."""
@@ -217,7 +217,7 @@ class Streaming:
     def _check(self, low: float, high: float, maps: Any) -> None:
         if not (np.isfinite(low) and np.isfinite(high)):
             values = inputs.as_array(maps)
-            inputs.defined(values, np.arange(values.size) > 0, "maps")
+            inputs.check_metrics_defined(values, np.arange(values.size) > 0, "maps")
         if low < -SLACK * self.high or high > (1 + SLACK) * self.high:
             raise ValueError(f"maps: wanted values in [0, {self.high:g}], got values from {low:g} to {high:g}")
 
@@ -253,7 +253,7 @@ class Streaming:
         extremes = torch.stack([maps.amin((1, 2)), maps.amax((1, 2))], 1).cpu().numpy()
         of: dict[int, NDArray[Any]] = {}
         for n in np.flatnonzero(positive.any(axis=(1, 2))).tolist():
-            thresholds, why[n] = reference.thresholds_of(extremes[n], positive[n])
+            thresholds, why[n] = reference.compute_thresholds(extremes[n], positive[n])
             of |= {n: thresholds} if why[n] == 0 else {}
         if not of:
             return areas, why
@@ -265,9 +265,9 @@ class Streaming:
         counts = torch.bincount((ranks + slots * rows).flatten(), minlength=2 * len(some) * slots)
         called, passed = counts.view(-1, 2, slots)[:, 0].cpu().numpy(), ranks[mask].cpu().numpy()
         for row, n in enumerate(some):
-            weight = reference.overlap(labels[n][positive[n]])
+            weight = reference.compute_overlap_weights(labels[n][positive[n]])
             mine, passed = passed[: weight.size], passed[weight.size :]
-            areas[n], why[n] = reference.image_area(called[row, : of[n].size + 1], mine, weight, self.limit)
+            areas[n], why[n] = reference.compute_image_area(called[row, : of[n].size + 1], mine, weight, self.limit)
         return areas, why
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from recontrast.models.weights import load_weights, outline
+from recontrast.models.weights import create_meta_model, load_weights
 
 
 class Backbone(nn.Module):
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         return [f.permute(0, 3, 1, 2) for f in features] if self._nhwc else list(features)
 
 
-def strides(name: str, levels: int = 3) -> tuple[int, ...]:
+def get_strides(name: str, levels: int = 3) -> tuple[int, ...]:
     """Strides of the levels of `Backbone`, fine to coarse, without its weights."""
     return tuple(_pyramid(name, levels).values())
 
@@ -81,7 +81,7 @@ def _pyramid(name: str, levels: int) -> dict[int, int]:
         close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f"backbone: wanted a model name of timm (close: {', '.join(close) or 'none'}), got {name!r}")
     try:
-        info = outline(name, features_only=True).feature_info.info
+        info = create_meta_model(name, features_only=True).feature_info.info
     except RuntimeError as error:  # unknown tag, or no features_only
         tags = ", ".join(timm.list_pretrained(f"{base}.*")[:6]) or "none"
         wanted = f"a timm model with features_only and a known tag ({tags})"

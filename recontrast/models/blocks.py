@@ -9,14 +9,16 @@ from torch import Tensor, nn
 ACTIVATIONS = ("relu", "gelu")
 
 
-BASIC_CHANNELS = 512  # of a bottleneck's output, up to which `mirror_plan` takes basic blocks: ResNet-34's size
+MAX_BASIC_CHANNELS = (
+    512  # of a bottleneck's output, up to which `build_mirror_plan` takes basic blocks: ResNet-34's size
+)
 
 
-LEAST_WIDTH = 64  # of a mirrored decoder at its finest level, doubled at each coarser one: ResNet-18's widths
+MIN_WIDTH = 64  # of a mirrored decoder at its finest level, doubled at each coarser one: ResNet-18's widths
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResNetPlan:
     """The residual blocks of a ResNet, as its bottleneck and decoder repeat them."""
 
     expansion: int  # 1: basic blocks (3x3, 3x3); 4: bottleneck blocks (1x1, 3x3, 1x1)
@@ -27,33 +29,37 @@ class Plan:
 
 
 RESNETS = {
-    "resnet18": Plan(1, (2, 2, 2, 2), fuse=2),
-    "resnet34": Plan(1, (3, 4, 6, 3)),
-    "resnet50": Plan(4, (3, 4, 6, 3)),
-    "resnet101": Plan(4, (3, 4, 23, 3)),
-    "resnet152": Plan(4, (3, 8, 36, 3)),
-    "resnext50_32x4d": Plan(4, (3, 4, 6, 3), base_width=4, groups=32),
-    "resnext101_32x8d": Plan(4, (3, 4, 23, 3), base_width=8, groups=32),
-    "wide_resnet50_2": Plan(4, (3, 4, 6, 3), base_width=128),
-    "wide_resnet101_2": Plan(4, (3, 4, 23, 3), base_width=128),
+    "resnet18": ResNetPlan(1, (2, 2, 2, 2), fuse=2),
+    "resnet34": ResNetPlan(1, (3, 4, 6, 3)),
+    "resnet50": ResNetPlan(4, (3, 4, 6, 3)),
+    "resnet101": ResNetPlan(4, (3, 4, 23, 3)),
+    "resnet152": ResNetPlan(4, (3, 8, 36, 3)),
+    "resnext50_32x4d": ResNetPlan(4, (3, 4, 6, 3), base_width=4, groups=32),
+    "resnext101_32x8d": ResNetPlan(4, (3, 4, 23, 3), base_width=8, groups=32),
+    "wide_resnet50_2": ResNetPlan(4, (3, 4, 6, 3), base_width=128),
+    "wide_resnet101_2": ResNetPlan(4, (3, 4, 23, 3), base_width=128),
 }
 
 
-def mirror_plan(channels: Sequence[int], blocks: int = 2) -> Plan:
+def build_mirror_plan(channels: Sequence[int], blocks: int = 2) -> ResNetPlan:
     """Plan for an encoder that is no ResNet: basic blocks for narrow pyramids, bottleneck blocks for wide ones."""
-    return Plan(1 if 2 * mirror_widths(channels)[-1] <= BASIC_CHANNELS else 4, (blocks,) * len(channels), fuse=blocks)
+    return ResNetPlan(
+        1 if 2 * compute_mirror_widths(channels)[-1] <= MAX_BASIC_CHANNELS else 4,
+        (blocks,) * len(channels),
+        fuse=blocks,
+    )
 
 
-def mirror_widths(channels: Sequence[int]) -> list[int]:
+def compute_mirror_widths(channels: Sequence[int]) -> list[int]:
     """Channels inside a mirrored decoder: the encoder's, but no fewer than ResNet-18 has.
 
     Mobile networks publish narrow projections (24, 40, 112 channels in EfficientNet-Lite0) of wide layers; a decoder
     as narrow as those cannot rebuild them.
     """
-    return [max(width, LEAST_WIDTH << level) for level, width in enumerate(channels)]
+    return [max(width, MIN_WIDTH << level) for level, width in enumerate(channels)]
 
 
-def halvings(strides: Sequence[int]) -> list[int]:
+def count_halvings(strides: Sequence[int]) -> list[int]:
     """How often each stride is halved to reach the one before it; wants growing strides, powers of 2 apart."""
     ratios = [coarse / fine for fine, coarse in itertools.pairwise(strides)]
     if not all(r >= 2 and r.is_integer() and int(r).bit_count() == 1 for r in ratios):
@@ -61,10 +67,10 @@ def halvings(strides: Sequence[int]) -> list[int]:
     return [int(r).bit_length() - 1 for r in ratios]
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """ResNet's block, which keeps the size, halves it (3x3, stride 2) or doubles it (2x2 transposed, stride 2)."""
 
-    def __init__(self, inputs: int, outputs: int, step: str, plan: Plan, activation: str = "relu") -> None:
+    def __init__(self, inputs: int, outputs: int, step: str, plan: ResNetPlan, activation: str = "relu") -> None:
         super().__init__()
         planes = outputs // plan.expansion
         if plan.expansion == 1:
@@ -108,7 +114,7 @@ def _shortcut(inputs: int, outputs: int, step: str) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
 
 
-def initialise(module: nn.Module) -> None:
+def initialise_weights(module: nn.Module) -> None:
     """He's initialisation for nn.Conv2d alone: upstream leaves the transposed ones and all biases at torch's."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):

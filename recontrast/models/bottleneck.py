@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from recontrast.models.blocks import Plan, Residual, build_convolution, halvings, initialise
+from recontrast.models.blocks import ResidualBlock, ResNetPlan, build_convolution, count_halvings, initialise_weights
 
 
 class Bottleneck(nn.Module):
@@ -23,10 +23,10 @@ class Bottleneck(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], plan: Plan, widths: Sequence[int] | None = None
+        self, channels: Sequence[int], strides: Sequence[int], plan: ResNetPlan, widths: Sequence[int] | None = None
     ) -> None:
         super().__init__()
-        steps, widths = halvings(strides), widths or channels
+        steps, widths = count_halvings(strides), widths or channels
         self.down = nn.ModuleList()
         for level in range(len(channels)):
             chain, width = [], channels[level]
@@ -38,9 +38,9 @@ class Bottleneck(nn.Module):
             self.down.append(nn.Sequential(*chain))
         self.channels = 2 * widths[-1]
         joined = (len(channels) - 1) * widths[-1] + channels[-1]
-        blocks = [Residual(self.channels, self.channels, "same", plan) for _ in range(1, plan.fuse)]
-        self.fuse = nn.Sequential(Residual(joined, self.channels, "down", plan), *blocks)
-        initialise(self)
+        blocks = [ResidualBlock(self.channels, self.channels, "same", plan) for _ in range(1, plan.fuse)]
+        self.fuse = nn.Sequential(ResidualBlock(joined, self.channels, "down", plan), *blocks)
+        initialise_weights(self)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """All levels as one code.

@@ -10,7 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recontrast.models.blocks import Plan, Residual, halvings, initialise, mirror_plan, mirror_widths
+from recontrast.models.blocks import (
+    ResidualBlock,
+    ResNetPlan,
+    build_mirror_plan,
+    compute_mirror_widths,
+    count_halvings,
+    initialise_weights,
+)
 
 
 class ReverseResNet(nn.Module):
@@ -27,11 +34,11 @@ class ReverseResNet(nn.Module):
         ValueError: another activation, or more levels than the plan has.
     """
 
-    def __init__(self, channels: Sequence[int], plan: Plan, *, heads: int = 2, activation: str = "relu") -> None:
+    def __init__(self, channels: Sequence[int], plan: ResNetPlan, *, heads: int = 2, activation: str = "relu") -> None:
         super().__init__()
         self.stages = _stages(channels, [1] * len(channels), plan, activation)
         self.heads = _heads(channels, channels, heads)
-        initialise(self)
+        initialise_weights(self)
 
     def forward(self, code: Tensor, only: int | None = None) -> list[Tensor]:
         """The levels, rebuilt from a code.
@@ -70,10 +77,10 @@ class MirrorDecoder(nn.Module):
         super().__init__()
         if heads < 1:  # without them the widths would be the output's
             raise ValueError(f"MirrorDecoder: heads: wanted at least 1, got {heads}")
-        widths = mirror_widths(channels)
-        self.stages = _stages(widths, [*halvings(strides), 1], mirror_plan(channels, blocks), activation)
+        widths = compute_mirror_widths(channels)
+        self.stages = _stages(widths, [*count_halvings(strides), 1], build_mirror_plan(channels, blocks), activation)
         self.heads = _heads(widths, channels, heads)
-        initialise(self)
+        initialise_weights(self)
 
     def forward(self, code: Tensor, only: int | None = None) -> list[Tensor]:
         """The levels, rebuilt from a code, as `ReverseResNet.forward` does it.
@@ -88,14 +95,14 @@ class MirrorDecoder(nn.Module):
         return _decode(self.stages, self.heads, code, only)
 
 
-def _stages(channels: Sequence[int], steps: Sequence[int], plan: Plan, activation: str) -> nn.ModuleList:
+def _stages(channels: Sequence[int], steps: Sequence[int], plan: ResNetPlan, activation: str) -> nn.ModuleList:
     """One stage for each level, coarse to fine; ``steps[level]`` doublings lead to that level."""
     if len(channels) > len(plan.blocks):
         raise ValueError(f"decoder: channels: wanted at most {len(plan.blocks)} levels, got {len(channels)}")
     stages, width = nn.ModuleList(), 2 * channels[-1]
     for outputs, times, blocks in zip(reversed(channels), reversed(steps), plan.blocks, strict=False):
-        stage = [Residual(width if i == 0 else outputs, outputs, "up", plan, activation) for i in range(times)]
-        stage += [Residual(outputs, outputs, "same", plan, activation) for _ in range(times, blocks)]
+        stage = [ResidualBlock(width if i == 0 else outputs, outputs, "up", plan, activation) for i in range(times)]
+        stage += [ResidualBlock(outputs, outputs, "same", plan, activation) for _ in range(times, blocks)]
         stages.append(nn.Sequential(*stage))
         width = outputs
     return stages

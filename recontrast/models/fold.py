@@ -24,7 +24,7 @@ CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, PartialNorm2d)
 
 
-def fold(model: ReContrast, size: int | tuple[int, int] | None = None, *, keep: bool = True) -> "Folded":
+def fold(model: ReContrast, size: int | tuple[int, int] | None = None, *, keep: bool = True) -> "FoldedModel":
     """A copy of ``model`` for inference, with each BatchNorm folded into the convolution before it, in float64.
 
     A norm that follows no convolution, or one whose result is also read elsewhere, stays as it is. Activations stay.
@@ -51,10 +51,10 @@ def fold(model: ReContrast, size: int | tuple[int, int] | None = None, *, keep: 
         parent, _, name = places[norm].rpartition(".")
         setattr(folded.get_submodule(parent), name, _what_follows(norm))
     folded.requires_grad_(False)
-    return Folded(folded, len(pairs))
+    return FoldedModel(folded, len(pairs))
 
 
-class Folded(nn.Module):
+class FoldedModel(nn.Module):
     """What `fold` gives: `ReContrast` in eval mode, for good.
 
     Attributes:
@@ -76,7 +76,7 @@ class Folded(nn.Module):
         """The frozen encoder; None where there is one encoder alone."""
         return self.model.frozen
 
-    def train(self, mode: bool = True) -> "Folded":
+    def train(self, mode: bool = True) -> "FoldedModel":
         """Only eval mode exists: the statistics are gone.
 
         Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recontrast.models.backbone import Backbone
-from recontrast.models.blocks import RESNETS, mirror_plan, mirror_widths
+from recontrast.models.blocks import RESNETS, build_mirror_plan, compute_mirror_widths
 from recontrast.models.bottleneck import Bottleneck
 from recontrast.models.decoder import MirrorDecoder, ReverseResNet
 from recontrast.models.partial_norm import convert_partial_norm
@@ -97,7 +97,9 @@ class ReContrast(nn.Module):
             self.encoder.freeze()
         heads = 2 if pairs == "cross" else 0
         if plan is None or decoder == "mirror":
-            self.bottleneck = Bottleneck(channels, strides, mirror_plan(channels), mirror_widths(channels))
+            self.bottleneck = Bottleneck(
+                channels, strides, build_mirror_plan(channels), compute_mirror_widths(channels)
+            )
             self.decoder: nn.Module = MirrorDecoder(channels, strides, heads=heads or 1, activation=activation)
         else:
             self.bottleneck = Bottleneck(channels, strides, plan)
@@ -128,7 +130,7 @@ class ReContrast(nn.Module):
         self,
         images: Tensor,
         views: Literal["both", "trained", "frozen"] = "both",
-        known: Sequence[Tensor] | None = None,
+        frozen_features: Sequence[Tensor] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Features to compare, and what the decoder made of the other encoder's.
 
@@ -137,7 +139,8 @@ class ReContrast(nn.Module):
                 multiples of ``stride``.
             views: in eval mode, the group with that target alone (Table A6), at half the cost of bottleneck and
                 decoder; their statistics in training are of both.
-            known: what the frozen encoder makes of these images, (N, C, h, w) of each level, where that is kept.
+            frozen_features: Cached features of the frozen encoder for these images, (N, C, h, w) of each level. None
+                computes them.
 
         Returns:
             2 L pairs (teacher, student) of (N, C, h, w), in the dtype of the weights, or of autocast, fine to coarse:
@@ -158,7 +161,7 @@ class ReContrast(nn.Module):
         trained = self.encoder(images)
         if self.frozen is None:
             return list(zip(trained, self.decoder(self.bottleneck(trained)), strict=True))
-        frozen = self.frozen(images) if known is None else known
+        frozen = self.frozen(images) if frozen_features is None else frozen_features
         if views != "both":
             teachers, sources, head = (frozen, trained, 0) if views == "frozen" else (trained, frozen, 1)
             return list(zip(teachers, self.decoder(self.bottleneck(sources), only=head), strict=True))

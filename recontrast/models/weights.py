@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights inside a checkpoint
+WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights inside a checkpoint
 PREFIXES = ("module.", "_orig_mod.", "model.", "extractor.")  # DataParallel, torch.compile, a holder, our own Backbone
 # Files that name their tensors in another way but hold the same ones in the same order: torchvision's, and the index
 # packages'. The value is added to every running variance: their BatchNorm eps minus timm's, so that eval mode is equal.
-OTHER_NAMES = ("features.0.", "_conv_stem.")
-IN_ORDER = {
+FOREIGN_PREFIXES = ("features.0.", "_conv_stem.")
+VARIANCE_OFFSETS = {
     **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "mobilenetv2_100"), 0.0),
     **dict.fromkeys((f"efficientnet_b{i}" for i in range(5)), 0.0),
     **dict.fromkeys((f"efficientnet_b{i}" for i in range(5, 8)), 1e-3 - 1e-5),
@@ -66,9 +66,9 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
 
 def _in_timm_names(state: dict[str, Tensor], extractor: nn.Module, name: str, source: str) -> dict[str, Tensor]:
     """The tensors under the names of timm's whole model; what only another architecture can hold is an error."""
-    model = {k: v for k, v in outline(name).state_dict().items() if not k.endswith(TRACKED)}
+    model = {k: v for k, v in create_meta_model(name).state_dict().items() if not k.endswith(TRACKED)}
     base = name.partition(".")[0]
-    if not any(k.startswith(OTHER_NAMES) for k in state) or base not in IN_ORDER:
+    if not any(k.startswith(FOREIGN_PREFIXES) for k in state) or base not in VARIANCE_OFFSETS:
         known = model.keys() | extractor.state_dict().keys()
         used = {part for part, _ in extractor.named_children()}  # beyond them any head may follow
         used |= {part.rpartition("_")[0] for part in used}  # stages_0: stages
@@ -85,11 +85,11 @@ def _in_timm_names(state: dict[str, Tensor], extractor: nn.Module, name: str, so
         if kind != other_kind or tensor.shape != target.shape:
             got = f"{other} of shape {tuple(tensor.shape)} in its place"
             raise ValueError(f"weights {source}: wanted {_expected(key, target, name)}, got {got}")
-        renamed[key] = tensor + IN_ORDER[base] if kind == "running_var" else tensor
+        renamed[key] = tensor + VARIANCE_OFFSETS[base] if kind == "running_var" else tensor
     return renamed
 
 
-def outline(name: str, **options: Any) -> Any:
+def create_meta_model(name: str, **options: Any) -> Any:
     """The model of timm for its names and shapes alone: without memory or initialisation, where timm can do that."""
     try:
         with torch.device("meta"):
@@ -129,7 +129,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
             f"weights: wanted a file of tensors, got {str(path)!r}, which cannot be read: {why}"
         ) from error
     while isinstance(state, Mapping) and (
-        inner := next((k for k in WRAPPERS if isinstance(state.get(k), Mapping)), "")
+        inner := next((k for k in WRAPPER_KEYS if isinstance(state.get(k), Mapping)), "")
     ):
         state = state[inner]
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):

@@ -279,7 +279,7 @@ def step(
         this one's part.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        pairs = model(images, known=known)
+        pairs = model(images, frozen_features=known)
     rule = deviation(alpha, recipe.factor) if recipe.mining else None
     groups = 2 if recipe.pairs == "cross" else 1
     loss = pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient, shares=shares)

@@ -49,7 +49,7 @@ def check(emulated, x, y, processors=4):
     wide = [[t.double() for t in ts] for ts in (x, y)]
     assert error(sums, reference.cosine_sums_group(*wide)) < (1e-6 if sums.dtype == F32 else 1e-14)
     grad = torch.randn_like(sums)
-    for part in reference.of_pairs(grad, [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y]):
+    for part in reference.split_pairs(grad, [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y]):
         part *= torch.rand_like(part[:1]) < 0.4
     gradients = twice(emulated, lambda ops: ops.cosine_sums_group_backward(grad, x, y), processors)
     for ours, theirs, t in zip(gradients, reference.cosine_sums_group_backward(grad.double(), *wide), y, strict=True):

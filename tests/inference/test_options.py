@@ -14,7 +14,7 @@ from recontrast.inference import options
 from recontrast.inference.detector import CheckpointDetector, open_detector
 from recontrast.inference.infer import infer
 from recontrast.inference.options import InferenceOptions
-from recontrast.models.fold import Folded
+from recontrast.models.fold import FoldedModel
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import is_bfloat16_fast
 
@@ -67,7 +67,7 @@ def test_folded_scores_are_those_of_the_model(model, images, views):
     asked = InferenceOptions(views=views)
     recipe = asked.recipe(RECIPE)
     network = asked.network(model, recipe, RECIPE)
-    assert isinstance(network, Folded) and network.norms_left == 0
+    assert isinstance(network, FoldedModel) and network.norms_left == 0
     for ours, theirs in zip(scores_of(network, images, recipe), scores_of(model, images, recipe), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert InferenceOptions(folded=False).network(model, recipe, RECIPE) is model
@@ -115,7 +115,7 @@ def test_scores_alike():
 
 def test_a_checkpoint_is_run_as_asked(checkpoint, model):
     detector = CheckpointDetector(checkpoint, "cpu")
-    assert isinstance(detector.model, Folded) and detector.recipe == RECIPE and detector.top == 4
+    assert isinstance(detector.model, FoldedModel) and detector.recipe == RECIPE and detector.top == 4
     assert detector.calibration is not None
     detector = open_detector(checkpoint, "cpu", inference=InferenceOptions(views="trained", folded=False))
     assert isinstance(detector.model, ReContrast) and detector.recipe.views == "trained" and detector.top == 2

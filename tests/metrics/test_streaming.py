@@ -267,7 +267,7 @@ def test_bounds_of_bins_by_hand():
     # From the top: 2 positives; 1 positive and 3 good; 1 good. Positives are regions of two pixels and of one.
     unit = 1 << bounds.UNIT
     counts = np.array([[1, 0, 3, 0], [0, 0, 1, 2], [0, 0, unit, unit]])
-    bins, used = bounds.binned(counts, 2)
+    bins, used = bounds.select_bins(counts, 2)
     assert used.tolist() == [3, 2, 0]
     assert bounds.auroc(bins) == pytest.approx(((2 * 4 + 1 + 1.5) / 12, 1.5 / 12))
     upper, lower = (2 + 3 / 3) / 3, (2 + 1 - 3 * np.log(1 + 1 / 5.5)) / 3

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from upstream_model import replace_norms, upstream_from
 
-from recontrast.models.blocks import RESNETS, halvings, mirror_plan, mirror_widths
+from recontrast.models.blocks import RESNETS, build_mirror_plan, compute_mirror_widths, count_halvings
 from recontrast.models.bottleneck import Bottleneck
 from recontrast.models.decoder import MirrorDecoder, ReverseResNet
 from recontrast.models.partial_norm import PartialNorm2d, convert_partial_norm
@@ -239,15 +239,15 @@ def test_plans():
     assert wide.stages[0][0].body[3].weight.shape == (512, 512, 2, 2)  # base width 128: twice the planes
     next50 = ReverseResNet((256, 512, 1024), RESNETS["resnext50_32x4d"])
     assert next50.stages[0][0].body[3].groups == 32 and next50.stages[0][0].body[3].weight.shape == (512, 16, 2, 2)
-    assert mirror_plan((24, 40, 112)).expansion == 1 and mirror_plan((96, 192, 384)).expansion == 4
-    assert halvings((4, 8, 32)) == [1, 2]
+    assert build_mirror_plan((24, 40, 112)).expansion == 1 and build_mirror_plan((96, 192, 384)).expansion == 4
+    assert count_halvings((4, 8, 32)) == [1, 2]
     for strides in ((4, 4, 8), (4, 12), (8, 4), (7, 14, 15)):
         with pytest.raises(ValueError, match="strides: wanted each 2, 4, 8"):
-            halvings(strides)
+            count_halvings(strides)
     features = [torch.randn(2, 8, 16, 16), torch.randn(2, 12, 8, 8), torch.randn(2, 20, 2, 2)]  # a gap in the pyramid
-    widths = mirror_widths((8, 12, 20))
-    assert widths == [64, 128, 256] and mirror_widths((128, 256, 512)) == [128, 256, 512]
-    code = Bottleneck((8, 12, 20), (4, 8, 32), mirror_plan((8, 12, 20)), widths)(features)
+    widths = compute_mirror_widths((8, 12, 20))
+    assert widths == [64, 128, 256] and compute_mirror_widths((128, 256, 512)) == [128, 256, 512]
+    code = Bottleneck((8, 12, 20), (4, 8, 32), build_mirror_plan((8, 12, 20)), widths)(features)
     assert code.shape == (2, 512, 1, 1)
     decoded = MirrorDecoder((8, 12, 20), (4, 8, 32), heads=1)(code)
     assert [d.shape for d in decoded] == [f.shape for f in features]

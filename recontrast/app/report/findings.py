@@ -17,7 +17,7 @@ from recontrast.evaluation.results import Result, Row
 from recontrast.inference.infer import max_map_value
 from recontrast.metrics import curves
 from recontrast.metrics.curves import Curve
-from recontrast.models.fold import Folded
+from recontrast.models.fold import FoldedModel
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 
@@ -100,7 +100,7 @@ class Findings:
 
 
 def gather(
-    model: ReContrast | Folded, groups: Mapping[str, Sequence[Sample]], recipe: Recipe,
+    model: ReContrast | FoldedModel, groups: Mapping[str, Sequence[Sample]], recipe: Recipe,
     calibration: Calibration | None = None, *,
     device: str | None = None, batch: int = 16, on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Findings:  # fmt: skip

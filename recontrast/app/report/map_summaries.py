@@ -62,7 +62,7 @@ class MapSummaries:
         return self._curves.get(category)
 
     def _close(self) -> None:
-        if self._streamed is not None and self._streamed.both:
+        if self._streamed is not None and self._streamed.has_both_classes:
             self._curves[self.samples[-1].category] = curves.thin(self._streamed.overlap_curve(LIMIT))
         self._streamed = None
 
