@@ -38,7 +38,7 @@ from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
 from recontrast.training.sampler import BatchSampler
-from recontrast.training.train import new_model, train
+from recontrast.training.train import build_model, train
 
 METRICS = {
     "i_auroc": "I-AUROC",
@@ -63,7 +63,7 @@ def ours(samples: list[Sample], category: str, recipe: Recipe, device: torch.dev
 def reference(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> dict[str, Run]:
     """Train and evaluate each category as the reference does, from the weights and in the order of `ours`."""
     torch.manual_seed(recipe.seed)
-    begin = new_model(recipe, category)
+    begin = build_model(recipe, category)
     model = upstream_from(begin, recipe.backbone.partition(".")[0]).to(device)
     unified = recipe.name == "mvtec_unified"
     if unified:

@@ -31,7 +31,7 @@ from recontrast.recipes.paper import RECIPES
 from recontrast.runtime.device import move_model, resolve_device
 from recontrast.training.optimisers import build_optimisers
 from recontrast.training.teacher_cache import TeacherCache
-from recontrast.training.train import new_model, step
+from recontrast.training.train import build_model, train_step
 
 WAYS = {  # recipe fields and, as "cache", the teacher cache
     "reference": None,
@@ -50,7 +50,7 @@ ALPHA = 1.0  # after the ramp, where most of the steps are
 
 def reference_step(recipe, device):
     """The reference's step on batches (N, 3, H, W)."""
-    model = upstream_from(new_model(recipe, "any"), recipe.backbone.partition(".")[0]).to(device)
+    model = upstream_from(build_model(recipe, "any"), recipe.backbone.partition(".")[0]).to(device)
     model.train(encoder_bn_train=False)
     settings = {"betas": recipe.betas, "eps": recipe.eps, "weight_decay": recipe.weight_decay}
     both = [
@@ -72,7 +72,7 @@ def reference_step(recipe, device):
 
 def our_step(recipe, device, cached):
     """Ours, as `recontrast.training.train.train` makes it."""
-    model = new_model(recipe, "any")
+    model = build_model(recipe, "any")
     layout = move_model(model, device, recipe.channels_last)
     both = build_optimisers(model.train(), recipe, device)
     network = torch.compile(model, dynamic=False) if recipe.compile else model
@@ -81,7 +81,7 @@ def our_step(recipe, device, cached):
 
     def once(images, index):
         known = teacher(index, images) if teacher else None
-        return step(network, both, images, ALPHA, recipe, [len(images)], known)
+        return train_step(network, both, images, ALPHA, recipe, [len(images)], known)
 
     return once, layout
 

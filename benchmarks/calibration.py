@@ -89,7 +89,7 @@ def measure(data: Path, category: str, recipe: Recipe, times: int, device: torch
             scores.setdefault(image.defect if image.label else "good", []).append(image.score)
         found["images"] = {kind: len(some) for kind, some in scores.items()}
         found["observed"] = {
-            str(rate): {kind: float(held.at(rate).defects(some).mean()) for kind, some in scores.items()}
+            str(rate): {kind: float(held.with_rate(rate).is_defect(some).mean()) for kind, some in scores.items()}
             for rate in rates
         }
         found["check"] = checked(held, scores.get("good", []))
@@ -101,7 +101,7 @@ def checked(held: Calibration, good: Sequence[float]) -> dict[str, Any] | None:
     if not good:
         return None
     seen = measure_score_drift(held, good)
-    return {"far": seen.far, "p_value": seen.p_value, "distance": seen.distance, "sentence": seen.sentence()}
+    return {"far": seen.is_significant, "p_value": seen.p_value, "distance": seen.distance, "sentence": seen.describe()}
 
 
 def looked_at(data: Path, category: str, recipe: Recipe) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def looked_at(data: Path, category: str, recipe: Recipe) -> dict[str, Any]:
     good = [s for s in samples if s.split == "test" and not s.label]
     known, new = (describe_appearance(ImageCache(some, recipe.size, recipe.crop)) for some in (held, good))
     seen = measure_appearance_drift(known, new)
-    return {"far": seen.far, "p_value": seen.p_value, "name": seen.name, "sentence": seen.sentence()}
+    return {"far": seen.is_significant, "p_value": seen.p_value, "name": seen.name, "sentence": seen.describe()}
 
 
 def tables(found: dict[str, dict[str, Any]]) -> str:

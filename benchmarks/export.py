@@ -35,13 +35,13 @@ from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model
+from recontrast.training.train import build_model
 
 
 def untrained(folder: Path, recipe: Recipe) -> Path:
     """A checkpoint whose BatchNorms have seen a batch."""
     torch.manual_seed(0)
-    model = new_model(recipe, "drawn").train()
+    model = build_model(recipe, "drawn").train()
     with torch.no_grad():
         model(torch.randn(2, 3, *recipe.out))
     about = {"size": list(recipe.out), "crop": None, "mean": list(model.mean), "std": list(model.std)}

@@ -37,10 +37,11 @@ from recontrast.inference.options import InferenceOptions
 from recontrast.loss import point_distances
 from recontrast.recipes.paper import RECIPES
 from recontrast.runtime.device import convolution_precision, move_model
-from recontrast.training.cuda_graph import GraphedStep, recorded
+from recontrast.training.cuda_graph import GraphedStep, record_graph
 from recontrast.training.device_images import DeviceImages
+from recontrast.training.optimisers import build_optimisers
 from recontrast.training.teacher_cache import TeacherCache
-from recontrast.training.train import new_model, optimisers, step
+from recontrast.training.train import build_model, train_step
 
 COPY = 2**31  # bytes of the copy that tells the bandwidth: far more than any cache
 
@@ -86,7 +87,7 @@ def replay_of(work: Function) -> Function:
     """``work`` as a graph."""
     for _ in range(3):
         work()
-    repeat, kept = recorded(work)
+    repeat, kept = record_graph(work)
     return lambda: (repeat(), kept)
 
 
@@ -201,7 +202,7 @@ def training(run: Run) -> None:
     base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="train", size=size)
     pixels = np.random.default_rng(0).integers(0, 256, (2 if run.tiny else 160, size, size, 3), dtype=np.uint8)
     blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
-    begin = new_model(base, "carpet")  # once: to draw random weights takes longer than to measure a step
+    begin = build_model(base, "carpet")  # once: to draw random weights takes longer than to measure a step
     for batch in (2,) if run.tiny else (64, 16, 128):
         group = f"training step, {backbone}, {size} px, batch {batch}"
         name = "reference, launches blocked, as its scripts run it" if blocking else "reference"
@@ -249,7 +250,7 @@ def our_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int
     model = copy.deepcopy(begin)
     last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
     model.train()
-    both = optimisers(model, recipe, run.device)
+    both = build_optimisers(model, recipe, run.device)
     fed = DeviceImages(pixels, run.device)
 
     index = np.random.default_rng(1).permutation(len(pixels))[:batch]
@@ -259,7 +260,7 @@ def our_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int
 
     def one(moving, images, alpha):
         known = None if teacher is None else teacher(index, images)
-        return step(model, moving, images, alpha, recipe, known=known)
+        return train_step(model, moving, images, alpha, recipe, known=known)
 
     call = GraphedStep(one, batch, run.device) if recipe.graph else one
 
@@ -283,7 +284,7 @@ def evaluation(run: Run) -> None:
     base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="eval", size=size)
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     group = f"evaluation before metrics, {backbone}, {size} px"
-    begin = new_model(base, "carpet")
+    begin = build_model(base, "carpet")
     model = upstream_from(begin, backbone).to(run.device)
     model.eval()
     few = normalise(images[: max(count // 16, 2)], begin.mean, begin.std)
@@ -323,7 +324,7 @@ def whole(run: Run) -> None:
     with tempfile.TemporaryDirectory() as folder:
         samples = drawn(Path(folder), count, size)
         few = samples[:: max(count // 8, 1) | 1]  # an odd step: of both kinds
-        begin = new_model(base, "carpet")
+        begin = build_model(base, "carpet")
         model = upstream_from(begin, backbone).to(run.device)
         model.eval()
         images = normalise(ImageCache(few, size)[:], begin.mean, begin.std)  # decoded outside the time

@@ -6,7 +6,7 @@ from tiny import tiny_set
 from recontrast import checkpoint as checkpoints
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.json_log import JsonLog
-from recontrast.training.train import new_model
+from recontrast.training.train import build_model
 
 RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
 
@@ -16,7 +16,7 @@ def trained(root, category="nut", **sizes):
     data = root / "data"
     tiny_set(data, category, train=2, **{"good": 4, "defects": 4, **sizes})
     torch.manual_seed(0)
-    model = new_model(RECIPE, category)
+    model = build_model(RECIPE, category)
     run = root / "run"
     about = {"size": [64, 64], "crop": None, "mean": list(model.mean), "std": list(model.std)}
     checkpoints.save(run / "checkpoint.pt", checkpoints.Checkpoint(

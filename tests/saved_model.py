@@ -6,14 +6,14 @@ from PIL import Image
 
 from recontrast import checkpoint as checkpoints
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model
+from recontrast.training.train import build_model
 
 RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
 
 
 def save(path, recipe):
     torch.manual_seed(0)
-    model = new_model(recipe, "tile")
+    model = build_model(recipe, "tile")
     about = {"size": list(recipe.out), "crop": None, "mean": list(model.mean), "std": list(model.std)}
     state = model.state_dict()
     return checkpoints.save(

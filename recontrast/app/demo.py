@@ -104,7 +104,7 @@ def run_demo(
         still = recipe.replace(encoder_lr=0.0)
         results[FROZEN] = evaluate.evaluate(fit(FROZEN, still, None).model, data, still)
         torch.manual_seed(seed)
-        model = train.new_model(recipe, "all").to(resolve_device(device))
+        model = train.build_model(recipe, "all").to(resolve_device(device))
         results[UNTRAINED] = evaluate.evaluate(model, data, recipe)
     return Demo(results, sheets, found.checkpoint, found.seconds)
 

@@ -218,7 +218,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             OSError: a file cannot be read.
         """
         found = self._calibrated("predict")
-        return np.where(found.defects(-self.score_samples(X)), -1, 1)
+        return np.where(found.is_defect(-self.score_samples(X)), -1, 1)
 
     def p_values(self, X: Any) -> NDArray[np.float64]:
         """Conformal p-values: small is unlike the good ones.

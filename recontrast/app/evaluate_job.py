@@ -41,7 +41,7 @@ class Decided:
         AppearanceDrift | None
     )  # of how they look; None without any, or where the calibration does not know
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """The rates."""
         parts = [
             f"{count} of {total} {what} ({100 * count / total:.1f} %)"
@@ -55,7 +55,11 @@ class Decided:
 
     def warnings(self) -> list[str]:
         """A sentence for each way in which the good images are not like those of the calibration."""
-        return [seen.sentence() for seen in (self.score_drift, self.appearance_drift) if seen is not None and seen.far]
+        return [
+            seen.describe()
+            for seen in (self.score_drift, self.appearance_drift)
+            if seen is not None and seen.is_significant
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values that JSON can hold."""
@@ -116,14 +120,14 @@ def decided(
 ) -> Decided:  # fmt: skip
     """What ``calibration`` decides on the images of ``result``; the good ones among ``groups`` are looked at again."""
     good, bad = ([image.score for image in result.scored if bool(image.label) == which] for which in (False, True))
-    alarms, found = (int(calibration.defects(scores).sum()) for scores in (good, bad))
+    alarms, found = (int(calibration.is_defect(scores).sum()) for scores in (good, bad))
     samples = [s for group in groups.values() for s in group if s.split == "test" and not s.label]
     other = None
-    if samples and calibration.looks:
+    if samples and calibration.appearance:
         images: Images = SampleImages(samples, recipe, workers)
         if cache_dir is not None and recipe.tile is None:
             images = ImageCache(samples, recipe.size, recipe.crop, directory=cache_dir, workers=workers)
-        other = measure_appearance_drift(np.array(calibration.looks), describe_appearance(images))
+        other = measure_appearance_drift(np.array(calibration.appearance), describe_appearance(images))
     seen = measure_score_drift(calibration, good) if good else None
     return Decided(calibration.rate, len(good), alarms, len(bad), found, seen, other)
 

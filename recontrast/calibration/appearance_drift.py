@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from recontrast.data.sources import Images
 
-ALARM = 0.01  # so often it warns although nothing changed
+ALARM_LEVEL = 0.01  # so often it warns although nothing changed
 # What is measured of an image, in [0, 1] but for the last, and what it is called where it is less and where it is more.
 PROPERTIES = {
     "brightness": ("darker", "brighter"),  # mean grey
@@ -65,15 +65,15 @@ class AppearanceDrift:
     after: float
 
     @property
-    def far(self) -> bool:
-        """Whether to warn: ``p_value`` is below `ALARM`."""
-        return self.p_value < ALARM
+    def is_significant(self) -> bool:
+        """Whether to warn: ``p_value`` is below `ALARM_LEVEL`."""
+        return self.p_value < ALARM_LEVEL
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """What was found and what it means."""
         seen = f"{self.name} {self.after:.3g} instead of {self.before:.3g} in the median"
         test = f"as different by chance in {self.p_value:.2g} of cases"
-        if not self.far:
+        if not self.is_significant:
             return f"they look like the calibration images ({', '.join(PROPERTIES)}; {test})"
         less, more = PROPERTIES[self.name]
         how = less if self.after < self.before else more if self.after > self.before else "different in their spread"

@@ -20,9 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from recontrast.calibration.appearance_drift import PROPERTIES
 
-RATE = 0.01  # false alarms promised where nothing else is asked for
-PIXEL_RATE = 0.01  # share of a good image's map that may be flagged
-_HOW = ("views", "precision")  # fields of a calibration that older ones lack
+DEFAULT_RATE = 0.01  # false alarms promised where nothing else is asked for
+DEFAULT_PIXEL_RATE = 0.01  # share of a good image's map that may be flagged
+_KEYS = {"appearance": "looks"}  # fields that have another name in checkpoints and exported detectors
+_INFERENCE_FIELDS = ("views", "precision")  # missing in older calibrations
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Calibration:
             promises nothing.
         source: where the good images came from, in words.
         weights: `digest` of the detector: for any other the scores mean nothing.
-        looks: of each image, see `recontrast.calibration.appearance_drift`; of older ones unknown.
+        appearance: of each image, see `recontrast.calibration.appearance_drift`; of older ones unknown.
         views: targets of the maps whose scores these are, as in `Recipe`; None: as trained.
         precision: likewise.
 
@@ -55,7 +56,7 @@ class Calibration:
     pixel_guarantee: bool
     source: str
     weights: str
-    looks: tuple[tuple[float, ...], ...] = ()
+    appearance: tuple[tuple[float, ...], ...] = ()
     views: str | None = None
     precision: str | None = None
 
@@ -64,7 +65,7 @@ class Calibration:
         scores = np.asarray(self.scores, np.float64)
         if not scores.size or not np.isfinite(scores).all() or (np.diff(scores) < 0).any():
             raise ValueError("calibration: scores: wanted finite numbers in ascending order, got others or none")
-        if self.looks and np.shape(self.looks) != (len(self.scores), len(PROPERTIES)):
+        if self.appearance and np.shape(self.appearance) != (len(self.scores), len(PROPERTIES)):
             raise ValueError(
                 f"calibration: looks: wanted {len(PROPERTIES)} of each of {len(self.scores)} images, got others"
             )
@@ -87,7 +88,7 @@ class Calibration:
         """
         return (1 + self._above(scores)) / (self.count + 1)
 
-    def defects(self, scores: ArrayLike) -> NDArray[np.bool_]:
+    def is_defect(self, scores: ArrayLike) -> NDArray[np.bool_]:
         """Whether each p-value is at most ``rate``, which is score > ``threshold``; a NaN is a defect.
 
         Args:
@@ -98,7 +99,7 @@ class Calibration:
         """
         return np.asarray(1 + self._above(scores) <= allowed_false_alarms(self.count, self.rate), np.bool_)
 
-    def at(self, rate: float) -> "Calibration":
+    def with_rate(self, rate: float) -> "Calibration":
         """The same images with another promise.
 
         Args:
@@ -114,9 +115,10 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values that JSON can hold."""
-        values = {**asdict(self), "scores": list(self.scores), "looks": [list(one) for one in self.looks]}
-        # What is as trained is left out: an older version reads it then.
-        return {name: value for name, value in values.items() if name not in _HOW or value is not None}
+        values = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        values |= {"scores": list(self.scores), "looks": [list(numbers) for numbers in self.appearance]}
+        # A None is left out, so that versions without these fields can read the calibration.
+        return {name: value for name, value in values.items() if name not in _INFERENCE_FIELDS or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
@@ -131,12 +133,13 @@ class Calibration:
         Raises:
             ValueError: a missing, unknown or impossible field.
         """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) | {"looks", *_HOW} != names:
+        names = {_KEYS.get(field.name, field.name) for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) | {"looks", *_INFERENCE_FIELDS} != names:
             got = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"calibration: wanted the fields {', '.join(sorted(names))}, got {got}")
-        seen = tuple(map(tuple, values.get("looks", ())))
-        return cls(**{**values, "scores": tuple(values["scores"]), "looks": seen})
+        arguments = {name: value for name, value in values.items() if name not in ("scores", "looks")}
+        appearance = tuple(map(tuple, values.get("looks", ())))
+        return cls(scores=tuple(values["scores"]), appearance=appearance, **arguments)
 
     def _above(self, scores: ArrayLike) -> NDArray[np.int64]:
         """How many calibration scores are at least each of ``scores``."""
@@ -196,7 +199,7 @@ def calibrate_maps(
         scores=ordered, rate=rate, threshold=conformal_threshold(ordered, rate),
         pixel_threshold=float(highest.min()) if alike else None,
         pixel_rate=pixel_rate, pixel_guarantee=guarantee and alike, source=source, weights=weights,
-        looks=tuple(map(tuple, np.asarray(seen, np.float64).tolist())),
+        appearance=tuple(map(tuple, np.asarray(seen, np.float64).tolist())),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from recontrast.calibration.appearance_drift import ALARM
+from recontrast.calibration.appearance_drift import ALARM_LEVEL
 from recontrast.calibration.conformal import Calibration, allowed_false_alarms
 
 
@@ -33,15 +33,15 @@ class ScoreDrift:
     expected: float
 
     @property
-    def far(self) -> bool:
-        """Whether to warn: ``p_value`` is below `recontrast.calibration.appearance_drift.ALARM`."""
-        return self.p_value < ALARM
+    def is_significant(self) -> bool:
+        """Whether to warn: ``p_value`` is below `recontrast.calibration.appearance_drift.ALARM_LEVEL`."""
+        return self.p_value < ALARM_LEVEL
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """What was found and what it means."""
         seen = f"{self.count} new good images, {self.alarms} called defects where {self.expected:.3g} were promised"
         test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; as far by chance in {self.p_value:.2g} of cases"
-        if self.far:
+        if self.is_significant:
             return (
                 f"p-values of good images are far from uniform ({test}; {seen}): they do not look like the calibration "
                 "images, and the promised false-alarm rate does not hold for them; calibrate anew on images like these"
@@ -75,7 +75,7 @@ def measure_score_drift(calibration: Calibration, scores: ArrayLike) -> ScoreDri
         raise ValueError(f"check: scores: wanted finite scores of at least 1 good image, got {new.size} or others")
     known = np.asarray(calibration.scores)
     gap, shift = ks_2samp(new, known), mannwhitneyu(new, known)
-    alarms, over = int(calibration.defects(new).sum()), allowed_false_alarms(known.size, calibration.rate)
+    alarms, over = int(calibration.is_defect(new).sum()), allowed_false_alarms(known.size, calibration.rate)
     tail = betabinom(new.size, over, known.size + 1 - over).sf(alarms - 1)
     return ScoreDrift(
         count=new.size,

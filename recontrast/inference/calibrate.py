@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.calibration.appearance_drift import describe_appearance
-from recontrast.calibration.conformal import PIXEL_RATE, RATE, Calibration, allowed_false_alarms, calibrate_maps
+from recontrast.calibration.conformal import (
+    DEFAULT_PIXEL_RATE,
+    DEFAULT_RATE,
+    Calibration,
+    allowed_false_alarms,
+    calibrate_maps,
+)
 from recontrast.checkpoint import Checkpoint, digest
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
@@ -27,8 +33,8 @@ def calibrate(
     recipe: Recipe,
     images: Images,
     *,
-    rate: float = RATE,
-    pixel_rate: float = PIXEL_RATE,
+    rate: float = DEFAULT_RATE,
+    pixel_rate: float = DEFAULT_PIXEL_RATE,
     source: str = "",
     batch: int = 16,
 ) -> Calibration:
@@ -107,7 +113,7 @@ def calibrate_files(
             found = calibrate_maps(run(), len(files), **options)
             seen = _appearance(detector, files)  # may find that a file cannot be read any more
             if not files.errors:
-                return replace(found, looks=tuple(map(tuple, seen.tolist()))), unread
+                return replace(found, appearance=tuple(map(tuple, seen.tolist()))), unread
             unread += [files.errors[place] for place in sorted(files.errors)]
             paths = [path for place, path in enumerate(files.paths) if place not in files.errors]
             if not paths:

@@ -71,7 +71,7 @@ def select_calibration(
                 f"predict: decisions: wanted a detector with a calibration, got one without: run {run} first"
             )
         return None
-    return found if rate is None else found.at(rate)
+    return found if rate is None else found.with_rate(rate)
 
 
 def decide(
@@ -86,7 +86,7 @@ def decide(
         shape: (H, W) of the original image.
         recipe: says which part of it the map stands for.
     """
-    defect = bool(calibration.defects([score])[0])
+    defect = bool(calibration.is_defect([score])[0])
     where = None
     if defect and calibration.pixel_threshold is not None:
         where = tuple(find_regions(anomaly, calibration.pixel_threshold, shape, recipe))

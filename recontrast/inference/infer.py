@@ -14,7 +14,7 @@ from recontrast.models.fold import FoldedModel
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.clock import Clock
-from recontrast.runtime.device import convolution_precision, memory_format
+from recontrast.runtime.device import convolution_precision, resolve_memory_format
 
 
 def infer(
@@ -38,7 +38,7 @@ def infer(
         OSError: a file of theirs cannot be read.
     """
     weight = next(model.parameters())
-    last = memory_format(weight.device, recipe.channels_last) == torch.channels_last
+    last = resolve_memory_format(weight.device, recipe.channels_last) == torch.channels_last
     amap = AnomalyMap(model.map_sizes(recipe.out), recipe.out, blur=recipe.blur, reduce=recipe.reduce)
     clock = clock or Clock(weight.device)
 

@@ -26,15 +26,15 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def memory_format(device: torch.device, channels_last: bool | None) -> torch.memory_format:
+def resolve_memory_format(device: torch.device, channels_last: bool | None) -> torch.memory_format:
     """Layout of images and weights: as asked for, or with None the faster one on ``device``."""
     last = device.type in CHANNELS_LAST if channels_last is None else channels_last
     return torch.channels_last if last else torch.contiguous_format
 
 
 def move_model(model: nn.Module, device: torch.device, channels_last: bool | None = None) -> torch.memory_format:
-    """Move ``model`` to ``device``, in the layout of `memory_format`, which is returned."""
-    layout = memory_format(device, channels_last)
+    """Move ``model`` to ``device``, in the layout of `resolve_memory_format`, which is returned."""
+    layout = resolve_memory_format(device, channels_last)
     model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
     return layout
 

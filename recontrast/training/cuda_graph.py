@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 # Eager steps before one is recorded: what is chosen or built at a first call (cuDNN's algorithms, Triton's and
 # torch.compile's kernels, the optimisers' states) must be there.
-WARM = 3
+WARMUP_STEPS = 3
 
 Step = Callable[[Sequence[Optimizer], Tensor, Tensor], Tensor]  # optimisers, images, alpha (0-dim) -> loss
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]  # work -> how to repeat it, its result
 
 
 class GraphedStep:
-    """Calls a step, from its `WARM` + 1st call on as a recorded graph.
+    """Calls a step, from its `WARMUP_STEPS` + 1st call on as a recorded graph.
 
     The optimisers must keep their state on the device (fused AdamW does). A state that was thrown away or loaded anew
     is noticed: the step is then recorded again.
@@ -29,14 +29,14 @@ class GraphedStep:
         step: one step of training without a wait for the device: gradients cleared, loss, backward, optimisers.
         batch: images of a batch that is worth recording; others run eagerly.
         device: the step's.
-        record: for tests. None: `recorded`.
+        record: for tests. None: `record_graph`.
 
     Attributes:
         replays: steps that were replayed.
     """
 
     def __init__(self, step: Step, batch: int, device: torch.device, record: Record | None = None) -> None:
-        self.step, self.batch, self.device, self.record = step, batch, device, record or recorded
+        self.step, self.batch, self.device, self.record = step, batch, device, record or record_graph
         self.alpha = torch.zeros((), device=device)
         self.rates: dict[int, list[Tensor]] = {}  # optimiser -> learning rate of each group
         self.images: Tensor | None = None
@@ -69,7 +69,7 @@ class GraphedStep:
             return self.step(moving, images, self.alpha)
         self.calls += 1
         places = [_place(optimiser) for optimiser in moving]
-        if self.calls <= WARM or 0 in places:  # 0: its state is made by the next step
+        if self.calls <= WARMUP_STEPS or 0 in places:  # 0: its state is made by the next step
             return self._aside(moving, images)
         if self.images is None or self.images.shape != images.shape:
             self.images = torch.empty_like(images)
@@ -119,7 +119,7 @@ def _place(optimiser: Optimizer) -> int:
     return state["exp_avg"].data_ptr() if "exp_avg" in state else 0
 
 
-def recorded(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record_graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record ``work`` as a CUDA graph, without running it: how to run it, and where its result then is."""
     torch.cuda.empty_cache()  # the graph takes memory of its own
     graph = torch.cuda.CUDAGraph()

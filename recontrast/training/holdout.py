@@ -11,7 +11,7 @@ import numpy as np
 
 from recontrast import checkpoint
 from recontrast.calibration.appearance_drift import describe_appearance
-from recontrast.calibration.conformal import PIXEL_RATE, RATE, Calibration, calibrate_maps
+from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, Calibration, calibrate_maps
 from recontrast.checkpoint import digest
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
@@ -100,7 +100,7 @@ def calibrate_holdout(
         cache_dir: folder for decoded images; None keeps them in memory.
     """
     recipe, model = run.recipe, run.model
-    promise: dict[str, Any] = {"rate": max(RATE, 1 / (len(kept) + 1)), "source": "held out of training"}
+    promise: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(kept) + 1)), "source": "held out of training"}
     images = ImageCache(kept, recipe.size, recipe.crop, directory=None if recipe.tile else cache_dir)
     if recipe.tile is None:
         found = calibrate(model, recipe, images, **promise, batch=recipe.batch)
@@ -108,7 +108,7 @@ def calibrate_holdout(
         maps = tiling.infer_files([sample.path for sample in kept], model, recipe, recipe.batch)
         found = calibrate_maps(
             ((anomaly.numpy(), score.numpy()) for anomaly, score in maps), len(kept), **promise,
-            pixel_rate=PIXEL_RATE, weights=digest(model.state_dict(), recipe), seen=describe_appearance(images),
+            pixel_rate=DEFAULT_PIXEL_RATE, weights=digest(model.state_dict(), recipe), seen=describe_appearance(images),
         )  # fmt: skip
     if target is not None:
         checkpoint.save(target, replace(snapshot(run), calibration=found))

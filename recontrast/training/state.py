@@ -98,7 +98,7 @@ def restore(run: TrainingState, found: Checkpoint, path: str) -> None:
     run.done = found.step
 
 
-def check_resumed(found: Checkpoint, path: str, recipe: Recipe, category: str) -> None:
+def check_resume(found: Checkpoint, path: str, recipe: Recipe, category: str) -> None:
     """Refuse to go on from ``found``, read from ``path``, with another recipe or category."""
     if found.category != category:
         raise ValueError(

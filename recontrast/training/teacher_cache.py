@@ -20,14 +20,14 @@ class TeacherCache:
         autocast: features are made under autocast to bfloat16, as those of the trained encoder then are.
 
     Attributes:
-        room: images that the budget takes; known after the first call.
+        capacity: images that the budget takes; known after the first call.
         bytes: that are in use for them.
     """
 
     def __init__(self, encoder: Backbone, count: int, budget: int, *, autocast: bool = False) -> None:
         self.encoder, self.budget, self.autocast = encoder, budget, autocast
         self.have = np.zeros(count, bool)  # on the host: nothing waits for the device
-        self.room = self.bytes = 0
+        self.capacity = self.bytes = 0
         self.levels: list[Tensor] = []  # each (room, C, h, w), or (room, h, w, C) where images are channels_last
 
     def __call__(self, index: NDArray[np.int64], images: Tensor) -> list[Tensor]:
@@ -68,11 +68,11 @@ class TeacherCache:
         """Store the features of the images at ``index``, as far as there is room."""
         if not self.levels:
             each = sum(level[0].nbytes for level in fresh)
-            self.room = min(len(self.have), self.budget // each)
-            self.bytes = self.room * each
+            self.capacity = min(len(self.have), self.budget // each)
+            self.bytes = self.capacity * each
             like = [_stored(level, last) for level in fresh]
-            self.levels = [torch.empty((self.room, *f.shape[1:]), dtype=f.dtype, device=f.device) for f in like]
-        kept = np.flatnonzero(index < self.room)
+            self.levels = [torch.empty((self.capacity, *f.shape[1:]), dtype=f.dtype, device=f.device) for f in like]
+        kept = np.flatnonzero(index < self.capacity)
         if len(kept):
             rows, chosen = (_on(part, fresh[0].device) for part in (index[kept], kept))
             for level, features in zip(self.levels, fresh, strict=True):

@@ -39,7 +39,7 @@ from recontrast.training.holdout import calibrate_holdout, split_holdout
 from recontrast.training.json_log import JsonLog
 from recontrast.training.optimisers import build_optimisers, schedule
 from recontrast.training.sampler import BatchSampler
-from recontrast.training.state import TrainingState, check_resumed, read_losses, restore, snapshot
+from recontrast.training.state import TrainingState, check_resume, read_losses, restore, snapshot
 from recontrast.training.teacher_cache import TeacherCache
 
 OnLog = Callable[[int, float, float, float], None]  # step, loss, images per second, alpha
@@ -158,11 +158,11 @@ def _train(
 ) -> TrainResult:
     found = checkpoint.load(resume) if resume is not None else None
     if found is not None:
-        check_resumed(found, f"{resume}", recipe, category)
+        check_resume(found, f"{resume}", recipe, category)
 
     torch.manual_seed(recipe.seed)
     if model is None:
-        model = new_model(recipe, category) if found is None else checkpoint.build(found, f"{resume}")
+        model = build_model(recipe, category) if found is None else checkpoint.build(found, f"{resume}")
     model.map_sizes(recipe.out)  # refuses a size that its strides do not divide
     last = move_model(model, device, recipe.channels_last) == torch.channels_last
     model.train()
@@ -202,7 +202,9 @@ def _train(
     replay: Any = None
     if recipe.graph and device.type == "cuda":
         alone = [batches.batch]
-        replay = GraphedStep(lambda moving, x, alpha: step(network, moving, x, alpha, recipe, alone), alone[0], device)
+        replay = GraphedStep(
+            lambda moving, x, alpha: train_step(network, moving, x, alpha, recipe, alone), alone[0], device
+        )
     busy, since = 0.0, time.perf_counter()
     seen, logged = 0, 0  # images, and losses read, since and up to the last line
     between = True  # two steps, and so in a state that may be saved
@@ -219,7 +221,7 @@ def _train(
                     loss = replay(moving, batch, alpha)
                 else:
                     known = teacher(mine, batch) if teacher is not None and len(mine) else None
-                    loss = step(network, moving, batch, alpha, recipe, shares, known)
+                    loss = train_step(network, moving, batch, alpha, recipe, shares, known)
                 run.pending.append(loss)
                 run.done, seen, between = run.done + 1, seen + len(whole), True
                 lines = run.done % recipe.log_every == 0 or run.done == recipe.steps
@@ -254,7 +256,7 @@ def _good(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample.split == "train" and sample.label == 0]
 
 
-def step(
+def train_step(
     model: nn.Module,
     moving: Sequence[Optimizer],
     images: Tensor,
@@ -290,7 +292,7 @@ def step(
     return loss.detach()
 
 
-def new_model(recipe: Recipe, category: str) -> ReContrast:
+def build_model(recipe: Recipe, category: str) -> ReContrast:
     """The model that a recipe asks for.
 
     Args:

@@ -37,7 +37,7 @@ def test_level():
     far = 0
     for _ in range(300):
         chosen = random.permutation(2000)[:80]
-        far += measure_appearance_drift(known[chosen[:50]], known[chosen[50:]]).far
+        far += measure_appearance_drift(known[chosen[:50]], known[chosen[50:]]).is_significant
     assert far <= 8  # 3 are expected, more than 8 come in 0.4 % of runs
 
 
@@ -54,11 +54,11 @@ def test_level():
 def test_a_change_is_named(name, how, alter):
     random = np.random.default_rng(1)
     known, new = pictures(random, 60), pictures(random, 30)
-    assert not measure_appearance_drift(describe_appearance(known), describe_appearance(new)).far
+    assert not measure_appearance_drift(describe_appearance(known), describe_appearance(new)).is_significant
     seen = measure_appearance_drift(
         describe_appearance(known), describe_appearance(alter(new.astype(float)).clip(0, 255).astype(np.uint8))
     )
-    assert seen.far and seen.name == name and f"they are {how} ({name}" in seen.sentence()
+    assert seen.is_significant and seen.name == name and f"they are {how} ({name}" in seen.describe()
 
 
 def test_nothing_to_compare():
@@ -71,10 +71,10 @@ def test_calibrations_of_before_and_wrong_ones():
     known = Calibration(scores, 0.5, conformal_threshold(scores, 0.5), None, 0.1, False, "here", "w")
     values = known.to_dict()
     assert values.pop("looks") == [] and Calibration.from_dict(values) == known
-    seen = replace(known, looks=((0.1, 0.2, 0.3, 0.4),) * 3)
+    seen = replace(known, appearance=((0.1, 0.2, 0.3, 0.4),) * 3)
     assert Calibration.from_dict(json.loads(json.dumps(seen.to_dict()))) == seen
     with pytest.raises(ValueError, match="looks: wanted 4 of each of 3 images"):
-        replace(known, looks=((0.1, 0.2, 0.3, 0.4),) * 2)
+        replace(known, appearance=((0.1, 0.2, 0.3, 0.4),) * 2)
     del values["source"]
     with pytest.raises(ValueError, match="wanted the fields"):
         Calibration.from_dict(values)
@@ -94,7 +94,7 @@ def test_darker_images_are_warned_of(tmp_path):
     result = call(*options, dark)
     assert result.exit_code == 0 and "16 new good images do not look like the calibration images" in result.stderr
     found = checkpoints.load(tmp_path / "run" / "checkpoint.pt").calibration
-    assert np.shape(found.looks) == (24, 4)
+    assert np.shape(found.appearance) == (24, 4)
     result = call("evaluate", tmp_path / "run", tmp_path / "set", "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 0 and "they are darker (brightness" in result.stderr, result.output
     said = json.loads((tmp_path / "out" / "results.json").read_text())["decided"]

@@ -17,7 +17,7 @@ from recontrast.calibration.score_drift import measure_score_drift
 from recontrast.checkpoint import digest
 from recontrast.inference.calibrate import calibrate
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model
+from recontrast.training.train import build_model
 
 RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
 
@@ -31,7 +31,7 @@ def made(scores, rate=0.1, **changes):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return new_model(RECIPE, "tile").eval()
+    return build_model(RECIPE, "tile").eval()
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def test_decisions_are_those_of_the_p_values(count, rate):
     new = random.integers(-2, 44, 200) / 4
     p = np.array([(1 + sum(c >= s for c in scores)) / (count + 1) for s in new])
     np.testing.assert_allclose(found.p_values(new), p, rtol=1e-15)
-    np.testing.assert_array_equal(found.defects(new), p <= rate + 1e-12)
-    np.testing.assert_array_equal(found.defects(new), new > found.threshold)
+    np.testing.assert_array_equal(found.is_defect(new), p <= rate + 1e-12)
+    np.testing.assert_array_equal(found.is_defect(new), new > found.threshold)
     assert found.p_values(new).dtype == np.float64
-    assert found.defects([math.nan, math.inf]).all()
+    assert found.is_defect([math.nan, math.inf]).all()
 
 
 def test_false_alarms_keep_the_promise_and_spread_as_beta_says():
@@ -87,9 +87,9 @@ def test_smallest_rates():
 
 def test_another_rate():
     found = made(range(99), 0.01)
-    assert found.threshold == 98 and found.at(0.1).threshold == 89 and found.at(0.1).rate == 0.1
+    assert found.threshold == 98 and found.with_rate(0.1).threshold == 89 and found.with_rate(0.1).rate == 0.1
     with pytest.raises(ValueError, match=r"got 0\.001, which needs 999 good images"):
-        found.at(0.001)
+        found.with_rate(0.001)
 
 
 def maps(count, seed=0):
@@ -195,19 +195,25 @@ def test_old_checkpoints_load(model, tmp_path):
 
 def test_warning_fires_on_a_shift_and_rests_without_one():
     random = np.random.default_rng(0)
-    rests = [measure_score_drift(made(random.normal(size=50)), random.normal(size=40)).far for _ in range(300)]
+    rests = [
+        measure_score_drift(made(random.normal(size=50)), random.normal(size=40)).is_significant for _ in range(300)
+    ]
     assert np.mean(rests) <= 0.02
-    fires = [measure_score_drift(made(random.normal(size=50)), random.normal(1.5, 1, 40)).far for _ in range(50)]
-    wider = [measure_score_drift(made(random.normal(size=90)), random.normal(0, 4, 90)).far for _ in range(50)]
+    fires = [
+        measure_score_drift(made(random.normal(size=50)), random.normal(1.5, 1, 40)).is_significant for _ in range(50)
+    ]
+    wider = [
+        measure_score_drift(made(random.normal(size=90)), random.normal(0, 4, 90)).is_significant for _ in range(50)
+    ]
     assert all(fires) and np.mean(wider) > 0.9
     # Six of sixty above all of 96: by chance in C(150, 54) / C(156, 60) of cases, and the middle is as it was.
     bulk = np.linspace(0.5, 94.5, 54)
-    tail = measure_score_drift(made(range(96)).at(1 / 97), np.concatenate([bulk, np.full(6, 96.0)]))
+    tail = measure_score_drift(made(range(96)).with_rate(1 / 97), np.concatenate([bulk, np.full(6, 96.0)]))
     exact = math.comb(150, 54) / math.comb(156, 60)
-    assert tail.far and tail.alarms == 6 and tail.p_value == pytest.approx(3 * exact)
-    assert not measure_score_drift(made(range(96)).at(1 / 97), bulk).far
+    assert tail.is_significant and tail.alarms == 6 and tail.p_value == pytest.approx(3 * exact)
+    assert not measure_score_drift(made(range(96)).with_rate(1 / 97), bulk).is_significant
     shifted = measure_score_drift(made(range(50)), np.arange(50, 90))
-    assert "far from uniform" in shifted.sentence() and shifted.distance == 1 and shifted.alarms == 40
+    assert "far from uniform" in shifted.describe() and shifted.distance == 1 and shifted.alarms == 40
     for wrong in ([], [math.nan]):
         with pytest.raises(ValueError, match="check: scores: wanted finite scores"):
             measure_score_drift(made(range(50)), wrong)

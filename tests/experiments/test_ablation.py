@@ -13,7 +13,7 @@ from recontrast.loss import global_cosine, pairs_loss, point_cosine
 from recontrast.mining import deviation
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model, train
+from recontrast.training.train import build_model, train
 
 SMALL = {"backbone": "test_resnet", "weights": "random", "seed": 0}
 
@@ -75,7 +75,7 @@ FORMULAS = {
 def test_value_and_gradient_of_each_configuration(name, backbone):
     recipe = Recipe(**{**SMALL, "backbone": backbone}, **ABLATION[name])
     torch.manual_seed(0)
-    model = new_model(recipe, "any").double().train()
+    model = build_model(recipe, "any").double().train()
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     pairs, loss = FORMULAS[name]
     groups = pairs(model, x)
@@ -132,7 +132,7 @@ def test_rd4ad_is_that_of_table_a5():
 
 
 def test_frozen_encoder_is_not_moved(samples):
-    model = new_model(RECIPE.replace(**ABLATION["B+hm"]), "nut")
+    model = build_model(RECIPE.replace(**ABLATION["B+hm"]), "nut")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train(RECIPE.replace(**ABLATION["B+hm"]), samples, model=model, device="cpu")
     after = model.state_dict()
@@ -161,7 +161,7 @@ def test_views_are_halves_of_both(options):
 
 
 def test_views_reach_the_map(samples):
-    model = new_model(RECIPE, "nut")
+    model = build_model(RECIPE, "nut")
     for p in model.frozen.parameters():
         p.mul_(1.5)
     rows = [

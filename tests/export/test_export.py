@@ -230,7 +230,7 @@ def test_decisions_at_the_threshold(run):
     graph.amap.score = lambda maps, how: torch.from_numpy(scores)
     _, _, p, defect = graph(torch.zeros(1, 40, 40, 3, dtype=torch.uint8))
     np.testing.assert_allclose(p.numpy(), found.calibration.p_values(scores), rtol=1e-6)
-    np.testing.assert_array_equal(defect.numpy(), found.calibration.defects(scores))
+    np.testing.assert_array_equal(defect.numpy(), found.calibration.is_defect(scores))
     graph.amap.score = lambda maps, how: torch.tensor([torch.nan])
     assert graph(torch.zeros(1, 40, 40, 3, dtype=torch.uint8))[3].item()  # no number is no reason to pass a part
 

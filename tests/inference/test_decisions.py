@@ -75,7 +75,7 @@ def test_decisions_and_regions(calibration, folder, tmp_path):
 def test_another_rate(calibration, folder, tmp_path):
     predict(Brightness(calibration), [folder / "good.png"], tmp_path, rate=0.1)
     about = json.loads((tmp_path / "scores.json").read_text())["calibration"]
-    assert about["rate"] == 0.1 and about["threshold"] == calibration.at(0.1).threshold < calibration.threshold
+    assert about["rate"] == 0.1 and about["threshold"] == calibration.with_rate(0.1).threshold < calibration.threshold
     with pytest.raises(ValueError, match=r"with 19 calibration images 0\.05, got 0\.01, which needs 99"):
         predict(Brightness(calibration), [folder], tmp_path / "out", rate=0.01)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from recontrast import checkpoint as checkpoints
 from recontrast.data import memory
 from recontrast.data.tiles import Tiles
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model
+from recontrast.training.train import build_model
 
 RECIPE = Recipe(backbone="resnet18", weights="random", size=64, encoder_bn="eval")
 CHILD = """
@@ -34,7 +34,7 @@ print(before, status("VmHWM"), status("VmRSS"))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_a_detector_is_loaded_once_and_without_the_optimisers(tmp_path):
     torch.manual_seed(0)
-    model = new_model(RECIPE, "nut")
+    model = build_model(RECIPE, "nut")
     about = {"size": [64, 64], "crop": None, "mean": list(model.mean), "std": list(model.std)}
     weights = model.state_dict()
     states = [{name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2)]

@@ -21,7 +21,7 @@ from recontrast.evaluation.evaluate import evaluate
 from recontrast.inference.infer import infer
 from recontrast.inference.tiling import compute_tiled_map, score_map
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model, train
+from recontrast.training.train import build_model, train
 
 RECIPE = Recipe(backbone="resnet10t", weights="random", tile=64, encoder_bn="eval", steps=2, batch=4)
 
@@ -39,7 +39,7 @@ def save(path, pixels):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return new_model(RECIPE, "tile").eval()
+    return build_model(RECIPE, "tile").eval()
 
 
 @settings(max_examples=60, deadline=None)

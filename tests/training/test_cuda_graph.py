@@ -8,10 +8,10 @@ from recontrast import ReContrast, deviation, hard_mined_cosine, hardest, pairs_
 from recontrast.data.images import normalise
 from recontrast.mining import alpha_at
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.cuda_graph import WARM, GraphedStep, recorded
+from recontrast.training.cuda_graph import WARMUP_STEPS, GraphedStep, record_graph
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.optimisers import build_optimisers
-from recontrast.training.train import step
+from recontrast.training.train import train_step
 
 RECIPE = Recipe(
     backbone="test_resnet", weights="random", steps=12, batch=4, size=32, ramp=0.5,
@@ -32,8 +32,8 @@ def batches(device):
     return [torch.randn(size, 3, 32, 32, device=device) for size in SIZES]
 
 
-def played(work):
-    """What `recorded` does, without a GPU: the work is done again at each replay, and its result kept in one place."""
+def record_by_rerunning(work):
+    """Return a stand-in for `record_graph` that needs no GPU: replaying runs ``work`` again into one result tensor."""
     result = torch.zeros(())
     return lambda: result.copy_(work()), result
 
@@ -43,11 +43,11 @@ def run(device, replay, wipe=None, rest=()):
     model, both = model_and_optimisers(device)
 
     def one(moving, images, alpha):
-        return step(model, moving, images, alpha, RECIPE)
+        return train_step(model, moving, images, alpha, RECIPE)
 
     call = one
     if replay:
-        call = GraphedStep(one, RECIPE.batch, torch.device(device), None if device == "cuda" else played)
+        call = GraphedStep(one, RECIPE.batch, torch.device(device), None if device == "cuda" else record_by_rerunning)
     losses = []
     for i, images in enumerate(batches(device)):
         if i == len(SIZES) // 2:
@@ -82,7 +82,7 @@ def compare(device, expected_replays, **kwargs):
     assert losses[-1] != losses[0]
 
 
-FULL = SIZES.count(4) - WARM
+FULL = SIZES.count(4) - WARMUP_STEPS
 
 
 @pytest.mark.usefixtures("_one_order")
@@ -115,12 +115,12 @@ def test_replay_copies_what_changes():
     optimiser = torch.optim.AdamW([weight], lr=0.1)
     weight.grad = torch.ones(1)
     optimiser.step()
-    replay = GraphedStep(one, 2, torch.device("cpu"), played)
-    for i in range(WARM + 3):
+    replay = GraphedStep(one, 2, torch.device("cpu"), record_by_rerunning)
+    for i in range(WARMUP_STEPS + 3):
         images = torch.full((2, 3, 4, 4), float(i))
         assert replay([optimiser], images, float(i)).item() == i * images[0].numel() * 2
-    assert [call[2:] for call in seen] == [(96.0 * i, float(i)) for i in range(WARM + 3)]
-    assert len({call[:2] for call in seen[WARM:]}) == 1
+    assert [call[2:] for call in seen] == [(96.0 * i, float(i)) for i in range(WARMUP_STEPS + 3)]
+    assert len({call[:2] for call in seen[WARMUP_STEPS:]}) == 1
     assert replay.replays == 3
 
 
@@ -192,7 +192,7 @@ def test_the_loss_is_captured(rule):
 
     for _ in range(3):
         work()
-    repeat, loss = recorded(work)
+    repeat, loss = record_graph(work)
     gradients = [t.grad for t in y]
     with torch.no_grad():
         for t in (*x, *y):
@@ -216,7 +216,7 @@ def test_a_step_waits_for_nothing(precision):
     assert pixels.resident
 
     def one(moving, images, alpha):
-        return step(model, moving, images, alpha, recipe)
+        return train_step(model, moving, images, alpha, recipe)
 
     replay = GraphedStep(one, 4, device)
 
@@ -226,7 +226,7 @@ def test_a_step_waits_for_nothing(precision):
 
     for _ in range(2):
         turn(one)
-    for _ in range(WARM + 1):  # records
+    for _ in range(WARMUP_STEPS + 1):  # records
         turn(replay)
     torch.cuda.set_sync_debug_mode("error")
     try:

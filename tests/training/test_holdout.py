@@ -71,7 +71,7 @@ def test_a_finished_run_without_calibration_gets_it_when_resumed(samples, tmp_pa
     assert before.step == 2 and before.calibration is None
     found = train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration
     assert found is not None and checkpoint.load(path).calibration == found
-    other = checkpoint.write_calibration(path, found.at(0.5)) and checkpoint.load(path).calibration
+    other = checkpoint.write_calibration(path, found.with_rate(0.5)) and checkpoint.load(path).calibration
     assert train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration == other  # what is there stays
 
 
@@ -110,11 +110,11 @@ def test_decided():
         return Result(**{**empty, "scored": scored})
 
     made = decided(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found, {}, RECIPE)
-    assert made.sentence() == (
+    assert made.describe() == (
         "at the promised false-alarm rate of 0.1: 2 of 20 good images called defects (10.0 %), "
         "3 of 4 defect images found (75.0 %)"
     )
     assert made.warnings() == [] and made.to_dict()["false_alarms"] == 2 and made.change is None
     made = decided(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
-    assert "defect images found" not in made.sentence() and "far from uniform" in made.warnings()[0]
+    assert "defect images found" not in made.describe() and "far from uniform" in made.warnings()[0]
     assert decided(result([], [5.0]), found, {}, RECIPE).warnings() == []

@@ -22,7 +22,7 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.images import normalise
 from recontrast.recipes.paper import RECIPES
 from recontrast.training.sampler import BatchSampler
-from recontrast.training.train import new_model, train
+from recontrast.training.train import build_model, train
 
 TINY = {"backbone": "resnet18", "weights": "random", "batch": 3, "size": 64, "seed": 3}
 MVTEC, STABLE, UNIFIED = (RECIPES[name].replace(**TINY) for name in ("mvtec", "mvtec_stable", "mvtec_unified"))
@@ -58,9 +58,9 @@ def relative_error(one, other):
 def both(recipe, dtype):
     """Our model and the restated one, with equal weights; some channels of the encoder are rarely active."""
     torch.manual_seed(0)
-    plain = new_model(recipe.replace(partial_norm=False), "any")
+    plain = build_model(recipe.replace(partial_norm=False), "any")
     torch.manual_seed(0)
-    ours = new_model(recipe, "any")
+    ours = build_model(recipe, "any")
     for model in (plain, ours):
         for part in (model.encoder, model.frozen):
             part.extractor.conv1.weight.data[::4] *= 1e-3
@@ -114,7 +114,7 @@ def test_each_quirk_is_seen(tmp_path, recipe, change):
     """Equality to 1e-9 means little where a quirk left out would pass: each changes the weights by more than that."""
     samples = tiny_set(tmp_path, train=10, good=0, defects=0)
     recipe = recipe.replace(backbone="test_resnet", size=32)
-    ours = new_model(recipe, "any").double()
+    ours = build_model(recipe, "any").double()
     changed = copy.deepcopy(ours)
     train(recipe, samples, model=ours, device="cpu")
     train(recipe.replace(**change), samples, model=changed, device="cpu")
@@ -136,7 +136,7 @@ def test_any_model_in_the_reference_loop(tmp_path):
     """The decoder that the reference does not have, with its loop."""
     samples = tiny_set(tmp_path, train=7, good=0, defects=0)
     torch.manual_seed(0)
-    ours = new_model(MIRROR, "any").double()
+    ours = build_model(MIRROR, "any").double()
     theirs = copy.deepcopy(ours).train()
     batches = batches_of(samples, ours, MIRROR, torch.float64)
     groups = theirs.decoder_parameters(), theirs.encoder_parameters()

@@ -40,7 +40,7 @@ def test_features_and_calls(layout, room):
         for one, other in zip(got, Counted()(batch), strict=True):
             assert torch.equal(one, other)
             assert one.is_contiguous(memory_format=layout) or len(index) == 1 or one.shape == other.shape
-    assert cache.room == min(room, 6) and cache.bytes == cache.room * EACH <= cache.budget
+    assert cache.capacity == min(room, 6) and cache.bytes == cache.capacity * EACH <= cache.budget
     assert encoder.seen == {0: [2, 3, 4, 4, 1], 3: [2, 2, 3, 2], 6: [2, 2, 2], 100: [2, 2, 2]}[room]
 
 

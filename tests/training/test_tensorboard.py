@@ -5,7 +5,7 @@ from small_run import RECIPE
 from tiny import tiny_set
 
 from recontrast.training.tensorboard import TensorBoardLogger
-from recontrast.training.train import new_model, train
+from recontrast.training.train import build_model, train
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -52,7 +52,7 @@ def test_scalars_of_a_run_and_of_its_resumption(tmp_path):
 def test_images_of_a_set_without_test_images(tmp_path):
     samples = tiny_set(tmp_path / "data", train=2, good=0, defects=0)
     board = TensorBoardLogger(tmp_path / "board")
-    board.images(0, new_model(RECIPE, "nut"), samples, RECIPE)
+    board.images(0, build_model(RECIPE, "nut"), samples, RECIPE)
     board.close()
     assert events(tmp_path / "board").Tags()["images"] == ["nut/train/good/000", "nut/train/good/001"]
 

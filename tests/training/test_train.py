@@ -119,7 +119,7 @@ def test_category_decides_the_batch_norm(samples):
 
 
 def test_a_given_model_is_trained_in_place(samples):
-    model = training.new_model(RECIPE, "nut")
+    model = training.build_model(RECIPE, "nut")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert train(RECIPE, samples, model=model, device="cpu").model is model
     after = model.state_dict()
@@ -166,8 +166,8 @@ def test_loss_not_a_number(samples, tmp_path, monkeypatch):
         broken.calls += 1
         return loss * float("nan") if broken.calls == 5 else loss
 
-    step, broken.calls = training.step, 0
-    monkeypatch.setattr(training, "step", broken)
+    step, broken.calls = training.train_step, 0
+    monkeypatch.setattr(training, "train_step", broken)
     with pytest.raises(ValueError, match=r"the loss of nut is nan at step 5: lower decoder_lr \(0.002\)") as error:
         train(RECIPE, samples, out=tmp_path, device="cpu")
     assert "\n" not in str(error.value)
@@ -189,8 +189,8 @@ def test_weights_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
         next(model.decoder_parameters()).data[0] = float("inf")
         return loss
 
-    step = training.step
-    monkeypatch.setattr(training, "step", broken)
+    step = training.train_step
+    monkeypatch.setattr(training, "train_step", broken)
     with pytest.raises(ValueError, match="is not finite at step 1: lower decoder_lr"):
         train(RECIPE.replace(checkpoint_every=1), samples, out=tmp_path, device="cpu")
     assert not (tmp_path / "checkpoint.pt").exists()
@@ -207,8 +207,8 @@ def test_an_interruption_waits_for_the_step(number, samples, unbroken, tmp_path,
             signal.raise_signal(number)  # in the middle of the step
         return step(*args)
 
-    step, interrupted.calls = training.step, 0
-    monkeypatch.setattr(training, "step", interrupted)
+    step, interrupted.calls = training.train_step, 0
+    monkeypatch.setattr(training, "train_step", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is begun without it
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -230,7 +230,7 @@ def test_interrupt_between_steps_and_within(samples, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, samples, out=tmp_path, device="cpu", on_log=interrupted)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2
-    monkeypatch.setattr(training, "step", interrupted)  # half a step is done: not a state to go on from
+    monkeypatch.setattr(training, "train_step", interrupted)  # half a step is done: not a state to go on from
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, samples, out=tmp_path, device="cpu", resume=tmp_path / "checkpoint.pt")
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2

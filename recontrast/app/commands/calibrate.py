@@ -117,11 +117,11 @@ def _compare(detector: "CheckpointDetector", known: "Calibration", paths: "Seque
 
     scores, looks, unread = score_files(detector, paths, batch)
     found: list[AppearanceDrift | ScoreDrift] = [measure_score_drift(known, scores)]
-    if known.looks:  # older calibrations have none
-        found.append(measure_appearance_drift(np.asarray(known.looks), looks))
+    if known.appearance:  # older calibrations have none
+        found.append(measure_appearance_drift(np.asarray(known.appearance), looks))
     for seen in found:
-        if seen.far:
-            print_error(f"warning: {seen.sentence()}")
+        if seen.is_significant:
+            print_error(f"warning: {seen.describe()}")
         else:
-            typer.echo(seen.sentence())
+            typer.echo(seen.describe())
     return unread

@@ -88,7 +88,7 @@ def show_metrics(
         )  # fmt: skip
     print_result(result)
     if made is not None:
-        typer.echo(made.sentence())
+        typer.echo(made.describe())
         for warning in made.warnings():
             print_error(f"warning: {warning}")
     if written:

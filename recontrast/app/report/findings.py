@@ -135,7 +135,7 @@ def _section(
     labels = np.array([sample.label for sample in samples])
     called = None
     if threshold is not None:
-        called = scores >= threshold if calibration is None else np.asarray(calibration.defects(scores))
+        called = scores >= threshold if calibration is None else np.asarray(calibration.is_defect(scores))
     p_values = [None] * len(samples) if calibration is None else np.asarray(calibration.p_values(scores)).tolist()
     unit = float(scores.std()) or 1.0
     shots = [

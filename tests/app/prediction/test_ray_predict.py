@@ -22,7 +22,7 @@ from recontrast.app.prediction import parquet_parts, ray_predict
 from recontrast.app.prediction.predict import predict
 from recontrast.calibration import conformal
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model
+from recontrast.training.train import build_model
 
 RECIPE = Recipe(backbone="test_resnet", weights="random", size=32, encoder_bn="eval")
 IMAGES = 48
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 def checkpoint(tmp_path_factory):
     """A detector that calls about half of the pictures defects."""
     torch.manual_seed(0)
-    model = new_model(RECIPE, "tile")
+    model = build_model(RECIPE, "tile")
     about = {"size": list(RECIPE.out), "crop": None, "mean": list(model.mean), "std": list(model.std)}
     good = np.random.default_rng(1).integers(0, 256, (19, *RECIPE.out, 3), np.uint8)
     found = conformal.calibrate(model, RECIPE, good, rate=0.5, pixel_rate=0.5)

@@ -22,14 +22,14 @@ from recontrast.data import images, large_maps
 from recontrast.inference.detector import OPENERS, CheckpointDetector, open_detector
 from recontrast.inference.tiling import compute_tiled_map, score_map
 from recontrast.recipes.recipe import Recipe
-from recontrast.training.train import new_model
+from recontrast.training.train import build_model
 
 RECIPE = Recipe(backbone="resnet10t", weights="random", tile=64, encoder_bn="eval", score=0.01)
 
 
 def save(path, recipe):
     torch.manual_seed(0)
-    model = new_model(recipe, "tile")
+    model = build_model(recipe, "tile")
     about = {"size": None, "crop": None, "mean": list(model.mean), "std": list(model.std)}
     weights = model.state_dict()
     scores = tuple(np.linspace(0, 1e-3, 9).tolist())  # an untrained network's are far higher
