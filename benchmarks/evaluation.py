@@ -81,9 +81,9 @@ def ours(data: Path, file: Path, way: str) -> dict[str, Any]:
     """The evaluation of `recontrast evaluate`."""
     inference, options = WAYS[way]
     model, trained, _ = checkpoint.load_model(file)
-    recipe, tests = inference.recipe(trained), tests_of(data)
+    recipe, tests = inference.apply_to(trained), tests_of(data)
     begun = time.perf_counter()
-    network = inference.network(model, recipe, trained)
+    network = inference.build_network(model, recipe, trained)
     result = evaluate(network, tests, recipe, **options)
     seconds = time.perf_counter() - begun
     count = sum(map(len, tests.values()))

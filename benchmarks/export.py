@@ -30,7 +30,7 @@ from recontrast import checkpoint as checkpoints
 from recontrast.data.atomic import replace_file
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.listing import list_images
-from recontrast.export.export import SUFFIX, export
+from recontrast.export.export import SUFFIXES, export
 from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.paper import RECIPES
@@ -79,7 +79,7 @@ def measure(recipe: Recipe, kinds: list[str], asked: argparse.Namespace, save: C
         for kind in kinds:
             start = time.perf_counter()
             made = export(
-                path, kind, folder / f"detector{SUFFIX[kind]}", images=asked.images and list_images(asked.images)
+                path, kind, folder / f"detector{SUFFIXES[kind]}", images=asked.images and list_images(asked.images)
             )
             took, exported = time.perf_counter() - start, ExportedDetector(made.path)
             both: list[tuple[float, float]] = []
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resnet18", type=Path, help="weights of resnet18; default: left out")
     parser.add_argument("--backbones", default="resnet18,tf_efficientnet_lite0,wide_resnet50_2")
-    parser.add_argument("--formats", default=",".join(SUFFIX))
+    parser.add_argument("--formats", default=",".join(SUFFIXES))
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="compare scores on these too")
     parser.add_argument("--count", type=int, default=16, help="images timed")
     parser.add_argument("--side", type=int, default=1024, help="of the images timed, pixels")

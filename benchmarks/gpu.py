@@ -307,8 +307,8 @@ def evaluation(run: Run) -> None:
     }.items():
         if run.late() or (way.compiled and run.tiny):
             continue
-        recipe = way.recipe(base)
-        network = way.network(copy.deepcopy(begin).to(run.device), recipe, base)
+        recipe = way.apply_to(base)
+        network = way.build_network(copy.deepcopy(begin).to(run.device), recipe, base)
 
         def work(network=network, recipe=recipe):
             return [scores for _, scores in infer(network, images, recipe, batch=batch)]
@@ -347,8 +347,8 @@ def whole(run: Run) -> None:
         ):
             if run.late():
                 return
-            recipe = way.recipe(base)
-            network = way.network(copy.deepcopy(begin).to(run.device), recipe, base)
+            recipe = way.apply_to(base)
+            network = way.build_network(copy.deepcopy(begin).to(run.device), recipe, base)
             work = partial(evaluate, network, samples, recipe, batch=2 if run.tiny else 64, streaming=streaming)
             run.row(group, name, work, images=count, seconds=1.0, most=3)
 

@@ -90,8 +90,8 @@ def main() -> None:
     images = np.resize(images, (asked.batch, *images.shape[1:]))
     for way in ways(precisions, not asked.no_compile):
         model, trained, _ = checkpoint.load_model(asked.checkpoint, device)
-        recipe = way.recipe(trained)
-        networks[name_of(way)] = way, way.network(model, recipe, trained), recipe
+        recipe = way.apply_to(trained)
+        networks[name_of(way)] = way, way.build_network(model, recipe, trained), recipe
         first = passed(networks[name_of(way)][1], images, recipe, asked.batch)
         rows[name_of(way)] = {**asdict(way), "first_batch": first, "seconds": []}
         print(f"{name_of(way)}: ready, first batch {first:.1f} s", file=sys.stderr, flush=True)

@@ -297,7 +297,7 @@ def _bytes(value: Any) -> int:
 
 
 # What a score depends on besides the weights and the image: another value, other scores.
-SCORING = ("size", "crop", "blur", "reduce", "score", "views", "tile")
+SCORE_FIELDS = ("size", "crop", "blur", "reduce", "score", "views", "tile")
 
 
 def digest(weights: Mapping[str, Tensor], recipe: Recipe) -> str:
@@ -305,14 +305,14 @@ def digest(weights: Mapping[str, Tensor], recipe: Recipe) -> str:
 
     Args:
         weights: tensors by name, of any shape and dtype, on any device.
-        recipe: its fields `SCORING` count.
+        recipe: its fields `SCORE_FIELDS` count.
 
     Returns:
         64 hexadecimal digits.
     """
     values = recipe.to_dict()
     # Unset fields are left out: those that a later version adds with "off" as default change nothing.
-    said = {key: values[key] for key in SCORING if values.get(key) is not None}
+    said = {key: values[key] for key in SCORE_FIELDS if values.get(key) is not None}
     total = hashlib.sha256(repr(sorted(said.items())).encode())
     for name, value in sorted(weights.items()):
         plain = value.detach().cpu().contiguous()

@@ -38,7 +38,7 @@ ROOMS = {
     "data.": "datasets images cache",
     "evaluation.": "evaluate",
     "export.": "export verify",
-    "inference.": "calibrate detector infer options",
+    "inference.": "calibrate detector exported_detector infer options",
     "metrics.": "exact streaming curves",
     "models.": "recontrast fold",
     "recipes.": "recipe paper",

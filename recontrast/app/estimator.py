@@ -164,7 +164,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
 
     def _take(self, state: Checkpoint, model: Any) -> None:
         self._state, self.model_ = state, model.eval()
-        found = InferenceOptions().calibration(state.recipe, state.calibration)
+        found = InferenceOptions().valid_calibration(state.recipe, state.calibration)
         self.recipe_, self.calibration_ = state.recipe, found
         self.offset_ = math.nan if found is None else -found.threshold
 

@@ -96,8 +96,8 @@ def measure(
         writes them.
     """
     inference = inference or InferenceOptions()
-    trained, recipe = recipe, inference.recipe(recipe)
-    network = inference.network(model, recipe, trained)
+    trained, recipe = recipe, inference.apply_to(recipe)
+    network = inference.build_network(model, recipe, trained)
     keep = None
     if save_maps and out is not None:
         keep = _keeper(groups, out / "maps", max_map_value(network, recipe), recipe)

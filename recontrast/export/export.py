@@ -21,14 +21,22 @@ import recontrast
 from recontrast.checkpoint import digest
 from recontrast.data.pillow_resize import max_exact_length
 from recontrast.export.detector_graph import DetectorGraph
-from recontrast.export.verify import TOLERANCE, compare, draw
+from recontrast.export.verify import TOLERANCE, compare_scores, draw_images
 from recontrast.inference.detector import CheckpointDetector
-from recontrast.inference.exported_detector import FORMAT, INSTALL, KEY, OUTPUTS, WEIGHTS, ExportedDetector, checksum
+from recontrast.inference.exported_detector import (
+    FORMAT,
+    INSTALL_HINT,
+    KEY,
+    OUTPUTS,
+    WEIGHTS_KEY,
+    ExportedDetector,
+    compute_sha256,
+)
 from recontrast.inference.options import InferenceOptions
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import to_pair
 
-SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
 OPSET = 18
 
@@ -81,10 +89,10 @@ def export(
         ImportError: a package that this kind needs is not installed.
         OSError: the checkpoint cannot be read, or the file not be written.
     """
-    if kind not in SUFFIX:
-        raise ValueError(f"export: format: wanted {', '.join(SUFFIX)}, got {kind!r}")
-    if out.suffix != SUFFIX[kind]:
-        raise ValueError(f"export: wanted a file name that ends in {SUFFIX[kind]}, got {out}")
+    if kind not in SUFFIXES:
+        raise ValueError(f"export: format: wanted {', '.join(SUFFIXES)}, got {kind!r}")
+    if out.suffix != SUFFIXES[kind]:
+        raise ValueError(f"export: wanted a file name that ends in {SUFFIXES[kind]}, got {out}")
     _require(kind)
     detector = CheckpointDetector(
         checkpoint, "cpu", inference=InferenceOptions(views, folded=False)
@@ -93,21 +101,21 @@ def export(
         raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
     assert isinstance(detector.model, ReContrast)  # it was not folded
     notes = [*([] if detector.calibration_note is None else [detector.calibration_note]), *_in_float32(detector)]
-    about = describe(detector)
+    about = describe_detector(detector)
     graph = DetectorGraph(detector.model, detector.recipe, detector.calibration)
     home = next(folder for folder in out.absolute().parents if folder.is_dir())
     with _folder(home, out) as work:
         draft = work / out.name
         try:
             with _quiet():
-                _write(traced(graph), graph, kind, draft, json.dumps(about))
+                _write(trace(graph), graph, kind, draft, json.dumps(about))
         except RuntimeError as error:  # of torch.export, of the ONNX exporter, of OpenVINO
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
                 f"export: wanted a model that {kind} can hold, got one that it cannot: {reason}"
             ) from error
-        samples = [*images, *draw(work / "samples", to_pair(detector.recipe.size))]
-        count, difference = compare(detector, ExportedDetector(draft), samples, tolerance)
+        samples = [*images, *draw_images(work / "samples", to_pair(detector.recipe.size))]
+        count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
         names = [draft.name, *([draft.with_suffix(".bin").name] if kind == "openvino" else [])]
         _place(work, names, out.absolute().parent)
     files = tuple(out.with_name(name) for name in names)
@@ -115,7 +123,7 @@ def export(
     return ExportResult(out, files, outputs, count, difference, tuple(notes))
 
 
-def describe(detector: CheckpointDetector) -> dict[str, Any]:
+def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
     """What goes into the file of ``detector`` as text: all that is needed to run it and to know its origin."""
     recipe, model = detector.recipe, detector.model
     size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
@@ -123,7 +131,7 @@ def describe(detector: CheckpointDetector) -> dict[str, Any]:
         "format": FORMAT,
         "recontrast": recontrast.__version__,
         "category": detector.category,
-        "top": detector.top,
+        "top": detector.max_map_value,
         "recipe": recipe.to_dict(),
         "preprocessing": {
             "input": "uint8 RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
@@ -148,7 +156,7 @@ def _in_float32(detector: CheckpointDetector) -> list[str]:
     return ["scores are of float32: the calibration, of bfloat16 scores, was left out, and so are decisions"]
 
 
-def traced(graph: DetectorGraph) -> torch.export.ExportedProgram:
+def trace(graph: DetectorGraph) -> torch.export.ExportedProgram:
     """The graph ``graph`` written down by torch.export, for any number of images of any size, (N, H, W, 3) uint8."""
     size, any_length = graph.resize.out, torch.export.Dim.DYNAMIC
     example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
@@ -177,7 +185,9 @@ def _write(program: torch.export.ExportedProgram, graph: DetectorGraph, kind: st
     model = openvino.convert_model(middle)
     model.set_rt_info(about, KEY)
     openvino.save_model(model, path, compress_to_fp16=False)
-    model.set_rt_info(checksum(path.with_suffix(".bin")), WEIGHTS)  # the two files are told to belong together
+    model.set_rt_info(
+        compute_sha256(path.with_suffix(".bin")), WEIGHTS_KEY
+    )  # the two files are told to belong together
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
@@ -186,7 +196,7 @@ def _require(kind: str) -> None:
 
     missing = [name for name in NEEDS[kind] if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"export to {kind} needs {', '.join(missing)}: {INSTALL}")
+        raise ImportError(f"export to {kind} needs {', '.join(missing)}: {INSTALL_HINT}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from recontrast.inference.exported_detector import ExportedDetector
 TOLERANCE = 1e-4  # largest relative difference of a score
 
 
-def draw(folder: Path, size: tuple[int, int]) -> list[Path]:
+def draw_images(folder: Path, size: tuple[int, int]) -> list[Path]:
     """Images to compare on: of the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey.
 
     Args:
@@ -49,7 +49,7 @@ def draw(folder: Path, size: tuple[int, int]) -> list[Path]:
     return found
 
 
-def compare(
+def compare_scores(
     detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path], tolerance: float = TOLERANCE
 ) -> tuple[int, float]:
     """Whether an exported file gives the scores of its checkpoint.

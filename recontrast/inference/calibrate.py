@@ -1,4 +1,4 @@
-"""Calibration of a detector: run it on good images, and set its thresholds."""
+"""Calibration: run a detector on good images and compute its thresholds."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.calibration.appearance_drift import describe_appearance
-from recontrast.calibration.conformal import (
-    DEFAULT_PIXEL_RATE,
-    DEFAULT_RATE,
-    Calibration,
-    allowed_false_alarms,
-    calibrate_maps,
-)
+from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, Calibration, allowed_false_alarms, calibrate_maps
 from recontrast.checkpoint import Checkpoint, digest
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
@@ -38,55 +32,69 @@ def calibrate(
     source: str = "",
     batch: int = 16,
 ) -> Calibration:
-    """Score good images that the model was not trained on, and set both thresholds.
+    """Compute both thresholds of a model from good images that it was not trained on.
 
     Args:
-        model: trained, on any device.
-        recipe: that it was trained with.
-        images: decoded at ``recipe.out``, (n, H, W, 3) uint8; see `recontrast.inference.infer.infer`.
-        rate: promised share of false alarms, at least 1 / (n + 1).
-        pixel_rate: promised share of flagged pixels of a good image.
-        source: where the images came from, in words.
-        batch: images at once.
+        model: Trained model, on any device.
+        recipe: Recipe that it was trained with.
+        images: Images decoded at ``recipe.out``, (N, H, W, 3) uint8; see `recontrast.inference.infer.infer`.
+        rate: Promised false-alarm rate, at least 1 / (N + 1).
+        pixel_rate: Promised share of a good image's pixels above the pixel threshold.
+        source: Origin of the images, for the reader of the calibration.
+        batch: Number of images per batch.
 
     Returns:
-        The calibration of these weights and this recipe.
+        Calibration for the weights of the model and the recipe.
 
     Raises:
-        ValueError: too few images for the rate, or a rate that is no share.
+        ValueError: If there are too few images for the rate, or a rate is not in (0, 1).
     """
     allowed_false_alarms(len(images), rate)
-    found = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
+    batches = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
         model, images, recipe, batch=batch))  # fmt: skip
     return calibrate_maps(
-        found, len(images), rate=rate, pixel_rate=pixel_rate, source=source,
+        batches, len(images), rate=rate, pixel_rate=pixel_rate, source=source,
         weights=digest(model.state_dict(), recipe), seen=describe_appearance(images, batch),
     )  # fmt: skip
 
 
-def refuse_training_images(option: str, paths: Sequence[Path], stored: Checkpoint) -> None:
-    """A detector scores the images of its training lower than any others; of older checkpoints they are unknown."""
-    recipe, trained = stored.recipe, read_fingerprints(stored.images)
+def refuse_training_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint) -> None:
+    """Raise an error if a detector was trained on any of the given images.
+
+    A detector scores its training images lower than new images, and a threshold computed from them would be too low.
+    Checkpoints of older versions do not store the fingerprints of their training images; for them nothing is checked.
+
+    Args:
+        option: Name of the command-line option that gave the images, for the error message.
+        paths: Image files.
+        checkpoint: Checkpoint of the detector.
+
+    Raises:
+        ValueError: If at least one of the images was used in training.
+    """
+    recipe, trained = checkpoint.recipe, read_fingerprints(checkpoint.images)
     if not trained:
         return
     files = ImageFiles(paths)
 
-    def seen(place: int) -> bool:
+    def was_trained_on(index: int) -> bool:
         if recipe.tile is None:
-            pixels = files.read(place, recipe.size, recipe.crop)
+            pixels = files.read(index, recipe.size, recipe.crop)
             return pixels is not None and compute_fingerprint(pixels) in trained
-        pixels = files.read(place)
-        if pixels is None:  # said when it is to be scored
+        pixels = files.read(index)
+        if pixels is None:  # reported later, when the image is scored
             return False
         tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
         return compute_fingerprint(tiles[range(len(tiles))]) in trained
 
-    with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:  # whole images may be large
-        found = [files.paths[place] for place, was in enumerate(pool.map(seen, range(len(files)))) if was]
-    if found:
+    # With tiles, images are decoded at their original size: one at a time keeps the memory small.
+    with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:
+        used = [path for path, trained_on in zip(files.paths, pool.map(was_trained_on, range(len(files))), strict=True)
+                if trained_on]  # fmt: skip
+    if used:
         raise ValueError(
-            f"{option}: wanted good images that were not trained on, got {len(found)} of {len(files)} that were "
-            f"(first: {found[0]})"
+            f"{option}: wanted good images that were not trained on, got {len(used)} of {len(files)} that were "
+            f"(first: {used[0]})"
         )
 
 
@@ -97,10 +105,27 @@ def calibrate_files(
     on_progress: Callable[[int, int], None],
     **options: Any,
 ) -> tuple[Calibration, list[str]]:
-    """The calibration by all images that can be read, and a sentence for each other file."""
+    """Calibrate a detector with all image files that can be read.
+
+    The number of pixels that are kept depends on the number of images. If some files cannot be read, the calibration
+    is therefore computed again without them.
+
+    Args:
+        detector: Detector to calibrate.
+        paths: Files of good images that the detector was not trained on.
+        batch: Number of images per batch.
+        on_progress: Function called with the number of images done and the number of all images.
+        **options: Passed on to `recontrast.calibration.conformal.calibrate_maps`: rates, source and digest.
+
+    Returns:
+        The calibration, and one sentence for each file that could not be read.
+
+    Raises:
+        ValueError: If no image can be read, there are too few for the rate, or a rate is not in (0, 1).
+    """
     unread: list[str] = []
     with ThreadPoolExecutor() as pool:
-        while True:  # again where files could not be read: how many there are decides what is kept
+        while True:
             files = ImageFiles(paths, pool)
 
             def run(files: ImageFiles = files) -> Iterator[MapsAndScores]:
@@ -110,28 +135,39 @@ def calibrate_files(
                     done += len(scores)
                     on_progress(done, len(files))
 
-            found = calibrate_maps(run(), len(files), **options)
-            seen = _appearance(detector, files)  # may find that a file cannot be read any more
+            calibration = calibrate_maps(run(), len(files), **options)
+            appearance = _describe_files(detector, files)  # reads each file again, which can fail
             if not files.errors:
-                return replace(found, appearance=tuple(map(tuple, seen.tolist()))), unread
-            unread += [files.errors[place] for place in sorted(files.errors)]
-            paths = [path for place, path in enumerate(files.paths) if place not in files.errors]
+                return replace(calibration, appearance=tuple(map(tuple, appearance.tolist()))), unread
+            unread += [files.errors[index] for index in sorted(files.errors)]
+            paths = [path for index, path in enumerate(files.paths) if index not in files.errors]
             if not paths:
                 raise ValueError(f"none of {len(unread)} images could be read: {unread[0]}")
-
-
-def _appearance(detector: CheckpointDetector, files: ImageFiles) -> NDArray[np.float64]:
-    """Of each file, read once more, in the size of the recipe."""
-    return describe_appearance(files.resized(detector.recipe.size, detector.recipe.crop))
 
 
 def score_files(
     detector: CheckpointDetector, paths: Sequence[Path], batch: int
 ) -> tuple[list[float], NDArray[np.float64], list[str]]:
-    """Scores and looks of all images that can be read, and a sentence for each other file."""
+    """Score all image files that can be read, and describe their appearance.
+
+    Args:
+        detector: Detector that scores them.
+        paths: Image files.
+        batch: Number of images per batch.
+
+    Returns:
+        Scores of the N images that could be read; their appearance, (N, 4) float64, see
+        `recontrast.calibration.appearance_drift.describe_appearance`; and one sentence for each other file.
+    """
     with ThreadPoolExecutor() as pool:
         files = ImageFiles(paths, pool)
-        scores = [score for _, some in detector.run(files, batch) for score in some.tolist()]
-        seen = _appearance(detector, files)
-    kept = [place for place in range(len(scores)) if place not in files.errors]
-    return [scores[place] for place in kept], seen[kept], [files.errors[place] for place in sorted(files.errors)]
+        scores = [score for _, batch_scores in detector.run(files, batch) for score in batch_scores.tolist()]
+        appearance = _describe_files(detector, files)
+    read = [index for index in range(len(scores)) if index not in files.errors]
+    unread = [files.errors[index] for index in sorted(files.errors)]
+    return [scores[index] for index in read], appearance[read], unread
+
+
+def _describe_files(detector: CheckpointDetector, files: ImageFiles) -> NDArray[np.float64]:
+    """Read each file again, at the size of the recipe, and describe its appearance."""
+    return describe_appearance(files.resized(detector.recipe.size, detector.recipe.crop))

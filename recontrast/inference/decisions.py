@@ -13,7 +13,7 @@ from recontrast.inference.detector import OPENERS, Detector, map_extent
 from recontrast.metrics import regions
 from recontrast.recipes.recipe import Recipe
 
-COLUMNS = ("area", "top", "left", "height", "width", "peak", "peak_row", "peak_column")
+REGION_COLUMNS = ("area", "top", "left", "height", "width", "peak", "peak_row", "peak_column")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Decision:
     regions: tuple[Region, ...] | None  # of an image called good, or without a pixel threshold: None
 
     @property
-    def word(self) -> str:
+    def label(self) -> str:
         """Good or defect."""
         return "defect" if self.defect else "good"
 

@@ -1,15 +1,4 @@
-"""What scores images: one small face for a checkpoint, an exported file, tiles, or workers elsewhere.
-
-To add a detector, write a class with the attributes and the one method of `Detector`, and either enter its file's
-suffix in `OPENERS` (a function of path and device) or hand an instance to the command line's prediction.
-
-``run`` reads what it needs from `recontrast.data.image_files.ImageFiles`, in order and none left out:
-`ImageFiles.resized` for a fixed input, `ImageFiles.read` for the original. What cannot be read is noted there, and
-still gets a map and a score (of a black image), which the caller drops. Maps may change in size from batch to batch,
-and stand for the part of the image that `map_extent` says. A detector whose scores differ from those that were
-calibrated (other views, other scale) must have ``calibration`` None, and may say why there is none in an attribute
-``calibration_note``, a sentence.
-"""
+"""Detectors: the protocol that all of them follow, the detector in a checkpoint, and the function that opens a file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,48 +12,69 @@ from recontrast import checkpoint as checkpoints
 from recontrast.calibration.conformal import Calibration
 from recontrast.data.image_files import ImageFiles
 from recontrast.inference import tiling
-from recontrast.inference.exported_detector import KINDS, ExportedDetector
+from recontrast.inference.exported_detector import PROGRAMS, ExportedDetector
 from recontrast.inference.infer import infer, max_map_value
 from recontrast.inference.options import InferenceOptions
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.device import trim_memory
 
-MapsAndScores = tuple[NDArray[np.float32], NDArray[np.float32]]  # maps (n, H, W), scores (n,)
+MapsAndScores = tuple[NDArray[np.float32], NDArray[np.float32]]  # maps (N, H, W), scores (N,)
 
 
 class Detector(Protocol):
-    """Whatever gives maps and scores of image files."""
+    """Interface of everything that scores image files: a checkpoint, an exported file, or a class of your own.
 
-    @property
-    def recipe(self) -> Recipe:
-        """How it was trained, and how map and score are formed."""
+    To add a detector, subclass this class, set the attributes and implement `run`. A class with the same attributes
+    that does not inherit from this one works as well; it has to set all of them. Then add the suffix of its files to
+    `OPENERS`, with a function that takes a path and a device, or pass an instance to
+    `recontrast.app.prediction.predict.predict`.
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """Of exactly these scores; None: there are no decisions."""
+    `run` gets its images from `recontrast.data.image_files.ImageFiles`: `ImageFiles.resized` for a network with a fixed
+    input size, `ImageFiles.read` for original images. It yields exactly one map and one score for each file, in the
+    order of the files. Files that cannot be read are recorded in `ImageFiles.errors`; yield the result of a black image
+    for them, and the caller drops it. Maps may change size from batch to batch. A map covers the part of the image that
+    `map_extent` returns.
 
-    @property
-    def category(self) -> str:
-        """What it was trained on."""
+    Attributes:
+        recipe: Recipe that the detector was trained with. Its ``size``, ``crop`` and ``tile`` say which part of an
+            image a map covers, its ``score`` how a map becomes a score.
+        calibration: Calibration of exactly the scores that `run` yields, or None. With None, images are scored but
+            not called good or defective. A calibration of other scores (other views, precision or tiles) must not be
+            set here.
+        calibration_note: Sentence that says why ``calibration`` is None although the file holds a calibration; None
+            where there is nothing to say. None by default.
+        category: Name of the category that the detector was trained on.
+        max_map_value: Largest value that a map can have. Maps are stored as integers relative to it.
+        overlap: Pixels shared by neighbouring tiles; None if images are not cut into tiles. None by default.
+    """
 
-    @property
-    def top(self) -> float:
-        """The largest value that a map can have."""
+    recipe: Recipe
+    calibration: Calibration | None
+    category: str
+    max_map_value: float
+    calibration_note: str | None = None
+    overlap: int | None = None
 
     def run(self, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
-        """Maps and scores of all files in their order.
+        """Compute the maps and scores of all files, in their order.
 
         Args:
-            files: the images.
-            batch: images at once.
+            files: Images to score.
+            batch: Number of images per batch.
 
         Returns:
-            Maps (n, H, W) and scores (n,), float32, batch after batch.
+            Iterator over maps (N, H, W) and scores (N,), float32, batch after batch.
         """
 
 
-class CheckpointDetector:
-    """The detector in a checkpoint of ours; one that was trained on tiles sees images in tiles."""
+class CheckpointDetector(Detector):
+    """Detector in a checkpoint. If it was trained on tiles, images are cut into tiles.
+
+    See `Detector` for the other attributes.
+
+    Attributes:
+        model: Network in eval mode, on its device; BatchNorm is folded unless the options say otherwise.
+    """
 
     def __init__(
         self,
@@ -76,67 +86,73 @@ class CheckpointDetector:
         *,
         calibrated: bool = True,
     ) -> None:
-        """Read it.
+        """Load the model.
 
         Args:
-            path: the checkpoint.
-            device: None: the GPU where there is one.
-            tile: pixels; 0: whole images, resized; None: as it was trained.
-            overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
-            inference: how the model is run, None: as trained, and folded; scores not calibrated decide nothing.
-            calibrated: False: whatever calibration there is is left out, where a new one is to be made.
+            path: Path of the checkpoint.
+            device: Device of the model; None selects the GPU if there is one.
+            tile: Side of a tile in pixels, 0 for whole resized images, None for the value used in training.
+            overlap: Pixels shared by neighbouring tiles; None is a quarter of the tile.
+            inference: Inference options; None runs the model as it was trained, with BatchNorm folded. Options that
+                change the scores make the stored calibration invalid.
+            calibrated: Whether to use the stored calibration. False ignores it, for a detector that is about to be
+                calibrated again.
 
         Raises:
-            ValueError: it was trained at the other scale, tile or overlap do not do, or the checkpoint is none.
-            OSError: the checkpoint cannot be read.
+            ValueError: If the model was trained at the other scale, ``tile`` or ``overlap`` is invalid, or the file is
+                not a checkpoint.
+            OSError: If the checkpoint cannot be read.
         """
-        inference = inference or InferenceOptions()
-        model, stored, about = checkpoints.load_model(path, device, calibrated=calibrated)
-        trained = inference.recipe(stored)
-        self.recipe, self.overlap = tiling.resolve_tiling(model, trained, tile, overlap, f"{path}")
-        self.category = about.category
-        alike = self.recipe == trained and self.overlap in (None, tiling.resolve_overlap(trained.out[0]))
-        found = inference.calibration(stored, about.calibration)
-        self.calibration = found if alike else None  # of these scores, or of none
-        self.calibration_note = None
-        if about.calibration is not None and self.calibration is None:
-            self.calibration_note = (
-                f"{path}: {inference.calibration_note(stored, about.calibration) or self._other_tiles(trained)}"
-            )
+        options = inference or InferenceOptions()
+        model, trained, state = checkpoints.load_model(path, device, calibrated=calibrated)
+        recipe = options.apply_to(trained)
+        self.recipe, self.overlap = tiling.resolve_tiling(model, recipe, tile, overlap, f"{path}")
+        self.category = state.category
+        self.calibration = self.calibration_note = None
+        if state.calibration is not None:
+            mismatch = options.describe_mismatch(trained, state.calibration) or self._describe_other_tiles(recipe)
+            if mismatch is None:
+                self.calibration = state.calibration
+            else:
+                self.calibration_note = f"{path}: {mismatch}"
         trim_memory()
-        self.model = inference.network(model, self.recipe, stored, keep=False)
-        self.top = max_map_value(self.model, self.recipe)
+        self.model = options.build_network(model, self.recipe, trained, keep=False)
+        self.max_map_value = max_map_value(self.model, self.recipe)
         del model
         trim_memory()
 
-    def _other_tiles(self, trained: Recipe) -> str:
-        """Why scores are not those that were calibrated."""
-        tile, shared = trained.out[0], tiling.resolve_overlap(trained.out[0])
+    def _describe_other_tiles(self, recipe: Recipe) -> str | None:
+        """Say why a calibration for the tiles of ``recipe`` is invalid for this detector; None if it is valid."""
+        tile, overlap = recipe.out[0], tiling.resolve_overlap(recipe.out[0])
+        if self.recipe == recipe and self.overlap in (None, overlap):
+            return None
         return (
-            f"its calibration is of tiles of {tile} px that share {shared}: nothing is decided by scores of tiles of "
-            f"{self.recipe.out[0]} px that share {self.overlap}"
+            f"its calibration is for tiles of {tile} px that share {overlap} px, not for tiles of "
+            f"{self.recipe.out[0]} px that share {self.overlap} px: no decisions are made"
         )
 
     def run(self, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
-        """See `Detector`; the next batch is decoded while the network runs, tiled images are read one by one.
+        """Compute maps and scores, see `Detector.run`.
+
+        The next batch is decoded while the network runs. Images that are cut into tiles are read one at a time.
 
         Args:
-            files: the images.
-            batch: images, or tiles, at once.
+            files: Images to score.
+            batch: Number of images, or of tiles, per batch.
 
         Yields:
-            Maps (n, H, W) and scores (n,), float32.
+            Maps (N, H, W) and scores (N,), float32.
         """
         if self.overlap is not None:
             yield from tiling.infer_tiled(self.model, files, self.recipe, self.overlap, batch)
             return
-        for maps, scores in infer(self.model, files.resized(self.recipe.size, self.recipe.crop), self.recipe,
-                                  batch=batch):  # fmt: skip
+        images = files.resized(self.recipe.size, self.recipe.crop)
+        for maps, scores in infer(self.model, images, self.recipe, batch=batch):
             yield maps.cpu().numpy(), scores.cpu().numpy()
 
 
-# Files of other kinds, by suffix; whatever is not listed is taken for a checkpoint.
-OPENERS: dict[str, Callable[[Path, Any], Detector]] = dict.fromkeys(KINDS, ExportedDetector)
+# File suffix -> function that opens such a file; every other suffix is opened as a checkpoint.
+OPENERS: dict[str, Callable[[Path, Any], Detector]] = dict.fromkeys(PROGRAMS, ExportedDetector)
 
 
 def open_detector(
@@ -146,20 +162,21 @@ def open_detector(
     overlap: int | None = None,
     inference: InferenceOptions | None = None,
 ) -> Detector:
-    """The detector in a file.
+    """Open the detector in a file.
 
     Args:
-        path: a checkpoint, or an exported file by its suffix.
-        device: None: the GPU where there is one.
-        tile: as in `CheckpointDetector`; of a checkpoint alone, as the two below.
-        overlap: as in `CheckpointDetector`.
-        inference: as in `CheckpointDetector`.
+        path: Path of a checkpoint or of an exported file; the suffix decides which.
+        device: Device of the model; None selects the GPU if there is one.
+        tile: Side of a tile in pixels, see `CheckpointDetector`; only for checkpoints.
+        overlap: Pixels shared by neighbouring tiles, see `CheckpointDetector`; only for checkpoints.
+        inference: Inference options, see `CheckpointDetector`; only for checkpoints.
 
     Returns:
-        What gives maps and scores.
+        The detector.
 
     Raises:
-        ValueError, OSError: there is none, in one sentence.
+        ValueError: If the file is damaged or not a detector, or an option does not apply to it.
+        OSError: If the file does not exist or cannot be read.
     """
     if (opener := OPENERS.get(path.suffix.lower())) is None:
         return CheckpointDetector(path, device, tile, overlap, inference)
@@ -167,25 +184,25 @@ def open_detector(
         raise ValueError(f"{path}: wanted a checkpoint where tile or overlap is given, got a file of another kind")
     if inference not in (None, InferenceOptions()):
         raise ValueError(f"{path}: wanted a checkpoint where views, precision, layout, folding or compiling is given, "
-                         "got a file of another kind, in which they are settled")  # fmt: skip
+                         "got an exported file, in which they are fixed")  # fmt: skip
     return opener(path, device)
 
 
 def map_extent(shape: Sequence[int], recipe: Recipe) -> tuple[int, int, int, int]:
-    """The part of an original image that the map stands for.
+    """Compute the part of an original image that its map covers.
 
     Args:
-        shape: height and width of the image, pixels.
-        recipe: of the detector: its size and crop, or tile.
+        shape: Height and width of the image in pixels.
+        recipe: Recipe of the detector, for ``size`` and ``crop``, or ``tile``.
 
     Returns:
-        Top, left, height and width, pixels.
+        Top, left, height and width in pixels.
     """
     if recipe.tile is not None:
         return 0, 0, shape[0], shape[1]
-    found = []
-    for length, resized, seen in zip(shape, to_pair(recipe.size), recipe.out, strict=True):
-        start = round(round((resized - seen) / 2) * length / resized)
-        found.append((start, min(max(round(seen * length / resized), 1), length - start)))
-    (top, height), (left, width) = found
+    spans = []
+    for length, resized, cropped in zip(shape, to_pair(recipe.size), recipe.out, strict=True):
+        start = round(round((resized - cropped) / 2) * length / resized)
+        spans.append((start, min(max(round(cropped * length / resized), 1), length - start)))
+    (top, height), (left, width) = spans
     return top, left, height, width

@@ -1,10 +1,11 @@
-"""Exported files: what is in them, and running one (ONNX Runtime, OpenVINO or torch.export) as any other detector.
+"""Detectors in exported files, run by ONNX Runtime, OpenVINO or torch.export.
 
-Each kind is one class with two things: ``about``, the text that `recontrast.export.export` put into the file, and a
-call from bytes of images to named arrays. All run on the CPU, in float32.
+There is one class for each file format. It loads the file, returns the description that `recontrast.export.export`
+stored in it, and maps a batch of images to named output arrays. Everything runs on the CPU in float32.
 """
 
 import hashlib
+import importlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,104 +21,173 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.data.pillow_resize import max_exact_length
 from recontrast.recipes.recipe import Recipe, to_pair
 
-FORMAT = 1  # raised when inputs, outputs or the text about them change their meaning
-KEY = "recontrast"  # under it lies the text
-WEIGHTS = "recontrast_weights"  # of OpenVINO: SHA-256 of the .bin
-INSTALL = "pip install 'recontrast[export]'"
-AHEAD = 4  # images decoded at once, in full size
-PIXELS = 2**23  # of one call, unless one image has more: the graph holds them as floats, several times
+FORMAT = 1  # increased when inputs, outputs or the description change their meaning
+KEY = "recontrast"  # metadata key of the description
+WEIGHTS_KEY = "recontrast_weights"  # metadata key of the SHA-256 of the .bin file, in OpenVINO files
+INSTALL_HINT = "pip install 'recontrast[export]'"
+OUTPUTS = ("map", "score", "p_value", "defect")  # the last two only with a calibration
+DECODED_AHEAD = 4  # images in memory at their original size
+PIXELS_PER_CALL = 2**23  # the graph holds several float copies of its input; a single image may be larger
 
-Named = dict[str, NDArray[Any]]
+NamedArrays = dict[str, NDArray[Any]]
+
+
+def compute_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Program(Protocol):
-    """A file of one kind, opened."""
+    """Interface of a loaded file of any format.
 
-    about: str | None  # what we wrote into it; None: it is none of ours
+    Attributes:
+        description: Text that `recontrast.export.export` stored in the file; None if there is none.
+    """
 
-    def __call__(self, images: NDArray[np.uint8]) -> Named:
-        """(N, H, W, 3) to all outputs by name."""
+    description: str | None
+
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network on a batch of images.
+
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
+
+        Returns:
+            Arrays named as in `OUTPUTS`: map (N, height, width) and score (N,), float32, and with a calibration
+            p_value (N,), float32, and defect (N,), bool.
+        """
 
 
-class Onnx:
-    """A .onnx file in ONNX Runtime."""
+class OnnxProgram:
+    """Program in an .onnx file, run by ONNX Runtime.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        ImportError: If ONNX Runtime is not installed.
+    """
 
     def __init__(self, path: Path) -> None:
-        ort = _need("onnxruntime")
-        options = ort.SessionOptions()
+        onnxruntime = _import_runtime("onnxruntime")
+        options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self._session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        self.about = self._session.get_modelmeta().custom_metadata_map.get(KEY)
+        self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        self.description: str | None = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         self._names = [output.name for output in self._session.get_outputs()]
 
-    def __call__(self, images: NDArray[np.uint8]) -> Named:
-        """See `Program`."""
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network, see `Program`.
+
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
+
+        Returns:
+            Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
+        """
         return dict(zip(self._names, self._session.run(None, {"image": images}), strict=True))
 
 
-class OpenVino:
-    """An .xml file, with its .bin beside it, in OpenVINO."""
+class OpenVinoProgram:
+    """Program in an .xml file, with its weights in the .bin file beside it, run by OpenVINO.
+
+    Args:
+        path: Path of the .xml file.
+
+    Raises:
+        ValueError: If the .bin file holds other weights than those that were exported.
+        ImportError: If OpenVINO is not installed.
+    """
 
     def __init__(self, path: Path) -> None:
-        openvino = _need("openvino")
+        openvino = _import_runtime("openvino")
         core = openvino.Core()
         model = core.read_model(path)
-        self.about = str(model.get_rt_info(KEY).value) if model.has_rt_info(KEY) else None
+        self.description: str | None = str(model.get_rt_info(KEY).value) if model.has_rt_info(KEY) else None
         weights = path.with_suffix(".bin")
-        if self.about is not None and str(model.get_rt_info(WEIGHTS).value) != checksum(weights):
+        if self.description is not None and str(model.get_rt_info(WEIGHTS_KEY).value) != compute_sha256(weights):
             raise ValueError(f"{weights} holds other weights than it was exported with")
-        # Some processors would be given bfloat16 otherwise.
-        limits = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self._model = core.compile_model(model, "CPU", limits)
+        # Without the hint, OpenVINO computes in bfloat16 on processors that support it.
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self._model = core.compile_model(model, "CPU", settings)
 
-    def __call__(self, images: NDArray[np.uint8]) -> Named:
-        """See `Program`."""
-        found = self._model(images)
-        return {output.get_any_name(): np.array(found[output]) for output in self._model.outputs}
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network, see `Program`.
 
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            total.update(piece)
-    return total.hexdigest()
+        Returns:
+            Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
+        """
+        results = self._model(images)
+        return {output.get_any_name(): np.array(results[output]) for output in self._model.outputs}
 
 
-class Pt2:
-    """A .pt2 file of torch.export."""
+class TorchExportProgram:
+    """Program in a .pt2 file, run by torch.export.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        ValueError: If the file is not an archive.
+    """
 
     def __init__(self, path: Path) -> None:
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no archive")  # torch logs a traceback otherwise
+            raise ValueError("the file is not an archive")  # torch would log a traceback
         extra = {f"{KEY}.json": ""}
         program = torch.export.load(path, extra_files=extra)
         text: Any = extra[f"{KEY}.json"]
-        self.about = (text.decode() if isinstance(text, bytes) else text) or None
+        self.description: str | None = (text.decode() if isinstance(text, bytes) else text) or None
         self._module = program.module()
 
-    def __call__(self, images: NDArray[np.uint8]) -> Named:
-        """See `Program`."""
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network, see `Program`.
+
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
+
+        Returns:
+            Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
+        """
         with torch.inference_mode():
-            found = self._module(torch.from_numpy(images))
-        return {name: value.numpy() for name, value in zip(OUTPUTS, found, strict=False)}
+            results = self._module(torch.from_numpy(images))
+        return {name: value.numpy() for name, value in zip(OUTPUTS, results, strict=False)}
 
 
-KINDS: dict[str, Any] = {".onnx": Onnx, ".xml": OpenVino, ".pt2": Pt2}  # by suffix
+# File suffix -> class that loads such a file.
+PROGRAMS: dict[str, Any] = {".onnx": OnnxProgram, ".xml": OpenVinoProgram, ".pt2": TorchExportProgram}
 
 
 class ExportedDetector:
-    """A `recontrast.inference.detector.Detector` in a file that `recontrast export` wrote.
+    """Detector in a file that `recontrast export` wrote; it follows `recontrast.inference.detector.Detector`.
 
     Args:
-        path: .onnx, .pt2 or .xml.
-        device: None or "cpu".
+        path: Path of the .onnx, .pt2 or .xml file.
+        device: Must be None or the CPU.
+
+    Attributes:
+        program: Loaded program, for direct calls with arrays of images.
+        description: Content of the stored description: recipe, preprocessing, calibration, digest of the weights.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is none of ours, is damaged, or was written by another version of this format; another device.
-        ImportError: its runtime is not installed.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file was not written by `recontrast export`, is damaged, or has another format version, or
+            if the device is not the CPU.
+        ImportError: If the runtime of the file is not installed.
     """
 
     def __init__(self, path: Path, device: str | torch.device | None = None) -> None:
@@ -126,86 +196,93 @@ class ExportedDetector:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: wanted an exported detector, got no such file")
         try:
-            self.program: Program = KINDS[path.suffix.lower()](path)
+            self.program: Program = PROGRAMS[path.suffix.lower()](path)
         except ImportError:
             raise
-        except Exception as error:  # each runtime has its own kinds
+        except Exception as error:  # each runtime raises exceptions of its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(
                 f"{path}: wanted a whole {path.suffix} file, got one that does not load: {reason}"
             ) from error
-        about = _about(path, self.program.about)
-        self.path, self.about, found = path, about, about["calibration"]
+        self.description = description = _parse_description(path, self.program.description)
+        self.path = path
+        self.calibration: Calibration | None = None
         try:
-            self.recipe = Recipe.from_dict(about["recipe"])
-            self.calibration = None if found is None else Calibration.from_dict(found)
+            self.recipe = Recipe.from_dict(description["recipe"])
+            if description["calibration"] is not None:
+                self.calibration = Calibration.from_dict(description["calibration"])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
-        self.category, self.top = str(about["category"]), float(about["top"])
+        self.category, self.max_map_value = str(description["category"]), float(description["top"])
+        self.calibration_note: str | None = None
+        self.overlap: int | None = None
 
     def run(self, files: ImageFiles, batch: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Maps and scores of all ``files`` in their order; images of one size that follow each other go together."""
+        """Compute maps and scores; consecutive images of the same size share a batch.
+
+        Args:
+            files: Images to score.
+            batch: Largest number of images per batch.
+
+        Yields:
+            Maps (N, H, W) and scores (N,), float32, in the order of the files.
+        """
         group: list[NDArray[np.uint8]] = []
-        for start in range(0, len(files), AHEAD):
-            places = range(start, min(start + AHEAD, len(files)))
-            for place, image in zip(places, files.read_many(places), strict=True):
-                seen = self._whole(files, place, image)
-                room = min(batch, max(PIXELS // (seen.shape[0] * seen.shape[1]), 1))
-                if group and (len(group) >= room or group[0].shape != seen.shape):
-                    yield self._scored(group)
+        for start in range(0, len(files), DECODED_AHEAD):
+            indices = range(start, min(start + DECODED_AHEAD, len(files)))
+            for index, decoded in zip(indices, files.read_many(indices), strict=True):
+                image = self._replace_unusable(files, index, decoded)
+                limit = min(batch, max(PIXELS_PER_CALL // (image.shape[0] * image.shape[1]), 1))
+                if group and (len(group) >= limit or group[0].shape != image.shape):
+                    yield self._score(group)
                     group = []
-                group.append(seen)
+                group.append(image)
         if group:
-            yield self._scored(group)
+            yield self._score(group)
 
-    def _scored(self, group: list[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        found = self.program(np.stack(group))
-        return found["map"], found["score"]
+    def _score(self, group: list[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        results = self.program(np.stack(group))
+        return results["map"], results["score"]
 
-    def _whole(self, files: ImageFiles, place: int, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-        """An image that the graph can take: black in place of what cannot be read, or is too large."""
+    def _replace_unusable(self, files: ImageFiles, index: int, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+        """Return ``image``, or a black image if it could not be read or is too large for the graph."""
         size = to_pair(self.recipe.size)
         if image is None:
             return np.zeros((*size, 3), np.uint8)
-        most = max_exact_length(size[0]), max_exact_length(size[1])
-        if image.shape[0] <= most[0] and image.shape[1] <= most[1]:
+        limit = max_exact_length(size[0]), max_exact_length(size[1])
+        if image.shape[0] <= limit[0] and image.shape[1] <= limit[1]:
             return image
-        files.errors[place] = (
-            f"{files.paths[place]}: wanted an image that the resize of an exported detector reproduces, of at most "
-            f"{most[0]} x {most[1]} px (height x width), got {image.shape[0]} x {image.shape[1]}"
+        files.errors[index] = (
+            f"{files.paths[index]}: wanted an image that the resize of an exported detector reproduces, of at most "
+            f"{limit[0]} x {limit[1]} px (height x width), got {image.shape[0]} x {image.shape[1]}"
         )
         return np.zeros((*size, 3), np.uint8)
 
 
-def _about(path: Path, text: str | None) -> Mapping[str, Any]:
-    """What the file says of itself, checked."""
+def _parse_description(path: Path, text: str | None) -> Mapping[str, Any]:
+    """Parse and check the description in a file."""
     if text is None:
         raise ValueError(f"{path}: wanted a file that recontrast export wrote, got one of another origin")
     try:
-        about = json.loads(text)
-        found, version = about["format"], about["recontrast"]
+        description = json.loads(text)
+        file_format, version = description["format"], description["recontrast"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path}: wanted a file that recontrast export wrote, got one with a damaged description"
         ) from error
-    if found != FORMAT:
+    if file_format != FORMAT:
         raise ValueError(
-            f"{path}: wanted an exported detector of format {FORMAT}, got format {found}, written by recontrast "
-            f"{version}: export it anew"
+            f"{path}: wanted an exported detector of format {FORMAT}, got format {file_format}, written by recontrast "
+            f"{version}: export it again"
         )
-    if missing := [key for key in ("recipe", "calibration", "category", "top") if key not in about]:
+    if missing := [key for key in ("recipe", "calibration", "category", "top") if key not in description]:
         raise ValueError(f"{path}: the description of the exported detector lacks {', '.join(missing)}")
-    return about
+    return description
 
 
-def _need(name: str) -> Any:
-    """A package that not everybody has."""
-    import importlib
-
+def _import_runtime(name: str) -> Any:
+    """Import an optional package, or raise an error that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"this needs {name}: {INSTALL}") from error
-
-
-OUTPUTS = ("map", "score", "p_value", "defect")  # the last two where there is a calibration
+        raise ImportError(f"this needs {name}: {INSTALL_HINT}") from error

@@ -1,4 +1,4 @@
-"""How a trained model is run where nothing is trained any more: one target, fewer bits, folded, compiled."""
+"""Inference options: views, precision, memory layout, BatchNorm folding, compilation."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,29 +11,27 @@ from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model
 
-# Constants may be rearranged for the kernels, and activations become part of convolutions.
+# Freezing lets the compiler reorder constants for its kernels and fuse activations into convolutions.
 COMPILE: dict[str, Any] = {"options": {"freezing": True}}
-
-
-def made(found: Calibration) -> "InferenceOptions":
-    """How a model was run for the calibration ``found``."""
-    return InferenceOptions(found.views, found.precision)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """What may differ from training; None is as trained.
+    """Options of inference that may differ from training. None keeps the value of the recipe.
 
-    Folding and compiling change rounding alone, in float32; in bfloat16 folding moves scores by some thousandths. Other
-    views, another precision and that give other scores: a calibration holds for those that it was made of.
+    In float32, folding and compiling change scores by rounding errors only. In bfloat16, folding moves scores by a few
+    thousandths. Other views or another precision give other scores, and a calibration is valid only for the scores
+    that it was computed from.
 
     Attributes:
-        views: maps by their target, as in `Recipe`: one takes 0.7 of the time.
-        precision: of the convolutions.
-        channels_last: memory layout of images and weights.
-        folded: every BatchNorm part of the convolution before it; bfloat16 weights are rounded once. None: where a
-            detector was not trained in bfloat16, whose scores it would move.
-        compiled: through torch.compile: minutes at the start on a CPU.
+        views: Encoders whose features serve as targets of the map, as in `Recipe`. A single view takes 0.7 times as
+            long as both.
+        precision: Precision of the convolutions.
+        channels_last: Whether images and weights are stored channels last.
+        folded: Whether each BatchNorm is folded into the convolution before it; bfloat16 weights are then rounded only
+            once. None folds unless the model was trained in bfloat16 and runs in bfloat16, where folding would move
+            its scores.
+        compiled: Whether the network is compiled by ``torch.compile``, which takes minutes at the start on a CPU.
     """
 
     views: Literal["both", "trained", "frozen"] | None = None
@@ -42,91 +40,119 @@ class InferenceOptions:
     folded: bool | None = None
     compiled: bool = False
 
-    def recipe(self, trained: Recipe) -> Recipe:
-        """The recipe ``trained`` with what is asked for.
+    @classmethod
+    def from_calibration(cls, calibration: Calibration) -> "InferenceOptions":
+        """Return the options that a model had when it was calibrated.
+
+        Args:
+            calibration: Calibration that stores them.
+
+        Returns:
+            Options with its views and precision.
+        """
+        return cls(calibration.views, calibration.precision)  # type: ignore[arg-type]
+
+    def apply_to(self, trained: Recipe) -> Recipe:
+        """Return a recipe with these options in place of its own values.
+
+        Args:
+            trained: Recipe of the training.
+
+        Returns:
+            The changed recipe.
 
         Raises:
-            ValueError: its model has no such views.
+            ValueError: If the model of the recipe does not have the requested views.
         """
-        asked = {"views": self.views, "precision": self.precision, "channels_last": self.channels_last}
-        return trained.replace(**{name: value for name, value in asked.items() if value is not None})
+        options = {"views": self.views, "precision": self.precision, "channels_last": self.channels_last}
+        return trained.replace(**{name: value for name, value in options.items() if value is not None})
 
     def has_same_scores(self, trained: Recipe, other: "InferenceOptions | None" = None) -> bool:
-        """Whether scores are those of another way, but for rounding.
+        """Return whether two sets of options give the same scores up to rounding errors.
 
         Args:
-            trained: as the checkpoint has it.
-            other: the other way; None: as trained.
+            trained: Recipe of the training.
+            other: Options to compare with; None for the default options.
 
         Returns:
-            True where one calibration holds for both.
+            True if a calibration for one set is valid for the other.
         """
         other = other or InferenceOptions()
-        wanted = other.recipe(trained)
-        alike = self.recipe(trained).replace(channels_last=wanted.channels_last) == wanted
-        return alike and (wanted.precision == "float32" or self.folds(trained) == other.folds(trained))
+        recipe, other_recipe = self.apply_to(trained), other.apply_to(trained)
+        if recipe.replace(channels_last=other_recipe.channels_last) != other_recipe:
+            return False
+        return recipe.precision == "float32" or self.folds_batchnorm(trained) == other.folds_batchnorm(trained)
 
-    def calibration(self, trained: Recipe, found: Calibration | None) -> Calibration | None:
-        """The calibration of these scores.
-
-        Args:
-            trained: as the checkpoint has it.
-            found: that of the checkpoint.
-
-        Returns:
-            ``found``, or None where it is of other scores.
-        """
-        return found if found is not None and self.has_same_scores(trained, made(found)) else None
-
-    def calibration_note(self, trained: Recipe, found: Calibration) -> str | None:
-        """Why a calibration decides nothing of these scores.
+    def valid_calibration(self, trained: Recipe, calibration: Calibration | None) -> Calibration | None:
+        """Return a calibration if it is valid for the scores of these options.
 
         Args:
-            trained: as the checkpoint has it.
-            found: the calibration.
+            trained: Recipe of the training.
+            calibration: Calibration in the checkpoint, if there is one.
 
         Returns:
-            Words that follow the checkpoint's name; None where it does decide.
+            ``calibration``, or None if it was computed from other scores.
         """
-        if self.calibration(trained, found) is not None:
+        if calibration is None or self.has_same_scores(trained, self.from_calibration(calibration)):
+            return calibration
+        return None
+
+    def describe_mismatch(self, trained: Recipe, calibration: Calibration) -> str | None:
+        """Say why a calibration is invalid for the scores of these options.
+
+        Args:
+            trained: Recipe of the training.
+            calibration: Calibration in the checkpoint.
+
+        Returns:
+            Sentence without its subject, to follow the name of the checkpoint; None if the calibration is valid.
+        """
+        if self.valid_calibration(trained, calibration) is not None:
             return None
-        asked, was = (
-            f"views {recipe.views}, {recipe.precision}" + ("" if folded == usual else ", folded otherwise")
-            for recipe, folded, usual in (
-                (self.recipe(trained), self.folds(trained), replace(self, folded=None).folds(trained)),
-                (made(found).recipe(trained), True, True),
-            )
+        requested, calibrated = self.apply_to(trained), self.from_calibration(calibration).apply_to(trained)
+        usual = self.folds_batchnorm(trained) == replace(self, folded=None).folds_batchnorm(trained)
+        folding = "" if usual else f", {'with' if self.folded else 'without'} BatchNorm folding"
+        options = [f"--{name} {value}" for name in ("views", "precision") if (value := getattr(calibration, name))]
+        return (
+            f"its calibration is for scores of views {calibrated.views}, {calibrated.precision}, not of views "
+            f"{requested.views}, {requested.precision}{folding}: no decisions are made"
+            + (f" without {' '.join(options)}" if options else "")
         )
-        options = [f"--{name} {value}" for name in ("views", "precision") if (value := getattr(found, name))]
-        passed = f"; {' '.join(options)} decides" if options else ""
-        return f"its calibration is of scores of {was}: nothing is decided by scores of {asked}{passed}"
 
-    def folds(self, trained: Recipe) -> bool:
-        """Whether BatchNorm is folded in a model of the recipe ``trained``."""
+    def folds_batchnorm(self, trained: Recipe) -> bool:
+        """Return whether BatchNorm is folded in the network that `build_network` returns.
+
+        Args:
+            trained: Recipe of the training.
+
+        Returns:
+            The value of ``folded``, or its default for this recipe.
+        """
         if self.folded is not None:
             return self.folded
-        return trained.precision == "float32" or self.recipe(trained).precision != trained.precision
+        return trained.precision == "float32" or self.apply_to(trained).precision != trained.precision
 
-    def network(
+    def build_network(
         self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True
     ) -> ReContrast | FoldedModel:
-        """What `recontrast.inference.infer.infer` runs in place of ``model``.
+        """Build the network that `recontrast.inference.infer.infer` runs.
 
         Args:
-            model: on its device; it is left as it is where it is folded, and compiled in place where it is not.
-            recipe: as `recipe` gives it.
-            trained: as the checkpoint has it.
-            keep: False: ``model`` may be used up, which saves the memory of a second one.
+            model: Trained model, on its device. If it is folded, a new network is returned and the model is unchanged;
+                if not, the model itself is returned, and it may be compiled in place.
+            recipe: Recipe returned by `apply_to`.
+            trained: Recipe of the training.
+            keep: Whether to keep ``model`` usable. False saves the memory of a second model.
 
         Returns:
-            The model, or what it is folded into.
+            The model, or the folded network.
 
         Raises:
-            ValueError: a size that the model's strides do not divide.
+            ValueError: If the image size is not a multiple of the model's stride.
         """
-        network = fold(model, recipe.out, keep=keep) if self.folds(trained) else model
+        network = fold(model, recipe.out, keep=keep) if self.folds_batchnorm(trained) else model
         if isinstance(network, FoldedModel) and recipe.precision == "bfloat16":
-            network.to(torch.bfloat16)  # else each pass would round the weights anew
+            network.to(torch.bfloat16)  # autocast would round the weights again in each pass
         move_model(network, next(network.parameters()).device, recipe.channels_last)
         if self.compiled:
             network.compile(**COMPILE)

@@ -23,14 +23,14 @@ from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import trim_memory
 
-PIECE = 1 << 20  # pixels at once where a whole map is read: small beside any map that is large
-AT_ONCE = 1 << 17  # pixels of a batch of tiles on a CPU, which is no quicker with more: 2 tiles of 256 px
-SHARED = 0.25  # of a tile that neighbours share, where nothing else is asked for
+BLOCK_PIXELS = 1 << 20  # pixels at once where a whole map is read: small beside any map that is large
+CPU_BATCH_PIXELS = 1 << 17  # pixels of a batch of tiles on a CPU, which is no quicker with more: 2 tiles of 256 px
+OVERLAP_SHARE = 0.25  # of a tile that neighbours share, where nothing else is asked for
 
 
 def resolve_overlap(tile: int, overlap: int | None = None) -> int:
     """Pixels that neighbouring tiles share: as asked for, or a quarter of the tile."""
-    return int(tile * SHARED) if overlap is None else overlap
+    return int(tile * OVERLAP_SHARE) if overlap is None else overlap
 
 
 def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> None:
@@ -113,7 +113,7 @@ def compute_tiled_map(
         pixels: (H, W, 3) uint8; smaller than a tile, it is mirrored up to one, see `recontrast.data.tiles`.
         recipe: with ``tile``; for map and precision.
         overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
-        batch: tiles at once; on a CPU at most so many as have `AT_ONCE` pixels.
+        batch: tiles at once; on a CPU at most so many as have `CPU_BATCH_PIXELS` pixels.
         clock: told what takes the time.
         spend: ``pixels`` are lost, those of a large file given back as the map grows.
 
@@ -132,7 +132,7 @@ def compute_tiled_map(
     windows = [(y, x, r, c) for y, r in zip(tops, rows, strict=True) for x, c in zip(lefts, columns, strict=True)]
     found = np.zeros((height, width), np.float32)
     if next(model.parameters()).device.type == "cpu":
-        batch = min(batch, max(AT_ONCE // tile**2, 1))
+        batch = min(batch, max(CPU_BATCH_PIXELS // tile**2, 1))
     place = 0
     tiles = Tiles(pixels, tile, tile - overlap, release=spend)
     for maps, _ in infer(model, tiles, recipe, batch=batch, clock=clock):
@@ -207,7 +207,7 @@ def _place(anomaly: NDArray[np.float32], wanted: int, of: Any) -> tuple[int, int
 
 def _pieces(anomaly: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
     """Values piece by piece, and whole numbers in the same order as they."""
-    step = max(PIECE // anomaly.shape[1], 1)
+    step = max(BLOCK_PIXELS // anomaly.shape[1], 1)
     for begin in range(0, len(anomaly), step):
         values = np.ascontiguousarray(anomaly[begin : begin + step]).ravel()
         bits = values.view(np.uint32)

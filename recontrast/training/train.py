@@ -70,7 +70,7 @@ class TrainResult:
     @property
     def calibration(self) -> Calibration | None:
         """The calibration where images were held out, in the first process; else None."""
-        return InferenceOptions().calibration(self.recipe, self.state.calibration)
+        return InferenceOptions().valid_calibration(self.recipe, self.state.calibration)
 
 
 def train(

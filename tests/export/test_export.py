@@ -21,11 +21,11 @@ from recontrast.checkpoint import digest
 from recontrast.data.image_files import ImageFiles
 from recontrast.export import export as module
 from recontrast.export.detector_graph import DetectorGraph
-from recontrast.export.export import describe, export
-from recontrast.export.verify import compare, draw
+from recontrast.export.export import describe_detector, export
+from recontrast.export.verify import compare_scores, draw_images
 from recontrast.inference import exported_detector
 from recontrast.inference.detector import CheckpointDetector, open_detector
-from recontrast.inference.exported_detector import ExportedDetector, Onnx
+from recontrast.inference.exported_detector import ExportedDetector, OnnxProgram
 from recontrast.inference.options import InferenceOptions
 from recontrast.recipes.recipe import Recipe
 
@@ -81,9 +81,9 @@ def run(photographs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(run, tmp_path_factory):
     """One export of each kind; the graph is traced once, which takes the most time."""
-    folder, kept, traced = tmp_path_factory.mktemp("files"), [], module.traced
+    folder, kept, traced = tmp_path_factory.mktemp("files"), [], module.trace
     patch = pytest.MonkeyPatch()
-    patch.setattr(module, "traced", lambda graph: kept[0] if kept else kept.append(traced(graph)) or kept[0])
+    patch.setattr(module, "trace", lambda graph: kept[0] if kept else kept.append(traced(graph)) or kept[0])
     try:
         return {kind: export(run / "checkpoint.pt", kind, folder / f"d{end}") for kind, end in KINDS.items()}
     finally:
@@ -140,8 +140,8 @@ def test_what_the_file_says(files, run):
     for made in files.values():
         detector = open_detector(made.path)
         assert (detector.recipe, detector.calibration, detector.category) == (RECIPE, found.calibration, "tile")
-        assert detector.top == 12 and detector.about["weights"] == found.calibration.weights
-        assert detector.about["preprocessing"]["crop"] == [32, 32]
+        assert detector.max_map_value == 12 and detector.description["weights"] == found.calibration.weights
+        assert detector.description["preprocessing"]["crop"] == [32, 32]
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_bfloat16_is_left_out_of_the_calibration(run, tmp_path):
     path = checkpoints.save(tmp_path / "c.pt", replace(found, recipe=found.recipe.replace(precision="bfloat16")))
     detector = CheckpointDetector(path, "cpu", inference=InferenceOptions(folded=False))
     assert "calibration, of bfloat16 scores, was left out" in module._in_float32(detector)[0]
-    assert detector.calibration is None and describe(detector)["recipe"]["precision"] == "float32"
+    assert detector.calibration is None and describe_detector(detector)["recipe"]["precision"] == "float32"
 
 
 # ---- refusals ----------------------------------------------------------------
@@ -252,9 +252,9 @@ def test_scores_that_differ_are_refused_and_nothing_is_left(run, monkeypatch):
             for maps, scores in super().run(files, batch):
                 yield maps, scores * np.float32(1.0002)
 
-    monkeypatch.setattr(module, "traced", lambda graph: None)
+    monkeypatch.setattr(module, "trace", lambda graph: None)
     monkeypatch.setattr(module, "_write", lambda program, graph, kind, path, about: path.write_text("draft"))
-    monkeypatch.setattr(module, "Exported", lambda path: Off(run / "checkpoint.pt", "cpu"))
+    monkeypatch.setattr(module, "ExportedDetector", lambda path: Off(run / "checkpoint.pt", "cpu"))
     before = sorted(run.iterdir())
     said = fails("export", run, "--format", "onnx", "--out", run / "new" / "d.onnx")
     assert "wanted scores within 0.0001 of the checkpoint's" in said and "nothing was written" in said
@@ -265,7 +265,7 @@ def test_another_checkpoints_scores_are_refused(files, tmp_path):
     torch.manual_seed(5)
     other = CheckpointDetector(save(tmp_path / "checkpoint.pt", RECIPE.replace(blur=None)), "cpu")
     with pytest.raises(ValueError, match="wanted scores within"):
-        compare(other, ExportedDetector(files["onnx"].path), draw(tmp_path / "samples", (40, 40)))
+        compare_scores(other, ExportedDetector(files["onnx"].path), draw_images(tmp_path / "samples", (40, 40)))
 
 
 def described(path, files, **changes):
@@ -313,7 +313,7 @@ def test_a_model_that_the_format_cannot_hold(run, monkeypatch):
     def fail(graph):
         raise RuntimeError("no such operator\nand more")
 
-    monkeypatch.setattr(module, "traced", fail)
+    monkeypatch.setattr(module, "trace", fail)
     before = sorted(run.iterdir())
     said = fails("export", run, "--format", "onnx", "--out", run / "d.onnx")
     assert "wanted a model that onnx can hold, got one that it cannot: no such operator and more" in said
@@ -322,7 +322,7 @@ def test_a_model_that_the_format_cannot_hold(run, monkeypatch):
 
 def test_an_image_named_twice_is_compared_once(files, run, photographs):
     paths = [photographs / "grey.png", photographs / "grey.png", photographs / "wide.png"]
-    count, difference = compare(
+    count, difference = compare_scores(
         CheckpointDetector(run / "checkpoint.pt", "cpu"), ExportedDetector(files["onnx"].path), paths
     )
     assert count == 2 and difference < 1e-4
@@ -343,7 +343,7 @@ def test_wrong_options(run, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(module, "traced", lambda graph: pytest.fail("work for nothing"))
+    monkeypatch.setattr(module, "trace", lambda graph: pytest.fail("work for nothing"))
     said = fails("export", run, "--format", "pt2", "--out", tmp_path / "file" / "d.pt2")
     assert f"--out: wanted a folder that can be written, got {tmp_path / 'file'} (not a folder)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -351,10 +351,10 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
 
 def test_a_folder_in_the_place_of_the_file(run, tmp_path, monkeypatch):
     (tmp_path / "d.pt2").mkdir()
-    monkeypatch.setattr(module, "traced", lambda graph: None)
+    monkeypatch.setattr(module, "trace", lambda graph: None)
     monkeypatch.setattr(module, "_write", lambda program, graph, kind, path, about: path.write_text("draft"))
-    monkeypatch.setattr(module, "Exported", lambda path: CheckpointDetector(run / "checkpoint.pt", "cpu"))
-    monkeypatch.setattr(module, "compare", lambda *options: (8, 0.0))
+    monkeypatch.setattr(module, "ExportedDetector", lambda path: CheckpointDetector(run / "checkpoint.pt", "cpu"))
+    monkeypatch.setattr(module, "compare_scores", lambda *options: (8, 0.0))
     assert "d.pt2" in fails("export", run, "--format", "pt2", "--out", tmp_path / "d.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["d.pt2"] and not list((tmp_path / "d.pt2").iterdir())
 
@@ -370,7 +370,7 @@ def test_an_image_too_large_for_the_graph(files, tmp_path):
 def test_runtime_that_is_not_installed(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"needs onnxruntime: pip install 'recontrast\[export\]'"):
-        Onnx(files["onnx"].path)
+        OnnxProgram(files["onnx"].path)
 
 
 def test_one_view_with_its_own_decisions_or_none(run, photographs, tmp_path):
@@ -378,7 +378,7 @@ def test_one_view_with_its_own_decisions_or_none(run, photographs, tmp_path):
     copy.parent.mkdir()
     copy.write_bytes((run / "checkpoint.pt").read_bytes())
     made = export(copy, "pt2", tmp_path / "none.pt2", views="trained")
-    assert made.outputs == ("map", "score") and "its calibration is of scores of views both" in made.notes[0]
+    assert made.outputs == ("map", "score") and "its calibration is for scores of views both" in made.notes[0]
     options = ["--good", photographs, "--false-alarm-rate", 0.2, "--views", "trained", "--device", "cpu"]
     works("calibrate", copy.parent, *options)
     said = works("export", copy.parent, "--format", "pt2", "--views", "trained", "--out", tmp_path / "one.pt2")

@@ -8,15 +8,16 @@ from PIL import Image
 from recontrast.app.prediction.predict import predict
 from recontrast.calibration.conformal import calibrate_maps
 from recontrast.inference.decisions import Region, find_regions
+from recontrast.inference.detector import Detector
 from recontrast.recipes.recipe import Recipe
 
 RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
 
 
-class Brightness:
-    """A detector of two lines: its map is the grey level, its score the largest one."""
+class BrightnessDetector(Detector):
+    """Detector whose map is the grey level of the image; its score is the maximum of the map."""
 
-    recipe, category, top = RECIPE, "paper", 1.0
+    recipe, category, max_map_value = RECIPE, "paper", 1.0
 
     def __init__(self, calibration=None):
         self.calibration = calibration
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def test_decisions_and_regions(calibration, folder, tmp_path):
-    report = predict(Brightness(calibration), [folder], tmp_path, decide=True, batch=2)
+    report = predict(BrightnessDetector(calibration), [folder], tmp_path, decide=True, batch=2)
     assert len(report.unread) == 1 and "cut.png" in report.unread[0]
     rows = {
         row["path"].split("/")[-1]: row for row in csv.DictReader((tmp_path / "scores.csv").read_text().splitlines())
@@ -73,32 +74,32 @@ def test_decisions_and_regions(calibration, folder, tmp_path):
 
 
 def test_another_rate(calibration, folder, tmp_path):
-    predict(Brightness(calibration), [folder / "good.png"], tmp_path, rate=0.1)
+    predict(BrightnessDetector(calibration), [folder / "good.png"], tmp_path, rate=0.1)
     about = json.loads((tmp_path / "scores.json").read_text())["calibration"]
     assert about["rate"] == 0.1 and about["threshold"] == calibration.with_rate(0.1).threshold < calibration.threshold
     with pytest.raises(ValueError, match=r"with 19 calibration images 0\.05, got 0\.01, which needs 99"):
-        predict(Brightness(calibration), [folder], tmp_path / "out", rate=0.01)
+        predict(BrightnessDetector(calibration), [folder], tmp_path / "out", rate=0.01)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("asked", [{"decide": True}, {"rate": 0.1}])
 def test_decisions_without_a_calibration(folder, tmp_path, asked):
     with pytest.raises(ValueError, match="wanted a detector with a calibration, got one without: run recontrast"):
-        predict(Brightness(), [folder], tmp_path / "out", **asked)
+        predict(BrightnessDetector(), [folder], tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
-    predict(Brightness(), [folder], tmp_path, overlays=False)
+    predict(BrightnessDetector(), [folder], tmp_path, overlays=False)
     assert (tmp_path / "scores.csv").read_text().splitlines()[0] == "path,score"
     assert not (tmp_path / "regions.csv").exists()
 
 
 def test_nothing_of_a_former_run_stays_beside_new_scores(calibration, folder, tmp_path):
     """But what it did not write itself stays, and so does all else where its list cannot be read."""
-    detector = Brightness(calibration)
+    detector = BrightnessDetector(calibration)
     predict(detector, [folder], tmp_path, maps="npy")
     assert (tmp_path / "regions.csv").is_file() and (tmp_path / "overlays" / "bad.png").is_file()
     for mine in ("notes.txt", "maps/mine.npy"):
         (tmp_path / mine).write_text("mine")
-    predict(Brightness(), [folder / "good.png"], tmp_path, maps="tiff16", overlays=False)
+    predict(BrightnessDetector(), [folder / "good.png"], tmp_path, maps="tiff16", overlays=False)
     left = ["maps/good.tiff", "maps/mine.npy", "notes.txt", "scores.csv", "scores.json"]
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == left
     assert not (tmp_path / "overlays").exists()
@@ -106,7 +107,7 @@ def test_nothing_of_a_former_run_stays_beside_new_scores(calibration, folder, tm
     for former in ("[", "[]", '{"images": [3]}', '{"images": [{"map": ""}, {"map": "maps/../../outside.npy"}]}',
                    '{"images": [{"map": "notes.txt", "overlay": ["a"]}]}'):  # fmt: skip
         (tmp_path / "scores.json").write_text(former)
-        predict(Brightness(), [folder / "good.png"], tmp_path, overlays=False)
+        predict(BrightnessDetector(), [folder / "good.png"], tmp_path, overlays=False)
         assert (tmp_path / "notes.txt").is_file() and (tmp_path / "maps" / "good.tiff").is_file()
         assert (tmp_path.parent / "outside.npy").is_file()
 

@@ -20,7 +20,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
-from recontrast.app import predict
+from recontrast.app.prediction import predict
 from recontrast.inference.detector import open_detector
 
 torch.set_num_threads(1)

@@ -65,18 +65,18 @@ def scores_of(network, images, recipe):
 @pytest.mark.parametrize("views", ["both", "trained", "frozen"])
 def test_folded_scores_are_those_of_the_model(model, images, views):
     asked = InferenceOptions(views=views)
-    recipe = asked.recipe(RECIPE)
-    network = asked.network(model, recipe, RECIPE)
+    recipe = asked.apply_to(RECIPE)
+    network = asked.build_network(model, recipe, RECIPE)
     assert isinstance(network, FoldedModel) and network.norms_left == 0
     for ours, theirs in zip(scores_of(network, images, recipe), scores_of(model, images, recipe), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert InferenceOptions(folded=False).network(model, recipe, RECIPE) is model
+    assert InferenceOptions(folded=False).build_network(model, recipe, RECIPE) is model
 
 
 def test_bfloat16_weights_are_rounded_once(model, images):
     asked = InferenceOptions(precision="bfloat16")
-    recipe = asked.recipe(RECIPE)
-    network = asked.network(model, recipe, RECIPE)
+    recipe = asked.apply_to(RECIPE)
+    network = asked.build_network(model, recipe, RECIPE)
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
     maps, scores = scores_of(network, images[:1], recipe)
     exact, _ = scores_of(model, images[:1], RECIPE)
@@ -87,14 +87,14 @@ def test_bfloat16_weights_are_rounded_once(model, images):
 @pytest.mark.parametrize("last", [True, False])
 def test_layout_is_as_asked(model, last):
     asked = InferenceOptions(channels_last=last)
-    network = asked.network(model, asked.recipe(RECIPE), RECIPE)
+    network = asked.build_network(model, asked.apply_to(RECIPE), RECIPE)
     kernel = network.model.bottleneck.fuse[0].body[0].weight
     assert kernel.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def test_a_compiled_network_gives_the_same(model, images, monkeypatch):
     monkeypatch.setattr(options, "COMPILE", {"backend": "eager"})
-    network = InferenceOptions(compiled=True).network(model, RECIPE, RECIPE)
+    network = InferenceOptions(compiled=True).build_network(model, RECIPE, RECIPE)
     assert network._compiled_call_impl is not None
     torch.testing.assert_close(scores_of(network, images, RECIPE), scores_of(model, images, RECIPE))
     torch._dynamo.reset()
@@ -107,18 +107,20 @@ def test_scores_alike():
     assert not InferenceOptions(precision="bfloat16").has_same_scores(RECIPE)
     low = RECIPE.replace(precision="bfloat16")  # folding would move its scores: it is not folded unless asked
     assert InferenceOptions().has_same_scores(low) and InferenceOptions(precision="bfloat16").has_same_scores(low)
-    assert not InferenceOptions().folds(low) and not InferenceOptions(folded=True).has_same_scores(low)
-    assert InferenceOptions(precision="bfloat16").folds(RECIPE) and InferenceOptions(precision="float32").folds(low)
+    assert not InferenceOptions().folds_batchnorm(low) and not InferenceOptions(folded=True).has_same_scores(low)
+    assert InferenceOptions(precision="bfloat16").folds_batchnorm(RECIPE) and InferenceOptions(
+        precision="float32"
+    ).folds_batchnorm(low)
     with pytest.raises(ValueError, match="views must be 'both' where pairs is 'self'"):
-        InferenceOptions(views="frozen").recipe(RECIPE.replace(pairs="self", train_encoder=False, mining=False))
+        InferenceOptions(views="frozen").apply_to(RECIPE.replace(pairs="self", train_encoder=False, mining=False))
 
 
 def test_a_checkpoint_is_run_as_asked(checkpoint, model):
     detector = CheckpointDetector(checkpoint, "cpu")
-    assert isinstance(detector.model, FoldedModel) and detector.recipe == RECIPE and detector.top == 4
+    assert isinstance(detector.model, FoldedModel) and detector.recipe == RECIPE and detector.max_map_value == 4
     assert detector.calibration is not None
     detector = open_detector(checkpoint, "cpu", inference=InferenceOptions(views="trained", folded=False))
-    assert isinstance(detector.model, ReContrast) and detector.recipe.views == "trained" and detector.top == 2
+    assert isinstance(detector.model, ReContrast) and detector.recipe.views == "trained" and detector.max_map_value == 2
     assert detector.calibration is None  # of scores of both views
 
 

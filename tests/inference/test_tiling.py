@@ -151,7 +151,7 @@ def test_a_recipe_of_whole_images_is_not_run_in_tiles(model):
 @pytest.mark.parametrize("how", ["max", "mean", 1.0, 0.37, 0.01, 1e-9])
 @pytest.mark.parametrize("ties", [False, True])
 def test_score_is_that_of_the_anomaly_map(how, ties, monkeypatch):
-    monkeypatch.setattr("recontrast.inference.tiling.PIECE", 500)
+    monkeypatch.setattr("recontrast.inference.tiling.BLOCK_PIXELS", 500)
     values = torch.randn(1, 83, 61) if not ties else torch.randint(-3, 9, (1, 83, 61)).float()
     wanted = AnomalyMap([8], 64).score(values.double(), how)
     assert score_map(values[0].numpy(), how) == pytest.approx(float(wanted), rel=1e-6)

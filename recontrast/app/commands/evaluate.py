@@ -65,10 +65,10 @@ def evaluate(
     _, where = context.with_resource(distributed.join_processes(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
     model, recipe, about = checkpoints.load_model(file, where)
-    if about.calibration is not None and (lost := how.calibration_note(recipe, about.calibration)) is not None:
+    if about.calibration is not None and (lost := how.describe_mismatch(recipe, about.calibration)) is not None:
         print_error(f"warning: {file}: {lost}")
     show_metrics(
-        model, groups, recipe, out, how.calibration(recipe, about.calibration),
+        model, groups, recipe, out, how.valid_calibration(recipe, about.calibration),
         inference=how, workers=workers, device=where, batch=batch, cache_dir=cache, streaming=streaming,
         save_maps=save_maps,
     )  # fmt: skip

@@ -24,14 +24,14 @@ def export(
 ) -> None:
     """Write a detector as one file, from bytes of any size to score and decision, if it gives the same scores."""
     from recontrast.data.listing import list_images
-    from recontrast.export.export import SUFFIX
+    from recontrast.export.export import SUFFIXES
     from recontrast.export.export import export as write
 
     file = resolve_checkpoint(run)
     if out is not None or file.is_file():  # else that it is missing is what to say
         check_writable(file.parent if out is None else out.parent, "RUN" if out is None else "--out")
     if out is None:
-        out = file.with_name("detector" + SUFFIX.get(format, ""))
+        out = file.with_name("detector" + SUFFIXES.get(format, ""))
     how = build_inference_options("cpu", views)
     typer.echo("traced, written, opened again and compared: a minute or two")
     made = write(file, format, out, images=list_images(images) if images else [], views=how.views)

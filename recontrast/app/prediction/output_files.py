@@ -15,7 +15,7 @@ import numpy as np
 
 from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.atomic import replace_file
-from recontrast.inference.decisions import COLUMNS, Decision
+from recontrast.inference.decisions import REGION_COLUMNS, Decision
 from recontrast.inference.detector import map_extent
 from recontrast.recipes.recipe import Recipe
 
@@ -115,7 +115,7 @@ def row(found: Prediction) -> dict[str, Any]:
     """One image as scores.json holds it."""
     values: dict[str, Any] = {"path": found.path, "score": float(f"{found.score:.9g}"), "flagged": found.flagged}
     if (made := found.decision) is not None:
-        values |= {"p_value": made.p_value, "decision": made.word}
+        values |= {"p_value": made.p_value, "decision": made.label}
         values["regions"] = None if made.regions is None else [region.to_dict() for region in made.regions]
     values |= {"map": found.map, "overlay": found.overlay}
     return {key: value for key, value in values.items() if value is not None}
@@ -136,11 +136,11 @@ def save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, A
     lines = [
         ["path", "score", *(["flagged"] if flags else []), *(["p_value", "decision", "regions"] if decided else [])]
     ]
-    regions: list[list[Any]] = [["path", "region", *COLUMNS]]
+    regions: list[list[Any]] = [["path", "region", *REGION_COLUMNS]]
     for found in predictions:
         line = [found.path, f"{found.score:.9g}", *([str(int(bool(found.flagged)))] if flags else [])]
         if (made := found.decision) is not None:
-            line += [f"{made.p_value:.9g}", made.word, str(len(made.regions or ()))]
+            line += [f"{made.p_value:.9g}", made.label, str(len(made.regions or ()))]
             for number, region in enumerate(made.regions or (), 1):
                 regions.append([found.path, number, *region.to_dict().values()])
         lines.append(line)

@@ -14,7 +14,7 @@ from typing import Any
 
 from recontrast.data.atomic import replace_file
 from recontrast.data.images import list_images
-from recontrast.inference.decisions import COLUMNS
+from recontrast.inference.decisions import REGION_COLUMNS
 
 FOLDER = "scores.parquet"  # a folder of parts is one table to pandas, polars, DuckDB, Spark and pyarrow
 MISSING = "Parquet needs pyarrow, which is not installed: pip install 'recontrast[ray]'"
@@ -140,7 +140,7 @@ def write(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], about: Ma
 def schema() -> Any:
     """Columns: path; score, p_value, decision, regions, flagged (null where they are not known); error (else null)."""
     pa, _ = _arrow()
-    kinds = {name: pa.float64() if name == "peak" else pa.int64() for name in COLUMNS}
+    kinds = {name: pa.float64() if name == "peak" else pa.int64() for name in REGION_COLUMNS}
     return pa.schema([
         pa.field("path", pa.string(), nullable=False),
         ("score", pa.float64()),

@@ -108,7 +108,8 @@ def predict(
     detector = checkpoint
     if isinstance(detector, Path):
         detector = open_detector(detector, device, tile, overlap, inference)
-    recipe, top, calibration = detector.recipe, detector.top, select_calibration(detector, rate, decide, checkpoint)
+    recipe, top = detector.recipe, detector.max_map_value
+    calibration = select_calibration(detector, rate, decide, checkpoint)
     pool = ThreadPoolExecutor(workers)
     files = ImageFiles(listed, pool)
     names = assign_result_names(files.paths)
@@ -163,13 +164,13 @@ def predict(
         "score": recipe.score,
         "threshold": threshold,
         "calibration": said if calibration is None else {"images": calibration.count, **(said or {})},
-        "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": getattr(detector, "overlap", None)},
+        "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": detector.overlap},
         "maps": None if maps == "none" else describe(maps, top, recipe),
         "overlay_range": colours,
         "unread": unread,
     })  # fmt: skip
     rated = None if calibration is None else calibration.rate
-    return PredictionSummary(found, unread, rated, getattr(detector, "calibration_note", None))
+    return PredictionSummary(found, unread, rated, detector.calibration_note)
 
 
 def _decided(

@@ -179,7 +179,7 @@ class Worker:
             row["flagged"] = score >= self.threshold
         if self.calibration is not None:
             made = decide(self.calibration, anomaly, score, image_size(path), self.detector.recipe)
-            row |= {"p_value": made.p_value, "decision": made.word, "regions": parquet_parts.region_rows(made.regions)}
+            row |= {"p_value": made.p_value, "decision": made.label, "regions": parquet_parts.region_rows(made.regions)}
         return row
 
 

@@ -67,8 +67,8 @@ def write_report(
     # The file is opened first: one that cannot be written costs no evaluation.
     with replace_file(out, size=budget) as target:
         how = InferenceOptions()
-        network = how.network(model, recipe, recipe)  # as evaluate and predict run it: their very scores
-        decides = how.calibration(recipe, checkpoint.calibration)
+        network = how.build_network(model, recipe, recipe)  # as evaluate and predict run it: their very scores
+        decides = how.valid_calibration(recipe, checkpoint.calibration)
         seen = findings.gather(network, groups, recipe, decides, batch=batch, on_progress=on_progress)
         shots = seen.shots[:images]
         pictures = thumbnails.encode(seen, shots, recipe, budget)

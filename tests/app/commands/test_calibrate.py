@@ -53,7 +53,7 @@ def test_others_are_compared_by_the_calibration_that_is_there(run, good, tmp_pat
     after = (run / "checkpoint.pt").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # nothing is written
     assert "--good: wanted good images" in fails("calibrate", run, "--device", "cpu")
-    assert "nothing is decided by scores of views trained" in fails(
+    assert "not of views trained, float32: no decisions are made" in fails(
         "calibrate", run, "--check", new, "--views", "trained", "--device", "cpu"
     )
 
@@ -154,16 +154,16 @@ def test_scores_of_one_view_are_decided_by_their_own_calibration(run, good, tmp_
     assert (found.views, found.precision) == ("trained", "bfloat16")
     predict = ["predict", run, good, "--out", tmp_path / "out", "--no-overlays"]
     assert "1 called defects at a false-alarm rate of 0.1" in works(*predict, *fast, "--decide")
-    lost = "its calibration is of scores of views trained, bfloat16: nothing is decided by scores of views "
-    hint = "; --views trained --precision bfloat16 decides"
+    reason = "its calibration is for scores of views trained, bfloat16, not of views "
+    hint = ": no decisions are made without --views trained --precision bfloat16"
     for options, got in (
         ([], "both, float32"), (fast[:2], "trained, float32"),
-        ([*fast, "--no-fold"], "trained, bfloat16, folded otherwise"),
+        ([*fast, "--no-fold"], "trained, bfloat16, without BatchNorm folding"),
     ):  # fmt: skip
         result = call(*predict, *options, "--device", "cpu")
         assert result.exit_code == 0 and "called defects" not in result.stdout
-        assert f"{lost}{got}" in result.stderr and hint in result.stderr
-    assert f"{lost}both, float32{hint}" in fails(*predict, "--decide", "--device", "cpu")
+        assert f"{reason}{got}{hint}" in result.stderr
+    assert f"{reason}both, float32{hint}" in fails(*predict, "--decide", "--device", "cpu")
     works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu")
     found = checkpoints.load(run / "checkpoint.pt").calibration
     assert (found.views, found.precision) == (None, None) and not {"views", "precision"} & set(found.to_dict())
@@ -177,7 +177,9 @@ def test_evaluate_says_what_it_takes_to_decide(run, good, tmp_path):
     words = ["evaluate", run, tmp_path / "nut", "--device", "cpu"]
     works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--views", "trained", "--device", "cpu")
     result = call(*words)
-    assert result.exit_code == 0 and "--views trained --precision float32 decides" in result.stderr
+    assert (
+        result.exit_code == 0 and "no decisions are made without --views trained --precision float32" in result.stderr
+    )
     decided = call(*words, "--views", "trained")
-    assert decided.exit_code == 0 and "decides" not in decided.stderr
+    assert decided.exit_code == 0 and "decisions" not in decided.stderr
     assert "at the promised false-alarm rate of 0.1" in decided.stdout and "promised" not in result.stdout

@@ -139,7 +139,7 @@ def test_killed_worker(ray, checkpoint, folder, tmp_path):
         row = found[one.path]
         assert row["score"] == pytest.approx(one.score, rel=1e-4)
         assert row["error"] is None and row["flagged"] is None
-        assert row["decision"] == one.decision.word and row["p_value"] == one.decision.p_value
+        assert row["decision"] == one.decision.label and row["p_value"] == one.decision.p_value
         assert (row["regions"] is None) == (one.decision.regions is None)
         if row["regions"]:
             assert [r["area"] for r in row["regions"]] == [r.area for r in one.decision.regions]

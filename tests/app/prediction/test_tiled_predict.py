@@ -93,7 +93,7 @@ def test_command_line(checkpoint, folder, tmp_path):
     assert done.exit_code == 0, done.output
     about = json.loads((tmp_path / "scores.json").read_text())
     assert about["tile"] == {"size": 96, "overlap": 32} and about["calibration"] is None, "other tiles, other scores"
-    lost = "its calibration is of tiles of 64 px that share 16: nothing is decided by scores of tiles of 96 px"
+    lost = "its calibration is for tiles of 64 px that share 16 px, not for tiles of 96 px that share 32 px"
     assert lost in done.stderr
     refused = CliRunner().invoke(app, [*map(str, words), "--decide"])
     assert refused.exit_code == 2 and lost in refused.stderr
@@ -141,8 +141,8 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
-from recontrast.app import predict as module
-from recontrast.inference import detector as detectors, tiling as tiled
+from recontrast.app.prediction import predict as module
+from recontrast.inference import tiling
 from recontrast.recipes.recipe import Recipe
 
 torch.set_num_threads(1)
@@ -165,11 +165,11 @@ class Network(torch.nn.Module):  # as quick as can be: what is measured is what 
 
 class Detector:
     recipe = Recipe(tile=512, score=0.001)
-    calibration, category, top, overlap = None, "large", 2.0, 64
+    calibration, calibration_note, category, max_map_value, overlap = None, None, "large", 2.0, 64
     model = Network()
 
     def run(self, files, batch):
-        return tiled.run(self.model, files, self.recipe, self.overlap, batch)
+        return tiling.infer_tiled(self.model, files, self.recipe, self.overlap, batch)
 
 
 status = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
