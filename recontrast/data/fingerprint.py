@@ -21,7 +21,7 @@ def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
         the `compute_fingerprint` of each file, or of each image where they come from no files, one after the other.
     """
     total = hashlib.sha256()
-    first = getattr(images, "first", range(len(images) + 1))  # of `ImageCache`: a file may be several tiles
+    first = getattr(images, "offsets", range(len(images) + 1))  # of `ImageCache`: a file may be several tiles
     owner = np.repeat(np.arange(len(first) - 1), np.diff(first)).tolist()
     sums = [hashlib.blake2b(digest_size=_BYTES) for _ in first[1:]]
 
