@@ -80,7 +80,7 @@ def compare_scores(
         )
     if detector.calibration is not None:
         some = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
-        p, defect = (getattr(detector.calibration, name)(some["score"]) for name in ("p_values", "defects"))
+        p, defect = detector.calibration.p_values(some["score"]), detector.calibration.is_defect(some["score"])
         if not (np.allclose(some["p_value"], p, atol=1e-6) and (some["defect"] == defect).all()):
             raise ValueError(
                 f"export: wanted the calibration's p-values {p} and decisions {defect}, got {some['p_value']} and "

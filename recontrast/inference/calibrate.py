@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.calibration.appearance_drift import describe_appearance
-from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, Calibration, allowed_false_alarms, calibrate_maps
+from recontrast.calibration.conformal import (
+    DEFAULT_PIXEL_RATE,
+    DEFAULT_RATE,
+    Calibration,
+    allowed_false_alarms,
+    calibrate_maps,
+)
 from recontrast.checkpoint import Checkpoint, digest
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
