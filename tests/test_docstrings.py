@@ -49,7 +49,7 @@ MODULES = [
     "recontrast.metrics",
     *(f"recontrast.{room}{name}" for room, names in ROOMS.items() for name in names.split()),
 ]
-NOUNS = ("A", "All", "An", "Each", "Height", "How", "Number", "One", "The", "What", "Whether", "Which")
+NOUNS = tuple("A All An Compute Each Height How Iterate Number One Return The What Whether Which".split())
 SPECIAL = ("__call__", "__getitem__")
 ARRAY = re.compile(r"\b(Tensor|NDArray|ndarray|ArrayLike)\b")
 SHAPE = re.compile(r"\([^()]*,[^()]*\)|\b(scalar|flat|0-dim|any shape)\b", re.IGNORECASE)

@@ -1,1 +1,1 @@
-"""Networks: encoder, bottleneck, decoder, and the ReContrast model made of them."""
+"""The ReContrast network and its parts: backbones, bottleneck, decoders, pretrained weights and BatchNorm folding."""

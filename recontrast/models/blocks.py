@@ -1,4 +1,9 @@
-"""Residual blocks of bottleneck and decoder, and the plans that say how many of which width."""
+"""Residual blocks of the bottleneck and the decoders, and the block counts and widths of each backbone.
+
+The bottleneck and the decoder repeat the residual blocks of the encoder (Deng and Li, CVPR 2022,
+https://arxiv.org/abs/2201.10703; upstream models/resnet.py, `BasicBlock` and `Bottleneck`; models/de_resnet.py, their
+transposed twins). `RESNETS` lists the ResNets of torchvision. `build_mirror_plan` gives a plan for any other backbone.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -7,22 +12,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 ACTIVATIONS = ("relu", "gelu")
-
-
-MAX_BASIC_CHANNELS = (
-    512  # of a bottleneck's output, up to which `build_mirror_plan` takes basic blocks: ResNet-34's size
-)
-
-
-MIN_WIDTH = 64  # of a mirrored decoder at its finest level, doubled at each coarser one: ResNet-18's widths
+MAX_BASIC_CHANNELS = 512  # bottleneck output of ResNet-34; a mirror plan with more channels uses bottleneck blocks
+MIN_WIDTH = 64  # of a mirror decoder's finest level, doubled at each coarser level, as in ResNet-18
 
 
 @dataclass(frozen=True)
 class ResNetPlan:
-    """The residual blocks of a ResNet, as its bottleneck and decoder repeat them."""
+    """Residual blocks of a ResNet, which its bottleneck and decoder repeat."""
 
     expansion: int  # 1: basic blocks (3x3, 3x3); 4: bottleneck blocks (1x1, 3x3, 1x1)
-    blocks: tuple[int, ...]  # of the encoder's layer1, layer2, ...; the decoder's coarsest stage has those of layer1
+    blocks: tuple[int, ...]  # blocks in layer1, layer2, ... of the encoder; the coarsest decoder stage uses layer1's
     fuse: int = 3  # blocks of the bottleneck
     base_width: int = 64
     groups: int = 1
@@ -42,33 +41,42 @@ RESNETS = {
 
 
 def build_mirror_plan(channels: Sequence[int], blocks: int = 2) -> ResNetPlan:
-    """Plan for an encoder that is no ResNet: basic blocks for narrow pyramids, bottleneck blocks for wide ones."""
-    return ResNetPlan(
-        1 if 2 * compute_mirror_widths(channels)[-1] <= MAX_BASIC_CHANNELS else 4,
-        (blocks,) * len(channels),
-        fuse=blocks,
-    )
+    """Plan for a backbone that is not a ResNet: basic blocks for narrow pyramids, bottleneck blocks for wide ones."""
+    is_narrow = 2 * compute_mirror_widths(channels)[-1] <= MAX_BASIC_CHANNELS
+    return ResNetPlan(1 if is_narrow else 4, (blocks,) * len(channels), fuse=blocks)
 
 
 def compute_mirror_widths(channels: Sequence[int]) -> list[int]:
-    """Channels inside a mirrored decoder: the encoder's, but no fewer than ResNet-18 has.
+    """Channels inside a mirror decoder: those of the encoder, but at least those of ResNet-18.
 
-    Mobile networks publish narrow projections (24, 40, 112 channels in EfficientNet-Lite0) of wide layers; a decoder
-    as narrow as those cannot rebuild them.
+    Mobile networks output narrow projections of wide layers (24, 40 and 112 channels in EfficientNet-Lite0). A decoder
+    of that width cannot reconstruct them.
     """
     return [max(width, MIN_WIDTH << level) for level, width in enumerate(channels)]
 
 
 def count_halvings(strides: Sequence[int]) -> list[int]:
-    """How often each stride is halved to reach the one before it; wants growing strides, powers of 2 apart."""
+    """Number of halvings between each level and the next coarser one.
+
+    Raises:
+        ValueError: If the strides do not grow by powers of 2.
+    """
     ratios = [coarse / fine for fine, coarse in itertools.pairwise(strides)]
     if not all(r >= 2 and r.is_integer() and int(r).bit_count() == 1 for r in ratios):
-        raise ValueError(f"decoder: strides: wanted each 2, 4, 8 ... times the one before, got {tuple(strides)}")
+        raise ValueError(f"decoder: strides: wanted each 2, 4, 8 ... times the previous one, got {tuple(strides)}")
     return [int(r).bit_length() - 1 for r in ratios]
 
 
 class ResidualBlock(nn.Module):
-    """ResNet's block, which keeps the size, halves it (3x3, stride 2) or doubles it (2x2 transposed, stride 2)."""
+    """Residual block of a ResNet that keeps, halves or doubles the size of its input.
+
+    Args:
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        step: "same" keeps the size, "down" halves it (3x3, stride 2), "up" doubles it (2x2 transposed, stride 2).
+        plan: Kind and width of the block.
+        activation: "relu" or "gelu".
+    """
 
     def __init__(self, inputs: int, outputs: int, step: str, plan: ResNetPlan, activation: str = "relu") -> None:
         super().__init__()
@@ -86,36 +94,40 @@ class ResidualBlock(nn.Module):
             ]
             body += [nn.Conv2d(width, outputs, 1, bias=False)]
         self.body = nn.Sequential(*body, nn.BatchNorm2d(outputs))
-        self.shortcut = nn.Identity() if step == "same" else _shortcut(inputs, outputs, step)
+        self.shortcut = nn.Identity() if step == "same" else _build_shortcut(inputs, outputs, step)
         self.activation = build_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, H', W')."""
+        """Map (N, inputs, H, W) to (N, outputs, H', W')."""
         return self.activation(self.body(x).add_(self.shortcut(x)))
 
 
 def build_activation(name: str) -> nn.Module:
-    """ReLU or GELU by name."""
+    """Build the activation called ``name``.
+
+    Raises:
+        ValueError: If the name is not one of `ACTIVATIONS`.
+    """
     if name not in ACTIVATIONS:
         raise ValueError(f"decoder: activation: wanted {' or '.join(map(repr, ACTIVATIONS))}, got {name!r}")
     return nn.GELU() if name == "gelu" else nn.ReLU(inplace=True)
 
 
 def build_convolution(inputs: int, outputs: int, step: str, groups: int = 1) -> nn.Module:
-    """A 3x3 convolution of stride 1 ("same") or 2 ("down"), or a 2x2 transposed one of stride 2 ("up"); no bias."""
+    """Build a 3x3 convolution of stride 1 ("same") or 2 ("down"), or a 2x2 transposed one ("up"), without bias."""
     if step == "up":
         return nn.ConvTranspose2d(inputs, outputs, 2, stride=2, groups=groups, bias=False)
     return nn.Conv2d(inputs, outputs, 3, stride=2 if step == "down" else 1, padding=1, groups=groups, bias=False)
 
 
-def _shortcut(inputs: int, outputs: int, step: str) -> nn.Sequential:
+def _build_shortcut(inputs: int, outputs: int, step: str) -> nn.Sequential:
     if step == "up":
         return nn.Sequential(build_convolution(inputs, outputs, step), nn.BatchNorm2d(outputs))
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
 
 
 def initialise_weights(module: nn.Module) -> None:
-    """He's initialisation for nn.Conv2d alone: upstream leaves the transposed ones and all biases at torch's."""
+    """Apply He initialisation to every nn.Conv2d; transposed convolutions keep PyTorch's default, as upstream."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

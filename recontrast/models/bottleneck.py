@@ -1,4 +1,9 @@
-"""The one-class bottleneck of RD4AD (Deng and Li, CVPR 2022): all encoder levels fused into one code."""
+"""One-class bottleneck that fuses the features of all encoder levels into one code.
+
+ReContrast (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602, section 3.1) takes it from RD4AD (Deng and Li,
+CVPR 2022, https://arxiv.org/abs/2201.10703: multi-scale feature fusion and one-class embedding; upstream
+models/resnet.py, `BN_layer`).
+"""
 
 from collections.abc import Sequence
 
@@ -9,46 +14,50 @@ from recontrast.models.blocks import ResidualBlock, ResNetPlan, build_convolutio
 
 
 class Bottleneck(nn.Module):
-    """RD4AD's one-class bottleneck: every level brought to the coarsest, joined, and fused at half its size.
+    """One-class bottleneck of RD4AD.
 
-    Upstream's ``BN_layer`` also creates a 1x1 convolution (conv4, bn4) that it never calls; there is none here.
+    Strided convolutions bring each level to the size of the coarsest one. The levels are concatenated, and residual
+    blocks fuse them at half that size. Upstream's ``BN_layer`` also creates a 1x1 convolution (conv4, bn4) that it
+    never calls. This class does not create it.
 
     Args:
-        channels, strides: of the encoder's levels, fine to coarse.
-        plan: its residual blocks.
-        widths: channels of the decoder's levels, for which the code has room; None: the encoder's.
+        channels: Channels of the encoder's levels, fine to coarse.
+        strides: Strides of the encoder's levels, fine to coarse.
+        plan: Residual blocks to use.
+        widths: Channels of the decoder's levels. None uses ``channels``.
 
     Raises:
-        ValueError: strides that are not powers of 2 apart.
+        ValueError: If the strides do not grow by powers of 2.
     """
 
     def __init__(
         self, channels: Sequence[int], strides: Sequence[int], plan: ResNetPlan, widths: Sequence[int] | None = None
     ) -> None:
         super().__init__()
-        steps, widths = count_halvings(strides), widths or channels
+        halvings, widths = count_halvings(strides), widths or channels
         self.down = nn.ModuleList()
         for level in range(len(channels)):
             chain, width = [], channels[level]
-            for i, times in list(enumerate(steps))[level:]:
+            for i, times in list(enumerate(halvings))[level:]:
                 for _ in range(times):
                     chain += [build_convolution(width, widths[i + 1], "down"), nn.BatchNorm2d(widths[i + 1])]
                     chain += [nn.ReLU(inplace=True)]
                     width = widths[i + 1]
             self.down.append(nn.Sequential(*chain))
         self.channels = 2 * widths[-1]
-        joined = (len(channels) - 1) * widths[-1] + channels[-1]
+        concatenated = (len(channels) - 1) * widths[-1] + channels[-1]
         blocks = [ResidualBlock(self.channels, self.channels, "same", plan) for _ in range(1, plan.fuse)]
-        self.fuse = nn.Sequential(ResidualBlock(joined, self.channels, "down", plan), *blocks)
+        self.fuse = nn.Sequential(ResidualBlock(concatenated, self.channels, "down", plan), *blocks)
         initialise_weights(self)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """All levels as one code.
+        """Fuse the features of all levels.
 
         Args:
-            features: (N, channels, h, w) of each level, fine to coarse.
+            features: Features of each level, (N, channels, h, w), fine to coarse.
 
         Returns:
-            (N, 2 * the coarsest's width, h / 2, w / 2) of the coarsest level, in the dtype of the weights.
+            Code (N, 2 * width of the coarsest level, h / 2, w / 2), where h and w are those of the coarsest level, in
+            the dtype of the weights.
         """
         return self.fuse(torch.cat([down(f) for down, f in zip(self.down, features, strict=True)], dim=1))

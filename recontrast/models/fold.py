@@ -1,9 +1,9 @@
-"""The network for inference alone: every BatchNorm becomes part of the convolution before it.
+"""BatchNorm folding for inference: each BatchNorm becomes part of the convolution before it.
 
-In eval mode a BatchNorm multiplies each channel by a number and adds one, and so may the convolution that it follows:
-its kernel is scaled, and its bias takes the rest. The map stays the same but for rounding; a pass over the features is
-saved for each layer. Which convolution a norm follows is read from a trial run, not from names: the autograd graph
-says what a norm was given, and whether anything else reads it too.
+In eval mode, BatchNorm multiplies each channel by a factor and adds an offset. A convolution can do both: the factor
+scales its kernel, and the offset goes into its bias. The anomaly map changes by rounding alone, and each fold saves one
+pass over the features. A trial run finds the convolution before each norm: the autograd graph shows which operation
+produced the input of the norm and whether another operation reads it too.
 """
 
 import copy
@@ -19,48 +19,54 @@ from recontrast.models.backbone import Backbone
 from recontrast.models.partial_norm import PartialNorm2d
 from recontrast.models.recontrast import ReContrast
 
-# By exact type: a subclass may do other things with its weights (standardise them, say).
+# Compared by exact type, because a subclass may transform its weights (by standardisation, for example).
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, PartialNorm2d)
 
 
 def fold(model: ReContrast, size: int | tuple[int, int] | None = None, *, keep: bool = True) -> "FoldedModel":
-    """A copy of ``model`` for inference, with each BatchNorm folded into the convolution before it, in float64.
+    """Copy ``model`` for inference and fold each BatchNorm into the convolution before it, in float64.
 
-    A norm that follows no convolution, or one whose result is also read elsewhere, stays as it is. Activations stay.
+    A norm stays in place if it does not follow a convolution, or if another operation reads the output of that
+    convolution. Activations stay in place.
 
     Args:
-        model: trained; it is not changed.
-        size: of the images of the trial run, pixels, for an encoder that takes no others; None: the smallest.
-        keep: False: nothing is copied, ``model`` becomes part of the result and is of no other use any more.
+        model: Trained model. It is not changed unless ``keep`` is False.
+        size: Image size of the trial run in pixels, for encoders with a fixed input size. None uses the smallest size.
+        keep: Whether to keep ``model``. False folds the model itself without a copy; do not use it afterwards.
 
     Returns:
-        The copy, on the device and in the dtype and layout of ``model``.
+        The folded model, on the device and in the dtype and memory layout of ``model``.
 
     Raises:
-        ValueError: a size that the model's strides do not divide.
+        ValueError: If ``size`` is not a multiple of the model's stride.
     """
     folded = copy.deepcopy(model) if keep else model
     folded.eval()
     size = size or model.stride
-    model.map_sizes(size)  # refuses what the strides do not divide
-    pairs = _norms_of_convolutions(folded, size)
-    places = {module: name for name, module in folded.named_modules()}
+    model.map_sizes(size)  # raises if the size does not fit
+    pairs = _find_foldable_norms(folded, size)
+    names = {module: name for name, module in folded.named_modules()}
     for convolution, norm in pairs:
-        _absorb(convolution, norm)
-        parent, _, name = places[norm].rpartition(".")
-        setattr(folded.get_submodule(parent), name, _what_follows(norm))
+        _fold_norm(convolution, norm)
+        parent, _, name = names[norm].rpartition(".")
+        setattr(folded.get_submodule(parent), name, _get_activation(norm))
     folded.requires_grad_(False)
     return FoldedModel(folded, len(pairs))
 
 
 class FoldedModel(nn.Module):
-    """What `fold` gives: `ReContrast` in eval mode, for good.
+    """`ReContrast` without the BatchNorms that `fold` removed, always in eval mode.
+
+    Args:
+        model: Model after folding.
+        norms_folded: Number of BatchNorms that were folded.
 
     Attributes:
-        model: the copy without those norms.
-        norms_folded, norms_left: how many BatchNorms became part of a convolution, and how many did not.
-        frozen, mean, std, stride, config: as `ReContrast` has them.
+        model: Model after folding.
+        norms_folded: Number of BatchNorms that were folded.
+        norms_left: Number of BatchNorms that stay in place.
+        frozen, mean, std, stride, config: See `ReContrast`.
     """
 
     def __init__(self, model: ReContrast, norms_folded: int) -> None:
@@ -73,112 +79,119 @@ class FoldedModel(nn.Module):
 
     @property
     def frozen(self) -> nn.Module | None:
-        """The frozen encoder; None where there is one encoder alone."""
+        """The frozen encoder, or None if the model has a single encoder."""
         return self.model.frozen
 
     def train(self, mode: bool = True) -> "FoldedModel":
-        """Only eval mode exists: the statistics are gone.
+        """Accept eval mode only, because the batch statistics are gone.
 
         Args:
-            mode: False.
+            mode: False for eval mode.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: ``mode`` is True.
+            ValueError: If ``mode`` is True.
         """
         if mode:
-            raise ValueError("fold: a folded model has no training mode; train the model that it was made from")
+            raise ValueError("fold: a folded model has no training mode; train the original model and fold it again")
         return super().train(False)
 
     def forward(
         self, images: Tensor, views: Literal["both", "trained", "frozen"] = "both"
     ) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (teacher, student), as `ReContrast.forward` gives them in eval mode.
+        """Compute (teacher, student) pairs, as `ReContrast.forward` in eval mode.
 
         Args:
-            images: (N, 3, H, W), normalised.
-            views: as in `ReContrast.forward`.
+            images: Normalised images (N, 3, H, W).
+            views: Groups of pairs to compute, see `ReContrast.forward`.
 
         Returns:
-            2 L pairs of (N, C, h, w), or L, in the dtype of the weights.
+            Pairs of features (N, C, h, w), in the dtype of the weights: two per level for "both", otherwise one.
 
         Raises:
-            ValueError: as `ReContrast.forward`.
+            ValueError: If `ReContrast.forward` raises it.
         """
         return self.model(images, views)
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """The height and width of each level's features for images of ``size``: `ReContrast.map_sizes`."""
+        """The height and width of each level's features for images of ``size``, see `ReContrast.map_sizes`."""
         return self.model.map_sizes(size)
 
 
-def _norms_of_convolutions(model: ReContrast, size: int | tuple[int, int]) -> list[tuple[nn.Module, nn.Module]]:
-    """Each norm that can be folded, behind its convolution."""
-    made: dict[Any, nn.Module] = {}  # node of the graph -> the convolution that made it
-    given: dict[nn.Module, list[Any]] = {}  # norm -> nodes of what it was given
+def _find_foldable_norms(model: ReContrast, size: int | tuple[int, int]) -> list[tuple[nn.Module, nn.Module]]:
+    """Return (convolution, norm) for each norm that can be folded."""
+    producers: dict[Any, nn.Module] = {}  # graph node -> convolution that produced it
+    inputs: dict[nn.Module, list[Any]] = {}  # norm -> graph node of its input in each call
     calls: Counter[nn.Module] = Counter()
 
-    def convolved(module: nn.Module, _: Any, result: Tensor) -> None:
-        made[result.grad_fn] = module
+    def record_convolution(module: nn.Module, _: Any, result: Tensor) -> None:
+        producers[result.grad_fn] = module
         calls[module] += 1
 
-    def normed(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        given.setdefault(module, []).append(inputs[0].grad_fn)
+    def record_norm(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs.setdefault(module, []).append(arguments[0].grad_fn)
 
-    hooks = [m.register_forward_hook(convolved) for m in model.modules() if type(m) in CONVOLUTIONS]
-    hooks += [m.register_forward_pre_hook(normed) for m in model.modules() if type(m) in NORMS and _is_fixed(m)]
+    hooks = [m.register_forward_hook(record_convolution) for m in model.modules() if type(m) in CONVOLUTIONS]
+    norms = [m for m in model.modules() if type(m) in NORMS and _has_running_statistics(m)]
+    hooks += [norm.register_forward_pre_hook(record_norm) for norm in norms]
+    try:
+        outputs = _run_with_graph(model, size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    readers = Counter(_iterate_edges(outputs))
+    return [
+        (producers[nodes[0]], norm)
+        for norm, nodes in inputs.items()
+        if len(nodes) == 1 and nodes[0] in producers and readers[nodes[0]] == 1 and calls[producers[nodes[0]]] == 1
+    ]
+
+
+def _run_with_graph(model: ReContrast, size: int | tuple[int, int]) -> list[Any]:
+    """Run ``model`` on a black image and return the graph node of each output; frozen encoders get a graph too."""
     encoders = [m for m in model.modules() if isinstance(m, Backbone)]
-    frozen = [encoder.frozen for encoder in encoders]
+    was_frozen = [encoder.frozen for encoder in encoders]
     weight = next(model.parameters())
     height, width = (size, size) if isinstance(size, int) else size
     model.requires_grad_(True)
     for encoder in encoders:
-        encoder.frozen = False  # it runs without a graph otherwise
+        encoder.frozen = False  # a frozen encoder runs without a graph
     try:
-        nothing: Any = lambda _: None  # noqa: E731 - the graph's shape will do, no activation is kept
+        discard: Any = lambda _: None  # noqa: E731 - only the structure of the graph matters, not its activations
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(nothing, nothing),
+            torch.autograd.graph.saved_tensors_hooks(discard, discard),
         ):
             images = torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device)
-            results = [feature.grad_fn for pair in model(images) for feature in pair]
+            return [feature.grad_fn for pair in model(images) for feature in pair]
     finally:
-        for encoder, was in zip(encoders, frozen, strict=True):
-            encoder.frozen = was
-        for hook in hooks:
-            hook.remove()
-    readers = Counter(_edges(results))
-    return [
-        (made[nodes[0]], norm)
-        for norm, nodes in given.items()
-        if len(nodes) == 1 and nodes[0] in made and readers[nodes[0]] == 1 and calls[made[nodes[0]]] == 1
-    ]
+        for encoder, frozen in zip(encoders, was_frozen, strict=True):
+            encoder.frozen = frozen
 
 
-def _edges(results: list[Any]) -> Iterator[Any]:
-    """Every node of the graph below ``results``, once for each that reads it; the caller reads the results."""
-    yield from results
-    seen, waiting = set(results), list(set(results))
+def _iterate_edges(outputs: list[Any]) -> Iterator[Any]:
+    """Yield each node of the graph once for every operation that reads it; the caller counts as a reader of outputs."""
+    yield from outputs
+    visited, waiting = set(outputs), list(set(outputs))
     while waiting:
         for node, _ in waiting.pop().next_functions:
             if node is not None:
                 yield node
-                if node not in seen:
-                    seen.add(node)
+                if node not in visited:
+                    visited.add(node)
                     waiting.append(node)
 
 
-def _is_fixed(norm: Any) -> bool:
-    """Whether what it does in eval mode does not depend on the batch."""
+def _has_running_statistics(norm: Any) -> bool:
     return norm.running_mean is not None and norm.running_var is not None
 
 
 @torch.no_grad()
-def _absorb(convolution: Any, norm: Any) -> None:
-    """Let ``convolution`` do what ``norm`` does after it."""
+def _fold_norm(convolution: Any, norm: Any) -> None:
+    """Scale the kernel and set the bias of ``convolution`` so that it includes ``norm``."""
     wide = torch.float64
     scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
     shift = -norm.running_mean.to(wide) * scale
@@ -189,17 +202,17 @@ def _absorb(convolution: Any, norm: Any) -> None:
     if convolution.bias is not None:
         shift = shift + convolution.bias.to(wide) * scale
     kernel = convolution.weight
-    if isinstance(convolution, nn.ConvTranspose2d):  # (inputs, outputs / groups, h, w), one group after the other
-        each = scale.view(convolution.groups, 1, -1, 1, 1)
-        scaled = (kernel.to(wide).view(convolution.groups, -1, *kernel.shape[1:]) * each).view(kernel.shape)
+    if isinstance(convolution, nn.ConvTranspose2d):  # (inputs, outputs / groups, h, w), group by group
+        by_group = scale.view(convolution.groups, 1, -1, 1, 1)
+        scaled = (kernel.to(wide).view(convolution.groups, -1, *kernel.shape[1:]) * by_group).view(kernel.shape)
     else:
         scaled = kernel.to(wide) * scale.view(-1, 1, 1, 1)
-    kernel.copy_(scaled)  # keeps dtype and layout
+    kernel.copy_(scaled)  # in place, to keep dtype and memory layout
     convolution.bias = nn.Parameter(shift.to(kernel.dtype), requires_grad=False)
 
 
-def _what_follows(norm: Any) -> nn.Module:
-    """The activation that timm's norms hold."""
+def _get_activation(norm: Any) -> nn.Module:
+    """Return the activation inside a norm of timm, or the identity."""
     if isinstance(norm, PartialNorm2d):
         return norm.after
     return norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()

@@ -1,4 +1,8 @@
-"""BatchNorm that never divides by a batch variance near zero (ReContrast, appendix E)."""
+"""BatchNorm with a lower bound on the batch variance, for channels that are rarely active.
+
+It belongs to the "stable" recipes of ReContrast (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602,
+appendix E; upstream models/partialnormv2.py, `PartialNorm2D`).
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +13,11 @@ Moments = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean (C,), biased variance (C,) and number of values of each channel of x (N, C, H, W)."""
+    """Compute mean (C,), biased variance (C,) and number of values of each channel of x (N, C, H, W).
+
+    Raises:
+        ValueError: If a channel has fewer than 2 values.
+    """
     n = x.numel() // x.shape[1]
     if n < 2:
         raise ValueError(f"PartialNorm2d: x: wanted more than 1 value for each channel, got {tuple(x.shape)}")
@@ -18,17 +26,21 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class PartialNorm2d(nn.Module):
-    """BatchNorm that never divides by a batch variance near zero (upstream models/partialnormv2.py, `PartialNorm2D`).
+    """BatchNorm that does not divide by a batch variance near zero (upstream models/partialnormv2.py, `PartialNorm2D`).
 
-    In training, a channel whose batch variance does not exceed min(pretrained running variance, ``var_thresh``) is
-    divided by that minimum instead: rarely active channels vanish in batches of one category, and the paper names them
-    as a cause of its loss spikes. In eval mode it is BatchNorm. The minimum is a buffer, so a checkpoint holds it
-    (upstream takes it at the first forward and keeps it outside the state).
+    Each channel has a minimum variance, min(pretrained running variance, ``var_thresh``). In training, a channel whose
+    batch variance does not exceed it is normalised with the minimum instead. Batches of a single category leave some
+    channels almost inactive, and the paper gives them as a cause of loss spikes. In eval mode the layer equals
+    BatchNorm. The minimum is a buffer and is stored in checkpoints. Upstream computes it in the first forward pass and
+    does not store it.
 
     Args:
-        norm: the BatchNorm2d to replace: its parameters, statistics, mode and (timm's) activation are taken over.
-        var_thresh: upper bound of the minimum; 5e-4 in the paper's recipes.
-        eps: None keeps the one of ``norm``.
+        norm: Layer to replace. Its parameters, statistics, mode and (in timm) activation are used.
+        var_thresh: Upper bound of the minimum variance. The paper's recipes use 5e-4.
+        eps: Value added to the variance. None uses the one of ``norm``.
+
+    Raises:
+        ValueError: If ``norm`` has no affine parameters or no running statistics.
     """
 
     running_mean: Tensor
@@ -45,19 +57,20 @@ class PartialNorm2d(nn.Module):
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
         self.register_buffer("min_var", norm.running_var.clamp(max=var_thresh))
-        after = (getattr(norm, "drop", None), getattr(norm, "act", None))  # of timm's BatchNormAct2d
+        after = (getattr(norm, "drop", None), getattr(norm, "act", None))  # timm's BatchNormAct2d has both
         self.after = nn.Sequential(*(m for m in after if m is not None))
-        self.moments: Moments = batch_moments  # replaced where a batch is spread over processes
+        self.moments: Moments = batch_moments  # replaced where a batch is distributed over processes
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, H, W): statistics in float32 at least, result in the dtype of x."""
+        """Normalise x (N, C, H, W); statistics are at least float32, the result has the dtype of x."""
         if not self.training:
             mean, var = self.running_mean, self.running_var
             return self.after(nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, var, n = self.moments(wide)  # divides by the biased variance,
-        unbiased = var.detach() * (n / (n - 1))  # compares and keeps the unbiased one, as upstream
+        mean, var, n = self.moments(wide)
+        # As upstream: the biased variance normalises, the unbiased one is compared and stored.
+        unbiased = var.detach() * (n / (n - 1))
         active = unbiased > self.min_var
         self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(torch.where(active, unbiased, self.min_var).to(self.running_var.dtype), self.momentum)
@@ -70,12 +83,13 @@ def convert_partial_norm(module: nn.Module, *, var_thresh: float = 5e-4, eps: fl
     """Replace every BatchNorm2d of ``module`` by `PartialNorm2d`, in place.
 
     Args:
-        module: holds its pretrained statistics already: the minima come from them.
-        var_thresh: see `PartialNorm2d`.
-        eps: None keeps each layer's own; upstream gives 1e-6 to the trained encoder and leaves the frozen one.
+        module: Module with pretrained statistics, from which the minimum variances are computed.
+        var_thresh: Upper bound of the minimum variances, see `PartialNorm2d`.
+        eps: Value added to the variances. None keeps the one of each layer. Upstream uses 1e-6 for the trained encoder
+            and does not change it in the frozen one.
 
     Returns:
-        ``module``, or its replacement where it is itself a BatchNorm2d.
+        ``module``, or its replacement if it is a BatchNorm2d itself.
     """
     if isinstance(module, nn.BatchNorm2d):
         return PartialNorm2d(module, var_thresh, eps)

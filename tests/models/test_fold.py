@@ -11,16 +11,16 @@ from recontrast.models.partial_norm import PartialNorm2d
 NORMS = (nn.modules.batchnorm._BatchNorm, PartialNorm2d)
 MODELS = {
     "resnet18": {},
-    "resnet26": {"levels": 2},  # its last norms of a block see what the 1x1 gives
-    "resnext50_32x4d": {"levels": 2},  # groups, also in transposed convolutions
-    "tf_efficientnet_lite0": {"levels": 2},  # activation inside the norm, padding as TensorFlow's
+    "resnet26": {"levels": 2},  # the last norm of a block follows a 1x1 convolution
+    "resnext50_32x4d": {"levels": 2},  # groups, in transposed convolutions too
+    "tf_efficientnet_lite0": {"levels": 2},  # activation inside the norm, TensorFlow padding
     "mobilenetv3_small_050": {"levels": 2},
-    "convnext_atto": {"levels": 2},  # no BatchNorm but in the decoder
+    "convnext_atto": {"levels": 2},  # BatchNorm in the decoder only
 }
 
 
-def trained(name, **options):
-    """A model whose statistics, scales and shifts are not those of its making."""
+def build_model(name, **options):
+    """Build a model with statistics, scales and shifts that differ from their initial values."""
     model = ReContrast(name, weights="random", **options)
     for norm in model.modules():
         if isinstance(norm, NORMS):
@@ -31,20 +31,20 @@ def trained(name, **options):
     return model
 
 
-def worst(found, wanted):
-    """Largest difference, as a share of the largest value of the same feature."""
-    assert len(found) == len(wanted)
+def max_relative_difference(pairs, expected):
+    """Largest difference, relative to the largest value of the same feature."""
+    assert len(pairs) == len(expected)
     return max(
         ((a - b).abs().max() / b.abs().max()).item()
-        for ours, theirs in zip(found, wanted, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
+        for pair, expected_pair in zip(pairs, expected, strict=True)
+        for a, b in zip(pair, expected_pair, strict=True)
     )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_pairs_are_those_of_the_model(name):
-    model = trained(name, **MODELS[name])
+def test_folded_model_gives_the_same_pairs(name):
+    model = build_model(name, **MODELS[name])
     images = torch.randn(1, 3, 64, 64)
     before = copy.deepcopy(model.state_dict())
     folded = fold(model)
@@ -53,9 +53,9 @@ def test_pairs_are_those_of_the_model(name):
     assert folded.norms_left == 0 and not any(isinstance(m, NORMS) for m in folded.modules())
     assert folded.norms_folded == sum(isinstance(m, NORMS) for m in model.modules()) > 0
     for views in ("both", "trained", "frozen") if name == "resnet18" else ("both",):
-        assert worst(folded(images, views), model(images, views)) < 1e-5
+        assert max_relative_difference(folded(images, views), model(images, views)) < 1e-5
     model.double()
-    assert worst(fold(model)(images.double()), model(images.double())) < 1e-10
+    assert max_relative_difference(fold(model)(images.double()), model(images.double())) < 1e-10
 
 
 @torch.no_grad()
@@ -68,12 +68,12 @@ def test_pairs_are_those_of_the_model(name):
     ],
     ids=str,
 )
-def test_every_kind_of_model_folds(options):
-    model = trained("resnet18", **options).double().eval()
+def test_every_kind_of_model_can_be_folded(options):
+    model = build_model("resnet18", **options).double().eval()
     images = torch.randn(1, 3, 32, 32).double()
     folded = fold(model)
     assert folded.norms_left == 0
-    assert worst(folded(images), model(images)) < 1e-10
+    assert max_relative_difference(folded(images), model(images)) < 1e-10
     assert folded.map_sizes(32) == model.map_sizes(32)
     for name in ("mean", "std", "stride", "config"):
         assert getattr(folded, name) == getattr(model, name)
@@ -81,16 +81,16 @@ def test_every_kind_of_model_folds(options):
 
 @torch.no_grad()
 def test_partial_norm_with_an_activation():
-    model = trained("tf_efficientnet_lite0", partial_norm=True, levels=2).double().eval()
+    model = build_model("tf_efficientnet_lite0", partial_norm=True, levels=2).double().eval()
     images = torch.randn(1, 3, 64, 64).double()
-    assert worst(fold(model)(images), model(images)) < 1e-10
+    assert max_relative_difference(fold(model)(images), model(images)) < 1e-10
 
 
 @torch.no_grad()
-def test_a_norm_that_cannot_be_folded_stays():
-    """After a pooling, of the batch's own statistics, after a convolution that something else reads too."""
+def test_norms_that_cannot_be_folded_stay():
+    """Norms after a pooling, with batch statistics, or after a convolution whose output is read twice."""
 
-    class Twice(nn.Module):
+    class ReadTwice(nn.Module):
         def __init__(self, convolution, norm):
             super().__init__()
             self.convolution, self.norm = convolution, norm
@@ -99,21 +99,21 @@ def test_a_norm_that_cannot_be_folded_stays():
             x = self.convolution(x)
             return x + self.norm(x)
 
-    model = trained("resnet18", levels=2).double()
+    model = build_model("resnet18", levels=2).double()
     extractor = model.encoder.extractor
     extractor.maxpool = nn.Sequential(extractor.maxpool, nn.BatchNorm2d(64).double())
     extractor.conv1 = nn.Sequential(extractor.conv1, nn.BatchNorm2d(64, track_running_stats=False).double())
     block = extractor.layer2[0]
-    block.conv2 = Twice(block.conv2, nn.BatchNorm2d(128).double())
+    block.conv2 = ReadTwice(block.conv2, nn.BatchNorm2d(128).double())
     model.eval()
     images = torch.randn(1, 3, 64, 64).double()
     folded = fold(model)
     assert folded.norms_left == 5  # bn1 follows a norm, and layer2.0.bn2 a sum
-    assert worst(folded(images), model(images)) < 1e-10
+    assert max_relative_difference(folded(images), model(images)) < 1e-10
 
 
 def test_device_layout_and_dtype_are_kept(device):
-    model = trained("resnet18", levels=2).to(device, memory_format=torch.channels_last).to(torch.bfloat16)
+    model = build_model("resnet18", levels=2).to(device, memory_format=torch.channels_last).to(torch.bfloat16)
     folded = fold(model, 64)
     assert {p.dtype for p in folded.parameters()} == {torch.bfloat16}
     assert {p.device for p in folded.parameters()} == {next(model.parameters()).device}
@@ -121,10 +121,10 @@ def test_device_layout_and_dtype_are_kept(device):
     assert not any(p.requires_grad for p in folded.parameters())
 
 
-def test_a_folded_model_is_not_trained():
-    folded = fold(trained("resnet18", levels=1))
+def test_folded_model_has_no_training_mode():
+    folded = fold(build_model("resnet18", levels=1))
     assert not folded.eval().training
     with pytest.raises(ValueError, match="no training mode"):
         folded.train()
     with pytest.raises(ValueError, match="multiples"):
-        fold(trained("resnet18", levels=1), 30)
+        fold(build_model("resnet18", levels=1), 30)

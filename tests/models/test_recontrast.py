@@ -16,7 +16,7 @@ from recontrast.models.recontrast import ReContrast
 
 
 def build(backbone="resnet18", **options):
-    """Random weights, with statistics, scales and biases that differ from each other."""
+    """Build a model with random weights, and statistics, scales and biases that differ between channels."""
     model = ReContrast(backbone, weights="random", **options)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -28,16 +28,16 @@ def build(backbone="resnet18", **options):
 
 
 def loss(teachers, students):
-    """Some loss of the same form: teachers stopped, another weight for each pair."""
+    """Compute a loss with detached teachers and a different weight for each pair."""
     return sum((i + 1) * F.mse_loss(s, t.detach()) for i, (t, s) in enumerate(zip(teachers, students, strict=True)))
 
 
-def statistics(module):
+def copy_statistics(module):
     return {k: v.clone() for k, v in module.state_dict().items() if "running" in k}
 
 
-def moved(module, before):
-    return {k for k, v in statistics(module).items() if not torch.equal(v, before[k])}
+def changed_keys(module, before):
+    return {k for k, v in copy_statistics(module).items() if not torch.equal(v, before[k])}
 
 
 def assert_same(ours, theirs, tolerance=1e-5):
@@ -51,7 +51,7 @@ def assert_same(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("name", ["resnet18", "wide_resnet50_2"])
 def test_pairs_equal_upstream(name):
     model = build(name)
-    for p in model.frozen.parameters():  # as after some training: the encoders differ
+    for p in model.frozen.parameters():  # make the encoders differ, as training does
         p.mul_(1.1)
     upstream = upstream_from(model, name)
     x = torch.randn(2, 3, 32, 64)
@@ -66,8 +66,8 @@ def test_pairs_equal_upstream(name):
         assert_same(teachers, expected_teachers)
         assert_same(students, expected_students)
         for part, theirs in (("encoder", "encoder"), ("bottleneck.fuse", "bottleneck.bn_layer")):
-            ours = statistics(model.get_submodule(part)).values()  # the batch moved them as much
-            assert_same(ours, statistics(upstream.get_submodule(theirs)).values())
+            ours = copy_statistics(model.get_submodule(part)).values()  # the batch updated them equally
+            assert_same(ours, copy_statistics(upstream.get_submodule(theirs)).values())
 
 
 @pytest.mark.parametrize("partial_norm", [False, True])
@@ -83,7 +83,7 @@ def test_gradients_equal_upstream(partial_norm):
         replace_norms(upstream.encoder, 5e-4, 1e-6)
         replace_norms(upstream.encoder_freeze, 5e-4, 1e-5)
     x = torch.randn(3, 3, 64, 64).double() * torch.tensor([1.0, 0.5, 0.01]).view(3, 1, 1, 1)
-    model.double().train()  # in float32 rounding alone flips a ReLU here and there
+    model.double().train()  # in float32, rounding flips some ReLUs
     upstream.double().train()
     loss(*zip(*model(x), strict=True)).backward()
     loss(*upstream(x)).backward()
@@ -97,7 +97,7 @@ def test_gradients_equal_upstream(partial_norm):
     )
 
 
-def test_partial_norm_option():
+def test_partial_norm_replaces_the_norms_of_both_encoders():
     model = build(partial_norm=True)
     for part, eps in ((model.encoder, 1e-6), (model.frozen, 1e-5)):
         assert {m.eps for m in part.modules() if isinstance(m, PartialNorm2d)} == {eps}
@@ -108,8 +108,8 @@ def test_partial_norm_option():
 @pytest.mark.parametrize(
     "name, published, rd4ad", [("resnet18", 21.7, 18.7), ("resnet50", 74.9, 63.6), ("wide_resnet50_2", 145, 117)]
 )
-def test_parameters(name, published, rd4ad):
-    """Table A5 counts both encoders up to layer3, and upstream's conv4 and bn4, which are never used."""
+def test_number_of_parameters_equals_the_paper(name, published, rd4ad):
+    """Table A5 counts both encoders up to layer3, and the unused conv4 and bn4 of upstream."""
 
     def size(part):
         return sum(p.numel() for p in part.parameters()) / 1e6
@@ -123,14 +123,14 @@ def test_parameters(name, published, rd4ad):
 
 
 @pytest.mark.parametrize("name, published", [("resnet18", 10.1), ("resnet50", 42.0), ("wide_resnet50_2", 75.2)])
-def test_multiplications(name, published):
-    """Table A5's GMACs at 256 px count transposed convolutions four times, and the halves that we do not compute."""
+def test_number_of_multiplications_equals_the_paper(name, published):
+    """Table A5 counts GMACs at 256 px with each transposed convolution four times, and every head on both halves."""
     with torch.device("meta"):
         model = ReContrast(name, weights="random").eval()
         images = torch.empty(1, 3, 256, 256)
     extra = []
     for m in model.decoder.modules():
-        if isinstance(m, nn.ConvTranspose2d):  # 4 taps for each of 4 outputs an input has, where only 1 is not zero
+        if isinstance(m, nn.ConvTranspose2d):  # 4 taps for each of 4 outputs, only 1 of which is not zero
             m.register_forward_hook(lambda m, x, y: extra.append(3 * m.weight.numel() * x[0][:, 0].numel()))
     for head in model.decoder.heads:
         for conv in head:
@@ -144,12 +144,12 @@ def test_multiplications(name, published):
 
 
 @pytest.mark.parametrize("bn", ["train", "eval"])
-def test_encoder_batchnorm(bn):
+def test_batchnorm_mode_of_the_encoder(bn):
     model = build(encoder_bn=bn)
     x = torch.randn(2, 3, 64, 64)
-    before = statistics(model)
+    before = copy_statistics(model)
     loss(*zip(*model(x), strict=True)).backward()
-    changed = moved(model, before)
+    changed = changed_keys(model, before)
     assert any(k.startswith("encoder.") for k in changed) == (bn == "train")
     assert not any(k.startswith("frozen.") for k in changed)
     assert all(k in changed for k in before if k.startswith(("bottleneck.", "decoder.")))
@@ -157,38 +157,38 @@ def test_encoder_batchnorm(bn):
     assert all(m.training == (bn == "train") and m.weight.grad.abs().sum() > 0 for m in norms)
     model.encoder_bn = "train" if bn == "eval" else "eval"
     assert model.train().encoder.training == (bn == "eval") and model.training
-    before = statistics(model)
+    before = copy_statistics(model)
     assert not any(m.training for m in model.eval().modules())
     model(x)
-    assert not moved(model, before)
+    assert not changed_keys(model, before)
     assert not any(m.training for m in model.train().frozen.modules())
 
 
-def test_gradient_takes_only_the_path_through_the_decoder():
+def test_gradient_reaches_the_encoder_through_the_decoder_only():
     model = build(encoder_bn="eval")
     x = torch.randn(2, 3, 64, 64)
     pairs = model(x)
     teachers, students = zip(*pairs, strict=True)
     assert [t.requires_grad for t in teachers] == [False] * 3 + [True] * 3
     loss(teachers, students).backward()
-    got = [p.grad.clone() for p in model.encoder.parameters()]
-    assert all(g.abs().sum() > 0 for g in got)
+    gradients = [p.grad.clone() for p in model.encoder.parameters()]
+    assert all(g.abs().sum() > 0 for g in gradients)
     assert all(p.grad is None and not p.requires_grad for p in model.frozen.parameters())
-    assert all(p.grad is not None for p in model.decoder_parameters())  # nothing is created that is not used
-    # the same by hand: targets computed apart, the encoder seen by bottleneck and decoder alone
+    assert all(p.grad is not None for p in model.decoder_parameters())  # no unused parameter is created
+    # The same computation step by step: separate targets, encoder features for the bottleneck only.
     model.zero_grad()
     model.bottleneck.eval(), model.decoder.eval()
     with torch.no_grad():
         targets = [*model.frozen(x), *model.encoder(x)]
-    joint = [torch.cat(both) for both in zip(model.encoder(x), model.frozen(x), strict=True)]
+    joint = [torch.cat(pair) for pair in zip(model.encoder(x), model.frozen(x), strict=True)]
     loss(targets, model.decoder(model.bottleneck(joint))).backward()
-    by_hand = [p.grad.clone() for p in model.encoder.parameters()]
+    expected = [p.grad.clone() for p in model.encoder.parameters()]
     model.zero_grad()
     loss(*zip(*model(x), strict=True)).backward()
-    assert_same([p.grad for p in model.encoder.parameters()], by_hand, 1e-4)
+    assert_same([p.grad for p in model.encoder.parameters()], expected, 1e-4)
 
 
-def test_parameter_groups():
+def test_parameter_groups_hold_every_trained_parameter_once():
     model = build()
     groups = [id(p) for p in (*model.encoder_parameters(), *model.decoder_parameters())]
     assert len(set(groups)) == len(groups)
@@ -226,14 +226,14 @@ def test_mirror_decoder(name):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_choice_of_decoder():
+def test_auto_decoder_depends_on_the_backbone():
     assert isinstance(build().decoder, ReverseResNet)
     assert isinstance(build("mobilenetv3_small_100").decoder, MirrorDecoder)
     with pytest.raises(ValueError, match="'resnet' is for resnet18"):
         build("mobilenetv3_small_100", decoder="resnet")
 
 
-def test_plans():
+def test_plans_widths_and_halvings():
     wide = ReverseResNet((256, 512, 1024), RESNETS["wide_resnet50_2"])
     assert [len(stage) for stage in wide.stages] == [3, 4, 6]
     assert wide.stages[0][0].body[3].weight.shape == (512, 512, 2, 2)  # base width 128: twice the planes
@@ -255,24 +255,24 @@ def test_plans():
         ReverseResNet((1, 2, 3, 4, 5), RESNETS["resnet18"])
 
 
-def test_initialisation():
+def test_initial_weights():
     decoder = ReverseResNet((64, 128, 256), RESNETS["resnet50"])
     conv, deconv = decoder.stages[0][0].body[0], decoder.stages[0][0].body[3]  # 1x1, 512 -> 64; 2x2, 64 -> 64
     assert float(conv.weight.detach().std()) == pytest.approx((2 / 64) ** 0.5, rel=0.05)  # He, fan out
-    assert float(deconv.weight.detach().abs().max()) == pytest.approx((1 / (64 * 4)) ** 0.5, rel=0.02)  # torch's own
+    assert float(deconv.weight.detach().abs().max()) == pytest.approx((1 / (64 * 4)) ** 0.5, rel=0.02)  # default
     assert decoder.heads[0][0].bias is not None and decoder.stages[0][0].body[0].bias is None
 
 
-def test_gelu():
+def test_gelu_replaces_the_activations_of_the_decoder():
     model = build(activation="gelu")
     assert not any(isinstance(m, nn.ReLU) for m in model.decoder.modules())
     assert sum(isinstance(m, nn.GELU) for m in model.decoder.modules()) == 12
-    assert not any(isinstance(m, nn.GELU) for m in model.bottleneck.modules())  # upstream replaces the decoder's alone
+    assert not any(isinstance(m, nn.GELU) for m in model.bottleneck.modules())  # as upstream
     loss(*zip(*model(torch.randn(2, 3, 64, 64)), strict=True)).backward()
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
-def test_other_numbers_of_levels(levels):
+def test_number_of_levels(levels):
     model = build(levels=levels)
     assert model.stride == 2 ** (levels + 2)
     pairs = model(torch.randn(1, 3, 128, 64))
@@ -280,10 +280,10 @@ def test_other_numbers_of_levels(levels):
     assert all(t.shape == s.shape for t, s in pairs)
 
 
-# Use in other people's scripts
+# State, dtype, compilation and errors
 
 
-def test_state_and_pickle(tmp_path):
+def test_state_dict_and_pickle_give_the_same_model(tmp_path):
     model = build(partial_norm=True, activation="gelu", encoder_bn="eval", levels=2)
     x = torch.randn(2, 3, 64, 32)
     loss(*zip(*model(x), strict=True)).backward()
@@ -322,16 +322,16 @@ def test_channels_last_and_bfloat16():
 
 
 def test_compiles_in_one_graph():
-    model = build(levels=2)  # three take half as long again
+    model = build(levels=2)  # three levels take half as long again
     x = torch.randn(2, 3, 64, 64)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     expected = [t.detach() for pair in model(x) for t in pair]
-    after = statistics(model)
+    after = copy_statistics(model)
     model.load_state_dict(state)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     pairs = compiled(x)
     assert_same([t.detach() for pair in pairs for t in pair], expected, 1e-4)
-    assert_same(statistics(model).values(), after.values(), 1e-4)
+    assert_same(copy_statistics(model).values(), after.values(), 1e-4)
     loss(*zip(*pairs, strict=True)).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     torch.compiler.reset()
@@ -341,14 +341,14 @@ def test_compiles_in_one_graph():
     "shape, got",
     [((1, 3, 16, 64), "16x64"), ((1, 3, 64, 100), "64x100"), ((1, 1, 64, 64), "(1, 1,"), ((3, 64, 64), "(3, 64")],
 )
-def test_images_that_do_not_fit(shape, got):
+def test_images_of_a_wrong_shape_raise(shape, got):
     with pytest.raises(ValueError, match="ReContrast: images: wanted") as info:
         build()(torch.randn(shape))
     assert got in str(info.value) and "\n" not in str(info.value)
     assert "32" in str(info.value) or len(shape) == 3 or shape[1] == 1
 
 
-def test_wrong_options():
+def test_unknown_options_raise():
     for option, value in {"encoder_bn": "off", "decoder": "unet", "activation": "tanh"}.items():
         with pytest.raises(ValueError, match=f"{option}: wanted .* got '{value}'"):
             build(**{option: value})
