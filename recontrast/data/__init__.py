@@ -1,5 +1,8 @@
-"""Images in, uint8 arrays out: files, samples (datasets), pixels (images, kept by cache), drawn defects (synthetic).
+"""Images, data sets and everything that prepares, caches or writes them.
 
-`prepare` brings the paper's data sets from their original downloads (`originals`) into the layout that is read here.
-Imports torch, NumPy and Pillow, nothing of ours outside this folder.
+`listing` finds image files, `datasets` turns folders into samples, and `images` decodes files to uint8 arrays. `cache`
+keeps decoded images, `in_memory` accepts images from a caller, and `sources` states what all of these have in common.
+`prepare` converts the original downloads of the paper's data sets (read by `downloads`) to MVTec AD layout, and
+`synthetic` draws a small data set. The folder imports torch, NumPy and Pillow, and nothing from other folders of the
+package.
 """

@@ -1,10 +1,10 @@
-"""Decoded images, kept: the method uses no augmentation, so a file is decoded and resized once, not once an epoch.
+"""Cache of decoded images: without augmentation, each file is decoded and resized once instead of once per epoch.
 
-One cache file holds the images of one list of files at one size: a header of `_HEADER` bytes (JSON, then blanks), then
-(N, H, W, 3) uint8. Its name is a hash of format, Pillow version, sizes or tiles, and path, length and modification
-time of every file: whatever changes, another name is looked for. A file appears under its name whole (temporary file,
-fsync, rename), so several processes may build the same one; it is checked by length and checksum when it is opened, and
-built again where that fails. Files of former states stay until someone deletes the folder.
+A cache file holds the images of a list of files at one size: a header of `_HEADER_BYTES` bytes (JSON, padded with
+blanks), then (N, H, W, 3) uint8. Its name is a hash of the format, the Pillow version, the sizes or tiles, and the
+path, length and modification time of every file, so a change of any of these selects another cache file. Cache files
+are written atomically, so several processes can build the same one. Length and checksum are checked on opening, and a
+damaged file is built again. Outdated cache files are not deleted.
 """
 
 import hashlib
@@ -29,34 +29,35 @@ from recontrast.data.images import Size, image_size, parse_size, read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.tiles import Tiles, count_tiles
 
-FORMAT = 2  # raised where pixels or file change: 2 is resized across, then down
+FORMAT = 2  # increase when the pixels or the layout change; 2 resizes horizontally, then vertically
 _PREFIX = "images-"
-_HEADER = 4096  # bytes: a page, so that the images are aligned as the memory map is
-_STALE = 3600  # seconds: a temporary file to which nobody wrote for so long belongs to a process that was killed
+_HEADER_BYTES = 4096  # one page, so that the images are page-aligned in the memory map
+_STALE_SECONDS = 3600  # a temporary file not written to for this long was left by a killed process
 
 
 class ImageCache:
-    """Images of a list of files as uint8, decoded once, in memory or in a memory-mapped file.
+    """Images of a list of files, decoded once, in memory or in a memory-mapped file.
 
     Args:
-        samples: `datasets.Sample`s or paths.
-        size: as in `images.read_image`, but wanted: all images have one size.
-        crop: as in `images.read_image`.
-        tile: pixels; instead of ``size`` and ``crop``: images keep their own scale and are cut into tiles of that side,
-            those of one file one after the other, see `recontrast.data.tiles`.
-        stride: pixels from one tile to the next; None: ``tile``, so that they do not overlap.
-        directory: folder of cache files, made if it is missing. None keeps the images in memory.
-        workers: threads that decode. None takes one per CPU that this process may use.
-        on_progress: called with (images done, images in all) while decoding; not for a cache file that exists.
+        samples: Paths, or samples (`recontrast.data.datasets.Sample`).
+        size: Size after resizing, in pixels: (height, width), or one number for a square.
+        crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+        directory: Folder for cache files, created if missing. None keeps the images in memory.
+        tile: Side of a tile, in pixels. If given, ``size`` and ``crop`` are ignored: images keep their original scale
+            and are cut into tiles, the tiles of one file in sequence. See `recontrast.data.tiles`.
+        stride: Distance from one tile to the next, in pixels. None uses ``tile``, without overlap.
+        workers: Number of decoding threads. None uses one per available CPU.
+        on_progress: Called with (files done, all files) while decoding; not called if the cache file exists.
 
     Attributes:
         shape: (N, H, W, 3).
-        path: the cache file, None in memory.
-        first: place of each file's first image (there is one, or its tiles), and the end.
+        path: Path of the cache file; None in memory.
+        offsets: Position of the first image (or tile) of each file, followed by the number of images.
 
     Raises:
-        ValueError: files that are no images, a size, crop, tile or stride that is none, or fewer than 1 worker.
-        OSError: a file cannot be read, or the cache not be written: the bytes wanted and free are named.
+        ValueError: If a file is not an image, a size, crop, tile or stride is invalid, or ``workers`` is below 1.
+        OSError: If a file cannot be read or the cache file cannot be written. For a full disk, the message states the
+            bytes needed and free.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class ImageCache:
         workers: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._files = [Path(getattr(sample, "path", sample)) for sample in samples]
+        self._files = [Path(s if isinstance(s, (str, os.PathLike)) else s.path) for s in samples]
         self._size = parse_size(size, "size")
         self._crop = None if crop is None else parse_size(crop, "crop")
         if workers is not None and workers < 1:
@@ -93,7 +94,7 @@ class ImageCache:
             self._build(self.path)
             images = self._map(self.path)
         if images is None:
-            raise OSError(f"{self.path}: wanted the decoded images just written there, got others")
+            raise OSError(f"{self.path}: wanted the decoded images just written, got a file with other content")
         self._images = images
 
     def __len__(self) -> int:
@@ -101,33 +102,41 @@ class ImageCache:
         return self.shape[0]
 
     def __getitem__(self, indices: Any) -> np.ndarray:
-        """Copies of images.
+        """Copy images.
 
         Args:
-            indices: a list, array or CPU tensor of integers or bools, (n,), or a slice.
+            indices: List, array or CPU tensor of integers or bools, (n,), or a slice.
 
         Returns:
-            (n, H, W, 3) uint8.
+            The images, (n, H, W, 3) uint8.
         """
         if isinstance(indices, slice):
             return self._images[indices].copy()
         index = np.atleast_1d(np.asarray(indices))
-        return self._images[index if index.size else index.astype(np.intp)]  # an empty list would be of floats
+        return self._images[index if index.size else index.astype(np.intp)]  # NumPy turns an empty list into floats
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """All images on ``device`` (None: torch's default), (N, H, W, 3) uint8; a copy, made piece by piece."""
+        """Copy all images to a tensor, in pieces of 64 MB.
+
+        Args:
+            device: Device of the tensor. None uses PyTorch's default.
+
+        Returns:
+            All images, (N, H, W, 3) uint8.
+        """
         result = torch.empty(self.shape, dtype=torch.uint8, device=device)
-        step = max(1, 2**26 // max(1, self._image_bytes))  # pieces of 64 MB
+        step = max(1, 2**26 // max(1, self._image_bytes))
         for start in range(0, len(self), step):
             result[start : start + step].copy_(torch.from_numpy(self[start : start + step]))
         return result
 
     @property
     def _image_bytes(self) -> int:
+        """Size of one image, in bytes."""
         return self.shape[1] * self.shape[2] * self.shape[3]
 
     def _key(self) -> str:
-        """Hash of all that decides the bytes."""
+        """Return the hash that names the cache file: everything that determines its content."""
         files = []
         for path in self._files:
             try:
@@ -135,28 +144,33 @@ class ImageCache:
             except FileNotFoundError:
                 raise FileNotFoundError(f"{path}: wanted an image, got no such file") from None
             files.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
-        how = ["bilinear", self._size, self._crop] if self._tile is None else ["tiles", *self._tile]
-        what = [FORMAT, PIL.__version__, *how, files]
-        return hashlib.sha256(json.dumps(what).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        layout = ["bilinear", self._size, self._crop] if self._tile is None else ["tiles", *self._tile]
+        content = [FORMAT, PIL.__version__, *layout, files]
+        return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
-    def _decode(self, keep: Callable[[int, np.ndarray], Any]) -> None:
-        """Decode every file and hand it to ``keep`` on a thread; the first failure in list order is raised."""
+    def _decode(self, store: Callable[[int, np.ndarray], Any]) -> None:
+        """Decode all files on threads, and call ``store`` with the position and pixels of each image.
 
-        def work(i: int) -> None:
-            for place, pixels in enumerate(self._images_of(self._files[i]), self.offsets[i]):
-                keep(place, pixels)
+        If files fail, the error of the first one in list order is raised.
+        """
 
-        pool = ThreadPoolExecutor(self._workers)  # PIL decodes and resizes without holding the interpreter's lock
+        def decode_file(i: int) -> None:
+            for position, pixels in enumerate(self._read(self._files[i]), self.offsets[i]):
+                store(position, pixels)
+
+        pool = ThreadPoolExecutor(self._workers)  # PIL releases the interpreter lock to decode and resize
         try:
-            for done, _ in enumerate(pool.map(work, range(len(self._files))), 1):
+            for done, _ in enumerate(pool.map(decode_file, range(len(self._files))), 1):
                 self._on_progress(done, len(self._files))
-        finally:  # no thread writes any more when an error, or Ctrl-C, goes on from here
+        finally:  # wait for the threads, so that none writes after an error or Ctrl-C
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _count(self, path: Path) -> int:
+        """Return the number of images (tiles) of a file."""
         return 1 if self._tile is None else count_tiles(image_size(path), *self._tile)
 
-    def _images_of(self, path: Path) -> Iterator[np.ndarray]:
+    def _read(self, path: Path) -> Iterator[np.ndarray]:
+        """Yield the image, or the tiles, of a file."""
         if self._tile is None:
             yield read_image(path, size=self._size, crop=self._crop)
         else:
@@ -164,49 +178,50 @@ class ImageCache:
             yield from (tiles[[i]][0] for i in range(len(tiles)))
 
     def _build(self, path: Path) -> None:
-        """Write the cache file under its name, whole or not at all."""
+        """Write the cache file atomically, and delete temporary files of killed processes."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{_PREFIX}*.tmp"):
-            with suppress(FileNotFoundError):  # another process may be doing the same
-                if time.time() - left.stat().st_mtime > _STALE:
-                    left.unlink()
-        total = _HEADER + len(self) * self._image_bytes
+        for leftover in path.parent.glob(f".{_PREFIX}*.tmp"):
+            with suppress(FileNotFoundError):  # another process can delete it first
+                if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                    leftover.unlink()
+        total = _HEADER_BYTES + len(self) * self._image_bytes
         checksums = np.zeros(len(self), "<u4")
-        temporary = f".{path.name}.{uuid.uuid4().hex}.tmp"  # its own: several processes may build the same
-        with replace_file(path, size=total, temporary_name=temporary, describe_error=_unwritable) as file:
+        temporary = f".{path.name}.{uuid.uuid4().hex}.tmp"  # unique, because several processes can build the same file
+        with replace_file(path, size=total, temporary_name=temporary, describe_error=_describe_write_error) as file:
 
-            def keep(i: int, pixels: np.ndarray) -> None:
+            def store(i: int, pixels: np.ndarray) -> None:
                 checksums[i] = zlib.crc32(pixels.data)
-                _write(file.fileno(), pixels.tobytes(), _HEADER + i * self._image_bytes)
+                _write_at(file.fileno(), pixels.tobytes(), _HEADER_BYTES + i * self._image_bytes)
 
-            self._decode(keep)
-            _write(file.fileno(), self._header(checksums), 0)
+            self._decode(store)
+            _write_at(file.fileno(), self._header(checksums), 0)
 
     def _map(self, path: Path) -> np.ndarray | None:
-        """Read-only images of the cache file; None where there is none, or one that is short or damaged."""
-        if not path.is_file() or path.stat().st_size != _HEADER + len(self) * self._image_bytes:
+        """Map the images of the cache file, read-only; None if it is missing, of the wrong length or damaged."""
+        if not path.is_file() or path.stat().st_size != _HEADER_BYTES + len(self) * self._image_bytes:
             return None
         with open(path, "rb") as file:
-            head = file.read(_HEADER)
-            images = np.asarray(np.memmap(file, np.uint8, "r", _HEADER, self.shape))
+            header = file.read(_HEADER_BYTES)
+            images = np.asarray(np.memmap(file, np.uint8, "r", _HEADER_BYTES, self.shape))
         with ThreadPoolExecutor(self._workers) as pool:
             checksums = np.fromiter(pool.map(lambda image: zlib.crc32(image.data), images), "<u4", len(self))
-        return images if head == self._header(checksums) else None
+        return images if header == self._header(checksums) else None
 
     def _header(self, checksums: np.ndarray) -> bytes:
-        """The first page of the cache file; two are equal only if all images are."""
-        what = {"format": FORMAT, "shape": self.shape, "crc32": zlib.crc32(checksums.tobytes())}
-        return json.dumps(what).encode().ljust(_HEADER)
+        """Return the header of the cache file, which contains a checksum of all images."""
+        content = {"format": FORMAT, "shape": self.shape, "crc32": zlib.crc32(checksums.tobytes())}
+        return json.dumps(content).encode().ljust(_HEADER_BYTES)
 
 
-def _write(file: int, data: bytes, offset: int) -> None:
-    """Write all of ``data``: the system may take a part, and says why not all only on the next call."""
+def _write_at(file: int, data: bytes, offset: int) -> None:
+    """Write all of ``data`` at ``offset``; one call can write a part, and only the next one reports the reason."""
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
 
 
-def _unwritable(path: Path, reason: str, size: int | None, free: int | None) -> str:
+def _describe_write_error(path: Path, reason: str, size: int | None, free: int | None) -> str:
+    """Return the error message for a cache file that could not be written."""
     if size is None:
         return f"{path}: wanted to write decoded images, got {reason!r}"
     return f"{path}: wanted to write {size} bytes of decoded images, got {reason!r}, {free} bytes free"

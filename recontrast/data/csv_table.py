@@ -1,4 +1,4 @@
-"""Tables that come with data sets: CSV with a header, read with errors that name file and line."""
+"""CSV tables of data sets, read with errors that name the file and the line."""
 
 import csv
 from collections.abc import Sequence
@@ -8,28 +8,39 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of a table, by column."""
+    """One row of a table.
 
-    place: str  # file and line, as errors begin
+    Attributes:
+        location: File and line, the first words of error messages.
+        cells: Content by column name, without surrounding blanks.
+    """
+
+    location: str
     cells: dict[str, str]
 
     def __getitem__(self, column: str) -> str:
-        """The cell of ``column``, without blanks around it."""
+        """Return the content of the cell in ``column``."""
         return self.cells[column]
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[TableRow]:
-    """Read a CSV file.
+    """Read a CSV file with a header.
 
     Args:
-        path: the file, UTF-8 with or without byte order mark; its columns may stand in any order, and be more.
-        columns: those wanted; the first one must name each thing once.
+        path: File in UTF-8, with or without byte order mark.
+        columns: Names of the required columns, in any order in the file; further columns are allowed. The first one
+            is a key: its values must be unique.
 
     Returns:
-        Its lines, at least one; empty ones are passed over.
+        The rows, at least one; empty rows are skipped.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a CSV table in UTF-8, lacks a column or has no rows, if a row has the wrong
+            number of cells, or if a key occurs twice.
     """
-    lines: list[TableRow] = []
-    seen: dict[str, str] = {}
+    table: list[TableRow] = []
+    lines_by_key: dict[str, str] = {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
@@ -37,24 +48,26 @@ def read_table(path: Path, columns: Sequence[str]) -> list[TableRow]:
             if missing := [name for name in columns if name not in header]:
                 got = ", ".join(header) or "an empty file"
                 raise ValueError(f"{path}: wanted the columns {', '.join(columns)}, got {got}: {missing[0]} is missing")
-            for row in reader:
-                place = f"{path} line {reader.line_num}"
-                if not any(map(str.strip, row)):
+            for cells in reader:
+                location = f"{path} line {reader.line_num}"
+                if not any(map(str.strip, cells)):
                     continue
-                if len(row) != len(header):
-                    raise ValueError(f"{place}: wanted {len(header)} cells, one for each column, got {len(row)}")
-                line = TableRow(place, {name: cell.strip() for name, cell in zip(header, row, strict=True)})
-                key = line[columns[0]]
-                if key in seen:
-                    raise ValueError(f"{place}: wanted each {columns[0]} once, got {key} of {seen[key]} again")
-                seen[key] = f"line {reader.line_num}"
-                lines.append(line)
+                if len(cells) != len(header):
+                    raise ValueError(f"{location}: wanted {len(header)} cells, one for each column, got {len(cells)}")
+                row = TableRow(location, {name: cell.strip() for name, cell in zip(header, cells, strict=True)})
+                key = row[columns[0]]
+                if key in lines_by_key:
+                    raise ValueError(
+                        f"{location}: wanted each {columns[0]} once, got {key} of {lines_by_key[key]} again"
+                    )
+                lines_by_key[key] = f"line {reader.line_num}"
+                table.append(row)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: wanted a CSV table, got no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: wanted a CSV table in UTF-8, got a file of another kind ({error.reason})") from error
     except csv.Error as error:
         raise ValueError(f"{path}: wanted a CSV table, got one that cannot be read ({error})") from error
-    if not lines:
+    if not table:
         raise ValueError(f"{path}: wanted a CSV table with at least one line below its header, got none")
-    return lines
+    return table

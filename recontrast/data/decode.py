@@ -1,4 +1,4 @@
-"""Image files to upright PIL images in their own mode; a stated pixel limit, and errors in one sentence."""
+"""Decode image files to upright PIL images, with a pixel limit and one-sentence errors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,8 @@ from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugi
 
 from recontrast.data.listing import PathLike
 
-# The plugins are called directly: Image.open warns above 89 and refuses above 179 megapixels by a process-wide setting.
+# The plugins are called directly, because Image.open has a process-wide limit: it warns above 89 megapixels and fails
+# above 179.
 _PLUGINS: dict[bytes, Callable[[IO[bytes], str], ImageFile.ImageFile]] = {
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
@@ -19,8 +20,8 @@ _PLUGINS: dict[bytes, Callable[[IO[bytes], str], ImageFile.ImageFile]] = {
     b"MM\x00+": TiffImagePlugin.TiffImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,
 }
-_ORIENTATION = 0x0112  # the tag of EXIF and TIFF
-_UPRIGHT = {
+_ORIENTATION_TAG = 0x0112  # in EXIF and TIFF
+_TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -32,34 +33,65 @@ _UPRIGHT = {
 
 
 def decode(path: PathLike, max_pixels: int) -> Image.Image:
-    """All pixels of the first picture of a file, turned upright by its EXIF orientation, in the file's own mode."""
-    with _opened(path, max_pixels) as image, convert_decoder_errors(path):
+    """Decode the first image of a file and apply its EXIF orientation.
+
+    Args:
+        path: PNG, JPEG, BMP, TIFF or WebP file.
+        max_pixels: Largest number of pixels.
+
+    Returns:
+        The image, loaded, in the mode of the file.
+
+    Raises:
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not a complete image of these formats, or has too many pixels.
+    """
+    with _open(path, max_pixels) as image, convert_decoder_errors(path):
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            # its load() checks PIL's limit, but only where it makes the memory itself
+            # load() enforces PIL's pixel limit, but only if it allocates the memory itself
             image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
         return apply_orientation(image)
 
 
 def apply_orientation(image: Image.Image) -> Image.Image:
-    """The picture turned by its EXIF orientation, loaded; itself where it has none."""
+    """Load ``image`` and apply its EXIF orientation; without one, return ``image`` itself."""
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    transpose = _TRANSPOSE_BY_ORIENTATION.get(_read_orientation(image))
+    return image if transpose is None else image.transpose(transpose)
 
 
 def read_upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:
-    """Height and width that `decode` would give, from the header alone."""
-    with _opened(path, max_pixels) as image, convert_decoder_errors(path):
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # whether .size is upright depends on Pillow's version
-            width, height, turned = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, _ORIENTATION))
+    """Read the height and width of the image that `decode` returns, from the header of the file.
+
+    Args:
+        path: PNG, JPEG, BMP, TIFF or WebP file.
+        max_pixels: Largest number of pixels.
+
+    Returns:
+        Height and width after applying the EXIF orientation, in pixels.
+
+    Raises:
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not an image of these formats, or has too many pixels.
+    """
+    with _open(path, max_pixels) as image, convert_decoder_errors(path):
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # some Pillow versions apply the orientation to .size
+            width, height, orientation = (int(image.tag_v2.get(tag, 1)) for tag in (256, 257, _ORIENTATION_TAG))
         else:
-            (width, height), turned = image.size, _orientation(image)
-        return (width, height) if turned in (5, 6, 7, 8) else (height, width)
+            (width, height), orientation = image.size, _read_orientation(image)
+        return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 @contextmanager
 def convert_decoder_errors(path: PathLike) -> Iterator[None]:
-    """Turn whatever a decoder of PIL raises (OSError, SyntaxError, struct.error, ...) into a ValueError."""
+    """Convert all exceptions of PIL's decoders (OSError, SyntaxError, struct.error and others) to ValueError.
+
+    Args:
+        path: File to name in the error message.
+
+    Raises:
+        ValueError: If the block raises an exception other than MemoryError.
+    """
     try:
         yield
     except MemoryError:
@@ -70,8 +102,8 @@ def convert_decoder_errors(path: PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: PathLike, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
-    """Read the header, check the number of pixels; the file stays open for the body."""
+def _open(path: PathLike, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """Open an image file, read its header and check the number of pixels."""
     try:
         file = open(path, "rb")
     except FileNotFoundError:
@@ -84,7 +116,9 @@ def _opened(path: PathLike, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
             raise ValueError(f"{path}: wanted a PNG, JPEG, BMP, TIFF or WebP image, got {got}")
         file.seek(0)
         with convert_decoder_errors(path):
-            image = plugin(file, "")  # without a name PIL does not map the file, which could shrink meanwhile
+            image = plugin(
+                file, ""
+            )  # without a file name, PIL does not memory-map the file, which could be truncated later
         if image.width * image.height > max_pixels:
             raise ValueError(
                 f"{path}: wanted at most {max_pixels} pixels (recontrast.data.images.MAX_PIXELS), "
@@ -93,9 +127,9 @@ def _opened(path: PathLike, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
         yield image
 
 
-def _orientation(image: Image.Image) -> int:
-    """Orientation 1 to 8 by EXIF; 1 where there is none, or none that can be read: the pixels are whole."""
+def _read_orientation(image: Image.Image) -> int:
+    """Read the EXIF orientation, 1 to 8; 1 if there is none."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF data does not affect the pixels
         return 1

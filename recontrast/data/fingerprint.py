@@ -1,4 +1,4 @@
-"""Fingerprints of decoded images: which images a detector was trained on."""
+"""Fingerprints of decoded images: they tell which images a detector was trained on."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,46 +8,61 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast.data.sources import Images
+from recontrast.data.sources import FileImages, Images
 
-_BYTES = 8  # of a fingerprint: among 30,000 images one new image is taken for another once in 6e14
+_BYTES = 8  # length of a fingerprint: a new image matches one of 30,000 by chance once in 6e14
 
 
 def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
-    """What a checkpoint says of the training images.
+    """Describe the training images for a checkpoint.
+
+    Args:
+        images: Images, n of (H, W, 3) uint8.
+        block: Number of images to read at a time; the images can be a memory map larger than the memory.
 
     Returns:
-        "count"; "digest": SHA-256 of all pixels in their order, which tells a resumed run's data from others; "each":
-        the `compute_fingerprint` of each file, or of each image where they come from no files, one after the other.
+        "count": the number of images. "digest": SHA-256 of all pixels in order, by which a resumed run checks that its
+        images are the same. "each": the concatenated fingerprints (`compute_fingerprint`) of all files, or of all
+        images if they do not come from files.
     """
-    total = hashlib.sha256()
-    first = getattr(images, "offsets", range(len(images) + 1))  # of `ImageCache`: a file may be several tiles
-    owner = np.repeat(np.arange(len(first) - 1), np.diff(first)).tolist()
-    sums = [hashlib.blake2b(digest_size=_BYTES) for _ in first[1:]]
+    digest = hashlib.sha256()
+    offsets = images.offsets if isinstance(images, FileImages) else range(len(images) + 1)
+    owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)).tolist()  # file of each image
+    hashes = [hashlib.blake2b(digest_size=_BYTES) for _ in offsets[1:]]
 
-    def note(start: int, part: NDArray[np.uint8]) -> None:
-        for place, one in enumerate(part, start):
-            sums[owner[place]].update(one.data)
+    def update_hashes(start: int, pixels: NDArray[np.uint8]) -> None:
+        for index, image in enumerate(pixels, start):
+            hashes[owner[index]].update(image.data)
 
-    with ThreadPoolExecutor(1) as pool:  # both sums let go of the interpreter
-        for start in range(0, len(images), block):  # a block at a time: the images may be a memory map
-            part = np.ascontiguousarray(images[np.arange(start, min(start + block, len(images)))])
-            noted = pool.submit(note, start, part)
-            total.update(repr(part.shape[1:]).encode() + part.tobytes())
-            noted.result()
-    return {"count": len(images), "digest": total.hexdigest(), "each": "".join(one.hexdigest() for one in sums)}
+    with ThreadPoolExecutor(1) as pool:  # hashing releases the interpreter lock, so both run at once
+        for start in range(0, len(images), block):
+            pixels = np.ascontiguousarray(images[np.arange(start, min(start + block, len(images)))])
+            update = pool.submit(update_hashes, start, pixels)
+            digest.update(repr(pixels.shape[1:]).encode() + pixels.tobytes())
+            update.result()
+    return {"count": len(images), "digest": digest.hexdigest(), "each": "".join(h.hexdigest() for h in hashes)}
 
 
 def compute_fingerprint(pixels: NDArray[np.uint8]) -> str:
-    """Tells an image from any other: BLAKE2b, 8 bytes in hex, of its pixels as the network is given them.
+    """Compute the fingerprint of an image: BLAKE2b of its pixels at network input size.
 
     Args:
-        pixels: (H, W, 3), or (tiles, H, W, 3) of an image that is trained on in tiles.
+        pixels: (H, W, 3) uint8, or (tiles, H, W, 3) uint8 for an image that is trained on in tiles.
+
+    Returns:
+        8 bytes as 16 hexadecimal digits.
     """
     return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=_BYTES).hexdigest()
 
 
 def read_fingerprints(images: Mapping[str, Any]) -> frozenset[str]:
-    """Those in what `describe_images` said; none in what was said before there were any."""
-    each = images.get("each", "")
-    return frozenset(each[place : place + 2 * _BYTES] for place in range(0, len(each), 2 * _BYTES))
+    """Return the fingerprints in a description of images.
+
+    Args:
+        images: Result of `describe_images`, as stored in a checkpoint.
+
+    Returns:
+        The fingerprints; empty for checkpoints from before fingerprints existed.
+    """
+    joined = images.get("each", "")
+    return frozenset(joined[start : start + 2 * _BYTES] for start in range(0, len(joined), 2 * _BYTES))

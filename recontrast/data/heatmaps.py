@@ -1,4 +1,4 @@
-"""What leaves as a picture: heat colours, overlays, 16-bit and float maps; each file appears whole or not at all."""
+"""Heat-map colours and overlays, and anomaly maps as image files."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,8 @@ from PIL import Image
 
 from recontrast.data.atomic import replace_file
 
-# Black, violet, red, orange, pale yellow: lightness rises evenly, so it reads in grey and for the colour-blind.
+# Black, violet, red, orange, pale yellow. Lightness rises evenly, so the scale also works in greyscale and for readers
+# with a colour vision deficiency.
 COLOUR_STOPS = (
     (0, 0, 4),
     (40, 11, 84),
@@ -20,7 +21,7 @@ COLOUR_STOPS = (
     (250, 193, 39),
     (252, 255, 164),
 )
-MAX_OPACITY = 0.8  # of the hottest colour over the image: its structure stays visible below
+MAX_OPACITY = 0.8  # opacity of the hottest colour: the image stays visible underneath
 COLOUR_TABLE = np.stack(
     [
         np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(COLOUR_STOPS)), c)
@@ -30,7 +31,14 @@ COLOUR_TABLE = np.stack(
 
 
 def colourise(values: np.ndarray) -> np.ndarray:
-    """Heat colours of values in [0, 1] (clipped; NaN is 0): (...) -> uint8 (..., 3)."""
+    """Convert values to heat-map colours.
+
+    Args:
+        values: Array of any shape (...), values in [0, 1]. Values outside are clipped, and NaN counts as 0.
+
+    Returns:
+        RGB colours, (..., 3) uint8.
+    """
     index = np.rint(np.clip(np.nan_to_num(values), 0, 1) * 255).astype(np.intp)
     return np.rint(COLOUR_TABLE.T[index]).astype(np.uint8)
 
@@ -56,74 +64,116 @@ def colour_range(medians: Sequence[float], peaks: Iterable[float], threshold: fl
 
 
 def draw_overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Lay heat over an image in grey: the cold leaves it as it is, the hot covers it.
+    """Draw a heat map over a greyscale copy of an image.
+
+    Opacity rises with the square root of the heat, from 0 to `MAX_OPACITY`.
 
     Args:
         image: (H, W, 3) uint8.
-        heat: (H, W) in [0, 1].
+        heat: (H, W), values in [0, 1]. Values outside are clipped, and NaN counts as 0.
 
     Returns:
         (H, W, 3) uint8.
     """
-    grey = image.astype(np.float32).mean(-1, keepdims=True)  # colour is left to the heat
+    grey = image.astype(np.float32).mean(-1, keepdims=True)  # only the heat map has colour
     heat = np.clip(np.nan_to_num(heat), 0, 1).astype(np.float32)
-    opacity = MAX_OPACITY * np.sqrt(heat)[..., None]  # the square root: a warm spot is seen before it is hot
+    opacity = MAX_OPACITY * np.sqrt(heat)[..., None]  # the square root makes weak heat visible
     return np.rint(grey * (1 - opacity) + colourise(heat) * opacity).astype(np.uint8)
 
 
 def resize_map(anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a map bilinearly: (h, w) float32 -> size (H, W) float32."""
+    """Resize a map with bilinear interpolation.
+
+    Args:
+        anomaly: (h, w) float32.
+        size: New height and width, in pixels.
+
+    Returns:
+        (H, W) float32.
+    """
     resized = Image.fromarray(np.ascontiguousarray(anomaly, np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
 
 def reduce_to_peaks(anomaly: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The largest value of each block, along either axis on which a map (h, w) is longer than ``size`` (H, W)."""
-    for axis, (length, wanted) in enumerate(zip(anomaly.shape, size, strict=True)):
-        if length > wanted:
-            anomaly = np.maximum.reduceat(anomaly, np.arange(wanted) * length // wanted, axis=axis)
+    """Shrink a map by taking the maximum of each block.
+
+    Args:
+        anomaly: (h, w).
+        size: Largest height and width of the result, in pixels. An axis that is not longer keeps its length.
+
+    Returns:
+        (min(h, H), min(w, W)), in the dtype of ``anomaly``.
+    """
+    for axis, (length, limit) in enumerate(zip(anomaly.shape, size, strict=True)):
+        if length > limit:
+            anomaly = np.maximum.reduceat(anomaly, np.arange(limit) * length // limit, axis=axis)
     return anomaly
 
 
 def to_uint16(anomaly: np.ndarray, top: float) -> np.ndarray:
-    """Values in [0, top] as uint16, 65535 for ``top``."""
+    """Scale a map to 16-bit integers.
+
+    Args:
+        anomaly: (H, W), values in [0, top]. Values outside are clipped.
+        top: Value that becomes 65535.
+
+    Returns:
+        (H, W) uint16.
+    """
     return np.rint(np.clip(anomaly / top, 0, 1) * 65535).astype(np.uint16)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write (H, W) or (H, W, 3) uint8 as PNG."""
-    _save(path, _encoded(Image.fromarray(picture), "PNG"))
+    """Write an image as PNG.
+
+    Args:
+        path: File to write.
+        picture: (H, W) or (H, W, 3) uint8.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    _write(path, _encode(Image.fromarray(picture), "PNG"))
 
 
 def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float) -> None:
     """Write one anomaly map.
 
     Args:
-        path: the file.
+        path: File to write.
         anomaly: (H, W), values in [0, top].
         kind: ``"tiff16"`` (uint16, 65535 stands for ``top``), ``"tiff32"`` (float32) or ``"npy"`` (float32).
-        top: the largest value a map can have, 2 x pairs for a sum of cosine distances.
+        top: Largest possible map value; 2 x the number of pairs for a sum of cosine distances.
+
+    Raises:
+        ValueError: If ``kind`` is none of these.
+        OSError: If the file cannot be written.
     """
     anomaly = np.ascontiguousarray(anomaly, np.float32)
     if kind == "npy":
         content = io.BytesIO()
         np.save(content, anomaly)
-        _save(path, content.getvalue())
+        _write(path, content.getvalue())
     elif kind == "tiff32":
-        _save(path, _encoded(Image.fromarray(anomaly), "TIFF"))
+        _write(path, _encode(Image.fromarray(anomaly), "TIFF"))
     elif kind == "tiff16":
-        _save(path, _encoded(Image.fromarray(to_uint16(anomaly, top)), "TIFF"))
+        _write(path, _encode(Image.fromarray(to_uint16(anomaly, top)), "TIFF"))
     else:
         raise ValueError(f"maps must be tiff16, tiff32, npy or none, got {kind!r}")
 
 
-def _encoded(image: Image.Image, kind: str) -> bytes:
-    """The bytes of the file: Pillow itself writes past Python's file object, and a full disk goes unnoticed."""
+def _encode(image: Image.Image, kind: str) -> bytes:
+    """Return an image as the bytes of a file.
+
+    Encoding goes through memory, because Pillow writes past Python's file object and does not notice a full disk.
+    """
     content = io.BytesIO()
     image.save(content, kind)
     return content.getvalue()
 
 
-def _save(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
     with replace_file(path) as file:
         file.write(content)

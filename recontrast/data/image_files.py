@@ -1,4 +1,4 @@
-"""Images somebody wants scored: read when they are asked for; one that cannot be read is noted, not raised."""
+"""Image files to score: decoded on access, with unreadable files recorded instead of raised."""
 
 import os
 from collections import Counter
@@ -13,15 +13,18 @@ from recontrast.data.images import Size, parse_size, read_image
 
 
 class ImageFiles:
-    """Image files by place; a file that is named twice is one.
+    """Image files, indexed by position; a file that is listed twice counts once.
+
+    Args:
+        paths: Paths of the files.
+        pool: Threads for decoding. None decodes on the calling thread.
 
     Attributes:
-        paths: in the order given.
-        unread: by place, one sentence that names the file; filled while they are read, from several threads.
+        paths: Paths without duplicates, in the order given.
+        errors: Error message of each file that could not be read, by position. Filled while files are read.
     """
 
     def __init__(self, paths: Sequence[Path], pool: ThreadPoolExecutor | None = None) -> None:
-        """``pool`` decodes; None: the thread that asks."""
         unique = {os.path.abspath(path): path for path in reversed(paths)}
         self.paths = list(reversed(unique.values()))
         self.errors: dict[int, str] = {}
@@ -31,48 +34,85 @@ class ImageFiles:
         return len(self.paths)
 
     def resized(self, size: Size, crop: Size | None = None) -> "ResizedImages":
-        """All of them in one size, as `recontrast.inference.infer.infer` takes them."""
+        """Return all images resized to one size, for `recontrast.inference.infer.infer`.
+
+        Args:
+            size: Size after resizing, in pixels.
+            crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+
+        Returns:
+            The images; they are read on access.
+        """
         return ResizedImages(self, size, crop)
 
-    def read(self, place: int, size: Size | None = None, crop: Size | None = None) -> np.ndarray | None:
-        """(H, W, 3) uint8, or None where the file cannot be read, with the reason in ``unread``."""
+    def read(self, position: int, size: Size | None = None, crop: Size | None = None) -> np.ndarray | None:
+        """Read one image. If it fails, store the reason in ``errors``.
+
+        Args:
+            position: Position of the file in ``paths``.
+            size: Size after resizing, in pixels. None keeps the size.
+            crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+
+        Returns:
+            (H, W, 3) uint8; None if the file cannot be read.
+        """
         try:
-            return read_image(self.paths[place], size=size, crop=crop)
+            return read_image(self.paths[position], size=size, crop=crop)
         except OSError as error:
-            self.errors[place] = f"{self.paths[place]}: {error.strerror or error}"
+            self.errors[position] = f"{self.paths[position]}: {error.strerror or error}"
         except ValueError as error:
-            self.errors[place] = str(error)
+            self.errors[position] = str(error)
         return None
 
-    def read_many(self, places: Sequence[int]) -> list[np.ndarray | None]:
-        """`read` of many places at once, each in its own size."""
-        return list(self._map(self.read, places))
+    def read_many(self, positions: Sequence[int]) -> list[np.ndarray | None]:
+        """Read several images at their original sizes.
+
+        Args:
+            positions: Positions of the files in ``paths``.
+
+        Returns:
+            The result of `read` for each position.
+        """
+        return list(self._map(self.read, positions))
 
 
 class ResizedImages:
-    """`ImageFiles` in one size; black in place of what could not be read."""
+    """Images of `ImageFiles`, resized to one size; unreadable files give black images.
 
-    def __init__(self, inputs: ImageFiles, size: Size, crop: Size | None) -> None:
-        self.inputs, self.size, self.crop = inputs, size, crop
+    Args:
+        files: Image files.
+        size: Size after resizing, in pixels.
+        crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+    """
+
+    def __init__(self, files: ImageFiles, size: Size, crop: Size | None) -> None:
+        self.files, self.size, self.crop = files, size, crop
         self.out = parse_size(size if crop is None else crop, "size")
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.files)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """(n, H, W, 3) uint8 of the places ``index``."""
-        return np.stack(list(self.inputs._map(self._read, index)))
+        """Read the images at the positions ``index``: (n, H, W, 3) uint8."""
+        return np.stack(list(self.files._map(self._read, index)))
 
-    def _read(self, place: int) -> np.ndarray:
-        found = self.inputs.read(place, self.size, self.crop)
-        return np.zeros((*self.out, 3), np.uint8) if found is None else found
+    def _read(self, position: int) -> np.ndarray:
+        """Read one image, (H, W, 3) uint8; black if the file cannot be read."""
+        pixels = self.files.read(position, self.size, self.crop)
+        return np.zeros((*self.out, 3), np.uint8) if pixels is None else pixels
 
 
 def assign_result_names(paths: Sequence[Path]) -> list[Path]:
-    """Where results go below the output folder: no two in one place.
+    """Return a unique path below the output folder for the results of each image.
 
-    Folders below the one that all files share are kept, and so is a file's suffix where the names differ in nothing
-    else (``a.png``, ``a.jpg``).
+    The path repeats the subfolders below the common parent of all files. The suffix is dropped, unless two files differ
+    only in it (``a.png`` and ``a.jpg``).
+
+    Args:
+        paths: Paths of the images, without duplicates.
+
+    Returns:
+        One relative path for each image.
     """
     full = [Path(os.path.abspath(path)) for path in paths]
     shared = os.path.commonpath([path.parent for path in full])

@@ -1,16 +1,16 @@
-"""Any image file to RGB uint8, its mask to bool, and a batch of them to the network's input.
+"""Decode images to RGB uint8 and masks to bool, and convert batches to network input.
 
-The pixels are those of the reference pipeline (torchvision's ``Resize``, ``CenterCrop``, ``ToTensor``, ``Normalize`` on
-PIL images, as in upstream's ``get_data_transforms``), to the bit. Where upstream takes what PIL happens to do, one
-picture gives one array here, whatever file it is stored in:
+The pixels are bit-identical to those of the reference pipeline (torchvision's ``Resize``, ``CenterCrop``, ``ToTensor``
+and ``Normalize`` on PIL images, as in ``get_data_transforms``). Upstream depends on details of PIL. Here, the
+same picture gives the same array in every file format:
 
-* PNG, JPEG, BMP, TIFF, WebP; the first picture of a file that holds several. The content decides, not the suffix.
-* grey, palette, 1-bit, CMYK and the like become RGB; transparency is dropped, not composited.
-* 16-bit grey is divided by 257 and rounded (PIL's own conversion clips at 255). 16-bit colour, and grey with alpha, is
-  cut to its high byte by Pillow before anything can be done about it: at most one level from the rounded value.
-* float samples, and integers beyond 16 bits, have no known scale: an error.
-* the EXIF orientation is applied, to masks by their own EXIF.
-* `MAX_PIXELS` replaces PIL's pixel limit; PIL's own is not changed, and only its WebP decoder still obeys it.
+* PNG, JPEG, BMP, TIFF and WebP are read; of a file with several images, the first. The content decides, not the suffix.
+* Grey, palette, 1-bit, CMYK and other modes become RGB. Transparency is dropped, not composited.
+* 16-bit grey is divided by 257 and rounded (PIL's own conversion clips at 255). Of 16-bit colour, and of 16-bit grey
+  with alpha, Pillow only returns the high byte, which differs from the rounded value by at most one level.
+* Float samples and integers beyond 16 bits have no known scale and raise an error.
+* The EXIF orientation is applied; masks use their own EXIF data.
+* `MAX_PIXELS` replaces PIL's pixel limit, without changing it; only PIL's WebP decoder still enforces its own.
 """
 
 from collections.abc import Sequence
@@ -38,28 +38,29 @@ __all__ = [
 ]
 
 MAX_PIXELS = 512_000_000
-"""Most pixels of an image, 1.5 GB as RGB: a larger header is damage or an attack before it is a photograph."""
+"""Largest number of pixels of an image, 1.5 GB as RGB; a header that states more is damaged or malicious."""
 
-_STRIP = 1 << 22  # pixels copied at once
+_STRIP_PIXELS = 1 << 22  # pixels copied at a time
 
-Size = int | Sequence[int]
+Size = int | Sequence[int]  # (height, width), or one number for a square
 
 
 def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = None) -> np.ndarray:
     """Decode an image file.
 
     Args:
-        path: PNG, JPEG, BMP, TIFF or WebP.
-        size: pixels, (h, w), or one number for a square; the aspect is not kept, as upstream. None keeps the size.
-        crop: pixels of the centre crop after it, (h, w) or one number. None keeps all.
+        path: PNG, JPEG, BMP, TIFF or WebP file.
+        size: Size after resizing, in pixels: (height, width), or one number for a square. The aspect ratio is not
+            kept, as upstream. None keeps the size.
+        crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
 
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: no whole image of these kinds, more than `MAX_PIXELS`, samples without a known scale, or a size or
-            crop that is none.
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not a complete image of these formats, has more than `MAX_PIXELS` pixels or samples
+            of unknown scale, or if ``size`` or ``crop`` is invalid.
     """
     return fit_picture(decode(path, MAX_PIXELS), size=size, crop=crop, name=path)
 
@@ -67,21 +68,21 @@ def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = 
 def fit_picture(
     picture: Image.Image, *, size: Size | None = None, crop: Size | None = None, name: PathLike = "image"
 ) -> np.ndarray:
-    """What `read_image` makes of a decoded picture: the same pixels as of the file that it was opened from.
+    """Convert a decoded image to the pixels that `read_image` returns for its file.
 
     Args:
-        picture: of any mode; turned upright already (`decode.upright`).
-        size: as in `read_image`.
-        crop: as in `read_image`.
-        name: begins the sentence of an error.
+        picture: PIL image of any mode, with its EXIF orientation applied.
+        size: Size after resizing, as in `read_image`.
+        crop: Size of the centre crop, as in `read_image`.
+        name: Name of the image in error messages.
 
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        ValueError: samples without a known scale, or a size or crop that is none.
+        ValueError: If the samples have no known scale, or if ``size`` or ``crop`` is invalid.
     """
-    return _rgb(_centre(name, _resize(_eight_bits(name, picture), size), crop))
+    return _to_rgb_array(_crop_centre(name, _resize(_to_eight_bits(name, picture), size), crop))
 
 
 def read_mask(
@@ -92,38 +93,38 @@ def read_mask(
     rule: str = "any",
     image: PathLike | None = None,
 ) -> np.ndarray:
-    """Decode a mask file; anomalous is what is not black.
+    """Decode a mask file; pixels that are not black are anomalous.
 
-    Grey values are kept through PIL's bilinear resize, as upstream. A mask with colours, or one that nowhere reaches
-    half of its full scale (0/1, class numbers), holds classes: there, every pixel that is not black counts as full.
+    Grey values pass through PIL's bilinear resize, as upstream. A mask in colour, or one whose maximum is below half of
+    full scale (0/1 or class numbers), contains class labels: all its pixels other than black count as full scale.
 
     Args:
-        path: PNG, JPEG, BMP, TIFF or WebP, of any depth.
-        size: as in `read_image`.
-        crop: as in `read_image`.
-        rule: "any" (greater than 0 after the resize: upstream, grows the mask by about a pixel) or "half" (at least
-            half of full scale).
-        image: the mask's image, whose upright size it must have. None checks nothing.
+        path: PNG, JPEG, BMP, TIFF or WebP file of any bit depth.
+        size: Size after resizing, as in `read_image`.
+        crop: Size of the centre crop, as in `read_image`.
+        rule: Pixels that are anomalous after resizing. "any": above 0, as upstream, which grows the mask by about one
+            pixel. "half": at least half of full scale.
+        image: Image of the mask; its upright size must be the same. None skips the check.
 
     Returns:
         (H, W) bool.
 
     Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: as in `read_image`; another rule; or another size than the image's.
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If ``rule`` is unknown, the mask and its image differ in size, or for the reasons of `read_image`.
     """
     if rule not in ("any", "half"):
         raise ValueError(f"read_mask: rule must be 'any' or 'half', got {rule!r}")
     decoded = decode(path, MAX_PIXELS)
     if image is not None:
-        wanted = image_size(image)
-        if wanted != (decoded.height, decoded.width):
+        height, width = image_size(image)
+        if (height, width) != (decoded.height, decoded.width):
             raise ValueError(
-                f"{path}: wanted a mask of the size of its image {image}, {wanted[0]} x {wanted[1]} (height x width, "
+                f"{path}: wanted a mask of the size of its image {image}, {height} x {width} (height x width, "
                 f"upright), got {decoded.height} x {decoded.width}"
             )
-    levels = _centre(path, _resize(Image.fromarray(_mask_levels(path, decoded)), size), crop)
-    return np.asarray(levels) >= (1 if rule == "any" else 128)  # 128: the first level above 255 / 2
+    levels = _crop_centre(path, _resize(Image.fromarray(_mask_levels(path, decoded)), size), crop)
+    return np.asarray(levels) >= (1 if rule == "any" else 128)  # 128 is the first level above 255 / 2
 
 
 def read_pair(
@@ -132,17 +133,17 @@ def read_pair(
     """Read the image and the mask of a `datasets.Sample`.
 
     Args:
-        sample: has `path` and `mask` (None where there is none).
-        size: as in `read_image`.
-        crop: as in `read_image`.
-        rule: as in `read_mask`.
+        sample: Sample with the attributes ``path`` and ``mask``.
+        size: Size after resizing, as in `read_image`.
+        crop: Size of the centre crop, as in `read_image`.
+        rule: Rule for anomalous pixels, as in `read_mask`.
 
     Returns:
-        Image (H, W, 3) uint8, and mask (H, W) bool or None.
+        The image, (H, W, 3) uint8, and the mask, (H, W) bool; None for samples without a mask.
 
     Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: as in `read_image` and `read_mask`.
+        OSError: If a file does not exist or cannot be opened.
+        ValueError: For the reasons of `read_image` and `read_mask`.
     """
     image = read_image(sample.path, size=size, crop=crop)
     if sample.mask is None:
@@ -151,11 +152,11 @@ def read_pair(
 
 
 def image_size(path: PathLike) -> tuple[int, int]:
-    """The upright height and width of the image at ``path``, in pixels, from the file's header.
+    """Height and width of the image at ``path`` after applying its EXIF orientation, in pixels; reads only the header.
 
     Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: no image of these kinds, or more than `MAX_PIXELS`.
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not an image of a known format, or has more than `MAX_PIXELS` pixels.
     """
     return read_upright_size(path, MAX_PIXELS)
 
@@ -169,21 +170,21 @@ def normalise(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """Bytes to network input, (x / 255 - mean) / std, with the roundings of torchvision's ToTensor and Normalize.
+    """Normalise a batch of images: (x / 255 - mean) / std, bit-identical to torchvision's ToTensor and Normalize.
 
     Args:
-        batch: (N, H, W, 3) uint8.
-        mean: of the three channels, in [0, 1].
-        std: of the three channels, in [0, 1].
-        device: where to compute; the bytes are moved, not the floats. None stays.
-        dtype: of the result; computed in float32.
-        channels_last: memory layout of the result; True needs no reordering.
+        batch: Images, (N, H, W, 3) uint8.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, in [0, 1].
+        device: Device of the result; the uint8 batch is moved there first. None keeps the device of the batch.
+        dtype: Dtype of the result; the computation is in float32.
+        channels_last: Whether the result is in channels-last memory format, which needs no reordering.
 
     Returns:
         (N, 3, H, W), in ``dtype``.
 
     Raises:
-        ValueError: a batch of another shape or dtype.
+        ValueError: If ``batch`` has another shape or dtype.
     """
     if isinstance(batch, np.ndarray):
         batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
@@ -197,31 +198,31 @@ def normalise(
     return rows.view(n, height, width, 3).permute(0, 3, 1, 2).to(dtype, memory_format=layout)
 
 
-@lru_cache(maxsize=16)  # to send them anew for each batch would wait for the device
+@lru_cache(maxsize=16)  # copying them to the device for each batch would block
 def _statistics(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """255, mean and std for each number of a row of pixels, (width * 3,) float32.
+    """Return 255, mean and std repeated for each value of a row of pixels, each (width * 3,) float32.
 
-    Rows with repeated statistics run in long loops, (3, 1, 1) over channels_last does not. All are tensors on the
-    device: CUDA turns a division by a Python number into a product, which rounds otherwise.
+    Broadcasting over whole rows is faster than broadcasting (3, 1, 1) over channels-last pixels. 255 is a tensor too,
+    because CUDA replaces division by a Python number by multiplication, which rounds differently.
     """
-    with torch.inference_mode(False):  # whoever asks first
+    with torch.inference_mode(False):  # the cached tensors must also work in training
         return tuple(torch.tensor(v, device=device).repeat(width) for v in ((255.0,) * 3, mean, std))
 
 
 def parse_size(value: Size, name: str) -> tuple[int, int]:
-    """A size in pixels as (h, w), checked.
+    """Convert a size to height and width.
 
     Args:
-        value: a whole number above 0, or two of them.
-        name: begins the sentence of an error.
+        value: Size in pixels: (height, width), or one number for a square.
+        name: Name of the value in error messages.
 
     Returns:
-        Height and width.
+        Height and width, in pixels.
 
     Raises:
-        ValueError: it is none.
+        ValueError: If ``value`` is not a positive integer or two of them.
     """
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in pair):
@@ -229,39 +230,39 @@ def parse_size(value: Size, name: str) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def _deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | None:
-    """Values and full scale of an image of more than 8 bits; None of any other."""
+def _read_deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | None:
+    """Return the values and the full scale of an image with more than 8 bits; None for other images."""
     if image.mode == "F":
         raise ValueError(f"{path}: wanted integer samples of 8 or 16 bits, got floats, whose scale is unknown")
     if not image.mode.startswith("I"):
         return None
-    tags = getattr(image, "tag_v2", {})  # of TIFF, gone after a transposition by EXIF of other formats
+    tags = getattr(image, "tag_v2", {})  # only TIFF images have tags
     full = 4095 if image.mode != "I" and tags.get(258) == (12,) else 65535
     values = np.asarray(image).astype(np.int32)
-    return (full - values if image.mode != "I" and tags.get(262) == 0 else values), full  # 262: 0 is white
+    return (full - values if image.mode != "I" and tags.get(262) == 0 else values), full  # tag 262, value 0: white is 0
 
 
-def _eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
-    """Image of mode L or RGB."""
-    deep = _deep(path, image)
+def _to_eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
+    """Convert an image to mode L or RGB."""
+    deep = _read_deep(path, image)
     if deep is not None:
         values, full = deep
         if values.min() < 0 or values.max() > full:
             raise ValueError(f"{path}: wanted samples from 0 to {full} (16 bits), got {values.min()} to {values.max()}")
         return Image.fromarray(((values * 255 + full // 2) // full).astype(np.uint8))  # (v + 128) // 257 for 16 bits
     with convert_decoder_errors(path):
-        if "transparency" in image.info:  # PIL warns, or looks for a replacement colour, where one is set
-            image = image.copy()  # it may be the caller's
+        if "transparency" in image.info:  # PIL would warn, or replace the transparent colour
+            image = image.copy()  # the image can belong to the caller
             del image.info["transparency"]
         if image.mode == "La":
             image = image.convert("LA")
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-        return image if image.mode == mode else image.convert(mode)  # PIL would copy
+        return image if image.mode == mode else image.convert(mode)  # convert() always copies
 
 
 def _mask_levels(path: PathLike, image: Image.Image) -> np.ndarray:
-    """(H, W) uint8, 0 normal to 255 anomalous."""
-    values, full = _deep(path, image) or (np.asarray(_eight_bits(path, image)), 255)
+    """Return a mask as (H, W) uint8, from 0 (normal) to 255 (anomalous)."""
+    values, full = _read_deep(path, image) or (np.asarray(_to_eight_bits(path, image)), 255)
     coloured = False
     if values.ndim == 3:
         coloured = bool((values != values[:, :, :1]).any())
@@ -271,25 +272,25 @@ def _mask_levels(path: PathLike, image: Image.Image) -> np.ndarray:
         return np.where(values != 0, np.uint8(255), np.uint8(0))
     if full == 255:
         return values
-    return np.maximum((values * 255 + full // 2) // full, values != 0).astype(np.uint8)  # nothing is rounded away
+    return np.maximum((values * 255 + full // 2) // full, values != 0).astype(np.uint8)  # anomalous pixels stay above 0
 
 
 def _resize(image: Image.Image, size: Size | None) -> Image.Image:
-    """Antialiased bilinear resize, as torchvision's Resize on a PIL image.
+    """Resize with antialiased bilinear interpolation, as torchvision's Resize does on a PIL image.
 
-    First across, then down, each rounded to 8 bits, as Pillow has it before version 13; from then on it begins with the
-    height where an image loses more of that, and a fifth of the pixels of a tall image differ by one level. Scores and
-    thresholds must not depend on Pillow's version, so the passes are asked for one by one.
+    Pillow before version 13 resizes horizontally, then vertically, and rounds to 8 bits after each pass. Later versions
+    start vertically if the height shrinks more, which changes a fifth of the pixels of a tall image by one level.
+    Scores and thresholds must not depend on the version of Pillow, so the passes are called one by one.
     """
     if size is None:
         return image
     height, width = parse_size(size, "size")
-    across = image.resize((width, image.height), Image.Resampling.BILINEAR)
-    return across.resize((width, height), Image.Resampling.BILINEAR)
+    horizontal = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    return horizontal.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _centre(path: PathLike, image: Image.Image, crop: Size | None) -> Image.Image:
-    """Centre crop with torchvision's rounding (half to even) of the margins."""
+def _crop_centre(path: PathLike, image: Image.Image, crop: Size | None) -> Image.Image:
+    """Cut out the centre; margins are rounded half to even, as in torchvision."""
     if crop is None:
         return image
     height, width = parse_size(crop, "crop")
@@ -302,15 +303,15 @@ def _centre(path: PathLike, image: Image.Image, crop: Size | None) -> Image.Imag
 
 
 def _cut(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
-    """A part of an image of mode L or RGB, pixel for pixel; PIL's own crop holds it against PIL's limit."""
+    """Cut out a part of an image of mode L or RGB. Image.crop would enforce PIL's pixel limit."""
     return image.resize((width, height), Image.Resampling.NEAREST, box=(left, top, left + width, top + height))
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of an image of mode L or RGB; strip by strip, as PIL's own way takes twice the memory."""
+def _to_rgb_array(image: Image.Image) -> np.ndarray:
+    """Convert an image of mode L or RGB to (H, W, 3) uint8, in strips: np.asarray would need twice the memory."""
     pixels = allocate_pixels((image.height, image.width, 3))
-    step = max(_STRIP // image.width, 1)
+    step = max(_STRIP_PIXELS // image.width, 1)
     for top in range(0, image.height, step):
         strip = np.asarray(_cut(image, 0, top, image.width, min(step, image.height - top)))
-        pixels[top : top + step] = strip if strip.ndim == 3 else strip[:, :, None]  # grey: thrice the same
+        pixels[top : top + step] = strip if strip.ndim == 3 else strip[:, :, None]  # grey: same value in all channels
     return pixels

@@ -1,4 +1,4 @@
-"""Memory of large images that is given back row by row, while the rest is still in use."""
+"""Arrays for large images whose memory can be returned row by row while the rest is still in use."""
 
 import math
 import mmap
@@ -6,23 +6,32 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST = 1 << 25  # bytes: smaller images are not worth pages of their own
+MIN_BYTES = 1 << 25  # smaller images are not worth a memory map of their own
 
 
 def allocate_pixels(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """An array of ``shape``, uint8; a large one in pages of its own, which `release_rows` can give back."""
+    """Allocate an uninitialised uint8 array.
+
+    Arrays of `MIN_BYTES` or more get a memory map of their own, so that `release_rows` can return parts of it.
+
+    Args:
+        shape: Shape of the array.
+
+    Returns:
+        The array, uint8 of ``shape``.
+    """
     size = math.prod(shape)
-    if size < LEAST or not hasattr(mmap, "MADV_DONTNEED"):
+    if size < MIN_BYTES or not hasattr(mmap, "MADV_DONTNEED"):
         return np.empty(shape, np.uint8)
-    own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # what is shared would stay
-    return np.frombuffer(own, np.uint8).reshape(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # MADV_DONTNEED keeps shared pages
+    return np.frombuffer(pages, np.uint8).reshape(shape)
 
 
 def release_rows(pixels: NDArray[np.uint8], rows: int) -> None:
     """Return the memory of the first rows of an array from `allocate_pixels` to the system; their content is lost.
 
     Args:
-        pixels: (H, W, C) uint8. Arrays with memory of any other kind are left as they are.
+        pixels: (H, W, C) uint8. Arrays that `allocate_pixels` did not map are left as they are.
         rows: Number of rows.
     """
     base = pixels.base

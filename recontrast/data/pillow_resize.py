@@ -1,15 +1,16 @@
-"""PIL's antialiased bilinear resize as two matrix products, to the bit, from whole numbers and stock operators alone.
+"""Pillow's antialiased bilinear resize as two matrix products of standard operators, bit-identical to Pillow.
 
-Pillow weights pixels by a triangle as wide as the scale (no narrower than 2 pixels), rounds each weight to a multiple
-of 2**-22, adds in whole numbers and rounds to 8 bits, after the horizontal and again after the vertical pass (Pillow,
-src/libImaging/Resample.c). The stock resize of ONNX and OpenVINO does none of it, and float32 does not hold such sums.
-Here a weight is the ratio n / S of two whole numbers, whose 22 binary digits come from long division in int32, which
-every runtime computes as such (OpenVINO turns int64 into int32 and float64 into float32). It is split into two digits,
-hi * 2**11 + lo with lo from -1024 to 1023, and a pixel into 128 + p: these, and sums up to 2**24, are exact in float32
-and in TF32.
+Pillow weights pixels by a triangle as wide as the scale (at least 2 pixels), rounds each weight to a multiple of
+2**-22, adds integers and rounds to 8 bits, first in the horizontal and then in the vertical pass (Pillow,
+src/libImaging/Resample.c). The resize operators of ONNX and OpenVINO do not, and float32 cannot represent such sums.
 
-Pillow divides in float64. The two agree because n * 2**22 / S is never half-way between two whole numbers where
-S < 2**23, and else at least 1 / (2 S) away. `max_exact_length` says up to which size all of this holds.
+Here, a weight is the ratio n / S of two integers. Its 22 binary digits come from long division in int32, which every
+runtime computes exactly (OpenVINO converts int64 to int32 and float64 to float32). The weight is split into two digits,
+hi * 2**11 + lo with lo from -1024 to 1023, and a pixel into 128 + p. These numbers, and sums up to 2**24, are exact in
+float32 and in TF32.
+
+Pillow divides in float64. Both agree, because n * 2**22 / S is never exactly half-way between two integers for
+S < 2**23, and otherwise at least 1 / (2 S) away from it. `max_exact_length` is the size up to which this holds.
 """
 
 import math
@@ -17,43 +18,45 @@ import math
 import torch
 from torch import Tensor, nn
 
-DIGIT = 2048  # 2**11: two digits are the 22 bits of a weight in Pillow, 32 - 8 of a pixel - 2
-STEPS = (64, 64, 32, 32)  # powers of 2 that make 2**22; a remainder times 64 is an int32 while S < 2**25
-MAX_REDUCTION = 60  # times smaller: with more, the sum of lo * p might pass 2**24
+DIGIT = 2048  # 2**11: two digits are the 22 bits of a weight in Pillow (32 bits, less 8 for a pixel and 2)
+STEPS = (64, 64, 32, 32)  # factors of 2**22; a remainder times 64 fits into an int32 while S < 2**25
+MAX_REDUCTION = 60  # largest exact reduction factor; beyond it, the sum of lo * p can exceed 2**24
 
 
 def max_exact_length(out: int) -> int:
-    """Pixels of the longest axis that becomes one of ``out`` exactly as with Pillow: 15,360 for 256."""
+    """Return the longest axis that is resized to ``out`` pixels exactly as by Pillow, in pixels: 15,360 for 256."""
     return min(MAX_REDUCTION * out, math.isqrt(2**22 * out))
 
 
 def compute_coefficients(length: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Weights of the pixels of an axis for each pixel of the result, in units of 2**-22.
+    """Compute the interpolation weights of an axis, in units of 2**-22.
 
     Args:
-        length: pixels of the axis.
-        out: pixels of the result.
-        device: where to compute.
+        length: Length of the axis, in pixels.
+        out: Length of the resized axis, in pixels.
+        device: Device of the result.
 
     Returns:
-        digits: (2 out, length), float32 whole numbers: hi of all rows, then lo; a weight is ``hi * DIGIT + lo``.
-        offset: (out, 2), float32: what the sums of hi * p and lo * p lack for p + 128, and for the rounding.
+        digits: (2 out, length) float32, integers: hi of all rows, then lo of all rows; a weight is
+            ``hi * DIGIT + lo``.
+        offset: (out, 2) float32: constants to add to the sums of hi * p and of lo * p, for the 128 in 128 + p and
+            for rounding.
     """
     at = torch.arange(out, dtype=torch.int32, device=device).unsqueeze(1)
     pixel = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)
     size = torch.full((1, 1), length, dtype=torch.int32, device=device)
-    # Distance of two centres and half the width of the triangle, both in 1 / (2 out) of a pixel.
+    # Distance between pixel centres, and half the width of the triangle, both in units of 1 / (2 out) pixels.
     distance = ((2 * pixel + 1) * out - (2 * at + 1) * size).abs()
     remainder = (2 * size.clamp(min=out) - distance).clamp(min=0)
     total = remainder.sum(1, keepdim=True, dtype=torch.int32)
     weight = torch.zeros_like(remainder)
     for step in STEPS:
         dividend = remainder * step
-        quotient = (dividend.float() / total.float()).to(torch.int32)  # at most 64: off by 1 at most, and mended
+        quotient = (dividend.float() / total.float()).to(torch.int32)  # at most 64; off by at most 1, corrected below
         rest = dividend - quotient * total
-        mend = (rest >= total).to(torch.int32) - (rest < 0).to(torch.int32)
-        weight = weight * step + quotient + mend
-        remainder = rest - mend * total
+        correction = (rest >= total).to(torch.int32) - (rest < 0).to(torch.int32)
+        weight = weight * step + quotient + correction
+        remainder = rest - correction * total
     weight = weight + (2 * remainder >= total).to(torch.int32)
     whole = weight.float()  # at most 2**22
     hi = torch.floor((whole + DIGIT // 2) / DIGIT)
@@ -63,28 +66,28 @@ def compute_coefficients(length: int, out: int, device: torch.device | None = No
     return torch.cat([hi, lo]), torch.stack([128 * hi.sum(1) + DIGIT // 2 + carry, low - carry * DIGIT], 1)
 
 
-def _levels(high: Tensor, low: Tensor) -> Tensor:
-    """``(high * DIGIT + low) >> 22``, clipped to 8 bits."""
+def _round_to_levels(high: Tensor, low: Tensor) -> Tensor:
+    """Return ``(high * DIGIT + low) >> 22``, clipped to 8 bits."""
     return torch.floor((high + torch.floor(low / DIGIT)) / DIGIT).clamp(0, 255)
 
 
-def _across(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
-    """(N, 3, H, W) to (N, 3, H, out), whole numbers from 0 to 255, with the coefficients of the horizontal axis."""
+def _resize_width(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
+    """Resize (N, 3, H, W) to (N, 3, H, out), integers from 0 to 255, with the coefficients of the horizontal axis."""
     sums, out = (pixels - 128) @ digits.mT, offset.shape[0]
-    return _levels(sums[..., :out] + offset[:, 0], sums[..., out:] + offset[:, 1])
+    return _round_to_levels(sums[..., :out] + offset[:, 0], sums[..., out:] + offset[:, 1])
 
 
-def _down(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
-    """(N, 3, H, W) to (N, 3, out, W), whole numbers from 0 to 255, with the coefficients of the vertical axis."""
+def _resize_height(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
+    """Resize (N, 3, H, W) to (N, 3, out, W), integers from 0 to 255, with the coefficients of the vertical axis."""
     sums, out = digits @ (pixels - 128), offset.shape[0]
-    return _levels(sums[..., :out, :] + offset[:, :1], sums[..., out:, :] + offset[:, 1:])
+    return _round_to_levels(sums[..., :out, :] + offset[:, :1], sums[..., out:, :] + offset[:, 1:])
 
 
 class PillowResize(nn.Module):
-    """Images of any size to ``out``, as `recontrast.data.images.read_image` has it.
+    """Resize images to ``out``, bit-identical to `recontrast.data.images.read_image`.
 
     Args:
-        out: height and width in pixels.
+        out: Height and width of the result, in pixels.
     """
 
     def __init__(self, out: tuple[int, int]) -> None:
@@ -92,8 +95,16 @@ class PillowResize(nn.Module):
         self.out = out
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, H, W, 3) uint8 to (N, 3, *out) float32 whole numbers from 0 to 255."""
-        (height, width), where = self.out, images.device
-        high, wide = images.shape[1:3]
-        across = _across(images.permute(0, 3, 1, 2).float(), *compute_coefficients(wide, width, where))
-        return _down(across, *compute_coefficients(high, height, where))
+        """Resize images.
+
+        Args:
+            images: (N, H, W, 3) uint8.
+
+        Returns:
+            (N, 3, *out) float32, integers from 0 to 255.
+        """
+        (out_height, out_width), device = self.out, images.device
+        height, width = images.shape[1:3]
+        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = _resize_width(pixels, *compute_coefficients(width, out_width, device))
+        return _resize_height(pixels, *compute_coefficients(height, out_height, device))

@@ -1,7 +1,7 @@
-"""Original downloads of the paper's data sets -> MVTec AD layout, whole or not at all, with counts checked.
+"""Convert the original downloads of the paper's data sets to MVTec AD layout, and check the number of images.
 
-Files are linked where that is possible: a hard link, else a relative symbolic link, else a copy. Only what must be
-changed is written anew: masks of VisA, images of APTOS 2019.
+The new data set appears when it is complete, or not at all. Files are linked if possible: a hard link, otherwise a
+relative symbolic link, otherwise a copy. Only masks of VisA and images of APTOS 2019 are converted.
 """
 
 import json
@@ -19,37 +19,50 @@ from recontrast.data.downloads import Entry
 from recontrast.data.heatmaps import save_png
 from recontrast.data.listing import PathLike
 
-MARKER_FILE = "prepared.json"  # beside the categories: what was made of which download
+MARKER_FILE = "prepared.json"  # file beside the categories that describes the download
 TRANSFER_METHODS = ("hard links", "symbolic links", "copies", "pictures written")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Images of one category; None where it is not known."""
+    """Number of images of a category.
+
+    Attributes:
+        train: Training images.
+        test: Test images.
+        good: Good test images; None if unknown.
+    """
 
     train: int
     test: int
-    good: int | None = None  # of the test
+    good: int | None = None
 
-    def differences(self, published: "Counts") -> list[str]:
-        """One text for each number that is not the published one."""
-        wanted = asdict(published)
+    def describe_differences(self, published: "Counts") -> list[str]:
+        """Describe each number that differs from the one in ``published``.
+
+        Args:
+            published: Published numbers.
+
+        Returns:
+            Texts such as ``"2 train, published 3"``.
+        """
+        expected = asdict(published)
         names = {"train": "train", "test": "test", "good": "good of test"}
         return [
-            f"{got} {names[key]}, published {wanted[key]}"
+            f"{got} {names[key]}, published {expected[key]}"
             for key, got in asdict(self).items()
-            if wanted[key] is not None and got != wanted[key]
+            if expected[key] is not None and got != expected[key]
         ]
 
 
-def _published(table: str) -> dict[str, Counts]:
-    """Lines of category, training, good and defective test images."""
+def _parse_counts(table: str) -> dict[str, Counts]:
+    """Parse lines of category, training images, good test images and defective test images."""
     rows = [line.split() for line in table.strip().splitlines()]
     return {name: Counts(int(train), int(good) + int(bad), int(good)) for name, train, good, bad in rows}
 
 
 PUBLISHED_COUNTS = {
-    "mvtec": _published(  # Bergmann et al., CVPR 2019, Table 1
+    "mvtec": _parse_counts(  # Bergmann et al., CVPR 2019, Table 1
         """
         bottle      209  20  63
         cable       224  58  92
@@ -68,7 +81,7 @@ PUBLISHED_COUNTS = {
         zipper      240  32 119
         """
     ),
-    "visa": _published(  # Zou et al., ECCV 2022; one-class split: nine tenths of the normal images are for training
+    "visa": _parse_counts(  # Zou et al., ECCV 2022; one-class split, with nine tenths of the normal images for training
         """
         candle      900 100 100
         capsules    542  60 100
@@ -84,7 +97,7 @@ PUBLISHED_COUNTS = {
         pipe_fryum  450  50 100
         """
     ),
-    # The counts that the reference trains and tests on; of ISIC's 193 test images it does not say how many are normal.
+    # Counts of the reference, which does not state how many of the 193 test images of ISIC are normal.
     "aptos": {"aptos": Counts(1000, 2662, 805)},
     "oct2017": {"oct2017": Counts(26315, 1000, 250)},
     "isic2018": {"isic2018": Counts(6705, 193)},
@@ -100,15 +113,25 @@ READERS: dict[str, Callable[[Path], downloads.Plan]] = {
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """What was found, and what was made of it."""
+    """Result of `prepare`.
+
+    Attributes:
+        name: Name of the data set.
+        source: Folder of the download, which can be below the folder given.
+        out: Root of the new data set; None if the download was only checked.
+        counts: Number of images by category.
+        published: Published number of images by category.
+        warnings: One sentence for each category that differs from the published counts, and one for missing categories.
+        files: Number of files by transfer method (`TRANSFER_METHODS`).
+    """
 
     name: str
-    source: Path  # where the download was found, at or below the folder that was named
-    out: Path | None  # root of the new data set; None if it was only checked
-    counts: dict[str, Counts]  # by category
+    source: Path
+    out: Path | None
+    counts: dict[str, Counts]
     published: dict[str, Counts]
-    warnings: list[str]  # a sentence for each category whose counts are not the published ones, one for those missing
-    files: dict[str, int]  # how many came in each of `TRANSFER_METHODS`
+    warnings: list[str]
+    files: dict[str, int]
 
 
 def prepare(
@@ -120,23 +143,24 @@ def prepare(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreparedDataset:
-    """Bring an original download into MVTec AD layout.
+    """Convert an original download to MVTec AD layout.
 
     Args:
-        name: one of `READERS`.
-        source: folder to which the download was unpacked, or one up to three levels above it.
-        out: root of the new data set, a folder that is not there or is empty. It appears when all is done. None checks
-            only: files and counts, but no pixel.
-        link: False copies every file.
-        workers: threads. None takes one per CPU that this process may use.
-        on_progress: called with (files done, files in all).
+        name: Name of the data set, one of `READERS`.
+        source: Folder to which the download was unpacked, or a folder up to three levels above it.
+        out: Root of the new data set, a folder that does not exist or is empty; it appears when it is complete. None
+            only checks files and counts, and reads no pixels.
+        link: Whether to link files; False copies them.
+        workers: Number of threads. None uses one per available CPU.
+        on_progress: Called with (files done, all files).
 
     Returns:
-        Counts beside the published ones, and how the files came.
+        The counts beside the published ones, and how files were transferred.
 
     Raises:
-        ValueError: there is nothing usable at ``source``, or a part of it is missing or not as it should be.
-        FileNotFoundError: a table names files that are not there.
+        FileNotFoundError: If a table or a file named by a table is missing.
+        ValueError: If ``name`` is unknown, the download is incomplete or invalid, or ``out`` is not empty.
+        OSError: If a file cannot be read or written.
     """
     if name not in READERS:
         raise ValueError(f"prepare: wanted one of {', '.join(READERS)}, got {name!r}")
@@ -147,50 +171,85 @@ def prepare(
     if out is not None:
         with create_folder(out) as folder:
             files = _fill(folder, os.path.realpath(out), entries, link, workers, on_progress)
-            about = {"data": name, "source": os.path.abspath(root), "files": files}
-            about |= {"images": {category: asdict(found) for category, found in counts.items()}}
-            (folder / MARKER_FILE).write_text(json.dumps(about, indent=1) + "\n")
+            description = {"data": name, "source": os.path.abspath(root), "files": files}
+            description |= {"images": {category: asdict(number) for category, number in counts.items()}}
+            (folder / MARKER_FILE).write_text(json.dumps(description, indent=1) + "\n")
     return PreparedDataset(
-        name, root, None if out is None else Path(out), counts, PUBLISHED_COUNTS[name], warnings, files
+        name=name,
+        source=root,
+        out=None if out is None else Path(out),
+        counts=counts,
+        published=PUBLISHED_COUNTS[name],
+        warnings=warnings,
+        files=files,
     )
 
 
 def count_images(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
-    """Images by category, in the order in which the categories come; refuses two files of one name."""
+    """Count the images of each category.
+
+    Args:
+        entries: Files of the data set.
+        root: Folder of the download, for error messages.
+
+    Returns:
+        Number of images by category, in the order of the entries.
+
+    Raises:
+        ValueError: If two entries have the same target, or a category has no training images.
+    """
     sources: dict[str, Path] = {}
-    places: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for entry in entries:
         if entry.target in sources:
             other = sources[entry.target]
             raise ValueError(f"{entry.source}: wanted one file for {entry.target}, got {other} for it too")
         sources[entry.target] = entry.source
         category, split, kind = entry.target.split("/")[:3]
-        places.setdefault(category, []).append(f"{split}/{kind}")
-    found: dict[str, Counts] = {}
-    for category, kinds in places.items():
+        folders.setdefault(category, []).append(f"{split}/{kind}")
+    counts: dict[str, Counts] = {}
+    for category, kinds in folders.items():
         train, test = (sum(kind.startswith(split) for kind in kinds) for split in ("train/", "test/"))
         if not train:
             raise ValueError(f"{root}: wanted good training images of {category}, got none beside {test} test images")
-        found[category] = Counts(train, test, kinds.count(f"test/{GOOD}"))
-    return found
+        counts[category] = Counts(train, test, kinds.count(f"test/{GOOD}"))
+    return counts
 
 
 def sum_counts(counts: dict[str, Counts]) -> Counts:
-    """The sum over all categories."""
-    good = [one.good for one in counts.values() if one.good is not None]
-    test = sum(one.test for one in counts.values())
-    return Counts(sum(one.train for one in counts.values()), test, sum(good) if len(good) == len(counts) else None)
+    """Add up the counts of all categories.
+
+    Args:
+        counts: Number of images by category.
+
+    Returns:
+        The sums; the number of good test images is None if it is unknown for a category.
+    """
+    good = [number.good for number in counts.values() if number.good is not None]
+    return Counts(
+        train=sum(number.train for number in counts.values()),
+        test=sum(number.test for number in counts.values()),
+        good=sum(good) if len(good) == len(counts) else None,
+    )
 
 
-def compare_counts(found: dict[str, Counts], published: dict[str, Counts]) -> list[str]:
-    """A sentence for each category that differs from what was published, and one for all that are missing."""
+def compare_counts(counts: dict[str, Counts], published: dict[str, Counts]) -> list[str]:
+    """Compare the number of images with the published numbers.
+
+    Args:
+        counts: Number of images by category.
+        published: Published number of images by category.
+
+    Returns:
+        One sentence for each category that differs, and one for all missing categories.
+    """
     warnings = []
-    for category, counts in found.items():
+    for category, number in counts.items():
         if category not in published:
-            warnings.append(f"{category}: {counts.train} train, {counts.test} test, not among the published categories")
-        elif differences := counts.differences(published[category]):
+            warnings.append(f"{category}: {number.train} train, {number.test} test, not among the published categories")
+        elif differences := number.describe_differences(published[category]):
             warnings.append(f"{category}: {'; '.join(differences)}")
-    if missing := [category for category in published if category not in found]:
+    if missing := [category for category in published if category not in counts]:
         warnings.append(f"{len(missing)} of {len(published)} published categories are missing: {', '.join(missing)}")
     return warnings
 
@@ -203,46 +262,47 @@ def _fill(
     workers: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, int]:
-    """Put every file where it belongs below ``folder``, which will be ``final``; how many came in which way."""
-    ways = dict.fromkeys(TRANSFER_METHODS, 0)
+    """Create all files below ``folder``, which will be renamed to ``final``; return the number by transfer method."""
+    counts = dict.fromkeys(TRANSFER_METHODS, 0)
 
-    def put(entry: Entry) -> str:
+    def transfer(entry: Entry) -> str:
         target = folder / entry.target
         target.parent.mkdir(parents=True, exist_ok=True)
-        picture = None if entry.make is None else entry.make(entry.source)
-        if picture is None:
-            seen_from = os.path.join(final, os.path.dirname(entry.target))
-            return _link(entry.source, target, seen_from) if link else _copy(entry.source, target)
-        save_png(target, picture)
+        pixels = None if entry.convert is None else entry.convert(entry.source)
+        if pixels is None:
+            final_folder = os.path.join(final, os.path.dirname(entry.target))
+            return _link(entry.source, target, final_folder) if link else _copy(entry.source, target)
+        save_png(target, pixels)
         return "pictures written"
 
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
     try:
-        for done, way in enumerate(pool.map(put, entries), 1):
-            ways[way] += 1
+        for done, method in enumerate(pool.map(transfer, entries), 1):
+            counts[method] += 1
             if on_progress is not None:
                 on_progress(done, len(entries))
-    finally:  # no thread writes any more when an error, or Ctrl-C, goes on from here
+    finally:  # wait for the threads, so that none writes after an error or Ctrl-C
         pool.shutdown(wait=True, cancel_futures=True)
-    return {way: number for way, number in ways.items() if number}
+    return {method: number for method, number in counts.items() if number}
 
 
-def _link(source: Path, target: Path, seen_from: str) -> str:
-    """A hard link, else a symbolic link relative to ``seen_from``, else a copy: which of them it became."""
+def _link(source: Path, target: Path, final_folder: str) -> str:
+    """Create a hard link, otherwise a symbolic link relative to ``final_folder``, otherwise a copy; return which."""
     real = os.path.realpath(source)
     try:
         os.link(real, target)
         return "hard links"
     except FileNotFoundError:
         raise
-    except OSError:  # another file system, or one that has no links, or not our file
+    except OSError:  # another file system, no support for links, or a file of another user
         try:
-            target.symlink_to(os.path.relpath(real, seen_from))
+            target.symlink_to(os.path.relpath(real, final_folder))
             return "symbolic links"
         except OSError:
             return _copy(source, target)
 
 
 def _copy(source: Path, target: Path) -> str:
+    """Copy a file with its times; return the name of the method."""
     shutil.copy2(source, target)
     return "copies"

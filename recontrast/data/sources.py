@@ -1,25 +1,36 @@
-"""The protocol of anything that yields decoded images."""
+"""Protocols for sources of decoded images."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 class Images(Protocol):
-    """Decoded images: `recontrast.data.cache.ImageCache`, or an array (n, H, W, 3)."""
+    """Decoded images, indexed by position: a `recontrast.data.cache.ImageCache` or an array (n, H, W, 3) uint8."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: Any, /) -> NDArray[np.uint8]: ...
 
 
+@runtime_checkable
+class FileImages(Images, Protocol):
+    """Images that were read from files, where one file can give several images (tiles).
+
+    Attributes:
+        offsets: Position of the first image of each file, followed by the number of images.
+    """
+
+    offsets: Sequence[int]
+
+
 class ConcatImages:
-    """Images of several sources as those of one, in their order.
+    """Several sources of images as one, in their order.
 
     Args:
-        sources: images of one size.
+        sources: Sources with images of the same size.
     """
 
     def __init__(self, sources: Sequence[Images]) -> None:
@@ -30,10 +41,17 @@ class ConcatImages:
         return self.ends[-1]
 
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
-        """The images of an array of rising whole numbers ``index``: (n, H, W, 3) uint8."""
+        """Read images by position.
+
+        Args:
+            index: Array of positions in ascending order, (n,).
+
+        Returns:
+            The images, (n, H, W, 3) uint8.
+        """
         parts = []
         for source, (begin, end) in zip(self.sources, pairwise(self.ends), strict=True):
-            inside = index[(index >= begin) & (index < end)]  # indices rise
+            inside = index[(index >= begin) & (index < end)]  # keeps the order, because positions ascend
             if inside.size:
                 parts.append(source[inside - begin])
         return np.concatenate(parts)

@@ -138,7 +138,7 @@ def test_every_kind_of_picture_scores_as_its_file(fitted, tests, tmp_path):
     (Image.new("RGB", (9, 9)), "got one PIL image: put it into a list"),
     ([], "got an empty one"),
     (3, "got int"),
-    ([b"a.png"], "got bytes at place 0"),
+    ([b"a.png"], "got bytes at position 0"),
     (np.zeros((4, 6)), r"got an array \(4, 6\) of float64"),
     (np.zeros((2, 8, 8, 4), np.uint8), r"image 0: wanted an array \(h, w, 3\) or \(h, w\), got \(8, 8, 4\)"),
     (np.zeros((2, 8, 8, 3), np.int64), r"wanted uint8, or floats in \[0, 1\], got int64"),

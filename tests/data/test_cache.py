@@ -176,7 +176,7 @@ def test_interrupt_leaves_nothing_and_stops_decoding(tmp_path, samples, decoded)
 
 
 def check_full(directory, samples, reason, code):
-    total = module._HEADER + N * 24 * 24 * 3
+    total = module._HEADER_BYTES + N * 24 * 24 * 3
     with pytest.raises(
         OSError,
         match=rf"^{directory}/images-\w+\.u8: wanted to write {total} bytes of decoded images, "

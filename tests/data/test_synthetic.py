@@ -88,7 +88,7 @@ def test_defect_changes_what_the_mask_covers(kind, name):
         image, mask = synthetic.draw_defect(photo, kind, np.random.default_rng(seed))
         assert image.shape == mask.shape == photo.shape and image.dtype == np.uint8 and mask.dtype == bool
         change = np.abs(image.astype(int) - photo)
-        assert change[mask].mean() >= synthetic.VISIBLE
+        assert change[mask].mean() >= synthetic.MIN_CONTRAST
         assert change[~mask].mean() < 0.5
         shares.append(mask.mean())
     assert 0.001 < min(shares) and max(shares) < 0.12

@@ -52,7 +52,7 @@ def test_a_detector_is_loaded_once_and_without_the_optimisers(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
 def test_rows_of_a_large_image_are_given_back(monkeypatch):
     """Tiles are the same; what lies above the last ones is no longer in memory."""
-    monkeypatch.setattr(memory, "LEAST", 1 << 20)
+    monkeypatch.setattr(memory, "MIN_BYTES", 1 << 20)
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

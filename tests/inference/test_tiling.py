@@ -206,7 +206,7 @@ def test_reduced_pictures():
 
 
 def test_overlay_by_strips(monkeypatch):
-    monkeypatch.setattr(large_maps, "STRIP", 100)
+    monkeypatch.setattr(large_maps, "STRIP_PIXELS", 100)
     pixels, anomaly = noise(40, 30, 3), np.random.default_rng(1).random((40, 30), np.float32)
     np.testing.assert_array_equal(large_maps.draw_overlay(pixels, anomaly), heatmaps.draw_overlay(pixels, anomaly))
 
