@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recontrast import metrics, ops
     from recontrast.anomaly_map import AnomalyMap
+    from recontrast.app.api import calibrate, evaluate, find_samples, load, train
     from recontrast.app.estimator import ReContrastDetector
     from recontrast.loss import global_cosine, hard_mined_cosine, pairs_loss, point_cosine
     from recontrast.mining import alpha_at, deviation, hardest, power
@@ -20,17 +21,22 @@ __all__ = [
     "ReContrastDetector",
     "Recipe",
     "alpha_at",
+    "calibrate",
     "deviation",
+    "evaluate",
+    "find_samples",
     "global_cosine",
     "hard_mined_cosine",
     "hardest",
+    "load",
     "metrics",
     "ops",
     "pairs_loss",
     "point_cosine",
     "power",
+    "train",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported on first use: torch and timm take seconds to import, and `recontrast --help` needs neither.
 _MODULES = {
@@ -40,13 +46,18 @@ _MODULES = {
     "ReContrastDetector": "app.estimator",
     "Recipe": "recipes.recipe",
     "alpha_at": "mining",
+    "calibrate": "app.api",
     "deviation": "mining",
+    "evaluate": "app.api",
+    "find_samples": "app.api",
     "global_cosine": "loss",
     "hard_mined_cosine": "loss",
     "hardest": "mining",
+    "load": "app.api",
     "pairs_loss": "loss",
     "point_cosine": "loss",
     "power": "mining",
+    "train": "app.api",
 }
 
 

@@ -22,6 +22,7 @@ from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import Result
 from recontrast.inference.infer import max_map_value
 from recontrast.inference.options import InferenceOptions
+from recontrast.models.fold import FoldedModel
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
@@ -98,6 +99,20 @@ def measure(
     inference = inference or InferenceOptions()
     trained, recipe = recipe, inference.apply_to(recipe)
     network = inference.build_network(model, recipe, trained)
+    return measure_network(network, groups, recipe, out, save_maps=save_maps, calibration=calibration, **options)
+
+
+def measure_network(
+    network: ReContrast | FoldedModel,
+    groups: Mapping[str, Sequence[Sample]],
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    save_maps: bool = False,
+    calibration: Calibration | None = None,
+    **options: Any,
+) -> tuple[Result, Decided | None, list[Path]]:
+    """As `measure`, with a network that is ready for inference, and the recipe that says how its maps are made."""
     keep = None
     if save_maps and out is not None:
         keep = _keeper(groups, out / "maps", max_map_value(network, recipe), recipe)

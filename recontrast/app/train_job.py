@@ -60,13 +60,13 @@ class TrainJob:
 
 
 def prepare_job(
-    data: Sequence[Path], recipe: str | None, changes: Mapping[str, Any], *, category: str | None, out: Path | None,
-    resume: Path | None, overwrite: bool,
+    data: Sequence[Path] | Mapping[str, list[Sample]], recipe: str | None, changes: Mapping[str, Any], *,
+    category: str | None, out: Path | None, resume: Path | None, overwrite: bool,
 ) -> TrainJob:  # fmt: skip
     """Recipe, data and folder of a run.
 
     Args:
-        data: data sets, categories or folders of good images.
+        data: Data sets, categories or folders of good images; or samples by category.
         recipe: name or YAML file; what ``resume`` holds takes its place. None: "mvtec", with a tenth of the good images
             held out for calibration where they are enough, which the paper's recipes do not.
         changes: fields of it.
@@ -85,9 +85,12 @@ def prepare_job(
     else:
         base = yaml_file.load_recipe(recipe or "mvtec")
     chosen = base.replace(**changes)
-    groups = datasets.load(data, None if category in (None, "all") else [category])
-    if category is None and len(groups) > 1:
+    if isinstance(data, Mapping):
+        groups, where = dict(data), "data"
+    else:
+        groups = datasets.load(data, None if category in (None, "all") else [category])
         where = " ".join(map(str, data))
+    if category is None and len(groups) > 1:
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))

@@ -57,7 +57,7 @@ class ImageFiles:
             (H, W, 3) uint8; None if the file cannot be read.
         """
         try:
-            return read_image(self.paths[position], size=size, crop=crop)
+            return self._decode(position, size, crop)
         except OSError as error:
             self.errors[position] = f"{self.paths[position]}: {error.strerror or error}"
         except ValueError as error:
@@ -74,6 +74,9 @@ class ImageFiles:
             The result of `read` for each position.
         """
         return list(self._map(self.read, positions))
+
+    def _decode(self, position: int, size: Size | None, crop: Size | None) -> np.ndarray:
+        return read_image(self.paths[position], size=size, crop=crop)
 
 
 class ResizedImages:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from recontrast.inference import tiling
 from recontrast.inference.exported_detector import PROGRAMS, ExportedDetector
 from recontrast.inference.infer import infer, max_map_value
 from recontrast.inference.options import InferenceOptions
+from recontrast.inference.prediction import Predictions, predict
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.device import trim_memory
 
@@ -66,6 +67,29 @@ class Detector(Protocol):
             Iterator over maps (N, H, W) and scores (N,), float32, batch after batch.
         """
 
+    def predict(
+        self, images: Any, *, false_alarm_rate: float | None = None, batch: int = 16,
+        errors: Literal["raise", "keep"] = "raise",
+    ) -> Predictions:  # fmt: skip
+        """Score images, and decide on them if the detector is calibrated.
+
+        Args:
+            images: One image or several: paths, folders, PIL images or arrays; see
+                `recontrast.inference.prediction.list_given`.
+            false_alarm_rate: Promised share of good images called defects, in place of the calibrated one.
+            batch: Number of images per forward pass.
+            errors: "raise" stops at an image that cannot be read; "keep" gives it a prediction with an ``error``.
+
+        Returns:
+            One `recontrast.inference.prediction.Prediction` for each image, in their order.
+
+        Raises:
+            ValueError: If the images are of another kind, one cannot be read, or the rate needs a calibration that is
+                missing or too small.
+            FileNotFoundError: If a path does not exist.
+        """
+        return predict(self, images, false_alarm_rate=false_alarm_rate, batch=batch, errors=errors)
+
 
 class CheckpointDetector(Detector):
     """Detector in a checkpoint. If it was trained on tiles, images are cut into tiles.
@@ -74,6 +98,8 @@ class CheckpointDetector(Detector):
 
     Attributes:
         model: Network in eval mode, on its device; BatchNorm is folded unless the options say otherwise.
+        path: Path of the checkpoint.
+        inference: How the model is run.
     """
 
     def __init__(
@@ -103,7 +129,8 @@ class CheckpointDetector(Detector):
                 not a checkpoint.
             OSError: If the checkpoint cannot be read.
         """
-        options = inference or InferenceOptions()
+        self.path = Path(path)
+        self.inference = options = inference or InferenceOptions()
         model, trained, state = checkpoints.load_model(path, device, calibrated=calibrated)
         recipe = options.apply_to(trained)
         self.recipe, self.overlap = tiling.resolve_tiling(model, recipe, tile, overlap, f"{path}")

@@ -10,7 +10,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from recontrast.calibration.conformal import Calibration
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.pillow_resize import max_exact_length
+from recontrast.inference.prediction import Predictions, predict
 from recontrast.recipes.recipe import Recipe, to_pair
 
 FORMAT = 1  # increased when inputs, outputs or the description change their meaning
@@ -239,6 +240,28 @@ class ExportedDetector:
                 group.append(image)
         if group:
             yield self._score(group)
+
+    def predict(
+        self, images: Any, *, false_alarm_rate: float | None = None, batch: int = 16,
+        errors: Literal["raise", "keep"] = "raise",
+    ) -> Predictions:  # fmt: skip
+        """Score images, and decide on them if the detector is calibrated; see `recontrast.inference.detector.Detector`.
+
+        Args:
+            images: One image or several: paths, folders, PIL images or arrays.
+            false_alarm_rate: Promised share of good images called defects, in place of the calibrated one.
+            batch: Largest number of images per call of the runtime.
+            errors: "raise" stops at an image that cannot be read; "keep" gives it a prediction with an ``error``.
+
+        Returns:
+            One prediction for each image, in their order.
+
+        Raises:
+            ValueError: If the images are of another kind, one cannot be read, or the rate needs a calibration that is
+                missing or too small.
+            FileNotFoundError: If a path does not exist.
+        """
+        return predict(self, images, false_alarm_rate=false_alarm_rate, batch=batch, errors=errors)
 
     def _score(self, group: list[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         results = self.program(np.stack(group))

@@ -1,7 +1,6 @@
 """``recontrast calibrate``: a threshold with a promise, from good images that the detector was not trained on."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,10 +58,10 @@ def calibrate(
     if not good and not check:
         raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
     from recontrast import checkpoint as checkpoints
+    from recontrast.app.calibrate_job import calibrate_detector
     from recontrast.calibration.conformal import allowed_false_alarms, describe_promise
-    from recontrast.checkpoint import digest
     from recontrast.data.listing import list_images
-    from recontrast.inference.calibrate import calibrate_files, refuse_training_images
+    from recontrast.inference.calibrate import refuse_training_images
     from recontrast.inference.detector import CheckpointDetector
 
     file = resolve_checkpoint(checkpoint)
@@ -82,13 +81,10 @@ def calibrate(
     found = detector.calibration
     if good:
         with ProgressBar("calibrate") as shown:
-            found, unread = calibrate_files(
-                detector, known, batch, shown, rate=false_alarm_rate, pixel_rate=pixel_rate,
-                source=", ".join(map(str, good)), weights=digest(stored.model, stored.recipe),
+            found, unread = calibrate_detector(
+                detector, stored, known, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
+                source=", ".join(map(str, good)), inference=how, batch=batch, on_progress=shown,
             )  # fmt: skip
-        if not how.has_same_scores(stored.recipe):
-            recipe = detector.recipe
-            found = replace(found, views=recipe.views, precision=recipe.precision)
         checkpoints.write_calibration(file, found)
         for line in describe_promise(found):
             typer.echo(line)

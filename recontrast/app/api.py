@@ -1,0 +1,262 @@
+"""The functions of the root for people who do not write their own loop: load, train, evaluate, calibrate, find_samples.
+
+They do what the commands of the same names do, take paths or objects, and return objects.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from recontrast import checkpoint as checkpoints
+from recontrast.app import evaluate_job, train_job
+from recontrast.app.calibrate_job import calibrate_detector
+from recontrast.calibration.conformal import PIXEL_RATE, RATE, allowed_false_alarms
+from recontrast.data import datasets
+from recontrast.data.datasets import Sample
+from recontrast.data.listing import PathLike, list_images
+from recontrast.evaluation.results import Result
+from recontrast.inference.calibrate import refuse_training_images
+from recontrast.inference.detector import CheckpointDetector, Detector, open_detector
+from recontrast.inference.options import InferenceOptions
+
+Data = PathLike | Sequence[PathLike] | Sequence[Sample]
+CHECKPOINT = "checkpoint.pt"
+
+
+def load(
+    path: PathLike,
+    device: str | torch.device | None = None,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    views: Literal["both", "trained", "frozen"] | None = None,
+    precision: Literal["float32", "bfloat16"] | None = None,
+) -> Detector:
+    """Load a detector for prediction.
+
+    Args:
+        path: A checkpoint, the folder of a run, or a file of ``recontrast export`` (.onnx, .xml, .pt2).
+        device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        tile: Side of the tiles in pixels, for a detector trained on tiles. None: as trained.
+        overlap: Pixels that neighboring tiles share. None: a quarter of the tile.
+        views: "both", "trained" or "frozen": which pairs of features make up the map. None: as trained.
+        precision: "float32" or "bfloat16". None: as trained.
+
+    Returns:
+        The detector (ReContrast, Guo et al., https://arxiv.org/abs/2306.02602). Its ``predict`` takes images, see
+        `recontrast.inference.prediction.predict`.
+
+    Raises:
+        ValueError: If the file holds no detector that this version can read, or options do not fit it.
+        FileNotFoundError: If there is no such file.
+
+    Examples:
+        >>> detector = recontrast.load("runs/mine")  # doctest: +SKIP
+        >>> detector.predict("photos")[0].show()  # doctest: +SKIP
+    """
+    file = _resolve_detector(path)
+    return open_detector(file, device, tile, overlap, InferenceOptions(views=views, precision=precision))
+
+
+def train(
+    data: Data,
+    out: PathLike | None = None,
+    *,
+    recipe: str | None = None,
+    category: str | None = None,
+    device: str | None = None,
+    resume: PathLike | None = None,
+    overwrite: bool = False,
+    cache_dir: PathLike | None = None,
+    teacher_cache: float = 0.0,
+    on_step: Callable[[int, int, str], None] | None = None,
+    **fields: Any,
+) -> CheckpointDetector:
+    """Train a detector (ReContrast, Guo et al., https://arxiv.org/abs/2306.02602) on good images.
+
+    Args:
+        data: A data set in MVTec AD layout, a category of it, a folder of good images, several of these, or samples of
+            `find_samples`.
+        out: Folder of the run: checkpoint.pt, log.jsonl, recipe.yaml. None: ``runs/CATEGORY``.
+        recipe: Name of one of the paper's recipes, or a YAML file. None: "mvtec", with a tenth of the good images held
+            out for calibration if that is 9 or more.
+        category: Name of one category in ``data``, or "all" for one detector of all of them. None: the only one.
+        device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        resume: Checkpoint or folder of a run to go on from, with its recipe, category and folder.
+        overwrite: Whether to replace the checkpoint of a former run in ``out``.
+        cache_dir: Folder for decoded images. None keeps them in memory.
+        teacher_cache: GiB of device memory for features of the frozen encoder.
+        on_step: Called with steps done, steps in all, and a text with loss and speed, whenever a line is logged.
+        fields: Fields of the recipe, such as ``backbone``, ``weights``, ``steps``, ``batch``, ``size``, ``tile``.
+
+    Returns:
+        The trained detector, loaded from its checkpoint; calibrated if good images were held out.
+
+    Raises:
+        ValueError: If there is nothing to train on, an option does not fit, or ``out`` holds a checkpoint already.
+        OSError: If a file cannot be read or written.
+        KeyboardInterrupt: On Ctrl-C, after the current step is complete and a checkpoint is written.
+    """
+    groups = _group(data, category)
+    file = None if resume is None else _resolve_detector(resume)
+    job = train_job.prepare_job(
+        groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
+        overwrite=overwrite,
+    )  # fmt: skip
+    train_job.run_job(
+        job, device=device, cache=None if cache_dir is None else Path(cache_dir), teacher_cache=teacher_cache,
+        tensorboard=False,
+        on_step=None if on_step is None else lambda _, done, total, note: on_step(done, total, note),
+    )  # fmt: skip
+    return CheckpointDetector(job.target, device)
+
+
+def evaluate(
+    detector: Detector | PathLike,
+    data: Data,
+    *,
+    category: str | None = None,
+    out: PathLike | None = None,
+    device: str | None = None,
+    batch: int = 16,
+    streaming: bool = False,
+    cache_dir: PathLike | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Result:
+    """Measure a detector on test images: AUROC, AP, F1 and AUPRO by category (protocol of the paper, section 4.1).
+
+    Args:
+        detector: A detector from a checkpoint, or the path of one.
+        data: Data sets or categories in MVTec AD layout, or samples of `find_samples`.
+        category: Name of one category, or "all". None: all.
+        out: Folder for results.json, results.csv, results.md and scores.csv. None writes nothing.
+        device: For a path: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        batch: Number of images per forward pass.
+        streaming: Whether to compute pixel metrics from histograms, in constant memory, with proven bounds.
+        cache_dir: Folder for decoded images. None decodes them again.
+        on_progress: Called with category, images done, and images of the category.
+
+    Returns:
+        Metrics in [0, 1] by category, and the score of each image; printed as a table.
+
+    Raises:
+        ValueError: If there are no test images, a mask does not fit its image, or the detector is an exported file.
+        OSError: If a file cannot be read or written.
+    """
+    loaded = _checkpoint_detector("evaluate", detector, device)
+    groups = _group(data, category)
+    return evaluate_job.measure_network(
+        loaded.model, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
+        batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress,
+    )[0]  # fmt: skip
+
+
+def calibrate(
+    detector: Detector | PathLike,
+    good: PathLike | Sequence[PathLike],
+    *,
+    false_alarm_rate: float = RATE,
+    pixel_rate: float = PIXEL_RATE,
+    device: str | None = None,
+    batch: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CheckpointDetector:
+    """Set the threshold that keeps a promised false-alarm rate (split conformal, Vovk et al., 2005), and store it.
+
+    Args:
+        detector: A detector from a checkpoint, or the path of one.
+        good: Good images that it was not trained on: paths of files or folders.
+        false_alarm_rate: Promised share of good images called defects, at least 1 / (n + 1) for n images.
+        pixel_rate: Promised share of a good image's map that is flagged.
+        device: For a path: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        batch: Number of images per forward pass.
+        on_progress: Called with images done and images in all.
+
+    Returns:
+        The calibrated detector, loaded from its checkpoint; see its ``calibration``.
+
+    Raises:
+        ValueError: If the images are too few for the rate, an image cannot be read or was trained on, or the detector
+            is an exported file.
+        OSError: If the checkpoint cannot be written.
+    """
+    loaded = _checkpoint_detector("calibrate", detector, device)
+    paths = list_images(good)
+    allowed_false_alarms(len(paths), false_alarm_rate)  # refuses too few images
+    stored = checkpoints.load(loaded.path, mapped=True)
+    refuse_training_images("calibrate: good", paths, stored)
+    calibration, unread = calibrate_detector(
+        loaded, stored, paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe(good),
+        inference=loaded.inference, batch=batch, on_progress=on_progress or (lambda done, total: None),
+    )  # fmt: skip
+    if unread:
+        raise ValueError(f"calibrate: good: wanted images that can be read, got {len(unread)} others: {unread[0]}")
+    checkpoints.write_calibration(loaded.path, calibration)
+    return CheckpointDetector(loaded.path, next(loaded.model.parameters()).device, inference=loaded.inference)
+
+
+def find_samples(data: PathLike | Sequence[PathLike], category: str | None = None) -> list[Sample]:
+    """List the images of data sets with their labels, masks and splits.
+
+    Args:
+        data: Data sets or categories in MVTec AD layout (the paper's section 4.1), or folders of good images.
+        category: Name of one category, or "all". None: all.
+
+    Returns:
+        One `recontrast.data.datasets.Sample` for each image: categories, splits and files in natural order.
+
+    Raises:
+        ValueError: If a folder has no such layout, or two categories have one name.
+        FileNotFoundError: If there is no such folder, or no such category.
+    """
+    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
+    groups = datasets.load(paths, None if category in (None, "all") else [category])
+    return [sample for group in groups.values() for sample in group]
+
+
+def _resolve_detector(path: PathLike) -> Path:
+    """The file of a detector: a folder stands for the checkpoint in it."""
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    if not (file / CHECKPOINT).is_file():
+        raise ValueError(
+            f"{path}: wanted a checkpoint, an exported file or the folder of a run, got a folder without {CHECKPOINT}"
+        )
+    return file / CHECKPOINT
+
+
+def _checkpoint_detector(function: str, detector: Detector | PathLike, device: str | None) -> CheckpointDetector:
+    if isinstance(detector, str | os.PathLike):
+        detector = load(detector, device)
+    if not isinstance(detector, CheckpointDetector):
+        raise ValueError(f"{function}: detector: wanted one from a checkpoint, got {type(detector).__name__}")
+    return detector
+
+
+def _group(data: Data, category: str | None) -> dict[str, list[Sample]]:
+    """Samples by category."""
+    given = [data] if isinstance(data, str | os.PathLike) else list(data)
+    if not given:
+        raise ValueError("data: wanted paths or samples, got none")
+    samples = [item for item in given if isinstance(item, Sample)]
+    if samples and len(samples) < len(given):
+        raise ValueError("data: wanted either paths or samples, got both")
+    if not samples:
+        samples = find_samples([item for item in given if not isinstance(item, Sample)], category)
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.category, []).append(sample)
+    if category in (None, "all"):
+        return groups
+    if category not in groups:
+        raise ValueError(f"category: wanted one of {', '.join(groups)} or all, got {category!r}")
+    return {category: groups[category]}
+
+
+def _describe(good: PathLike | Sequence[PathLike]) -> str:
+    paths = [good] if isinstance(good, str | os.PathLike) else list(good)
+    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -1,0 +1,329 @@
+"""Predictions as Python objects: score, decision, regions and anomaly map of each image, drawn on request."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from recontrast.data import heatmaps
+from recontrast.data.decode import apply_orientation
+from recontrast.data.image_files import ImageFiles
+from recontrast.data.images import fit_picture, image_size, read_image
+from recontrast.data.in_memory import to_uint8
+from recontrast.data.listing import list_images
+
+if TYPE_CHECKING:
+    from recontrast.inference.decisions import Region
+    from recontrast.inference.detector import Detector
+
+WANTED = (
+    "an image or a list of images: paths, folders, PIL images, arrays (h, w) or (h, w, 3), or one array (n, h, w, 3)"
+)
+DISPLAY_SIDE = 320  # pixels of a drawn image's longer side: three of them fit beside each other in a notebook
+OUTLINE = (0, 220, 120)  # green stands out on grey and on every heat color
+CAPTION_HEIGHT, MARGIN = 26, 6  # pixels
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says about one image.
+
+    Attributes:
+        name: Path of the image, or "image 3" for the fourth image given in memory.
+        score: Anomaly score; larger is more anomalous. NaN if the image could not be read.
+        p_value: Share of good images that score at least as high, in (0, 1] (split conformal, Vovk et al., 2005).
+            None without a calibration.
+        decision: "good" or "defect"; None without a calibration, or if the image could not be read.
+        regions: Anomalous regions of a defect in pixels of the original image, the highest peak first. Empty for
+            good images. None without a calibration or without a pixel threshold.
+        anomaly_map: Anomaly map (h, w), float32, in the resolution of the detector. It covers the part of the image
+            that `recontrast.inference.detector.map_extent` gives. None if the image could not be read.
+        error: Why the image could not be read; else None.
+    """
+
+    name: str
+    score: float
+    p_value: float | None
+    decision: Literal["good", "defect"] | None
+    regions: "tuple[Region, ...] | None"
+    anomaly_map: NDArray[np.float32] | None = field(repr=False)
+    error: str | None = None
+    _source: Any = field(default=None, repr=False)  # path, PIL image or array; read again when it is drawn
+    _recipe: Any = field(default=None, repr=False)
+    _pixel_threshold: float | None = field(default=None, repr=False)
+    _colors: tuple[float, float] = field(default=(0.0, 1.0), repr=False)  # map values of the coldest and hottest color
+
+    def image(self) -> Image.Image:
+        """Return the upright image in its own size, as RGB.
+
+        Returns:
+            The image.
+
+        Raises:
+            ValueError: If the image could not be read.
+        """
+        if self.error is not None:
+            raise ValueError(self.error)
+        return Image.fromarray(_read_pixels(self._source, self.name))
+
+    def heat_map(self) -> Image.Image:
+        """Return the anomaly map laid over the image.
+
+        All predictions of one call share one range of colors: with a calibration the threshold is in the middle.
+
+        Returns:
+            The overlay in the size of the original image.
+
+        Raises:
+            ValueError: If the image could not be read.
+        """
+        return Image.fromarray(self._overlay(np.asarray(self.image())))
+
+    def draw(self) -> Image.Image:
+        """Draw the image, its heat map, and the image with the regions outlined, side by side.
+
+        Returns:
+            An RGB picture with a caption: decision, score and p-value.
+
+        Raises:
+            ValueError: If the image could not be read.
+        """
+        image = self.image()
+        scale = min(1.0, DISPLAY_SIDE / max(image.size))
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR) if scale < 1 else image)
+        panels = [pixels, self._overlay(pixels)]
+        if self.regions:
+            panels.append(self._outlined(pixels))
+        width = sum(panel.shape[1] for panel in panels) + MARGIN * (len(panels) - 1)
+        picture = Image.new("RGB", (width, pixels.shape[0] + CAPTION_HEIGHT), "white")
+        left = 0
+        for panel in panels:
+            picture.paste(Image.fromarray(panel), (left, CAPTION_HEIGHT))
+            left += panel.shape[1] + MARGIN
+        text = ImageDraw.Draw(picture)
+        text.text((2, 4), self._caption(), fill="black", font=ImageFont.load_default(15))
+        return picture
+
+    def show(self) -> None:
+        """Show the drawing: in a notebook below the cell, elsewhere in the system's image viewer."""
+        try:
+            from IPython import get_ipython
+            from IPython.display import display
+        except ImportError:
+            get_ipython = None  # type: ignore[assignment]
+        if get_ipython is not None and hasattr(get_ipython(), "kernel"):
+            display(self)
+        else:
+            self.draw().show(title=self.name)
+
+    def _repr_png_(self) -> bytes | None:
+        """PNG of the drawing, which notebooks display; None if the image could not be read."""
+        if self.error is not None:
+            return None
+        png = io.BytesIO()
+        self.draw().save(png, "PNG")
+        return png.getvalue()
+
+    def _caption(self) -> str:
+        parts: list[str] = [] if self.decision is None else [self.decision]
+        parts.append(f"score {self.score:.4g}")
+        if self.p_value is not None:
+            parts.append(f"p = {self.p_value:.3g}")
+        return "   ".join(parts)
+
+    def _overlay(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        low, high = self._colors
+        heat = (self._map_over(pixels.shape[:2]) - low) / max(high - low, 1e-12)
+        return heatmaps.draw_overlay(pixels, heat)
+
+    def _outlined(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The image with a line around everything above the pixel threshold; at least around each region's peak."""
+        from scipy.ndimage import binary_dilation
+
+        inside = self._map_over(pixels.shape[:2]) > (np.inf if self._pixel_threshold is None else self._pixel_threshold)
+        line = binary_dilation(inside, iterations=2) & ~inside
+        outlined = pixels.copy()
+        outlined[line] = OUTLINE
+        return outlined
+
+    def _map_over(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """The map in an image of ``shape`` (H, W); what the detector did not see has the lowest value."""
+        from recontrast.inference.detector import map_extent
+
+        if self.anomaly_map is None:
+            raise ValueError(self.error)
+        top, left, height, width = map_extent(shape, self._recipe)
+        whole = np.full(tuple(shape), float(self.anomaly_map.min()), np.float32)
+        whole[top : top + height, left : left + width] = heatmaps.resize_map(self.anomaly_map, (height, width))
+        return whole
+
+
+class Predictions(list[Prediction]):
+    """The predictions of one call, a list in the order of the images."""
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """The scores (n,), float64; NaN for images that could not be read."""
+        return np.array([prediction.score for prediction in self], np.float64)
+
+    @property
+    def defects(self) -> "Predictions":
+        """The predictions whose decision is "defect"."""
+        return Predictions(prediction for prediction in self if prediction.decision == "defect")
+
+    def show(self, most: int = 8) -> None:
+        """Show the first ``most`` predictions, see `Prediction.show`.
+
+        Args:
+            most: Number of predictions to show.
+        """
+        for prediction in self[:most]:
+            if prediction.error is None:
+                prediction.show()
+
+
+class GivenImages(ImageFiles):
+    """Images of a program: paths, PIL images and arrays, mixed, as a detector reads image files.
+
+    Args:
+        images: See `list_given`.
+
+    Attributes:
+        names: Name of each image: its path, or "image" and its index.
+        sources: The images as they were given.
+    """
+
+    def __init__(self, images: Any, pool: Any = None) -> None:
+        super().__init__([], pool)
+        self.sources = list_given(images)
+        self.names = [
+            str(source) if isinstance(source, Path) else f"image {index}" for index, source in enumerate(self.sources)
+        ]
+        self.paths = [Path(name) for name in self.names]
+
+    def _decode(self, index: int, size: Any, crop: Any) -> NDArray[np.uint8]:
+        source = self.sources[index]
+        if isinstance(source, Path):
+            return read_image(source, size=size, crop=crop)
+        return fit_picture(_picture(source, self.names[index]), size=size, crop=crop, name=self.names[index])
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of an image in pixels, upright."""
+        source = self.sources[index]
+        if isinstance(source, Path):
+            return image_size(source)
+        picture = _picture(source, self.names[index])
+        return picture.height, picture.width
+
+
+def list_given(images: Any) -> list[Any]:
+    """Return images of any kind as one list.
+
+    Args:
+        images: One image, or a sequence of images that may mix kinds: paths of files, paths of folders (searched to the
+            bottom), PIL images, arrays (h, w) or (h, w, 3), uint8 or floats in [0, 1]; or one array (n, h, w, 3).
+
+    Returns:
+        Paths of files, PIL images and arrays.
+
+    Raises:
+        ValueError: If there is no image, or something else.
+        FileNotFoundError: If a path does not exist.
+    """
+    if isinstance(images, np.ndarray):
+        if images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3):
+            images = [images]
+        elif images.ndim != 4 and images.dtype.kind not in "OU":
+            raise ValueError(
+                f"images: wanted {WANTED}, got an array {images.shape}: pass list(images) for a stack of grey images"
+            )
+    elif isinstance(images, str | Path | Image.Image) or hasattr(images, "__fspath__"):
+        images = [images]
+    elif not hasattr(images, "__iter__") or isinstance(images, dict | bytes):
+        raise ValueError(f"images: wanted {WANTED}, got {type(images).__name__}")
+    listed: list[Any] = []
+    for index, image in enumerate(images):
+        if isinstance(image, str) or hasattr(image, "__fspath__"):
+            listed += list_images(image)
+        elif isinstance(image, Image.Image | np.ndarray):
+            listed.append(image)
+        else:
+            raise ValueError(f"images: wanted {WANTED}, got {type(image).__name__} at index {index}")
+    if not listed:
+        raise ValueError(f"images: wanted {WANTED}, got none")
+    return listed
+
+
+def predict(
+    detector: "Detector", images: Any, *, false_alarm_rate: float | None = None, batch: int = 16,
+    errors: Literal["raise", "keep"] = "raise",
+) -> Predictions:  # fmt: skip
+    """Score images, and decide on them if the detector is calibrated.
+
+    Args:
+        detector: See `recontrast.load`.
+        images: One image or several, see `list_given`.
+        false_alarm_rate: Promised share of good images called defects, in place of the calibrated one.
+        batch: Number of images per forward pass.
+        errors: "raise" stops at an image that cannot be read; "keep" gives it a prediction with `Prediction.error`.
+
+    Returns:
+        One prediction for each image, in their order; a folder gives one for each image in it.
+
+    Raises:
+        ValueError: If the images are of another kind, one cannot be read, or the rate needs a calibration that is
+            missing or too small.
+        FileNotFoundError: If a path does not exist.
+    """
+    from recontrast.inference.decisions import decide, select_calibration
+
+    if errors not in ("raise", "keep"):
+        raise ValueError(f"predict: errors: wanted 'raise' or 'keep', got {errors!r}")
+    if batch < 1:
+        raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
+    calibration = select_calibration(detector, false_alarm_rate, False, detector)
+    files = GivenImages(images)
+    maps: list[NDArray[np.float32]] = []
+    scores: list[float] = []
+    for batch_maps, batch_scores in detector.run(files, batch):
+        maps += list(np.asarray(batch_maps, np.float32))
+        scores += batch_scores.tolist()
+        if files.errors and errors == "raise":
+            raise ValueError(files.errors[min(files.errors)])
+    readable = [anomaly for index, anomaly in enumerate(maps) if index not in files.errors]
+    middle = None if calibration is None or detector.recipe.score != "max" else calibration.threshold
+    colors = heatmaps.colour_range([float(np.median(anomaly)) for anomaly in readable], (float(anomaly.max()) for anomaly in readable), middle) if readable else (0.0, 1.0)
+    predictions = Predictions()
+    for index, (name, source) in enumerate(zip(files.names, files.sources, strict=True)):
+        if index in files.errors:
+            predictions.append(Prediction(name, float("nan"), None, None, None, None, files.errors[index]))
+            continue
+        p_value, regions = None, None
+        decision: Literal["good", "defect"] | None = None
+        if calibration is not None:
+            decided = decide(calibration, maps[index], scores[index], files.shape(index), detector.recipe)
+            p_value, decision = decided.p_value, "defect" if decided.defect else "good"
+            regions = () if calibration.pixel_threshold is not None and not decided.defect else decided.regions
+        threshold = None if calibration is None else calibration.pixel_threshold
+        predictions.append(Prediction(
+            name, scores[index], p_value, decision, regions, maps[index], None, source, detector.recipe, threshold,
+            colors,
+        ))  # fmt: skip
+    return predictions
+
+
+def _picture(source: Any, name: str) -> Image.Image:
+    return apply_orientation(source) if isinstance(source, Image.Image) else Image.fromarray(to_uint8(source, name))
+
+
+def _read_pixels(source: Any, name: str) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of an image in its own size."""
+    if isinstance(source, Path):
+        return read_image(source)
+    return fit_picture(_picture(source, name), name=name)
