@@ -298,7 +298,13 @@ def predict(
             raise ValueError(files.errors[min(files.errors)])
     readable = [anomaly for index, anomaly in enumerate(maps) if index not in files.errors]
     middle = None if calibration is None or detector.recipe.score != "max" else calibration.threshold
-    colors = heatmaps.colour_range([float(np.median(anomaly)) for anomaly in readable], (float(anomaly.max()) for anomaly in readable), middle) if readable else (0.0, 1.0)
+    colors = (
+        heatmaps.colour_range(
+            [float(np.median(anomaly)) for anomaly in readable], (float(anomaly.max()) for anomaly in readable), middle
+        )
+        if readable
+        else (0.0, 1.0)
+    )
     predictions = Predictions()
     for index, (name, source) in enumerate(zip(files.names, files.sources, strict=True)):
         if index in files.errors:
