@@ -42,7 +42,7 @@ OUTSIDE = {
     "typer": "app",
     "rich": "app",
     "yaml": "recipes",
-    "PIL": "data app",
+    "PIL": "data inference app",
     "pyarrow": "app",
     "ray": "app",
     "sklearn": "app",

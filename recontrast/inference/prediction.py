@@ -29,7 +29,7 @@ OUTLINE = (0, 220, 120)  # green stands out on grey and on every heat color
 CAPTION_HEIGHT, MARGIN = 26, 6  # pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value
 class Prediction:
     """What a detector says about one image.
 
