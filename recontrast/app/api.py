@@ -13,7 +13,7 @@ import torch
 from recontrast import checkpoint as checkpoints
 from recontrast.app import evaluate_job, train_job
 from recontrast.app.calibrate_job import calibrate_detector
-from recontrast.calibration.conformal import PIXEL_RATE, RATE, allowed_false_alarms
+from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, allowed_false_alarms
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
 from recontrast.data.listing import PathLike, list_images
@@ -158,8 +158,8 @@ def calibrate(
     detector: Detector | PathLike,
     good: PathLike | Sequence[PathLike],
     *,
-    false_alarm_rate: float = RATE,
-    pixel_rate: float = PIXEL_RATE,
+    false_alarm_rate: float = DEFAULT_RATE,
+    pixel_rate: float = DEFAULT_PIXEL_RATE,
     device: str | None = None,
     batch: int = 16,
     on_progress: Callable[[int, int], None] | None = None,

@@ -168,10 +168,7 @@ def test_unreadable_image_stops_or_is_kept(calibrated, tmp_path):
     assert kept[2].decision is None and "broken.png" in kept[2].error and kept[2]._repr_png_() is None
     with pytest.raises(ValueError, match=r"broken\.png"):
         kept[2].draw()
-    assert (
-        kept[:2] == detector.predict(paths[:2])
-        or kept.scores[:2].tolist() == detector.predict(paths[:2]).scores.tolist()
-    )
+    assert kept.scores[:2].tolist() == detector.predict(paths[:2]).scores.tolist()
 
 
 def test_exported_file_predicts_as_the_checkpoint(calibrated, tmp_path):
@@ -224,14 +221,24 @@ def _newer_version(path):
 @pytest.mark.parametrize(
     ("name", "make", "error", "message"),
     [
-        ("folder", lambda path: path.mkdir(), ValueError, "got a folder without checkpoint.pt"),
-        ("missing.pt", lambda path: None, FileNotFoundError, "missing.pt: .*no such file"),
-        ("missing.onnx", lambda path: None, FileNotFoundError, "missing.onnx"),
-        ("other.pt", _other_tool, ValueError, "other.pt: wanted a checkpoint"),
-        ("newer.pt", _newer_version, ValueError, "newer.pt: .*version"),
-        ("text.pt", lambda path: path.write_text("text"), ValueError, "text.pt: wanted a checkpoint"),
-        ("pickle.pt", lambda path: path.write_bytes(pickle.dumps({"a": 1})), ValueError, "pickle.pt: wanted"),
-        ("zip.pt", lambda path: zipfile.ZipFile(path, "w").close(), ValueError, "zip.pt: wanted"),
+        ("folder", lambda path: path.mkdir(), ValueError, r"got a folder without checkpoint\.pt"),
+        ("missing.pt", lambda path: None, FileNotFoundError, r"missing\.pt: wanted a checkpoint file"),
+        ("missing.onnx", lambda path: None, FileNotFoundError, r"missing\.onnx: wanted an exported detector"),
+        ("other.pt", _other_tool, ValueError, r"other\.pt: wanted a recontrast checkpoint"),
+        ("newer.pt", _newer_version, ValueError, r"newer\.pt: wanted a checkpoint of format 1, got format 99"),
+        ("text.pt", lambda path: path.write_text("text"), ValueError, r"text\.pt: wanted a recontrast checkpoint"),
+        (
+            "pickle.pt",
+            lambda path: path.write_bytes(pickle.dumps({"a": 1})),
+            ValueError,
+            r"pickle\.pt: wanted a recontrast checkpoint",
+        ),
+        (
+            "zip.pt",
+            lambda path: zipfile.ZipFile(path, "w").close(),
+            ValueError,
+            r"zip\.pt: the checkpoint is cut off or damaged",
+        ),
     ],
 )
 def test_load_refuses_in_one_sentence(tmp_path, name, make, error, message):
