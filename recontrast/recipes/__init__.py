@@ -1,1 +1,1 @@
-"""Recipes: every setting of a training run, the paper's scripts among them."""
+"""Recipes: the settings of training runs, among them those of the paper's scripts."""

@@ -1,34 +1,51 @@
-"""The nine training scripts of the paper's code, as recipes."""
+"""The nine training scripts of the paper's public code, as recipes.
+
+Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602. The defaults of `Recipe` are the settings of
+recontrast_mvtec.py; each recipe below states only what its script does differently. All scripts report the result of
+the last step.
+"""
 
 from recontrast.recipes.recipe import VISA_BN_EVAL, VISA_BN_TRAIN, Recipe
 
-_MVTEC = Recipe(name="mvtec")  # recontrast_mvtec.py
+# recontrast_mvtec.py: one model per category. The mode of the encoder's BatchNorm is chosen by category.
+_MVTEC = Recipe(name="mvtec")
 
-_VISA = _MVTEC.replace(
-    name="visa", steps=3000, bn_train_categories=VISA_BN_TRAIN, bn_eval_categories=VISA_BN_EVAL
-)  # recontrast_visa.py
+# recontrast_visa.py: as recontrast_mvtec.py, with 1000 more steps and VisA's own choice of the BatchNorm mode.
+_VISA = _MVTEC.replace(name="visa", steps=3000, bn_train_categories=VISA_BN_TRAIN, bn_eval_categories=VISA_BN_EVAL)
 
-# recontrast_mvtec_stable.py. Its comment says that the encoder rests for 100 steps; its counter is raised for the
-# first time in the very step of the wipe, so that they are 99.
+# recontrast_mvtec_stable.py: the measures of appendix E against loss spikes, so that all categories can train with
+# BatchNorm in train mode. Its comment says that the encoder pauses for 100 steps after each reset of the decoder's
+# optimiser. The counter is first increased in the step of the reset itself, so the pause is 99 steps.
 _MVTEC_STABLE = _MVTEC.replace(
     name="mvtec_stable", encoder_bn="train", drop_last=True, partial_norm=True, eps=1e-10, ramp=0.2,
     wipe_every=500, rest=99, score=0.01,
 )  # fmt: skip
 
-# recontrast_visa_stable.py: 4000 steps, though its runs are named for 3000; its counter of resting steps begins at the
-# end and is never set back, so that the encoder never rests.
+# recontrast_visa_stable.py: trains for 4000 steps, although the default name of its runs says 3000. The counter of the
+# encoder's pause starts at its final value and is never reset, so the encoder never pauses.
 _VISA_STABLE = _MVTEC_STABLE.replace(
     name="visa_stable", steps=4000, bn_train_categories=VISA_BN_TRAIN, bn_eval_categories=VISA_BN_EVAL,
     rest=0, score="max",
 )  # fmt: skip
 
-# recontrast_mvtec_multiclass.py. Its one AdamW of three groups is two here: AdamW treats each weight alone.
+# recontrast_mvtec_multiclass.py: one model for all categories. It uses a single AdamW with three parameter groups; two
+# optimisers give the same numbers, because AdamW updates each weight independently.
 _MVTEC_UNIFIED = _MVTEC.replace(
     name="mvtec_unified", steps=5000, seed=1, encoder_bn="eval", drop_last=True, eps=1e-10, amsgrad=True,
     lr_drop=0.2, lr_drop_at=0.8, activation="gelu", reduce="mean", blur="zero5", score=0.01,
 )  # fmt: skip
 
-_APTOS = _MVTEC.replace(name="aptos", steps=1000, batch=32, encoder_bn="train")  # recontrast_aptos.py
+# recontrast_visa_multiclass.py: the settings of recontrast_mvtec_multiclass.py.
+_VISA_UNIFIED = _MVTEC_UNIFIED.replace(name="visa_unified")
+
+# recontrast_aptos.py: image-level only, with larger batches.
+_APTOS = _MVTEC.replace(name="aptos", steps=1000, batch=32, encoder_bn="train")
+
+# recontrast_oct.py: as recontrast_aptos.py, with the encoder's BatchNorm in eval mode.
+_OCT2017 = _APTOS.replace(name="oct2017", encoder_bn="eval")
+
+# recontrast_isic.py: the only script that crops (256 to 224 pixels) and that scores an image by the mean of its map.
+_ISIC2018 = _APTOS.replace(name="isic2018", steps=2000, crop=224, score="mean")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -39,14 +56,14 @@ RECIPES: dict[str, Recipe] = {
         _MVTEC_STABLE,
         _VISA_STABLE,
         _MVTEC_UNIFIED,
-        _MVTEC_UNIFIED.replace(name="visa_unified"),  # recontrast_visa_multiclass.py
+        _VISA_UNIFIED,
         _APTOS,
-        _APTOS.replace(name="oct2017", encoder_bn="eval"),  # recontrast_oct.py
-        _APTOS.replace(name="isic2018", steps=2000, crop=224, score="mean"),  # recontrast_isic.py
+        _OCT2017,
+        _ISIC2018,
     )
 }
-"""The recipes of the nine scripts in the paper's public code (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602):
+"""Recipes of the nine scripts in the paper's public code (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602).
 
-"mvtec", "visa", "mvtec_stable", "visa_stable" (appendix E), "mvtec_unified", "visa_unified", "aptos", "oct2017" and
-"isic2018", each by the name of `Recipe.name`. To change one: ``RECIPES["mvtec"].replace(steps=500)``.
+The keys are "mvtec", "visa", "mvtec_stable" and "visa_stable" (appendix E), "mvtec_unified", "visa_unified", "aptos",
+"oct2017" and "isic2018". To change a setting: ``RECIPES["mvtec"].replace(steps=500)``.
 """

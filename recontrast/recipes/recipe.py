@@ -1,7 +1,7 @@
-"""Recipes: everything that decides a training run and its evaluation, as one frozen typed value.
+"""`Recipe`: all settings of a training run and its evaluation, as a frozen dataclass.
 
-The numbers are those of the paper (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602, Appendix A) and of
-the scripts in its public code; each recipe names the script that it restates.
+The numbers are those of the paper (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602, appendix A) and of its
+public code.
 """
 
 import difflib
@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
 
-# Encoder BatchNorm of `recontrast_mvtec.py` and `recontrast_visa.py`: "chosen empirically" by its authors, by category.
+# Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py; "chosen empirically",
+# according to the authors.
 MVTEC_BN_EVAL = ("toothbrush", "leather", "grid", "tile", "wood", "screw")
 MVTEC_BN_TRAIN = ("carpet", "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "transistor", "zipper")
 VISA_BN_EVAL = ("cashew", "pcb1")
@@ -21,58 +22,88 @@ VISA_BN_TRAIN = ("candle", "capsules", "chewinggum", "fryum", "macaroni1", "maca
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run: data preparation, model, loss, optimisers, map and score.
+    """All settings of a training run and its evaluation: data, model, loss, optimisers, anomaly map and score.
 
-    ``loss`` to ``pairs`` are the switches of the paper's ablation (Table 6), of one model and one loop; ``views`` is
-    that of Table A6. RD4AD is ``train_encoder=False, pairs="self", mining=False``, with ``loss="point"`` as in its
-    paper or ``"global"`` as in its code. Defaults are those of upstream's recontrast_mvtec.py.
+    The defaults are those of upstream's recontrast_mvtec.py. The fields from ``loss`` to ``pairs`` are the switches of
+    the paper's ablation (Table 6), and ``views`` is that of Table A6. RD4AD is ``train_encoder=False, pairs="self",
+    mining=False``, with ``loss="point"`` as in its paper or ``loss="global"`` as in its code.
 
     Attributes:
-        name: that results and errors say.
-        backbone: timm's name; the default has torchvision's first weights, the ones that the paper starts from.
-        weights: as `recontrast.ReContrast` takes them; None: by name, through the hub.
-        steps: of the optimisers.
-        batch: images of a step, of all processes together.
-        size: pixels, a square or (height, width).
-        crop: pixels, centre crop after resizing, likewise; None: all.
-        tile: pixels; images keep their own scale and are seen in tiles: ``size`` counts for nothing.
-        stride: pixels from one training tile to the next; None: ``tile``, without overlap.
-        encoder_bn: mode of the trained encoder's BatchNorm; "auto": by category, see `encoder_bn_for`.
-        bn_train_categories, bn_eval_categories: those for which "auto" was chosen so by the authors.
-        decoder_lr: learning rate of bottleneck and decoder.
-        encoder_lr: learning rate of the trained encoder.
-        weight_decay, betas, eps, amsgrad: of AdamW.
-        alpha_start, alpha_end: of `recontrast.alpha_at`, standard deviations.
-        ramp: share of the steps over which alpha rises, in [0, 1].
-        factor: gradient of the easy points, at least 0.
-        activation: of the decoder.
-        partial_norm: `PartialNorm2d` in the encoders.
-        blur, reduce: of `recontrast.AnomalyMap`.
-        score: of an image: "max", "mean", or the mean of this top share of its points, in (0, 1].
-        mask_rule: of `recontrast.data.images.read_mask`.
-        seed: of weights, order and what is held out, from 0 to 2**63 - 1.
-        drop_last: whether an epoch's last batch is left out where it is smaller.
-        precision: of the convolutions; "bfloat16" by autocast.
-        tf32: float32 convolutions in TF32 where the GPU has it: cuDNN's default, and so the reference's.
-        channels_last: memory layout; None: as is faster on the device.
-        compile: the model through torch.compile: half a minute and more at the start of training.
-        graph: steps replayed as a CUDA graph; elsewhere they are not.
-        log_every: steps; the loss is read from the device only then.
-        checkpoint_every: steps.
-        lr_drop: both learning rates are multiplied by it from ``lr_drop_at`` on.
-        lr_drop_at: share of the steps, in [0, 1].
-        wipe_every: steps after which the decoder's AdamW forgets its moments and its step count; None: never.
-        rest: steps after each such wipe in which the encoder is not moved.
-        loss: cosine of the whole map (paper), or mean over points (RD4AD's paper).
-        mining: hard-normal mining: alpha and factor; of the global loss alone.
-        stop_gradient: the target of a pair is a constant.
-        train_encoder: False: the one encoder stays as pretrained, as in RD4AD.
-        pairs: each encoder rebuilt from the other, or one from itself (L pairs).
-        views: pairs of the anomaly map, by their target.
-        holdout: share of the good training images that is kept back, to calibrate on, in [0, 1).
+        name: Name in results and error messages. Default: "mvtec".
+        backbone: timm name of the encoder. Default: "wide_resnet50_2.tv_in1k", torchvision's WideResNet-50-2 with its
+            first ImageNet weights, as in the paper.
+        weights: Source of the pretrained weights: a file, "package" (an installed package) or "random". None, the
+            default, downloads them by name from timm's hub.
+        steps: Number of optimiser steps. Default: 2000.
+        batch: Images per step, over all processes. Default: 16.
+        size: Size to which images are resized, in pixels: (height, width), or one number for a square. The aspect ratio
+            is not kept. Default: 256.
+        crop: Size of the centre crop after resizing, in pixels. None, the default, keeps the whole image. The paper
+            crops to 224 for ISIC 2018.
+        tile: Side of square tiles, in pixels. If set, images keep their original scale and are processed in tiles, and
+            ``size`` is ignored. None, the default, resizes whole images, as the paper does.
+        stride: Distance from one training tile to the next, in pixels. None, the default, uses ``tile``: no overlap.
+        encoder_bn: Mode of BatchNorm in the trained encoder: "train" normalises with batch statistics, "eval" with
+            the pretrained ones. "auto", the default, selects the mode by category, see `encoder_bn_for`.
+        bn_train_categories: Categories for which "auto" means "train". Default: those of MVTec AD in upstream's script.
+        bn_eval_categories: Categories for which "auto" means "eval". Default: those of MVTec AD in upstream's script.
+        decoder_lr: Learning rate of bottleneck and decoder. Default: 2e-3.
+        encoder_lr: Learning rate of the trained encoder. Default: 1e-5.
+        weight_decay: Weight decay of AdamW. Default: 1e-5.
+        betas: Decay rates of the first and second moment in AdamW. Default: (0.9, 0.999).
+        eps: Constant added to the denominator in AdamW. Default: 1e-8; 1e-10 in the stable and unified scripts.
+        alpha_start: Alpha of hard-normal mining at the first step, in standard deviations. Points whose distance is
+            below mean + alpha * std count as easy. Default: -3, where hardly any do.
+        alpha_end: Alpha after the ramp, in standard deviations. Default: 1, where about 84 % of the points are easy.
+        ramp: Share of the steps over which alpha rises linearly, in [0, 1]. Default: 0.1; 0.2 in the stable scripts.
+        factor: Weight of the gradient of easy points, at least 0. Default: 0, which removes it.
+        activation: Activation of the decoder: "relu", the default, or "gelu" in the unified scripts.
+        partial_norm: Whether the encoders use `recontrast.models.partial_norm.PartialNorm2d`, which bounds the batch
+            variance from below, against the loss spikes of appendix E. Default: False; True in the stable scripts.
+        blur: Gaussian blur of the anomaly map, sigma 4 pixels: "reflect", the default, has 33 taps and mirrored
+            borders; "zero5", of the unified scripts, has 5 taps and zeros outside. None disables it.
+        reduce: How the maps of all pairs are combined: "sum", the default, or "mean" in the unified scripts.
+        score: Image score from the map: "max", the default, "mean", or the mean of the highest values, given as their
+            share of all pixels in (0, 1]. Stable (MVTec AD) and unified scripts use 0.01.
+        mask_rule: Pixels of a resized mask that count as anomalous: "any", the default, takes all above zero, as
+            upstream; "half" takes those of at least half of full scale. See `recontrast.data.images.read_mask`.
+        seed: Seed of weights, batch order and hold-out split, from 0 to 2**63 - 1. Default: 111; 1 in the unified
+            scripts.
+        drop_last: Whether to skip the last batch of an epoch if it is smaller. Default: False; True in the stable and
+            unified scripts.
+        precision: Precision of the convolutions: "float32", the default, or "bfloat16" with autocast. The paper uses
+            float32.
+        tf32: Whether float32 convolutions may use TF32 on GPUs that support it. Default: True, which is the default of
+            cuDNN and so that of the reference.
+        channels_last: Memory format: True for channels-last, False for contiguous. None, the default, takes the faster
+            one for the device.
+        compile: Whether to compile the model with ``torch.compile``, which takes half a minute or more at the start.
+            Default: False.
+        graph: Whether to replay training steps as a CUDA graph; ignored on other devices than CUDA. Default: False.
+        log_every: Steps between log lines; the loss is read from the device only then. Default: 20.
+        checkpoint_every: Steps between checkpoints. Default: 250.
+        amsgrad: Whether AdamW uses the AMSGrad variant. Default: False; True in the unified scripts.
+        lr_drop: Factor on both learning rates after the drop. Default: 1, no drop; 0.2 in the unified scripts.
+        lr_drop_at: Share of the steps after which the learning rates drop, in [0, 1]. Default: 1; 0.8 in the unified
+            scripts.
+        wipe_every: Steps between resets of the decoder's AdamW state (moments and step count), against stale moments
+            (appendix E). None, the default, never resets it; 500 in the stable scripts.
+        rest: Steps after each reset in which the encoder is not updated. Default: 0.
+        loss: Distance of a pair of feature maps: "global", the default, takes the cosine of the whole map as one vector
+            (paper); "point" takes the mean over points (RD4AD's paper).
+        mining: Whether to use hard-normal mining (``alpha_start`` to ``factor``); requires ``loss="global"``. Default:
+            True.
+        stop_gradient: Whether the target of a pair is treated as a constant. Default: True.
+        train_encoder: Whether one of the two encoders is trained. False uses one pretrained encoder, as RD4AD. Default:
+            True.
+        pairs: "cross", the default, reconstructs the features of each encoder from the other one. "self" reconstructs
+            the features of one encoder from themselves, as RD4AD.
+        views: Pairs that make up the anomaly map, by the encoder that gives the target: "trained", "frozen" or
+            "both", the default.
+        holdout: Share of the good training images kept back for calibration, in [0, 1). Default: 0, as in the paper.
 
     Raises:
-        ValueError: a field of another type or out of its range, or fields that exclude each other.
+        ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
     """
 
     name: str = "mvtec"
@@ -125,7 +156,7 @@ class Recipe:
     holdout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check every field; whole numbers given for real ones and lists given for tuples are converted."""
+        """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, list):
@@ -134,23 +165,32 @@ class Recipe:
                 value = float(value)
             if field.name == "betas" and isinstance(value, tuple) and all(type(v) is int for v in value):
                 value = tuple(float(v) for v in value)
-            holds, wanted = FIELD_RULES[field.name]
-            if not holds(value):
+            is_valid, wanted = FIELD_RULES[field.name]
+            if not is_valid(value):
                 raise ValueError(f"recipe {self.name!r}: {field.name} must be {wanted}, got {value!r}")
             object.__setattr__(self, field.name, value)
-        if self.crop is not None and any(c > s for c, s in zip(to_pair(self.crop), to_pair(self.size), strict=True)):
-            raise ValueError(
-                f"recipe {self.name!r}: crop must not be larger than size {self.size!r}, got {self.crop!r}"
-            )
-        if both := set(self.bn_train_categories) & set(self.bn_eval_categories):
-            raise ValueError(
-                f"recipe {self.name!r}: bn_eval_categories must hold no category of bn_train_categories, "
-                f"got {sorted(both)} in both"
-            )
-        for wrong, sentence in (
-            (self.tile and self.crop, f"crop must be none where tile is given ({self.tile}), got {self.crop!r}"),
+        for contradicts, message in self._contradictions():
+            if contradicts:
+                raise ValueError(f"recipe {self.name!r}: {message}")
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        """Combinations of fields that are not allowed: whether each one is present, and its error message."""
+        crop_exceeds = self.crop is not None and any(
+            crop > size for crop, size in zip(to_pair(self.crop), to_pair(self.size), strict=True)
+        )
+        in_both = sorted(set(self.bn_train_categories) & set(self.bn_eval_categories))
+        return [
+            (crop_exceeds, f"crop must not be larger than size {self.size!r}, got {self.crop!r}"),
             (
-                self.stride and self.stride > (self.tile or 0),
+                bool(in_both),
+                f"bn_eval_categories must hold no category of bn_train_categories, got {in_both} in both",
+            ),
+            (
+                self.tile is not None and self.crop is not None,
+                f"crop must be none where tile is given ({self.tile}), got {self.crop!r}",
+            ),
+            (
+                self.stride is not None and self.stride > (self.tile or 0),
                 f"stride must be at most tile ({self.tile}), got {self.stride}",
             ),
             (self.mining and self.loss == "point", "mining must be false where loss is 'point', got true"),
@@ -166,13 +206,11 @@ class Recipe:
                 self.rest > (self.wipe_every or 0),
                 f"rest must be at most wipe_every ({self.wipe_every}), got {self.rest}",
             ),
-        ):
-            if wrong:
-                raise ValueError(f"recipe {self.name!r}: {sentence}")
+        ]
 
     @property
     def out(self) -> tuple[int, int]:
-        """The height and width, in pixels, of the images or tiles that the model sees and of the maps that it gives."""
+        """Height and width of the network input and of the anomaly map, in pixels."""
         if self.tile is not None:
             return self.tile, self.tile
         return to_pair(self.size if self.crop is None else self.crop)
@@ -180,69 +218,76 @@ class Recipe:
     def encoder_bn_for(self, category: str) -> Literal["train", "eval"]:
         """The BatchNorm mode of the trained encoder for ``category``.
 
-        With ``encoder_bn="auto"`` as the paper chose it for its own categories, and ``"eval"`` for any other: one
-        class in a batch says little about the statistics of another.
+        With ``encoder_bn="auto"``, this is the paper's choice for its own categories and ``"eval"`` for all others,
+        because the statistics of a batch from a single category are unreliable.
         """
         if self.encoder_bn != "auto":
             return self.encoder_bn
         return "train" if category in self.bn_train_categories else "eval"
 
     def replace(self, **changes: Any) -> "Recipe":
-        """A copy with ``changes``, checked.
+        """Return a copy of the recipe with some fields changed.
+
+        Args:
+            **changes: New values by field name.
+
+        Returns:
+            The new recipe.
 
         Raises:
-            ValueError: an unknown field, or a value that is not allowed.
+            ValueError: If a field is unknown or a value is invalid.
         """
-        _refuse_unknown(changes, self.name)
+        _check_names(changes, self.name)
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values that JSON can hold."""
+        """All fields as values that JSON can represent; tuples become lists."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The inverse of `to_dict`.
+        """Create a recipe from a mapping, the inverse of `to_dict`.
 
         Args:
-            values: fields by name; absent ones take their defaults.
+            values: Values by field name. Missing fields take their defaults.
 
         Returns:
             The recipe.
 
         Raises:
-            ValueError: no mapping, an unknown field, or a value that is not allowed.
+            ValueError: If ``values`` is not a mapping, a field is unknown, or a value is invalid.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe: wanted a mapping of field names to values, got {type(values).__name__}")
-        _refuse_unknown(values, str(values.get("name", "mvtec")))
+        _check_names(values, str(values.get("name", "mvtec")))
         return cls(**values)
 
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) of ``size``, which may be one number."""
+    """Height and width of ``size``, which is a pair or one number for a square."""
     return (size, size) if isinstance(size, int) else size
 
 
-def list_differences(one: Recipe, other: Recipe, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Each field in which two recipes differ.
+def list_differences(recipe: Recipe, other: Recipe, ignore: tuple[str, ...] = ()) -> list[str]:
+    """List the fields in which two recipes differ.
 
     Args:
-        one: a recipe.
-        other: another.
-        ignore: names of fields.
+        recipe: First recipe.
+        other: Second recipe.
+        ignore: Names of fields to skip.
 
     Returns:
-        Texts like ``"batch: 16 and 8"``.
+        Texts such as ``"batch: 16 and 8"``.
     """
-    a, b = one.to_dict(), other.to_dict()
+    a, b = recipe.to_dict(), other.to_dict()
     return [f"{key}: {a[key]!r} and {b[key]!r}" for key in a if key not in ignore and a[key] != b[key]]
 
 
-def _refuse_unknown(values: Mapping[str, Any], name: str) -> None:
-    known = [field.name for field in fields(Recipe)]
+def _check_names(values: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if ``values`` contains a name that is not a field; suggest the closest one."""
+    names = [field.name for field in fields(Recipe)]
     for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(f"recipe {name!r}: there is no field {key!r}{hint}; fields are {', '.join(known)}")
+            raise ValueError(f"recipe {name!r}: there is no field {key!r}{hint}; fields are {', '.join(names)}")

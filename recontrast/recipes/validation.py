@@ -1,58 +1,64 @@
-"""What each field of a `Recipe` may hold."""
+"""Rules for the fields of a `Recipe`: which values are valid."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-# Whether a value will do, and the words for those that do.
+# Function that tells whether a value is valid, and a description of valid values for error messages.
 FieldRule = tuple[Callable[[Any], bool], str]
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer; bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _whole(least: int) -> FieldRule:
-    return lambda v: _is_whole(v) and v >= least, f"a whole number of at least {least}"
+def _integer(minimum: int) -> FieldRule:
+    """Return the rule for integers of at least ``minimum``."""
+    return lambda v: _is_integer(v) and v >= minimum, f"a whole number of at least {minimum}"
 
 
-def _real(holds: Callable[[float], bool], wanted: str) -> FieldRule:
-    return lambda v: isinstance(v, float) and math.isfinite(v) and holds(v), wanted
+def _float(is_valid: Callable[[float], bool], wanted: str) -> FieldRule:
+    """Return the rule for finite floats that fulfil a condition."""
+    return lambda v: isinstance(v, float) and math.isfinite(v) and is_valid(v), wanted
 
 
 def _one_of(*choices: Any) -> FieldRule:
+    """Return the rule for a fixed set of values."""
     return lambda v: any(v is c or (isinstance(v, str) and v == c) for c in choices), "one of " + ", ".join(
         map(repr, choices)
     )
 
 
-def _is_extent(value: Any) -> bool:
+def _is_size(value: Any) -> bool:
+    """Whether ``value`` is a positive integer or a pair of them."""
     if isinstance(value, tuple):
-        return len(value) == 2 and all(_is_whole(v) and v >= 1 for v in value)
-    return _is_whole(value) and value >= 1
+        return len(value) == 2 and all(_is_integer(v) and v >= 1 for v in value)
+    return _is_integer(value) and value >= 1
 
 
 def _is_names(value: Any) -> bool:
+    """Whether ``value`` is a tuple of strings."""
     return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
 
-_EXTENT: FieldRule = (_is_extent, "a whole number of pixels or a pair (height, width)")
+_SIZE: FieldRule = (_is_size, "a whole number of pixels or a pair (height, width)")
 _NAMES: FieldRule = (_is_names, "a list of category names")
 _FLAG: FieldRule = (lambda v: isinstance(v, bool), "true or false")
-_RATE = _real(lambda v: v >= 0, "a number of at least 0")
-_ANY = _real(lambda v: True, "a number")
-_SHARE = _real(lambda v: 0 <= v <= 1, "a share from 0 to 1")
+_RATE = _float(lambda v: v >= 0, "a number of at least 0")
+_FINITE = _float(lambda v: True, "a number")
+_SHARE = _float(lambda v: 0 <= v <= 1, "a share from 0 to 1")
 
 FIELD_RULES: dict[str, FieldRule] = {
     "name": (lambda v: isinstance(v, str) and bool(v), "a name"),
     "backbone": (lambda v: isinstance(v, str) and bool(v), "the name of a timm model"),
     "weights": (lambda v: v is None or (isinstance(v, str) and bool(v)), 'none, a file, "package" or "random"'),
-    "steps": _whole(1),
-    "batch": _whole(1),
-    "size": _EXTENT,
-    "crop": (lambda v: v is None or _is_extent(v), f"none, {_EXTENT[1]}"),
-    "tile": (lambda v: v is None or (_is_whole(v) and v >= 1), "none or a whole number of pixels"),
-    "stride": (lambda v: v is None or (_is_whole(v) and v >= 1), "none or a whole number of pixels"),
+    "steps": _integer(1),
+    "batch": _integer(1),
+    "size": _SIZE,
+    "crop": (lambda v: v is None or _is_size(v), f"none, {_SIZE[1]}"),
+    "tile": (lambda v: v is None or (_is_integer(v) and v >= 1), "none or a whole number of pixels"),
+    "stride": (lambda v: v is None or (_is_integer(v) and v >= 1), "none or a whole number of pixels"),
     "encoder_bn": _one_of("auto", "train", "eval"),
     "bn_train_categories": _NAMES,
     "bn_eval_categories": _NAMES,
@@ -63,11 +69,11 @@ FIELD_RULES: dict[str, FieldRule] = {
         lambda v: isinstance(v, tuple) and len(v) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in v),
         "two numbers of at least 0 and below 1",
     ),
-    "eps": _real(lambda v: v > 0, "a number above 0"),
-    "alpha_start": _ANY,
-    "alpha_end": _ANY,
+    "eps": _float(lambda v: v > 0, "a number above 0"),
+    "alpha_start": _FINITE,
+    "alpha_end": _FINITE,
     "ramp": _SHARE,
-    "factor": _real(lambda v: v >= 0, "a number of at least 0"),
+    "factor": _float(lambda v: v >= 0, "a number of at least 0"),
     "activation": _one_of("relu", "gelu"),
     "partial_norm": _FLAG,
     "blur": _one_of("reflect", "zero5", None),
@@ -78,28 +84,28 @@ FIELD_RULES: dict[str, FieldRule] = {
     ),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,
-    "lr_drop": _real(lambda v: v > 0, "a number above 0"),
+    "lr_drop": _float(lambda v: v > 0, "a number above 0"),
     "lr_drop_at": _SHARE,
-    "wipe_every": (lambda v: v is None or (_is_whole(v) and v >= 1), "none or a whole number of at least 1"),
-    "rest": _whole(0),
+    "wipe_every": (lambda v: v is None or (_is_integer(v) and v >= 1), "none or a whole number of at least 1"),
+    "rest": _integer(0),
     "loss": _one_of("global", "point"),
     "mining": _FLAG,
     "stop_gradient": _FLAG,
     "train_encoder": _FLAG,
     "pairs": _one_of("cross", "self"),
     "views": _one_of("both", "trained", "frozen"),
-    "holdout": _real(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
-    "seed": (lambda v: _is_whole(v) and 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
+    "holdout": _float(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
+    "seed": (lambda v: _is_integer(v) and 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     "drop_last": _FLAG,
     "precision": _one_of("float32", "bfloat16"),
     "tf32": _FLAG,
     "channels_last": (lambda v: v is None or isinstance(v, bool), "true, false or none"),
     "compile": _FLAG,
     "graph": _FLAG,
-    "log_every": _whole(1),
-    "checkpoint_every": _whole(1),
+    "log_every": _integer(1),
+    "checkpoint_every": _integer(1),
 }
-# Fields of real numbers: a whole one that is given for them is converted.
+# Fields of type float; integers are converted.
 FLOAT_FIELDS = (
     "decoder_lr",
     "encoder_lr",

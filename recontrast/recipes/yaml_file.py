@@ -1,4 +1,4 @@
-"""Recipes as YAML files: read, written, found by name."""
+"""Read and write recipes as YAML files, and load recipes by name."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,23 @@ from recontrast.data.atomic import replace_file
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
 
-FILE_NAME = "recipe.yaml"  # beside the checkpoint of a run
+FILE_NAME = "recipe.yaml"  # name of the file beside the checkpoint of a run
 SUFFIXES = (".yaml", ".yml")
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of the paper of that name, or that of a YAML file."""
+    """Load a recipe of the paper, or a YAML file.
+
+    Args:
+        name: Name of a recipe in `RECIPES`, or path of a YAML file.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OSError: If the file does not exist or cannot be read.
+        ValueError: If ``name`` is neither, or the file is not a valid recipe.
+    """
     if name in RECIPES:
         return RECIPES[name]
     if Path(name).suffix in SUFFIXES or Path(name).is_file():
@@ -24,19 +35,24 @@ def load_recipe(name: str) -> Recipe:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+    """Read a recipe from a YAML file.
+
+    The file is a mapping of field names to values. Missing fields are taken from the recipe named by the key ``base``;
+    its default is ``mvtec``.
 
     Args:
-        path: a mapping of fields to values; those that are absent are taken from the recipe that the key ``base`` names
-            (default: ``mvtec``).
+        path: Path of the file.
+
+    Returns:
+        The recipe.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is no YAML, or no recipe; one sentence with the file and, where known, the line.
+        OSError: If the file does not exist or cannot be read.
+        ValueError: If the file is not YAML or not a valid recipe. The message names the file and, if known, the line.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)  # the safe loader with two changes
+            values = yaml.load(file, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: wanted a recipe in YAML, got {error.problem}") from error
@@ -55,7 +71,18 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def write_recipe(path: str | Path, recipe: Recipe) -> Path:
-    """Write all fields of ``recipe`` to a YAML file, whole or not at all."""
+    """Write all fields of a recipe to a YAML file, atomically.
+
+    Args:
+        path: Path of the file.
+        recipe: Recipe to write.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True).encode()
     with replace_file(path, size=len(text)) as file:
         file.write(text)
@@ -63,15 +90,15 @@ def write_recipe(path: str | Path, recipe: Recipe) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes 1e-5 for a number, as everyone does but YAML 1.1, and refuses a key that stands twice."""
+    """Safe loader that accepts 1e-5 as a number, unlike YAML 1.1, and rejects duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of ``node``."""
-        seen = set()
+        """Construct the dictionary of a mapping node."""
+        keys = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} twice", key.start_mark)
-            seen.add(str(key.value))
+            keys.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
