@@ -1,7 +1,8 @@
-"""Checkpoints: one file from which training goes on, or prediction starts, with nothing else at hand.
+"""Checkpoints: a single file from which training resumes or prediction starts.
 
-The reference saves none. A file is written beside its name and renamed when it is complete and on the disk, so that
-a run killed at any moment leaves the last whole one. It is read with ``weights_only=True``: no code in it runs.
+A checkpoint is first written to a temporary file and renamed once it is complete and on disk, so a run that is killed
+leaves the last complete checkpoint. It is read with ``weights_only=True``, so no code in the file is executed. The
+reference implementation saves no checkpoints.
 """
 
 import hashlib
@@ -22,66 +23,66 @@ from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
 
-FORMAT = 1  # raised when a field is renamed, removed, or changes its meaning
-_KEY = "recontrast_checkpoint"  # under it the format: tells our files from any other that torch saved
+FORMAT = 1  # increased when a field is renamed, removed, or changes its meaning
+_KEY = "recontrast_checkpoint"  # key of the format; no other file saved by PyTorch has it
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """Content of a checkpoint file.
 
     Attributes:
-        step: optimiser steps done.
-        category: what it was trained on.
-        recipe: that it was trained with.
-        model_config: constructor arguments of `ReContrast`, the backbone's name among them.
-        preprocessing: size and crop in pixels as (height, width) or none; mean and std of the three channels.
-        images: of training: how many, and the digest of their pixels.
-        model: all weights by name, the frozen encoder's too.
-        optimisers: their states; empty where only prediction follows.
-        rng: states of random generators, and the place in the epoch; empty likewise.
-        version: of the package that wrote it.
-        calibration: of these very weights, or None.
+        step: Number of optimiser steps done.
+        category: Name of the category that the model was trained on.
+        recipe: Recipe of the training.
+        model_config: Constructor arguments of `ReContrast`, including the name of the backbone.
+        preprocessing: Size and crop in pixels as (height, width), or None; mean and standard deviation of the channels.
+        images: Description of the training images, see `recontrast.data.fingerprint.describe_images`.
+        model: All weights by name, including those of the frozen encoder.
+        optimisers: States of the optimisers; empty if the checkpoint is only for prediction.
+        rng: States of the random generators and the position in the epoch; empty if only for prediction.
+        version: Version of this package that wrote the file.
+        calibration: Calibration of exactly these weights, or None.
     """
 
-    step: int  # optimiser steps done
-    category: str  # what it was trained on
+    step: int
+    category: str
     recipe: Recipe
-    model_config: dict[str, Any]  # constructor arguments of `ReContrast`, the backbone's name among them
-    preprocessing: dict[str, Any]  # size and crop as (height, width) or none; mean and std of the three channels
-    images: dict[str, Any]  # of training: see `recontrast.data.fingerprint.describe_images`
-    model: dict[str, Tensor] = field(default_factory=dict, repr=False)  # all weights, the frozen encoder's too
+    model_config: dict[str, Any]
+    preprocessing: dict[str, Any]
+    images: dict[str, Any]
+    model: dict[str, Tensor] = field(default_factory=dict, repr=False)
     optimisers: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    rng: dict[str, Any] = field(default_factory=dict, repr=False)  # states of random generators, place in the epoch
-    version: str = field(default_factory=lambda: recontrast.__version__)  # of the package that wrote it
-    calibration: Calibration | None = None  # of these very weights
+    rng: dict[str, Any] = field(default_factory=dict, repr=False)
+    version: str = field(default_factory=lambda: recontrast.__version__)
+    calibration: Calibration | None = None
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write ``checkpoint`` to ``path``, whole or not at all.
+    """Save a checkpoint to a file. The file is either complete or unchanged.
 
     Args:
-        path: file to write or to replace; its folder is made if need be.
-        checkpoint: tensors may be on any device.
+        path: Path of the file to write or replace; its folder is created if necessary.
+        checkpoint: Checkpoint with tensors on any device.
 
     Returns:
         The path.
 
     Raises:
-        OSError: the file cannot be written, with the bytes wanted and the bytes free; a former file stays.
+        OSError: If the file cannot be written. The message gives the bytes needed and the bytes free.
     """
     path = Path(path)
-    with replace_file(path, size=_bytes(checkpoint.model) + _bytes(checkpoint.optimisers)) as file:
+    with replace_file(path, size=_count_bytes(checkpoint.model) + _count_bytes(checkpoint.optimisers)) as file:
         write(file, checkpoint)
     return path
 
 
 def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
-    """Write a checkpoint where `read` can read it.
+    """Write a checkpoint to an open file. `read` is the inverse.
 
     Args:
-        file: open for writing bytes.
-        checkpoint: tensors may be on any device.
+        file: Binary file, open for writing.
+        checkpoint: Checkpoint with tensors on any device.
     """
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content["recipe"] = checkpoint.recipe.to_dict()
@@ -90,65 +91,67 @@ def write(file: IO[bytes], checkpoint: Checkpoint) -> None:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> Checkpoint:
-    """Read what `save` wrote.
+    """Load a checkpoint from a file. `save` is the inverse.
 
     Args:
-        path: checkpoint file.
-        device: where its tensors go.
-        mapped: leave them on the CPU, each read from the file when it is used. Not for a file that is written in place
-            and not replaced.
+        path: Path of the checkpoint.
+        device: Device of the tensors.
+        mapped: Whether to map the file into memory, so that a tensor on the CPU is read when it is first used. The file
+            must then not be changed in place while the checkpoint is in use; `save` replaces it instead.
 
     Returns:
-        All that the file holds.
+        The checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is none of ours, of another format, cut off or damaged.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a checkpoint of this package, has another format version, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: wanted a checkpoint file, there is {'a folder' if path.is_dir() else 'none'}")
+        raise FileNotFoundError(
+            f"{path}: wanted a checkpoint file, got {'a folder' if path.is_dir() else 'no such file'}"
+        )
     with path.open("rb") as file:
         return read(file, path, device, mapped=mapped)
 
 
 def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> Checkpoint:
-    """Read what `write` wrote.
+    """Read a checkpoint from an open file. `write` is the inverse.
 
     Args:
-        file: open for reading bytes, at any place.
-        path: what errors name, and the file where it is ``mapped``.
-        device: where its tensors go.
-        mapped: as in `load`.
+        file: Binary file, open for reading, at any position.
+        path: Path of the file, for error messages and for mapping.
+        device: Device of the tensors.
+        mapped: Whether to map the file into memory, see `load`.
 
     Returns:
-        All that the file holds.
+        The checkpoint.
 
     Raises:
-        ValueError: it is none of ours, of another format, cut off or damaged.
+        ValueError: If the file is not a checkpoint of this package, has another format version, or is damaged.
     """
     size = file.seek(0, 2)
     damaged = f"{path}: the checkpoint is cut off or damaged ({size:,} bytes)"
-    whole = zipfile.is_zipfile(file)  # torch.save writes zip archives; anything else would reach a pickle reader
+    is_archive = zipfile.is_zipfile(file)  # torch.save writes zip archives; torch.load would unpickle anything else
     file.seek(0)
-    if not whole:
+    if not is_archive:
         raise ValueError(
             damaged if file.read(2) == b"PK" else f"{path}: wanted a recontrast checkpoint, got a file of another kind"
         )
     try:
         content = torch.load(str(path) if mapped else file, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file that holds other things") from error
+        raise ValueError(f"{path}: wanted a recontrast checkpoint, got a PyTorch file with other content") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(damaged) from error
     if not isinstance(content, dict) or _KEY not in content:
-        raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file that holds other things")
-    if (found := content.pop(_KEY)) != FORMAT:
+        raise ValueError(f"{path}: wanted a recontrast checkpoint, got a PyTorch file with other content")
+    if (file_format := content.pop(_KEY)) != FORMAT:
         raise ValueError(
-            f"{path}: wanted a checkpoint of format {FORMAT}, got format {found}, "
+            f"{path}: wanted a checkpoint of format {FORMAT}, got format {file_format}, "
             f"written by recontrast {content.get('version', 'of unknown version')}"
         )
-    content.setdefault("calibration", None)  # files of before there was one
+    content.setdefault("calibration", None)  # files of older versions lack it
     if missing := [f.name for f in fields(Checkpoint) if f.name not in content]:
         raise ValueError(f"{path}: the checkpoint lacks {', '.join(missing)}")
     try:
@@ -161,25 +164,25 @@ def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", 
 
 
 def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
-    """The model that a checkpoint holds.
+    """Build the model of a checkpoint.
 
     Args:
-        checkpoint: with its weights.
-        path: what errors name.
+        checkpoint: Checkpoint with its weights.
+        path: Path of the checkpoint, for error messages.
 
     Returns:
         The model on the CPU, in training mode.
 
     Raises:
-        ValueError: this version cannot build it, or the weights do not fit.
+        ValueError: If this version cannot build the model, or the weights do not fit.
     """
-    model = _made(checkpoint, path)
+    model = _build_random(checkpoint, path)
     restore(model, checkpoint, path)
     return model
 
 
-def _made(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
-    """Of random weights."""
+def _build_random(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+    """Build the model of a checkpoint with random weights."""
     try:
         return ReContrast(**{**checkpoint.model_config, "weights": "random"})
     except TypeError as error:
@@ -189,133 +192,136 @@ def _made(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
         ) from error
 
 
-def _taken(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
-    """As `build`, of the tensors of a mapped ``checkpoint``: no weights are drawn, and none are in memory twice."""
+def _build_from_mapped(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+    """Build the model of a mapped checkpoint without initialising it and with its weights in memory only once."""
     with torch.device("meta"):
-        model = _made(checkpoint, path)
-    kinds = {name: value.dtype for name, value in model.state_dict().items()}
-    # A copy each, no view of the file: somebody may write into it while the model is in use.
-    weights = {name: value.to(kinds.get(name, value.dtype), copy=True) for name, value in checkpoint.model.items()}
+        model = _build_random(checkpoint, path)
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    # Copies, because the file may change while the model is in use.
+    weights = {name: value.to(dtypes.get(name, value.dtype), copy=True) for name, value in checkpoint.model.items()}
     restore(model, replace(checkpoint, model=weights), path, assign=True)
-    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):  # a buffer that no state holds
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):  # a buffer outside the state dict
         return build(replace(checkpoint, model=weights), path)
     return model
 
 
 def write_calibration(path: str | Path, calibration: Calibration) -> Path:
-    """Put a calibration into a checkpoint; all else stays, and so does the file if that fails.
+    """Store a calibration in a checkpoint. On failure the file is unchanged.
 
     Args:
-        path: checkpoint file, replaced.
-        calibration: of its weights.
+        path: Path of the checkpoint, which is replaced.
+        calibration: Calibration of its weights.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or a calibration of other weights.
-        OSError: the file cannot be read or written.
+        ValueError: If the file is not a valid checkpoint, or the calibration belongs to other weights.
+        OSError: If the file cannot be read or written.
     """
-    found = replace(load(path), calibration=calibration)
-    check_calibration(found, path)
-    return save(path, found)
+    checkpoint = replace(load(path), calibration=calibration)
+    check_calibration(checkpoint, path)
+    return save(path, checkpoint)
 
 
 def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Refuse a calibration of other weights, or of another way to score.
+    """Raise an error if the calibration of a checkpoint belongs to other weights or another recipe.
 
     Args:
-        checkpoint: with its weights.
-        path: what the error names.
+        checkpoint: Checkpoint with its weights.
+        path: Path of the checkpoint, for the error message.
 
     Raises:
-        ValueError: it has such a one.
+        ValueError: If the digest in the calibration differs from that of the weights and the recipe.
     """
-    wanted = checkpoint.calibration.weights if checkpoint.calibration is not None else None
-    if wanted is not None and wanted != (got := digest(checkpoint.model, checkpoint.recipe)):
+    if checkpoint.calibration is None:
+        return
+    wanted, got = digest(checkpoint.model, checkpoint.recipe), checkpoint.calibration.weights
+    if got != wanted:
         raise ValueError(
-            f"{path}: wanted a calibration of these weights and this recipe ({got[:12]}), got one of others "
-            f"({wanted[:12]}): run recontrast calibrate {path} --good DIR"
+            f"{path}: wanted a calibration of these weights and this recipe ({wanted[:12]}), got one of others "
+            f"({got[:12]}): run recontrast calibrate {path} --good DIR"
         )
 
 
 def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path, *, assign: bool = False) -> None:
-    """Give a model the weights of a checkpoint, and its normalisation.
+    """Load the weights and the normalisation of a checkpoint into a model.
 
     Args:
-        model: changed in place.
-        checkpoint: with its weights.
-        path: what the error names.
-        assign: hand the tensors over; else they are copied.
+        model: Model, changed in place.
+        checkpoint: Checkpoint with its weights.
+        path: Path of the checkpoint, for the error message.
+        assign: Whether the model takes over the tensors of the checkpoint instead of copying them.
 
     Raises:
-        ValueError: the weights do not fit.
+        ValueError: If the weights do not fit.
     """
     try:
         model.load_state_dict(checkpoint.model, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit the model that its configuration says: {reason}") from error
+        raise ValueError(f"{path}: its weights do not fit the model of its configuration: {reason}") from error
     model.mean, model.std = (tuple(checkpoint.preprocessing[name]) for name in ("mean", "std"))
 
 
 def load_model(
     path: str | Path, device: str | torch.device | None = None, *, calibrated: bool = True
 ) -> tuple[ReContrast, Recipe, Checkpoint]:
-    """A trained model ready to predict.
+    """Load a trained model for prediction.
 
     Args:
-        path: checkpoint file.
-        device: where the model goes; None: the GPU where there is one.
-        calibrated: False: leave out the calibration, whatever it is of.
+        path: Path of the checkpoint.
+        device: Device of the model; None selects the GPU if there is one.
+        calibrated: Whether to check and return the stored calibration. False leaves it out unchecked.
 
     Returns:
-        The model in eval mode, its recipe, and the rest of the checkpoint without its tensors.
+        The model in eval mode, its recipe, and the checkpoint without its tensors.
 
     Raises:
-        ValueError: the file is none of ours, is damaged, or holds a calibration of other weights; no such device.
-        FileNotFoundError: there is no such file.
+        ValueError: If the file is not a valid checkpoint, its calibration belongs to other weights, or there is no such
+            device.
+        FileNotFoundError: If there is no such file.
     """
-    where = resolve_device(device)
-    checkpoint = load(path, mapped=True)  # states of optimisers are not read at all
+    resolved = resolve_device(device)
+    checkpoint = load(path, mapped=True)  # the optimiser states are never read from disk
     if calibrated:
         check_calibration(checkpoint, path)
     else:
         checkpoint = replace(checkpoint, calibration=None)
-    model = _taken(checkpoint, path)
-    move_model(model, where, checkpoint.recipe.channels_last)
+    model = _build_from_mapped(checkpoint, path)
+    move_model(model, resolved, checkpoint.recipe.channels_last)
     return model.eval(), checkpoint.recipe, replace(checkpoint, model={}, optimisers=[], rng={})
 
 
-def _bytes(value: Any) -> int:
-    """Bytes of the tensors in nested dicts and lists: nearly all of a checkpoint."""
+def _count_bytes(value: Any) -> int:
+    """Count the bytes of all tensors in nested dicts and lists."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+        return sum(map(_count_bytes, value.values()))
+    return sum(map(_count_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-# What a score depends on besides the weights and the image: another value, other scores.
+# Recipe fields that scores depend on, besides the weights and the image.
 SCORE_FIELDS = ("size", "crop", "blur", "reduce", "score", "views", "tile")
 
 
 def digest(weights: Mapping[str, Tensor], recipe: Recipe) -> str:
-    """SHA-256 of all weights and of what of the recipe decides a score.
+    """Compute the SHA-256 of everything that scores depend on: the weights and some fields of the recipe.
 
     Args:
-        weights: tensors by name, of any shape and dtype, on any device.
-        recipe: its fields `SCORE_FIELDS` count.
+        weights: Tensors by name, of any shape and dtype, on any device.
+        recipe: Recipe, whose fields `SCORE_FIELDS` are included.
 
     Returns:
         64 hexadecimal digits.
     """
     values = recipe.to_dict()
-    # Unset fields are left out: those that a later version adds with "off" as default change nothing.
-    said = {key: values[key] for key in SCORE_FIELDS if values.get(key) is not None}
-    total = hashlib.sha256(repr(sorted(said.items())).encode())
+    # Unset fields are left out, so that a field added by a later version does not change the digest while it is unset.
+    fields_set = {key: values[key] for key in SCORE_FIELDS if values.get(key) is not None}
+    sha256 = hashlib.sha256(repr(sorted(fields_set.items())).encode())
     for name, value in sorted(weights.items()):
         plain = value.detach().cpu().contiguous()
-        total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+        sha256.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        sha256.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

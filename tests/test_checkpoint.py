@@ -89,8 +89,8 @@ def refused(path, text, kind=ValueError):
 
 
 def test_nothing_there(tmp_path):
-    refused(tmp_path / "none.pt", "wanted a checkpoint file, there is none", FileNotFoundError)
-    refused(tmp_path, "wanted a checkpoint file, there is a folder", FileNotFoundError)
+    refused(tmp_path / "none.pt", "wanted a checkpoint file, got no such file", FileNotFoundError)
+    refused(tmp_path, "wanted a checkpoint file, got a folder", FileNotFoundError)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 10, 0.5, -1])
@@ -111,7 +111,7 @@ def test_other_files(tmp_path):
         refused(path, "got a file of another kind")
     for content in ({"weight": torch.zeros(3)}, torch.zeros(3), torch.nn.Linear(2, 2)):
         torch.save(content, path)
-        refused(path, "got a file that holds other things")
+        refused(path, "got a PyTorch file with other content")
 
 
 def test_never_runs_code_of_the_file(tmp_path):
@@ -120,7 +120,7 @@ def test_never_runs_code_of_the_file(tmp_path):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     torch.save({"recontrast_checkpoint": checkpoint.FORMAT, "model": Trap()}, tmp_path / "trap.pt")
-    refused(tmp_path / "trap.pt", "holds other things")
+    refused(tmp_path / "trap.pt", "with other content")
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,4 +1,4 @@
-"""From score and map to a decision: p-value, good or defect, and where the defects are in the original image."""
+"""Decisions from a score and a map: p-value, good or defect, and the defective regions of the original image."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,112 +10,148 @@ import numpy as np
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
 from recontrast.inference.detector import OPENERS, Detector, map_extent
-from recontrast.metrics import regions
+from recontrast.metrics import regions as label_regions
 from recontrast.recipes.recipe import Recipe
 
+# Columns of regions.csv, in the order of the fields of `Region`.
 REGION_COLUMNS = ("area", "top", "left", "height", "width", "peak", "peak_row", "peak_column")
 
 
 @dataclass(frozen=True)
 class Region:
-    """One 8-connected region above the pixel threshold; everything in pixels of the original image."""
+    """8-connected region above the pixel threshold. Positions and sizes are in pixels of the original image.
+
+    Attributes:
+        area: Number of pixels.
+        top: Top row of the bounding box.
+        left: Left column of the bounding box.
+        height: Height of the bounding box.
+        width: Width of the bounding box.
+        peak: Largest map value in the region.
+        peak_row: Row of the first pixel with that value.
+        peak_column: Column of the first pixel with that value.
+    """
 
     area: int
-    top: int  # of the box around it
+    top: int
     left: int
     height: int
     width: int
-    peak: float  # the largest map value in it ...
-    peak_row: int  # ... and where it is first found
+    peak: float
+    peak_row: int
     peak_column: int
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields."""
+        """Return all fields by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a calibration says of one image."""
+    """Decision about one image.
+
+    Attributes:
+        p_value: Conformal p-value of the score.
+        defect: Whether the score is above the threshold.
+        regions: Defective regions, highest peak first; None for a good image, or without a pixel threshold.
+    """
 
     p_value: float
     defect: bool
-    regions: tuple[Region, ...] | None  # of an image called good, or without a pixel threshold: None
+    regions: tuple[Region, ...] | None
 
     @property
     def label(self) -> str:
-        """Good or defect."""
+        """The decision as a word, "good" or "defect"."""
         return "defect" if self.defect else "good"
 
 
 def select_calibration(
     detector: Detector, rate: float | None, decide: bool, source: Path | Detector | None = None
 ) -> Calibration | None:
-    """The calibration to decide by.
+    """Return the calibration that decisions are based on.
 
     Args:
-        detector: may have one.
-        rate: promised share of false alarms in place of the stored one; None keeps it.
-        decide: whether it is an error to have none.
-        source: where the detector comes from, for the sentence of the error.
+        detector: Detector, with or without a calibration.
+        rate: Promised false-alarm rate that replaces the one of the calibration; None keeps it.
+        decide: Whether decisions are required.
+        source: Path of the detector, for the advice in the error message.
+
+    Returns:
+        Calibration with the requested rate; None if the detector has none and decisions are not required.
+
+    Raises:
+        ValueError: If decisions are required or a rate is given, and the detector has no calibration; or if the rate
+            is too low for the number of calibration images.
     """
-    found = detector.calibration
-    if found is None:
-        if decide or rate is not None:
-            if (reason := getattr(detector, "calibration_note", None)) is not None:
-                raise ValueError(f"predict: decisions: {reason}")
-            run = "recontrast calibrate CHECKPOINT --good DIR, then recontrast export"
-            if isinstance(source, Path) and source.suffix.lower() not in OPENERS:
-                run = f"recontrast calibrate {source} --good DIR"
-            raise ValueError(
-                f"predict: decisions: wanted a detector with a calibration, got one without: run {run} first"
-            )
+    if detector.calibration is not None:
+        return detector.calibration if rate is None else detector.calibration.with_rate(rate)
+    if not decide and rate is None:
         return None
-    return found if rate is None else found.with_rate(rate)
+    if detector.calibration_note is not None:
+        raise ValueError(f"predict: decisions: {detector.calibration_note}")
+    command = "recontrast calibrate CHECKPOINT --good DIR, then recontrast export"
+    if isinstance(source, Path) and source.suffix.lower() not in OPENERS:
+        command = f"recontrast calibrate {source} --good DIR"
+    raise ValueError(f"predict: decisions: wanted a detector with a calibration, got one without: run {command} first")
 
 
 def decide(
     calibration: Calibration, anomaly: np.ndarray, score: float, shape: Sequence[int], recipe: Recipe
 ) -> Decision:
-    """Decide on one image.
+    """Decide whether an image is good or defective.
 
     Args:
-        calibration: whose promise holds.
-        anomaly: (h, w), its map.
-        score: its score.
-        shape: (H, W) of the original image.
-        recipe: says which part of it the map stands for.
+        calibration: Calibration of the detector.
+        anomaly: Anomaly map of the image, (h, w).
+        score: Score of the image.
+        shape: Height and width of the original image in pixels.
+        recipe: Recipe of the detector; it says which part of the image the map covers.
+
+    Returns:
+        The decision, with the defective regions if there is a pixel threshold.
     """
     defect = bool(calibration.is_defect([score])[0])
-    where = None
+    regions = None
     if defect and calibration.pixel_threshold is not None:
-        where = tuple(find_regions(anomaly, calibration.pixel_threshold, shape, recipe))
-    return Decision(float(calibration.p_values([score])[0]), defect, where)
+        regions = tuple(find_regions(anomaly, calibration.pixel_threshold, shape, recipe))
+    return Decision(float(calibration.p_values([score])[0]), defect, regions)
 
 
 def find_regions(anomaly: np.ndarray, threshold: float, shape: Sequence[int], recipe: Recipe) -> list[Region]:
-    """Regions of a map (h, w) above ``threshold`` in an original of ``shape`` (H, W), the highest peak first."""
+    """Find the connected regions of a map above a threshold.
+
+    Args:
+        anomaly: Anomaly map, (h, w).
+        threshold: Pixel threshold.
+        shape: Height and width of the original image in pixels.
+        recipe: Recipe of the detector; it says which part of the image the map covers.
+
+    Returns:
+        Regions in pixels of the original image, highest peak first.
+    """
     top, left, height, width = map_extent(shape, recipe)
-    warm = anomaly
+    resized = anomaly
     if anomaly.shape != (height, width):
-        warm = heatmaps.resize_map(anomaly, (height, width))
-        if (anomaly > threshold).any() and not (warm > threshold).any():  # a mean cooled it: the image is smaller
-            warm = heatmaps.resize_map(heatmaps.reduce_to_peaks(anomaly, (height, width)), (height, width))
-    labels, count = regions(warm > threshold)
+        resized = heatmaps.resize_map(anomaly, (height, width))
+        if (anomaly > threshold).any() and not (resized > threshold).any():
+            # The image is smaller than its map, and averaging removed the peaks. Keep the maximum of each cell instead.
+            resized = heatmaps.resize_map(heatmaps.reduce_to_peaks(anomaly, (height, width)), (height, width))
+    labels, count = label_regions(resized > threshold)
     if not count:
         return []
     rows, columns = np.nonzero(labels)
     order = np.argsort(labels[rows, columns], kind="stable")
     rows, columns = rows[order], columns[order]
     areas = np.bincount(labels[rows, columns])[1:]
-    found, end = [], 0
+    regions, end = [], 0
     for area in areas.tolist():
         y, x = rows[end : end + area], columns[end : end + area]
         end += area
-        values = warm[y, x]
+        values = resized[y, x]
         peak = int(values.argmax())
-        found.append(Region(
+        regions.append(Region(
             area, top + int(y.min()), left + int(x.min()), int(y.max() - y.min()) + 1, int(x.max() - x.min()) + 1,
             float(values[peak]), top + int(y[peak]), left + int(x[peak]),
         ))  # fmt: skip
-    return sorted(found, key=lambda region: -region.peak)
+    return sorted(regions, key=lambda region: -region.peak)

@@ -1,4 +1,4 @@
-"""The network over many images: the next batch is fetched while it runs, maps and scores leave as they come."""
+"""The inference loop: batches of images in, anomaly maps and scores out."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,45 +18,46 @@ from recontrast.runtime.device import convolution_precision, resolve_memory_form
 
 
 def infer(
-    model: ReContrast | FoldedModel, images: Images, recipe: Recipe, *, batch: int = 16, clock: "Clock | None" = None
+    model: ReContrast | FoldedModel, images: Images, recipe: Recipe, *, batch: int = 16, clock: Clock | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Anomaly maps and scores, batch after batch; the next one is fetched while the network runs.
+    """Compute anomaly maps and scores, batch after batch. The next batch is loaded while the network runs.
 
     Args:
-        model: on any device; in eval mode while the iterator runs. `recontrast.inference.options` makes quicker ones.
-        images: decoded at ``recipe.out``, (n, H, W, 3) uint8: an array, or whatever has a length and can be indexed
-            with an array of whole numbers, such as `ImageCache`.
-        recipe: for map, score and precision.
-        batch: images at once.
-        clock: told what takes the time.
+        model: Model on any device. It is in eval mode while the iterator runs. `recontrast.inference.options` builds
+            faster versions of a model.
+        images: Images decoded at ``recipe.out``, (N, H, W, 3) uint8: an array, or any object with a length that can be
+            indexed by an array of integers, such as `ImageCache`.
+        recipe: Recipe, for map, score and precision.
+        batch: Number of images per batch.
+        clock: Clock that measures loading, forward pass and maps.
 
     Yields:
         Maps (N, H, W) and scores (N,), float32, on the model's device.
 
     Raises:
-        ValueError: a size that the model's strides do not divide, or images that cannot be decoded.
-        OSError: a file of theirs cannot be read.
+        ValueError: If the image size is not a multiple of the model's stride, or an image cannot be decoded.
+        OSError: If an image file cannot be read.
     """
     weight = next(model.parameters())
-    last = resolve_memory_format(weight.device, recipe.channels_last) == torch.channels_last
+    channels_last = resolve_memory_format(weight.device, recipe.channels_last) == torch.channels_last
     amap = AnomalyMap(model.map_sizes(recipe.out), recipe.out, blur=recipe.blur, reduce=recipe.reduce)
     clock = clock or Clock(weight.device)
 
-    @torch.inference_mode()  # not around the yield: it would reach into the caller
-    def maps_of(fetched: Future[Tensor]) -> tuple[Tensor, Tensor]:
-        pixels = fetched.result()
+    @torch.inference_mode()  # around a yield, it would also apply to the caller
+    def score_batch(loading: Future[Tensor]) -> tuple[Tensor, Tensor]:
+        pixels = loading.result()
         clock.mark("loading")
         pixels = pixels.to(weight.device, non_blocking=True)
-        x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=last)
+        x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=channels_last)
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             with convolution_precision(recipe.tf32):
                 pairs = model(x, recipe.views)
         clock.mark("forward")
-        found = amap.maps_and_scores(pairs, recipe.score)
+        maps, scores = amap.maps_and_scores(pairs, recipe.score)
         clock.mark("maps")
-        return found
+        return maps, scores
 
-    def fetch(start: int) -> Tensor:
+    def load(start: int) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(images[np.arange(start, min(start + batch, len(images)))]))
         return pixels.pin_memory() if weight.device.type == "cuda" else pixels
 
@@ -65,27 +66,27 @@ def infer(
     try:
         with ThreadPoolExecutor(1) as pool:
             starts = range(0, len(images), batch)
-            ahead = [pool.submit(fetch, start) for start in starts[:1]]
-            while ahead:
-                ahead += [pool.submit(fetch, start) for start in starts[1:2]]
+            queue = [pool.submit(load, start) for start in starts[:1]]
+            while queue:
+                queue += [pool.submit(load, start) for start in starts[1:2]]
                 starts = starts[1:]
-                yield maps_of(ahead.pop(0))
+                yield score_batch(queue.pop(0))
     finally:
         model.train(was_training)
 
 
 def max_map_value(model: ReContrast | FoldedModel, recipe: Recipe) -> float:
-    """The largest value that a map can have: a cosine distance is at most 2.
+    """Compute the largest value that an anomaly map can have. A cosine distance is at most 2.
 
     Args:
-        model: for the number of its levels and encoders.
-        recipe: for ``views``, ``reduce`` and the size.
+        model: Model, for the number of its levels and encoders.
+        recipe: Recipe, for ``views``, ``reduce`` and the size.
 
     Returns:
-        2, times the number of pairs where they are summed.
+        2 if distances are averaged, or 2 times the number of feature pairs if they are summed.
 
     Raises:
-        ValueError: a size that the model's strides do not divide.
+        ValueError: If the image size is not a multiple of the model's stride.
     """
     groups = 2 if model.frozen is not None and recipe.views == "both" else 1
     return 2.0 * groups * len(model.map_sizes(recipe.out)) if recipe.reduce == "sum" else 2.0

@@ -1,10 +1,10 @@
-"""Images at their own scale: the network sees tiles, their maps are blended, the score is that of the whole map.
+"""Inference on images at their original scale: tiles go through the network, and their maps are blended into one.
 
-Beyond the decoded image and its map there is one batch of tiles, and the next, in memory, however large the image is.
+Apart from the decoded image and its map, memory holds one batch of tiles and the next, whatever the image size.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,35 @@ from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import trim_memory
 
-BLOCK_PIXELS = 1 << 20  # pixels at once where a whole map is read: small beside any map that is large
-CPU_BATCH_PIXELS = 1 << 17  # pixels of a batch of tiles on a CPU, which is no quicker with more: 2 tiles of 256 px
-OVERLAP_SHARE = 0.25  # of a tile that neighbours share, where nothing else is asked for
+BLOCK_PIXELS = 1 << 20  # pixels of a map that are copied at a time: little memory compared with a large map
+CPU_BATCH_PIXELS = 1 << 17  # pixels of a batch of tiles on a CPU, 2 tiles of 256 px; larger batches are no faster
+OVERLAP_SHARE = 0.25  # default overlap of neighbouring tiles, as a share of the tile
 
 
 def resolve_overlap(tile: int, overlap: int | None = None) -> int:
-    """Pixels that neighbouring tiles share: as asked for, or a quarter of the tile."""
+    """Return the overlap of neighbouring tiles.
+
+    Args:
+        tile: Side of a tile in pixels.
+        overlap: Requested overlap in pixels; None for a quarter of the tile.
+
+    Returns:
+        Overlap in pixels.
+    """
     return int(tile * OVERLAP_SHARE) if overlap is None else overlap
 
 
 def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> None:
-    """Refuse tiles that the network cannot see or that do not cover an image."""
+    """Raise an error if a model cannot process such tiles, or the tiles do not cover an image.
+
+    Args:
+        model: Model, for its stride.
+        tile: Side of a tile in pixels.
+        overlap: Pixels shared by neighbouring tiles.
+
+    Raises:
+        ValueError: If the tile is not a multiple of the stride, or the overlap is not in [0, tile).
+    """
     if tile < model.stride or tile % model.stride:
         raise ValueError(
             f"tile: wanted at least {model.stride} px and a multiple of it (the network's stride), got {tile}"
@@ -46,17 +63,20 @@ def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> No
 def resolve_tiling(
     model: ReContrast | FoldedModel, trained: Recipe, tile: int | None, overlap: int | None, path: str
 ) -> tuple[Recipe, int | None]:
-    """How images are to be seen: a recipe with its tile, and the overlap; no overlap: whole and resized.
+    """Decide whether images are cut into tiles, and into which.
 
     Args:
-        model: for its stride.
-        trained: recipe of the model's training.
-        tile: pixels, 0 for whole images, None for what the model was trained on.
-        overlap: pixels, None for a quarter of the tile.
-        path: names the model in errors.
+        model: Model, for its stride.
+        trained: Recipe of the training.
+        tile: Side of a tile in pixels, 0 for whole images, None for the value used in training.
+        overlap: Pixels shared by neighbouring tiles; None for a quarter of the tile.
+        path: Path of the model, for error messages.
+
+    Returns:
+        Recipe with the resolved tile, and the overlap in pixels; an overlap of None stands for whole resized images.
 
     Raises:
-        ValueError: the model was trained at the other scale, or tile or overlap do not do.
+        ValueError: If the model was trained at the other scale, or ``tile`` or ``overlap`` is invalid.
     """
     if trained.tile is None:
         if tile or overlap is not None:
@@ -72,27 +92,38 @@ def resolve_tiling(
             "own scale), got 0, for whole resized images"
         )
     side = trained.tile if tile is None else tile
-    check_tiling(model, side, resolve_overlap(side, overlap))
-    return (trained if side == trained.tile else trained.replace(tile=side, stride=None)), resolve_overlap(
-        side, overlap
-    )
+    overlap = resolve_overlap(side, overlap)
+    check_tiling(model, side, overlap)
+    recipe = trained if side == trained.tile else trained.replace(tile=side, stride=None)
+    return recipe, overlap
 
 
 def infer_tiled(
     model: ReContrast | FoldedModel, files: ImageFiles, recipe: Recipe, overlap: int, batch: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Map (1, H, W) and score (1,) of each of ``files``, read one by one; of a black tile for what cannot be read."""
+    """Compute maps and scores of image files at their original scale, one file at a time.
 
-    def one(place: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        pixels = files.read(place)
+    Args:
+        model: Model on any device.
+        files: Image files. A black tile takes the place of a file that cannot be read.
+        recipe: Recipe with ``tile``, for map, score and precision.
+        overlap: Pixels shared by neighbouring tiles.
+        batch: Number of tiles per batch.
+
+    Yields:
+        Map (1, H, W) and score (1,), float32.
+    """
+
+    def score_file(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        pixels = files.read(index)
         if pixels is None:
             pixels = np.zeros((*recipe.out, 3), np.uint8)
-        trim_memory()  # what decoding took
-        anomaly = compute_tiled_map(model, pixels, recipe, overlap=overlap, batch=batch, spend=True)
+        trim_memory()  # returns what decoding allocated
+        anomaly = compute_tiled_map(model, pixels, recipe, overlap=overlap, batch=batch, release=True)
         return anomaly[None], np.array([score_map(anomaly, recipe.score)], np.float32)
 
-    for place in range(len(files)):
-        yield one(place)  # nothing of an image is held while the next is read
+    for index in range(len(files)):
+        yield score_file(index)  # a function of its own, so that no image stays in memory while the next is read
         trim_memory()
 
 
@@ -104,24 +135,25 @@ def compute_tiled_map(
     overlap: int | None = None,
     batch: int = 16,
     clock: Clock | None = None,
-    spend: bool = False,
+    release: bool = False,
 ) -> NDArray[np.float32]:
-    """Anomaly map of an image at its own scale.
+    """Compute the anomaly map of an image at its original scale.
 
     Args:
-        model: on any device.
-        pixels: (H, W, 3) uint8; smaller than a tile, it is mirrored up to one, see `recontrast.data.tiles`.
-        recipe: with ``tile``; for map and precision.
-        overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
-        batch: tiles at once; on a CPU at most so many as have `CPU_BATCH_PIXELS` pixels.
-        clock: told what takes the time.
-        spend: ``pixels`` are lost, those of a large file given back as the map grows.
+        model: Model on any device.
+        pixels: Image (H, W, 3), uint8. An image smaller than a tile is padded by reflection, see
+            `recontrast.data.tiles`.
+        recipe: Recipe with ``tile``, for map and precision.
+        overlap: Pixels shared by neighbouring tiles; None for a quarter of the tile.
+        batch: Number of tiles per batch; on a CPU at most as many as have `CPU_BATCH_PIXELS` pixels.
+        clock: Clock that measures loading, forward pass and maps.
+        release: Whether to release the memory of ``pixels`` while the map grows. Their content is lost.
 
     Returns:
-        (H, W), values as those of a tile's map.
+        Anomaly map (H, W), float32, in the units of the map of a tile.
 
     Raises:
-        ValueError: the recipe has no tile, or tile or overlap do not do.
+        ValueError: If the recipe has no tile, or tile or overlap is invalid.
     """
     if recipe.tile is None:
         raise ValueError("tiled: wanted a recipe with a tile, got one of whole resized images")
@@ -130,18 +162,18 @@ def compute_tiled_map(
     height, width = pixels.shape[:2]
     (tops, rows), (lefts, columns) = (tile_weights(length, tile, overlap) for length in (height, width))
     windows = [(y, x, r, c) for y, r in zip(tops, rows, strict=True) for x, c in zip(lefts, columns, strict=True)]
-    found = np.zeros((height, width), np.float32)
+    blended = np.zeros((height, width), np.float32)
     if next(model.parameters()).device.type == "cpu":
         batch = min(batch, max(CPU_BATCH_PIXELS // tile**2, 1))
-    place = 0
-    tiles = Tiles(pixels, tile, tile - overlap, release=spend)
+    index = 0
+    tiles = Tiles(pixels, tile, tile - overlap, release=release)
     for maps, _ in infer(model, tiles, recipe, batch=batch, clock=clock):
         for anomaly in maps.cpu().numpy():
-            y, x, row, column = windows[place]
-            part = found[y : y + tile, x : x + tile]  # of an image smaller than a tile: less than a tile
-            part += (anomaly * row[:, None] * column)[: part.shape[0], : part.shape[1]]
-            place += 1
-    return found
+            y, x, row, column = windows[index]
+            window = blended[y : y + tile, x : x + tile]  # smaller than a tile if the image is
+            window += (anomaly * row[:, None] * column)[: window.shape[0], : window.shape[1]]
+            index += 1
+    return blended
 
 
 def infer_files(
@@ -151,10 +183,21 @@ def infer_files(
     batch: int = 16,
     clock: Clock | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Maps and scores of image files at their own scale, one after the other, as `recontrast.inference.infer.infer`.
+    """Compute maps and scores of image files at their original scale, like `recontrast.inference.infer.infer`.
+
+    Args:
+        paths: Image files.
+        model: Model on any device.
+        recipe: Recipe with ``tile``, for map, score and precision.
+        batch: Number of tiles per batch.
+        clock: Clock that measures loading, forward pass and maps.
 
     Yields:
         Map (1, H, W) and score (1,), float32, on the CPU.
+
+    Raises:
+        ValueError: If the recipe has no tile, or an image cannot be decoded.
+        OSError: If an image file cannot be read.
     """
     for path in paths:
         anomaly = compute_tiled_map(model, read_image(path), recipe, batch=batch, clock=clock)
@@ -162,53 +205,60 @@ def infer_files(
 
 
 def score_map(anomaly: NDArray[np.float32], how: str | float) -> float:
-    """Score of a whole map by the rule of `recontrast.AnomalyMap.score`, without a copy of it.
+    """Compute the score of a whole map as `recontrast.AnomalyMap.score` does, without copying the map.
 
     Args:
-        anomaly: (H, W) float32.
-        how: "max", "mean", or the share of the pixels with the largest values whose mean is taken.
+        anomaly: Anomaly map (H, W), float32.
+        how: "max", "mean", or a share of the pixels: the score is then the mean of that share of largest values.
+
+    Returns:
+        The score.
     """
     if how == "max":
         return float(anomaly.max())
     if how == "mean":
         return float(anomaly.mean(dtype=np.float64))
-    wanted = max(math.floor(anomaly.size * float(how)), 1)
-    return _mean_of_largest(anomaly, wanted)
+    return _mean_of_largest(anomaly, max(math.floor(anomaly.size * float(how)), 1))
 
 
-def _mean_of_largest(anomaly: NDArray[np.float32], wanted: int) -> float:
-    """Exact mean of the ``wanted`` largest values: the smallest of them by two histograms of 16 bits each."""
-    high, above = _place(anomaly, wanted, lambda keys: keys >> 16)
-    inside = wanted - above
+def _mean_of_largest(anomaly: NDArray[np.float32], count: int) -> float:
+    """Compute the exact mean of the ``count`` largest values.
 
-    def low(keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    The smallest of them is found by its bits: a first histogram gives its 16 high bits, a second its 16 low bits.
+    """
+    high, above = _find_bin(anomaly, count, lambda keys: keys >> 16)
+
+    def low_bits(keys: NDArray[np.uint32]) -> NDArray[Any]:
         return keys[keys >> 16 == high] & 0xFFFF
 
-    last, _ = _place(anomaly, inside, low)
-    key = np.uint32(high << 16 | last)
-    total, counted, least = 0.0, 0, 0.0
-    for values, keys in _pieces(anomaly):
-        larger = values[keys > key]
-        total, counted = total + float(larger.sum(dtype=np.float64)), counted + larger.size
-        equal = values[keys == key]
-        least = float(equal[0]) if equal.size else least
-    return (total + (wanted - counted) * least) / wanted
+    low, _ = _find_bin(anomaly, count - above, low_bits)
+    smallest_key = np.uint32(high << 16 | low)
+    total, larger_count, smallest = 0.0, 0, 0.0
+    for values, keys in _iterate_blocks(anomaly):
+        larger = values[keys > smallest_key]
+        total, larger_count = total + float(larger.sum(dtype=np.float64)), larger_count + larger.size
+        equal = values[keys == smallest_key]
+        smallest = float(equal[0]) if equal.size else smallest
+    return (total + (count - larger_count) * smallest) / count
 
 
-def _place(anomaly: NDArray[np.float32], wanted: int, of: Any) -> tuple[int, int]:
-    """The bin, of 65536, that holds the ``wanted``-th largest value, and how many are in those above it."""
-    counts = np.zeros(1 << 16, np.int64)
-    for _, keys in _pieces(anomaly):
-        counts += np.bincount(of(keys), minlength=1 << 16)
-    reached = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(reached, wanted))
-    return (1 << 16) - 1 - place, int(reached[place - 1]) if place else 0
+def _find_bin(
+    anomaly: NDArray[np.float32], count: int, bins_of: Callable[[NDArray[np.uint32]], NDArray[Any]]
+) -> tuple[int, int]:
+    """Find the bin, of 65536, with the ``count``-th largest value; also return the number of values in higher bins."""
+    histogram = np.zeros(1 << 16, np.int64)
+    for _, keys in _iterate_blocks(anomaly):
+        histogram += np.bincount(bins_of(keys), minlength=1 << 16)
+    cumulative = np.cumsum(histogram[::-1])
+    index = int(np.searchsorted(cumulative, count))
+    return (1 << 16) - 1 - index, int(cumulative[index - 1]) if index else 0
 
 
-def _pieces(anomaly: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
-    """Values piece by piece, and whole numbers in the same order as they."""
+def _iterate_blocks(anomaly: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
+    """Yield the values block by block, with integer keys that sort like the values."""
     step = max(BLOCK_PIXELS // anomaly.shape[1], 1)
     for begin in range(0, len(anomaly), step):
         values = np.ascontiguousarray(anomaly[begin : begin + step]).ravel()
         bits = values.view(np.uint32)
-        yield values, np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # what rounding made negative comes first
+        # Negative values, which rounding can produce, must sort below positive ones.
+        yield values, np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))

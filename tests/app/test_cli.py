@@ -215,7 +215,7 @@ def train_fails(data, tmp_path, *more, wrote=()):
         (["--category", "all", "--device", "tpu9"], "'tpu9'"),
         (["--category", "all", "--teacher-cache", "-1"], "--teacher-cache: wanted GiB of at least 0, got -1"),
         (["--category", "all", "--set", "loss=point"], "mining must be false where loss is 'point', got true"),
-        (["--category", "all", "--resume", "nowhere.pt"], "nowhere.pt: wanted a checkpoint file, there is none"),
+        (["--category", "all", "--resume", "nowhere.pt"], "nowhere.pt: wanted a checkpoint file, got no such file"),
     ],
 )
 def test_wrong_arguments_of_train(data, tmp_path, more, wanted):
@@ -300,7 +300,7 @@ def test_bad_checkpoints(run, data, tmp_path, command):
     assert f"{tmp_path / 'text.pt'}: wanted a recontrast checkpoint" in message(tmp_path / "text.pt")
     (tmp_path / "cut.pt").write_bytes((run[0] / "checkpoint.pt").read_bytes()[:5000])
     assert f"{tmp_path / 'cut.pt'}: the checkpoint is cut off or damaged" in message(tmp_path / "cut.pt")
-    assert f"{tmp_path / 'checkpoint.pt'}: wanted a checkpoint file, there is none" in message(tmp_path)
+    assert f"{tmp_path / 'checkpoint.pt'}: wanted a checkpoint file, got no such file" in message(tmp_path)
     assert not files(tmp_path / "out")
 
 
