@@ -1,1 +1,1 @@
-"""From a detector and labelled images to metrics."""
+"""Metrics of a model on labelled images."""

@@ -1,4 +1,4 @@
-"""What evaluation keeps of one category until its metrics are computed."""
+"""Data of one category during an evaluation: scores, maps and masks, from which its metrics are computed."""
 
 import math
 import tempfile
@@ -16,7 +16,7 @@ from recontrast import metrics
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.evaluation.ground_truth import read_ground_truth
-from recontrast.evaluation.results import Row
+from recontrast.evaluation.results import Row, ScoredImage
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.collectives import gather_shares
@@ -24,12 +24,12 @@ from recontrast.runtime.distributed import World
 
 
 class SampleImages:
-    """Image files, decoded when they are indexed.
+    """Images of samples, decoded when they are indexed.
 
     Args:
-        samples: the files.
-        recipe: for size and crop.
-        workers: threads that decode; None takes one per CPU.
+        samples: Samples with the paths of the images.
+        recipe: Recipe, for size and crop.
+        workers: Number of threads that decode; None for one per CPU.
     """
 
     def __init__(self, samples: Sequence[Sample], recipe: Recipe, workers: int | None) -> None:
@@ -39,120 +39,159 @@ class SampleImages:
         return len(self.samples)
 
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
-        """The images of an array of whole numbers ``index``: (n, H, W, 3) uint8."""
-        wanted = [self.samples[i] for i in index]
-        return ImageCache(wanted, self.recipe.size, self.recipe.crop, workers=self.workers)[:]
+        """Decode the images at the integers in ``index``.
+
+        Returns:
+            Images (N, H, W, 3), uint8.
+        """
+        samples = [self.samples[i] for i in index]
+        return ImageCache(samples, self.recipe.size, self.recipe.crop, workers=self.workers)[:]
 
 
 class Category:
-    """What is kept of one category until its metrics are formed."""
+    """Scores, maps and masks of one category, from which `compute_row` computes the metrics.
+
+    Each process holds the scores and maps of its own share of the images until `gather`. Exact pixel metrics need all
+    maps at once; streaming ones are updated batch by batch, and no map is kept.
+
+    Args:
+        name: Name of the category.
+        tests: Test images of the category, of all processes.
+        recipe: Recipe, for image size and masks.
+        world: Processes that share the evaluation.
+        readers: Threads that read masks in advance.
+        streaming: Empty streaming metrics, or None for exact pixel metrics.
+        memory: Number of bytes above which maps are kept in a temporary file.
+    """
 
     def __init__(
         self,
         name: str,
         tests: Sequence[Sample],
         recipe: Recipe,
-        place: World,
+        world: World,
         readers: ThreadPoolExecutor,
-        streamed: metrics.Streaming | None,
+        streaming: metrics.Streaming | None,
         memory: int,
     ) -> None:
-        self.name, self.tests, self.recipe, self.place, self.streamed = name, tests, recipe, place, streamed
-        self.shares = place.shares(len(tests))
-        mine = tests[place.share(len(tests))]
+        self.name, self.tests, self.recipe, self.world, self.streaming = name, tests, recipe, world, streaming
+        self.shares = world.shares(len(tests))
+        own = tests[world.share(len(tests))]
         self.seconds: dict[str, float] = {}
-        self.counting = 0.0  # seconds
-        self.defects = sum(s.label for s in tests)
-        self.without = sum(s.label and s.mask is None for s in tests)
-        self.scores = torch.zeros(len(mine))
-        self.pixels = self.defects > 0 and not self.without
-        self.maps = _allocate_maps((len(mine) if self.pixels and streamed is None else 0, *recipe.out), memory)
-        # Exact metrics are formed by the first process, of all images; histograms are filled by each, of its own.
-        wanted = [] if not self.pixels else mine if streamed is not None else tests if place.first else []
-        self.defective = {i: s for i, s in enumerate(wanted) if s.label}
-        # Masks are read ahead; of images at their own scale when they are needed: all of them may take any memory.
-        ahead = {} if recipe.tile is not None else self.defective
-        self.masks = {i: readers.submit(read_ground_truth, s, recipe) for i, s in ahead.items()}
+        self.streaming_seconds = 0.0
+        self.defect_count = sum(sample.label for sample in tests)
+        self.maskless_count = sum(sample.label and sample.mask is None for sample in tests)
+        self.scores = torch.zeros(len(own))
+        self.has_masks = self.defect_count > 0 and not self.maskless_count
+        map_count = len(own) if self.has_masks and streaming is None else 0
+        self.maps = _allocate_maps((map_count, *recipe.out), memory)
+        # The first process computes exact metrics of all images; each process streams the maps of its own images.
+        masked = [] if not self.has_masks else own if streaming is not None else tests if world.first else []
+        self.defective = {index: sample for index, sample in enumerate(masked) if sample.label}
+        # Masks at their original scale may need any amount of memory, so they are read only when they are needed.
+        in_advance = {} if recipe.tile is not None else self.defective
+        self.masks = {i: readers.submit(read_ground_truth, sample, recipe) for i, sample in in_advance.items()}
 
-    def add(self, begun: int, maps: Tensor, scores: Tensor) -> None:
-        """Keep what the network made of images ``begun``, ``begun + 1``, ... of this process's share."""
-        done = begun + len(scores)
-        self.scores[begun:done] = scores.cpu()
-        if self.pixels and self.streamed is not None:
-            truth = self._truth(begun, done, tuple(maps.shape[1:]))
-            since = time.perf_counter()
-            self.streamed.update(maps, truth)
-            self.counting += time.perf_counter() - since
-        elif self.pixels:
-            self.maps[begun:done] = maps.cpu().numpy()
+    def add(self, start: int, maps: Tensor, scores: Tensor) -> None:
+        """Add maps and scores of consecutive images in the share of this process.
 
-    def complete(self, device: torch.device) -> None:
-        """Bring together what the processes hold; all of them must call it."""
-        if self.place.size == 1:
+        Args:
+            start: Index of the first image in the share.
+            maps: Anomaly maps (N, H, W), float32.
+            scores: Scores (N,), float32.
+        """
+        stop = start + len(scores)
+        self.scores[start:stop] = scores.cpu()
+        if self.has_masks and self.streaming is not None:
+            masks = self._read_masks(start, stop, tuple(maps.shape[1:]))
+            begin = time.perf_counter()
+            self.streaming.update(maps, masks)
+            self.streaming_seconds += time.perf_counter() - begin
+        elif self.has_masks:
+            self.maps[start:stop] = maps.cpu().numpy()
+
+    def gather(self, device: torch.device) -> None:
+        """Gather scores and maps, or sum histograms, over all processes. Every process must call it.
+
+        Args:
+            device: Device of the collective operations.
+        """
+        if self.world.size == 1:
             return
         self.scores = gather_shares(self.scores.to(device), self.shares).cpu()
-        if self.pixels and self.streamed is not None:
-            distributed.sum_over_processes(self.streamed.state().values(), device)
-        elif self.pixels:
+        if self.has_masks and self.streaming is not None:
+            distributed.sum_over_processes(self.streaming.state().values(), device)
+        elif self.has_masks:
             self.maps = gather_shares(torch.from_numpy(self.maps).to(device), self.shares).cpu().numpy()
 
-    def row(self) -> Row:
-        """The metrics, and why those that are lacking do."""
-        count, since = len(self.tests), time.perf_counter()
+    def scored_images(self) -> list[ScoredImage]:
+        """List all test images with their scores."""
+        return [
+            ScoredImage(str(sample.path), sample.category, sample.defect, sample.label, score)
+            for sample, score in zip(self.tests, self.scores.tolist(), strict=True)
+        ]
+
+    def compute_row(self) -> Row:
+        """Compute the metrics, and a note that names the undefined ones."""
+        count, begin = len(self.tests), time.perf_counter()
         values: dict[str, float] = {}
         bounds: dict[str, float] = {}
         notes = []
-        if 0 < self.defects < count:
-            found = metrics.image_metrics(self.scores, np.array([sample.label for sample in self.tests]))
-            values |= {"i_auroc": found.auroc, "i_ap": found.ap, "i_f1": found.f1_max, "i_accuracy": found.accuracy}
-            values["i_threshold"] = found.f1_threshold
+        if 0 < self.defect_count < count:
+            image = metrics.image_metrics(self.scores, np.array([sample.label for sample in self.tests]))
+            values |= {"i_auroc": image.auroc, "i_ap": image.ap, "i_f1": image.f1_max, "i_accuracy": image.accuracy}
+            values["i_threshold"] = image.f1_threshold
         else:
-            notes.append(f"no metrics of images, for want of a {'good' if self.defects else 'defect'} one")
-        if self.pixels:
-            of = self._streamed() if self.streamed is not None else self._exact()
-            if of is None:
-                notes.append("no metrics of pixels, whose masks are all of one kind")
+            notes.append(f"no image metrics: there are no {'good' if self.defect_count else 'defective'} images")
+        if self.has_masks:
+            pixel = self._streamed_pixel_metrics() if self.streaming is not None else self._exact_pixel_metrics()
+            if pixel is None:
+                notes.append("no pixel metrics: all mask pixels have the same value")
             else:
-                values, bounds = values | of[0], of[1]
+                values, bounds = values | pixel[0], pixel[1]
                 if "aupro_per_image" not in values:
-                    notes.append("no AUPRO per image, which an image leaves undefined")
-        elif self.defects:
-            notes.append(f"no metrics of pixels, as {self.without} of {self.defects} defect images have no mask")
-        seconds = {**self.seconds, "metrics": self.counting + time.perf_counter() - since}
-        return Row(self.name, count, self.defects, **values, seconds=seconds, bounds=bounds, note="; ".join(notes))
+                    notes.append("no AUPRO per image: it is undefined for at least one image")
+        elif self.defect_count:
+            notes.append(
+                f"no pixel metrics: {self.maskless_count} of {self.defect_count} defective images have no mask"
+            )
+        seconds = {**self.seconds, "metrics": self.streaming_seconds + time.perf_counter() - begin}
+        return Row(self.name, count, self.defect_count, **values, seconds=seconds, bounds=bounds, note="; ".join(notes))
 
     def cancel(self) -> None:
-        """Read no more masks."""
+        """Cancel the reading of masks."""
         for mask in self.masks.values():
             mask.cancel()
 
-    def _truth(self, begun: int, done: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Masks (H, W) = ``shape`` of images ``begun`` to ``done``; good images have no defect anywhere."""
-        truth = np.zeros((done - begun, *shape), bool)
-        for i in range(begun, done):
-            if i in self.masks:
-                truth[i - begun] = self.masks.pop(i).result()
-            elif i in self.defective:
-                truth[i - begun] = read_ground_truth(self.defective[i], self.recipe)
-        return truth
+    def _read_masks(self, start: int, stop: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Return the masks of images ``start`` to ``stop``, each of ``shape`` (H, W); all False for good images."""
+        masks = np.zeros((stop - start, *shape), bool)
+        for index in range(start, stop):
+            if index in self.masks:
+                masks[index - start] = self.masks.pop(index).result()
+            elif index in self.defective:
+                masks[index - start] = read_ground_truth(self.defective[index], self.recipe)
+        return masks
 
-    def _exact(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        truth = self._truth(0, len(self.tests), self.recipe.out)
-        if not 0 < np.count_nonzero(truth) < truth.size:
+    def _exact_pixel_metrics(self) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Compute exact pixel metrics from all maps; None if the mask pixels all have the same value."""
+        masks = self._read_masks(0, len(self.tests), self.recipe.out)
+        if not 0 < np.count_nonzero(masks) < masks.size:
             return None
-        of = metrics.pixel_metrics(self.maps, truth)
+        pixel = metrics.pixel_metrics(self.maps, masks)
         self.maps = self.maps[:0]
-        values = {"p_auroc": of.auroc, "p_ap": of.ap, "p_f1": of.f1_max, "p_threshold": of.f1_threshold}
-        return _drop_undefined({**values, "aupro": of.aupro, "aupro_per_image": of.aupro_per_image}), {}
+        values = {"p_auroc": pixel.auroc, "p_ap": pixel.ap, "p_f1": pixel.f1_max, "p_threshold": pixel.f1_threshold}
+        return _drop_undefined({**values, "aupro": pixel.aupro, "aupro_per_image": pixel.aupro_per_image}), {}
 
-    def _streamed(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        if self.streamed is None or not self.streamed.has_both_classes:
+    def _streamed_pixel_metrics(self) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Compute pixel metrics and their error bounds from histograms; None if the mask pixels are all equal."""
+        if self.streaming is None or not self.streaming.has_both_classes:
             return None
-        of = self.streamed.compute()
-        found = {"p_auroc": of.auroc, "p_ap": of.ap, "p_f1": of.f1_max, "aupro": of.aupro}
-        values = {name: estimate.value for name, estimate in found.items()}
-        values |= {"p_threshold": of.f1_threshold, "aupro_per_image": of.aupro_per_image}
-        return _drop_undefined(values), {name: estimate.bound for name, estimate in found.items()}
+        pixel = self.streaming.compute()
+        estimates = {"p_auroc": pixel.auroc, "p_ap": pixel.ap, "p_f1": pixel.f1_max, "aupro": pixel.aupro}
+        values = {name: estimate.value for name, estimate in estimates.items()}
+        values |= {"p_threshold": pixel.f1_threshold, "aupro_per_image": pixel.aupro_per_image}
+        return _drop_undefined(values), {name: estimate.bound for name, estimate in estimates.items()}
 
 
 def _drop_undefined(values: dict[str, float]) -> dict[str, float]:
@@ -160,8 +199,8 @@ def _drop_undefined(values: dict[str, float]) -> dict[str, float]:
 
 
 def _allocate_maps(shape: tuple[int, ...], memory: int) -> NDArray[np.float32]:
-    """An array of ``shape``; in a file without a name where it takes more than ``memory`` bytes."""
+    """Allocate an array, in an unnamed file if it has more than ``memory`` bytes."""
     if 4 * math.prod(shape) <= memory:
         return np.empty(shape, np.float32)
-    with tempfile.TemporaryFile(prefix="recontrast-maps-") as file:  # the memory map keeps it
+    with tempfile.TemporaryFile(prefix="recontrast-maps-") as file:  # the memory map keeps the file open
         return np.asarray(np.memmap(file, np.float32, "w+", shape=shape))

@@ -1,9 +1,10 @@
-"""Evaluation: images -> maps and scores -> metrics by category; what the reference's `evaluation` (utils.py) does.
+"""Evaluation: metrics of a model by category, as the reference's ``evaluation`` (utils.py) computes them.
 
-The reference goes image by image and gathers pixels in Python lists. Here all categories go through the network in one
-pass of full batches. Files are decoded ahead of it; behind it, a thread forms the metrics of the category that is
-complete. Maps wait in memory, on the disk where a category's pass a limit, or not at all: streaming metrics take them
-batch by batch into histograms. Under torchrun each process takes its share of each category.
+The reference processes one image at a time and collects pixels in Python lists. Here the images of all categories go
+through the network in one pass of full batches. Files are decoded ahead of the network, and a thread computes the
+metrics of a complete category while the network runs on the next one. Maps are kept in memory, or in a temporary file
+if they exceed a limit; streaming metrics put them into histograms batch by batch and keep none. Under torchrun, each
+process runs the network on its share of every category.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +32,9 @@ from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import move_model, resolve_device
 
 __all__ = ["Result", "Row", "evaluate"]
-MEMORY = 2 << 30  # bytes of a category's maps that stay in memory: 8192 images of 256 px
-OnProgress = Callable[[str, int, int], None]  # category, images done, images of the category
-OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # images, and their maps (n, H, W)
+MEMORY = 2 << 30  # bytes of maps of a category that are kept in memory: 8192 images of 256 px
+OnProgress = Callable[[str, int, int], None]  # category, images done, images in the category
+OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # samples and their maps (N, H, W)
 
 
 def evaluate(
@@ -50,124 +51,153 @@ def evaluate(
     streaming: bool = False,
     memory: int = MEMORY,
 ) -> Result:
-    """Metrics of ``model`` on the test images among ``samples``, by category.
+    """Compute the metrics of a model on test images, by category.
 
-    A category without masks, or without defects, has None for the metrics that this leaves undefined, and a note.
-    Under torchrun every process gets the same result; no image is counted twice.
+    A metric that is undefined, for lack of masks or of defective images, is None, and a note gives the reason. Under
+    torchrun, every process returns the same result, and every image counts once.
 
     Args:
-        model: moved to ``device``; its mode is as before afterwards. `recontrast.inference.options` makes quicker ones.
-        samples: of one category or of several; those of the train split are passed over.
-        recipe: for size, crop, map, score, mask rule and precision. With ``tile``, images keep their own scale, maps
-            are blended from tiles (a quarter of each shared), and metrics of pixels are streamed.
-        device: None leaves the model where it is.
-        batch: images at once.
-        workers: threads that decode; None takes one per CPU.
-        on_progress: called with category, images done, and images of the category, of this process.
-        on_maps: called with each piece of images of this process, and their maps.
-        cache_dir: folder for decoded images; None decodes them anew, while the network runs. Not for tiles.
-        streaming: metrics of pixels from histograms, with a proven bound and in constant memory, instead of exact ones.
-        memory: bytes; a category's maps that take more wait in a file in the folder for temporary files.
+        model: Model, moved to ``device``. Its training mode is restored afterwards. `recontrast.inference.options`
+            builds faster versions of a model.
+        samples: Samples of one or several categories; those of the train split are ignored.
+        recipe: Recipe, for size, crop, map, score, mask rule and precision. With ``tile``, images keep their original
+            scale, maps are blended from tiles that share a quarter, and pixel metrics are streamed.
+        device: Device to move the model to; None leaves it where it is.
+        batch: Number of images per batch.
+        workers: Number of threads that decode; None for one per CPU.
+        on_progress: Function called with the category, the images done and the images in the category, of this process.
+        on_maps: Function called with the samples of each batch of this process and their maps.
+        cache_dir: Folder for decoded images; None decodes them while the network runs. Not used with tiles.
+        streaming: Whether to compute pixel metrics from histograms, in constant memory and with proven error bounds,
+            instead of exactly.
+        memory: Number of bytes; if the maps of a category have more, they are kept in a temporary file.
 
     Returns:
-        A row for each category, in the order in which they come, their mean, and the score of each image.
+        One row for each category in the given order, their mean, and the score of each image.
 
     Raises:
-        ValueError: no test images, fewer than 1 at once, a size that the model's strides do not divide, files that are
-            no images, or masks that do not fit them.
-        OSError: a file cannot be read, or the cache or the maps not be written.
+        ValueError: If there are no test images, ``batch`` is below 1, the image size is not a multiple of the model's
+            stride, a file is not an image, or a mask does not fit its image.
+        OSError: If a file cannot be read, or the cache or the maps cannot be written.
     """
-    groups = _test_images(samples)
+    groups = _group_test_samples(samples)
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
-    model.map_sizes(recipe.out)  # refuses a size that its strides do not divide
+    model.map_sizes(recipe.out)  # raises an error if the size is not a multiple of the stride
     if device is not None:
         move_model(model, resolve_device(device), recipe.channels_last)
-    place = distributed.current_world()
-    mine = {name: tests[place.share(len(tests))] for name, tests in groups.items()}
-    where = next(model.parameters()).device
-    clock = Clock(where)
-    if recipe.tile is None:
-        images = ConcatImages([_images(some, recipe, workers, cache_dir) for some in mine.values()])
-        feed = _Feed(infer(model, images, recipe, batch=batch, clock=clock))
-    else:
-        streaming = True  # images differ in size, and have more pixels than can be sorted
-        feed = _Feed(tiling.infer_files([s.path for some in mine.values() for s in some], model, recipe, batch, clock))
+    model_device, world = next(model.parameters()).device, distributed.current_world()
+    shares = {name: tests[world.share(len(tests))] for name, tests in groups.items()}
+    clock = Clock(model_device)
+    batches = _Batches(_infer_samples(model, list(shares.values()), recipe, batch, workers, cache_dir, clock))
+    streaming = streaming or recipe.tile is not None  # images at their original scale have too many pixels to sort
     jobs: list[Future[Row]] = []
     scored: list[ScoredImage] = []
-    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as counter:
+    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as background:
         category: Category | None = None
         try:
             for name, tests in groups.items():
-                streamed = metrics.Streaming(max_map_value(model, recipe), device=where) if streaming else None
-                category = Category(name, tests, recipe, place, readers, streamed, memory)
-                done, passed = 0, clock.seconds()
-                for maps, scores in feed.take(len(mine[name])):
-                    begun, done = done, done + len(scores)
-                    category.add(begun, maps, scores)
-                    if on_maps is not None:
-                        on_maps(mine[name][begun:done], maps.cpu().numpy())
-                    if on_progress is not None:
-                        on_progress(name, done, len(mine[name]))
-                category.complete(where)
-                category.seconds = {key: value - passed.get(key, 0.0) for key, value in clock.seconds().items()}
-                scored += [
-                    ScoredImage(str(s.path), s.category, s.defect, s.label, score)
-                    for s, score in zip(tests, category.scores.tolist(), strict=True)
-                ]
+                histograms = metrics.Streaming(max_map_value(model, recipe), device=model_device) if streaming else None
+                category = Category(name, tests, recipe, world, readers, histograms, memory)
+                _collect(category, shares[name], batches, clock, model_device, on_progress, on_maps)
+                scored += category.scored_images()
                 if jobs:
-                    jobs[-1].result()  # the maps of two categories at most are held at once
-                if place.first:
-                    jobs.append(counter.submit(category.row))
+                    jobs[-1].result()  # so that the maps of at most two categories are kept at once
+                if world.first:
+                    jobs.append(background.submit(category.compute_row))
             rows = [job.result() for job in jobs]
         finally:
-            feed.close()
+            batches.close()
             if category is not None:
                 category.cancel()
-    rows = distributed.broadcast_from_first(place, rows)
-    about = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
-    return Result(rows, *about, scored=scored, tile=recipe.tile)
+    rows = distributed.broadcast_from_first(world, rows)
+    settings = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
+    return Result(rows, *settings, scored=scored, tile=recipe.tile)
 
 
-def _test_images(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
-    everything = [s for group in samples.values() for s in group] if isinstance(samples, Mapping) else list(samples)
+def _group_test_samples(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
+    """Group the samples of the test split by category."""
+    flat = [s for group in samples.values() for s in group] if isinstance(samples, Mapping) else list(samples)
     groups: dict[str, list[Sample]] = {}
-    for sample in everything:
+    for sample in flat:
         if sample.split == "test":
             groups.setdefault(sample.category, []).append(sample)
     if not groups:
-        raise ValueError(f"evaluate: samples: wanted test images, got none among {len(everything)} samples")
+        raise ValueError(f"evaluate: samples: wanted test images, got none among {len(flat)} samples")
     return groups
 
 
-def _images(samples: Sequence[Sample], recipe: Recipe, workers: int | None, cache_dir: str | Path | None) -> Images:
-    if cache_dir is None:
-        return SampleImages(samples, recipe, workers)
-    return ImageCache(samples, recipe.size, recipe.crop, cache_dir, workers=workers)
+def _infer_samples(
+    model: ReContrast | FoldedModel,
+    groups: Sequence[Sequence[Sample]],
+    recipe: Recipe,
+    batch: int,
+    workers: int | None,
+    cache_dir: str | Path | None,
+    clock: Clock,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return an iterator over maps and scores of the samples of all groups, one group after the other."""
+    if recipe.tile is not None:
+        paths = [sample.path for group in groups for sample in group]
+        return tiling.infer_files(paths, model, recipe, batch, clock)
+    images: list[Images] = [
+        SampleImages(group, recipe, workers)
+        if cache_dir is None
+        else ImageCache(group, recipe.size, recipe.crop, cache_dir, workers=workers)
+        for group in groups
+    ]
+    return infer(model, ConcatImages(images), recipe, batch=batch, clock=clock)
 
 
-class _Feed:
-    """Batches cut where a category ends. One is asked for before the last is handed on: a GPU does not wait."""
+def _collect(
+    category: Category,
+    samples: Sequence[Sample],
+    batches: "_Batches",
+    clock: Clock,
+    device: torch.device,
+    on_progress: OnProgress | None,
+    on_maps: OnMaps | None,
+) -> None:
+    """Add the maps and scores of this process's ``samples`` to their category, then gather those of all processes."""
+    stop, seconds_before = 0, clock.seconds()
+    for maps, scores in batches.take(len(samples)):
+        start, stop = stop, stop + len(scores)
+        category.add(start, maps, scores)
+        if on_maps is not None:
+            on_maps(samples[start:stop], maps.cpu().numpy())
+        if on_progress is not None:
+            on_progress(category.name, stop, len(samples))
+    category.gather(device)
+    category.seconds = {name: total - seconds_before.get(name, 0.0) for name, total in clock.seconds().items()}
+
+
+class _Batches:
+    """Batches of maps and scores that can be split where a category ends.
+
+    The next batch is requested before the current one is returned, so that a GPU never waits.
+    """
 
     def __init__(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-        self.more = True
+        self.queue: list[tuple[Tensor, Tensor]] = []
+        self.exhausted = False
 
     def take(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The next ``count`` images: maps (n, H, W) and scores (n,), piece by piece."""
+        """Yield the maps (N, H, W) and scores (N,) of the next ``count`` images, batch by batch."""
         while count:
-            while self.more and len(self.waiting) < 2:
-                found = next(self.batches, None)
-                self.more = found is not None
-                self.waiting += [] if found is None else [found]
-            maps, scores = self.waiting.pop(0)
+            while not self.exhausted and len(self.queue) < 2:
+                following = next(self.batches, None)
+                if following is None:
+                    self.exhausted = True
+                else:
+                    self.queue.append(following)
+            maps, scores = self.queue.pop(0)
             if len(scores) > count:
-                self.waiting.insert(0, (maps[count:], scores[count:]))
+                self.queue.insert(0, (maps[count:], scores[count:]))
                 maps, scores = maps[:count], scores[:count]
             count -= len(scores)
             yield maps, scores
 
     def close(self) -> None:
-        """Stop the network, wherever it is."""
+        """Stop the inference."""
         self.batches.close()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where an image is anomalous, as a recipe sees the image."""
+"""Ground-truth masks at the size and crop of a recipe."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,17 +9,17 @@ from recontrast.recipes.recipe import Recipe
 
 
 def read_ground_truth(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:
-    """The mask of an anomalous image as ``recipe`` sees it.
+    """Read the mask of a defective image at the size of its map.
 
     Args:
-        sample: with its mask.
-        recipe: for size and crop, or with ``tile`` for the image's own size, and for the mask rule.
+        sample: Sample with a mask.
+        recipe: Recipe, for size, crop and mask rule. With ``tile``, the mask keeps its original size.
 
     Returns:
-        (H, W), True where the image is anomalous.
+        Mask (H, W), bool, True where the image is defective.
 
     Raises:
-        ValueError: there is no mask, it cannot be read, or its size is not that of the image.
+        ValueError: If there is no mask, or the mask cannot be read or differs from the image in size.
     """
     if sample.mask is None:
         raise ValueError(f"{sample.path}: wanted an image with a mask, got one without")

@@ -1,4 +1,4 @@
-"""Results of an evaluation, and their tables: JSON, CSV, Markdown."""
+"""Results of an evaluation, and their tables in JSON, CSV and Markdown."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from typing import Any
 
 from recontrast.data.atomic import replace_file
 
-# Field of `Row` -> its name in tables. The two AUPROs are not comparable: see `recontrast.metrics.aupro`.
+# Field of `Row` -> heading in tables. The two forms of AUPRO are not comparable, see `recontrast.metrics.aupro`.
 METRICS = {
     "i_auroc": "I-AUROC",
     "i_ap": "I-AP",
@@ -26,22 +26,22 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One category, or the mean of several. A metric that cannot be formed is None; ``note`` says why.
+    """Metrics of one category, or the mean of several. Undefined metrics are None, and ``note`` gives the reason.
 
     Attributes:
-        category: its name, or "mean".
-        images: how many.
-        defects: images with one.
-        i_auroc, i_ap, i_f1: metrics of images, in [0, 1]; F1 is the largest over all thresholds.
-        i_accuracy: share of images called rightly at that threshold.
-        p_auroc, p_ap, p_f1: metrics of pixels, in [0, 1].
-        aupro: over the data set.
-        aupro_per_image: the reference's.
-        i_threshold: image score that gives ``i_f1``, chosen on these very images.
-        p_threshold: map value that gives ``p_f1``.
-        seconds: loading (waited for), forward, maps, metrics.
-        bounds: of streamed metrics, by name: the exact one is as near, or nearer.
-        note: why metrics are lacking; empty where none is.
+        category: Name of the category, or "mean".
+        images: Number of test images.
+        defects: Number of defective test images.
+        i_auroc, i_ap, i_f1: Image metrics in [0, 1]; F1 is the maximum over all thresholds.
+        i_accuracy: Accuracy at the threshold of the maximum F1.
+        p_auroc, p_ap, p_f1: Pixel metrics in [0, 1].
+        aupro: Area under the per-region-overlap curve of the whole data set.
+        aupro_per_image: AUPRO in the per-image form of the reference.
+        i_threshold: Image score that gives ``i_f1``, chosen on these images.
+        p_threshold: Map value that gives ``p_f1``.
+        seconds: Time in seconds spent waiting for images (``loading``), and in ``forward``, ``maps`` and ``metrics``.
+        bounds: Largest possible distance of streamed metrics from the exact values, by name.
+        note: Reasons for undefined metrics; empty if all are defined.
     """
 
     category: str
@@ -65,27 +65,36 @@ class Row:
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """One test image and its score."""
+    """Score of one test image.
+
+    Attributes:
+        path: Path of the image.
+        category: Name of its category.
+        defect: Type of defect, or "good".
+        label: 1 for a defective image, 0 for a good one.
+        score: Anomaly score.
+    """
 
     path: str
     category: str
-    defect: str  # kind of defect, or "good"
-    label: int  # 1 anomalous
+    defect: str
+    label: int
     score: float
 
 
 @dataclass(frozen=True)
 class Result:
-    """Rows by category, their mean, and what was decided before: metrics are in [0, 1].
+    """Result of an evaluation: metrics by category, and the settings that they were computed with.
 
     Attributes:
-        rows: one for each category.
-        recipe: its name.
-        size: of images and maps, (height, width), pixels.
-        score, blur, reduce, mask_rule: of the recipe.
-        scored: each image.
-        decided: what a calibration decides on these images.
-        tile: pixels; images and maps then have the size of the files, and ``size`` is that of a tile.
+        rows: One row for each category, with metrics in [0, 1].
+        recipe: Name of the recipe.
+        size: Height and width of images and maps in pixels.
+        score, blur, reduce, mask_rule: Fields of the recipe.
+        scored: Scores of all test images.
+        decided: Summary of the decisions that a calibration makes on these images.
+        tile: Side of a tile in pixels, or None. With tiles, images and maps have the size of the files, and ``size`` is
+            the size of a tile.
     """
 
     rows: list[Row]
@@ -101,13 +110,13 @@ class Result:
 
     @property
     def mean(self) -> Row:
-        """The mean of each metric over the categories that have it; images and seconds are summed."""
+        """Mean of each metric over the categories for which it is defined; images and seconds are summed."""
         seconds: dict[str, float] = {}
         for row in self.rows:
             for name, value in row.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
         values = {name: [v for row in self.rows if (v := getattr(row, name)) is not None] for name in METRICS}
-        lacking = [METRICS[name] for name, found in values.items() if 0 < len(found) < len(self.rows)]
+        incomplete = [METRICS[name] for name, defined in values.items() if 0 < len(defined) < len(self.rows)]
         means: dict[str, Any] = {name: sum(v) / len(v) if v else None for name, v in values.items()}
         return Row(
             "mean",
@@ -115,17 +124,17 @@ class Result:
             defects=sum(row.defects for row in self.rows),
             seconds=seconds,
             **means,
-            note=f"not over all categories: {', '.join(lacking)}" if lacking else "",
+            note=f"not over all categories: {', '.join(incomplete)}" if incomplete else "",
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the scores of the images as plain values that JSON can hold."""
-        found = {**asdict(self), "size": list(self.size), "mean": asdict(self.mean)}
-        del found["scored"]
-        return found
+        """Return everything except the scores of the images as values that JSON can represent."""
+        values = {**asdict(self), "size": list(self.size), "mean": asdict(self.mean)}
+        del values["scored"]
+        return values
 
     def to_csv(self) -> str:
-        """A line for each category and, last, their mean; an absent metric is an empty cell."""
+        """Return a CSV table with one line for each category and one for the mean; undefined metrics are empty."""
         text = io.StringIO()
         names = [f.name for f in fields(Row) if f.name not in ("seconds", "bounds")]
         times = list(self.mean.seconds)
@@ -136,15 +145,15 @@ class Result:
         return text.getvalue()
 
     def _bounds(self) -> list[tuple[str, float]]:
-        """The largest bound of each streamed metric over the categories."""
-        most: dict[str, float] = {}
+        """Return the largest bound of each streamed metric over the categories."""
+        largest: dict[str, float] = {}
         for row in self.rows:
             for name, bound in row.bounds.items():
-                most[name] = max(bound, most.get(name, 0.0))
-        return list(most.items())
+                largest[name] = max(bound, largest.get(name, 0.0))
+        return list(largest.items())
 
     def to_markdown(self) -> str:
-        """A table in percent, "-" for an absent metric, and below it what it was measured with."""
+        """Return a Markdown table in percent, with "-" for undefined metrics, followed by settings and notes."""
         names = [name for name in METRICS if any(getattr(row, name) is not None for row in self.rows)] or ["i_auroc"]
         head = ["category", "images", *(METRICS[name] for name in names), "seconds"]
         lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
@@ -158,13 +167,14 @@ class Result:
             f"score {self.score}, mask rule {self.mask_rule}."
         )
         lines += [
-            f"{METRICS[name]}: from histograms, within {most:.1e} of the exact one." for name, most in self._bounds()
+            f"{METRICS[name]}: from histograms, within {bound:.1e} of the exact value."
+            for name, bound in self._bounds()
         ]
         lines += [f"{row.category}: {row.note}." for row in (*self.rows, self.mean) if row.note]
         return "\n".join(lines) + "\n"
 
     def scores_csv(self) -> str:
-        """A line for each image: path, category, defect, label and score."""
+        """Return a CSV table with path, category, defect, label and score of each image."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([f.name for f in fields(ScoredImage)])
@@ -172,16 +182,16 @@ class Result:
         return text.getvalue()
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write ``results.json``, ``.csv`` and ``.md`` and ``scores.csv``, each whole or not at all.
+        """Write ``results.json``, ``results.csv``, ``results.md`` and ``scores.csv``.
 
         Args:
-            folder: made if need be.
+            folder: Folder of the files, created if necessary.
 
         Returns:
-            The four paths.
+            Paths of the four files.
 
         Raises:
-            OSError: a file cannot be written; a former one stays.
+            OSError: If a file cannot be written; an existing file of that name is then unchanged.
         """
         texts = {
             "results.json": json.dumps(self.to_dict(), indent=1) + "\n",

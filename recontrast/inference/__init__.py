@@ -1,1 +1,1 @@
-"""From images to maps, scores and decisions."""
+"""Anomaly maps, scores and decisions for images."""

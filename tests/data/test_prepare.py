@@ -370,4 +370,4 @@ def test_without_masks_from_download_to_result(download, tmp_path, few, name):
     bad = {"aptos": 3, "isic2018": 2}[name]
     assert (row["category"], row["images"], row["defects"]) == (name, bad + 2, bad)
     assert 0 <= row["i_auroc"] <= 1 and row["p_auroc"] is None and row["aupro"] is None
-    assert row["note"] == f"no metrics of pixels, as {bad} of {bad} defect images have no mask"
+    assert row["note"] == f"no pixel metrics: {bad} of {bad} defective images have no mask"

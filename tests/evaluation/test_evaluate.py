@@ -142,7 +142,7 @@ def test_good_images_have_no_defect_anywhere(model, samples):
     """The mask of a good image is all zero, so its pixels count."""
     without = [s for s in samples if not (s.split == "test" and s.label == 0)]
     row, fewer = (evaluate(model, group, RECIPE).rows[0] for group in (samples, without))
-    assert fewer.note == "no metrics of images, for want of a good one"
+    assert fewer.note == "no image metrics: there are no good images"
     assert values(fewer, IMAGE) == dict.fromkeys(IMAGE)
     assert fewer.p_auroc is not None
     assert fewer.p_auroc != row.p_auroc
@@ -153,16 +153,16 @@ def test_without_masks(model, samples):
     row, full = (evaluate(model, group, RECIPE).rows[0] for group in (bare, samples))
     assert values(row, IMAGE) == values(full, IMAGE)
     assert values(row, PIXEL) == dict.fromkeys(PIXEL)
-    assert row.note == "no metrics of pixels, as 4 of 4 defect images have no mask"
+    assert row.note == "no pixel metrics: 4 of 4 defective images have no mask"
     some = [replace(s, mask=None) if s.label and s.path.stem == "000" else s for s in samples]
-    assert evaluate(model, some, RECIPE).rows[0].note.endswith("as 1 of 4 defect images have no mask")
+    assert evaluate(model, some, RECIPE).rows[0].note.endswith(": 1 of 4 defective images have no mask")
 
 
 def test_without_defects(model, samples):
     good = [sample for sample in samples if not sample.label]
     (row,) = evaluate(model, good, RECIPE).rows
     assert values(row) == dict.fromkeys(METRICS)
-    assert row.note == "no metrics of images, for want of a defect one"
+    assert row.note == "no image metrics: there are no defective images"
 
 
 def test_masks_of_one_kind(model, samples, tmp_path):
@@ -171,7 +171,7 @@ def test_masks_of_one_kind(model, samples, tmp_path):
     Image.new("L", (64, 64)).save(tmp_path / "black.png")
     black = [replace(s, mask=tmp_path / "black.png") if s.mask else s for s in samples]
     (row,) = evaluate(model, black, RECIPE).rows
-    assert row.note == "no metrics of pixels, whose masks are all of one kind"
+    assert row.note == "no pixel metrics: all mask pixels have the same value"
     assert row.i_auroc is not None
 
 
@@ -248,7 +248,7 @@ def test_streaming_is_within_its_bounds(model, samples, tmp_path):
 
 def test_streaming_without_pixels(model, samples):
     bare = [replace(sample, mask=None) for sample in samples]
-    assert evaluate(model, bare, RECIPE, streaming=True).rows[0].note.startswith("no metrics of pixels")
+    assert evaluate(model, bare, RECIPE, streaming=True).rows[0].note.startswith("no pixel metrics")
 
 
 def test_maps_beyond_the_limit_wait_in_a_file(model, samples, monkeypatch, tmp_path):
@@ -286,7 +286,7 @@ def test_clock_of_a_device_sums_by_name():
 
 ROWS = [
     Row("a", 10, 4, i_auroc=1.0, i_ap=0.5, p_auroc=0.9, aupro=0.25, seconds={"forward": 1.5, "maps": 0.5}),
-    Row("b", 20, 6, i_auroc=0.5, i_ap=0.5, seconds={"forward": 0.5}, note="no metrics of pixels"),
+    Row("b", 20, 6, i_auroc=0.5, i_ap=0.5, seconds={"forward": 0.5}, note="no pixel metrics"),
 ]
 RESULT = Result(ROWS, "mvtec", (64, 32), "max", "reflect", "sum", "any")
 
@@ -300,7 +300,7 @@ def test_markdown():
     assert lines[4] == "| mean | 30 | 75.00 | 50.00 | 90.00 | 25.00 | 2.5 |"
     assert "Maps of 64 x 32 px" in lines[6]
     assert "mask rule any" in lines[6]
-    assert lines[7:] == ["b: no metrics of pixels.", "mean: not over all categories: P-AUROC, AUPRO."]
+    assert lines[7:] == ["b: no pixel metrics.", "mean: not over all categories: P-AUROC, AUPRO."]
 
 
 def test_csv():

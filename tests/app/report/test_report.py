@@ -132,7 +132,7 @@ def test_a_data_set_of_one_kind_has_no_threshold_and_no_curves(tmp_path):
     run, data = trained(tmp_path, good=2, defects=0)
     text = write_report(run, [data], device="cpu").path.read_text()
     assert "no decision" in text and "not of both kinds" in text and "ROC" not in text
-    assert "no metrics of images" in text
+    assert "no image metrics" in text
 
 
 def test_several_categories_have_a_mean_and_a_filter(tmp_path):
