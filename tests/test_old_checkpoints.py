@@ -55,15 +55,15 @@ def checkpoint_files(tmp_path_factory):
 
 def classes_in_pickle(data):
     """Every class or function that a pickle names, as "module.name"."""
-    strings, found = [], set()
+    strings, classes = [], set()
     for operation, argument, _ in pickletools.genops(data):
         if operation.name == "GLOBAL":
-            found.add(argument.replace(" ", "."))
+            classes.add(argument.replace(" ", "."))
         elif operation.name == "STACK_GLOBAL":
-            found.add(".".join(strings[-2:]))
+            classes.add(".".join(strings[-2:]))
         elif isinstance(argument, str):
             strings.append(argument)
-    return found
+    return classes
 
 
 def predict(detector, images, out):

@@ -1,18 +1,20 @@
-"""Writes the checkpoints of this folder. Needs recontrast 0.1.0, commit 45f52b4: PYTHONPATH=CHECKOUT python make.py OUT.
+"""Write the checkpoints of this folder and the results to expect of them: ``python make.py OUT``.
 
-A run begins with all but the first `KEPT` channels of each layer set to zero. Their gradients are zero, so that they
-stay zero, and a file of 180 MB compresses to a few 100 KB.
+This needs recontrast 0.1.0 (commit 45f52b4) on the path. In the initial model all but the first `KEPT` channels of each
+layer are zero. Their gradients are zero too, so they stay zero, and a checkpoint of 181 MB compresses to 0.5 MB. The
+training from there, the calibration and the predictions are those of the command line.
 """
 
 import json
 import lzma
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from typer.testing import CliRunner
+
 from recontrast.app.cli import app
 from recontrast.data.cache import ImageCache
 from recontrast.engine import checkpoint, train
@@ -21,7 +23,6 @@ from recontrast.engine.holdout import held_out
 from recontrast.engine.optimise import optimisers
 from recontrast.engine.recipes import RECIPES
 from recontrast.engine.run import Run, snapshot
-from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import tiny_set
@@ -36,12 +37,12 @@ RECIPE = RECIPES["mvtec"].replace(
 
 
 def prune(model):
-    """Zero all but `KEPT` channels of each layer; of the joined levels, `KEPT` of each."""
+    """Set all but the first `KEPT` channels of each layer to zero, in place."""
     joined = torch.zeros(704, dtype=torch.bool)
-    for start in (0, 256, 512):
+    for start in (0, 256, 512):  # the bottleneck joins three levels
         joined[start : start + KEPT] = True
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             value[KEPT:] = 0
             if value.ndim == 4 and value.shape[1] == len(joined):
                 value[:, ~joined] = 0
@@ -69,22 +70,22 @@ def main(out):
     run = out / "run"
     checkpoint.save(run / "checkpoint.pt", snapshot(start))
 
-    kept = checkpoint.save
+    original_save = checkpoint.save
 
-    def save(path, state):  # of the files that the run writes one after another, keep the first too
-        kept(path, state)
-        if state.step == SAVED:
+    def save(path, state):
+        original_save(path, state)
+        if state.step == SAVED:  # the run overwrites it at its end
             shutil.copy(path, out / "resumable.pt")
 
     checkpoint.save = save
     works("train", out / "images", "--resume", run, "--device", "cpu", "--no-evaluate")
-    checkpoint.save = kept
+    checkpoint.save = original_save
     shutil.copy(run / "checkpoint.pt", out / "calibrated.pt")
     works("predict", run, out / "images/nut/test", "--out", out / "predicted", "--decide", "--maps", "npy",
           "--device", "cpu")  # fmt: skip
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     predicted = json.loads((out / "predicted/scores.json").read_text())
-    found = checkpoint.load(out / "calibrated.pt")
+    saved = checkpoint.load(out / "calibrated.pt")
     images = {}
     for entry in predicted["images"]:
         anomaly_map = np.load(out / "predicted" / entry["map"])
@@ -93,16 +94,16 @@ def main(out):
         images[name] = {key: entry[key] for key in ("score", "p_value", "decision")}
         images[name] |= {"map_mean": float(anomaly_map.mean(dtype="float64")), "map_peak": [int(i) for i in peak]}
     expected = {
-        "version": found.version,
+        "version": saved.version,
         "data": DATA,
-        "images_digest": found.images["digest"],
+        "images_digest": saved.images["digest"],
         "steps": STEPS,
         "saved_step": SAVED,
         "losses": {str(line["step"]): line["loss"] for line in log if line["step"] > SAVED},
-        "rate": found.calibration.rate,
-        "threshold": found.calibration.threshold,
-        "pixel_threshold": found.calibration.pixel_threshold,
-        "calibration_scores": list(found.calibration.scores),
+        "rate": saved.calibration.rate,
+        "threshold": saved.calibration.threshold,
+        "pixel_threshold": saved.calibration.pixel_threshold,
+        "calibration_scores": list(saved.calibration.scores),
         "images": images,
     }
     (out / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
