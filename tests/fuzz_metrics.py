@@ -1,7 +1,7 @@
-"""Calls recontrast._metrics with whatever NumPy can make, for tests/csrc/test_sanitizers.py: `MODULE SEED SECONDS`.
+"""Fuzz test of recontrast._metrics, run by tests/csrc/test_sanitizers.py as `fuzz_metrics.py MODULE SEED SECONDS`.
 
-Right arguments have to give what the oracle gives, wrong ones an exception; the sanitizers watch the memory. torch is
-not imported: it would take longer than the rest.
+Valid arguments must give the results of the oracle, invalid ones must raise, and the sanitizers check the memory. torch
+is not imported, because its import would take longer than the test.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from recontrast.metrics import reference as oracle
 SIZES = [0, 1, 2, 3, 7, 8, 9, 16, 17, 40, 65]
 DTYPES = ["?", "u1", "i1", "u2", "i4", "i8", "f2", "f4", "f8", ">f4", ">f8", "g", "c8", "O", "U3", "M8[s]", "V5"]
 WRONG = [None, 3, "masks", [[[0, 1]]], {}, b"abc", object()]
-REFUSED = (ValueError, TypeError)
+ERRORS = (ValueError, TypeError)
 
 
 def load(path):
@@ -26,8 +26,8 @@ def load(path):
     return module
 
 
-def scores(rng, shape, dtype):
-    """Numbers with and without ties, of any size, now and then not finite."""
+def make_scores(rng, shape, dtype):
+    """Make numbers of any magnitude, with and without ties, sometimes not finite."""
     kind = rng.integers(6)
     if kind == 0:
         values = rng.integers(0, 4, shape).astype(float)
@@ -45,13 +45,13 @@ def scores(rng, shape, dtype):
         return values.astype(dtype)
 
 
-def masks(rng, shape):
+def make_masks(rng, shape):
     positive = rng.random(shape) < rng.choice([0, 0.02, 0.3, 0.5, 0.7, 1])
     return positive if rng.random() < 0.5 else (positive * rng.integers(1, 256)).astype(np.uint8)
 
 
-def layout(rng, array):
-    """The same numbers in memory of another shape: strided, turned, repeated, off alignment, read-only."""
+def change_layout(rng, array):
+    """Return the same numbers in another memory layout: strided, reversed, broadcast, unaligned or read-only."""
     kind = rng.integers(8)
     if kind == 0:
         wide = np.zeros([2 * n for n in array.shape], array.dtype)
@@ -76,24 +76,24 @@ def layout(rng, array):
     return array
 
 
-def anything(rng):
-    """An argument that is hardly ever right."""
+def make_invalid_argument(rng):
+    """Make an argument that is nearly always invalid."""
     if rng.random() < 0.2:
         return WRONG[rng.integers(len(WRONG))]
     shape = tuple(rng.choice(SIZES[:8], rng.integers(0, 5)))
-    return layout(rng, np.zeros(shape, DTYPES[rng.integers(len(DTYPES))]))
+    return change_layout(rng, np.zeros(shape, DTYPES[rng.integers(len(DTYPES))]))
 
 
-def same(ours, theirs):
-    if theirs is None or ours is None:
-        assert ours is theirs, (ours, theirs)
+def assert_same(results, expected):
+    if expected is None or results is None:
+        assert results is expected, (results, expected)
         return
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(results, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-def histogram(maps, positive, counts, shift, base):
-    """What the compiled function adds."""
+def add_histogram(maps, positive, counts, shift, base):
+    """Add to ``counts`` what the compiled function adds."""
     bits = maps.view(np.int32).astype(np.int64)
     bins = np.clip(np.where(maps > 0, (bits >> shift) - base, 0), 0, counts.shape[1] - 1)
     labels, regions = oracle.regions(positive)
@@ -105,35 +105,35 @@ def histogram(maps, positive, counts, shift, base):
     return int(regions.sum())
 
 
-def check(native, rng):
-    """Right arguments: the oracle's numbers."""
+def check_valid(native, rng):
+    """Compare the results for valid arguments with the oracle."""
     shape = tuple(int(n) for n in rng.choice(SIZES, 3))
-    maps, given = scores(rng, shape, rng.choice(["f4", "f8"])), masks(rng, shape)
-    positive, threads = given != 0, int(rng.choice([0, 1, 2, 5]))
+    maps, labels = make_scores(rng, shape, rng.choice(["f4", "f8"])), make_masks(rng, shape)
+    positive, threads = labels != 0, int(rng.choice([0, 1, 2, 5]))
     limits = [float(x) for x in 1 - rng.random(rng.integers(0, 4))]
-    same(native.regions(given, threads), oracle.regions(positive))
+    assert_same(native.regions(labels, threads), oracle.regions(positive))
     with np.errstate(all="ignore"):
-        same(native.rates(maps.ravel(), given.ravel(), threads), oracle.rates(maps.ravel(), positive.ravel()))
-        same(native.pixels(maps, given, limits, threads), oracle.pixels(maps, positive, limits))
+        assert_same(native.rates(maps.ravel(), labels.ravel(), threads), oracle.rates(maps.ravel(), positive.ravel()))
+        assert_same(native.pixels(maps, labels, limits, threads), oracle.pixels(maps, positive, limits))
         if maps.size:
-            same(native.per_image(maps, given, 0.3, threads), oracle.per_image(maps, positive, 0.3))
+            assert_same(native.per_image(maps, labels, 0.3, threads), oracle.per_image(maps, positive, 0.3))
         else:
-            native.per_image(maps, given, 0.3, threads)
+            native.per_image(maps, labels, 0.3, threads)
     if maps.dtype == np.float32:
         ours, theirs = (np.zeros((3, int(n)), np.int64) for n in [rng.choice(SIZES[1:])] * 2)
         shift, base = int(rng.integers(0, 31)), int(rng.choice([0, 5, 1000, 2**31 - 1]))
-        assert native.histogram(maps, given, ours, shift, base, threads) == histogram(
+        assert native.histogram(maps, labels, ours, shift, base, threads) == add_histogram(
             maps, positive, theirs, shift, base
         )
         np.testing.assert_array_equal(ours, theirs)
 
 
-def attack(native, rng):
-    """Mostly wrong arguments: an exception or a result, nothing else."""
+def check_invalid(native, rng):
+    """Call with mostly invalid arguments: each call must return or raise one of `ERRORS`."""
     shape = tuple(int(n) for n in rng.choice(SIZES, 3))
-    right = {
-        "maps": scores(rng, shape, "f4"),
-        "masks": masks(rng, shape),
+    arguments = {
+        "maps": make_scores(rng, shape, "f4"),
+        "masks": make_masks(rng, shape),
         "counts": np.zeros((3, int(rng.choice(SIZES))), np.int64),
         "threads": 2,
         "limits": [0.3],
@@ -141,54 +141,55 @@ def attack(native, rng):
         "shift": 7,
         "base": 100,
     }
-    odd = {
+    invalid = {
         "threads": [-1, 2**70, 1.5, None, 1000],
         "limits": [[0.0], [2.0], [float("nan")], 3, None, ["x"], [-1e300], [1e-300, 1.0]],
         "limit": [0.0, 2.0, float("nan"), None, 1e-300],
         "shift": [-1, 31, 2**40, 0, 30],
         "base": [-1, 2**40, 2**31 - 1],
     }
-    for name in right:
-        if isinstance(right[name], np.ndarray):
-            right[name] = layout(rng, right[name]) if rng.random() < 0.3 else right[name]
-            right[name] = anything(rng) if rng.random() < 0.2 else right[name]
+    for name in arguments:
+        if isinstance(arguments[name], np.ndarray):
+            arguments[name] = change_layout(rng, arguments[name]) if rng.random() < 0.3 else arguments[name]
+            arguments[name] = make_invalid_argument(rng) if rng.random() < 0.2 else arguments[name]
         elif rng.random() < 0.3:
-            right[name] = odd[name][rng.integers(len(odd[name]))]
+            arguments[name] = invalid[name][rng.integers(len(invalid[name]))]
     flat = [
-        x.ravel() if isinstance(x, np.ndarray) and rng.random() < 0.9 else x for x in (right["maps"], right["masks"])
+        x.ravel() if isinstance(x, np.ndarray) and rng.random() < 0.9 else x
+        for x in (arguments["maps"], arguments["masks"])
     ]
     for call in [
-        lambda: native.regions(right["masks"], right["threads"]),
-        lambda: native.rates(*flat, right["threads"]),
-        lambda: native.pixels(right["maps"], right["masks"], right["limits"], right["threads"]),
-        lambda: native.per_image(right["maps"], right["masks"], right["limit"], right["threads"]),
-        lambda: native.histogram(*(right[k] for k in ("maps", "masks", "counts", "shift", "base", "threads"))),
+        lambda: native.regions(arguments["masks"], arguments["threads"]),
+        lambda: native.rates(*flat, arguments["threads"]),
+        lambda: native.pixels(arguments["maps"], arguments["masks"], arguments["limits"], arguments["threads"]),
+        lambda: native.per_image(arguments["maps"], arguments["masks"], arguments["limit"], arguments["threads"]),
+        lambda: native.histogram(*(arguments[k] for k in ("maps", "masks", "counts", "shift", "base", "threads"))),
     ]:
         try:
             call()
-        except REFUSED:
+        except ERRORS:
             pass
 
 
-def disturb(native, rng):
-    """Arrays that another thread writes to meanwhile: any numbers, but in bounds."""
-    maps, given = scores(rng, (7, 150, 151), "f4"), masks(rng, (7, 150, 151)).astype(np.uint8)
-    others, stop = [scores(rng, maps.shape, "f4"), rng.random(maps.shape) < 0.5], threading.Event()
+def check_concurrent_writes(native, rng):
+    """Call while another thread writes to the arrays: results are arbitrary, but memory accesses stay in bounds."""
+    maps, labels = make_scores(rng, (7, 150, 151), "f4"), make_masks(rng, (7, 150, 151)).astype(np.uint8)
+    others, stop = [make_scores(rng, maps.shape, "f4"), rng.random(maps.shape) < 0.5], threading.Event()
 
     def write():
         while not stop.is_set():
             maps[...] = others[0]
-            given[...] = others[1]
-            given[...] = 0
+            labels[...] = others[1]
+            labels[...] = 0
 
     thread = threading.Thread(target=write)
     thread.start()
     try:
         for _ in range(3):
-            native.pixels(maps, given, [0.3], 2)
-            native.per_image(maps, given, 0.3, 2)
-            native.histogram(maps, given, np.zeros((3, 99), np.int64), 20, 900, 2)
-            native.regions(given, 2)
+            native.pixels(maps, labels, [0.3], 2)
+            native.per_image(maps, labels, 0.3, 2)
+            native.histogram(maps, labels, np.zeros((3, 99), np.int64), 20, 900, 2)
+            native.regions(labels, 2)
     finally:
         stop.set()
         thread.join()
@@ -197,10 +198,10 @@ def disturb(native, rng):
 def main(path, seed, seconds):
     native, rng, end, rounds = load(path), np.random.default_rng(seed), time.monotonic() + seconds, 0
     while time.monotonic() < end or rounds < 50:
-        check(native, rng)
-        attack(native, rng)
+        check_valid(native, rng)
+        check_invalid(native, rng)
         if rounds % 200 == 0:
-            disturb(native, rng)
+            check_concurrent_writes(native, rng)
         rounds += 1
     print(f"{rounds} rounds")
 

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 
 def some_maps(n=6, size=32, seed=0, dtype=np.float32):
-    """Smooth maps that see their masks a little; the first image is good."""
+    """Smooth maps with slightly higher scores inside the masks; the first image is good."""
     rng = np.random.default_rng(seed)
     maps = ndimage.gaussian_filter(rng.random((n, size, size)), (0, 2, 2))
     masks = ndimage.gaussian_filter(rng.random((n, size, size)), (0, 2, 2)) > 0.58
@@ -17,6 +17,7 @@ def some_maps(n=6, size=32, seed=0, dtype=np.float32):
 
 @st.composite
 def small_cases(draw):
+    """Small maps and masks, with and without ties."""
     shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     maps = rng.integers(0, draw(st.sampled_from([2, 5, 1000])), shape) / 7

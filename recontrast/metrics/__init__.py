@@ -1,4 +1,8 @@
-"""Metrics of detection and localisation: exact from one sort, or streaming in constant memory with proven bounds."""
+"""Metrics of anomaly detection and localisation: exact, or streaming with error bounds.
+
+`recontrast.metrics.exact` has the functions, `recontrast.metrics.streaming` the accumulator, and
+`recontrast.metrics.curves` the curves.
+"""
 
 from recontrast.metrics.exact import (
     REGIONS_BACKEND,

@@ -1,12 +1,12 @@
-"""Metrics of detection and localisation: AUROC, AP, F1-max and AUPRO, exact from one sort, or streaming with a bound.
+"""Exact metrics of anomaly detection and localisation: AUROC, AP, F1-max, accuracy and AUPRO, from one sort.
 
-Scores and maps may be NumPy arrays (memory maps too) or torch tensors on any device, of any batch shape; labels and
-masks are bool, 0/1 or 0/255 and of the same shape. A threshold t calls everything with a score of at least t anomalous;
-equal scores share one threshold. float32 and float64 are compared as they are; counts are whole numbers, sums float64.
-`Streaming` gives the pixel metrics in constant memory.
+Scores and maps are NumPy arrays (memory maps included) or torch tensors on any device, of any batch shape. Labels and
+masks have the same shape and are bool, 0/1 or 0/255. A sample is called anomalous at threshold t if its score is at
+least t, so that equal scores share one threshold. float32 and float64 scores are compared without conversion. Counts
+are integers, sums are float64. `Streaming` computes the pixel metrics in constant memory.
 
-``recontrast._metrics`` (csrc/metrics/) computes them on all cores; without it, `recontrast.metrics.reference` computes
-the same in NumPy.
+``recontrast._metrics`` (csrc/metrics/) uses all cores. Without it, `recontrast.metrics.reference` computes the same
+metrics in NumPy.
 """
 
 from collections.abc import Sequence
@@ -38,19 +38,19 @@ __all__ = [
 ]
 
 REGIONS_BACKEND = "native" if inputs.native else "scipy"
-"""What computes the metrics and finds regions: "native" (csrc/) or, where it was not built, "scipy" and NumPy."""
+"""Implementation of metrics and regions: "native" (csrc/), or "scipy" (with NumPy) if that is not compiled."""
 
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """Metrics over images, in [0, 1]; sources: those of `auroc`, `ap`, `f1_max`, `accuracy` (scikit-learn, upstream).
+    """Metrics over images, in [0, 1]; sources: see `auroc`, `ap`, `f1_max`, `accuracy` (scikit-learn, upstream).
 
     Attributes:
-        auroc: area under the ROC curve.
-        ap: average precision.
-        f1_max: largest F1 over all thresholds.
-        f1_threshold: the score from which calling an image anomalous gives ``f1_max``, the highest such.
-        accuracy: share of images that it calls rightly.
+        auroc: Area under the ROC curve.
+        ap: Average precision.
+        f1_max: Largest F1 over all thresholds.
+        f1_threshold: Highest threshold at which F1 is ``f1_max``, in units of the scores.
+        accuracy: Accuracy at that threshold.
     """
 
     auroc: float
@@ -62,16 +62,17 @@ class ImageMetrics:
 
 @dataclass(frozen=True)
 class PixelMetrics:
-    """Metrics over all pixels of the images, in [0, 1]; sources as of `ImageMetrics`, and Bergmann et al. of `aupro`.
+    """Metrics over all pixels, in [0, 1]; sources: see `ImageMetrics`, and Bergmann et al. for AUPRO.
 
     Attributes:
-        auroc: area under the ROC curve.
-        ap: average precision.
-        f1_max: largest F1 over all thresholds.
-        f1_threshold: the value of a map from which calling a pixel anomalous gives ``f1_max``, the highest such.
-        aupro: of the data set, at the first limit.
-        aupro_per_image: the reference's, at the first limit; NaN where an image leaves it undefined.
-        aupro_at: AUPRO of the data set by limit, of each that was asked for.
+        auroc: Area under the ROC curve.
+        ap: Average precision.
+        f1_max: Largest F1 over all thresholds.
+        f1_threshold: Highest threshold at which F1 is ``f1_max``, in units of the maps.
+        aupro: AUPRO of the data set, at the first limit.
+        aupro_per_image: Per-image AUPRO of the ReContrast repository, at the first limit. NaN if an image leaves it
+            undefined.
+        aupro_at: Limit -> AUPRO of the data set, for every requested limit.
     """
 
     auroc: float
@@ -84,96 +85,97 @@ class PixelMetrics:
 
 
 def auroc(scores: Any, labels: Any) -> float:
-    """Area under the ROC curve by the trapezoid rule, in [0, 1]: scikit-learn's ``roc_auc_score``.
+    """Compute the area under the ROC curve by the trapezoid rule, as scikit-learn's ``roc_auc_score``.
 
     Args:
-        scores: as in `image_metrics`.
-        labels: as in `image_metrics`.
+        scores: Finite real numbers of any shape and dtype. Higher is more anomalous.
+        labels: Labels in the shape of ``scores``, 1 anomalous, 0 good: bool, 0/1 or 0/255.
 
     Returns:
-        AUROC; a tie of a positive and a negative counts one half.
+        AUROC in [0, 1]. A positive and a negative with equal scores count one half.
 
     Raises:
-        ValueError: as `image_metrics`.
+        ValueError: If a score is not finite, the shapes differ, the labels have other values, or a class is missing.
     """
     return image_metrics(scores, labels).auroc
 
 
 def ap(scores: Any, labels: Any) -> float:
-    """Average precision, the sum of precision times gain of recall: scikit-learn's ``average_precision_score``.
+    """Compute average precision: the precision at each threshold, weighted by the increase in recall.
+
+    Same as scikit-learn's ``average_precision_score``.
 
     Args:
-        scores: as in `image_metrics`.
-        labels: as in `image_metrics`.
+        scores: Finite real numbers of any shape and dtype. Higher is more anomalous.
+        labels: Labels in the shape of ``scores``, 1 anomalous, 0 good: bool, 0/1 or 0/255.
 
     Returns:
-        AP, in [0, 1].
+        AP in [0, 1].
 
     Raises:
-        ValueError: as `image_metrics`.
+        ValueError: If a score is not finite, the shapes differ, the labels have other values, or a class is missing.
     """
     return image_metrics(scores, labels).ap
 
 
 def f1_max(scores: Any, labels: Any) -> float:
-    """Largest F1 over all thresholds (score >= t); `image_metrics` and `pixel_metrics` return the threshold too.
+    """Compute the largest F1 over all thresholds; `image_metrics` and `pixel_metrics` return the threshold too.
 
-    It is the largest value of scikit-learn's ``precision_recall_curve``, and what Dinomaly's tables call F1-max
+    It is the largest F1 on scikit-learn's ``precision_recall_curve``, and F1-max in the tables of Dinomaly
     (``f1_score_max``, utils.py).
 
     Args:
-        scores: as in `image_metrics`.
-        labels: as in `image_metrics`.
+        scores: Finite real numbers of any shape and dtype. Higher is more anomalous.
+        labels: Labels in the shape of ``scores``, 1 anomalous, 0 good: bool, 0/1 or 0/255.
 
     Returns:
-        F1, in [0, 1].
+        F1 in [0, 1].
 
     Raises:
-        ValueError: as `image_metrics`.
+        ValueError: If a score is not finite, the shapes differ, the labels have other values, or a class is missing.
     """
     return image_metrics(scores, labels).f1_max
 
 
 def accuracy(scores: Any, labels: Any) -> float:
-    """Share of what is called rightly at the threshold of F1-max, chosen on these very scores.
+    """Compute the accuracy at the threshold of F1-max, which is selected on the same scores.
 
-    As the paper's tables of medical images have it (``return_best_thr`` and ``evaluation_noseg``, utils.py); where
-    several thresholds reach F1-max, ours is the highest.
+    The paper's tables of medical images use it (upstream's ``return_best_thr`` and ``evaluation_noseg``, utils.py). If
+    several thresholds reach F1-max, this function uses the highest.
 
     Args:
-        scores: as in `image_metrics`.
-        labels: as in `image_metrics`.
+        scores: Finite real numbers of any shape and dtype. Higher is more anomalous.
+        labels: Labels in the shape of ``scores``, 1 anomalous, 0 good: bool, 0/1 or 0/255.
 
     Returns:
-        Share of all scores, in [0, 1].
+        Accuracy in [0, 1].
 
     Raises:
-        ValueError: as `image_metrics`.
+        ValueError: If a score is not finite, the shapes differ, the labels have other values, or a class is missing.
     """
     return image_metrics(scores, labels).accuracy
 
 
 def image_metrics(scores: Any, labels: Any) -> ImageMetrics:
-    """AUROC, AP, F1-max with the highest threshold that reaches it, and the accuracy there, from one sort.
+    """Compute AUROC, AP, F1-max with its highest threshold, and the accuracy at that threshold, from one sort.
 
-    Sources: those of `auroc`, `ap`, `f1_max` and `accuracy`, scikit-learn and upstream's utils.py.
+    Sources: see `auroc`, `ap`, `f1_max` and `accuracy` (scikit-learn and upstream's utils.py).
 
     Args:
-        scores: finite real numbers of any shape and dtype, higher is more anomalous.
-        labels: the shape of ``scores``, 1 anomalous, 0 good: bool, 0/1 or 0/255.
+        scores: Finite real numbers of any shape and dtype. Higher is more anomalous.
+        labels: Labels in the shape of ``scores``, 1 anomalous, 0 good: bool, 0/1 or 0/255.
 
     Returns:
-        All of them, floats in [0, 1] but for the threshold, which is one of the scores.
+        Metrics in [0, 1] and the threshold, which is one of the scores.
 
     Raises:
-        ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
-            hold one class alone.
+        ValueError: If a score is not finite, the shapes differ, the labels have other values, or a class is missing.
     """
     values, positive = (x.ravel() for x in inputs.check_scores_and_labels(scores, labels))
-    found = inputs.get_kernels().rates(values, positive)
-    if found is None:
+    rates = inputs.get_kernels().rates(values, positive)
+    if rates is None:
         inputs.check_metrics_defined(values, positive)
-    return ImageMetrics(*found[:5])
+    return ImageMetrics(*rates[:5])
 
 
 @overload
@@ -185,31 +187,32 @@ def aupro(
 def aupro(
     maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, mode: str = "dataset", *, labels: Any = None
 ) -> float | list[float]:
-    """Area under the per-region-overlap curve up to a false positive rate, in [0, 1]; the modes are not comparable.
+    """Compute the area under the per-region-overlap curve up to a false positive rate; the two modes differ.
 
-    ``"dataset"`` (Bergmann et al., IJCV 2021, https://doi.org/10.1007/s11263-020-01400-4): overlap is the mean, over
-    all 8-connected regions of all masks, of the part of a region that is found; the false positive rate is over all
-    good pixels, those of good images too. Area from (0, 0) to ``limit``, interpolated there, over ``limit``.
+    ``"dataset"`` (Bergmann et al., IJCV 2021, https://doi.org/10.1007/s11263-020-01400-4): the overlap is the mean,
+    over all 8-connected regions of all masks, of the share of a region's pixels at or above the threshold. The false
+    positive rate counts all good pixels, including those of good images. The area from (0, 0) to ``limit``, with
+    interpolation, is divided by ``limit``.
 
-    ``"per-image"`` is what the ReContrast repository reports (``compute_pro`` as called by ``evaluation``, utils.py;
-    here for comparison with its tables): each image with a region alone, 200 thresholds spread evenly over the range
-    of its own map, those with a false positive rate below ``limit``, the rate divided by its own maximum among them;
-    the mean of these areas. Thresholds are what NumPy's ``arange`` makes of the map's range.
+    ``"per-image"`` is the value that the ReContrast repository reports (``compute_pro`` as called by ``evaluation``,
+    utils.py), for comparison with its tables. It is the mean over all images with a region. Each image has 200 evenly
+    spaced thresholds over the range of its own map, those with a false positive rate below ``limit`` are used, and the
+    rate is divided by its maximum among them. The thresholds equal those of NumPy's ``arange``.
 
     Args:
-        maps: (..., H, W) anomaly maps, finite.
-        masks: the shape of ``maps``.
-        limit: false positive rate in (0, 1], or several: all from one sort.
+        maps: Finite anomaly maps (..., H, W).
+        masks: Masks in the shape of ``maps``: bool, 0/1 or 0/255.
+        limit: False positive rate in (0, 1], or several, which share one sort.
         mode: "dataset" or "per-image".
-        labels: one for each image, 1 anomalous; given, an image whose mask says otherwise is refused.
+        labels: Label of each image, 1 anomalous, compared with the masks. None skips the comparison.
 
     Returns:
-        One area, or, for a sequence of limits, a list of them.
+        AUPRO in [0, 1], or a list if ``limit`` is a sequence.
 
     Raises:
-        ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
-            hold one class alone, a limit outside of (0, 1], another mode; with "per-image", an image whose map or mask
-            leaves its area undefined.
+        ValueError: If a value is not finite, the shapes differ, labels or masks have other values, contradict each
+            other or lack a class, the limit is not in (0, 1], or the mode is unknown. With "per-image" also if the map
+            or the mask of an image leaves its area undefined.
     """
     if mode not in ("dataset", "per-image"):
         raise ValueError(f'mode: wanted "dataset" or "per-image", got {mode!r}')
@@ -217,56 +220,55 @@ def aupro(
     scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
     if mode == "per-image":
         inputs.check_metrics_defined(scores, positive, "maps", "masks")
-        areas = [_per_image(scores, positive, x) for x in limits]
+        areas = [_compute_per_image_aupro(scores, positive, x) for x in limits]
     else:
-        areas = _pixels(scores, positive, limits)[5]
+        areas = _compute_rates(scores, positive, limits)[5]
     return areas[0] if np.ndim(limit) == 0 else areas
 
 
 def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *, labels: Any = None) -> PixelMetrics:
-    """All metrics over pixels from one sort; sources as of `PixelMetrics` (Bergmann et al., scikit-learn, upstream).
+    """Compute all metrics over pixels from one sort (sources: scikit-learn, upstream, and Bergmann et al. for AUPRO).
 
     Args:
-        maps: (..., H, W) anomaly maps, finite.
-        masks: the shape of ``maps``.
-        limit: false positive rate at which both AUPROs end, in (0, 1]; of several, ``aupro`` and ``aupro_per_image``
-            end at the first, and ``aupro_at`` has AUPRO at each.
-        labels: one for each image, 1 anomalous; given, an image whose mask says otherwise is refused.
+        maps: Finite anomaly maps (..., H, W).
+        masks: Masks in the shape of ``maps``: bool, 0/1 or 0/255.
+        limit: False positive rate in (0, 1] at which both AUPROs end. With several, ``aupro`` and ``aupro_per_image``
+            use the first, and ``aupro_at`` holds the AUPRO at each.
+        labels: Label of each image, 1 anomalous, compared with the masks. None skips the comparison.
 
     Returns:
-        All of them, floats.
+        Metrics as floats.
 
     Raises:
-        ValueError: values that are not finite, shapes that differ, labels or masks that are not bool, 0/1 or 0/255 or
-            hold one class alone, or a limit outside of (0, 1].
+        ValueError: If a value is not finite, the shapes differ, labels or masks have other values, contradict each
+            other or lack a class, or the limit is not in (0, 1].
     """
     limits = inputs.check_limits(limit)
     scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
-    found = _pixels(scores, positive, limits)
+    auroc, ap, f1, threshold, _, areas = _compute_rates(scores, positive, limits)
     try:
-        per_image = _per_image(scores, positive, limits[0])
-    except ValueError:  # one image leaves it undefined: no reason to lose the other metrics
+        per_image = _compute_per_image_aupro(scores, positive, limits[0])
+    except ValueError:  # a single image can leave it undefined; the other metrics are still valid
         per_image = float("nan")
-    auroc, ap, f1, threshold, _, areas = found
     return PixelMetrics(auroc, ap, f1, threshold, areas[0], per_image, dict(zip(limits, areas, strict=True)))
 
 
-def _pixels(scores: NDArray[Any], positive: NDArray[Any], limits: list[float]) -> Any:
-    found = inputs.get_kernels().pixels(scores, positive, limits)
-    if found is None:
+def _compute_rates(scores: NDArray[Any], positive: NDArray[Any], limits: list[float]) -> Any:
+    rates = inputs.get_kernels().pixels(scores, positive, limits)
+    if rates is None:
         inputs.check_metrics_defined(scores, positive, "maps", "masks")
-    return found
+    return rates
 
 
-def _per_image(scores: NDArray[Any], positive: NDArray[Any], limit: float) -> float:
-    """Mean over the images that have a region."""
+def _compute_per_image_aupro(scores: NDArray[Any], positive: NDArray[Any], limit: float) -> float:
+    """Average the per-image AUPRO over the images that have a region."""
     areas, reasons = inputs.get_kernels().per_image(scores, positive, limit)
     for n in np.flatnonzero(reasons > reference.GOOD_IMAGE):
-        why = {
+        reason = {
             reference.CONSTANT_MAP: "has a constant map",
             reference.NO_GOOD_PIXEL: "has no good pixel",
             reference.FEW_THRESHOLDS: f"has no two thresholds with false positive rates from 0 to {limit}",
             reference.TOO_WIDE: f"has a range of values beyond {scores.dtype}",
         }[int(reasons[n])]
-        raise ValueError(f"maps: per-image AUPRO is undefined, because image {n} (counted from 0) {why}")
+        raise ValueError(f"maps: per-image AUPRO is undefined, because image {n} (counted from 0) {reason}")
     return float(np.mean(areas[reasons != reference.GOOD_IMAGE]))

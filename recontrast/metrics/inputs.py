@@ -1,7 +1,7 @@
-"""What the metrics take, checked and as NumPy, and what computes them: the compiled module, or the oracle without it.
+"""Validation and conversion of the metrics' inputs, and the choice between the compiled kernels and NumPy.
 
-Scores and maps may be NumPy arrays (memory maps too) or torch tensors on any device, of any batch shape; labels and
-masks are bool, 0/1 or 0/255 and of the same shape.
+Scores and maps are NumPy arrays (memory maps included) or torch tensors on any device, of any batch shape. Labels and
+masks have the same shape and are bool, 0/1 or 0/255.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from recontrast.metrics import reference
 native: Any
 try:
     native = import_module("recontrast._metrics")
-except ImportError:  # not compiled: slower, the same numbers
+except ImportError:  # not compiled: NumPy gives the same numbers more slowly
     native = None
 
 Array = NDArray[Any]
 
 
 def get_kernels() -> Any:
-    """The compiled module, or the oracle, whose functions have the same names, arguments and results."""
+    """Return the compiled module, or `recontrast.metrics.reference`, which has the same functions."""
     return native or reference
 
 
 def as_array(x: Any) -> Array:
-    """As NumPy, without a copy where there is no need."""
+    """Convert to NumPy, without a copy if possible; bfloat16 becomes float32."""
     if isinstance(x, torch.Tensor):
         x = x.detach().cpu()
         return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
@@ -38,7 +38,11 @@ def as_array(x: Any) -> Array:
 
 
 def as_bool(labels: Any, name: str) -> Array:
-    """Bool, 0/1 or 0/255 as bool."""
+    """Convert bool, 0/1 or 0/255 to bool.
+
+    Raises:
+        ValueError: If there are other values.
+    """
     array = as_array(labels)
     if array.dtype == bool:
         return array
@@ -53,31 +57,52 @@ def as_bool(labels: Any, name: str) -> Array:
 
 
 def as_scores(scores: Any, name: str) -> Array:
-    """Real numbers as float32 or float64 of this machine: float32 and float64 as they are, float16 as float32."""
+    """Convert real numbers to native float32 (from float16 and float32) or float64 (from all other types).
+
+    Raises:
+        ValueError: If the dtype is not a real number.
+    """
     values = as_array(scores)
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{name}: wanted real numbers, got dtype {values.dtype}")
-    single = values.dtype.kind == "f" and values.dtype.itemsize <= 4
-    return values.astype(np.float32 if single else np.float64, copy=False)
+    is_single = values.dtype.kind == "f" and values.dtype.itemsize <= 4
+    return values.astype(np.float32 if is_single else np.float64, copy=False)
 
 
-def check_scores_and_labels(scores: Any, labels: Any, s: str = "scores", y: str = "labels") -> tuple[Array, Array]:
-    """Scores and bool labels of one shape, C-contiguous; ``s`` and ``y`` name them in errors."""
-    values, positive = as_scores(scores, s), as_bool(labels, y)
+def check_scores_and_labels(scores: Any, labels: Any) -> tuple[Array, Array]:
+    """Convert scores and labels to C-contiguous float and bool arrays of the same shape.
+
+    Raises:
+        ValueError: If the values or the shapes do not fit.
+    """
+    values, positive = as_scores(scores, "scores"), as_bool(labels, "labels")
     if values.shape != positive.shape:
-        raise ValueError(f"{y}: wanted the shape of {s}, {values.shape}, got {positive.shape}")
+        raise ValueError(f"labels: wanted the shape of scores, {values.shape}, got {positive.shape}")
     return np.ascontiguousarray(values), np.ascontiguousarray(positive)
 
 
 def check_maps_and_masks(maps: Any, masks: Any, labels: Any = None) -> tuple[Array, Array]:
-    """Maps and masks, (N, H, W) with N >= 1; ``labels`` say which images are anomalous, None asks for no agreement."""
+    """Convert maps and masks to C-contiguous arrays (N, H, W) with N >= 1.
+
+    Args:
+        maps: Anomaly maps (..., H, W).
+        masks: Masks in the shape of ``maps``.
+        labels: Label of each image, 1 anomalous, compared with the masks. None skips the comparison.
+
+    Raises:
+        ValueError: If the values or the shapes do not fit, or a label contradicts its mask.
+    """
     scores = as_scores(maps, "maps")
     positive = check_masks(scores.shape, masks, labels)
     return np.ascontiguousarray(stack_images(scores)), positive
 
 
 def check_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
-    """Masks for maps of a shape, C-contiguous (N, H, W) with at least one pixel."""
+    """Convert the masks of maps of ``shape`` to a C-contiguous bool array (N, H, W) with at least one pixel.
+
+    Raises:
+        ValueError: If the values or the shapes do not fit, or a label contradicts its mask.
+    """
     positive = as_bool(masks, "masks")
     if tuple(shape) != positive.shape:
         raise ValueError(f"masks: wanted the shape of maps, {tuple(shape)}, got {positive.shape}")
@@ -92,35 +117,51 @@ def check_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
 
 
 def stack_images(array: Array) -> Array:
-    """(..., H, W) as (N, H, W)."""
+    """Reshape (..., H, W) to (N, H, W)."""
     return array.reshape(prod(array.shape[:-2]), *array.shape[-2:])
 
 
 def check_labels_match_masks(masks: Array, labels: Array) -> None:
-    """Refuse an anomalous image without a positive pixel and a good one that has any."""
+    """Check that exactly the images labelled anomalous have positive pixels.
+
+    Raises:
+        ValueError: If a label contradicts its mask.
+    """
     if labels.size != len(masks):
         raise ValueError(f"labels: wanted one for each of {len(masks)} images, got shape {labels.shape}")
-    labels, some = labels.ravel(), masks.any(axis=(1, 2))
-    if (wrong := np.flatnonzero(labels != some)).size:
-        n = int(wrong[0])
-        called, got = ("anomalous", "an empty mask") if labels[n] else ("good", f"{masks[n].sum()} positive pixels")
-        raise ValueError(f"masks: image {n} (counted from 0), which labels call {called}, has {got}")
+    labels, has_positive = labels.ravel(), masks.any(axis=(1, 2))
+    if (contradictions := np.flatnonzero(labels != has_positive)).size:
+        n = int(contradictions[0])
+        label, got = ("anomalous", "an empty mask") if labels[n] else ("good", f"{masks[n].sum()} positive pixels")
+        raise ValueError(f"masks: image {n} (counted from 0), which labels call {label}, has {got}")
 
 
-def check_metrics_defined(values: Array, positive: Array, s: str = "scores", y: str = "labels") -> None:
-    """Refuse scores that are not finite, and labels without both classes."""
+def check_metrics_defined(
+    values: Array, positive: Array, values_name: str = "scores", labels_name: str = "labels"
+) -> None:
+    """Check that all scores are finite and both classes occur.
+
+    Raises:
+        ValueError: If a score is not finite or a class is missing.
+    """
     finite, nan = np.isfinite(values).sum(), np.isnan(values).sum()
     if finite < values.size:
         infinite = values.size - finite - nan
-        raise ValueError(f"{s}: wanted finite numbers, got {nan} NaN and {infinite} infinite of {values.size}")
+        raise ValueError(
+            f"{values_name}: wanted finite numbers, got {nan} NaN and {infinite} infinite of {values.size}"
+        )
     count = np.count_nonzero(positive)
     if count in (0, positive.size):
         got = f"{count} positive and {positive.size - count} negative"
-        raise ValueError(f"{y}: wanted at least one positive and one negative, got {got}")
+        raise ValueError(f"{labels_name}: wanted at least one positive and one negative, got {got}")
 
 
 def check_limits(limit: float | Sequence[float]) -> list[float]:
-    """False positive rates in (0, 1], one or several."""
+    """Convert one or more false positive rates to a list.
+
+    Raises:
+        ValueError: If there are none, or one is not in (0, 1].
+    """
     limits = [float(x) for x in np.atleast_1d(np.asarray(limit, float))]
     if not limits:
         raise ValueError("limit: wanted at least one false positive rate, got none")
@@ -131,18 +172,19 @@ def check_limits(limit: float | Sequence[float]) -> list[float]:
 
 
 def regions(masks: Any) -> tuple[NDArray[np.int32], int]:
-    """8-connected regions of each mask, numbered 1, 2, ... by their first pixel, image after image.
+    """Label the 8-connected regions of each mask.
 
-    What upstream's ``compute_pro`` takes of scikit-image's ``label``; the numbers are those of SciPy's.
+    The numbers 1, 2, ... follow the first pixel of each region, image after image, as in SciPy's ``label``. Upstream's
+    ``compute_pro`` uses scikit-image's ``label``.
 
     Args:
-        masks: (..., H, W), bool, 0/1 or 0/255.
+        masks: Masks (..., H, W), bool, 0/1 or 0/255.
 
     Returns:
-        Labels (..., H, W), int32, 0 where there is no region, and the number of regions.
+        Labels (..., H, W), int32, 0 outside of all regions, and the number of regions.
 
     Raises:
-        ValueError: masks of other values or of fewer than two axes.
+        ValueError: If the masks have other values or fewer than two axes.
     """
     positive = as_bool(masks, "masks")
     if positive.ndim < 2:

@@ -7,18 +7,18 @@ from recontrast.metrics import curves
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_roc_is_that_of_scikit_learn(seed):
+def test_roc_equals_scikit_learn(seed):
     random = np.random.default_rng(seed)
     scores = random.normal(size=200).round(1 + seed)  # ties, fewer with each seed
     labels = random.random(200) < 0.3
     x, y = curves.roc(scores, labels)
-    wanted = roc_curve(labels, scores, drop_intermediate=False)
-    np.testing.assert_array_equal(x, wanted[0])
-    np.testing.assert_array_equal(y, wanted[1])
+    expected = roc_curve(labels, scores, drop_intermediate=False)
+    np.testing.assert_array_equal(x, expected[0])
+    np.testing.assert_array_equal(y, expected[1])
     assert np.trapezoid(y, x) == pytest.approx(metrics.auroc(scores, labels), abs=1e-12)
 
 
-def pixels(seed, decimals):
+def make_maps(seed, decimals):
     random = np.random.default_rng(seed)
     masks = np.zeros((5, 30, 40), bool)
     masks[1, 3:9, 4:20] = masks[1, 20:25, 30:33] = masks[3, 10:28, 2:5] = True
@@ -27,26 +27,26 @@ def pixels(seed, decimals):
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("decimals", [1, 6])
-def test_the_area_below_the_overlap_curve_is_aupro(decimals, limit):
-    maps, masks = pixels(decimals, decimals)
+def test_area_below_the_overlap_curve_is_aupro(decimals, limit):
+    maps, masks = make_maps(decimals, decimals)
     x, y = curves.pro(maps, masks, limit)
     assert (x[0], y[0], x[-1]) == (0, 0, limit)
     assert np.trapezoid(y, x) / limit == pytest.approx(metrics.aupro(maps, masks, limit), abs=1e-9)
 
 
-def test_a_thin_curve_stays_on_the_curve():
-    x, y = curves.pro(*pixels(0, 6))
-    few_x, few_y = curves.thin((x, y), 50)
-    assert len(few_x) <= 102 < len(x)
-    assert set(zip(few_x, few_y, strict=True)) <= set(zip(x, y, strict=True))
-    assert (few_x[0], few_x[-1], few_y[-1]) == (x[0], x[-1], y[-1])
+def test_thin_curve_stays_near_the_curve():
+    x, y = curves.pro(*make_maps(0, 6))
+    thin_x, thin_y = curves.thin((x, y), 50)
+    assert len(thin_x) <= 102 < len(x)
+    assert set(zip(thin_x, thin_y, strict=True)) <= set(zip(x, y, strict=True))
+    assert (thin_x[0], thin_x[-1], thin_y[-1]) == (x[0], x[-1], y[-1])
     edges = np.linspace(0, 0.3, 51)
-    rise = np.diff(np.interp(edges, x, y)).max() + np.diff(y).max()  # within a column, and to the corner beside it
-    assert np.abs(np.interp(x, few_x, few_y) - y).max() <= rise < 0.2
+    rise = np.diff(np.interp(edges, x, y)).max() + np.diff(y).max()  # within a column, and to the next corner
+    assert np.abs(np.interp(x, thin_x, thin_y) - y).max() <= rise < 0.2
 
 
-def test_bad_input_is_refused():
-    maps, masks = pixels(0, 3)
+def test_invalid_input_raises():
+    maps, masks = make_maps(0, 3)
     with pytest.raises(ValueError, match="at least one positive and one negative"):
         curves.roc([1.0, 2.0], [0, 0])
     with pytest.raises(ValueError, match="1 NaN"):

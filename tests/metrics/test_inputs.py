@@ -1,4 +1,4 @@
-"""What the metrics take, and what they refuse."""
+"""Valid and invalid inputs of the metrics."""
 
 import subprocess
 import sys
@@ -21,18 +21,19 @@ def test_shapes_and_mask_types(shape, mask, high):
     expected = metrics.pixel_metrics(maps, masks)
     masks = (masks * high).astype(mask)
     ours = metrics.pixel_metrics(maps.reshape(shape), masks.reshape(shape))
-    joined = len(shape) == 2  # one tall image: only what does not know of regions stays
-    assert astuple(ours)[: 4 if joined else 6] == astuple(expected)[: 4 if joined else 6]
+    # As one tall image, the maps have other regions: only the first four metrics stay equal.
+    count = 4 if len(shape) == 2 else 6
+    assert astuple(ours)[:count] == astuple(expected)[:count]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_tensors(dtype, device):
+def test_torch_tensors(dtype, device):
     maps, masks = (torch.from_numpy(x).to(device) for x in some_maps())
     maps = maps.to(dtype).requires_grad_()
     expected = metrics.pixel_metrics(maps.detach().float().cpu().numpy(), masks.cpu().numpy())
     ours = metrics.pixel_metrics(maps[:, None], masks[:, None].byte())
     assert astuple(ours)[:5] == astuple(expected)[:5]
-    # In float64 the 200 thresholds of an image are other ones.
+    # The 200 thresholds of an image differ in float64.
     assert ours.aupro_per_image == pytest.approx(expected.aupro_per_image, abs=1e-3)
 
 
@@ -48,7 +49,7 @@ def test_strides_byte_order_and_integers():
     assert metrics.pixel_metrics(maps, masks) == expected
 
 
-def test_memory_map(tmp_path):
+def test_memory_maps(tmp_path):
     maps, masks = some_maps()
     for name, array in {"maps": maps, "masks": masks}.items():
         np.save(tmp_path / f"{name}.npy", array)
@@ -56,15 +57,15 @@ def test_memory_map(tmp_path):
     assert metrics.pixel_metrics(*mapped) == metrics.pixel_metrics(maps, masks)
 
 
-def test_without_the_compiled_module():
+def test_numpy_without_the_compiled_module():
     code = """
 import sys
 sys.modules["recontrast._metrics"] = None
 from recontrast import metrics
 print(metrics.REGIONS_BACKEND, metrics.auroc([1, 2, 3], [0, 1, 0]), metrics.regions([[1, 0], [0, 1]])[1])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["scipy", "0.5", "1"], done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["scipy", "0.5", "1"], result.stderr
 
 
 @pytest.mark.parametrize("metric", [metrics.auroc, metrics.ap, metrics.f1_max, metrics.accuracy, metrics.image_metrics])
@@ -85,23 +86,23 @@ print(metrics.REGIONS_BACKEND, metrics.auroc([1, 2, 3], [0, 1, 0]), metrics.regi
         ([1j, 2.0], [0, 1], "scores: wanted real numbers, got dtype complex128"),
     ],
 )
-def test_refused(metric, scores, labels, message):
+def test_invalid_scores_and_labels_raise(metric, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         metric(np.array(scores), np.array(labels))
 
 
-def stream(maps, masks, limit=0.3, **more):
+def compute_streaming(maps, masks, limit=0.3, **options):
     streaming = metrics.Streaming(2.0, limit)
-    streaming.update(maps, masks, **more)
+    streaming.update(maps, masks, **options)
     return streaming.compute()
 
 
-METRICS = [metrics.aupro, metrics.pixel_metrics, stream]
+METRICS = [metrics.aupro, metrics.pixel_metrics, compute_streaming]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("metric", METRICS)
-def test_maps_refused(metric, compiled, monkeypatch):
+def test_invalid_maps_and_masks_raise(metric, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(inputs, "native", None)
     maps, masks = some_maps()
@@ -117,9 +118,9 @@ def test_maps_refused(metric, compiled, monkeypatch):
     infinite[:2, 3, 4] = np.inf, -np.inf
     with pytest.raises(ValueError, match="maps: wanted finite numbers, got 0 NaN and 2 infinite of 6144"):
         metric(infinite, masks)
-    for none in ((0, 4, 4), (3, 0, 4)):
+    for shape in ((0, 4, 4), (3, 0, 4)):
         with pytest.raises(ValueError, match=r"maps: wanted at least one pixel of one image, got shape \("):
-            metric(np.zeros(none), np.zeros(none, bool))
+            metric(np.zeros(shape), np.zeros(shape, bool))
     grey = masks * np.uint8(255)
     grey[2, 3, 4:6] = 127, 1
     with pytest.raises(ValueError, match=r"masks: wanted bool, 0/1 or 0/255, got others among \[  1 127 255\]"):
@@ -131,13 +132,13 @@ def test_maps_refused(metric, compiled, monkeypatch):
         metric(maps, masks, ())
 
 
-def test_mode_refused():
+def test_unknown_mode_raises():
     with pytest.raises(ValueError, match='mode: wanted "dataset" or "per-image", got \'images\''):
         metrics.aupro(*some_maps(), mode="images")
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_masks_that_contradict_labels(metric):
+def test_masks_that_contradict_labels_raise(metric):
     maps, masks = some_maps()
     labels = masks.any(axis=(1, 2))
     expected = metric(maps, masks)
@@ -154,13 +155,13 @@ def test_masks_that_contradict_labels(metric):
         metric(maps, masks, labels=labels[1:])
 
 
-def test_per_image_needs_both_classes():
+def test_per_image_aupro_needs_both_classes():
     maps, masks = some_maps()
     with pytest.raises(ValueError, match="masks: wanted at least one positive and one negative, got 0 positive"):
         metrics.aupro(maps, np.zeros_like(masks), mode="per-image")
 
 
-def test_undefined_image_is_named():
+def test_error_names_the_image_without_a_per_image_aupro():
     maps, masks = some_maps()
     masks[2] = False
     maps[3], masks[3, :2] = 1, True

@@ -8,7 +8,7 @@ from scipy import ndimage
 from recontrast import metrics
 from recontrast.metrics import inputs, reference
 
-EIGHT = np.ones((3, 3), int)
+EIGHT_CONNECTED = np.ones((3, 3), int)
 
 
 @pytest.fixture(params=["scipy", "native"])
@@ -17,27 +17,27 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(inputs, "native", native)
 
 
-def numbered(masks):
-    """SciPy's 8-connected regions of each image, renumbered by their first pixel."""
+def label_with_scipy(masks):
+    """Label the 8-connected regions of each image with SciPy and number them by their first pixel."""
     labels, total = np.zeros(masks.shape, np.int32), 0
     for n, mask in enumerate(masks):
-        found, _ = ndimage.label(mask, EIGHT)
-        for i in dict.fromkeys(found[found > 0].tolist()):
+        image_labels, _ = ndimage.label(mask, EIGHT_CONNECTED)
+        for i in dict.fromkeys(image_labels[image_labels > 0].tolist()):
             total += 1
-            labels[n][found == i] = total
+            labels[n][image_labels == i] = total
     return labels, total
 
 
-def snake(size):
-    """One region that winds through all rows."""
+def make_snake(size):
+    """Make a single region that winds through all rows."""
     mask = np.zeros((size, size), bool)
     mask[::2] = True
     mask[1::4, -1] = mask[3::4, 0] = True
     return mask
 
 
-def spiral(size):
-    """One region whose arms meet only in the middle."""
+def make_spiral(size):
+    """Make a single region whose arms meet in the middle."""
     mask, h, w, step = np.zeros((size, size), bool), 0, 0, (0, 1)
     for length in [size - 1, size - 1, *(x for k in range(size - 1, 1, -2) for x in (k, k - 2))]:
         for _ in range(length):
@@ -48,8 +48,8 @@ def spiral(size):
 
 
 SHAPES = {
-    "snake": snake(33),
-    "spiral": spiral(33),
+    "snake": make_snake(33),
+    "spiral": make_spiral(33),
     "comb": (np.arange(40)[None] % 2 == 0) | (np.arange(9)[:, None] == 8),
     "v": abs(np.arange(21)[None] - 10) == np.arange(11)[:, None],
     "checkerboard": (np.arange(17)[:, None] + np.arange(19)[None]) % 2 == 0,
@@ -59,11 +59,11 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes(name, backend):
+def test_regions_of_known_shapes(name, backend):
     shape = SHAPES[name]
     for mask in (shape, shape[::-1], shape[:, ::-1], shape.T):
         labels, count = metrics.regions(mask)
-        expected, total = numbered(mask[None])
+        expected, total = label_with_scipy(mask[None])
         np.testing.assert_array_equal(labels, expected[0])
         assert (labels.dtype, count) == (np.int32, total)
     assert total == (23 if name == "row" else 1)
@@ -78,7 +78,7 @@ def test_shapes(name, backend):
 def check_regions(shape, density, seed):
     masks = np.random.default_rng(seed).random(shape) < density
     labels, count = metrics.regions(masks)
-    expected, total = numbered(masks)
+    expected, total = label_with_scipy(masks)
     np.testing.assert_array_equal(labels, expected)
     assert count == total
 
@@ -88,16 +88,16 @@ def test_regions_of_random_masks(backend):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (3, 0, 4), (3, 4, 0), (0, 0), (2, 0, 1, 3, 3), (2, 8, 8)])
-def test_no_pixels(shape, backend):
+def test_empty_masks(shape, backend):
     labels, count = metrics.regions(np.zeros(shape))
     assert (labels.shape, labels.dtype, count) == (shape, np.int32, 0)
 
 
-def test_batch_shapes(backend):
+def test_batch_shapes_and_mask_types(backend):
     masks = np.random.default_rng(0).random((6, 9, 11)) < 0.4
-    expected, total = numbered(masks)
-    for given_masks in (masks, masks * 255, torch.from_numpy(masks), np.asfortranarray(masks)):
-        labels, count = metrics.regions(given_masks.reshape(2, 3, 1, 9, 11))
+    expected, total = label_with_scipy(masks)
+    for variant in (masks, masks * 255, torch.from_numpy(masks), np.asfortranarray(masks)):
+        labels, count = metrics.regions(variant.reshape(2, 3, 1, 9, 11))
         np.testing.assert_array_equal(labels, expected.reshape(2, 3, 1, 9, 11))
         assert count == total
     with pytest.raises(ValueError, match=r"masks: wanted \(\.\.\., H, W\), got shape \(9,\)"):
@@ -109,19 +109,19 @@ def native():
     return pytest.importorskip("recontrast._metrics")
 
 
-def test_threads_do_not_matter(native):
+def test_number_of_threads_does_not_change_the_regions(native):
     masks = np.random.default_rng(0).random((37, 128, 130)) < 0.45
     masks[3:5] = False
-    one, counts = native.regions(masks, 1)
-    assert (counts.dtype, counts.shape, counts.sum()) == (np.int64, (37,), one.max())
+    labels, counts = native.regions(masks, 1)
+    assert (counts.dtype, counts.shape, counts.sum()) == (np.int64, (37,), labels.max())
     for threads in (0, 2, 5, 64):
-        many, again = native.regions(masks, threads)
-        np.testing.assert_array_equal(one, many)
-        np.testing.assert_array_equal(counts, again)
-    np.testing.assert_array_equal(one, reference.regions(masks)[0])
+        threaded_labels, threaded_counts = native.regions(masks, threads)
+        np.testing.assert_array_equal(labels, threaded_labels)
+        np.testing.assert_array_equal(counts, threaded_counts)
+    np.testing.assert_array_equal(labels, reference.regions(masks)[0])
 
 
-def test_native_refuses(native):
+def test_native_raises_on_invalid_arguments(native):
     masks = np.zeros((2, 4, 6), np.uint8)
     masks.flags.writeable = False
     assert native.regions(masks)[1].tolist() == [0, 0]

@@ -1,4 +1,4 @@
-"""Streaming metrics: within their bounds of the exact ones, merged exactly, in memory that does not grow."""
+"""Streaming metrics are within their bounds of the exact ones, merge exactly, and use constant memory."""
 
 import pickle
 import tracemalloc
@@ -14,12 +14,12 @@ from recontrast import metrics
 from recontrast.metrics import bounds, curves, inputs
 
 NAMES = ("auroc", "ap", "f1_max", "aupro")
-ROUNDING = 1e-12  # of sums in float64: not in the bound
-DETAIL = 10  # small histograms: most tests have few pixels
-STEP = np.float32(2**-16)  # a bin holds 64 of them from 1 to 2
+ROUNDING = 1e-12  # of float64 sums, which the bounds do not include
+DETAIL = 10  # small histograms, because most tests have few pixels
+STEP = np.float32(2**-16)  # between 1 and 2, a bin is 64 steps wide
 
 
-def streamed(maps, masks, high=2.0, parts=1, device="cpu", detail=DETAIL):
+def accumulate(maps, masks, high=2.0, parts=1, device="cpu", detail=DETAIL):
     streaming = metrics.Streaming(high, device=device, detail=detail)
     size = -(-len(maps) // parts)
     for first in range(0, len(maps), size):
@@ -29,14 +29,14 @@ def streamed(maps, masks, high=2.0, parts=1, device="cpu", detail=DETAIL):
 
 @st.composite
 def crowded_cases(draw):
-    """Maps whose scores share bins: a few bins, many, or one; some of them at or a little outside the range."""
+    """Maps whose scores share one, a few or many bins; some scores are at the ends of the range or slightly outside."""
     maps, masks = draw(small_cases())
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     steps = rng.integers(0, draw(st.sampled_from([3, 64, 200, 5000])), maps.shape)
     maps = (1 + steps * STEP).astype(maps.dtype)
     if draw(st.booleans()):
-        at = rng.random(maps.shape) < 0.3
-        maps[at] = rng.choice([-1e-3, 0, 1e-30, 2e-6, 1.9999, 2, 2.001], at.sum())
+        selected = rng.random(maps.shape) < 0.3
+        maps[selected] = rng.choice([-1e-3, 0, 1e-30, 2e-6, 1.9999, 2, 2.001], selected.sum())
     return maps, masks
 
 
@@ -45,7 +45,7 @@ def crowded_cases(draw):
 def check_bounds(case, limit, parts):
     maps, masks = case
     exact = metrics.pixel_metrics(maps, masks, (0.3, limit))
-    streaming = streamed(maps, masks, parts=parts)
+    streaming = accumulate(maps, masks, parts=parts)
     ours = streaming.compute((0.3, limit))
     for name in NAMES:
         value, bound = getattr(ours, name)
@@ -54,12 +54,12 @@ def check_bounds(case, limit, parts):
     assert abs(value - exact.aupro_at[limit]) <= bound + ROUNDING
     assert ours.aupro_per_image == pytest.approx(exact.aupro_per_image, abs=1e-15, nan_ok=True)
     called = maps >= ours.f1_threshold
-    reached = 2 * (called & masks).sum() / (called.sum() + masks.sum())
-    assert reached == pytest.approx(ours.f1_max.value - ours.f1_max.bound, abs=ROUNDING)
+    f1 = 2 * (called & masks).sum() / (called.sum() + masks.sum())
+    assert f1 == pytest.approx(ours.f1_max.value - ours.f1_max.bound, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_within_bounds(compiled, monkeypatch):
+def test_exact_metrics_are_within_the_bounds(compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(inputs, "native", None)
     check_bounds()
@@ -68,29 +68,30 @@ def test_within_bounds(compiled, monkeypatch):
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
 def test_corners_of_the_overlap_curve_lie_on_the_exact_one(limit):
     maps, masks = some_maps()
-    streaming = streamed(maps, masks, high=float(maps.max()), parts=2)
+    streaming = accumulate(maps, masks, high=float(maps.max()), parts=2)
     x, y = streaming.overlap_curve(limit)
     exact_x, exact_y = curves.pro(maps, masks, limit)
     assert (x[0], y[0], x[-1]) == (0, 0, limit) and len(x) > 100
     first, last = (np.searchsorted(exact_x, x[1:-1], side=side) for side in ("left", "right"))
-    met, level = exact_x[first] == x[1:-1], np.interp(x[1:-1], exact_x, exact_y)
-    lowest, highest = (np.where(met, exact_y[at], level) for at in (first, last - 1))  # it may rise at one x
+    is_corner, between = exact_x[first] == x[1:-1], np.interp(x[1:-1], exact_x, exact_y)
+    # The exact curve may rise vertically: it then has several y for one x.
+    lowest, highest = (np.where(is_corner, exact_y[index], between) for index in (first, last - 1))
     assert (lowest - 1e-9 <= y[1:-1]).all() and (y[1:-1] <= highest + 1e-9).all()
     value, bound = streaming.compute(limit).aupro
     assert abs(np.trapezoid(y, x) / limit - value) <= bound + ROUNDING
     with pytest.raises(ValueError, match="at least one positive and one negative"):
-        streamed(maps, np.zeros_like(masks), high=float(maps.max())).overlap_curve()
+        accumulate(maps, np.zeros_like(masks), high=float(maps.max())).overlap_curve()
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_bounds_are_reached(compiled, monkeypatch):
-    """In one bin, positives first or last: no smaller bound of AUROC and AUPRO would do."""
+def test_bounds_are_tight(compiled, monkeypatch):
+    """With all scores in one bin, the bounds of AUROC and AUPRO are reached with positives first or last."""
     if not compiled:
         monkeypatch.setattr(inputs, "native", None)
     masks = np.arange(40).reshape(1, 5, 8) < 8
     first, last = (np.where(masks, 1 + 2 * STEP, 1 + x * STEP).astype(np.float32) for x in (1, 3))
-    assert torch.equal(streamed(first, masks).counts, streamed(last, masks).counts)
-    ours = streamed(first, masks).compute()
+    assert torch.equal(accumulate(first, masks).counts, accumulate(last, masks).counts)
+    ours = accumulate(first, masks).compute()
     rounding = 2.0**-41 * 8
     assert ours.auroc == (0.5, 0.5)
     assert ours.aupro == pytest.approx((0.5, 0.5 + rounding))
@@ -98,27 +99,27 @@ def test_bounds_are_reached(compiled, monkeypatch):
     assert metrics.f1_max(first, masks) == metrics.ap(first, masks) == 1
     assert ours.ap.value + ours.ap.bound == pytest.approx(1)
     spread = (1 + np.arange(40, 0, -1) * STEP).reshape(1, 5, 8).astype(np.float32)[:, ::-1, ::-1]
-    lowest = metrics.ap(spread, masks)  # positives last, each with a score of its own
+    lowest = metrics.ap(spread, masks)  # positives last, all scores distinct
     assert ours.ap.value - ours.ap.bound == pytest.approx(lowest, abs=1e-3)
     assert ours.ap.value - ours.ap.bound <= lowest
 
 
-def test_scores_apart_are_exact():
-    """No bin holds both classes: nothing is unknown but the rounding of areas."""
+def test_bins_with_one_class_are_exact():
+    """If no bin holds both classes, only the rounding of areas remains."""
     maps, masks = some_maps(n=3, size=32)
     maps = (np.random.default_rng(0).permutation(maps.size).reshape(maps.shape) / maps.size + 0.5).astype(np.float32)
-    exact, ours = metrics.pixel_metrics(maps, masks), streamed(maps, masks, detail=17).compute()
+    exact, ours = metrics.pixel_metrics(maps, masks), accumulate(maps, masks, detail=17).compute()
     assert ours.auroc == pytest.approx((exact.auroc, 0), abs=1e-13)
     assert ours.f1_max == pytest.approx((exact.f1_max, 0), abs=1e-13)
     assert ours.aupro == pytest.approx((exact.aupro, 0), abs=1e-9)
-    assert ours.ap == pytest.approx((exact.ap, 0), abs=1e-4)  # the logarithm is not quite the sum
+    assert ours.ap == pytest.approx((exact.ap, 0), abs=1e-4)  # the logarithm bounds the sum, but does not equal it
 
 
 @pytest.mark.parametrize("scale", [1, 1e-2])
-def test_bounds_are_useful(scale):
-    """Smooth maps with values in a quarter of an octave, near the top of the range and far below it."""
+def test_bounds_of_smooth_maps_are_small(scale):
+    """Values within a quarter of an octave, near the top of the range and far below it."""
     maps, masks = some_maps(n=40, size=64)
-    ours = streamed(maps * np.float32(scale), masks, high=12.0, detail=17).compute()
+    ours = accumulate(maps * np.float32(scale), masks, high=12.0, detail=17).compute()
     assert max(ours.auroc.bound, ours.aupro.bound) < 1e-4
     assert max(ours.ap.bound, ours.f1_max.bound) < 2e-3
 
@@ -135,10 +136,10 @@ def test_histograms_are_small(high):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_any_path_counts_the_same(dtype, device, monkeypatch):
+def test_every_implementation_counts_the_same(dtype, device, monkeypatch):
     maps, masks = some_maps(n=7, size=24)
     tensor = torch.from_numpy(maps).to(dtype)
-    expected = streamed(tensor.float().numpy(), masks).state()
+    expected = accumulate(tensor.float().numpy(), masks).state()
     exact = metrics.aupro(tensor, masks, mode="per-image")
     for compiled in (inputs.native, None):
         monkeypatch.setattr(inputs, "native", compiled)
@@ -151,60 +152,60 @@ def test_any_path_counts_the_same(dtype, device, monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_arrays_of_any_kind(compiled, monkeypatch):
+def test_strides_byte_order_and_read_only_arrays(compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(inputs, "native", None)
     maps, masks = some_maps(n=6, size=24)
-    expected = streamed(maps, masks).counts
+    expected = accumulate(maps, masks).counts
     wide = np.zeros((6, 48, 48), np.float32)
     wide[:, ::2, ::2] = maps
-    for some in (wide[:, ::2, ::2], maps.astype(">f4"), np.asfortranarray(maps), maps.copy()):
-        of = masks.astype(np.uint8) * 255
-        some.flags.writeable = of.flags.writeable = False
-        assert torch.equal(streamed(some, of).counts, expected)
-        assert torch.equal(streamed(some, masks[:, ::-1][:, ::-1]).counts, expected)
-    grown = torch.from_numpy(maps).requires_grad_()
-    assert torch.equal(streamed(grown, masks).counts, expected)
+    for variant in (wide[:, ::2, ::2], maps.astype(">f4"), np.asfortranarray(maps), maps.copy()):
+        mask_variant = masks.astype(np.uint8) * 255
+        variant.flags.writeable = mask_variant.flags.writeable = False
+        assert torch.equal(accumulate(variant, mask_variant).counts, expected)
+        assert torch.equal(accumulate(variant, masks[:, ::-1][:, ::-1]).counts, expected)
+    with_gradient = torch.from_numpy(maps).requires_grad_()
+    assert torch.equal(accumulate(with_gradient, masks).counts, expected)
     for wrong in (maps * 1j, torch.from_numpy(maps * 1j)):
         with pytest.raises(ValueError, match=r"maps: wanted real numbers, got dtype (torch\.)?complex64"):
             metrics.Streaming(2.0, detail=DETAIL).update(wrong, masks)
 
 
-def test_order_and_parts_do_not_matter():
+def test_order_and_division_do_not_change_the_metrics():
     maps, masks = some_maps(n=12)
-    whole = streamed(maps, masks)
+    whole = accumulate(maps, masks)
     order = np.random.default_rng(0).permutation(12)
-    parts = [streamed(maps[i], masks[i], parts=2) for i in np.array_split(order, 3)]
+    parts = [accumulate(maps[i], masks[i], parts=2) for i in np.array_split(order, 3)]
     merged = pickle.loads(pickle.dumps(parts[0]))
     merged.merge(parts[1])
     merged.merge(parts[2].state())
-    added = {name: sum(part.state()[name] for part in parts) for name in whole.state()}  # what an all-reduce does
+    added = {name: sum(part.state()[name] for part in parts) for name in whole.state()}  # as an all-reduce
     for name, tensor in whole.state().items():
         assert torch.equal(merged.state()[name], tensor)
         assert torch.equal(added[name], tensor)
     assert merged.compute() == whole.compute()
-    for mine, reduced in zip(parts[0].state().values(), added.values(), strict=True):
-        mine.copy_(reduced)  # in place, as a collective writes it
+    for tensor, reduced in zip(parts[0].state().values(), added.values(), strict=True):
+        tensor.copy_(reduced)  # in place, as a collective does
     assert parts[0].compute() == whole.compute()
     merged.reset()
     merged.update(maps, masks)
     assert merged.compute() == whole.compute()
 
 
-def test_threads_do_not_matter():
+def test_number_of_threads_does_not_change_the_histograms():
     native = pytest.importorskip("recontrast._metrics")
     maps, masks = some_maps(n=20, size=200)
     counts = [np.zeros((3, 5000), np.int64) for _ in range(4)]
-    found = [native.histogram(maps, masks, c, 12, 250000, t) for c, t in zip(counts, (1, 0, 2, 7), strict=True)]
-    assert len(set(found)) == 1
+    regions = [native.histogram(maps, masks, c, 12, 250000, t) for c, t in zip(counts, (1, 0, 2, 7), strict=True)]
+    assert len(set(regions)) == 1
     assert counts[0][:2].sum() == maps.size
     for other in counts[1:]:
         np.testing.assert_array_equal(counts[0], other)
 
 
-def test_refused_batches_leave_no_trace():
+def test_invalid_batches_are_not_added():
     maps, masks = some_maps()
-    streaming = streamed(maps, masks)
+    streaming = accumulate(maps, masks)
     before = streaming.compute()
     for wrong, message in [
         (np.where(masks, np.nan, maps), f"maps: wanted finite numbers, got {masks.sum()} NaN and 0 infinite"),
@@ -218,42 +219,42 @@ def test_refused_batches_leave_no_trace():
     assert streaming.totals[0] == 6
 
 
-def test_refused():
+def test_invalid_arguments_raise():
     maps, masks = some_maps()
     with pytest.raises(ValueError, match=r"masks: wanted at least .* 0 positive and 0 negative in 0 images"):
         metrics.Streaming(2.0).compute()
     with pytest.raises(ValueError, match=r"masks: .* 0 positive and 6144 negative in 6 images"):
-        streamed(maps, masks & False).compute()
+        accumulate(maps, masks & False).compute()
     for high in (0, -1, float("nan"), float("inf"), 1e30):
         with pytest.raises(ValueError, match="high: wanted the largest value of a map, from 1e-20 to 1e20, got"):
             metrics.Streaming(high)
     with pytest.raises(ValueError, match=r"limit: wanted a false positive rate in \(0, 1\], got 0"):
         metrics.Streaming(2.0, 0)
     with pytest.raises(ValueError, match=r"merge: other: wanted high and limit \(2.0, 0.3\), got \(12.0, 0.3\)"):
-        streamed(maps, masks).merge(metrics.Streaming(12.0, detail=DETAIL))
+        accumulate(maps, masks).merge(metrics.Streaming(12.0, detail=DETAIL))
     with pytest.raises(ValueError, match="merge: counts: wanted int64"):
-        streamed(maps, masks).merge(metrics.Streaming(3.0, detail=DETAIL).state())
+        accumulate(maps, masks).merge(metrics.Streaming(3.0, detail=DETAIL).state())
     for detail in (3, 18):
         with pytest.raises(ValueError, match=f"detail: wanted from 4 to 17, got {detail}"):
             metrics.Streaming(2.0, detail=detail)
-    crowd = streamed(maps, masks)
-    crowd.totals[1] += 1 << 22
+    crowded = accumulate(maps, masks)
+    crowded.totals[1] += 1 << 22
     with pytest.raises(ValueError, match="masks: wanted at most 4194304 regions in all"):
-        crowd.compute()
+        crowded.compute()
 
 
-def test_an_image_that_leaves_the_per_image_aupro_undefined():
+def test_undefined_per_image_aupro_is_nan():
     maps, masks = some_maps()
     maps[3] = 1
-    ours = streamed(maps, masks).compute()
+    ours = accumulate(maps, masks).compute()
     assert np.isnan(ours.aupro_per_image)
     assert np.isnan(metrics.pixel_metrics(maps, masks).aupro_per_image)
     assert not np.isnan(ours.aupro.value)
 
 
-def test_many_images_take_no_more_memory():
+def test_memory_does_not_grow_with_the_number_of_images():
     maps, masks = some_maps(n=4, size=64)
-    streaming = streamed(maps, masks)
+    streaming = accumulate(maps, masks)
     tracemalloc.start()
     streaming.update(maps, masks)
     first = tracemalloc.get_traced_memory()[0]
@@ -264,7 +265,7 @@ def test_many_images_take_no_more_memory():
 
 
 def test_bounds_of_bins_by_hand():
-    # From the top: 2 positives; 1 positive and 3 good; 1 good. Positives are regions of two pixels and of one.
+    # From the top: 2 positive pixels, then 1 positive and 3 good ones, then 1 good one. The first two are one region.
     unit = 1 << bounds.UNIT
     counts = np.array([[1, 0, 3, 0], [0, 0, 1, 2], [0, 0, unit, unit]])
     bins, used = bounds.select_bins(counts, 2)
