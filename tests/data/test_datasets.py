@@ -1,4 +1,4 @@
-"""recontrast.data.datasets and .files: folders to samples, in one order everywhere, with errors that name the file."""
+"""recontrast.data.datasets and .listing: folders become samples in a fixed order, and errors name the file."""
 
 import random
 from pathlib import Path
@@ -13,7 +13,8 @@ from recontrast.data.datasets import Sample
 SUFFIXES = r"\(\.bmp, \.jpeg, \.jpg, \.png, \.tif, \.tiff, \.webp\)"
 
 
-def touch(root, *names):
+def create_files(root, *names):
+    """Create empty files, and return ``root``."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
@@ -22,8 +23,8 @@ def touch(root, *names):
 
 @pytest.fixture
 def screw(tmp_path):
-    """Root with one category; nothing is decoded, so empty files do."""
-    return touch(
+    """Create a root with one category of empty files; `datasets` does not decode images."""
+    return create_files(
         tmp_path,
         *(f"screw/train/good/{n}.png" for n in (10, 9, 100)),
         "screw/test/good/0.PNG",
@@ -34,9 +35,9 @@ def screw(tmp_path):
 
 
 def test_mvtec_layout(screw):
-    here = screw / "screw"
+    category = screw / "screw"
     got = datasets.mvtec(screw, "screw")
-    assert [s.path.relative_to(here).as_posix() for s in got] == [
+    assert [s.path.relative_to(category).as_posix() for s in got] == [
         "train/good/9.png",
         "train/good/10.png",
         "train/good/100.png",
@@ -45,22 +46,22 @@ def test_mvtec_layout(screw):
         "test/scratch/b2.jpg",
         "test/scratch/b10.jpg",
     ]
-    assert got[0] == Sample(here / "train/good/9.png", None, 0, "screw", "train", "good")
-    assert got[3] == Sample(here / "test/good/0.PNG", None, 0, "screw", "test", "good")
-    mask = here / "ground_truth/scratch"
-    assert got[4] == Sample(here / "test/scratch/b1.jpg", mask / "b1_mask.png", 1, "screw", "test", "scratch")
+    assert got[0] == Sample(category / "train/good/9.png", None, 0, "screw", "train", "good")
+    assert got[3] == Sample(category / "test/good/0.PNG", None, 0, "screw", "test", "good")
+    mask = category / "ground_truth/scratch"
+    assert got[4] == Sample(category / "test/scratch/b1.jpg", mask / "b1_mask.png", 1, "screw", "test", "scratch")
     assert [s.mask for s in got[5:]] == [mask / "b2_mask.png", mask / "b10.tif"]
 
 
-def test_order_does_not_come_from_the_file_system(screw, monkeypatch):
+def test_order_does_not_depend_on_the_file_system(screw, monkeypatch):
     wanted = datasets.mvtec(screw, "screw")
     walk, iterdir = listing.os.walk, Path.iterdir
 
-    def shuffled_walk(*args, **how):
-        for here, folders, names in walk(*args, **how):
+    def shuffled_walk(*args, **options):
+        for folder, folders, names in walk(*args, **options):
             random.shuffle(folders)
             random.shuffle(names)
-            yield here, folders, names
+            yield folder, folders, names
 
     monkeypatch.setattr(listing.os, "walk", shuffled_walk)
     monkeypatch.setattr(Path, "iterdir", lambda path: random.sample(list(iterdir(path)), len(list(iterdir(path)))))
@@ -69,80 +70,82 @@ def test_order_does_not_come_from_the_file_system(screw, monkeypatch):
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1), unique=True), st.randoms())
-def test_natural_order_is_total(names, rng):
+def test_natural_order_is_a_total_order(names, rng):
     wanted = sorted(names, key=listing.natural_sort_key)
     rng.shuffle(names)
     assert sorted(names, key=listing.natural_sort_key) == wanted
 
 
 @given(st.lists(st.integers(0, 10**30), unique=True), st.text("ab_-.", max_size=3), st.text("ab_", max_size=2))
-def test_natural_order_counts(numbers, before, after):
-    names = sorted((f"{before}{number}{after}" for number in numbers), key=listing.natural_sort_key)
-    assert names == [f"{before}{number}{after}" for number in sorted(numbers)]
+def test_natural_order_compares_numbers(numbers, prefix, suffix):
+    names = sorted((f"{prefix}{number}{suffix}" for number in numbers), key=listing.natural_sort_key)
+    assert names == [f"{prefix}{number}{suffix}" for number in sorted(numbers)]
     assert sorted(["a1", "a01"], key=listing.natural_sort_key) == sorted(["a01", "a1"], key=listing.natural_sort_key)
 
 
-def test_hidden_and_other_files_are_passed_over(screw):
+def test_hidden_and_other_files_are_skipped(screw):
     names = (".hidden.png", "Thumbs.db", "._9.png", "notes.txt", ".git/x.png", "__MACOSX/9.png")
     wanted = datasets.mvtec(screw, "screw")
     for folder in ("train/good", "test/scratch", "test", "ground_truth/scratch", ""):
-        touch(screw / "screw" / folder, *names)
+        create_files(screw / "screw" / folder, *names)
     assert datasets.mvtec(screw, "screw") == wanted
 
 
-def test_folders_within_folders_and_links(screw):
-    touch(screw / "screw", "test/scratch/day2/7.png", "ground_truth/scratch/day2/7_mask.png", "train/good/day2/7.png")
-    (screw / "screw/train/good/day2/again").symlink_to(screw / "screw/train/good")  # once round, not for ever
+def test_subfolders_and_links(screw):
+    create_files(
+        screw / "screw", "test/scratch/day2/7.png", "ground_truth/scratch/day2/7_mask.png", "train/good/day2/7.png"
+    )
+    (screw / "screw/train/good/day2/again").symlink_to(screw / "screw/train/good")  # a loop
     got = datasets.mvtec(screw, "screw")
     assert [s.path.name for s in got if s.split == "train"] == ["9.png", "10.png", "100.png", "7.png"]
     assert got[-1].mask == screw / "screw/ground_truth/scratch/day2/7_mask.png"
 
 
-def test_masks_are_for_the_whole_category_or_for_none(screw):
-    gt = screw / "screw/ground_truth/scratch"
-    (gt / "b2_mask.png").unlink()
+def test_masks_are_required_for_all_defects_or_for_none(screw):
+    folder = screw / "screw/ground_truth/scratch"
+    (folder / "b2_mask.png").unlink()
     with pytest.raises(
         ValueError, match=r"scratch/b2\.jpg: wanted its mask .*ground_truth/scratch/b2_mask\.png, got none"
     ):
         datasets.mvtec(screw, "screw")
-    touch(gt, "b2_mask.png")
-    touch(screw, "screw/test/hole/0.png")
+    create_files(folder, "b2_mask.png")
+    create_files(screw, "screw/test/hole/0.png")
     with pytest.raises(ValueError, match=r"hole/0\.png: wanted its mask .*, got none, where 3 masks of screw exist"):
         datasets.mvtec(screw, "screw")
-    for mask in gt.iterdir():
+    for mask in folder.iterdir():
         mask.unlink()
     assert all(s.mask is None for s in datasets.mvtec(screw, "screw"))
-    gt.rmdir()
-    gt.parent.rmdir()
+    folder.rmdir()
+    folder.parent.rmdir()
     assert [s.label for s in datasets.mvtec(screw, "screw")] == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["scratch/b3_mask.png", "scratch/b3.png", "hole/0_mask.png", "loose.png"])
 def test_mask_without_image(screw, name):
-    touch(screw / "screw/ground_truth", name)
+    create_files(screw / "screw/ground_truth", name)
     with pytest.raises(ValueError, match=rf"ground_truth/{name}: wanted an image in .*test for this mask, got none"):
         datasets.mvtec(screw, "screw")
 
 
 def test_two_masks_for_one_image(screw):
-    touch(screw / "screw/ground_truth/scratch", "b1_mask.bmp")
+    create_files(screw / "screw/ground_truth/scratch", "b1_mask.bmp")
     with pytest.raises(ValueError, match=r"b1_mask\.\w+: wanted one mask of this name, got b1_mask\.\w+ too"):
         datasets.mvtec(screw, "screw")
 
 
-def test_masks_of_good_images_are_not_needed(screw):
-    touch(screw / "screw/ground_truth/good", "0_mask.png", "nothing_mask.png")
+def test_masks_of_good_images_are_ignored(screw):
+    create_files(screw / "screw/ground_truth/good", "0_mask.png", "nothing_mask.png")
     assert datasets.mvtec(screw, "screw")[3].mask is None
 
 
-def test_test_good_may_be_missing_and_train_good_may_not(screw):
-    here = screw / "screw"
-    (here / "test/good/0.PNG").unlink()
-    (here / "test/good").rmdir()
+def test_train_good_is_required_and_test_good_is_not(screw):
+    category = screw / "screw"
+    (category / "test/good/0.PNG").unlink()
+    (category / "test/good").rmdir()
     assert [s.defect for s in datasets.mvtec(screw, "screw")] == ["good"] * 3 + ["scratch"] * 3
-    (here / "train/good").rename(here / "train/ok")
+    (category / "train/good").rename(category / "train/ok")
     wanted = r"screw/train/good: wanted the folder of good training images, got no such folder$"
-    for call in (lambda: datasets.mvtec(screw, "screw"), lambda: datasets.load(screw), lambda: datasets.load(here)):
+    for call in (lambda: datasets.mvtec(screw, "screw"), lambda: datasets.load(screw), lambda: datasets.load(category)):
         with pytest.raises(FileNotFoundError, match=wanted):
             call()
     assert datasets.categories(screw) == []
@@ -154,13 +157,13 @@ def test_empty_folder(screw, folder):
         path.unlink()
     with pytest.raises(ValueError, match=rf"{folder}: wanted a folder with image files {SUFFIXES}, got none$"):
         datasets.load(screw)
-    touch(screw / "screw" / folder, "a.gif", "b.txt", ".hidden")
+    create_files(screw / "screw" / folder, "a.gif", "b.txt", ".hidden")
     with pytest.raises(ValueError, match=rf"{folder}: wanted .* {SUFFIXES}, got 2 of other kinds$"):
         datasets.load(screw)
 
 
 def test_images_beside_the_defect_folders(screw):
-    touch(screw, "screw/test/7.png")
+    create_files(screw, "screw/test/7.png")
     with pytest.raises(
         ValueError, match=r"test/7\.png: wanted test images in test/good and test/DEFECT, got one beside"
     ):
@@ -168,7 +171,7 @@ def test_images_beside_the_defect_folders(screw):
 
 
 def test_plain_folder(tmp_path):
-    touch(tmp_path / "parts", "10.png", "9.JPG", "more/1.bmp", "x.txt")
+    create_files(tmp_path / "parts", "10.png", "9.JPG", "more/1.bmp", "x.txt")
     got = datasets.folder(tmp_path / "parts")
     assert [s.path.name for s in got] == ["9.JPG", "10.png", "1.bmp"]
     assert got[0] == Sample(tmp_path / "parts/9.JPG", None, 0, "parts", "train", "good")
@@ -176,47 +179,47 @@ def test_plain_folder(tmp_path):
     assert bad[0] == Sample(tmp_path / "parts/9.JPG", None, 1, "x", "test", "defect")
 
 
-def test_load_root_category_or_plain_folder(screw, monkeypatch):
-    touch(screw, "bolt10/train/good/0.png", "bolt9/train/good/0.png", "bolt9/test/bent/0.png", "readme/x.png")
+def test_load_accepts_root_category_and_plain_folder(screw, monkeypatch):
+    create_files(screw, "bolt10/train/good/0.png", "bolt9/train/good/0.png", "bolt9/test/bent/0.png", "readme/x.png")
     assert datasets.categories(screw) == ["bolt9", "bolt10", "screw"]
-    every = datasets.load(screw)
-    assert list(every) == ["bolt9", "bolt10", "screw"] and every["screw"] == datasets.mvtec(screw, "screw")
+    samples = datasets.load(screw)
+    assert list(samples) == ["bolt9", "bolt10", "screw"] and samples["screw"] == datasets.mvtec(screw, "screw")
     assert list(datasets.load(str(screw), ["screw", "bolt9"])) == ["screw", "bolt9"]
-    assert datasets.load(screw / "screw") == {"screw": every["screw"]}
+    assert datasets.load(screw / "screw") == {"screw": samples["screw"]}
     plain = datasets.load(screw / "screw/train/good")
     assert list(plain) == ["good"] and [s.split for s in plain["good"]] == ["train"] * 3
     monkeypatch.chdir(screw / "screw")
-    assert [s.category for s in datasets.load(".")["screw"]] == ["screw"] * 7  # the folder's name, not "."
+    assert [s.category for s in datasets.load(".")["screw"]] == ["screw"] * 7  # not "."
     assert set(datasets.load("train/../train/good")) == {"good"}
 
 
 def test_several_paths(screw, tmp_path):
-    """Categories of several roots, category folders and plain folders side by side."""
-    touch(tmp_path / "more", "nut/train/good/0.png", "bolt/train/good/0.png")
-    parts = touch(tmp_path / "parts", "0.png")
+    """Roots, category folders and plain folders can be combined."""
+    create_files(tmp_path / "more", "nut/train/good/0.png", "bolt/train/good/0.png")
+    parts = create_files(tmp_path / "parts", "0.png")
     paths = [tmp_path / "more", str(screw / "screw"), parts]
-    every = datasets.load(paths)
-    assert list(every) == ["bolt", "nut", "screw", "parts"]
-    assert every["screw"] == datasets.mvtec(screw, "screw") and every["parts"] == datasets.folder(parts)
+    samples = datasets.load(paths)
+    assert list(samples) == ["bolt", "nut", "screw", "parts"]
+    assert samples["screw"] == datasets.mvtec(screw, "screw") and samples["parts"] == datasets.folder(parts)
     assert list(datasets.load(paths, ["screw", "nut"])) == ["screw", "nut"]
     assert datasets.load([screw / "screw"]) == datasets.load(screw / "screw")
     with pytest.raises(ValueError, match=rf"^{paths[0]}, .*, {parts}: wanted category 'skrew', got screw, bolt, nut, "):
         datasets.load(paths, ["skrew"])
 
 
-def test_two_categories_of_one_name(screw, tmp_path):
-    touch(tmp_path / "more", "nut/train/good/0.png", "screw/train/good/0.png")
+def test_categories_with_the_same_name(screw, tmp_path):
+    create_files(tmp_path / "more", "nut/train/good/0.png", "screw/train/good/0.png")
     wanted = rf"^{tmp_path / 'more'}: wanted categories of different names, got 'screw' of {screw / 'screw'} again$"
-    for some in (None, ["nut"]):
+    for categories in (None, ["nut"]):
         with pytest.raises(ValueError, match=wanted):
-            datasets.load([screw / "screw", tmp_path / "more"], some)
+            datasets.load([screw / "screw", tmp_path / "more"], categories)
     with pytest.raises(ValueError, match=r"got 'screw' of .* again"):
         datasets.load([screw / "screw"] * 2)
 
 
 def test_category_without_training_images(screw):
-    """Not passed over in silence, whether its folder is there or not."""
-    touch(screw, "bolt/test/bent/0.png")
+    """An error, whether the folder is missing or empty."""
+    create_files(screw, "bolt/test/bent/0.png")
     wanted = r"bolt/train/good: wanted the folder of good training images, got no such folder$"
     with pytest.raises(FileNotFoundError, match=wanted):
         datasets.load(screw)
@@ -233,7 +236,7 @@ def test_wrong_paths_and_names(screw):
             call(missing)
         with pytest.raises(ValueError, match=r"0\.PNG: wanted .*, got a file$"):
             call(screw / "screw/test/good/0.PNG")
-    touch(screw, "bolt/train/good/0.png")
+    create_files(screw, "bolt/train/good/0.png")
     with pytest.raises(ValueError, match=r"wanted category 'skrew', got screw, bolt$"):
         datasets.mvtec(screw, "skrew")
     with pytest.raises(ValueError, match=r"wanted category 'skrew', got screw, bolt$"):
@@ -244,8 +247,8 @@ def test_wrong_paths_and_names(screw):
 
 def test_list_images(screw):
     good = screw / "screw/train/good"
-    odd = touch(screw, "a.dat") / "a.dat"
-    assert images.list_images([odd, good]) == [odd, good / "9.png", good / "10.png", good / "100.png"]
+    other = create_files(screw, "a.dat") / "a.dat"
+    assert images.list_images([other, good]) == [other, good / "9.png", good / "10.png", good / "100.png"]
     assert images.list_images(str(good / "9.png")) == [good / "9.png"]
     with pytest.raises(FileNotFoundError, match=r"no\.png: wanted an image or a folder of images, got no such file"):
         images.list_images([good, good / "no.png"])

@@ -1,4 +1,4 @@
-"""recontrast.data.fundus: regions as scikit-image finds them, pixels as OpenCV makes them."""
+"""recontrast.data.fundus: regions equal those of scikit-image, pixels those of OpenCV."""
 
 import zlib
 
@@ -10,23 +10,23 @@ from skimage.measure import label, regionprops
 from recontrast.data import fundus
 
 
-def blobs(random, shape, share):
-    """Grey noise on a share of the pixels, black elsewhere: regions of every size, touching at corners too."""
-    lit = random.random((*shape, 1)) < share
-    return (random.integers(0, 256, (*shape, 3)) * lit * random.uniform(0.1, 1)).astype(np.uint8)
+def make_noise(rng, shape, share):
+    """Return noise on a share of the pixels and black elsewhere: regions of all sizes, some touching at corners."""
+    is_lit = rng.random((*shape, 1)) < share
+    return (rng.integers(0, 256, (*shape, 3)) * is_lit * rng.uniform(0.1, 1)).astype(np.uint8)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_square_is_that_of_the_reference(seed):
-    """`fundus_crop`, restated with scikit-image's regions."""
-    random = np.random.default_rng(seed)
-    image = blobs(random, random.integers(1, 60, 2), random.uniform(0.02, 0.9))
+def test_square_equals_the_reference(seed):
+    """The square of the reference's ``fundus_crop``, computed with the regions of scikit-image."""
+    rng = np.random.default_rng(seed)
+    image = make_noise(rng, rng.integers(1, 60, 2), rng.uniform(0.02, 0.9))
     bright = image.sum(-1) > 30
     if not bright.any():
         assert fundus.find_eye_square(image) is None
         return
     labels = label(bright)
-    region = max(regionprops(labels), key=lambda found: found.area)
+    region = max(regionprops(labels), key=lambda region: region.area)
     ours = np.zeros_like(bright)
     for row, start, end in zip(*fundus.find_largest_region(bright), strict=True):
         ours[row, start:end] = True
@@ -36,8 +36,7 @@ def test_square_is_that_of_the_reference(seed):
     assert fundus.find_eye_square(image) == (*(low - 5), *(high + 5))
 
 
-def test_regions_of_a_long_way_round():
-    """A spiral is one region, found in as few rounds as need be."""
+def test_spiral_is_one_region():
     spiral = np.zeros((61, 61), bool)
     for i in range(0, 30, 2):
         spiral[i, i : 61 - i] = spiral[60 - i, i : 61 - i] = spiral[i : 61 - i, 60 - i] = True
@@ -47,7 +46,7 @@ def test_regions_of_a_long_way_round():
     assert (ends - starts).sum() == spiral.sum()
 
 
-def test_cut_is_black_outside():
+def test_crop_is_black_outside_the_image():
     image = np.arange(1, 61, dtype=np.uint8).reshape(4, 5, 3)
     np.testing.assert_array_equal(fundus.crop_with_padding(image, 1, 2, 3, 5), image[1:3, 2:5])
     got = fundus.crop_with_padding(image, -2, -1, 6, 7)
@@ -60,12 +59,13 @@ def test_cut_is_black_outside():
     )
 
 
-def pattern(height, width):
+def make_pattern(height, width):
+    """Return a deterministic image, (height, width, 3) uint8."""
     y, x, c = np.ogrid[:height, :width, :3]
     return ((y * 31 + x * 17 + c * 101 + (y * x) % 97 * 3) % 256).astype(np.uint8)
 
 
-# zlib.crc32 of cv2.resize(pattern(H, W), (512, 512), interpolation=cv2.INTER_LINEAR) of OpenCV 5.0
+# zlib.crc32 of cv2.resize(make_pattern(H, W), (512, 512), interpolation=cv2.INTER_LINEAR) of OpenCV 5.0
 OPENCV = {
     (512, 512): 0x1D1EF08F,
     (1024, 1024): 0xADFBAE42,
@@ -77,47 +77,46 @@ OPENCV = {
 
 
 @pytest.mark.parametrize("shape, wanted", OPENCV.items())
-def test_pixels_are_those_of_opencv(shape, wanted):
-    assert zlib.crc32(fundus.resize_linear(pattern(*shape), 512)) == wanted
+def test_pixels_equal_recorded_opencv(shape, wanted):
+    assert zlib.crc32(fundus.resize_linear(make_pattern(*shape), 512)) == wanted
 
 
-def test_pixels_are_those_of_the_installed_opencv():
-    """Where there is one: it is no dependency, also not of the tests."""
+def test_pixels_equal_installed_opencv():
+    """Skipped without OpenCV, which is not a dependency of the tests."""
     cv2 = pytest.importorskip("cv2")
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(20):
-        image = random.integers(0, 256, (*random.integers(1, 1500, 2), 3), np.uint8)
+        image = rng.integers(0, 256, (*rng.integers(1, 1500, 2), 3), np.uint8)
         wanted = cv2.resize(image, (512, 512), interpolation=cv2.INTER_LINEAR)
         np.testing.assert_array_equal(fundus.resize_linear(image, 512), wanted)
 
 
 def test_resize_is_bilinear():
-    """Half-pixel centres, no antialiasing, to a grey level of the exact sum."""
-    image = pattern(700, 30)
+    """Half-pixel centres without antialiasing; at most one level from the unrounded result."""
+    exact = make_pattern(700, 30)
     for length, axis in ((700, 0), (30, 1)):
-        place = ((np.arange(512) + 0.5) * length / 512 - 0.5).clip(0, length - 1)
-        first = np.minimum(place.astype(int), length - 2)
-        weight = (place - first).reshape(-1, *(1,) * (2 - axis))
-        image_ = np.take(image, first, axis) * (1 - weight) + np.take(image, first + 1, axis) * weight
-        image = image_
-    assert np.abs(fundus.resize_linear(pattern(700, 30), 512) - image).max() <= 1
+        centre = ((np.arange(512) + 0.5) * length / 512 - 0.5).clip(0, length - 1)
+        first = np.minimum(centre.astype(int), length - 2)
+        weight = (centre - first).reshape(-1, *(1,) * (2 - axis))
+        exact = np.take(exact, first, axis) * (1 - weight) + np.take(exact, first + 1, axis) * weight
+    assert np.abs(fundus.resize_linear(make_pattern(700, 30), 512) - exact).max() <= 1
 
 
 def test_read_fundus(tmp_path):
-    """An eye that the photograph cuts off above and below: centred, black there, in RGB."""
+    """An eye that exceeds the photograph at the top and bottom is centred, with black margins, in RGB."""
     y, x = np.ogrid[:300, :420]
-    eye = (y - 140) ** 2 + (x - 200) ** 2 < 160**2
-    image = np.where(eye[..., None], np.uint8([200, 90, 20]), np.uint8([5, 6, 7]))
+    is_eye = (y - 140) ** 2 + (x - 200) ** 2 < 160**2
+    image = np.where(is_eye[..., None], np.uint8([200, 90, 20]), np.uint8([5, 6, 7]))
     Image.fromarray(image).save(tmp_path / "eye.png")
-    found = fundus.read_fundus(tmp_path / "eye.png")
-    assert found.shape == (512, 512, 3) and found.dtype == np.uint8
-    np.testing.assert_array_equal(found[256, 256], [200, 90, 20])
+    eye = fundus.read_fundus(tmp_path / "eye.png")
+    assert eye.shape == (512, 512, 3) and eye.dtype == np.uint8
+    np.testing.assert_array_equal(eye[256, 256], [200, 90, 20])
     top, left, bottom, right = fundus.find_eye_square(image)
-    assert top < -10 and bottom > 305  # as high as the eye is wide, and the margins
+    assert top < -10 and bottom > 305  # the square is as high as the eye is wide, plus margins
     for axis, low, high, start, length in ((0, left, right, 41, 319), (1, top, bottom, 0, 300)):
-        places = np.nonzero((found[:, :, 0] > 100).any(axis))[0]
-        assert np.abs(places[[0, -1]] - (np.array([start, start + length]) - low) * 512 / (high - low)).max() < 3
-    assert not found[:20].any() and not found[-5:].any()
+        bright = np.nonzero((eye[:, :, 0] > 100).any(axis))[0]
+        assert np.abs(bright[[0, -1]] - (np.array([start, start + length]) - low) * 512 / (high - low)).max() < 3
+    assert not eye[:20].any() and not eye[-5:].any()
     Image.new("RGB", (20, 20), (10, 10, 10)).save(tmp_path / "dark.png")
     with pytest.raises(ValueError, match=r"dark\.png: wanted a fundus photograph, got one without a pixel brighter"):
         fundus.read_fundus(tmp_path / "dark.png")

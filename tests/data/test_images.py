@@ -1,4 +1,4 @@
-"""recontrast.data.images and .decode: the same pixels out of every file, to the bit those of torchvision's pipeline."""
+"""recontrast.data.images and .decode: the same pixels from every file format, bit-identical to torchvision's."""
 
 import struct
 import zlib
@@ -16,7 +16,7 @@ from torchvision import transforms
 from recontrast.data import images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-UPRIGHT = {  # orientation: how the stored pixels are to be turned (EXIF 2.3, tag 0x0112)
+UPRIGHT = {  # transform of the stored pixels by orientation (EXIF 2.3, tag 0x0112)
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -28,24 +28,24 @@ UPRIGHT = {  # orientation: how the stored pixels are to be turned (EXIF 2.3, ta
 }
 
 
-def pixels(*shape, dtype=np.uint8, seed=0):
+def random_pixels(*shape, dtype=np.uint8, seed=0):
     return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
 
 
-def exif(orientation):
+def make_exif(orientation):
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags
 
 
-def save(path, array, mode=None, **how):
+def save(path, array, mode=None, **options):
     image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(path, **how)
+    (image.convert(mode) if mode else image).save(path, **options)
     return path
 
 
 def write_png16(path, array, colour):
-    """PIL writes no 16-bit colour: colour type 2 is RGB, 4 is grey with alpha."""
+    """Write 16-bit colour, which PIL cannot write. Colour type 2 is RGB, 4 is grey with alpha."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -59,7 +59,7 @@ def write_png16(path, array, colour):
 
 
 def write_tiff(path, data, shape, bits, photometric, order="<", orientation=1):
-    """One strip, no compression; for what PIL does not write."""
+    """Write an uncompressed TIFF with one strip, for variants that PIL cannot write."""
     height, width, samples = shape
     tags = {256: [width], 257: [height], 258: [bits] * samples, 259: [1], 262: [photometric], 273: [0]}
     tags |= {274: [orientation], 277: [samples], 278: [height], 279: [len(data)]}
@@ -89,11 +89,11 @@ def write_tiff(path, data, shape, bits, photometric, order="<", orientation=1):
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     data=st.data(),
 )
-def test_pixels_are_torchvisions_to_the_bit(tmp_path_factory, array, size, data):
+def test_pixels_equal_torchvision(tmp_path_factory, array, size, data):
     crop = data.draw(st.tuples(st.integers(1, size[0]), st.integers(1, size[1])))
     path = save(tmp_path_factory.mktemp("t") / "x.png", array)
-    across = transforms.Resize((array.shape[0], size[1]))  # Pillow 13 would begin with the height of a tall image
-    steps = [across, transforms.Resize(size), transforms.CenterCrop(crop), transforms.ToTensor()]
+    horizontal = transforms.Resize((array.shape[0], size[1]))  # Pillow 13 starts with the height of tall images
+    steps = [horizontal, transforms.Resize(size), transforms.CenterCrop(crop), transforms.ToTensor()]
     wanted = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(Image.open(path).convert("RGB"))
     got = images.read_image(path, size=size, crop=crop)
     assert got.shape == (*crop, 3) and got.dtype == np.uint8 and got.flags.writeable and got.flags.c_contiguous
@@ -104,13 +104,13 @@ def test_pixels_are_torchvisions_to_the_bit(tmp_path_factory, array, size, data)
 def test_tall_images_do_not_depend_on_pillows_version(tmp_path):
     y, x, c = np.indices((300, 40, 3))
     path = save(tmp_path / "x.png", ((y * y * 7 + x * x * 13 + c * 71 + x * y * 3) % 256).astype(np.uint8))
-    # Of Image.resize in Pillow 10.1 and 11.3; 13.0 begins with the height, and gives 666250913.
+    # Image.resize gives this in Pillow 10.1 and 11.3; 13.0 starts with the height and gives 666250913.
     assert zlib.crc32(images.read_image(path, size=(32, 24)).tobytes()) == 1641963054
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (255, 301), (64, 64)])
-def test_upstreams_256_and_crop_224(tmp_path, shape):
-    path = save(tmp_path / "x.jpg", pixels(*shape, 3), quality=92)
+def test_resize_256_and_crop_224_equal_upstream(tmp_path, shape):
+    path = save(tmp_path / "x.jpg", random_pixels(*shape, 3), quality=92)
     steps = [transforms.Resize((256, 256)), transforms.ToTensor(), transforms.CenterCrop(224)]
     wanted = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(Image.open(path))
     assert torch.equal(images.normalise(images.read_image(path, size=256, crop=224)[None], MEAN, STD)[0], wanted)
@@ -123,8 +123,8 @@ def test_upstreams_256_and_crop_224(tmp_path, shape):
     ),
     size=st.integers(1, 50),
 )
-def test_masks_are_upstreams(tmp_path_factory, mask, size):
-    mask[0, 0] = 255  # grey values stay grey where something is white
+def test_masks_equal_upstream(tmp_path_factory, mask, size):
+    mask[0, 0] = 255  # grey values are kept only if the mask contains white
     path = save(tmp_path_factory.mktemp("m") / "m.png", mask)
     resize = [transforms.Resize((mask.shape[0], size)), transforms.Resize((size, size))]
     steps = [*resize, transforms.CenterCrop(max(1, size - 3)), transforms.ToTensor()]
@@ -134,7 +134,7 @@ def test_masks_are_upstreams(tmp_path_factory, mask, size):
     assert np.array_equal(images.read_mask(path, size=size, crop=crop, rule="half"), wanted >= 0.5)
 
 
-# ---- one picture, many files
+# ---- one image in many file formats
 
 
 FILES = {
@@ -147,22 +147,22 @@ FILES = {
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [(suffix, mode) for suffix, modes in FILES.items() for mode in modes])
-def test_same_picture_in_every_file(tmp_path, suffix, mode):
-    array = np.full((13, 17, 3), [200, 30, 90], np.uint8) if mode == "YCbCr" else pixels(13, 17, 3)
+def test_same_pixels_from_every_format(tmp_path, suffix, mode):
+    array = np.full((13, 17, 3), [200, 30, 90], np.uint8) if mode == "YCbCr" else random_pixels(13, 17, 3)
     image = Image.fromarray(array).convert(mode) if mode != "LAB" else Image.frombytes("LAB", (17, 13), array.tobytes())
     if mode in ("LA", "RGBA"):
-        image.putalpha(Image.fromarray(pixels(13, 17, seed=1)))  # dropped, not composited
-    how = {"webp": {"lossless": True, "exact": True}, "lzw.tiff": {"compression": "tiff_lzw"}}.get(suffix, {})
-    image.save(tmp_path / f"x.{suffix}", **how)
+        image.putalpha(Image.fromarray(random_pixels(13, 17, seed=1)))  # dropped, not composited
+    options = {"webp": {"lossless": True, "exact": True}, "lzw.tiff": {"compression": "tiff_lzw"}}.get(suffix, {})
+    image.save(tmp_path / f"x.{suffix}", **options)
     wanted = np.asarray(image.convert("RGB")).astype(int)
     got = images.read_image(tmp_path / f"x.{suffix}")
-    assert np.abs(got - wanted).max() <= (mode == "YCbCr"), "libtiff rounds YCbCr otherwise"
+    assert np.abs(got - wanted).max() <= (mode == "YCbCr"), "libtiff rounds YCbCr differently"
     assert images.image_size(tmp_path / f"x.{suffix}") == (13, 17)
 
 
 @pytest.mark.parametrize("transparency", [3, bytes([0, 128, 255, 7])])
 def test_palette_with_transparency_keeps_its_colours(tmp_path, transparency):
-    image = Image.fromarray(pixels(9, 9, 3)).quantize(16)
+    image = Image.fromarray(random_pixels(9, 9, 3)).quantize(16)
     image.save(tmp_path / "p.png", transparency=transparency)
     assert np.array_equal(images.read_image(tmp_path / "p.png"), np.asarray(image.convert("RGB")))
 
@@ -175,15 +175,16 @@ def test_jpeg_grey_and_cmyk(tmp_path):
     assert np.abs(images.read_image(tmp_path / "c.jpg").astype(int) - [250, 10, 10]).max() <= 2
 
 
-def rounded(values):
+def to_eight_bits(values):
+    """Return 16-bit values divided by 257 and rounded."""
     return (values.astype(np.int64) + 128) // 257
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "lzw.tif", "mm.tif", "white0.tif", "int32.tif"])
 def test_16_bit_grey_is_divided_by_257(tmp_path, suffix):
-    values = pixels(12, 256, dtype=np.uint16)
-    values[0] = np.arange(256) * 257  # what an 8-bit picture becomes, exactly back again
-    values[1, :6] = [0, 128, 129, 65406, 65407, 65535]  # 128 / 257 rounds down, 129 / 257 up
+    values = random_pixels(12, 256, dtype=np.uint16)
+    values[0] = np.arange(256) * 257  # 8-bit values in 16 bits must be restored exactly
+    values[1, :6] = [0, 128, 129, 65406, 65407, 65535]  # 128 / 257 rounds down, 129 / 257 rounds up
     path = tmp_path / f"x.{suffix}"
     if suffix == "mm.tif":
         write_tiff(path, values.astype(">u2").tobytes(), (12, 256, 1), 16, 1, ">")
@@ -196,13 +197,13 @@ def test_16_bit_grey_is_divided_by_257(tmp_path, suffix):
             **({"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}),
         )
     got = images.read_image(path)
-    assert np.array_equal(got, np.broadcast_to(rounded(values)[..., None], got.shape))
+    assert np.array_equal(got, np.broadcast_to(to_eight_bits(values)[..., None], got.shape))
     assert np.array_equal(got[0, :, 0], np.arange(256)) and got[1, :6, 0].tolist() == [0, 0, 1, 254, 255, 255]
 
 
-def test_16_bit_colour_is_within_a_level_and_exact_for_8_bit_pictures(tmp_path):
-    values = pixels(9, 11, 3, dtype=np.uint16)
-    exact = pixels(9, 11, 3)
+def test_16_bit_colour_is_within_a_level_and_exact_for_8_bit_values(tmp_path):
+    values = random_pixels(9, 11, 3, dtype=np.uint16)
+    exact = random_pixels(9, 11, 3)
     for name, array in (("r", values), ("e", exact.astype(np.uint16) * 257)):
         paths = [
             write_png16(tmp_path / f"{name}.png", array, 2),
@@ -212,7 +213,7 @@ def test_16_bit_colour_is_within_a_level_and_exact_for_8_bit_pictures(tmp_path):
         for path in paths:
             got = images.read_image(path)
             assert np.array_equal(got, array >> 8), "Pillow keeps the high byte"
-            assert np.abs(got - rounded(array)).max() <= (name == "r")
+            assert np.abs(got - to_eight_bits(array)).max() <= (name == "r")
     grey = write_png16(tmp_path / "la.png", values[..., :2], 4)
     assert np.array_equal(images.read_image(grey), np.repeat(values[..., :1] >> 8, 3, 2))
 
@@ -220,15 +221,17 @@ def test_16_bit_colour_is_within_a_level_and_exact_for_8_bit_pictures(tmp_path):
 @pytest.mark.parametrize("orientation", list(UPRIGHT))
 @pytest.mark.parametrize("suffix", ["png", "tif", "lzw.tif", "webp", "16.png", "16.tif", "jpg"])
 def test_exif_orientation(tmp_path, orientation, suffix):
-    array = pixels(6, 10, dtype=np.uint16) if suffix.startswith("16") else pixels(6, 10, 3)
+    array = random_pixels(6, 10, dtype=np.uint16) if suffix.startswith("16") else random_pixels(6, 10, 3)
     path = tmp_path / f"x.{suffix}"
-    how = {"webp": {"lossless": True}, "lzw.tif": {"compression": "tiff_lzw"}}.get(suffix, {})
+    options = {"webp": {"lossless": True}, "lzw.tif": {"compression": "tiff_lzw"}}.get(suffix, {})
     if suffix.endswith("tif"):
-        how["tiffinfo"] = {274: orientation}
+        options["tiffinfo"] = {274: orientation}
     else:
-        how["exif"] = exif(orientation)
-    save(path, array, **how)
-    plain = save(tmp_path / f"plain.{suffix}", array, **{k: v for k, v in how.items() if k not in ("exif", "tiffinfo")})
+        options["exif"] = make_exif(orientation)
+    save(path, array, **options)
+    plain = save(
+        tmp_path / f"plain.{suffix}", array, **{k: v for k, v in options.items() if k not in ("exif", "tiffinfo")}
+    )
     wanted = UPRIGHT[orientation](images.read_image(plain))
     assert np.array_equal(images.read_image(path), wanted)
     assert images.image_size(path) == wanted.shape[:2]
@@ -237,10 +240,10 @@ def test_exif_orientation(tmp_path, orientation, suffix):
 # ---- masks
 
 
-def test_every_way_to_say_the_same_mask(tmp_path):
+def test_equivalent_masks(tmp_path):
     truth = np.zeros((20, 30), bool)
     truth[4:9, 3:17] = True
-    ways = {
+    encodings = {
         "255.png": truth * np.uint8(255),
         "1.png": truth * np.uint8(1),
         "class.png": truth * np.uint8(7),
@@ -251,12 +254,12 @@ def test_every_way_to_say_the_same_mask(tmp_path):
         "bool.png": truth,
         "blue.png": np.stack([truth * 0, truth * 0, truth * 60], 2).astype(np.uint8),
     }
-    paths = [save(tmp_path / name, array) for name, array in ways.items()]
+    paths = [save(tmp_path / name, array) for name, array in encodings.items()]
     palette = Image.fromarray(truth * np.uint8(1)).convert("L")
-    palette.putpalette([0, 0, 0, 0, 0, 128])  # blue, 15 when turned to grey
+    palette.putpalette([0, 0, 0, 0, 0, 128])  # blue, which converts to grey 15
     palette.save(tmp_path / "palette.png")
     swapped = Image.fromarray((~truth) * np.uint8(1))
-    swapped.putpalette([255, 255, 255, 0, 0, 0])  # as optimisers write: the colour counts, not the index
+    swapped.putpalette([255, 255, 255, 0, 0, 0])  # as written by PNG optimisers: the colour counts, not the index
     swapped.save(tmp_path / "swapped.gif.png")
     for size in (None, 11):
         for rule in ("any", "half"):
@@ -267,12 +270,12 @@ def test_every_way_to_say_the_same_mask(tmp_path):
     assert np.array_equal(images.read_mask(paths[0]), truth)
 
 
-def test_any_grows_half_does_not_and_black_stays_black(tmp_path):
+def test_any_grows_the_mask_and_half_does_not(tmp_path):
     mask = np.zeros((64, 64), np.uint8)
     mask[16:32, 16:32] = 255
     path = save(tmp_path / "m.png", mask)
     grown, half = (images.read_mask(path, size=32, rule=rule) for rule in ("any", "half"))
-    assert half.sum() == 64 and grown.sum() == 100, "8x8, and one more pixel on each side"
+    assert half.sum() == 64 and grown.sum() == 100, "8 x 8 pixels, and one more on each side for any"
     assert not images.read_mask(save(tmp_path / "0.png", mask * 0)).any()
     deep = np.array([[65535, 100, 0]], np.uint16)
     assert images.read_mask(save(tmp_path / "d.png", deep)).tolist() == [[True, True, False]]
@@ -281,23 +284,23 @@ def test_any_grows_half_does_not_and_black_stays_black(tmp_path):
 
 
 def test_pairs(tmp_path):
-    array = pixels(6, 10, 3)
-    image = save(tmp_path / "i.jpg", array, exif=exif(6))
+    array = random_pixels(6, 10, 3)
+    image = save(tmp_path / "i.jpg", array, exif=make_exif(6))
     mask = np.zeros((6, 10), np.uint8)
     mask[:2] = 255
-    turned = save(tmp_path / "m.png", mask, exif=exif(6))
+    turned = save(tmp_path / "m.png", mask, exif=make_exif(6))
     upright = save(tmp_path / "u.png", np.rot90(mask, -1))
     for path in (turned, upright):
         got = images.read_pair(SimpleNamespace(path=image, mask=path))
         assert got[0].shape == (10, 6, 3) and np.array_equal(got[1], np.rot90(mask, -1) > 0)
-    image_only, none = images.read_pair(SimpleNamespace(path=image, mask=None), 8, 4)
-    assert image_only.shape == (4, 4, 3) and none is None
+    pixels, no_mask = images.read_pair(SimpleNamespace(path=image, mask=None), 8, 4)
+    assert pixels.shape == (4, 4, 3) and no_mask is None
     flat = save(tmp_path / "flat.png", mask)
     with pytest.raises(ValueError, match=r"flat\.png: wanted .* size of its image .*i\.jpg, 10 x 6 .* got 6 x 10$"):
         images.read_pair(SimpleNamespace(path=image, mask=flat), 8)
 
 
-# ---- bad input
+# ---- invalid input
 
 
 def test_one_pixel(tmp_path):
@@ -308,22 +311,22 @@ def test_one_pixel(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "lzw.tif", "webp"])
 def test_truncated_and_damaged(tmp_path, suffix):
-    how = {"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}
-    path = save(tmp_path / f"x.{suffix}", pixels(64, 64, 3), **how)
-    whole = path.read_bytes()
-    for length in (0, 1, 5, 12, 40, len(whole) // 2, len(whole) - 200):
-        path.write_bytes(whole[:length])
+    options = {"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}
+    path = save(tmp_path / f"x.{suffix}", random_pixels(64, 64, 3), **options)
+    content = path.read_bytes()
+    for length in (0, 1, 5, 12, 40, len(content) // 2, len(content) - 200):
+        path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=rf"^{path}: wanted .*, got [^\n]*$"):
             images.read_image(path)
-    path.write_bytes(b"\0" * len(whole))
+    path.write_bytes(b"\0" * len(content))
     with pytest.raises(
         ValueError, match=r"wanted a PNG, JPEG, BMP, TIFF or WebP image, got a file that starts with b'"
     ):
         images.image_size(path)
 
 
-def test_what_has_no_scale(tmp_path):
-    path = save(tmp_path / "f.tif", pixels(4, 4).astype(np.float32))
+def test_samples_of_unknown_scale(tmp_path):
+    path = save(tmp_path / "f.tif", random_pixels(4, 4).astype(np.float32))
     for read in (images.read_image, images.read_mask):
         with pytest.raises(ValueError, match=rf"^{path}: wanted integer samples of 8 or 16 bits, got floats"):
             read(path)
@@ -335,15 +338,15 @@ def test_what_has_no_scale(tmp_path):
 def test_missing_file_and_wrong_suffix(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}/no\.png: wanted an image, got no such file$"):
         images.read_image(tmp_path / "no.png")
-    save(tmp_path / "x.jpg", pixels(4, 4), format="PNG")
-    assert np.array_equal(images.read_image(tmp_path / "x.jpg")[..., 0], pixels(4, 4))
+    save(tmp_path / "x.jpg", random_pixels(4, 4), format="PNG")
+    assert np.array_equal(images.read_image(tmp_path / "x.jpg")[..., 0], random_pixels(4, 4))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "lzw.tif", "jpg", "bmp"])
-def test_the_pixel_limit_is_ours(tmp_path, monkeypatch, suffix):
-    how = {"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}
-    path = save(tmp_path / f"x.{suffix}", pixels(10, 20), **how)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # ours is read though PIL's is passed twice over
+def test_pixel_limit_is_independent_of_pil(tmp_path, monkeypatch, suffix):
+    options = {"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}
+    path = save(tmp_path / f"x.{suffix}", random_pixels(10, 20), **options)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # far below the size of the image
     assert images.read_image(path, size=8, crop=4).shape == (4, 4, 3)
     monkeypatch.setattr(images, "MAX_PIXELS", 199)
     with pytest.raises(ValueError, match=rf"^{path}: wanted at most 199 pixels \(.*\), got 20 x 10 = 200$"):
@@ -353,7 +356,7 @@ def test_the_pixel_limit_is_ours(tmp_path, monkeypatch, suffix):
 
 @pytest.mark.parametrize("bad", [0, -3, 2.5, "256", (4,), (4, 0), (4, 4, 3), True])
 def test_sizes_are_checked(tmp_path, bad):
-    path = save(tmp_path / "x.png", pixels(8, 8))
+    path = save(tmp_path / "x.png", random_pixels(8, 8))
     with pytest.raises(ValueError, match="size must be a positive number of pixels or two of them"):
         images.read_image(path, size=bad)
     with pytest.raises(ValueError, match="crop must be a positive number"):
@@ -366,21 +369,21 @@ def test_sizes_are_checked(tmp_path, bad):
 
 
 def test_normalise_layouts_devices_and_types(device):
-    batch = torch.from_numpy(pixels(2, 5, 7, 3))
+    batch = torch.from_numpy(random_pixels(2, 5, 7, 3))
     wanted = (batch.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
     for channels_last, layout in ((True, torch.channels_last), (False, torch.contiguous_format)):
         got = images.normalise(batch, MEAN, STD, device=device, channels_last=channels_last)
         assert got.is_contiguous(memory_format=layout) and got.device.type == device
-        assert torch.equal(got.cpu(), images.normalise(batch, MEAN, STD)), "the device rounds as the CPU"
+        assert torch.equal(got.cpu(), images.normalise(batch, MEAN, STD)), "every device must round as the CPU does"
     torch.testing.assert_close(got.cpu().permute(0, 2, 3, 1).double(), wanted, rtol=0, atol=1e-6)
     half = images.normalise(batch, MEAN, STD, dtype=torch.bfloat16)
     assert torch.equal(half, images.normalise(batch, MEAN, STD).bfloat16())
-    assert torch.equal(batch, torch.from_numpy(pixels(2, 5, 7, 3))), "input untouched"
+    assert torch.equal(batch, torch.from_numpy(random_pixels(2, 5, 7, 3))), "the input must not change"
 
 
-def test_normalise_takes_views_and_refuses_others():
-    array = pixels(3, 6, 6, 3)
-    array.setflags(write=False)  # a memory map's images
+def test_normalise_views_and_invalid_batches():
+    array = random_pixels(3, 6, 6, 3)
+    array.setflags(write=False)  # as images from a memory map
     wanted = images.normalise(array, MEAN, STD)
     assert torch.equal(images.normalise(array[::2, 1:4], MEAN, STD), wanted[::2, :, 1:4])
     assert images.normalise(array[:0], MEAN, STD).shape == (0, 3, 6, 6)

@@ -1,3 +1,5 @@
+"""recontrast.data.synthetic: the data set of the demo."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,11 +9,11 @@ from recontrast.data import synthetic
 PHOTO = synthetic.photographs()["brick"]
 
 
-def files(root):
+def list_files(root):
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
 
 
-def pixels(path):
+def read_pixels(path):
     with Image.open(path) as image:
         return np.asarray(image)
 
@@ -35,37 +37,37 @@ def test_photographs_without_scikit_image(monkeypatch):
 
 
 def test_layout(demo):
-    found = files(demo)
-    assert len(found) == 3 * (3 + 4 + 2 * 4)
-    assert {name.split("/")[0] for name in found} == {"brick", "grass", "gravel"}
+    files = list_files(demo)
+    assert len(files) == 3 * (3 + 4 + 2 * 4)
+    assert {name.split("/")[0] for name in files} == {"brick", "grass", "gravel"}
     for kind in synthetic.KINDS:
         (test,) = (demo / "grass" / "test" / kind).iterdir()
         mask = demo / "grass" / "ground_truth" / kind / f"{test.stem}_mask.png"
-        assert pixels(test).shape == pixels(mask).shape == (64, 64)
-        assert set(np.unique(pixels(mask))) == {0, 255}
+        assert read_pixels(test).shape == read_pixels(mask).shape == (64, 64)
+        assert set(np.unique(read_pixels(mask))) == {0, 255}
 
 
-def test_seed_decides_all(demo, tmp_path):
-    for seed, same in ((5, True), (6, False)):
+def test_seed_determines_all_images(demo, tmp_path):
+    for seed, is_same in ((5, True), (6, False)):
         other = synthetic.make_demo(tmp_path / str(seed), train=3, test=4, size=64, seed=seed)
-        assert files(other) == files(demo)
-        equal = [(demo / name).read_bytes() == (other / name).read_bytes() for name in files(demo)]
-        assert all(equal) if same else not any(equal)
+        assert list_files(other) == list_files(demo)
+        equal = [(demo / name).read_bytes() == (other / name).read_bytes() for name in list_files(demo)]
+        assert all(equal) if is_same else not any(equal)
 
 
 def test_train_and_test_share_no_pixel(monkeypatch, tmp_path):
-    """On a photograph whose brightness is its column, each picture tells where it was cut."""
+    """In a photograph whose brightness rises from left to right, pixel values tell where an image was cut."""
     ramp = np.tile((np.arange(512) // 2).astype(np.uint8), (512, 1))
     monkeypatch.setattr(synthetic, "photographs", lambda: {"ramp": ramp})
     root = synthetic.make_demo(tmp_path / "ramp", train=20, test=20, size=128)
     train, test = (
-        np.stack([pixels(path) for path in (root / "ramp" / split / "good").iterdir()]).astype(int)
+        np.stack([read_pixels(path) for path in (root / "ramp" / split / "good").iterdir()]).astype(int)
         for split in ("train", "test")
     )
     assert train.max() <= test.min() + 1  # one level: bicubic resampling overshoots at borders
 
 
-def test_again_is_used_other_is_replaced_foreign_is_refused(tmp_path):
+def test_existing_folder_is_reused_replaced_or_an_error(tmp_path):
     root = synthetic.make_demo(tmp_path / "data", train=2, test=4, size=32)
     before = (root / "brick" / "train" / "good" / "000.png").stat().st_mtime_ns
     synthetic.make_demo(root, train=2, test=4, size=32)
@@ -95,7 +97,7 @@ def test_defect_changes_what_the_mask_covers(kind, name):
     assert len(set(shares)) > 10
 
 
-def test_plain_picture_ends(tmp_path):
+def test_uniform_image(tmp_path):
     image, mask = synthetic.draw_defect(np.full((32, 40), 90, np.uint8), "misplaced", np.random.default_rng(0))
     assert (image == 90).all() and mask.any()
 

@@ -1,3 +1,5 @@
+"""recontrast.recipes: fields and their rules, the nine scripts of the paper, and YAML files."""
+
 import dataclasses
 import json
 
@@ -8,11 +10,11 @@ from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe, list_differences
 from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
 
-BAD = {
+INVALID = {
     "steps": [0, -1, 2.0, "10", True, None],
     "batch": [0, 1.5],
     "size": [0, "256", (256,), (256, 0), 256.0],
-    "crop": [0, (224, 224, 3), 300],  # 300: larger than size
+    "crop": [0, (224, 224, 3), 300],  # 300 is larger than size
     "encoder_bn": ["on", None, True],
     "bn_train_categories": ["carpet", [1]],
     "decoder_lr": [-1.0, float("nan"), float("inf"), "2e-3", True],
@@ -38,7 +40,7 @@ BAD = {
     "lr_drop": [0.0, -1.0],
     "lr_drop_at": [1.1, "end"],
     "wipe_every": [0, 500.0],
-    "rest": [-1, 1.5, 1],  # 1: there is no wipe
+    "rest": [-1, 1.5, 1],  # 1 needs wipe_every
     "loss": ["regional"],
     "mining": ["no"],
     "stop_gradient": [0],
@@ -50,14 +52,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("field, value", [(f, v) for f, values in BAD.items() for v in values])
-def test_refuses(field, value):
+@pytest.mark.parametrize("field, value", [(f, v) for f, values in INVALID.items() for v in values])
+def test_invalid_values(field, value):
     with pytest.raises(ValueError, match=rf"^recipe .*: {field} must .*, got ") as error:
         Recipe(**{field: value})
     assert "\n" not in str(error.value)
 
 
-def test_unknown_field_names_the_close_one():
+def test_error_for_an_unknown_field_suggests_the_closest_one():
     with pytest.raises(ValueError, match=r"recipe 'mvtec': there is no field 'step' \(did you mean steps\?\)"):
         RECIPES["mvtec"].replace(step=3)
     with pytest.raises(ValueError, match="there is no field 'zzz'; fields are name, "):
@@ -66,22 +68,22 @@ def test_unknown_field_names_the_close_one():
         Recipe.from_dict([1])
 
 
-def test_one_category_in_both_lists():
+def test_category_in_both_lists():
     with pytest.raises(ValueError, match=r"got \['a'\] in both"):
         Recipe(bn_train_categories=("a", "b"), bn_eval_categories=("a",))
 
 
 def test_round_trip_through_json():
     recipe = RECIPES["mvtec"].replace(size=(256, 192), crop=(224, 160), score=0.01, betas=(0.5, 0.9), blur=None)
-    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
-    assert again == recipe
-    assert isinstance(again.size, tuple)
-    assert isinstance(again.bn_eval_categories, tuple)
-    assert hash(again) == hash(recipe)
+    restored = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert restored == recipe
+    assert isinstance(restored.size, tuple)
+    assert isinstance(restored.bn_eval_categories, tuple)
+    assert hash(restored) == hash(recipe)
 
 
-def test_numbers_of_the_script():
-    """recontrast_mvtec.py, last iteration, as the paper reports it."""
+def test_settings_of_recontrast_mvtec():
+    """The settings of upstream's recontrast_mvtec.py."""
     recipe = RECIPES["mvtec"]
     assert (recipe.steps, recipe.batch, recipe.size, recipe.crop, recipe.seed) == (2000, 16, 256, None, 111)
     assert (recipe.decoder_lr, recipe.encoder_lr, recipe.weight_decay, recipe.eps) == (2e-3, 1e-5, 1e-5, 1e-8)
@@ -90,7 +92,7 @@ def test_numbers_of_the_script():
     assert len(recipe.bn_train_categories) + len(recipe.bn_eval_categories) == 15
 
 
-TABLE = {  # steps, batch, drop_last, ramp, eps, score, encoder_bn; what else differs from `mvtec`
+TABLE = {  # steps, batch, drop_last, ramp, eps, score, encoder_bn; other differences from `mvtec`
     "mvtec": ((2000, 16, False, 0.1, 1e-8, "max", "auto"), {}),
     "visa": ((3000, 16, False, 0.1, 1e-8, "max", "auto"), {}),
     "mvtec_stable": (
@@ -111,17 +113,17 @@ TABLE["visa_unified"] = TABLE["mvtec_unified"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_numbers_of_every_script(name):
-    """All that a script shares with recontrast_mvtec.py is as there, and nothing else."""
-    columns, more = TABLE[name]
+def test_settings_of_every_script(name):
+    """A script differs from recontrast_mvtec.py in the settings of the table and in no other."""
+    columns, differences = TABLE[name]
     recipe = RECIPES[name]
     names = ("steps", "batch", "drop_last", "ramp", "eps", "score", "encoder_bn")
     assert tuple(getattr(recipe, column) for column in names) == columns
-    free = {"name", "bn_train_categories", "bn_eval_categories", *names, *more}
+    listed = {"name", "bn_train_categories", "bn_eval_categories", *names, *differences}
     for field in dataclasses.fields(Recipe):
-        if field.name not in free:
+        if field.name not in listed:
             assert getattr(recipe, field.name) == getattr(RECIPES["mvtec"], field.name), field.name
-    assert {key: getattr(recipe, key) for key in more} == more
+    assert {key: getattr(recipe, key) for key in differences} == differences
     assert recipe.name == name
 
 
@@ -129,8 +131,8 @@ def test_every_recipe_is_in_the_table():
     assert set(TABLE) == set(RECIPES)
 
 
-def test_visa_by_category():
-    """Of its twelve, two in eval mode; the stable script trains all of them alike."""
+def test_encoder_bn_on_visa():
+    """Two of the twelve categories use eval mode; the stable script uses train mode for all."""
     visa = RECIPES["visa"]
     assert [c for c in (*visa.bn_train_categories, *visa.bn_eval_categories) if visa.encoder_bn_for(c) == "eval"] == [
         "cashew",
@@ -150,12 +152,12 @@ def test_visa_by_category():
         ({"wipe_every": 5, "rest": 6}, r"rest must be at most wipe_every \(5\), got 6"),
     ],
 )
-def test_switches_that_do_not_go_together(changes, text):
+def test_contradicting_fields(changes, text):
     with pytest.raises(ValueError, match=f"^recipe 'mvtec': {text}"):
         RECIPES["mvtec"].replace(**changes)
 
 
-def test_every_field_has_its_rule():
+def test_every_field_has_a_rule():
     assert set(FIELD_RULES) == {field.name for field in dataclasses.fields(Recipe)}
     assert set(FLOAT_FIELDS) < set(FIELD_RULES)
 
@@ -169,11 +171,11 @@ def test_round_trip_through_yaml(tmp_path, name):
     assert yaml_file.read_recipe(yaml_file.write_recipe(tmp_path / "recipe.yaml", recipe)) == recipe
 
 
-def test_yaml_of_a_person(tmp_path):
+def test_yaml_with_some_fields(tmp_path):
     path = tmp_path / "mine.yml"
     path.write_text("# mine\nbase: visa\nname: mine\nsteps: 100\nencoder_lr: 2e-5\nsize: [64, 32]\nwipe_every: null\n")
-    found = yaml_file.load_recipe(str(path))
-    assert found == RECIPES["visa"].replace(name="mine", steps=100, encoder_lr=2e-5, size=(64, 32))
+    recipe = yaml_file.load_recipe(str(path))
+    assert recipe == RECIPES["visa"].replace(name="mine", steps=100, encoder_lr=2e-5, size=(64, 32))
     assert yaml_file.load_recipe("oct2017") is RECIPES["oct2017"]
     path.write_text("steps: 7")
     assert yaml_file.read_recipe(path) == RECIPES["mvtec"].replace(steps=7)
@@ -197,7 +199,7 @@ def test_yaml_of_a_person(tmp_path):
         (b"base: [mvtec]", r"base: wanted one of .*, got \['mvtec'\]"),
     ],
 )
-def test_broken_yaml(tmp_path, text, wanted):
+def test_invalid_yaml(tmp_path, text, wanted):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text)
     with pytest.raises(ValueError, match=wanted) as error:
@@ -205,14 +207,14 @@ def test_broken_yaml(tmp_path, text, wanted):
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
-def test_find_what_is_not_there(tmp_path):
+def test_load_missing_recipe(tmp_path):
     with pytest.raises(ValueError, match=r"wanted one of mvtec, visa, .*, or a YAML file, got 'mvtek'"):
         yaml_file.load_recipe("mvtek")
     with pytest.raises(FileNotFoundError):
         yaml_file.load_recipe(str(tmp_path / "none.yaml"))
 
 
-def test_frozen():
+def test_recipe_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["mvtec"].steps = 3  # type: ignore[misc]
 
@@ -228,7 +230,7 @@ def test_encoder_bn_by_category(category, mode):
     assert recipe.replace(encoder_bn="eval").encoder_bn_for(category) == "eval"
 
 
-def test_conversions():
+def test_values_are_converted():
     recipe = Recipe(decoder_lr=0, betas=[0, 0], size=[64, 32], score=1)
     assert (recipe.decoder_lr, recipe.betas, recipe.size, recipe.score) == (0.0, (0.0, 0.0), (64, 32), 1.0)
     assert isinstance(recipe.decoder_lr, float)
@@ -236,7 +238,7 @@ def test_conversions():
     assert Recipe(size=256, crop=224).out == (224, 224)
 
 
-def test_differences():
+def test_list_differences():
     recipe = Recipe()
     other = recipe.replace(batch=8, log_every=3)
     assert list_differences(recipe, other) == ["batch: 16 and 8", "log_every: 20 and 3"]

@@ -1,11 +1,11 @@
-"""recontrast prepare, bad input: one sentence with file, wanted and got, status 2, nothing half-written."""
+"""recontrast prepare with invalid input: an error of one sentence, exit status 2, and no files left behind."""
 
 import errno
 import os
 import shutil
 
 import pytest
-from downloads import APTOS_IDS, DOWNLOADS, mask
+from downloads import APTOS_IDS, DOWNLOADS, write_mask
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,13 +18,14 @@ OCT = "ZhangLabData/CellData/OCT"
 CLASSES = "MEL, NV, BCC, AKIEC, BKL, DF, VASC"
 
 
-def cli(*arguments):
+def run_command(*arguments):
+    """Run ``recontrast prepare``."""
     return CliRunner().invoke(app, ["prepare", *map(str, arguments)])
 
 
-def fails(*arguments):
-    """The one sentence of a command that must fail."""
-    result = cli(*arguments)
+def run_failing_command(*arguments):
+    """Run ``recontrast prepare``, check that it fails, and return the error message."""
+    result = run_command(*arguments)
     lines = [line for line in result.stderr.splitlines() if line.startswith("recontrast: ")]
     assert result.exit_code == 2, result.output
     assert len(lines) == 1 and "Traceback" not in result.output
@@ -32,13 +33,13 @@ def fails(*arguments):
 
 
 @pytest.fixture
-def refused(download, tmp_path):
-    """The sentence for the download of a name after something has spoilt it."""
+def error_for(download, tmp_path):
+    """Return a function that damages a download, prepares it, and returns the error message."""
 
-    def call(name, spoil):
+    def call(name, damage):
         source = download(name)
-        spoil(source)
-        message = fails(name, "--source", source, "--out", tmp_path / "out")
+        damage(source)
+        message = run_failing_command(name, "--source", source, "--out", tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["downloads"]
         return message.replace(str(source), "SOURCE")
 
@@ -52,12 +53,14 @@ def replace_line(path, number, text):
 
 
 def without(*patterns):
-    def spoil(source):
+    """Return a function that deletes files and folders of a download."""
+
+    def damage(source):
         for pattern in patterns:
             for path in list(source.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    return spoil
+    return damage
 
 
 # ---- tables ----------------------------------------------------------------------------
@@ -87,8 +90,8 @@ def without(*patterns):
          " line 3: wanted the name of an object, got '../x'"),
     ],
 )  # fmt: skip
-def test_tables_of_visa(refused, line, text, wanted):
-    assert refused("visa", lambda source: replace_line(source / VISA, line, text)) == f"SOURCE/{VISA}{wanted}"
+def test_tables_of_visa(error_for, line, text, wanted):
+    assert error_for("visa", lambda source: replace_line(source / VISA, line, text)) == f"SOURCE/{VISA}{wanted}"
 
 
 @pytest.mark.parametrize(
@@ -109,23 +112,23 @@ def test_tables_of_visa(refused, line, text, wanted):
          " line 2: wanted the image SOURCE/ISIC2018_Task3_Training_Input/ISIC_0000000.jpg, got no such file"),
     ],
 )  # fmt: skip
-def test_tables_of_the_medical_sets(refused, name, table, line, text, wanted):
-    assert refused(name, lambda source: replace_line(source / table, line, text)) == f"SOURCE/{table}{wanted}"
+def test_tables_of_the_medical_sets(error_for, name, table, line, text, wanted):
+    assert error_for(name, lambda source: replace_line(source / table, line, text)) == f"SOURCE/{table}{wanted}"
 
 
-def test_many_missing_files_are_said_once(refused):
-    assert refused("visa", without("VisA/pcb1/Data")) == (
+def test_missing_files_are_reported_in_one_error(error_for):
+    assert error_for("visa", without("VisA/pcb1/Data")) == (
         f"SOURCE/{VISA} line 8: wanted the image SOURCE/VisA/pcb1/Data/Images/Normal/0007.JPG, got no such file, "
         "and 7 more are missing"
     )
 
 
-def test_two_files_of_one_name(refused):
-    def spoil(source):
+def test_two_files_with_one_target(error_for):
+    def damage(source):
         text = (source / VISA).read_text().replace("pcb1,train,normal,pcb1/Data/Images/Normal/0007.JPG,\n", "")
         (source / VISA).write_text(text + "candle,train,normal,pcb1/Data/Images/Normal/0007.JPG,\n")
 
-    assert refused("visa", spoil) == (
+    assert error_for("visa", damage) == (
         "SOURCE/VisA/pcb1/Data/Images/Normal/0007.JPG: wanted one file for candle/train/good/0007.JPG, "
         "got SOURCE/VisA/candle/Data/Images/Normal/0007.JPG for it too"
     )
@@ -141,13 +144,13 @@ def test_two_files_of_one_name(refused):
     ],
     ids=["empty", "header", "binary", "quote"],
 )
-def test_files_that_are_no_tables(refused, content, wanted):
-    message = refused("aptos", lambda source: (source / "train.csv").write_bytes(content))
+def test_files_that_are_not_tables(error_for, content, wanted):
+    message = error_for("aptos", lambda source: (source / "train.csv").write_bytes(content))
     assert message.startswith(f"SOURCE/train.csv: {wanted}")
 
 
-def test_tables_as_others_save_them(download):
-    """A byte order mark, other line ends, other columns and order, blanks and empty lines change nothing."""
+def test_tables_from_other_programs(download):
+    """Byte order mark, line ends, further columns, their order, blanks and empty lines do not matter."""
     source = download("aptos")
     expected = downloads.read_aptos(source)
     rows = [line.split(",") for line in (source / "train.csv").read_text().splitlines()]
@@ -156,15 +159,15 @@ def test_tables_as_others_save_them(download):
     assert downloads.read_aptos(source) == expected
 
 
-# ---- downloads that are not whole ------------------------------------------------------
+# ---- incomplete downloads ---------------------------------------------------------------
 
 
 def only_test_rows(source):
-    kept = [line for line in (source / VISA).read_text().splitlines() if "pcb1,train" not in line]
-    (source / VISA).write_text("\n".join(kept))
+    lines = [line for line in (source / VISA).read_text().splitlines() if "pcb1,train" not in line]
+    (source / VISA).write_text("\n".join(lines))
 
 
-def only_ill(source):
+def only_anomalous(source):
     lines = (source / "train.csv").read_text().splitlines()
     (source / "train.csv").write_text("\n".join([lines[0], *(line[:-1] + "4" for line in lines[1:])]))
 
@@ -178,7 +181,7 @@ def twice(source):
 
 
 @pytest.mark.parametrize(
-    "name, spoil, wanted",
+    "name, damage, wanted",
     [
         ("mvtec", without("*/bottle/train/good/*"),
          "SOURCE/mvtec_anomaly_detection/bottle/train/good: wanted a folder with image files"),
@@ -190,7 +193,7 @@ def twice(source):
          "SOURCE: wanted split_csv/1cls.csv of the VisA download, or the one-class layout CATEGORY/train/good, got V"),
         ("aptos", without("train.csv"),
          "SOURCE: wanted train.csv and train_images/, as APTOS 2019 unpacks, got sample_submission.csv, test.csv, "),
-        ("aptos", only_ill, "SOURCE: wanted good training images of aptos, got none beside 9 test images"),
+        ("aptos", only_anomalous, "SOURCE: wanted good training images of aptos, got none beside 9 test images"),
         ("oct2017", without("*/*/*/train/NORMAL"),
          "SOURCE: wanted train/NORMAL and test/NORMAL, as OCT2017 unpacks, got ZhangLabData"),
         ("oct2017", without("*/*/*/test/NORMAL"),
@@ -203,8 +206,8 @@ def twice(source):
         ("isic2018", twice, "SOURCE: wanted one folder with ISIC2018_Task3_Training_Input, ..._GroundTruth and "),
     ],
 )  # fmt: skip
-def test_parts_that_are_missing(refused, name, spoil, wanted):
-    assert refused(name, spoil).startswith(wanted)
+def test_missing_parts(error_for, name, damage, wanted):
+    assert error_for(name, damage).startswith(wanted)
 
 
 MASK = "VisA/pcb1/Data/Masks/Anomaly/001.png"
@@ -212,9 +215,9 @@ EYE = f"train_images/{APTOS_IDS[3]}.png"
 
 
 @pytest.mark.parametrize(
-    "name, spoil, wanted",
+    "name, damage, wanted",
     [
-        ("visa", lambda source: mask(source / MASK, 9, (16, 12)),
+        ("visa", lambda source: write_mask(source / MASK, 9, (16, 12)),
          f"SOURCE/{MASK}: wanted a mask of the size of its image SOURCE/VisA/pcb1/Data/Images/Anomaly/001.JPG, "
          "12 x 16 (height x width), got 16 x 12"),
         ("visa", lambda source: (source / MASK).write_bytes(b"GIF89a.."),
@@ -226,28 +229,28 @@ EYE = f"train_images/{APTOS_IDS[3]}.png"
     ],
     ids=["size", "kind", "dark", "empty"],
 )  # fmt: skip
-def test_pictures_that_are_no_use(refused, name, spoil, wanted):
-    """Known only when half of the data set is there."""
-    assert refused(name, spoil) == wanted
+def test_unusable_images(error_for, name, damage, wanted):
+    """These errors are found while files are converted, when a part of the data set is already written."""
+    assert error_for(name, damage) == wanted
 
 
-# ---- arguments, and the disk -----------------------------------------------------------
+# ---- arguments and full disk -----------------------------------------------------------
 
 
 def test_wrong_arguments(download, tmp_path):
     source = download("mvtec")
-    assert fails("mvtek", "--source", source) == (
+    assert run_failing_command("mvtek", "--source", source) == (
         "prepare: wanted one of mvtec, visa, aptos, oct2017, isic2018, got 'mvtek'"
     )
     (tmp_path / "file").write_text("")
     for name in DOWNLOADS:
-        message = fails(name, "--source", tmp_path / "no")
+        message = run_failing_command(name, "--source", tmp_path / "no")
         assert message.startswith(f"{tmp_path / 'no'}: wanted a folder with ") and message.endswith(", got none")
-        assert fails(name, "--source", tmp_path / "file").endswith(", got a file")
-    assert cli("mvtec").exit_code == 2  # no --source
-    message = fails("mvtec", "--source", source, "--out", source)
+        assert run_failing_command(name, "--source", tmp_path / "file").endswith(", got a file")
+    assert run_command("mvtec").exit_code == 2  # no --source
+    message = run_failing_command("mvtec", "--source", source, "--out", source)
     assert message == f"{source}: wanted a new or an empty folder, got one that holds mvtec_anomaly_detection"
-    assert "(not a folder)" in fails("mvtec", "--source", source, "--out", tmp_path / "file")
+    assert "(not a folder)" in run_failing_command("mvtec", "--source", source, "--out", tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["downloads", "file"]
 
 
@@ -257,6 +260,6 @@ def test_disk_full(download, tmp_path, monkeypatch):
 
     source = download("aptos")
     monkeypatch.setattr(os, "replace", full)
-    message = fails("aptos", "--source", source, "--out", tmp_path / "out")
+    message = run_failing_command("aptos", "--source", source, "--out", tmp_path / "out")
     assert message.startswith("cannot write ") and message.endswith(": No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["downloads"]
