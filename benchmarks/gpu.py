@@ -260,7 +260,7 @@ def our_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int
 
     def one(moving, images, alpha):
         known = None if teacher is None else teacher(index, images)
-        return train_step(model, moving, images, alpha, recipe, known=known)
+        return train_step(model, moving, images, alpha, recipe, frozen_features=known)
 
     call = GraphedStep(one, batch, run.device) if recipe.graph else one
 

@@ -87,19 +87,19 @@ def resolve_holdout_count(count: int, rate: float | None, holdout: float | int |
 
 
 def calibrate_holdout(
-    run: TrainingState, kept: Sequence[Sample], target: Path | None, cache_dir: str | Path | None
+    state: TrainingState, kept: Sequence[Sample], target: Path | None, cache_dir: str | Path | None
 ) -> Calibration:
     """Calibrate a trained detector on what was held out, and save it once more with that.
 
     The promise is the usual 0.01, or the smallest that so few images allow.
 
     Args:
-        run: after its last step.
+        state: after its last step.
         kept: good images that it was not trained on.
         target: its checkpoint; None writes nothing.
         cache_dir: folder for decoded images; None keeps them in memory.
     """
-    recipe, model = run.recipe, run.model
+    recipe, model = state.recipe, state.model
     promise: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(kept) + 1)), "source": "held out of training"}
     images = ImageCache(kept, recipe.size, recipe.crop, directory=None if recipe.tile else cache_dir)
     if recipe.tile is None:
@@ -111,5 +111,5 @@ def calibrate_holdout(
             pixel_rate=DEFAULT_PIXEL_RATE, weights=digest(model.state_dict(), recipe), seen=describe_appearance(images),
         )  # fmt: skip
     if target is not None:
-        checkpoint.save(target, replace(snapshot(run), calibration=found))
+        checkpoint.save(target, replace(snapshot(state), calibration=found))
     return found

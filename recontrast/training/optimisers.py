@@ -1,7 +1,4 @@
-"""The optimisers of a run, and what happens to them on the way.
-
-It depends on the step alone: a resumed run needs to know nothing else.
-"""
+"""Optimisers of a training run and their schedule, which depends on the step alone, so that a run can resume."""
 
 import torch
 from torch.optim import AdamW
@@ -11,35 +8,49 @@ from recontrast.recipes.recipe import Recipe
 
 
 def build_optimisers(model: ReContrast, recipe: Recipe, device: torch.device) -> list[AdamW]:
-    """AdamW of bottleneck and decoder and, where it is trained, AdamW of the encoder."""
-    groups = ((model.decoder_parameters(), recipe.decoder_lr), (model.encoder_parameters(), recipe.encoder_lr))
-    fused = device.type in ("cpu", "cuda")  # one kernel for all parameters
-    settings = (recipe.betas, recipe.eps, recipe.weight_decay, recipe.amsgrad)
-    return [AdamW(some, lr, *settings, fused=fused) for parameters, lr in groups if (some := list(parameters))]
-
-
-def schedule(both: list[AdamW], recipe: Recipe, done: int) -> list[AdamW]:
-    """Make the optimisers ready for a step.
-
-    The learning rates fall once (`MultiStepLR` of upstream's unified scripts); the decoder's moments and step count are
-    wiped at intervals, after which the encoder rests (`train` of its stable scripts: stale moments of rare
-    channels are named as the cause of loss spikes, appendix E).
+    """Build one AdamW for bottleneck and decoder and, if the encoder is trained, one for the encoder.
 
     Args:
-        both: as `build_optimisers` makes them.
-        recipe: for ``lr_drop``, ``lr_drop_at``, ``wipe_every`` and ``rest``.
-        done: steps before this one.
+        model: Model, already on ``device``.
+        recipe: Recipe that sets learning rates and AdamW's options.
+        device: Device of the model.
 
     Returns:
-        Those that take part in the step.
+        One or two optimisers, the decoder's first.
     """
-    scale = recipe.lr_drop if done >= int(recipe.steps * recipe.lr_drop_at) else 1.0
-    for optimiser, lr in zip(both, (recipe.decoder_lr, recipe.encoder_lr), strict=False):
+    groups = ((model.decoder_parameters(), recipe.decoder_lr), (model.encoder_parameters(), recipe.encoder_lr))
+    fused = device.type in ("cpu", "cuda")  # one kernel updates all parameters
+    options = (recipe.betas, recipe.eps, recipe.weight_decay, recipe.amsgrad)
+    optimisers = []
+    for parameters, lr in groups:
+        trained = list(parameters)
+        if trained:
+            optimisers.append(AdamW(trained, lr, *options, fused=fused))
+    return optimisers
+
+
+def schedule_optimisers(optimisers: list[AdamW], recipe: Recipe, step: int) -> list[AdamW]:
+    """Set the learning rates of a step and select the optimisers that are active in it.
+
+    The learning rates drop once (`MultiStepLR` in the reference's unified scripts). The decoder's moments and step
+    count are reset at intervals, after which the encoder pauses for some steps (`train` in the reference's stable
+    scripts; appendix E of the paper names stale moments of rarely active channels as the cause of loss spikes).
+
+    Args:
+        optimisers: Result of `build_optimisers`.
+        recipe: Recipe that sets ``lr_drop``, ``lr_drop_at``, ``wipe_every`` and ``rest``.
+        step: Number of completed steps.
+
+    Returns:
+        The optimisers that update their parameters in this step.
+    """
+    scale = recipe.lr_drop if step >= int(recipe.steps * recipe.lr_drop_at) else 1.0
+    for optimiser, lr in zip(optimisers, (recipe.decoder_lr, recipe.encoder_lr), strict=False):
         for group in optimiser.param_groups:
             group["lr"] = lr * scale
-    if recipe.wipe_every is None or done < recipe.wipe_every:
-        return both
-    since = done % recipe.wipe_every
-    if since == 0:
-        both[0].state.clear()
-    return both[:1] if since < recipe.rest else both
+    if recipe.wipe_every is None or step < recipe.wipe_every:
+        return optimisers
+    steps_since_reset = step % recipe.wipe_every
+    if steps_since_reset == 0:
+        optimisers[0].state.clear()
+    return optimisers[:1] if steps_since_reset < recipe.rest else optimisers

@@ -1,4 +1,4 @@
-"""Which images a step sees: a new random order each epoch, as the DataLoader of the reference's scripts draws it."""
+"""Order of the training images: a new permutation each epoch, as the DataLoader of the reference's scripts draws it."""
 
 from typing import Any
 
@@ -8,37 +8,42 @@ from numpy.typing import NDArray
 
 
 class BatchSampler:
-    """Endless batches of indices; an epoch's last one may be ragged.
+    """Endless iterator over batches of image indices; the last batch of an epoch may be smaller.
 
-    The state is that of the generator before the running epoch was drawn, and the place in it.
+    Its state is the state of the generator before the current epoch was drawn, and the position in the epoch.
+
+    Args:
+        count: Number of images.
+        batch: Images in a batch; at most ``count`` are used.
+        drop_last: Whether to drop the smaller last batch of an epoch.
+        seed: Seed of the permutations.
     """
 
     def __init__(self, count: int, batch: int, *, drop_last: bool, seed: int) -> None:
-        """Orders of ``count`` images in batches of ``batch`` (all of them, where that is more)."""
         self.count, self.batch = count, min(batch, count)
-        self.end = count - count % self.batch if drop_last else count  # images used of an epoch
+        self.epoch_length = count - count % self.batch if drop_last else count  # in images
         self.generator = torch.Generator().manual_seed(seed)
-        self._draw()
+        self._draw_epoch()
 
-    def _draw(self) -> None:
-        self.before = self.generator.get_state()
+    def _draw_epoch(self) -> None:
+        self.generator_state = self.generator.get_state()
         self.order = torch.randperm(self.count, generator=self.generator).numpy()
-        self.place = 0
+        self.position = 0
 
     def __next__(self) -> NDArray[np.int64]:
         """Indices of the next batch, (n,)."""
-        if self.place >= self.end:
-            self._draw()
-        index = self.order[self.place : min(self.place + self.batch, self.end)]
-        self.place += len(index)
-        return index
+        if self.position >= self.epoch_length:
+            self._draw_epoch()
+        indices = self.order[self.position : min(self.position + self.batch, self.epoch_length)]
+        self.position += len(indices)
+        return indices
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on with the next batch."""
-        return {"generator": self.before, "place": self.place}
+        """State for `restore`, from which the next batch follows."""
+        return {"generator": self.generator_state, "place": self.position}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue after the batch at which ``state`` was taken."""
         self.generator.set_state(state["generator"].cpu())
-        self._draw()
-        self.place = state["place"]
+        self._draw_epoch()
+        self.position = state["place"]

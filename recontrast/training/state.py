@@ -1,4 +1,4 @@
-"""A run between two steps: what a checkpoint holds of it, and going on from one."""
+"""State of a training run between two steps: written to a checkpoint, and restored from one."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,98 +16,152 @@ from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
 from recontrast.training.sampler import BatchSampler
 
-FREE_ON_RESUME = ("log_every", "checkpoint_every")  # recipe fields that do not change what is computed
+FREE_ON_RESUME = ("log_every", "checkpoint_every")  # recipe fields that may change: they do not affect the weights
 
 
 @dataclass
 class TrainingState:
-    """A run between two steps: all that changes in training, and what a checkpoint says beside it."""
+    """State of a training run between two steps.
+
+    Attributes:
+        recipe: Recipe of the run.
+        category: Category of the run.
+        device: Device of the model.
+        model: Model in training.
+        optimisers: Optimisers of the model, see `build_optimisers`.
+        sampler: Order of the training images.
+        images: Count and digest of the training images, see `describe_images`.
+        world: Rank of this process and number of processes.
+        step: Number of completed steps.
+        pending_losses: Losses that are still on the device.
+        losses: Losses that were read from the device, of the steps made in this process.
+    """
 
     recipe: Recipe
     category: str
     device: torch.device
     model: ReContrast
     optimisers: list[AdamW]
-    batches: BatchSampler
-    images: dict[str, Any]  # of training, as `batches.described` says
-    place: World = field(default_factory=World)  # among the processes that torchrun started
-    done: int = 0  # steps
-    pending: list[Tensor] = field(default_factory=list)  # losses that are still on the device
-    losses: list[float] = field(default_factory=list)  # losses read, of this process
+    sampler: BatchSampler
+    images: dict[str, Any]
+    world: World = field(default_factory=World)
+    step: int = 0
+    pending_losses: list[Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
-def read_losses(run: TrainingState) -> None:
-    """Bring the pending losses from the device; one that is no number ends training."""
-    values = distributed.mean_loss(run.place, torch.stack(run.pending)).tolist() if run.pending else []
-    run.pending.clear()
-    for number, value in enumerate(values, run.done - len(values) + 1):
+def read_losses(state: TrainingState) -> None:
+    """Move the pending losses from the device to ``state.losses``.
+
+    Args:
+        state: State of the run; all processes must call this at the same step.
+
+    Raises:
+        ValueError: If a loss is not finite.
+    """
+    pending = state.pending_losses
+    values = distributed.mean_loss(state.world, torch.stack(pending)).tolist() if pending else []
+    pending.clear()
+    for number, value in enumerate(values, state.step - len(values) + 1):
         if not math.isfinite(value):
-            raise ValueError(f"train: the loss of {run.category} is {value} at step {number}: {_advice(run.recipe)}")
-    run.losses.extend(values)
+            advice = _advise_on_divergence(state.recipe)
+            raise ValueError(f"train: the loss of {state.category} is {value} at step {number}: {advice}")
+    state.losses.extend(values)
 
 
-def snapshot(run: TrainingState) -> Checkpoint:
-    """The run as a checkpoint; refused where losses or weights are not finite."""
-    read_losses(run)
-    weights = run.model.state_dict()
-    finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
-    if not all(finite):
-        name = list(weights)[finite.index(False)]
-        raise ValueError(f"train: {name} of {run.category} is not finite at step {run.done}: {_advice(run.recipe)}")
-    size, crop = run.recipe.size, run.recipe.crop
+def snapshot(state: TrainingState) -> Checkpoint:
+    """Return the state as a checkpoint.
+
+    Args:
+        state: State of the run.
+
+    Returns:
+        The checkpoint; its tensors share memory with the state.
+
+    Raises:
+        ValueError: If a loss or a weight is not finite.
+    """
+    read_losses(state)
+    weights = state.model.state_dict()
+    is_finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
+    if not all(is_finite):
+        name = list(weights)[is_finite.index(False)]
+        advice = _advise_on_divergence(state.recipe)
+        raise ValueError(f"train: {name} of {state.category} is not finite at step {state.step}: {advice}")
+    size, crop = state.recipe.size, state.recipe.crop
     return Checkpoint(
-        step=run.done,
-        category=run.category,
-        recipe=run.recipe,
-        model_config=run.model.config,
+        step=state.step,
+        category=state.category,
+        recipe=state.recipe,
+        model_config=state.model.config,
         preprocessing={
-            "size": None if run.recipe.tile is not None else list(to_pair(size)),  # none: at their own scale, in tiles
-            "tile": run.recipe.tile,
+            "size": None if state.recipe.tile is not None else list(to_pair(size)),  # None: tiles at full scale
+            "tile": state.recipe.tile,
             "crop": None if crop is None else list(to_pair(crop)),
-            "mean": list(run.model.mean),
-            "std": list(run.model.std),
+            "mean": list(state.model.mean),
+            "std": list(state.model.std),
         },
-        images=run.images,
+        images=state.images,
         model=weights,
-        optimisers=[optimiser.state_dict() for optimiser in run.optimisers],
+        optimisers=[optimiser.state_dict() for optimiser in state.optimisers],
         rng={
-            "batches": run.batches.state(),
+            "batches": state.sampler.state(),
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+            "cuda": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
         },
     )
 
 
-def restore(run: TrainingState, found: Checkpoint, path: str) -> None:
-    """Put ``run`` where ``found``, read from ``path``, was taken."""
-    if not found.rng:
-        raise ValueError(f"{path}: wanted the checkpoint of a run, got a detector alone, from which no step can follow")
-    if any(found.images[name] != run.images[name] for name in ("count", "digest")):
-        wanted, got = found.images["count"], run.images["count"]
+def restore(state: TrainingState, saved: Checkpoint, path: str) -> None:
+    """Restore ``state`` from a checkpoint.
+
+    Args:
+        state: State of a run that was set up with the same recipe.
+        saved: Content of the checkpoint.
+        path: Path of the checkpoint, for errors.
+
+    Raises:
+        ValueError: If the checkpoint holds no training state, other training images or weights that do not fit.
+    """
+    if not saved.rng:
+        raise ValueError(f"{path}: wanted the checkpoint of a run, got a detector alone, which has no training state")
+    if any(saved.images[name] != state.images[name] for name in ("count", "digest")):
+        wanted, got = saved.images["count"], state.images["count"]
         raise ValueError(
-            f"{path}: images: wanted the {wanted} training images that the run was begun with, got "
+            f"{path}: images: wanted the {wanted} training images that the run was started with, got "
             + (f"{got}" if wanted != got else "as many with other pixels or in another order")
         )
-    checkpoint.restore(run.model, found, path)
-    for optimiser, state in zip(run.optimisers, found.optimisers, strict=True):
-        optimiser.load_state_dict(state)
-    run.batches.restore(found.rng["batches"])
-    torch.set_rng_state(found.rng["torch"])
-    if run.device.type == "cuda" and found.rng["cuda"] is not None:
-        torch.cuda.set_rng_state(found.rng["cuda"], run.device)
-    run.done = found.step
+    checkpoint.restore(state.model, saved, path)
+    for optimiser, values in zip(state.optimisers, saved.optimisers, strict=True):
+        optimiser.load_state_dict(values)
+    state.sampler.restore(saved.rng["batches"])
+    torch.set_rng_state(saved.rng["torch"])
+    if state.device.type == "cuda" and saved.rng["cuda"] is not None:
+        torch.cuda.set_rng_state(saved.rng["cuda"], state.device)
+    state.step = saved.step
 
 
-def check_resume(found: Checkpoint, path: str, recipe: Recipe, category: str) -> None:
-    """Refuse to go on from ``found``, read from ``path``, with another recipe or category."""
-    if found.category != category:
+def check_resume(saved: Checkpoint, path: str, recipe: Recipe, category: str) -> None:
+    """Check that a run can resume from a checkpoint.
+
+    Args:
+        saved: Content of the checkpoint.
+        path: Path of the checkpoint, for errors.
+        recipe: Recipe of the run.
+        category: Category of the run.
+
+    Raises:
+        ValueError: If the category, or a recipe field that affects the weights, differs.
+    """
+    if saved.category != category:
         raise ValueError(
-            f"{path}: category: wanted the {found.category!r} that the run was begun with, got {category!r}"
+            f"{path}: category: wanted the {saved.category!r} that the run was started with, got {category!r}"
         )
-    if differ := list_differences(found.recipe, recipe, ignore=FREE_ON_RESUME):
-        raise ValueError(f"{path}: wanted the recipe that the run was begun with, got another ({'; '.join(differ)})")
+    if changes := list_differences(saved.recipe, recipe, ignore=FREE_ON_RESUME):
+        raise ValueError(f"{path}: wanted the recipe that the run was started with, got another ({'; '.join(changes)})")
 
 
-def _advice(recipe: Recipe) -> str:
+def _advise_on_divergence(recipe: Recipe) -> str:
+    """Return what to change in a recipe whose training diverged."""
     text = f"lower decoder_lr ({recipe.decoder_lr:g}) and encoder_lr ({recipe.encoder_lr:g})"
     return text if recipe.precision == "float32" else text + ", or set precision to float32"

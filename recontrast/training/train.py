@@ -1,19 +1,19 @@
-"""Training: the loop of the reference's `recontrast_mvtec.py` (`train`), any step count, resumable, no host waits.
+"""The training loop of the reference (`train` in `recontrast_mvtec.py`), for any number of steps and resumable.
 
-There is no augmentation: an image is decoded once and always enters as the same tensor. The loss stays on the device
-and is read only when a line is logged or a checkpoint written.
+There is no augmentation: each image is decoded once and enters every epoch as the same tensor. The loss stays on the
+device and is read only for log lines and checkpoints, so that the host never waits for the device between them.
 """
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from recontrast import checkpoint
 from recontrast.calibration.conformal import Calibration
@@ -37,7 +37,8 @@ from recontrast.training.cuda_graph import GraphedStep
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.holdout import calibrate_holdout, split_holdout
 from recontrast.training.json_log import JsonLog
-from recontrast.training.optimisers import build_optimisers, schedule
+from recontrast.training.optimisers import build_optimisers, schedule_optimisers
+from recontrast.training.progress import ProgressMeter
 from recontrast.training.sampler import BatchSampler
 from recontrast.training.state import TrainingState, check_resume, read_losses, restore, snapshot
 from recontrast.training.teacher_cache import TeacherCache
@@ -47,16 +48,16 @@ OnLog = Callable[[int, float, float, float], None]  # step, loss, images per sec
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` leaves.
+    """Result of `train`.
 
     Attributes:
-        model: in eval mode.
-        recipe: that it was trained with.
-        category: as it was given, or made of the samples'.
-        checkpoint: the file; None where nothing is written.
-        losses: one for each step made in this call.
-        seconds: of those steps; decoding and checkpoints left out.
-        state: as it would be written, without what only another step would need.
+        model: Trained model, in eval mode.
+        recipe: Recipe of the run.
+        category: Category of the run, as given or derived from the samples.
+        checkpoint: Path of the checkpoint; None if nothing was written.
+        losses: Loss of each step made in this call.
+        seconds: Duration of these steps, without decoding, log lines and checkpoints.
+        state: Content of the final checkpoint, without optimiser and random states.
     """
 
     model: ReContrast
@@ -69,8 +70,43 @@ class TrainResult:
 
     @property
     def calibration(self) -> Calibration | None:
-        """The calibration where images were held out, in the first process; else None."""
+        """Calibration on the held-out images, in the first process; None in others and without held-out images."""
         return InferenceOptions().valid_calibration(self.recipe, self.state.calibration)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Resolved and checked arguments of one call of `train`.
+
+    Attributes:
+        recipe: Recipe of the run.
+        category: Name of the category, for the checkpoint and for `Recipe.encoder_bn_for`.
+        samples: Good images to train on; empty if ``images`` is given.
+        held_out: Good images held out for the calibration.
+        images: Decoded images to train on; None decodes ``samples``.
+        out: Output folder; None writes nothing.
+        resume: Path of the checkpoint to resume from, or None.
+        on_log: Callback for log lines, or None.
+        cache_dir: Folder for decoded images; None keeps them in memory.
+        model: Model to train in place; None builds one.
+        teacher_cache: Size of the cache of frozen features on the device, bytes.
+        world: Rank of this process and number of processes.
+        device: Device of this process.
+    """
+
+    recipe: Recipe
+    category: str
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]
+    images: Images | None
+    out: Path | None
+    resume: str | Path | None
+    on_log: OnLog | None
+    cache_dir: str | Path | None
+    model: ReContrast | None
+    teacher_cache: int
+    world: World
+    device: torch.device
 
 
 def train(
@@ -86,225 +122,313 @@ def train(
     model: ReContrast | None = None,
     teacher_cache: int = 0,
 ) -> TrainResult:
-    """Train a detector on the good training images among ``samples``.
+    """Train a detector on the good training images in ``samples``.
 
-    Under torchrun all processes make one run together, that of one process with the whole batch: see
-    `recontrast.runtime.distributed`. The first one writes.
+    If the recipe holds out a share of the good images, the detector is calibrated on them after the last step.
 
-    Where the recipe holds out a share of the good images, the detector is calibrated on them after the last step.
+    Under torchrun all processes train one detector together, with the same result as one process with the full batch
+    (see `recontrast.runtime.distributed`). Only the first process writes files.
 
     Args:
-        recipe: what to do.
-        samples: of one category, or of several for one unified detector; those of the test split are passed over. Or
-            good images decoded already, at ``recipe.out``: an array (n, H, W, 3) uint8, or whatever `infer` takes.
-        category: the name that decides `Recipe.encoder_bn_for` and goes into the checkpoint; by default the
-            categories of the samples joined by "+", of decoded images "images".
-        out: folder for ``checkpoint.pt``, ``log.jsonl`` and ``recipe.yaml``; None writes nothing.
-        device: by default the GPU where there is one.
-        resume: checkpoint to go on from; recipe and images must be those it was begun with.
-        on_log: called with step, mean loss since the last call, images per second and alpha, every
-            ``recipe.log_every`` steps and after the last.
-        cache_dir: folder for decoded images; None keeps them in memory.
-        model: trained in place, instead of a new one.
-        teacher_cache: bytes on the device for features of the frozen encoder, which never change; see `TeacherCache`.
+        recipe: Recipe of the run.
+        samples: Samples of one category, or of several categories for one unified detector; test samples are ignored.
+            Alternatively, decoded good images of size ``recipe.out``: an array (n, H, W, 3) uint8 or any other
+            `Images`.
+        category: Name of the category, for the checkpoint and for `Recipe.encoder_bn_for`. By default the categories
+            of the samples joined by "+", or "images" for decoded images.
+        out: Folder for ``checkpoint.pt``, ``log.jsonl`` and ``recipe.yaml``; None writes nothing.
+        device: Device to train on; by default the GPU if there is one, else the CPU.
+        resume: Checkpoint to resume from; its recipe and training images must be the same.
+        on_log: Callback that receives the step, the mean loss since the last call, the images per second and alpha,
+            every ``recipe.log_every`` steps and after the last step.
+        cache_dir: Folder for decoded images; None keeps them in memory.
+        model: Model to train in place; by default a new one is built.
+        teacher_cache: Size of the cache of frozen features on the device, bytes; see `TeacherCache`.
 
     Returns:
-        The trained model in eval mode, the losses, and where the checkpoint is.
+        The trained model in eval mode, the losses and the path of the checkpoint.
 
     Raises:
-        ValueError: there is nothing to train on, too little for the batch or the calibration, options that exclude each
-            other, the loss is no number any more, or a checkpoint does not fit.
-        OSError: a file cannot be read or written.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM to a process alone, after the running step is complete and a checkpoint
-            written.
+        ValueError: If there are no good training images, or too few for the batch or the calibration; if two options
+            exclude each other; if the loss is not finite; or if the checkpoint does not fit.
+        OSError: If a file cannot be read or written.
+        KeyboardInterrupt: After Ctrl-C, or SIGTERM in a single process, once the current step is complete and a
+            checkpoint is written.
     """
     images: Images | None = None if isinstance(samples, Sequence) else samples
-    used = _good(samples) if isinstance(samples, Sequence) else ()
-    count = len(used) if images is None else len(images)
+    good = _select_good(samples) if isinstance(samples, Sequence) else []
+    count = len(good) if images is None else len(images)
     if not count:
         raise ValueError(f"train: samples: wanted good training images, got none among {len(samples)} samples")
-    category = category or "+".join(dict.fromkeys(sample.category for sample in used)) or "images"
+    category = category or "+".join(dict.fromkeys(sample.category for sample in good)) or "images"
     if images is not None and recipe.holdout:
         raise ValueError(f"train: holdout: wanted 0 for images that are decoded already, got {recipe.holdout:g}")
-    used, kept = split_holdout(used, recipe.holdout, recipe.seed)
-    count -= len(kept)
+    training, held_out = split_holdout(good, recipe.holdout, recipe.seed)
+    count -= len(held_out)
     if recipe.drop_last and count < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {count} training images, got {recipe.batch}")
-    with distributed.join_processes(device) as (place, chosen), convolution_precision(recipe.tf32):
-        for name in ("compile", "graph"):
-            if getattr(recipe, name) and place.size > 1:
-                raise ValueError(f"train: {name}: wanted false for the {place.size} processes of torchrun, got true")
-        if recipe.graph and teacher_cache and chosen.type == "cuda":
-            raise ValueError(f"train: teacher_cache: wanted 0 where steps are replayed as a graph, got {teacher_cache}")
-        return _train(
-            recipe, used, kept, images, category, out, place, chosen, resume, on_log, cache_dir, model, teacher_cache
+    with distributed.join_processes(device) as (world, resolved_device), convolution_precision(recipe.tf32):
+        return _run(
+            RunSettings(
+                recipe=recipe,
+                category=category,
+                samples=training,
+                held_out=held_out,
+                images=images,
+                out=None if out is None else Path(out),
+                resume=resume,
+                on_log=on_log,
+                cache_dir=cache_dir,
+                model=model,
+                teacher_cache=teacher_cache,
+                world=world,
+                device=resolved_device,
+            )
         )
 
 
-def _train(
-    recipe: Recipe,
-    used: Sequence[Sample],
-    kept: Sequence[Sample],
-    images: Images | None,
-    category: str,
-    out: str | Path | None,
-    place: World,
-    device: torch.device,
-    resume: str | Path | None,
-    on_log: OnLog | None,
-    cache_dir: str | Path | None,
-    model: ReContrast | None,
-    teacher_cache: int,
-) -> TrainResult:
-    found = checkpoint.load(resume) if resume is not None else None
-    if found is not None:
-        check_resume(found, f"{resume}", recipe, category)
-
-    torch.manual_seed(recipe.seed)
-    if model is None:
-        model = build_model(recipe, category) if found is None else checkpoint.build(found, f"{resume}")
-    model.map_sizes(recipe.out)  # refuses a size that its strides do not divide
-    last = move_model(model, device, recipe.channels_last) == torch.channels_last
-    model.train()
-    dtype = next(model.parameters()).dtype
-    if images is None:
-        images = ImageCache(used, recipe.size, recipe.crop, directory=cache_dir, tile=recipe.tile, stride=recipe.stride)
-    batches = BatchSampler(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
-    about = describe_images(images)
-    same = {name: about[name] for name in ("count", "digest")}
-    distributed.check_agreement(
-        place, {"recipe": recipe.to_dict(), "category": category, "training images": same}, "train"
-    )
-    run = TrainingState(recipe, category, device, model, build_optimisers(model, recipe, device), batches, about, place)
-    if found is not None:
-        restore(run, found, f"{resume}")
-
-    target = Path(out) / "checkpoint.pt" if out is not None else None
-    log = JsonLog(Path(out) / "log.jsonl", keep=run.done) if out is not None and place.first else None
-    if out is not None and place.first:
-        yaml_file.write_recipe(Path(out) / yaml_file.FILE_NAME, recipe)
-    saved = run.done  # the step of the last checkpoint
-
-    def save() -> None:
-        nonlocal saved
-        state = snapshot(run)
-        if target is not None and saved < run.done:
-            if place.first:
-                checkpoint.save(target, state)
-            saved = run.done
-
-    network: Any = distributed.wrap_model(model, place, device)  # the same parameters
-    network = torch.compile(network, dynamic=False) if recipe.compile else network
-    teacher = None
-    if teacher_cache and model.frozen is not None:
-        teacher = TeacherCache(model.frozen, len(images), teacher_cache, autocast=recipe.precision == "bfloat16")
-    pixels = DeviceImages(images, device)
-    replay: Any = None
-    if recipe.graph and device.type == "cuda":
-        alone = [batches.batch]
-        replay = GraphedStep(
-            lambda moving, x, alpha: train_step(network, moving, x, alpha, recipe, alone), alone[0], device
-        )
-    busy, since = 0.0, time.perf_counter()
-    seen, logged = 0, 0  # images, and losses read, since and up to the last line
-    between = True  # two steps, and so in a state that may be saved
-    with interrupts.defer_interrupts(place.size == 1) as asked:
-        try:
-            while run.done < recipe.steps:
-                between = False
-                whole = next(batches)
-                mine, shares = whole[place.share(len(whole))], place.shares(len(whole))
-                batch = normalise(pixels[mine], model.mean, model.std, dtype=dtype, channels_last=last)
-                alpha = alpha_at(run.done, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
-                moving = schedule(run.optimisers, recipe, run.done)
-                if replay is not None:
-                    loss = replay(moving, batch, alpha)
-                else:
-                    known = teacher(mine, batch) if teacher is not None and len(mine) else None
-                    loss = train_step(network, moving, batch, alpha, recipe, shares, known)
-                run.pending.append(loss)
-                run.done, seen, between = run.done + 1, seen + len(whole), True
-                lines = run.done % recipe.log_every == 0 or run.done == recipe.steps
-                if lines:
-                    read_losses(run)
-                    elapsed = time.perf_counter() - since
-                    mean, rate = math.fsum(run.losses[logged:]) / (len(run.losses) - logged), seen / elapsed
-                    busy, seen, logged = busy + elapsed, 0, len(run.losses)
-                    if log is not None:
-                        log.write(step=run.done, loss=mean, alpha=alpha, images_per_second=rate, seconds=busy)
-                    if on_log is not None and place.first:
-                        on_log(run.done, mean, rate, alpha)
-                    since = time.perf_counter()
-                if asked() if place.size == 1 else lines and place.any(asked()):  # all stop at one step
-                    raise KeyboardInterrupt
-                if run.done % recipe.checkpoint_every == 0 or run.done == recipe.steps:
-                    begun = time.perf_counter()
-                    save()
-                    since += time.perf_counter() - begun
-        except KeyboardInterrupt:
-            if between:
-                save()
-            raise
-    calibration = None if found is None or found.step < recipe.steps else found.calibration
-    if kept and calibration is None and place.first:
-        calibration = calibrate_holdout(run, kept, target, cache_dir)
-    state = replace(snapshot(run), optimisers=[], rng={}, calibration=calibration)
-    return TrainResult(model.eval(), recipe, category, target, run.losses, busy, state)
+def _run(settings: RunSettings) -> TrainResult:
+    """Train within joined processes; DistributedDataParallel is freed on return, before the processes part."""
+    _check_options(settings)
+    trainer = _Trainer(settings)
+    trainer.run_loop()
+    return trainer.finish()
 
 
-def _good(samples: Sequence[Sample]) -> list[Sample]:
+def _select_good(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample.split == "train" and sample.label == 0]
+
+
+def _check_options(settings: RunSettings) -> None:
+    """Raise ValueError if two options exclude each other."""
+    recipe, processes, cache = settings.recipe, settings.world.size, settings.teacher_cache
+    for name, is_set in (("compile", recipe.compile), ("graph", recipe.graph)):
+        if is_set and processes > 1:
+            raise ValueError(f"train: {name}: wanted false for the {processes} processes of torchrun, got true")
+    if recipe.graph and cache and settings.device.type == "cuda":
+        raise ValueError(f"train: teacher_cache: wanted 0 where steps are replayed as a graph, got {cache}")
+
+
+class _Trainer:
+    """One training run: the constructor sets it up, `run_loop` makes the steps, `finish` calibrates."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        recipe, world, out = settings.recipe, settings.world, settings.out
+        self.settings = settings
+        resumed = checkpoint.load(settings.resume) if settings.resume is not None else None
+        if resumed is not None:
+            check_resume(resumed, f"{settings.resume}", recipe, settings.category)
+        torch.manual_seed(recipe.seed)
+        model = _prepare_model(settings, resumed)
+        self.channels_last = move_model(model, settings.device, recipe.channels_last) == torch.channels_last
+        model.train()
+        self.dtype = next(model.parameters()).dtype
+        images = _open_images(settings)
+        self.state = _build_state(settings, model, images)
+        self.calibration: Calibration | None = None
+        if resumed is not None:
+            restore(self.state, resumed, f"{settings.resume}")
+            self.calibration = resumed.calibration if resumed.step >= recipe.steps else None
+        self.checkpoint_path = out / "checkpoint.pt" if out is not None else None
+        self.log: JsonLog | None = None
+        if out is not None and world.first:
+            self.log = JsonLog(out / "log.jsonl", keep=self.state.step)
+            yaml_file.write_recipe(out / yaml_file.FILE_NAME, recipe)
+        self.saved_step = self.state.step
+        self._prepare_step(images)
+        self.is_between_steps = True  # only then the state may be saved
+        self.progress = ProgressMeter()
+
+    def _prepare_step(self, images: Images) -> None:
+        """Wrap the model for several processes, compile it, and set up caches and the CUDA graph."""
+        recipe, world, device, model = self.settings.recipe, self.settings.world, self.settings.device, self.state.model
+        self.network: Any = distributed.wrap_model(model, world, device)  # shares the parameters of ``model``
+        if recipe.compile:
+            self.network = torch.compile(self.network, dynamic=False)
+        self.teacher: TeacherCache | None = None
+        if self.settings.teacher_cache and model.frozen is not None:
+            autocast = recipe.precision == "bfloat16"
+            self.teacher = TeacherCache(model.frozen, len(images), self.settings.teacher_cache, autocast=autocast)
+        self.images = DeviceImages(images, device)
+        self.graphed_step: GraphedStep | None = None
+        if recipe.graph and device.type == "cuda":
+            batch, network = self.state.sampler.batch, self.network  # a reference to self would delay freeing the GPU
+            self.graphed_step = GraphedStep(
+                lambda active, x, alpha: train_step(network, active, x, alpha, recipe, [batch]), batch, device
+            )
+
+    def run_loop(self) -> None:
+        """Make the remaining steps, with log lines and checkpoints at the recipe's intervals.
+
+        An interrupt is held back until the current step is complete, so that the checkpoint that it causes is a state
+        of the uninterrupted run.
+        """
+        state, recipe, world = self.state, self.settings.recipe, self.settings.world
+        self.progress.start_interval()
+        with interrupts.defer_interrupts(world.size == 1) as is_interrupted:
+            try:
+                while state.step < recipe.steps:
+                    alpha = self._make_step()
+                    is_logged = self._is_due(recipe.log_every)
+                    if is_logged:
+                        self._log(alpha)
+                    # Several processes agree at log lines only, so that all stop after the same step.
+                    if is_interrupted() if world.size == 1 else is_logged and world.any(is_interrupted()):
+                        raise KeyboardInterrupt
+                    if self._is_due(recipe.checkpoint_every):
+                        with self.progress.paused():
+                            self._save()
+            except KeyboardInterrupt:
+                if self.is_between_steps:
+                    self._save()
+                raise
+
+    def finish(self) -> TrainResult:
+        """Calibrate on the held-out images, unless the resumed run had done so, and return the result."""
+        settings, state = self.settings, self.state
+        calibration = self.calibration
+        if settings.held_out and calibration is None and settings.world.first:
+            calibration = calibrate_holdout(state, settings.held_out, self.checkpoint_path, settings.cache_dir)
+        final = replace(snapshot(state), optimisers=[], rng={}, calibration=calibration)
+        return TrainResult(
+            state.model.eval(), settings.recipe, settings.category, self.checkpoint_path, state.losses,
+            self.progress.seconds, final,
+        )  # fmt: skip
+
+    def _make_step(self) -> float:
+        """Train on the next batch and return the alpha of the step."""
+        state, recipe, world, model = self.state, self.settings.recipe, self.settings.world, self.state.model
+        self.is_between_steps = False
+        indices = next(state.sampler)
+        own, shares = indices[world.share(len(indices))], world.shares(len(indices))
+        batch = normalise(self.images[own], model.mean, model.std, dtype=self.dtype, channels_last=self.channels_last)
+        alpha = alpha_at(state.step, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
+        active = schedule_optimisers(state.optimisers, recipe, state.step)
+        state.pending_losses.append(self._update(active, batch, alpha, own, shares))
+        state.step += 1
+        self.progress.count(len(indices))
+        self.is_between_steps = True
+        return alpha
+
+    def _update(
+        self, active: list[AdamW], batch: Tensor, alpha: float, indices: NDArray[np.int64], shares: list[int]
+    ) -> Tensor:
+        """Run or replay `train_step` on this process's images of the batch."""
+        if self.graphed_step is not None:
+            return self.graphed_step(active, batch, alpha)
+        frozen_features = self.teacher(indices, batch) if self.teacher is not None and len(indices) else None
+        return train_step(self.network, active, batch, alpha, self.settings.recipe, shares, frozen_features)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the last step ends an interval of ``every`` steps or the run."""
+        return self.state.step % every == 0 or self.state.step == self.settings.recipe.steps
+
+    def _log(self, alpha: float) -> None:
+        """Read the losses from the device and report them, and begin a new interval."""
+        state, on_log = self.state, self.settings.on_log
+        read_losses(state)
+        loss, rate = self.progress.end_interval(state.losses)
+        if self.log is not None:
+            seconds = self.progress.seconds
+            self.log.write(step=state.step, loss=loss, alpha=alpha, images_per_second=rate, seconds=seconds)
+        if on_log is not None and self.settings.world.first:
+            on_log(state.step, loss, rate, alpha)
+        self.progress.start_interval()
+
+    def _save(self) -> None:
+        """Check that losses and weights are finite, and write a checkpoint unless the current step has one."""
+        content = snapshot(self.state)
+        if self.checkpoint_path is not None and self.saved_step < self.state.step:
+            if self.settings.world.first:
+                checkpoint.save(self.checkpoint_path, content)
+            self.saved_step = self.state.step
+
+
+def _prepare_model(settings: RunSettings, resumed: Checkpoint | None) -> ReContrast:
+    """Return the given model, or a new one, or the one of the checkpoint; check that it takes images of this size."""
+    if settings.model is not None:
+        model = settings.model
+    elif resumed is None:
+        model = build_model(settings.recipe, settings.category)
+    else:
+        model = checkpoint.build(resumed, f"{settings.resume}")
+    model.map_sizes(settings.recipe.out)  # raises for a size that its strides do not divide
+    return model
+
+
+def _open_images(settings: RunSettings) -> Images:
+    """Return the decoded training images, from memory or from the cache."""
+    if settings.images is not None:
+        return settings.images
+    recipe, folder = settings.recipe, settings.cache_dir
+    return ImageCache(
+        settings.samples, recipe.size, recipe.crop, directory=folder, tile=recipe.tile, stride=recipe.stride
+    )
+
+
+def _build_state(settings: RunSettings, model: ReContrast, images: Images) -> TrainingState:
+    """Return the state before the first step, after a check that all processes were given the same run."""
+    recipe, category, device, world = settings.recipe, settings.category, settings.device, settings.world
+    sampler = BatchSampler(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    description = describe_images(images)
+    compared = {name: description[name] for name in ("count", "digest")}
+    distributed.check_agreement(
+        world, {"recipe": recipe.to_dict(), "category": category, "training images": compared}, "train"
+    )
+    optimisers = build_optimisers(model, recipe, device)
+    return TrainingState(recipe, category, device, model, optimisers, sampler, description, world)
 
 
 def train_step(
     model: nn.Module,
-    moving: Sequence[Optimizer],
+    active: Sequence[Optimizer],
     images: Tensor,
     alpha: float | Tensor,
     recipe: Recipe,
     shares: Sequence[int] | None = None,
-    known: Sequence[Tensor] | None = None,
+    frozen_features: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """One step of training.
+    """Make one training step.
 
     Args:
-        model: `ReContrast` in training mode; compiled, or spread over processes.
-        moving: the optimisers that take part.
-        images: (N, 3, H, W), normalised, in the dtype of the weights.
-        alpha: standard deviations above the mean from which on a point is hard.
-        recipe: for precision, and for the loss.
-        shares: images of each process; None: there is one.
-        known: features of the frozen encoder, (N, C, h, w) of each level, where they are kept.
+        model: `ReContrast` in training mode, possibly compiled or wrapped in DistributedDataParallel.
+        active: Optimisers that update their parameters in this step.
+        images: Normalised images, (N, 3, H, W), in the dtype of the weights.
+        alpha: Threshold of hard points, in standard deviations above the mean.
+        recipe: Recipe that sets the precision and the loss.
+        shares: Number of images in each process; None for a single process.
+        frozen_features: Cached features of the frozen encoder for these images, (N, C, h, w) of each level. None
+            computes them.
 
     Returns:
-        The loss of before the step, a scalar on the device, float32 (float64 for such weights); of several processes,
-        this one's part.
+        The loss before the update, a scalar on the device, float32 (float64 for float64 weights). With several
+        processes, the part of this process.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        pairs = model(images, frozen_features=known)
+        pairs = model(images, frozen_features=frozen_features)
     rule = deviation(alpha, recipe.factor) if recipe.mining else None
     groups = 2 if recipe.pairs == "cross" else 1
     loss = pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient, shares=shares)
-    model.zero_grad(set_to_none=True)  # also of what rests
+    model.zero_grad(set_to_none=True)  # also of parameters whose optimiser is not active
     loss.backward()
-    for optimiser in moving:
+    for optimiser in active:
         optimiser.step()
     return loss.detach()
 
 
 def build_model(recipe: Recipe, category: str) -> ReContrast:
-    """The model that a recipe asks for.
+    """Build the model of a recipe.
 
     Args:
-        recipe: for backbone, weights and the switches of the model.
-        category: that decides `Recipe.encoder_bn_for`.
+        recipe: Recipe that sets the backbone, the weights and the model's options.
+        category: Category, for `Recipe.encoder_bn_for`.
 
     Returns:
         An untrained model on the CPU, in training mode.
 
     Raises:
-        ValueError: as `ReContrast`.
-        OSError: the weights cannot be read.
+        ValueError: If `ReContrast` refuses an argument.
+        OSError: If the weights cannot be read.
     """
     return ReContrast(
         recipe.backbone,

@@ -312,7 +312,7 @@ def test_from_a_run(samples, tests, tmp_path):
     assert found.false_alarm_rate is None and found.score_samples(tests).shape == (len(tests),)
     small = found.save(tmp_path / "small.pt")
     assert small.stat().st_size < 0.7 * result.checkpoint.stat().st_size
-    with pytest.raises(ValueError, match="got a detector alone, from which no step can follow"):
+    with pytest.raises(ValueError, match="got a detector alone, which has no training state"):
         train(RECIPE, samples, resume=small, device="cpu")
     with pytest.raises(FileNotFoundError, match="wanted a checkpoint file"):
         ReContrastDetector.from_checkpoint(tmp_path / "none.pt")

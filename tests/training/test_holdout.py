@@ -64,7 +64,7 @@ def test_a_finished_run_without_calibration_gets_it_when_resumed(samples, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "finish", stop)
+        patch.setattr(training, "calibrate_holdout", stop)
         train(SHARED, samples, out=tmp_path, device="cpu")
     path = tmp_path / "checkpoint.pt"
     before = checkpoint.load(path)
@@ -114,7 +114,7 @@ def test_decided():
         "at the promised false-alarm rate of 0.1: 2 of 20 good images called defects (10.0 %), "
         "3 of 4 defect images found (75.0 %)"
     )
-    assert made.warnings() == [] and made.to_dict()["false_alarms"] == 2 and made.change is None
+    assert made.warnings() == [] and made.to_dict()["false_alarms"] == 2 and made.appearance_drift is None
     made = decided(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
     assert "defect images found" not in made.describe() and "far from uniform" in made.warnings()[0]
     assert decided(result([], [5.0]), found, {}, RECIPE).warnings() == []

@@ -96,7 +96,7 @@ def save(content, file, calls=[]):
 real, torch.save = torch.save, save
 root, out, recipe = sys.argv[1:]
 torch.set_num_threads(1)
-train(recipe_file.read(recipe), mvtec(root, "nut"), out=out, device="cpu")
+train(recipe_file.read_recipe(recipe), mvtec(root, "nut"), out=out, device="cpu")
 """
 
 

@@ -291,8 +291,8 @@ def test_resume_refuses_what_differs(samples, unbroken, tmp_path):
         assert "\n" not in str(error.value)
 
     refused(r"got another \(batch: 4 and 5; seed: 1 and 2\)", RECIPE.replace(batch=5, seed=2))
-    refused("category: wanted the 'nut' that the run was begun with, got 'bolt'", category="bolt")
-    refused("images: wanted the 7 training images that the run was begun with, got 6", use=samples[1:])
+    refused("category: wanted the 'nut' that the run was started with, got 'bolt'", category="bolt")
+    refused("images: wanted the 7 training images that the run was started with, got 6", use=samples[1:])
     refused("as many with other pixels or in another order", use=[samples[1], samples[0], *samples[2:]])
     other = tiny_set(tmp_path, seed=1)
     refused("as many with other pixels", use=other)
