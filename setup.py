@@ -1,7 +1,7 @@
-"""Runs CMakeLists.txt and puts its libraries into the package. Everything declarative: pyproject.toml.
+"""Builds the libraries with CMakeLists.txt and adds them to the package. Metadata: pyproject.toml.
 
-The op libraries use PyTorch's stable ABI: one build serves every torch >= 2.11. They are built into the checkout's own
-package folder and copied from there, so that Python started in the checkout finds them as well.
+The operator libraries use PyTorch's stable ABI: one build works with every torch >= 2.11. They are built into
+recontrast/ in the checkout and copied from there, so that Python started in the checkout finds them too.
 """
 
 import re
@@ -16,13 +16,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "recontrast"
-OLDEST = (2, 11)  # the first torch whose stable ABI has all that csrc/ calls
-# pip builds in an isolated environment, but purelib still names the one it installs into.
+OLDEST = (2, 11)  # the first torch whose stable ABI has everything that csrc/ uses
+# pip builds in an isolated environment, but purelib is the site-packages that it installs into.
 SITE = Path(sysconfig.get_path("purelib"))
 
 
 def installed_torch():
-    """Directory of the torch beside which this package will be installed, or None; exits on one that is too old."""
+    """Directory of the torch installed in SITE, or None; exits if it is too old."""
     if not (SITE / "torch" / "version.py").exists():
         return None
     version = re.search(r"__version__ = '([^']+)'", (SITE / "torch" / "version.py").read_text()).group(1)
@@ -33,30 +33,30 @@ def installed_torch():
 
 
 def program(name):
-    """Path of cmake or ninja: of the package pip fetched for this build, else of the PATH."""
+    """Path of cmake or ninja: from the Python package if it is installed, else from the PATH."""
     try:
         module = __import__(name)
         return str(Path(getattr(module, "CMAKE_BIN_DIR", None) or module.BIN_DIR) / name)
     except ImportError:
-        found = shutil.which(name)
-    return found or sys.exit(f"recontrast's build needs {name}, got none: pip install {name}")
+        path = shutil.which(name)
+    return path or sys.exit(f"recontrast's build needs {name}, got none: pip install {name}")
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake instead of distutils' compiler."""
+    """Builds with CMake instead of the compiler of setuptools."""
 
     def run(self):
-        """Leave ``_cpu.so``, ``_metrics.*.so`` and, where nvcc is found, ``_cuda.so`` in the package."""
+        """Build ``_cpu.so``, ``_metrics.*.so`` and, if there is nvcc, ``_cuda.so`` into the package."""
         import pybind11
 
         torch = TORCH
-        if torch is None:  # pip fetched one for this build
-            import torch as fetched
+        if torch is None:  # pip downloaded one for this build
+            import torch as build_torch
 
-            torch = Path(fetched.__file__).parent
+            torch = Path(build_torch.__file__).parent
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         libraries = [PACKAGE / "_cpu.so", PACKAGE / "_cuda.so", PACKAGE / f"_metrics{suffix}"]
-        for library in libraries:  # of an earlier build, perhaps with another compiler
+        for library in libraries:  # from an earlier build, perhaps with another compiler
             library.unlink(missing_ok=True)
         options = {
             "RECONTRAST_OUT": PACKAGE,
@@ -66,7 +66,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": program("ninja"),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        # --fresh: a second `pip install .` brings another isolated ninja; the old cache would name one that is gone.
+        # --fresh: the cache of an earlier `pip install .` names a ninja of an environment that is gone.
         cmake = program("cmake")
         subprocess.run([cmake, "--fresh", "-S", ROOT, "-B", self.build_temp, "-G", "Ninja", *defines], check=True)
         subprocess.run([cmake, "--build", self.build_temp], check=True)
@@ -83,7 +83,7 @@ class CMakeBuild(build_ext):
 
 TORCH = installed_torch()
 setup(
-    setup_requires=[] if TORCH else [f"torch>={'.'.join(map(str, OLDEST))}"],  # fetch a torch only where there is none
+    setup_requires=[] if TORCH else [f"torch>={'.'.join(map(str, OLDEST))}"],  # download torch only if there is none
     ext_modules=[Extension("recontrast._metrics", [])],  # makes setuptools run build_ext and tag the wheel per Python
     cmdclass={"build_ext": CMakeBuild},
 )

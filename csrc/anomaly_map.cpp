@@ -1,8 +1,8 @@
-// anomaly_map on the CPU. What it computes: recontrast/reference.py.
+// anomaly_map on the CPU; recontrast/reference.py defines it.
 //
-// Bound by arithmetic in the caches: the matrices of upsampling and blur are bands (about 10, 6 and 4 numbers a row for
-// 64, 32 and 16 -> 256 pixels), so that a map takes 1.5 M multiply-adds instead of the 8.7 M of dense products, and is
-// written once. A task is a strip of rows of one image: its part of distances @ cols^T stays in the second cache.
+// Compute-bound, on data in the caches. The matrices of upsampling and blur are banded (about 10, 6 and 4 nonzeros per
+// row for 64, 32 and 16 -> 256 pixels), so a map takes 1.5 M multiply-adds instead of the 8.7 M of dense products, and
+// is written once. A task is a strip of rows of one image: its part of distances @ cols^T stays in the L2 cache.
 
 #include <algorithm>
 #include <limits>
@@ -14,43 +14,45 @@
 namespace recontrast {
 namespace {
 
-constexpr int64_t kStrip = 64;  // rows of a task: enough to share the products along x, few enough to split one image
+constexpr int64_t kStrip =
+    64;  // rows per task: enough to reuse the products along x, few enough to split one image between threads
 constexpr int64_t kLanes = Lanes<float>::count;
 
 struct Band {
-  int64_t from, to;  // outside, a row holds zeros
+  int64_t from, to;  // columns [from, to) of a row; the others are zero
 };
 
-// Bands of a (height, width) matrix, by row.
-std::vector<Band> bands(const float* matrix, int64_t height, int64_t width) {
-  std::vector<Band> out(height);
+// The band of each row of a (height, width) matrix.
+std::vector<Band> row_bands(const float* matrix, int64_t height, int64_t width) {
+  std::vector<Band> bands(height);
   for (int64_t i = 0; i < height; ++i) {
     const float* row = matrix + i * width;
     int64_t from = 0, to = width;
     while (from < width && row[from] == 0) ++from;
     while (to > from && row[to - 1] == 0) --to;
-    out[i] = {from, to};
+    bands[i] = {from, to};
   }
-  return out;
+  return bands;
 }
 
-// The pairs of one level, which share their matrices.
+// All pairs of one resolution; they share their matrices.
 struct Level {
   std::vector<Tensor> distances;  // each (N, h, w)
   Tensor rows, cols;              // (H, h), (W, w)
   int64_t h, w;
-  std::vector<Band> along_y;  // for each y of the map, which rows of the distances it takes
-  std::vector<Band> along_x;  // for each column of the distances, which x of the map take it
-  std::vector<float> spread;  // cols transposed, (w, W)
+  std::vector<Band> along_y;           // [H]: the rows of the distances that contribute to a row of the map
+  std::vector<Band> along_x;           // [w]: the columns of the map to which a column of the distances contributes
+  std::vector<float> cols_transposed;  // (w, W)
 };
 
+// to += weight * from, both [n].
 VERSIONED void add_scaled(const float* from, float weight, int64_t n, float* to) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + weight * load(from + i));
   for (; i < n; ++i) to[i] += weight * from[i];
 }
 
-// One row of the map: sum_i weights[i] * rows[i], and its maximum.
+// Writes one row of the map, sum_i weights[i] * rows[i], and returns its maximum.
 VERSIONED float blend_rows(const float* const* rows, const float* weights, int64_t count, int64_t n, float* out) {
   Float32 top = Float32{} - std::numeric_limits<float>::infinity();
   int64_t x = 0;
@@ -76,9 +78,10 @@ VERSIONED float blend_rows(const float* const* rows, const float* weights, int64
   return maximum;
 }
 
-std::vector<Level> levels(const std::vector<Tensor>& distances, const std::vector<Tensor>& rows,
-                          const std::vector<Tensor>& cols) {
-  std::vector<Level> out;
+// Checks the arguments and groups the pairs by their matrices.
+std::vector<Level> group_levels(const std::vector<Tensor>& distances, const std::vector<Tensor>& rows,
+                                const std::vector<Tensor>& cols) {
+  std::vector<Level> levels;
   for (size_t i = 0; i < distances.size(); ++i) {
     const bool is_float = distances[i].scalar_type() == ScalarType::Float &&
                           rows[i].scalar_type() == ScalarType::Float && cols[i].scalar_type() == ScalarType::Float;
@@ -89,63 +92,85 @@ std::vector<Level> levels(const std::vector<Tensor>& distances, const std::vecto
     STD_TORCH_CHECK(is_float && fits, "anomaly_map: pair ", i, " must be float32 (N, h, w), (H, h) and (W, w), got ",
                     shape(distances[i]), ", ", shape(rows[i]), " and ", shape(cols[i]));
     const Tensor r = torch::stable::contiguous(rows[i]), c = torch::stable::contiguous(cols[i]);
-    const auto same = std::find_if(out.begin(), out.end(), [&](const Level& level) {
+    const auto same = std::find_if(levels.begin(), levels.end(), [&](const Level& level) {
       return level.rows.data_ptr() == r.data_ptr() && level.cols.data_ptr() == c.data_ptr() && level.h == r.size(1) &&
              level.w == c.size(1);
     });
-    if (same != out.end()) {
+    if (same != levels.end()) {
       same->distances.push_back(torch::stable::contiguous(distances[i]));
       continue;
     }
     Level level{{torch::stable::contiguous(distances[i])}, r, c, r.size(1), c.size(1), {}, {}, {}};
     const int64_t H = r.size(0), W = c.size(0);
-    level.along_y = bands(r.const_data_ptr<float>(), H, level.h);
-    level.spread.resize(level.w * W);
+    level.along_y = row_bands(r.const_data_ptr<float>(), H, level.h);
+    level.cols_transposed.resize(level.w * W);
     const float* from = c.const_data_ptr<float>();
     for (int64_t x = 0; x < W; ++x)
-      for (int64_t j = 0; j < level.w; ++j) level.spread[j * W + x] = from[x * level.w + j];
-    level.along_x = bands(level.spread.data(), level.w, W);
-    out.push_back(std::move(level));
+      for (int64_t j = 0; j < level.w; ++j) level.cols_transposed[j * W + x] = from[x * level.w + j];
+    level.along_x = row_bands(level.cols_transposed.data(), level.w, W);
+    levels.push_back(std::move(level));
   }
-  return out;
+  return levels;
 }
 
-// Rows [first, last) of the map of image n, and their maximum.
-float strip(const std::vector<Level>& levels, int64_t n, int64_t first, int64_t last, int64_t W, float scale,
-            std::vector<float>& products, std::vector<float>& sum, float* map) {
-  std::vector<int64_t> base(levels.size()), low(levels.size());
-  int64_t size = 0, taps = 0;
-  for (size_t l = 0; l < levels.size(); ++l) {  // which rows of the distances the strip takes, and where they go
-    int64_t from = levels[l].h, to = 0, most = 0;
+// Where the products distances @ cols^T of a strip are stored: for each level, the rows of distances that the strip
+// needs.
+struct StripProducts {
+  std::vector<int64_t> base;  // [levels] index of the first product
+  std::vector<int64_t> low;   // [levels] first row of the distances
+  int64_t size = 0;           // of all products
+  int64_t taps = 0;           // rows of products that one row of the map adds up, at most
+};
+
+// The products that rows [first, last) of the map need.
+StripProducts plan_products(const std::vector<Level>& levels, int64_t first, int64_t last, int64_t W) {
+  StripProducts plan;
+  plan.base.resize(levels.size());
+  plan.low.resize(levels.size());
+  for (size_t l = 0; l < levels.size(); ++l) {
+    int64_t from = levels[l].h, to = 0, widest = 0;
     for (int64_t y = first; y < last; ++y) {
       const Band& band = levels[l].along_y[y];
       if (band.from == band.to) continue;
       from = std::min(from, band.from);
       to = std::max(to, band.to);
-      most = std::max(most, band.to - band.from);
+      widest = std::max(widest, band.to - band.from);
     }
-    base[l] = size;
-    low[l] = from;
-    taps += most;
-    size += std::max<int64_t>(to - from, 0) * W;
+    plan.base[l] = plan.size;
+    plan.low[l] = from;
+    plan.taps += widest;
+    plan.size += std::max<int64_t>(to - from, 0) * W;
   }
-  products.assign(size, 0.0f);
+  return plan;
+}
+
+// scale * distances @ cols^T of image n, for the rows in `plan`. `sum`: memory for one row of distances.
+void multiply_by_cols(const std::vector<Level>& levels, const StripProducts& plan, int64_t n, int64_t W, float scale,
+                      std::vector<float>& products, std::vector<float>& sum) {
+  products.assign(plan.size, 0.0f);
   for (size_t l = 0; l < levels.size(); ++l) {
     const Level& level = levels[l];
-    const int64_t end = l + 1 < levels.size() ? base[l + 1] : size;
+    const int64_t end = l + 1 < levels.size() ? plan.base[l + 1] : plan.size;
     sum.resize(level.w);
-    for (int64_t i = low[l], at = base[l]; at < end; ++i, at += W) {
+    for (int64_t i = plan.low[l], product = plan.base[l]; product < end; ++i, product += W) {
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (const Tensor& d : level.distances)
         add_scaled(d.const_data_ptr<float>() + (n * level.h + i) * level.w, scale, level.w, sum.data());
       for (int64_t j = 0; j < level.w; ++j) {
         const auto [from, to] = level.along_x[j];
-        add_scaled(level.spread.data() + j * W + from, sum[j], to - from, products.data() + at + from);
+        add_scaled(level.cols_transposed.data() + j * W + from, sum[j], to - from, products.data() + product + from);
       }
     }
   }
-  std::vector<const float*> rows(taps);
-  std::vector<float> weights(taps);
+}
+
+// Writes rows [first, last) of the map of image n and returns their maximum. `products`, `sum`: memory to reuse.
+float map_strip(const std::vector<Level>& levels, int64_t n, int64_t first, int64_t last, int64_t W, float scale,
+                std::vector<float>& products, std::vector<float>& sum, float* map) {
+  const StripProducts plan = plan_products(levels, first, last, W);
+  multiply_by_cols(levels, plan, n, W, scale, products, sum);
+  std::vector<const float*> rows(plan.taps);
+  std::vector<float> weights(plan.taps);
   float maximum = -std::numeric_limits<float>::infinity();
   for (int64_t y = first; y < last; ++y) {
     int64_t count = 0;
@@ -153,7 +178,7 @@ float strip(const std::vector<Level>& levels, int64_t n, int64_t first, int64_t 
       const Band& band = levels[l].along_y[y];
       const float* row = levels[l].rows.const_data_ptr<float>() + y * levels[l].h;
       for (int64_t i = band.from; i < band.to; ++i, ++count) {
-        rows[count] = products.data() + base[l] + (i - low[l]) * W;
+        rows[count] = products.data() + plan.base[l] + (i - plan.low[l]) * W;
         weights[count] = row[i];
       }
     }
@@ -167,7 +192,7 @@ std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vecto
   STD_TORCH_CHECK(!distances.empty() && distances.size() == rows.size() && rows.size() == cols.size(),
                   "anomaly_map: distances, rows and cols must be lists of one length > 0, got ", distances.size(), ", ",
                   rows.size(), " and ", cols.size());
-  const std::vector<Level> all = levels(distances, rows, cols);
+  const std::vector<Level> levels = group_levels(distances, rows, cols);
   const int64_t N = distances[0].size(0), H = rows[0].size(0), W = cols[0].size(0);
   Tensor maps = torch::stable::new_empty(distances[0], std::array<int64_t, 3>{N, H, W});
   Tensor maximum = torch::stable::new_zeros(distances[0], std::array<int64_t, 1>{N});
@@ -179,8 +204,8 @@ std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vecto
     std::vector<float> products, sum;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / strips, first = task % strips * kStrip;
-      tops[task] = strip(all, n, first, std::min(H, first + kStrip), W, static_cast<float>(scale), products, sum,
-                         out + n * H * W);
+      tops[task] = map_strip(levels, n, first, std::min(H, first + kStrip), W, static_cast<float>(scale), products, sum,
+                             out + n * H * W);
     }
   });
   for (int64_t n = 0; n < N; ++n)

@@ -1,4 +1,4 @@
-// The innermost loops of cosine_sums on the CPU, over numbers side by side.
+// The innermost loops of cosine_sums on the CPU, over contiguous numbers.
 #pragma once
 
 #include "simd.h"
@@ -6,8 +6,9 @@
 namespace recontrast {
 namespace {
 
-constexpr int64_t kTogether = 4;  // channels added up before the sums are touched again
+constexpr int64_t kChannelsAtOnce = 4;  // channels added per pass over the sums
 
+// Adds x * y, x * x and y * y of `channels` rows [n] to the sums xy, xx and yy [n].
 template <typename A, int64_t channels>
 INLINE void add_body(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {
   constexpr int64_t lanes = Lanes<A>::count;
@@ -32,6 +33,7 @@ INLINE void add_body(const A* const* x, const A* const* y, int64_t n, A* xy, A* 
     }
 }
 
+// Sum of the elements of v.
 template <typename A>
 INLINE A total(const typename Lanes<A>::V& v) {
   A sum = 0;
@@ -39,10 +41,11 @@ INLINE A total(const typename Lanes<A>::V& v) {
   return sum;
 }
 
+// Adds <x, y>, <x, x> and <y, y> over n channels to sums [3].
 template <typename A>
 INLINE void dot_body(const A* x, const A* y, int64_t n, A* sums) {
   constexpr int64_t lanes = Lanes<A>::count;
-  typename Lanes<A>::V xy{}, xx{}, yy{}, xy2{}, xx2{}, yy2{};  // two of each, so that additions overlap
+  typename Lanes<A>::V xy{}, xx{}, yy{}, xy2{}, xx2{}, yy2{};  // two accumulators of each, so that additions overlap
   int64_t c = 0;
   for (; c + 2 * lanes <= n; c += 2 * lanes) {
     const auto a = load(x + c), b = load(y + c), a2 = load(x + c + lanes), b2 = load(y + c + lanes);
@@ -62,42 +65,44 @@ INLINE void dot_body(const A* x, const A* y, int64_t n, A* sums) {
   for (int i = 0; i < 3; ++i) sums[i] += s[i];
 }
 
+// out = g * x + h * y, all [n]: the gradient of one channel, with a weight for each position.
 template <typename A>
-INLINE void blend_body(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {
+INLINE void gradient_row_body(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {
   constexpr int64_t lanes = Lanes<A>::count;
   int64_t p = 0;
   for (; p + lanes <= n; p += lanes) store(out + p, load(g + p) * load(x + p) + load(h + p) * load(y + p));
   for (; p < n; ++p) out[p] = g[p] * x[p] + h[p] * y[p];
 }
 
+// out = g * x + h * y for x, y and out [n]: the gradient at one position, whose weight all channels share.
 template <typename A>
-INLINE void blend_one_body(A g, A h, const A* x, const A* y, int64_t n, A* out, bool past) {
+INLINE void gradient_point_body(A g, A h, const A* x, const A* y, int64_t n, A* out, bool bypass_cache) {
   constexpr int64_t lanes = Lanes<A>::count;
   int64_t c = 0;
-  if (past && may_stream(out))
-    for (; c + lanes <= n; c += lanes) stream(out + c, g * load(x + c) + h * load(y + c));
+  if (bypass_cache && is_aligned_16(out))
+    for (; c + lanes <= n; c += lanes) store_nontemporal(out + c, g * load(x + c) + h * load(y + c));
   for (; c + lanes <= n; c += lanes) store(out + c, g * load(x + c) + h * load(y + c));
   for (; c < n; ++c) out[c] = g * x[c] + h * y[c];
 }
 
-// Instances by overload: attributes such as VERSIONED are not for templates.
-#define LEAVES(A)                                                                                 \
-  VERSIONED void add_four(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) { \
-    add_body<A, kTogether>(x, y, n, xy, xx, yy);                                                  \
-  }                                                                                               \
-  VERSIONED void add_one(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {  \
-    add_body<A, 1>(x, y, n, xy, xx, yy);                                                          \
-  }                                                                                               \
-  VERSIONED void dot(const A* x, const A* y, int64_t n, A* sums) { dot_body<A>(x, y, n, sums); }  \
-  VERSIONED void blend(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {       \
-    blend_body<A>(g, h, x, y, n, out);                                                            \
-  }                                                                                               \
-  VERSIONED void blend_one(A g, A h, const A* x, const A* y, int64_t n, A* out, bool past) {      \
-    blend_one_body<A>(g, h, x, y, n, out, past);                                                  \
+// Overloads instead of template instances: VERSIONED cannot be put on a template.
+#define DEFINE_LOOPS(A)                                                                                   \
+  VERSIONED void add_four(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {         \
+    add_body<A, kChannelsAtOnce>(x, y, n, xy, xx, yy);                                                    \
+  }                                                                                                       \
+  VERSIONED void add_one(const A* const* x, const A* const* y, int64_t n, A* xy, A* xx, A* yy) {          \
+    add_body<A, 1>(x, y, n, xy, xx, yy);                                                                  \
+  }                                                                                                       \
+  VERSIONED void dot(const A* x, const A* y, int64_t n, A* sums) { dot_body<A>(x, y, n, sums); }          \
+  VERSIONED void gradient_row(const A* g, const A* h, const A* x, const A* y, int64_t n, A* out) {        \
+    gradient_row_body<A>(g, h, x, y, n, out);                                                             \
+  }                                                                                                       \
+  VERSIONED void gradient_point(A g, A h, const A* x, const A* y, int64_t n, A* out, bool bypass_cache) { \
+    gradient_point_body<A>(g, h, x, y, n, out, bypass_cache);                                             \
   }
-LEAVES(float)
-LEAVES(double)
-#undef LEAVES
+DEFINE_LOOPS(float)
+DEFINE_LOOPS(double)
+#undef DEFINE_LOOPS
 
 }  // namespace
 }  // namespace recontrast

@@ -1,29 +1,30 @@
-// cosine_sums on the GPU. What it computes: recontrast/reference.py.
+// cosine_sums on the GPU; recontrast/reference.py defines it.
 //
-// Memory-bound: each feature is read once, in place, 16 bytes a thread, kUnroll loads of each tensor in flight before
-// the first is used. "By planes" (NCHW, and whatever is neither) a thread owns a few neighbouring positions, and the
-// threads of a block share the channels, the more the fewer positions there are; "by rows" (channels_last) the lanes of
-// one position run along its channels. All pairs of a group go into one launch: the small levels fill what the large
-// ones leave of the chip. Where even all together are too few positions, blocks split the channels as well: each writes
-// partial sums, and a second launch adds them up. Without atomics, in an order that shapes and GPU alone decide.
+// Memory-bound: each feature is read once, in place, 16 bytes per thread, kUnroll loads of each tensor in flight before
+// the first is used. "By planes" (NCHW and all other layouts) a thread sums a few neighbouring positions, and the
+// threads of a block split the channels; the fewer the positions, the more threads per position. "By rows"
+// (channels_last) the lanes of one position read along its channels. One launch processes all pairs of a group, so
+// small levels occupy the multiprocessors that large ones leave idle. If all positions together are too few for the
+// GPU, blocks split the channels too: each writes partial sums, and a second launch adds them. There are no atomics;
+// the order of the sums depends only on the shapes and the number of multiprocessors.
 
 #include "cosine_sums_backward.cuh"
 
 namespace recontrast {
 namespace {
 
-constexpr int kSegment = 64;     // bytes at least that neighbouring threads read: two sectors of memory
+constexpr int kSegment = 64;     // bytes that neighbouring threads read at least: two memory sectors
 constexpr int kLine = 128;       // bytes of a cache line
-constexpr int kResident = 2048;  // threads of a multiprocessor
+constexpr int kResident = 2048;  // threads per multiprocessor at most
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 
-// The channels of the running block, and where their sums go; `block` then counts those that cover the positions, each
-// of them `width`.
-struct Split {
+// The channels [begin, end) that this block sums, and where it writes the sums. `block` becomes the index among the
+// blocks that cover the positions, `width` positions each.
+struct ChannelSplit {
   int part, begin, end;
 
-  __device__ __forceinline__ Split(const Pair& pair, unsigned& block, int width) {
+  __device__ __forceinline__ ChannelSplit(const Pair& pair, unsigned& block, int width) {
     const unsigned across = (pair.size.count + width - 1) / width;
     part = static_cast<int>(block / across);
     block %= across;
@@ -37,35 +38,35 @@ struct Split {
   }
 };
 
-// Threads (lanes, channel groups): lane -> S::V positions, group -> every so many-th channel.
+// Threads (lanes, channel groups): a lane has S::V positions, a channel group every `step`-th channel.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(const __grid_constant__ Group all) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(const __grid_constant__ Group group) {
   using A = typename S::A;
   constexpr int V = S::V;
   unsigned block;
-  const Pair& pair = all.mine(block);
-  const Size size = pair.size;
+  const Pair& pair = group.find(block);
+  const FeatureSize size = pair.size;
   const int lanes = pair.lanes, step = kThreads / lanes, width = lanes * V;
-  const int thread = threadIdx.x, lane = thread % lanes, group = thread / lanes;
-  const Split split(pair, block, width);
+  const int thread = threadIdx.x, lane = thread % lanes, channel_group = thread / lanes;
+  const ChannelSplit split(pair, block, width);
   const unsigned first = block * width + lane * V;
   A sum[3][V] = {};
   if (first < size.count) {
     const S xs(pair.x, first, size), ys(pair.y, first, size);
-    for (int c = split.begin + group; c < split.end; c += kUnroll * step) {
-      const Round<S> round(xs, ys, c, step, split.end);
+    for (int c = split.begin + channel_group; c < split.end; c += kUnroll * step) {
+      const LoadBatch<S> batch(xs, ys, c, step, split.end);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const A a = xs.get(round.x[u], v), b = ys.get(round.y[u], v);
+          const A a = xs.get(batch.x[u], v), b = ys.get(batch.y[u], v);
           sum[0][v] += a * b;
           sum[1][v] += a * a;
           sum[2][v] += b * b;
         }
     }
   }
-  // The groups of a warp first, then the warps.
+  // Adds up the channel groups of a warp, then the warps.
   __shared__ A part[kThreads / kWarp][3][kWarp * V];
 #pragma unroll
   for (int q = 0; q < 3; ++q)
@@ -84,26 +85,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(const __grid
   }
 }
 
-// Threads (lanes, positions): the lanes of a position run along its channels, S::V at a time.
+// Threads (lanes, positions): the lanes of a position read along its channels, S::V at a time.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(const __grid_constant__ Group all) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(const __grid_constant__ Group group) {
   using A = typename S::A;
   unsigned block;
-  const Pair& pair = all.mine(block);
-  const Size size = pair.size;
+  const Pair& pair = group.find(block);
+  const FeatureSize size = pair.size;
   const int lanes = pair.lanes, step = lanes * S::V, lane = threadIdx.x % lanes;
-  const Split split(pair, block, kThreads / lanes);
+  const ChannelSplit split(pair, block, kThreads / lanes);
   const unsigned position = block * (kThreads / lanes) + threadIdx.x / lanes;
   A sum[3] = {};
   if (position < size.count) {
     const S xs(pair.x, position, size), ys(pair.y, position, size);
     for (int c = split.begin + lane * S::V; c < split.end; c += kUnroll * step) {
-      const Round<S> round(xs, ys, c, step, split.end);
+      const LoadBatch<S> batch(xs, ys, c, step, split.end);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
         for (int v = 0; v < S::V; ++v) {
-          const A a = xs.get(round.x[u], v), b = ys.get(round.y[u], v);
+          const A a = xs.get(batch.x[u], v), b = ys.get(batch.y[u], v);
           sum[0] += a * b;
           sum[1] += a * a;
           sum[2] += b * b;
@@ -118,11 +119,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_by_rows(const __grid_c
   }
 }
 
-// Adds up the partial sums of the pairs that have some, in their order.
+// Adds the partial sums of the pairs that have them, in order.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Group all) {
+__global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Group group) {
   unsigned block;
-  const Pair& pair = all.mine(block);
+  const Pair& pair = group.find(block);
   const int64_t volume = 3 * static_cast<int64_t>(pair.size.count);
   const int64_t i = static_cast<int64_t>(block) * kThreads + threadIdx.x;
   if (i >= volume) return;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Gr
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-// Lanes by planes: as few as keep reads whole while blocks are too few to fill the chip.
+// Lanes by planes: fewer, down to kSegment bytes, while there are too few blocks to occupy the GPU.
 template <typename S>
 int plane_lanes(const Group& group) {
   int lanes = kWarp;
@@ -142,18 +143,18 @@ int plane_lanes(const Group& group) {
   return lanes;
 }
 
-// Lanes by rows: a cache line, as adding up lanes costs time; more for few positions, fewer for few channels.
+// Lanes by rows: one cache line, because adding up lanes takes time; more for few positions, fewer for few channels.
 template <typename S>
-int row_lanes(const Group& group, const Size& size) {
+int row_lanes(const Group& group, const FeatureSize& size) {
   int lanes = std::min(kLine / S::bytes, kWarp);
   while (lanes < kWarp && positions_of(group) * lanes < kResident * processors()) lanes *= 2;
   while (lanes > 1 && lanes / 2 * S::V >= size.C) lanes /= 2;
   return lanes;
 }
 
-// Sets the first block of each pair, and launches.
+// Sets the first block of each pair and launches the kernel. blocks_of: number of blocks for a pair.
 template <typename Blocks>
-void start(void (*kernel)(Group), Group& group, cudaStream_t stream, const Blocks& blocks_of) {
+void launch_group(void (*kernel)(Group), Group& group, cudaStream_t stream, const Blocks& blocks_of) {
   int64_t total = 0;
   for (int i = 0; i < group.pairs; ++i) {
     group.pair[i].first = static_cast<unsigned>(total);
@@ -163,10 +164,11 @@ void start(void (*kernel)(Group), Group& group, cudaStream_t stream, const Block
   launch(kernel, static_cast<unsigned>(total), kThreads, stream, group);
 }
 
-// Shares the channels of the pairs among blocks until kBlocks a multiprocessor are there, or each thread has one load
-// left. `step`: channels that the threads of a block load at once. Returns the memory of the partial sums, if any.
+// Splits the channels of the pairs between blocks until there are kBlocks blocks per multiprocessor, or one load per
+// thread. across_of: number of blocks that cover the positions of a pair; step_of: channels that the threads of a block
+// load at once. Returns the memory of the partial sums, if any.
 template <typename A, typename Across, typename Step>
-Tensor split(Group& group, const Tensor& like, const Across& across_of, const Step& step_of) {
+Tensor split_channels(Group& group, const Tensor& like, const Across& across_of, const Step& step_of) {
   int64_t total = 0, volume = 0;
   for (int i = 0; i < group.pairs; ++i) total += across_of(group.pair[i]);
   const int64_t wanted = blocks(kBlocks * processors(), total);
@@ -180,8 +182,8 @@ Tensor split(Group& group, const Tensor& like, const Across& across_of, const St
     if (parts > 1) volume += 3 * parts * group.pair[i].size.count;
   }
   if (volume == 0) return {};
-  Tensor memory = torch::stable::new_empty(like, std::array<int64_t, 1>{volume});
-  A* next = memory.mutable_data_ptr<A>();
+  Tensor partial_sums = torch::stable::new_empty(like, std::array<int64_t, 1>{volume});
+  A* next = partial_sums.mutable_data_ptr<A>();
   for (int i = 0; i < group.pairs; ++i) {
     Pair& pair = group.pair[i];
     const int64_t parts = parts_of(pair);
@@ -189,14 +191,14 @@ Tensor split(Group& group, const Tensor& like, const Across& across_of, const St
     pair.parts = next;
     next += 3 * parts * pair.size.count;
   }
-  return memory;
+  return partial_sums;
 }
 
-// The sums of the pairs, or their gradient; `sums`: what holds either, of one dtype.
+// Computes the sums of the pairs or, if `backward`, the gradient of the features. sums: the sums or their gradient.
 void run(const char* op, const std::vector<Pair>& pairs, bool backward, const Tensor& sums) {
   const cudaStream_t stream = current_stream(sums);
-  in_groups(pairs, backward, sums.scalar_type(), [&](const Kind& kind, Group group) {
-    with_source(op, kind, [&](auto tag) {
+  for_each_launch(pairs, backward, sums.scalar_type(), [&](const Kind& kind, Group group) {
+    with_access(op, kind, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using A = typename S::A;
       const bool rows = S::by_rows && kind.rows;
@@ -207,19 +209,21 @@ void run(const char* op, const std::vector<Pair>& pairs, bool backward, const Te
       };
       if (backward) {
         if constexpr (S::by_rows)
-          if (rows) return start(gradient_by_rows<S>, group, stream, across);
-        return start(gradient_by_planes<S>, group, stream,
-                     [&](const Pair& pair) { return across(pair) * blocks(pair.size.C, kChannels); });
+          if (rows) return launch_group(gradient_by_rows<S>, group, stream, across);
+        return launch_group(gradient_by_planes<S>, group, stream,
+                            [&](const Pair& pair) { return across(pair) * blocks(pair.size.C, kChannels); });
       }
       const auto step = [&](const Pair& pair) { return rows ? pair.lanes * S::V : kThreads / pair.lanes; };
-      const Tensor parts = split<A>(group, sums, across, step);
-      const auto all = [&](const Pair& pair) { return across(pair) * std::max(1u, blocks(pair.size.C, pair.share)); };
+      const Tensor parts = split_channels<A>(group, sums, across, step);
+      const auto blocks_of = [&](const Pair& pair) {
+        return across(pair) * std::max(1u, blocks(pair.size.C, pair.share));
+      };
       if constexpr (S::by_rows)
-        start(rows ? sums_by_rows<S> : sums_by_planes<S>, group, stream, all);
+        launch_group(rows ? sums_by_rows<S> : sums_by_planes<S>, group, stream, blocks_of);
       else
-        start(sums_by_planes<S>, group, stream, all);
+        launch_group(sums_by_planes<S>, group, stream, blocks_of);
       if (parts.defined())
-        start(add_parts<A>, group, stream, [](const Pair& pair) -> int64_t {
+        launch_group(add_parts<A>, group, stream, [](const Pair& pair) -> int64_t {
           return pair.parts == nullptr ? 0 : blocks(3 * static_cast<int64_t>(pair.size.count), kThreads);
         });
     });
@@ -228,10 +232,10 @@ void run(const char* op, const std::vector<Pair>& pairs, bool backward, const Te
 
 // ---- operators -----------------------------------------------------------------------------------------------------
 
-// The pair whose sums are, or will be, at element `first` of `sums`.
+// The pair whose sums, or their gradient, start at element `first` of `sums`.
 Pair pair_of(const char* op, const Tensor& x, const Tensor& y, const Tensor& sums, int64_t first) {
-  char* at = static_cast<char*>(const_cast<void*>(sums.const_data_ptr())) + first * sums.element_size();
-  return {features(x), features(y), {}, at, size_of(op, x), nullptr, 0, 0, 0};
+  char* pair_sums = static_cast<char*>(const_cast<void*>(sums.const_data_ptr())) + first * sums.element_size();
+  return {view_of(x), view_of(y), {}, pair_sums, size_of(op, x), nullptr, 0, 0, 0};
 }
 
 Tensor cosine_sums(const Tensor& x, const Tensor& y) {
@@ -252,8 +256,8 @@ Tensor cosine_sums_group(std::vector<Tensor> x, std::vector<Tensor> y) {
   Tensor out = torch::stable::new_empty(x[0], std::array<int64_t, 1>{total}, acc);
   std::vector<Pair> pairs;
   int64_t first = 0;
-  for (size_t i = 0; i < x.size(); first += sums_of(x[i++]))
-    if (sums_of(x[i])) pairs.push_back(pair_of("cosine_sums_group", x[i], y[i], out, first));
+  for (size_t i = 0; i < x.size(); first += sums_length(x[i++]))
+    if (sums_length(x[i])) pairs.push_back(pair_of("cosine_sums_group", x[i], y[i], out, first));
   run("cosine_sums_group", pairs, false, out);
   return out;
 }
@@ -265,11 +269,11 @@ Tensor cosine_sums_backward(const Tensor& grad_, const Tensor& x, const Tensor& 
   check_device("cosine_sums_backward", "x", x, grad_);
   check_device("cosine_sums_backward", "y", y, grad_);
   const DeviceGuard guard(x.get_device());
-  const Tensor grad = torch::stable::contiguous(grad_);  // small: it has no channels
+  const Tensor grad = torch::stable::contiguous(grad_);  // copies little: it has no channels
   Tensor out = torch::stable::empty_like(y);
   if (out.numel() == 0) return out;
   Pair pair = pair_of("cosine_sums_backward", x, y, grad, 0);
-  pair.dy = features(out);
+  pair.dy = view_of(out);
   run("cosine_sums_backward", {pair}, true, grad);
   return out;
 }
@@ -284,11 +288,11 @@ std::vector<Tensor> cosine_sums_group_backward(const Tensor& grad_, std::vector<
   std::vector<Tensor> out;
   std::vector<Pair> pairs;
   int64_t first = 0;
-  for (size_t i = 0; i < x.size(); first += sums_of(x[i++])) {
+  for (size_t i = 0; i < x.size(); first += sums_length(x[i++])) {
     out.push_back(torch::stable::empty_like(y[i]));
     if (out[i].numel() == 0) continue;
     pairs.push_back(pair_of("cosine_sums_group_backward", x[i], y[i], grad, first));
-    pairs.back().dy = features(out[i]);
+    pairs.back().dy = view_of(out[i]);
   }
   run("cosine_sums_group_backward", pairs, true, grad);
   return out;

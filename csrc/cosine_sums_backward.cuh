@@ -1,60 +1,62 @@
-// The gradient of cosine_sums on the GPU. What it computes: recontrast/reference.py.
+// The gradient of cosine_sums on the GPU; recontrast/reference.py defines it.
 //
-// Memory-bound like the sums (cosine.cu); channels are shared by blocks, so that few positions fill the chip as well.
+// Memory-bound like the sums (cosine_sums.cu). Blocks split the channels, so that few positions occupy the whole GPU
+// too.
 #pragma once
 
 #include "feature_pairs.cuh"
 
 namespace recontrast {
 
-constexpr int kChannels = 64;  // channels of a block by planes: two rounds, so that weights are read rarely
+constexpr int kChannels = 64;  // channels per block by planes: two batches of loads for each read of the weights
 
-// Threads (lanes, channel groups), blocks (positions, kChannels channels each). V positions of weight 0 are not read.
+// Threads (lanes, channel groups), blocks (positions, kChannels channels each). V positions that all have weight 0 are
+// not read.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_planes(const __grid_constant__ Group all) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_planes(const __grid_constant__ Group group) {
   using A = typename S::A;
   constexpr int V = S::V;
   unsigned block;
-  const Pair& pair = all.mine(block);
-  const Size size = pair.size;
+  const Pair& pair = group.find(block);
+  const FeatureSize size = pair.size;
   const int lanes = pair.lanes, step = kThreads / lanes;
   const unsigned across = (size.count + lanes * V - 1) / (lanes * V);  // blocks that cover the positions
   const unsigned first = (block % across * lanes + threadIdx.x % lanes) * V;
   if (first >= size.count) return;
   const A* grad = static_cast<const A*>(pair.sums);
   A of_x[V], of_y[V];
-  bool some = false;
+  bool any_weight = false;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     of_x[v] = grad[first + v];
     of_y[v] = 2 * grad[2 * static_cast<int64_t>(size.count) + first + v];
-    some = some || of_x[v] != 0 || of_y[v] != 0;
+    any_weight = any_weight || of_x[v] != 0 || of_y[v] != 0;
   }
   const S xs(pair.x, first, size), ys(pair.y, first, size), out(pair.dy, first, size);
   const int begin = static_cast<int>(block / across) * kChannels, end = min(size.C, begin + kChannels);
   for (int c = begin + static_cast<int>(threadIdx.x) / lanes; c < end; c += kUnroll * step) {
-    const Round<S> round(xs, ys, c, step, some ? end : 0);
+    const LoadBatch<S> batch(xs, ys, c, step, any_weight ? end : 0);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (c + u * step >= end) break;
       A value[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const A sum = of_x[v] * xs.get(round.x[u], v) + of_y[v] * ys.get(round.y[u], v);
-        value[v] = of_x[v] != 0 || of_y[v] != 0 ? sum : 0;  // the features may hold NaN there
+        const A sum = of_x[v] * xs.get(batch.x[u], v) + of_y[v] * ys.get(batch.y[u], v);
+        value[v] = of_x[v] != 0 || of_y[v] != 0 ? sum : 0;  // the features of weight 0 may be NaN
       }
       out.store(c + u * step, value);
     }
   }
 }
 
-// Threads (lanes, positions). A position of weight 0 is written and not read.
+// Threads (lanes, positions). Positions of weight 0 are not read.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_rows(const __grid_constant__ Group all) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_rows(const __grid_constant__ Group group) {
   using A = typename S::A;
   unsigned block;
-  const Pair& pair = all.mine(block);
-  const Size size = pair.size;
+  const Pair& pair = group.find(block);
+  const FeatureSize size = pair.size;
   const int lanes = pair.lanes, step = lanes * S::V;
   const unsigned position = block * (kThreads / lanes) + threadIdx.x / lanes;
   if (position >= size.count) return;
@@ -68,13 +70,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_rows(const __gr
   }
   const S xs(pair.x, position, size), ys(pair.y, position, size);
   for (; c < size.C; c += kUnroll * step) {
-    const Round<S> round(xs, ys, c, step, size.C);
+    const LoadBatch<S> batch(xs, ys, c, step, size.C);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (c + u * step >= size.C) break;
       A value[S::V];
 #pragma unroll
-      for (int v = 0; v < S::V; ++v) value[v] = of_x * xs.get(round.x[u], v) + of_y * ys.get(round.y[u], v);
+      for (int v = 0; v < S::V; ++v) value[v] = of_x * xs.get(batch.x[u], v) + of_y * ys.get(batch.y[u], v);
       out.store(c + u * step, value);
     }
   }

@@ -1,4 +1,4 @@
-// How CUDA kernels read features (N, C, H, W) in place, whatever their strides and dtype.
+// How CUDA kernels read and write features (N, C, H, W) in place, with any strides and dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,42 +8,42 @@
 
 namespace recontrast {
 
-constexpr int kBytes = 16;  // the widest load of a thread
-// Loads of each tensor that a thread has in flight. Memory answers after 0.7 us or so: to keep 3.35 TB/s (H100; H200:
-// 4.8) coming, 2.3 MB (3.4) must be on their way, 18 kB (25) for each of 132 multiprocessors. A block of 256 threads
-// has 8 loads of 16 bytes a thread on their way, 32 kB, and a multiprocessor holds three blocks: enough while half of
-// them add up or wait for a barrier. All levels of WideResNet-50-2 fill whole rounds by rows (128 channels in float32,
-// 256 in 16 bits) and by planes (32 channels): none has a round that is half empty.
+constexpr int kBytes = 16;  // of the widest load of a thread
+// Loads of each tensor that a thread has in flight. The latency of memory is about 0.7 us: to sustain 3.35 TB/s (H100;
+// H200: 4.8), 2.3 MB (3.4) must be in flight, 18 kB (25) for each of 132 multiprocessors. The threads of a block of 256
+// have 8 loads of 16 bytes each in flight, 32 kB, and a multiprocessor runs three blocks: enough while half of them add
+// up or wait at a barrier. One batch of loads covers 128 channels by rows in float32 (256 in 16 bits) and 32 by planes;
+// the channel counts of WideResNet-50-2 are multiples of these, so no batch is partly empty.
 constexpr int kUnroll = 4;
 
-// Elements of a 16-byte load.
+// Number of elements in a 16-byte load.
 template <typename T>
 constexpr int kVector = kBytes / sizeof(T);
 
-// One tensor as the kernels see it; strides in elements.
-struct Features {
+// A feature tensor as kernels see it; strides in elements.
+struct FeatureView {
   void* data;
   ScalarType type;
-  bool one_stride;  // p walks through all positions
+  bool one_stride;  // stride p covers all positions; h and w are not needed
   int64_t n, c, p, h, w;
 };
 
-// The size of the tensors of a pair.
-struct Size {
+// FeatureSize of both tensors of a pair.
+struct FeatureSize {
   unsigned count;  // N * P
   unsigned P, W;
   int C;
 };
 
-inline Features features(const Tensor& t) {
-  const bool one = has_position_stride(t);
-  const Strides s = one ? strides(t) : Strides{t.stride(0), t.stride(1), 0};
-  void* data =
-      const_cast<void*>(t.const_data_ptr());  // mutable_data_ptr would copy a lazy clone; only new tensors are written
-  return {data, t.scalar_type(), one, s.n, s.c, s.p, t.stride(2), t.stride(3)};
+inline FeatureView view_of(const Tensor& t) {
+  const bool one_stride = has_position_stride(t);
+  const Strides s = one_stride ? strides_of(t) : Strides{t.stride(0), t.stride(1), 0};
+  // mutable_data_ptr would copy a lazy clone. Kernels write only to new tensors, which are no clones.
+  void* data = const_cast<void*>(t.const_data_ptr());
+  return {data, t.scalar_type(), one_stride, s.n, s.c, s.p, t.stride(2), t.stride(3)};
 }
 
-inline Size size_of(const char* op, const Tensor& t) {
+inline FeatureSize size_of(const char* op, const Tensor& t) {
   const int64_t C = t.size(1), P = t.size(2) * t.size(3), count = t.size(0) * P;
   STD_TORCH_CHECK(C < 1 << 22 && count <= 1 << 30, op,
                   ": C must be less than 2^22 and N * H * W at most 2^30 on CUDA, got ", shape(t));
@@ -51,7 +51,7 @@ inline Size size_of(const char* op, const Tensor& t) {
           static_cast<int>(C)};
 }
 
-// 16 bytes of T as they lie in registers: whole words, taken apart only where an element is used.
+// 16 bytes of T, kept in registers as 32-bit words; an element is extracted where it is used.
 template <typename T>
 struct alignas(kBytes) Words {
   unsigned word[kBytes / 4];
@@ -83,61 +83,64 @@ struct alignas(kBytes) Words {
   }
 };
 
+// One element of T.
 template <typename T>
-struct One {
+struct Scalar {
   T value;
   __device__ __forceinline__ Acc<T> get(int) const { return static_cast<Acc<T>>(value); }
   __device__ __forceinline__ void set(const Acc<T> (&from)[1]) { value = static_cast<T>(from[0]); }
 };
 
-// Source of V elements at once, of neighbouring positions (by planes) or channels (by rows).
+// Accesses V elements at once: V neighbouring positions (by planes) or channels (by rows) of one dtype.
 template <typename T, int V_>
-struct Packed {
+struct VectorAccess {
   using A = Acc<T>;
-  using Raw = std::conditional_t<V_ == 1, One<T>, Words<T>>;
+  using Raw = std::conditional_t<V_ == 1, Scalar<T>, Words<T>>;
   static constexpr int V = V_, bytes = sizeof(Raw);
   static constexpr bool by_rows = true;
-  T* at;
-  int64_t step;
+  T* pointer;    // channel 0 of the position
+  int64_t step;  // from channel to channel, in elements
 
-  __device__ Packed(const Features& f, unsigned position, const Size& size)
-      : at(static_cast<T*>(f.data) + position / size.P * f.n + position % size.P * f.p), step(f.c) {}
-  __device__ __forceinline__ Raw load(int c) const { return *reinterpret_cast<const Raw*>(at + c * step); }
+  __device__ VectorAccess(const FeatureView& f, unsigned position, const FeatureSize& size)
+      : pointer(static_cast<T*>(f.data) + position / size.P * f.n + position % size.P * f.p), step(f.c) {}
+  __device__ __forceinline__ Raw load(int c) const { return *reinterpret_cast<const Raw*>(pointer + c * step); }
   __device__ __forceinline__ A get(const Raw& raw, int v) const { return raw.get(v); }
   __device__ __forceinline__ void store(int c, const A (&value)[V]) const {
     Raw raw;
     raw.set(value);
-    *reinterpret_cast<Raw*>(at + c * step) = raw;
+    *reinterpret_cast<Raw*>(pointer + c * step) = raw;
   }
-  // Zeros of V elements; they are first to leave the cache, which is better kept for what is read.
+  // Writes V zeros, which are evicted from the cache first: nothing reads them soon.
   __device__ __forceinline__ void zero(int c) const {
     if constexpr (V == 1)
-      at[c * step] = static_cast<T>(0.f);
+      pointer[c * step] = static_cast<T>(0.f);
     else
-      __stcs(reinterpret_cast<uint4*>(at + c * step), make_uint4(0, 0, 0, 0));
+      __stcs(reinterpret_cast<uint4*>(pointer + c * step), make_uint4(0, 0, 0, 0));
   }
 };
 
-// Source of one element, of any strides and a type known at run time only: mixed dtypes (autocast) and rare layouts.
+// Accesses one element, with any strides and a dtype known only at run time: mixed dtypes (autocast), rare layouts.
 template <typename A_>
-struct Any {
+struct GenericAccess {
   using A = A_;
-  using Raw = uint64_t;  // bits alone: a load that is not used yet does not wait
+  using Raw = uint64_t;  // unconverted bits: converting would wait for the load
   static constexpr int V = 1, bytes = sizeof(float);
   static constexpr bool by_rows = false;
-  char* at;
-  int64_t step;  // bytes
+  char* pointer;  // channel 0 of the position
+  int64_t step;   // from channel to channel, in bytes
   ScalarType type;
 
   static __device__ int64_t width(ScalarType type) {
     return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
   }
-  __device__ Any(const Features& f, unsigned position, const Size& size) : step(f.c * width(f.type)), type(f.type) {
+  __device__ GenericAccess(const FeatureView& f, unsigned position, const FeatureSize& size)
+      : step(f.c * width(f.type)), type(f.type) {
     const unsigned p = position % size.P;
-    at = static_cast<char*>(f.data) + (position / size.P * f.n + p / size.W * f.h + p % size.W * f.w) * width(type);
+    pointer =
+        static_cast<char*>(f.data) + (position / size.P * f.n + p / size.W * f.h + p % size.W * f.w) * width(type);
   }
   __device__ __forceinline__ Raw load(int c) const {
-    const char* from = at + c * step;
+    const char* from = pointer + c * step;
     if (type == ScalarType::Double) return *reinterpret_cast<const uint64_t*>(from);
     if (type == ScalarType::Float) return *reinterpret_cast<const uint32_t*>(from);
     return *reinterpret_cast<const uint16_t*>(from);
@@ -149,7 +152,7 @@ struct Any {
     return static_cast<A>(__half2float(__ushort_as_half(static_cast<unsigned short>(raw))));
   }
   __device__ __forceinline__ void store(int c, const A (&value)[1]) const {
-    char* to = at + c * step;
+    char* to = pointer + c * step;
     const float single = static_cast<float>(value[0]);
     if (type == ScalarType::Double) *reinterpret_cast<double*>(to) = value[0];
     if (type == ScalarType::Float) *reinterpret_cast<float*>(to) = single;
@@ -158,13 +161,13 @@ struct Any {
   }
 };
 
-// kUnroll loads of channels c, c + step, ... of x and y, all on their way before the first is used; zeros from `end`
+// Loads kUnroll channels c, c + step, ... of x and y, all in flight before the first is used; zeros from channel `end`
 // on.
 template <typename S>
-struct Round {
+struct LoadBatch {
   typename S::Raw x[kUnroll], y[kUnroll];
 
-  __device__ __forceinline__ Round(const S& xs, const S& ys, int c, int step, int end) {
+  __device__ __forceinline__ LoadBatch(const S& xs, const S& ys, int c, int step, int end) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       x[u] = y[u] = {};

@@ -1,4 +1,4 @@
-// Pairs of features that go into one launch: which pairs one kernel can take together, and how a block finds its own.
+// Groups pairs of features into launches: which pairs one kernel can process together, and which pair a block works on.
 #pragma once
 
 #include <algorithm>
@@ -7,54 +7,56 @@
 
 namespace recontrast {
 
-// Pairs of a launch, more than any model here has. They travel as kernel arguments: no table is copied to the device,
-// and a captured graph holds the pointers.
+// Pairs per launch; more than any model here has. They are passed as kernel arguments, so no table is copied to the
+// device and a captured CUDA graph contains the pointers.
 constexpr int kPairs = 16;
-constexpr int kBlocks = 3;  // a multiprocessor holds at least: bounds the registers without a spill
+constexpr int kBlocks = 3;  // per multiprocessor at least: limits the registers of a thread, without spills
 
 struct Pair {
-  Features x, y, dy;
-  void* sums;  // [3, N, P] of this pair: the sums, or their gradient
-  Size size;
-  void* parts;     // [splits, 3, N, P]: partial sums, each over `share` channels; null where one block has all of them
-  int share;       // channels of a block of the sums
-  unsigned first;  // block
-  int lanes;       // neighbouring threads that run along memory
+  FeatureView x, y, dy;
+  void* sums;  // [3, N, P]: the sums of this pair (forward) or their gradient (backward)
+  FeatureSize size;
+  void* parts;     // [splits, 3, N, P]: partial sums, each over `share` channels; null if one block sums all channels
+  int share;       // channels per block (forward)
+  unsigned first;  // first block of this pair
+  int lanes;       // neighbouring threads that read neighbouring addresses
 };
 
 struct Group {
   Pair pair[kPairs];
   int pairs;
 
-  // The pair of the running block, whose number is then counted from the pair's first.
-  __device__ __forceinline__ const Pair& mine(unsigned& block) const {
+  // The pair that this block works on. block: its index among the blocks of that pair.
+  __device__ __forceinline__ const Pair& find(unsigned& block) const {
     int i = 0;
     while (i + 1 < pairs && blockIdx.x >= pair[i + 1].first) ++i;
     block = blockIdx.x - pair[i].first;
     return pair[i];
   }
 };
-static_assert(sizeof(Group) <= 4096);  // bytes of kernel arguments that every GPU takes
+static_assert(sizeof(Group) <= 4096);  // bytes; the kernel arguments that every GPU accepts
 
-// What decides the kernel; pairs that agree in it share a launch.
+// Determines the kernel; pairs of the same kind share a launch.
 struct Kind {
   ScalarType type;
-  bool any, rows, vectors;
+  bool generic;  // GenericAccess, else VectorAccess
+  bool rows;     // by rows (channels_last), else by planes
+  bool vectors;  // 16 bytes at once, else one element
   bool operator==(const Kind&) const = default;
 };
 
-// How to read x and y, and write dy (`backward`), in place; acc: the dtype of the sums.
+// How to read x and y, and write dy (if `backward`), in place. acc: dtype of the sums.
 inline Kind kind_of(const Pair& pair, bool backward, ScalarType acc) {
-  const auto every = [&](auto condition) {
+  const auto all_views = [&](auto condition) {
     return condition(pair.x) && condition(pair.y) && (!backward || condition(pair.dy));
   };
   const ScalarType type = pair.x.type;
-  const bool wide = (type == ScalarType::Double) == (acc == ScalarType::Double);
-  if (!wide || !every([&](const Features& f) { return f.one_stride && f.type == type; }))
+  const bool acc_fits = (type == ScalarType::Double) == (acc == ScalarType::Double);
+  if (!acc_fits || !all_views([&](const FeatureView& f) { return f.one_stride && f.type == type; }))
     return {acc, true, false, false};
-  const bool rows = pair.size.C > 1 && every([](const Features& f) { return f.c == 1; });
+  const bool rows = pair.size.C > 1 && all_views([](const FeatureView& f) { return f.c == 1; });
   const int64_t V = kBytes / (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2);
-  const bool vectors = (rows ? pair.size.C : pair.size.P) % V == 0 && every([&](const Features& f) {
+  const bool vectors = (rows ? pair.size.C : pair.size.P) % V == 0 && all_views([&](const FeatureView& f) {
                          return (rows || f.p == 1) && reinterpret_cast<uintptr_t>(f.data) % kBytes == 0 &&
                                 f.n % V == 0 && (rows ? f.p : f.c) % V == 0;
                        });
@@ -62,23 +64,24 @@ inline Kind kind_of(const Pair& pair, bool backward, ScalarType acc) {
 }
 
 template <typename T>
-struct Tag {
+struct TypeTag {
   using type = T;
 };
 
-// Calls f with a Tag of the source that reads pairs of `kind`.
+// Calls f with the TypeTag of the access class for pairs of `kind`.
 template <typename F>
-void with_source(const char* op, const Kind& kind, const F& f) {
-  if (kind.any) return kind.type == ScalarType::Double ? f(Tag<Any<double>>{}) : f(Tag<Any<float>>{});
+void with_access(const char* op, const Kind& kind, const F& f) {
+  if (kind.generic)
+    return kind.type == ScalarType::Double ? f(TypeTag<GenericAccess<double>>{}) : f(TypeTag<GenericAccess<float>>{});
   dispatch(op, kind.type, [&](auto element) {
     using T = decltype(element);
-    kind.vectors ? f(Tag<Packed<T, kVector<T>>>{}) : f(Tag<Packed<T, 1>>{});
+    kind.vectors ? f(TypeTag<VectorAccess<T, kVector<T>>>{}) : f(TypeTag<VectorAccess<T, 1>>{});
   });
 }
 
-// Calls f(kind, group) for each launch that the pairs need; pairs with nothing to do must be left out.
+// Calls f(kind, group) for each launch that the pairs need. Empty pairs must be left out.
 template <typename F>
-void in_groups(std::vector<Pair> pairs, bool backward, ScalarType acc, const F& f) {
+void for_each_launch(std::vector<Pair> pairs, bool backward, ScalarType acc, const F& f) {
   while (!pairs.empty()) {
     const Kind kind = kind_of(pairs[0], backward, acc);
     Group group{};
@@ -94,7 +97,7 @@ void in_groups(std::vector<Pair> pairs, bool backward, ScalarType acc, const F& 
   }
 }
 
-// Positions of all pairs.
+// Number of positions of all pairs.
 inline int64_t positions_of(const Group& group) {
   int64_t count = 0;
   for (int i = 0; i < group.pairs; ++i) count += group.pair[i].size.count;

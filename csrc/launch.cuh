@@ -1,4 +1,4 @@
-// What every CUDA kernel shares: where it runs and how it is launched.
+// How CUDA kernels are launched: stream, grid size, device checks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ namespace recontrast {
 
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int kThreads = 256;  // eight warps: small enough that several blocks share a multiprocessor
+constexpr int kThreads = 256;  // threads per block: eight warps, so that several blocks fit on a multiprocessor
 constexpr int kWarp = 32;
 
 inline cudaStream_t current_stream(const Tensor& t) {
@@ -21,7 +21,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Multiprocessors of the current device.
+// Number of multiprocessors of the current device.
 inline int64_t processors() {
   int device = 0, count = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
@@ -29,9 +29,10 @@ inline int64_t processors() {
   return count;
 }
 
-// Blocks that cover n, each taking `per`.
+// Number of blocks for n items, `per` items each.
 inline unsigned blocks(int64_t n, int64_t per) { return static_cast<unsigned>((n + per - 1) / per); }
 
+// Launches `kernel` and checks for errors.
 template <typename... P, typename... Args>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
   cudaLaunchConfig_t config{};

@@ -1,8 +1,8 @@
-// mined_loss on the CPU. What it computes: recontrast/reference.py.
+// mined_loss on the CPU; recontrast/reference.py defines it.
 //
-// Three floats a point, against hundreds of the features: what counts is that no temporary is allocated and no
-// operator called for each of the thirty small steps. A task is an image; sums are added in an order that only the
-// shape decides.
+// It reads three floats per point, where the features have hundreds, so overhead dominates: eager PyTorch would call
+// about thirty operators and allocate a temporary for each. A task is one image. The order of each sum depends only on
+// the shape.
 
 #include <algorithm>
 #include <limits>
@@ -13,14 +13,15 @@
 namespace recontrast {
 namespace {
 
-constexpr int64_t kPiece = 1024;     // points summed in their own dtype before a double takes over
-constexpr int64_t kGrainImages = 4;  // images a thread takes at least
+constexpr int64_t kPiece = 1024;     // points summed in their own dtype before the sum is added to a double
+constexpr int64_t kGrainImages = 4;  // images per thread at least
 
 template <typename A>
 INLINE void distances_body(const A* xy, const A* xx, const A* yy, int64_t n, A* d) {
   for (int64_t p = 0; p < n; ++p) d[p] = distance_of(xy[p], xx[p], yy[p]);
 }
 
+// Sum of term(p) over n points.
 template <typename A, typename F>
 INLINE double sum_body(int64_t n, const F& term) {
   constexpr int64_t lanes = Lanes<A>::count;
@@ -37,7 +38,7 @@ INLINE double sum_body(int64_t n, const F& term) {
   return total;
 }
 
-#define LEAVES(A)                                                                                   \
+#define DEFINE_LOOPS(A)                                                                             \
   VERSIONED void distances(const A* xy, const A* xx, const A* yy, int64_t n, A* d) {                \
     distances_body(xy, xx, yy, n, d);                                                               \
   }                                                                                                 \
@@ -56,16 +57,17 @@ INLINE double sum_body(int64_t n, const F& term) {
   VERSIONED void mark(const A* d, A threshold, A factor, int64_t n, A* weight) {                    \
     for (int64_t p = 0; p < n; ++p) weight[p] = d[p] < threshold ? factor : 1;                      \
   }
-LEAVES(float)
-LEAVES(double)
-#undef LEAVES
+DEFINE_LOOPS(float)
+DEFINE_LOOPS(double)
+#undef DEFINE_LOOPS
 
-// An image of a pair.
+// One image of one pair.
 struct Task {
   size_t pair;
-  int64_t image, first;  // of all images; first: of the pair in the flat sums
+  int64_t image, first;  // first: index of the pair's first element in the flat sums
 };
 
+// Tasks of all images of all pairs.
 std::vector<Task> tasks_of(const std::vector<int64_t>& images, const std::vector<int64_t>& points) {
   std::vector<Task> tasks;
   int64_t first = 0;
@@ -76,15 +78,17 @@ std::vector<Task> tasks_of(const std::vector<int64_t>& images, const std::vector
   return tasks;
 }
 
+// Threshold of a pair with `count` distances d, mining_rule are reordered. centre: their sum ("power") or mean
+// ("deviation"); squares: the sum of squared differences from the mean.
 template <typename A>
 A threshold_of(A* d, int64_t count, Rule rule, double parameter, double centre, double squares) {
   if (rule == Rule::power) return static_cast<A>(centre / static_cast<double>(count));
-  constexpr A none = -std::numeric_limits<A>::infinity();
+  constexpr A lowest = -std::numeric_limits<A>::infinity();
   if (rule == Rule::deviation) {
-    if (count < 2) return none;
+    if (count < 2) return lowest;
     return static_cast<A>(centre + parameter * std::sqrt(squares / static_cast<double>(count - 1)));
   }
-  if (count == 0) return none;
+  if (count == 0) return lowest;
   const auto larger = [](A a, A b) { return a > b || (a != a && b == b); };  // NaN counts as largest, as in torch
   A* kth = d + hard_points(parameter, count) - 1;
   std::nth_element(d, kth, d + count, larger);
@@ -106,18 +110,18 @@ void forward(const A* sums, const std::vector<int64_t>& images, const std::vecto
       double slope[3];
       losses[t] = slopes_of(sum(xy, P), sum(xx, P), sum(yy, P), slope);
       for (int q = 0; q < 3; ++q) slopes[3 * t + q] = static_cast<A>(slope[q] / static_cast<double>(images[pair]));
-      const A* mine = d + first / 3 + image * P;
-      centres[t] = rule == Rule::power ? sum_positive(mine, P) : rule == Rule::deviation ? sum(mine, P) : 0;
+      const A* image_d = d + first / 3 + image * P;
+      centres[t] = rule == Rule::power ? sum_positive(image_d, P) : rule == Rule::deviation ? sum(image_d, P) : 0;
     }
   });
   double total = 0;
   size_t t = 0;
   for (size_t i = 0; i < images.size(); ++i) {
     const int64_t count = images[i] * points[i];
-    double centre = 0, squares = 0, of_pair = 0;
+    double centre = 0, squares = 0, pair_loss = 0;
     for (int64_t n = 0; n < images[i]; ++n, ++t) {
       centre += centres[t];
-      of_pair += losses[t];
+      pair_loss += losses[t];
       for (int64_t q = 0; q < 3; ++q) state[1 + q * images[i] + n] = slopes[3 * t + q];
     }
     if (rule == Rule::deviation && count > 1) {
@@ -125,19 +129,19 @@ void forward(const A* sums, const std::vector<int64_t>& images, const std::vecto
       squares = sum_squares(d, count, static_cast<A>(centre));
     }
     state[0] = threshold_of(d, count, rule, parameter, centre, squares);
-    total += of_pair / static_cast<double>(images[i]);  // of no image: no number, as a mean over nothing
+    total += pair_loss / static_cast<double>(images[i]);  // NaN without images, like the mean of an empty tensor
     d += count;
-    state += state_of(images[i]);
+    state += state_length(images[i]);
   }
   *loss = static_cast<A>(total);
 }
 
 std::tuple<Tensor, Tensor> mined_loss(const Tensor& sums_, std::vector<int64_t> images, std::vector<int64_t> points,
                                       std::string rule, double parameter, std::optional<Tensor> alpha,
-                                      double) {  // factor: the backward pass alone needs it
+                                      double) {  // factor is needed by the backward pass only
   const int64_t length = check_mined("mined_loss", sums_, images, points);
   check_alpha("mined_loss", alpha);
-  const Rule which = rule_of("mined_loss", rule);
+  const Rule mining_rule = rule_of("mined_loss", rule);
   if (alpha.has_value())
     parameter =
         alpha->scalar_type() == ScalarType::Float ? *alpha->const_data_ptr<float>() : *alpha->const_data_ptr<double>();
@@ -146,7 +150,7 @@ std::tuple<Tensor, Tensor> mined_loss(const Tensor& sums_, std::vector<int64_t> 
   Tensor d = torch::stable::new_empty(sums, std::array{sums.numel() / 3});
   dispatch("mined_loss", sums.scalar_type(), [&](auto number) {
     using A = Acc<decltype(number)>;
-    forward<A>(sums.const_data_ptr<A>(), images, points, which, parameter, d.mutable_data_ptr<A>(),
+    forward<A>(sums.const_data_ptr<A>(), images, points, mining_rule, parameter, d.mutable_data_ptr<A>(),
                loss.mutable_data_ptr<A>(), state.mutable_data_ptr<A>());
   });
   return {loss, state};
@@ -158,7 +162,7 @@ void backward(A grad, const A* sums, const A* state, const std::vector<int64_t>&
   std::vector<const A*> states;
   for (const int64_t n : images) {
     states.push_back(state);
-    state += state_of(n);
+    state += state_length(n);
   }
   const std::vector<Task> tasks = tasks_of(images, points);
   torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), kGrainImages, [&](int64_t begin, int64_t end) {
@@ -187,12 +191,12 @@ Tensor mined_loss_backward(const Tensor& grad, const Tensor& sums_, const Tensor
   STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == sums_.scalar_type(),
                   "mined_loss_backward: grad must be one number of the dtype of sums, got ", shape(grad));
   const Tensor sums = torch::stable::contiguous(sums_), state = torch::stable::contiguous(state_);
-  const Rule which = rule_of("mined_loss_backward", rule);
+  const Rule mining_rule = rule_of("mined_loss_backward", rule);
   Tensor out = torch::stable::empty_like(sums);
   dispatch("mined_loss_backward", sums.scalar_type(), [&](auto number) {
     using A = Acc<decltype(number)>;
-    backward<A>(*grad.const_data_ptr<A>(), sums.const_data_ptr<A>(), state.const_data_ptr<A>(), images, points, which,
-                parameter, factor, out.mutable_data_ptr<A>());
+    backward<A>(*grad.const_data_ptr<A>(), sums.const_data_ptr<A>(), state.const_data_ptr<A>(), images, points,
+                mining_rule, parameter, factor, out.mutable_data_ptr<A>());
   });
   return out;
 }

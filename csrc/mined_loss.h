@@ -1,4 +1,4 @@
-// What the CPU and the GPU share of mined_loss: its arguments, the layout of its state, and the formulas of a point.
+// Shared by the CPU and CUDA versions of mined_loss: argument checks, the layout of its state, the formulas of a point.
 #pragma once
 
 #include <cmath>
@@ -7,9 +7,9 @@
 #include "tensor_arguments.h"
 
 #ifdef __CUDACC__
-#define BOTH __host__ __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define BOTH inline
+#define HOST_DEVICE inline
 #endif
 
 namespace recontrast {
@@ -25,9 +25,10 @@ inline Rule rule_of(const char* op, const std::string& name) {
   return Rule::power;
 }
 
-// The state of a pair: its threshold, then the slopes of its images, [3, N].
-inline int64_t state_of(int64_t images) { return 1 + 3 * images; }
+// Length of a pair's state: its threshold, then the slopes of its images [3, N].
+inline int64_t state_length(int64_t images) { return 1 + 3 * images; }
 
+// Checks the sums of all pairs. Returns the length of the state.
 inline int64_t check_mined(const char* op, const Tensor& sums, const std::vector<int64_t>& images,
                            const std::vector<int64_t>& points) {
   STD_TORCH_CHECK(!images.empty() && images.size() == points.size(), op,
@@ -36,7 +37,7 @@ inline int64_t check_mined(const char* op, const Tensor& sums, const std::vector
   for (size_t i = 0; i < images.size(); ++i) {
     STD_TORCH_CHECK(images[i] >= 0 && points[i] >= 0, op, ": images and points must not be negative");
     total += 3 * images[i] * points[i];
-    state += state_of(images[i]);
+    state += state_length(images[i]);
   }
   const ScalarType type = sums.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op,
@@ -53,36 +54,38 @@ inline void check_alpha(const char* op, const std::optional<Tensor>& alpha) {
                   shape(*alpha));
 }
 
-// How many of the largest distances are hard.
+// Number of hard points: the `fraction` of the points with the largest distances, at smallest 1.
 inline int64_t hard_points(double fraction, int64_t points) {
   const auto k = static_cast<int64_t>(static_cast<double>(points) * fraction);
   return k < 1 ? 1 : k;
 }
 
+// Square root of `square`, at smallest kEps.
 template <typename A>
-BOTH A norm_of(A square) {
-  const A least = static_cast<A>(kEps * kEps);
-  return std::sqrt(square < least ? least : square);
+HOST_DEVICE A norm_of(A square) {
+  const A smallest = static_cast<A>(kEps * kEps);
+  return std::sqrt(square < smallest ? smallest : square);
 }
 
-// 1 - cosine. Computed again by the backward pass, to the same bits: nothing here can be contracted.
+// 1 - cosine. The backward pass computes it again and gets the same bits: nothing here can become a fused multiply-add.
 template <typename A>
-BOTH A distance_of(A xy, A xx, A yy) {
+HOST_DEVICE A distance_of(A xy, A xx, A yy) {
   return 1 - xy / (norm_of(xx) * norm_of(yy));
 }
 
-// Loss of one image and its slopes, from the sums of the whole image.
+// Loss of one image from the sums <x, y>, <x, x> and <y, y> of the whole image. slope [3]: its derivatives by the sums.
 template <typename A>
-BOTH A slopes_of(A xy, A xx, A yy, A* slope) {
-  const A inverse = 1 / (norm_of(xx) * norm_of(yy)), least = static_cast<A>(kEps * kEps);
+HOST_DEVICE A slopes_of(A xy, A xx, A yy, A* slope) {
+  const A inverse = 1 / (norm_of(xx) * norm_of(yy)), smallest = static_cast<A>(kEps * kEps);
   slope[0] = -inverse;
-  slope[1] = xx < least ? 0 : xy * inverse / (2 * xx);
-  slope[2] = yy < least ? 0 : xy * inverse / (2 * yy);
+  slope[1] = xx < smallest ? 0 : xy * inverse / (2 * xx);
+  slope[2] = yy < smallest ? 0 : xy * inverse / (2 * yy);
   return 1 - xy * inverse;
 }
 
+// Weight of a point with distance `d` in the gradient.
 template <typename A>
-BOTH A weight_of(Rule rule, A d, A threshold, A parameter, A factor) {
+HOST_DEVICE A weight_of(Rule rule, A d, A threshold, A parameter, A factor) {
   if (rule != Rule::power) return d < threshold ? factor : 1;
   return threshold > 0 ? std::pow((d < 0 ? 0 : d) / threshold, parameter) : 1;
 }

@@ -1,4 +1,4 @@
-// The boundary every kernel shares: argument checks, dispatch on dtype, accumulator type, memory layout.
+// How every operator treats its tensor arguments: checks, dispatch on dtype, accumulation dtype, strides.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,7 +20,7 @@ namespace recontrast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// half and bfloat16 are summed in float; float and double in themselves.
+// float16, bfloat16 and float32 accumulate in float32, float64 in float64.
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -43,16 +43,16 @@ inline void check_gradient(const char* op, const Tensor& grad, const Tensor& y, 
                   torch::headeronly::toString(grad.scalar_type()));
 }
 
-// The dtype in which a pair is summed.
+// Accumulation dtype of a pair.
 inline ScalarType acc_type(const Tensor& x, const Tensor& y) {
-  const bool wide = x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
-  return wide ? ScalarType::Double : ScalarType::Float;
+  const bool is_double = x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
+  return is_double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Length of the flat sums (3, N, P) of a pair.
-inline int64_t sums_of(const Tensor& x) { return 3 * x.size(0) * x.size(2) * x.size(3); }
+// Number of elements in the sums (3, N, P) of a pair.
+inline int64_t sums_length(const Tensor& x) { return 3 * x.size(0) * x.size(2) * x.size(3); }
 
-// Checks a group of pairs; the dtype in which it is summed, and the length of its flat sums.
+// Checks a group of pairs. Returns its accumulation dtype and the length of its flat sums.
 inline std::pair<ScalarType, int64_t> check_group(const char* op, const std::vector<Tensor>& x,
                                                   const std::vector<Tensor>& y) {
   STD_TORCH_CHECK(!x.empty() && x.size() == y.size(), op, ": x and y must be lists of one length > 0, got ", x.size(),
@@ -62,7 +62,7 @@ inline std::pair<ScalarType, int64_t> check_group(const char* op, const std::vec
   for (size_t i = 0; i < x.size(); ++i) {
     check_pair(op, x[i], y[i]);
     if (acc_type(x[i], y[i]) == ScalarType::Double) acc = ScalarType::Double;
-    total += sums_of(x[i]);
+    total += sums_length(x[i]);
   }
   return {acc, total};
 }
@@ -78,17 +78,17 @@ struct Strides {
   int64_t n, c, p;
 };
 
-// Whether one stride walks through all H * W positions: true of NCHW, channels_last and slices of either.
+// Whether a single stride covers all H * W positions: true for NCHW, channels_last and slices of either.
 inline bool has_position_stride(const Tensor& t) {
   return t.size(2) == 1 || t.size(3) == 1 || t.stride(2) == t.size(3) * t.stride(3);
 }
 
-// Requires has_position_stride.
-inline Strides strides(const Tensor& t) {
+// Strides of `t`, for which has_position_stride must be true.
+inline Strides strides_of(const Tensor& t) {
   return {t.stride(0), t.stride(1), t.size(3) == 1 ? t.stride(2) : t.stride(3)};
 }
 
-// Calls f with a value of the C++ type that `type` names: f(auto) does the work once per type.
+// Calls f with a value of the C++ type of `type`, so that f(auto element) is compiled for each dtype.
 template <typename F>
 void dispatch(const char* op, ScalarType type, const F& f) {
   switch (type) {

@@ -1,8 +1,7 @@
-"""anomaly_map in Triton. What it computes: recontrast/reference.py.
+"""anomaly_map in Triton; recontrast/reference.py defines it.
 
-The matrices of upsampling and blur are bands. A small first kernel finds the band of each tile of rows; a program of
-the second makes a tile of the map, multiplying only what the bands of its rows and columns hold, and leaves its largest
-value.
+The matrices of upsampling and blur are banded. A small first kernel finds the band of each tile of rows. A program of
+the second kernel computes a tile of the map from the bands of its rows and columns alone, and its maximum.
 """
 
 from collections.abc import Sequence
@@ -12,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recontrast.kernels.autotune import OPTIONS, tuned
+from recontrast.kernels.autotune import OPTIONS, autotuned
 
-BLOCK = 64  # side of a tile of the map: of its dense products with bands of 26, 14 and 8, few zeros are multiplied
+BLOCK = 64  # side of a tile of the map: its bands of 26, 14 and 8 at 256 px contain few zeros
 
 
 @triton.jit
-def _bands(
+def _find_bands(
     matrices,  # tuple of (H, h)
     heights,  # tuple of H
     widths,  # tuple of h
@@ -26,6 +25,7 @@ def _bands(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
+    """Bands [start, end) of the columns with nonzeros, for each tile of BLOCK rows of each matrix."""
     y = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for m in tl.static_range(len(matrices)):
         if tl.program_id(1) == m:
@@ -35,10 +35,10 @@ def _bands(
             while first < widths[m]:
                 x = first + tl.arange(0, STEP)
                 inside = (y < heights[m])[:, None] & (x < widths[m])[None, :]
-                at = matrices[m] + y.to(tl.int64)[:, None] * widths[m] + x[None, :]
-                held = tl.load(at, mask=inside, other=0.0) != 0
-                start = tl.minimum(start, tl.min(tl.where(held, x[None, :], widths[m])))
-                end = tl.maximum(end, tl.max(tl.where(held, x[None, :] + 1, 0)))
+                pointers = matrices[m] + y.to(tl.int64)[:, None] * widths[m] + x[None, :]
+                nonzero = tl.load(pointers, mask=inside, other=0.0) != 0
+                start = tl.minimum(start, tl.min(tl.where(nonzero, x[None, :], widths[m])))
+                end = tl.maximum(end, tl.max(tl.where(nonzero, x[None, :] + 1, 0)))
                 first += STEP
             out_at = out_ptr + (m * tl.num_programs(0) + tl.program_id(0)) * 2
             tl.store(out_at, start)
@@ -46,23 +46,24 @@ def _bands(
 
 
 @triton.jit
-def _blend(
-    distances,  # tuple of (N, h, w), the pairs of a level side by side
-    rows,  # tuple of (H, h), one for each level
+def _compute_tile(
+    distances,  # tuple of (N, h, w), ordered by level
+    rows,  # tuple of (H, h), one per level
     cols,  # tuple of (W, w)
     heights,  # tuple of h
     widths,  # tuple of w
-    bands_ptr,  # (levels of rows then of cols, tiles, 2)
+    bands_ptr,  # (2 * levels, tiles, 2), of rows, then of cols
     maps_ptr,  # (N, H, W)
     tops_ptr,  # (N, tiles of the map)
     tiles,
     H,
     W,
     scale,
-    PAIRS: tl.constexpr,  # of a level
+    PAIRS: tl.constexpr,  # per level
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,  # rows or columns of distances at a time
 ):
+    """A tile of BLOCK x BLOCK pixels of one map, and its maximum."""
     n = tl.program_id(0).to(tl.int64)
     y = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -99,9 +100,9 @@ def _blend(
     inside = (y < H)[:, None] & (x < W)[None, :]
     tl.store(maps_ptr + (n * H + y[:, None]) * W + x[None, :], total, mask=inside)
     largest = tl.max(tl.where(inside, total, float("-inf")))
-    broken = tl.max((inside & (total != total)).to(tl.int32))  # tl.max passes over NaN, torch's maximum does not
-    at = (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
-    tl.store(tops_ptr + at, tl.where(broken > 0, float("nan"), largest))
+    has_nan = tl.max((inside & (total != total)).to(tl.int32))  # tl.max ignores NaN, unlike torch
+    tile = (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(tops_ptr + tile, tl.where(has_nan > 0, float("nan"), largest))
 
 
 def _config(step: int, warps: int) -> triton.Config:
@@ -109,14 +110,14 @@ def _config(step: int, warps: int) -> triton.Config:
 
 
 CONFIGS = [
-    _config(16, 8),  # the least that a dot takes: the finest cut of the bands
-    _config(32, 8),  # most bands of a tile (26, 14, 8 at 256 px) in one step
+    _config(16, 8),  # the smallest size of tl.dot, closest to the size of the bands
+    _config(32, 8),  # covers the bands of a tile (26, 14, 8 at 256 px) in one step
 ]
-_tuned_blend = tuned(_blend, CONFIGS, ["H", "W"])
+_tuned_tile = autotuned(_compute_tile, CONFIGS, ["H", "W"])
 
 
 def _levels(distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Order that puts pairs with the same matrices side by side, and how many each level has; 1 where they differ."""
+    """Order of the pairs, grouped by matrices, and the number of pairs per level; 1 if the levels differ in it."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (d, r, c) in enumerate(zip(distances, rows, cols, strict=True)):
         groups.setdefault((d.shape, r.data_ptr(), r.stride(), c.data_ptr(), c.stride()), []).append(i)
@@ -143,10 +144,10 @@ def anomaly_map(
     bands = torch.empty(2 * len(r), tiles, 2, dtype=torch.int32, device=maps.device)
     tops = maps.new_empty(N, down * across)
     with torch.cuda.device_of(maps):
-        _bands[tiles, 2 * len(r)](
+        _find_bands[tiles, 2 * len(r)](
             r + c, (H,) * len(r) + (W,) * len(c), heights + widths, bands, BLOCK=BLOCK, STEP=32, **OPTIONS
         )
-        _tuned_blend[N, down, across](
+        _tuned_tile[N, down, across](
             d, r, c, heights, widths, bands, maps, tops, tiles, H, W, scale, PAIRS=pairs, BLOCK=BLOCK, **OPTIONS
         )
     return maps, tops.amax(1)

@@ -1,15 +1,15 @@
-"""How a Triton kernel gets its block sizes: by autotuning on a GPU, fixed in the interpreter."""
+"""Block sizes of Triton kernels: autotuned on a GPU, fixed in the interpreter."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
 
-OPTIONS = {"enable_fp_fusion": True}  # of every launch: one rounding less, and Triton is about to change its default
+OPTIONS = {"enable_fp_fusion": True}  # of every launch; explicit, because Triton is about to change the default
 
 
-class First:
-    """A kernel launched with one configuration, untimed."""
+class Untuned:
+    """A kernel that is always launched with the first of its configurations."""
 
     def __init__(self, kernel: Any, configs: Sequence[triton.Config]):
         self.kernel, self.options = kernel, configs[0].all_kwargs()
@@ -18,12 +18,12 @@ class First:
         return lambda *args, **kwargs: self.kernel[grid](*args, **kwargs, **self.options)
 
 
-def tuned(kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> Any:
-    """``kernel`` with the fastest of ``configs`` for each value of the arguments ``key`` (and each set of dtypes).
+def autotuned(kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> Any:
+    """``kernel`` with the fastest of ``configs`` for each value of the arguments ``key`` and each set of dtypes.
 
-    They are timed at the first launch and remembered for the life of the process; the kernel must bear repetition.
-    The interpreter (TRITON_INTERPRET=1) has no driver to time with: there it is the first.
+    The configurations are timed at the first launch and the choice is kept for the life of the process. Timing runs the
+    kernel many times, so it must be idempotent. The interpreter (TRITON_INTERPRET=1) takes the first configuration.
     """
     if isinstance(kernel, triton.JITFunction):
         return triton.autotune(configs=list(configs), key=list(key))(kernel)
-    return First(kernel, configs)
+    return Untuned(kernel, configs)

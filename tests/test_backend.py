@@ -1,4 +1,4 @@
-"""Which kernels run, and what the environment may ask for."""
+"""Which kernels run, and how the environment variable chooses them."""
 
 import os
 import shutil
@@ -20,13 +20,14 @@ def run(code, **environment):
 
 
 @pytest.mark.parametrize(
-    "asked, found", [("torch", "torch asked for by RECONTRAST_BACKEND"), ("triton", "native None"), ("", "native None")]
+    "requested, report",
+    [("torch", "torch asked for by RECONTRAST_BACKEND"), ("triton", "native None"), ("", "native None")],
 )
-def test_the_environment_may_ask(asked, found):
-    assert run(SHOW, RECONTRAST_BACKEND=asked).stdout.strip() == found
+def test_environment_variable_chooses_the_backend(requested, report):
+    assert run(SHOW, RECONTRAST_BACKEND=requested).stdout.strip() == report
 
 
-def test_a_name_that_is_none(monkeypatch):
+def test_unknown_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("RECONTRAST_BACKEND", "cuda")
     with pytest.raises(ValueError, match="RECONTRAST_BACKEND: wanted one of native, torch, triton, got 'cuda'"):
         backend.choose("cpu", {})
@@ -36,14 +37,14 @@ def test_a_name_that_is_none(monkeypatch):
     assert done.returncode == 2
 
 
-def test_what_is_asked_for_must_be_there(monkeypatch):
+def test_requested_backend_must_be_available(monkeypatch):
     monkeypatch.setenv("RECONTRAST_BACKEND", "native")
     monkeypatch.setattr(backend, "_native", lambda device: f"_{device}.so was not built")
     with pytest.raises(ValueError, match=r"wanted native kernels on cpu, but _cpu\.so was not built"):
         backend.choose("cpu", {})
 
 
-def test_what_is_missing_is_said_once(monkeypatch):
+def test_missing_library_is_one_warning(monkeypatch):
     monkeypatch.delenv("RECONTRAST_BACKEND", raising=False)
     monkeypatch.setattr(backend, "_native", lambda device: f"_{device}.so was not built")
     monkeypatch.setattr(backend, "BACKEND", {"cpu": "native"})
@@ -53,7 +54,7 @@ def test_what_is_missing_is_said_once(monkeypatch):
     assert (backend.BACKEND, backend.WHY) == ({"cpu": "torch"}, {"cpu": "_cpu.so was not built"})
 
 
-def test_triton_registers_every_operator():
+def test_triton_has_every_operator():
     """Registering needs a GPU; here, that each operator is in the module that `ops.KERNEL_MODULES` names."""
     import importlib
 

@@ -1,4 +1,4 @@
-"""What setup.py does about the torch that is already there."""
+"""How setup.py treats an installed torch."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """Python and site-packages of a virtual environment in which nothing is installed."""
+    """Python and site-packages of an empty virtual environment."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -22,26 +22,26 @@ def empty(tmp_path_factory):
     return python, Path(site)
 
 
-def ask(empty, version):
-    """Run setup.py for its version number beside a torch of ``version``; setuptools is lent."""
+def run_setup(empty, version):
+    """Run ``setup.py --version`` with a torch of ``version`` in site-packages and the setuptools of this environment."""
     python, site = empty
     (site / "torch").mkdir(exist_ok=True)
     (site / "torch" / "version.py").write_text(f"__version__ = '{version}'\ndebug = False\n")
-    lent = {**os.environ, "PYTHONPATH": str(Path(setuptools.__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(setuptools.__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
     command = [python, "setup.py", "--version"]
-    return subprocess.run(command, cwd=ROOT, env=lent, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("version", ["2.10.1+cpu", "1.13.1", "2.9.0a0"])
-def test_older_torch_gets_one_sentence(empty, version):
-    done = ask(empty, version)
+def test_older_torch_is_refused_in_one_sentence(empty, version):
+    done = run_setup(empty, version)
     assert done.returncode != 0
-    wanted = f"recontrast needs torch >= 2.11, got torch {version} in {empty[1]}: upgrade it, or use another venv"
-    assert done.stderr.strip().splitlines() == [wanted]
+    message = f"recontrast needs torch >= 2.11, got torch {version} in {empty[1]}: upgrade it, or use another venv"
+    assert done.stderr.strip().splitlines() == [message]
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cu130", "3.0.0"])
-def test_newer_torch_is_taken_as_it_is(empty, version):
-    done = ask(empty, version)
+def test_newer_torch_is_used_as_it_is(empty, version):
+    done = run_setup(empty, version)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1].count(".") == 2  # the version; no torch was fetched to tell it
+    assert done.stdout.split()[-1].count(".") == 2  # the version alone: no torch was downloaded

@@ -1,4 +1,4 @@
-// What bounds it is the memory of the histograms, a few cache lines for a smooth map, and the atomic additions.
+// Bound by access to the histograms (a few cache lines for a smooth map) and by the atomic additions.
 
 #include "histogram.h"
 
@@ -11,7 +11,7 @@
 namespace recontrast {
 namespace {
 
-void add(int64_t& place, int64_t what) { std::atomic_ref(place).fetch_add(what, std::memory_order_relaxed); }
+void atomic_add(int64_t& count, int64_t value) { std::atomic_ref(count).fetch_add(value, std::memory_order_relaxed); }
 
 }  // namespace
 
@@ -23,17 +23,17 @@ int32_t Bins::of(float score) const {
 void add_maps(const float* maps, int64_t P, const std::vector<Regions>& regions, const Bins& bins, int64_t* good,
               int64_t* positive, int64_t* overlap, int64_t threads) {
   const auto N = static_cast<int64_t>(regions.size());
-  parallel(N, threads, N * P, [&](int64_t n) {
+  parallel_for(N, threads, N * P, [&](int64_t n) {
     const float* map = maps + n * P;
-    between(regions[n], P, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) add(good[bins.of(map[i])], 1);
+    for_each_good_range(regions[n], P, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) atomic_add(good[bins.of(map[i])], 1);
     });
     for (const Run& run : regions[n].runs) {
-      const int64_t share = ((int64_t{2} << kUnit) / regions[n].areas[run.region] + 1) / 2;  // to the nearest
+      const int64_t share = ((int64_t{2} << kUnit) / regions[n].areas[run.region] + 1) / 2;  // rounded to nearest
       for (int32_t i = run.begin; i < run.end; ++i) {
         const int32_t bin = bins.of(map[i]);
-        add(positive[bin], 1);
-        add(overlap[bin], share);
+        atomic_add(positive[bin], 1);
+        atomic_add(overlap[bin], share);
       }
     }
   });

@@ -8,19 +8,20 @@
 
 namespace recontrast {
 
-// Bins of equal width in the bits of a float32, so that their width is a share of the score. Bin 0 takes all below
-// 2 ** lowest, and what rounding made negative; the last one all from its lower end on.
+// Bins of equal width in the bits of a float32, so that their width is proportional to the score. Bin 0 contains all
+// scores below the second bin, also those that rounding made negative; the last bin has no upper limit.
 struct Bins {
   int32_t shift, base, count;
 
+  // The bin of a score.
   int32_t of(float score) const;
 };
 
-constexpr int kUnit =
-    40;  // a whole region is 2 ** 40 in the histogram of overlaps: 2^22 of them fit with room to spare
+// A whole region counts 2^40 in the histogram of overlaps; an int64 bin can hold 2^22 regions.
+constexpr int kUnit = 40;
 
-// Adds maps [N, P] to the histograms [bins] of good pixels, of positives and of the positives' shares of their regions.
-// They are whole numbers, so that neither threads nor the order of calls change them.
+// Adds maps [N, P] to the histograms [bins] of good pixels, of positive pixels, and of the share that each positive
+// pixel has of its region. All are integers, so they do not depend on the threads or on the order of calls.
 void add_maps(const float* maps, int64_t P, const std::vector<Regions>& regions, const Bins& bins, int64_t* good,
               int64_t* positive, int64_t* overlap, int64_t threads);
 

@@ -1,5 +1,5 @@
-// The pybind11 module recontrast._metrics: its functions check what guards memory, let go of the GIL and hand NumPy's
-// pointers on. It needs no torch.
+// The pybind11 module recontrast._metrics: its functions check what memory safety needs, release the GIL and pass on
+// the pointers of NumPy arrays. It does not need torch.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -14,6 +14,7 @@
 
 #include "histogram.h"
 #include "parallel_for.h"
+#include "per_image_aupro.h"
 #include "regions.h"
 #include "sweep.h"
 
@@ -23,30 +24,31 @@ namespace recontrast {
 namespace {
 
 constexpr int64_t kInt32 = std::numeric_limits<int32_t>::max();
-constexpr int64_t kPiece = 1 << 16;  // labels that are one piece of work, where there are no images
+constexpr int64_t kPiece = 1 << 16;  // labels per piece, where there are no images
 
 std::string shape_of(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
 
+// Raises ValueError for an array that is not `wanted`.
 void refuse(const std::string& op, const std::string& name, const std::string& wanted, const py::array& array) {
   throw py::value_error(op + ": " + name + ": wanted C-contiguous " + wanted + ", got " +
                         py::str(array.dtype()).cast<std::string>() + " of shape " + shape_of(array) +
                         ((array.flags() & py::array::c_style) == 0 ? ", not C-contiguous" : ""));
 }
 
-// Whether the elements are T in this machine's byte order, aligned and without gaps.
+// Whether the array has dtype T in native byte order, and is aligned and C-contiguous.
 template <typename T>
-bool plain(const py::array& array) {
+bool is_plain(const py::array& array) {
   return array.dtype().equal(py::dtype::of<T>()) && (array.flags() & py::array::c_style) != 0 &&
          (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
 }
 
-struct Masks {
+struct Masks {  // [N, H, W], P = H * W
   const uint8_t* data;
   int64_t N, H, W, P;
 };
 
 Masks masks_of(const std::string& op, const py::array& masks) {
-  if (masks.ndim() != 3 || !(plain<bool>(masks) || plain<uint8_t>(masks)))
+  if (masks.ndim() != 3 || !(is_plain<bool>(masks) || is_plain<uint8_t>(masks)))
     refuse(op, "masks", "bool or uint8 (N, H, W)", masks);
   const int64_t N = masks.shape(0), H = masks.shape(1), W = masks.shape(2);
   if (H * W > kInt32)
@@ -65,62 +67,62 @@ void check_shape(const std::string& op, const std::string& name, const py::array
 }
 
 py::tuple regions(const py::array& masks, int64_t threads) {
-  const Masks of = masks_of("regions", masks);
+  const Masks m = masks_of("regions", masks);
   check_threads("regions", threads);
-  py::array_t<int32_t> labels({of.N, of.H, of.W});
-  py::array_t<int64_t> counts(of.N);
+  py::array_t<int32_t> labels({m.N, m.H, m.W});
+  py::array_t<int64_t> counts(m.N);
   int32_t* label = labels.mutable_data();  // [N, H, W]
   int64_t* count = counts.mutable_data();  // [N]
   {
     const py::gil_scoped_release release;
-    const std::vector<Regions> found = find_regions(of.data, of.N, of.H, of.W, threads);
-    std::vector<int64_t> before(of.N + 1, 0);  // regions of the images before
-    for (int64_t n = 0; n < of.N; ++n) {
-      count[n] = static_cast<int64_t>(found[n].areas.size());
+    const std::vector<Regions> image_regions = find_regions(m.data, m.N, m.H, m.W, threads);
+    std::vector<int64_t> before(m.N + 1, 0);  // number of regions in the images before each
+    for (int64_t n = 0; n < m.N; ++n) {
+      count[n] = static_cast<int64_t>(image_regions[n].areas.size());
       before[n + 1] = before[n] + count[n];
     }
-    if (before[of.N] > kInt32)
-      throw std::length_error("regions: masks: wanted fewer than 2^31 regions, got " + std::to_string(before[of.N]));
-    parallel(of.N, threads, of.N * of.P, [&](int64_t n) {
-      int32_t* image = label + n * of.P;
-      std::fill(image, image + of.P, 0);
-      for (const Run& run : found[n].runs)
+    if (before[m.N] > kInt32)
+      throw std::length_error("regions: masks: wanted fewer than 2^31 regions, got " + std::to_string(before[m.N]));
+    parallel_for(m.N, threads, m.N * m.P, [&](int64_t n) {
+      int32_t* image = label + n * m.P;
+      std::fill(image, image + m.P, 0);
+      for (const Run& run : image_regions[n].runs)
         std::fill(image + run.begin, image + run.end, static_cast<int32_t>(before[n] + run.region + 1));
     });
   }
   return py::make_tuple(labels, counts);
 }
 
-// Calls work with the scores as what they are, after the checks that all share.
-template <typename Work>
-auto typed(const std::string& op, const std::string& name, const py::array& scores, const Work& work) {
-  if (plain<float>(scores)) return work(static_cast<const float*>(scores.data()));
-  if (!plain<double>(scores)) refuse(op, name, "float32 or float64", scores);
-  return work(static_cast<const double*>(scores.data()));
+// Calls function with a pointer to the scores of their dtype, after checking them.
+template <typename Function>
+auto with_scores(const std::string& op, const std::string& name, const py::array& scores, const Function& function) {
+  if (is_plain<float>(scores)) return function(static_cast<const float*>(scores.data()));
+  if (!is_plain<double>(scores)) refuse(op, name, "float32 or float64", scores);
+  return function(static_cast<const double*>(scores.data()));
 }
 
-py::object result_of(const Sweep& found) {
-  if (!found.finite || found.positives == 0 || found.negatives == 0) return py::none();
-  const auto count = static_cast<double>(found.positives + found.negatives);
-  const double accuracy = static_cast<double>(found.tp + found.negatives - found.fp) / count;
-  return py::make_tuple(found.auroc, found.ap, found.f1_max, found.f1_threshold, accuracy, found.aupro);
+py::object result_of(const Sweep& result) {
+  if (!result.finite || result.positives == 0 || result.negatives == 0) return py::none();
+  const auto count = static_cast<double>(result.positives + result.negatives);
+  const double accuracy = static_cast<double>(result.tp + result.negatives - result.fp) / count;
+  return py::make_tuple(result.auroc, result.ap, result.f1_max, result.f1_threshold, accuracy, result.aupro);
 }
 
 py::object rates(const py::array& scores, const py::array& labels, int64_t threads) {
   check_threads("rates", threads);
-  if (labels.ndim() != 1 || !(plain<bool>(labels) || plain<uint8_t>(labels)))
+  if (labels.ndim() != 1 || !(is_plain<bool>(labels) || is_plain<uint8_t>(labels)))
     refuse("rates", "labels", "bool or uint8 (M,)", labels);
   check_shape("rates", "scores", scores, labels);
   const auto* label = static_cast<const uint8_t*>(labels.data());  // [M]
-  return result_of(typed("rates", "scores", scores, [&](const auto* score) {
+  return result_of(with_scores("rates", "scores", scores, [&](const auto* score) {
     const py::gil_scoped_release release;
     const int64_t M = labels.size(), pieces = (M + kPiece - 1) / kPiece;
     std::vector<int64_t> begin(pieces + 1);
     for (int64_t n = 0; n <= pieces; ++n) begin[n] = std::min(n * kPiece, M);
-    std::vector<Regions> found(pieces);
-    parallel(pieces, threads, M,
-             [&](int64_t n) { find_regions(label + begin[n], 1, begin[n + 1] - begin[n], found[n]); });
-    return sweep(score, begin, found, {}, threads);
+    std::vector<Regions> positives(pieces);
+    parallel_for(pieces, threads, M,
+                 [&](int64_t n) { find_regions(label + begin[n], 1, begin[n + 1] - begin[n], positives[n]); });
+    return sweep(score, begin, positives, {}, threads);
   }));
 }
 
@@ -131,35 +133,35 @@ void check_limits(const std::string& op, const std::vector<double>& limits) {
 }
 
 py::object pixels(const py::array& maps, const py::array& masks, const std::vector<double>& limits, int64_t threads) {
-  const Masks of = masks_of("pixels", masks);
+  const Masks m = masks_of("pixels", masks);
   check_threads("pixels", threads);
   check_shape("pixels", "maps", maps, masks);
   check_limits("pixels", limits);
-  return result_of(typed("pixels", "maps", maps, [&](const auto* map) {
+  return result_of(with_scores("pixels", "maps", maps, [&](const auto* map) {
     const py::gil_scoped_release release;
-    std::vector<int64_t> begin(of.N + 1);
-    for (int64_t n = 0; n <= of.N; ++n) begin[n] = n * of.P;
-    return sweep(map, begin, find_regions(of.data, of.N, of.H, of.W, threads), limits, threads);
+    std::vector<int64_t> begin(m.N + 1);
+    for (int64_t n = 0; n <= m.N; ++n) begin[n] = n * m.P;
+    return sweep(map, begin, find_regions(m.data, m.N, m.H, m.W, threads), limits, threads);
   }));
 }
 
 py::tuple per_image(const py::array& maps, const py::array& masks, double limit, int64_t threads) {
-  const Masks of = masks_of("per_image", masks);
+  const Masks m = masks_of("per_image", masks);
   check_threads("per_image", threads);
   check_shape("per_image", "maps", maps, masks);
   check_limits("per_image", {limit});
-  py::array_t<double> areas(of.N);
-  py::array_t<uint8_t> reasons(of.N);
+  py::array_t<double> areas(m.N);
+  py::array_t<uint8_t> reasons(m.N);
   double* area = areas.mutable_data();       // [N]
   uint8_t* reason = reasons.mutable_data();  // [N]
-  typed("per_image", "maps", maps, [&](const auto* map) {
+  with_scores("per_image", "maps", maps, [&](const auto* map) {
     const py::gil_scoped_release release;
-    parallel(of.N, threads, of.N * of.P, [&](int64_t n) {
-      Regions found;
-      find_regions(of.data + n * of.P, of.H, of.W, found);
-      Undefined why = kGoodImage;
-      area[n] = per_image_aupro(map + n * of.P, of.P, found, limit, why);
-      reason[n] = why;
+    parallel_for(m.N, threads, m.N * m.P, [&](int64_t n) {
+      Regions regions;
+      find_regions(m.data + n * m.P, m.H, m.W, regions);
+      Undefined image_reason = kGoodImage;
+      area[n] = per_image_aupro(map + n * m.P, m.P, regions, limit, image_reason);
+      reason[n] = image_reason;
     });
     return 0;
   });
@@ -168,11 +170,11 @@ py::tuple per_image(const py::array& maps, const py::array& masks, double limit,
 
 int64_t histogram(const py::array& maps, const py::array& masks, py::array counts, int shift, int base,
                   int64_t threads) {
-  const Masks of = masks_of("histogram", masks);
+  const Masks m = masks_of("histogram", masks);
   check_threads("histogram", threads);
   check_shape("histogram", "maps", maps, masks);
-  if (!plain<float>(maps)) refuse("histogram", "maps", "float32", maps);
-  if (!plain<int64_t>(counts) || counts.ndim() != 2 || counts.shape(0) != 3 || counts.shape(1) < 1 ||
+  if (!is_plain<float>(maps)) refuse("histogram", "maps", "float32", maps);
+  if (!is_plain<int64_t>(counts) || counts.ndim() != 2 || counts.shape(0) != 3 || counts.shape(1) < 1 ||
       counts.shape(1) > kInt32 || !counts.writeable())
     refuse("histogram", "counts", "writeable int64 (3, bins)", counts);
   if (shift < 0 || shift > 30 || base < 0)
@@ -182,10 +184,10 @@ int64_t histogram(const py::array& maps, const py::array& masks, py::array count
   auto* good = static_cast<int64_t*>(counts.mutable_data());  // [3, bins]
   const Bins bins{shift, base, static_cast<int32_t>(counts.shape(1))};
   const py::gil_scoped_release release;
-  const std::vector<Regions> found = find_regions(of.data, of.N, of.H, of.W, threads);
-  add_maps(map, of.P, found, bins, good, good + bins.count, good + 2 * int64_t{bins.count}, threads);
+  const std::vector<Regions> regions = find_regions(m.data, m.N, m.H, m.W, threads);
+  add_maps(map, m.P, regions, bins, good, good + bins.count, good + 2 * int64_t{bins.count}, threads);
   int64_t count = 0;
-  for (const Regions& image : found) count += static_cast<int64_t>(image.areas.size());
+  for (const Regions& image : regions) count += static_cast<int64_t>(image.areas.size());
   return count;
 }
 
@@ -196,8 +198,9 @@ PYBIND11_MODULE(_metrics, m, py::mod_gil_not_used()) {
   using namespace py::literals;
   m.doc() =
       "Compiled parts of recontrast.metrics, recontrast.regions and recontrast.metrics.streaming.\n\n"
-      "Arrays are C-contiguous; masks and labels are bool or uint8, positive where not 0. `threads` is how many to use "
-      "at most, 0 for one per core; no result depends on it.";
+      "Arrays are C-contiguous; masks and labels are bool or uint8, nonzero is positive. `threads` is the number to "
+      "use "
+      "at most, 0 for one per core; results do not depend on it.";
   m.def("regions", &recontrast::regions, "masks"_a, "threads"_a = 0,
         "8-connected regions of (N, H, W), numbered from 1 by their first pixel, image after image.\n\n"
         "Returns int32 labels (N, H, W), 0 outside, and the number of regions of each image, int64 (N,).");
@@ -206,9 +209,9 @@ PYBIND11_MODULE(_metrics, m, py::mod_gil_not_used()) {
         "Returns AUROC, AP, F1-max, its threshold, the accuracy there and an empty list; None where a score is not "
         "finite or a class is absent.");
   m.def("pixels", &recontrast::pixels, "maps"_a, "masks"_a, "limits"_a, "threads"_a = 0,
-        "The same over all pixels of (N, H, W), and the data set's AUPRO at each of the limits.");
+        "The same over all pixels of (N, H, W); the list has the AUPRO of the data set at each limit.");
   m.def("per_image", &recontrast::per_image, "maps"_a, "masks"_a, "limit"_a, "threads"_a = 0,
-        "The reference's AUPRO of each image of (N, H, W), float64 (N,), and why it is NaN, uint8 (N,): 0 it is not, "
+        "The reference's AUPRO of each image of (N, H, W), float64 (N,), and why it is NaN, uint8 (N,): 0 not NaN, "
         "1 no region, 2 a constant map, 3 no good pixel, 4 too few thresholds, 5 not finite, 6 too wide a range.");
   m.def(
       "histogram", &recontrast::histogram, "maps"_a, "masks"_a, "counts"_a, "shift"_a, "base"_a, "threads"_a = 0,

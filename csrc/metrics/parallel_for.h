@@ -1,4 +1,4 @@
-// Threads of the metrics: plain std::thread, because the module is built without torch and OpenMP.
+// Parallel loops of the metrics, with std::thread: the module is built without torch and OpenMP.
 #pragma once
 
 #include <algorithm>
@@ -12,18 +12,19 @@
 
 namespace recontrast {
 
-constexpr int64_t kGrain = 1 << 17;  // pixels a thread takes at least: starting it costs about as much as reading them
+constexpr int64_t kGrain =
+    1 << 17;  // pixels per thread at least: starting a thread takes about as long as reading them
 
-// How many threads work of that many pixels is worth, of those asked for (0: one per core).
-inline int64_t worth(int64_t threads, int64_t pixels) {
+// Number of threads to use for `pixels`: at most `threads` (0: one per core).
+inline int64_t thread_count(int64_t threads, int64_t pixels) {
   if (threads == 0) threads = std::max<int64_t>(std::thread::hardware_concurrency(), 1);
   return std::min(threads, std::max<int64_t>(pixels / kGrain, 1));
 }
 
-// Calls work(task) for each task, with as many threads as asked for (0: one per core) and worth it.
+// Calls work(task) for each task, on thread_count(threads, pixels) threads; rethrows an exception of `work`.
 template <typename Work>
-void parallel(int64_t tasks, int64_t threads, int64_t pixels, const Work& work) {
-  threads = std::min(worth(threads, pixels), tasks);
+void parallel_for(int64_t tasks, int64_t threads, int64_t pixels, const Work& work) {
+  threads = std::min(thread_count(threads, pixels), tasks);
   std::atomic<int64_t> next = 0;
   std::mutex mutex;
   std::exception_ptr error;
@@ -40,7 +41,7 @@ void parallel(int64_t tasks, int64_t threads, int64_t pixels, const Work& work) 
     std::vector<std::jthread> pool;
     try {
       for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run);
-    } catch (const std::system_error&) {  // no more threads to have: those that there are do the work
+    } catch (const std::system_error&) {  // the system has no more threads: continue with those that were started
     }
     run();
   }

@@ -1,19 +1,20 @@
-// The reference's per-image AUPRO: what compute_pro does in 200 labellings and comparisons of the image, by one rank of
-// each pixel among the thresholds. They are evenly spaced, so that the rank is a division and a look beside it.
+// Per-image AUPRO. The reference implementation (compute_pro) compares the image with each of 200 thresholds and labels
+// its regions each time. This one ranks each pixel once among the thresholds: they are evenly spaced, so the rank is a
+// multiplication, corrected by comparing with the neighbouring thresholds.
+
+#include "per_image_aupro.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "sweep.h"
-
 namespace recontrast {
 namespace {
 
-constexpr int kThresholds = 200;  // of the reference
+constexpr int kThresholds = 200;  // as in the reference implementation
 
-// np.arange(low, high, step) as NumPy forms it of scalars of type T: step and count in T, the values in float64.
+// np.arange(low, high, step) as NumPy computes it for scalars of type T: step and count in T, values in float64.
 template <typename T>
 std::vector<double> arange(T low, T high, T step) {
   const auto count = static_cast<size_t>(std::ceil(static_cast<double>((high - low) / step)));
@@ -26,65 +27,65 @@ std::vector<double> arange(T low, T high, T step) {
 }  // namespace
 
 template <typename T>
-double per_image_aupro(const T* scores, int64_t P, const Regions& regions, double limit, Undefined& why) {
+double per_image_aupro(const T* scores, int64_t P, const Regions& regions, double limit, Undefined& reason) {
   constexpr double undefined = std::numeric_limits<double>::quiet_NaN();
-  why = kGoodImage;
+  reason = kGoodImage;
   if (regions.areas.empty()) return undefined;
   T low = std::numeric_limits<T>::max(), high = std::numeric_limits<T>::lowest();
-  bool odd = false;
+  bool nonfinite = false;
   for (int64_t i = 0; i < P; ++i) {
-    odd |= scores[i] - scores[i] != 0;
+    nonfinite |= scores[i] - scores[i] != 0;  // NaN for NaN and infinity
     low = scores[i] < low ? scores[i] : low;
     high = scores[i] > high ? scores[i] : high;
   }
-  why = kNotFinite;
-  if (odd) return undefined;
+  reason = kNotFinite;
+  if (nonfinite) return undefined;
   const T step = (high - low) / kThresholds;
-  why = kTooWide;
+  reason = kTooWide;
   if (step - step != 0) return undefined;
-  why = kConstantMap;
+  reason = kConstantMap;
   if (step == 0) return undefined;
   int64_t good = P;
   for (const Run& run : regions.runs) good -= run.end - run.begin;
-  why = kNoGoodPixel;
+  reason = kNoGoodPixel;
   if (good == 0) return undefined;
 
   const std::vector<double> thresholds = arange(low, high, step);
   const auto count = static_cast<int64_t>(thresholds.size());
-  const T scale = 1 / step;           // infinite where the range is denormal: clamped below
-  const auto passed = [&](T score) {  // thresholds below it: it is found above them
+  const T scale = 1 / step;         // infinite if the range is denormal: clamped below
+  const auto rank = [&](T score) {  // number of thresholds below the score
     const T guess = (score - low) * scale;
     int64_t i = guess > 0 ? (guess < static_cast<T>(count) ? static_cast<int64_t>(guess) : count) : 0;
     while (i < count && thresholds[i] < score) ++i;
     while (i > 0 && thresholds[i - 1] >= score) --i;
     return i;
   };
-  std::vector<int64_t> called(count + 1, 0);  // good pixels by the number of thresholds that they pass
-  between(regions, P, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) ++called[passed(scores[i])];
+  std::vector<int64_t> good_pixels(count + 1, 0);  // good pixels of each rank
+  for_each_good_range(regions, P, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) ++good_pixels[rank(scores[i])];
   });
-  std::vector<double> found(count + 1, 0);  // the same of what positives add to the mean overlap
+  std::vector<double> overlaps(count + 1, 0);  // what the positive pixels of each rank add to the mean overlap
   for (const Run& run : regions.runs) {
     const double weight =
         1.0 / static_cast<double>(regions.areas[run.region] * static_cast<int64_t>(regions.areas.size()));
-    for (int32_t i = run.begin; i < run.end; ++i) found[passed(scores[i])] += weight;
+    for (int32_t i = run.begin; i < run.end; ++i) overlaps[rank(scores[i])] += weight;
   }
 
-  // From the highest threshold down, as long as the rate is below the limit.
+  // From the highest threshold down, while the false positive rate is below the limit.
   double area = 0, overlap = 0, fpr = 0, last_overlap = 0, last = 0;
-  int64_t above = 0, kept = 0;
+  int64_t above = 0, points = 0;
   for (int64_t i = count; i-- > 0;) {
-    above += called[i + 1];
-    overlap += found[i + 1];
+    above += good_pixels[i + 1];
+    overlap += overlaps[i + 1];
     fpr = static_cast<double>(above) / static_cast<double>(good);
     if (!(fpr < limit)) break;
-    if (kept++ > 0) area += (fpr - last) * (overlap + last_overlap) / 2;
+    if (points++ > 0) area += (fpr - last) * (overlap + last_overlap) / 2;
     last = fpr;
     last_overlap = overlap;
   }
-  why = kFewThresholds;
-  if (kept < 2 || last == 0) return undefined;
-  why = kDefined;
+  reason = kFewThresholds;
+  if (points < 2 || last == 0) return undefined;
+  reason = kDefined;
   return area / last;
 }
 

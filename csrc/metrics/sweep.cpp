@@ -1,8 +1,8 @@
 // AUROC, AP, F1-max and AUPRO from one sort of the positives.
 //
-// Only distinct scores of positives are thresholds, and positives are few. So they alone are sorted; each negative,
-// read once where it lies, looks up between which two thresholds it is and is counted there. Neighbours in a map have
-// similar scores and find the table in the cache. What bounds it are those look-ups.
+// The thresholds are the distinct scores of the positives, which are few, so only the positives are sorted. Each
+// negative is read once, in place, and counted between the two thresholds that enclose it. Bound by these
+// look-ups; neighbouring pixels have similar scores, so their entries of the table are in the cache.
 
 #include "sweep.h"
 
@@ -22,7 +22,7 @@
 namespace recontrast {
 namespace {
 
-// A sum that does not lose what is small beside it (Neumaier).
+// Compensated sum (Neumaier): small terms are not lost.
 struct Sum {
   double high = 0, low = 0;
   void add(double x) {
@@ -33,14 +33,14 @@ struct Sum {
   double value() const { return high + low; }
 };
 
-constexpr int kFew = 4;  // thresholds of a cell that are compared at once
+constexpr int kFew = 4;  // thresholds per table cell that are compared without a branch
 
-// Distinct scores of the positives, upwards.
+// Distinct scores of the positives, ascending.
 template <typename Key>
 struct Thresholds {
-  std::vector<Key> key;         // [K + kFew], the last ones such that no score exceeds them
-  std::vector<int64_t> gain;    // [K] positives there
-  std::vector<double> overlap;  // [K] what they add to the sum of the overlaps of all regions
+  std::vector<Key> key;         // [K + kFew]; no score exceeds the last kFew
+  std::vector<int64_t> gain;    // [K] positives with this score
+  std::vector<double> overlap;  // [K] what these add to the sum of the overlaps of all regions
 };
 
 template <typename T>
@@ -49,55 +49,55 @@ Thresholds<KeyOf<T>> thresholds_of(const T* scores, const std::vector<int64_t>& 
                                    bool& finite) {
   using Key = KeyOf<T>;
   const auto pieces = static_cast<int64_t>(regions.size());
-  std::vector<int64_t> pixel(pieces + 1, 0), region(pieces + 1, 0);  // before each piece
+  std::vector<int64_t> pixel(pieces + 1, 0), region(pieces + 1, 0);  // number before each piece
   for (int64_t n = 0; n < pieces; ++n) {
     region[n + 1] = region[n] + static_cast<int64_t>(regions[n].areas.size());
     pixel[n + 1] = std::accumulate(regions[n].areas.begin(), regions[n].areas.end(), pixel[n]);
   }
-  if (positives > std::numeric_limits<int32_t>::max() - kFew)  // thresholds and regions are no more than they
+  if (positives > std::numeric_limits<int32_t>::max() - kFew)  // there are no more thresholds or regions than positives
     throw std::length_error("masks: wanted fewer than 2^31 - 4 positive pixels, got " + std::to_string(positives));
   std::vector<double> weight(region[pieces]);  // 1 / area
   auto items = std::make_unique_for_overwrite<Item<Key>[]>(positives);
-  std::atomic<bool> bad = false;
-  parallel(pieces, threads, positives, [&](int64_t n) {
+  std::atomic<bool> any_nonfinite = false;
+  parallel_for(pieces, threads, positives, [&](int64_t n) {
     for (size_t i = 0; i < regions[n].areas.size(); ++i)
       weight[region[n] + i] = 1.0 / static_cast<double>(regions[n].areas[i]);
     Item<Key>* item = items.get() + pixel[n];
-    bool odd = false;
+    bool nonfinite = false;
     for (const Run& run : regions[n].runs) {
       const T* score = scores + begin[n];
       for (int32_t i = run.begin; i < run.end; ++i) {
-        odd |= score[i] - score[i] != 0;  // NaN for an infinity, too
+        nonfinite |= score[i] - score[i] != 0;  // NaN for NaN and infinity
         *item++ = {key_of(score[i]), static_cast<uint32_t>(region[n] + run.region)};
       }
     }
-    if (odd) bad = true;
+    if (nonfinite) any_nonfinite = true;
   });
-  finite = !bad;
+  finite = !any_nonfinite;
   radix_sort(items, positives, threads);
 
-  Thresholds<Key> found;
+  Thresholds<Key> thresholds;
   for (int64_t i = 0; i < positives;) {
     const int64_t first = i;
     const Key key = items[i].key;
     Sum sum;
     for (; i < positives && items[i].key == key; ++i) sum.add(weight[items[i].region]);
-    found.key.push_back(key);
-    found.gain.push_back(i - first);
-    found.overlap.push_back(sum.value());
+    thresholds.key.push_back(key);
+    thresholds.gain.push_back(i - first);
+    thresholds.overlap.push_back(sum.value());
   }
-  found.key.insert(found.key.end(), kFew, std::numeric_limits<Key>::max());
-  return found;
+  thresholds.key.insert(thresholds.key.end(), kFew, std::numeric_limits<Key>::max());
+  return thresholds;
 }
 
-// Where a key lies among the thresholds: 2 k + 1 at threshold k, 2 k between it and the one below.
+// Finds the slot of a key among the thresholds: 2 k + 1 at threshold k, 2 k between thresholds k - 1 and k.
 template <typename Key>
 class Table {
  public:
   explicit Table(const std::vector<Key>& keys) : keys_(keys), count_(static_cast<uint32_t>(keys.size() - kFew)) {
     low_ = keys[0];
     const Key span = keys[count_ - 1] - low_;
-    // About as many cells as thresholds; the keys of the floats in use fill them evenly enough.
+    // About as many cells as thresholds; keys of typical scores fill them evenly.
     shift_ = std::max(static_cast<int>(std::bit_width(span)) - static_cast<int>(std::bit_width(count_)), 0);
     cells_ = (span >> shift_) + 1;
     first_.resize(cells_ + 1);
@@ -107,12 +107,13 @@ class Table {
     }
   }
 
-  // No branch that depends on the key, but for cells of many thresholds: guessed wrong, it would cost most of the time.
+  // Has no branch that depends on the key, except for cells with many thresholds: mispredictions would dominate the
+  // time.
   uint32_t slot(Key key) const {
     const Key cell = std::min(static_cast<Key>((key < low_ ? 0 : key - low_) >> shift_), cells_);
     const uint32_t begin = first_[cell];
     uint32_t k = begin;
-    for (int i = 0; i < kFew; ++i) k += keys_[begin + i] < key;  // those of later cells are above it
+    for (int i = 0; i < kFew; ++i) k += keys_[begin + i] < key;  // thresholds of later cells are greater
     if (k == begin + kFew) [[unlikely]]
       k = static_cast<uint32_t>(std::lower_bound(keys_.begin() + k, keys_.begin() + first_[cell + 1], key) -
                                 keys_.begin());
@@ -129,19 +130,19 @@ class Table {
   int shift_;
 };
 
-// Negatives in each slot of the table.
+// Number of negatives in each slot of the table.
 template <typename T>
 std::vector<int64_t> count_negatives(const T* scores, const std::vector<int64_t>& begin,
                                      const std::vector<Regions>& regions, const Table<KeyOf<T>>& table, int64_t threads,
                                      bool& finite) {
   const auto pieces = static_cast<int64_t>(regions.size());
-  const int64_t parts = std::min(worth(threads, begin.back()), pieces);
+  const int64_t parts = std::min(thread_count(threads, begin.back()), pieces);
   std::vector<int64_t> total(table.slots(), 0);
   std::atomic<int64_t> next = 0;
-  std::atomic<bool> bad = false;
+  std::atomic<bool> any_nonfinite = false;
   std::mutex mutex;
-  parallel(parts, parts, begin.back(), [&](int64_t) {
-    std::vector<uint32_t> count(table.slots(), 0);  // half of what 64 bits would take from the cache
+  parallel_for(parts, parts, begin.back(), [&](int64_t) {
+    std::vector<uint32_t> count(table.slots(), 0);  // half the cache footprint of 64-bit counters
     int64_t counted = 0;
     const auto flush = [&] {
       const std::lock_guard lock(mutex);
@@ -155,22 +156,23 @@ std::vector<int64_t> count_negatives(const T* scores, const std::vector<int64_t>
         std::fill(count.begin(), count.end(), 0);
         counted = P;
       }
-      bool odd = false;
-      between(regions[n], P, [&](int64_t first, int64_t last) {
+      bool nonfinite = false;
+      for_each_good_range(regions[n], P, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
-          odd |= score[i] - score[i] != 0;
+          nonfinite |= score[i] - score[i] != 0;
           ++count[table.slot(key_of(score[i]))];
         }
       });
-      if (odd) bad = true;
+      if (nonfinite) any_nonfinite = true;
     }
     flush();
   });
-  finite = !bad;
+  finite = !any_nonfinite;
   return total;
 }
 
-// Areas under a curve that rises to the right, up to each of the stops, while its pieces come.
+// Areas under a piecewise linear curve up to each of the stops, divided by the stop; segments are added from left to
+// right.
 class Area {
  public:
   explicit Area(const std::vector<double>& stops) : stops_(stops), order_(stops.size()), areas_(stops.size()) {
@@ -178,7 +180,8 @@ class Area {
     std::sort(order_.begin(), order_.end(), [&](size_t a, size_t b) { return stops_[a] < stops_[b]; });
   }
 
-  void line(double x, double y) {  // to (x, y)
+  // Adds the segment to (x, y).
+  void line(double x, double y) {
     for (; next_ < order_.size() && stops_[order_[next_]] <= x; ++next_) {
       const double stop = stops_[order_[next_]], run = stop - x_;
       const double rise = x > x_ ? (y - y_) * run / (x - x_) : 0;
@@ -206,18 +209,18 @@ template <typename T>
 Sweep sweep(const T* scores, const std::vector<int64_t>& begin, const std::vector<Regions>& regions,
             const std::vector<double>& limits, int64_t threads) {
   Sweep result;
-  size_t areas = 0;
-  for (const Regions& of : regions) {
-    areas += of.areas.size();
-    result.positives = std::accumulate(of.areas.begin(), of.areas.end(), result.positives);
+  size_t region_count = 0;
+  for (const Regions& piece : regions) {
+    region_count += piece.areas.size();
+    result.positives = std::accumulate(piece.areas.begin(), piece.areas.end(), result.positives);
   }
   result.negatives = begin.back() - result.positives;
   if (result.positives == 0 || result.negatives == 0) return result;
-  bool first = false, second = false;
-  const auto levels = thresholds_of(scores, begin, regions, result.positives, threads, first);
-  const Table<KeyOf<T>> table(levels.key);
-  const std::vector<int64_t> good = count_negatives(scores, begin, regions, table, threads, second);
-  result.finite = first && second;
+  bool positives_finite = false, negatives_finite = false;
+  const auto thresholds = thresholds_of(scores, begin, regions, result.positives, threads, positives_finite);
+  const Table<KeyOf<T>> table(thresholds.key);
+  const std::vector<int64_t> negatives = count_negatives(scores, begin, regions, table, threads, negatives_finite);
+  result.finite = positives_finite && negatives_finite;
   if (!result.finite) return result;
 
   const auto P = static_cast<double>(result.positives), N = static_cast<double>(result.negatives);
@@ -225,25 +228,25 @@ Sweep sweep(const T* scores, const std::vector<int64_t>& begin, const std::vecto
   for (double& stop : stops) stop *= N;
   Area area(stops);
   Sum ap, overlap;
-  unsigned __int128 below = 0;  // pairs in order, twice: a tie counts one half
-  int64_t tp = 0, fp = good[2 * levels.gain.size()];
-  for (size_t k = levels.gain.size(); k-- > 0;) {
-    const int64_t above = fp, gain = levels.gain[k];
+  unsigned __int128 below = 0;  // twice the number of correctly ordered pairs; a tie counts one half
+  int64_t tp = 0, fp = negatives[2 * thresholds.gain.size()];
+  for (size_t k = thresholds.gain.size(); k-- > 0;) {
+    const int64_t above = fp, gain = thresholds.gain[k];
     tp += gain;
     area.line(static_cast<double>(above), overlap.value());
-    fp += good[2 * k + 1];
-    overlap.add(levels.overlap[k] / static_cast<double>(areas));
+    fp += negatives[2 * k + 1];
+    overlap.add(thresholds.overlap[k] / static_cast<double>(region_count));
     area.line(static_cast<double>(fp), overlap.value());
     below += static_cast<unsigned __int128>(gain) * static_cast<uint64_t>(2 * result.negatives - above - fp);
-    const auto found = static_cast<double>(tp), called = static_cast<double>(tp + fp);
-    ap.add(static_cast<double>(gain) * (found / called));
-    if (const double f1 = 2 * found / (called + P); f1 > result.f1_max) {
+    const auto true_positives = static_cast<double>(tp), predicted = static_cast<double>(tp + fp);
+    ap.add(static_cast<double>(gain) * (true_positives / predicted));
+    if (const double f1 = 2 * true_positives / (predicted + P); f1 > result.f1_max) {
       result.f1_max = f1;
-      result.f1_threshold = static_cast<double>(score_of<T>(levels.key[k]));
+      result.f1_threshold = static_cast<double>(score_of<T>(thresholds.key[k]));
       result.tp = tp;
       result.fp = fp;
     }
-    fp += good[2 * k];
+    fp += negatives[2 * k];
   }
   area.line(N, overlap.value());
   result.auroc = static_cast<double>(static_cast<long double>(below) / (2.0L * P * N));

@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for every architecture that is shipped, and no kernel spills registers."""
+"""Every CUDA source compiles for every architecture of the wheel, and no kernel spills registers."""
 
 import os
 import re

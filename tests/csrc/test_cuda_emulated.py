@@ -1,4 +1,4 @@
-"""The CUDA kernels, played on the CPU (`emulate_cuda`), against the float64 oracle."""
+"""The CUDA kernels, emulated on the CPU (`emulate_cuda`), against the float64 oracle."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ from recontrast import reference
 
 pytestmark = pytest.mark.skipif(emulate_cuda.COMPILER is None, reason="NO G++: THE CUDA KERNELS WERE NOT EMULATED")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-# Whole vectors, odd everything, more channels than a round, few positions, one.
+# Whole vectors; odd sizes; more channels than a batch of loads; few positions; one position.
 SHAPES = [(2, 64, 8, 8), (3, 5, 7, 13), (1, 1030, 2, 2), (1, 40, 16, 12), (1, 1, 1, 1)]
 
 
@@ -24,22 +24,22 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """New memory is full of NaN: what is never written shows."""
+    """Fills new memory with NaN, so that elements that are never written are noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def twice(emulated, function, processors=4):
-    """What ``function`` returns, which must not depend on the order in which threads run."""
+    """The result of ``function``, which must not depend on the order of threads."""
     operators, emulate = emulated
     results = []
     for backwards in (False, True):
         emulate(processors, backwards)
-        found = function(operators)
-        results.append([found] if isinstance(found, torch.Tensor) else list(found))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        result = function(operators)
+        results.append([result] if isinstance(result, torch.Tensor) else list(result))
+    for forwards, reversed_order in zip(*results, strict=True):
+        assert torch.equal(forwards.nan_to_num(7.0), reversed_order.nan_to_num(7.0))
     return results[0]
 
 
@@ -69,14 +69,14 @@ def test_features(emulated, dtype, layout, processors):
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1024, 4, 4), (1, 1030, 2, 2), (2, 515, 1, 3), (1, 4099, 1, 1)], ids=str)
 def test_few_positions_split_their_channels(emulated, dtype, layout, shape):
-    """One pair, from a GPU with a few processors to one that takes all parts there are, down to one load a thread."""
+    """One pair, on GPUs with few multiprocessors and with enough to split the channels down to one load per thread."""
     x, y = features([shape], dtype, layout=layout)
     for processors in (1, 3, 132):
         check(emulated, x, y, processors)
 
 
 def test_splitting_changes_the_order_of_sums(emulated):
-    """So the cases above did split: one processor is busy with the blocks of one pair, 132 are not."""
+    """Shows that the cases above do split: the blocks of one pair occupy one multiprocessor, but not 132."""
     x, y = features([(1, 1024, 16, 16)])
     for layout in (torch.contiguous_format, torch.channels_last):
         pair = [[t.contiguous(memory_format=layout) for t in ts] for ts in (x, y)]
@@ -86,7 +86,7 @@ def test_splitting_changes_the_order_of_sums(emulated):
 
 
 def test_a_small_pair_beside_a_large_one(emulated):
-    """Both split, one of them, none: whatever the number of processors asks for."""
+    """Both pairs, one of them or none are split, depending on the number of multiprocessors."""
     x, y = features([(1, 600, 2, 2), (2, 24, 16, 16), (1, 3, 5, 5), (3, 0, 2, 2)])
     for processors in (1, 2, 7, 40):
         check(emulated, x, y, processors)
@@ -100,7 +100,7 @@ def test_layouts(emulated, layout):
 
 
 def test_mixed_pairs(emulated):
-    """Every way to read a pair in one call, and more pairs of one kind than a launch takes."""
+    """Every way to read a pair in one call, and more pairs of one kind than fit into a launch."""
     x, y = features([(1, 3, 2, 2)] * 18)
     for dtype, other in itertools.product([F32, BF16, F16], repeat=2):
         for layout in ("nchw", "channels_last", "transposed"):
@@ -122,7 +122,7 @@ def test_one_pair(emulated):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_easy_points_and_nothing(emulated, layout):
+def test_easy_points_and_empty_pairs(emulated, layout):
     x, y = features([(2, 20, 6, 7), (0, 3, 4, 5), (2, 0, 3, 3), (2, 3, 0, 5)], layout=layout)
     sums = [t.double() for t in (*x, *y)]
     grad = torch.randn(sum(3 * t.shape[0] * t.shape[2] * t.shape[3] for t in x))
@@ -131,8 +131,8 @@ def test_easy_points_and_nothing(emulated, layout):
     expected = reference.cosine_sums_group_backward(grad.double(), sums[:4], sums[4:])
     for t in (x[0], y[0]):
         t.permute(0, 2, 3, 1)[easy] = torch.nan
-    found = twice(emulated, lambda ops: ops.cosine_sums_group_backward(grad, x, y))
-    for ours, theirs in zip(found, expected, strict=True):
+    gradients = twice(emulated, lambda ops: ops.cosine_sums_group_backward(grad, x, y))
+    for ours, theirs in zip(gradients, expected, strict=True):
         assert ours.shape == theirs.shape
         assert error(ours, theirs) < ROUNDING[F32]
 
@@ -159,7 +159,7 @@ def test_mining(emulated, rule, dtype, group):
 
 
 @pytest.mark.parametrize("points", [1, 37, 1025])
-def test_as_many_are_hard_as_asked_for(emulated, points):
+def test_number_of_hard_points(emulated, points):
     sums, _ = random_sums([2], [points], F32, "cpu")
     one = torch.ones(())
 
@@ -184,7 +184,7 @@ def test_more_pairs_than_a_launch(emulated):
 
 @pytest.mark.parametrize("images", [2, 5])
 def test_map(emulated, images):
-    """One image a block, and several: the number of processors decides."""
+    """One image per block or several, depending on the number of multiprocessors."""
     distances, rows, cols = anomaly_map_arguments([(13, 7), (5, 9)], (40, 37), images, "cpu")
     expected, highest = reference.anomaly_map(*([t.double() for t in ts] for ts in (distances, rows, cols)), 0.5)
     for processors in (1, 132):
@@ -228,12 +228,12 @@ int main() {
 """
 
 
-def test_the_emulator_sees_what_it_is_for(tmp_path):
-    """A missing barrier shows in the order of threads, and a thread that does not come is an error."""
+def test_emulator_detects_errors(tmp_path):
+    """Without a barrier, results depend on the order of threads; a barrier that a thread does not reach is an error."""
     source, program = tmp_path / "wrong.cpp", tmp_path / "wrong"
     source.write_text(WRONG)
     include = [f"-I{emulate_cuda.HERE}", "-isystem", f"{torch.__path__[0]}/include"]
     flags = ["-std=c++20", "-U_FORTIFY_SOURCE", *include]
     subprocess.run([emulate_cuda.COMPILER, *flags, source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=True)
-    assert done.stdout == "other emulated: threads wait for others that do not come"
+    assert done.stdout == "other emulated: threads wait at a barrier that others do not reach"

@@ -1,4 +1,4 @@
-"""recontrast._metrics under AddressSanitizer and UBSan: built anew, called by fuzz_metrics.py in another process."""
+"""recontrast._metrics under AddressSanitizer and UBSan: a separate build, fuzzed by fuzz_metrics.py in a subprocess."""
 
 import os
 import shutil
@@ -10,34 +10,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 4  # of fuzzing; the seed is fixed, so that a failure comes again
+SECONDS = 4  # of fuzzing; the seed is fixed, so failures are reproducible
 
 
 @pytest.fixture(scope="module")
-def awake():
-    """Environment in which libasan is loaded before Python."""
+def sanitized():
+    """Environment that loads libasan before Python."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("no g++: its libasan is what Python is started beside")
-    # libasan wraps the throw of libstdc++, which Python would load too late.
+        pytest.skip("no g++, whose libasan is preloaded")
+    # libasan intercepts exceptions of libstdc++, which Python would load too late.
     libraries = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     if not all(Path(library).is_absolute() for library in libraries):
-        pytest.skip("g++ comes without libasan")
+        pytest.skip("g++ has no libasan")
     return os.environ | {
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself leaves much allocated
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself does not free everything
         "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
-        "PYTHONMALLOC": "malloc",  # its own pools would hide what lies beside an array
+        "PYTHONMALLOC": "malloc",  # Python's pools would hide reads past the end of an array
         "PYTHONPATH": str(ROOT),
     }
 
 
 @pytest.fixture(scope="module")
-def module(awake, tmp_path_factory):
-    """The module, built with the sanitizers."""
+def module(sanitized, tmp_path_factory):
+    """Path of the module, built with the sanitizers."""
     pybind11 = pytest.importorskip("pybind11")
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
@@ -65,20 +65,20 @@ def module(awake, tmp_path_factory):
     return built
 
 
-def python(awake, *arguments):
-    return subprocess.run([sys.executable, *arguments], env=awake, capture_output=True, text=True, timeout=300)
+def python(sanitized, *arguments):
+    return subprocess.run([sys.executable, *arguments], env=sanitized, capture_output=True, text=True, timeout=300)
 
 
-def test_sanitizer_is_awake(awake):
-    """Reading past an array is found: otherwise the next test could not fail."""
+def test_sanitizer_detects_errors(sanitized):
+    """Reading past the end of an array is an error; otherwise the next test could not fail."""
     done = python(
-        awake, "-c", "import ctypes, numpy; a = numpy.zeros(9999, 'u1'); ctypes.string_at(a.ctypes.data, 10000)"
+        sanitized, "-c", "import ctypes, numpy; a = numpy.zeros(9999, 'u1'); ctypes.string_at(a.ctypes.data, 10000)"
     )
     assert done.returncode == 99
     assert "heap-buffer-overflow" in done.stderr
 
 
-def test_boundary(awake, module):
-    done = python(awake, ROOT / "tests" / "fuzz_metrics.py", module, "0", str(SECONDS))
+def test_boundary(sanitized, module):
+    done = python(sanitized, ROOT / "tests" / "fuzz_metrics.py", module, "0", str(SECONDS))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert int(done.stdout.split()[0]) >= 50

@@ -1,4 +1,4 @@
-"""Compiles csrc/*.cu for the CPU, with a small CUDA of its own, and loads them as ``torch.ops.recontrast_emulated``."""
+"""Compiles csrc/*.cu for the CPU with an emulated CUDA runtime, as operators ``torch.ops.recontrast_emulated``."""
 
 import ctypes
 import re
@@ -15,7 +15,7 @@ NAMESPACE = "recontrast_emulated"
 
 
 def build(folder: Path) -> Path:
-    """The emulated library, compiled into ``folder``."""
+    """Compile the emulated library into ``folder`` and return its path."""
     package = Path(torch.__file__).parent
     target = re.search(r"TORCH_TARGET_VERSION=\w+", (ROOT / "CMakeLists.txt").read_text()).group()
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-math-errno", "-ffp-contract=off"]
@@ -37,7 +37,7 @@ def build(folder: Path) -> Path:
 
 
 def load(folder: Path):
-    """The operators, and ``emulate(processors, backwards)``: what GPU to play, and in which order of threads."""
+    """The operators, and ``emulate(processors, backwards)``, which sets the number of multiprocessors and thread order."""
     from recontrast.ops import SCHEMAS
 
     library = build(folder)

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, to find wrong indexing and missing barriers where there is no GPU.
 //
-// A thread is a coroutine. Those of a block run one after the other, each up to its next barrier or shuffle; blocks run
-// one after the other. Stricter than a GPU: a thread that has returned while others wait for it is an error. What a
-// missing barrier does depends on the order of threads, which can be turned round: results must not change.
+// A thread is a coroutine. The threads of a block run one after the other, each up to its next barrier or shuffle;
+// blocks run one after the other. Stricter than a GPU: it is an error if a thread returns while others wait for it. The
+// order of threads can be reversed; without a missing barrier, results do not depend on it.
 #pragma once
 
 #include <setjmp.h>
@@ -61,8 +61,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
-inline int processors = 4;      // of the GPU that is played
-inline bool backwards = false;  // the order of threads
+inline int processors = 4;      // multiprocessors of the emulated GPU
+inline bool backwards = false;  // whether threads run in reverse order
 enum class State { ready, at_block, at_warp, done };
 
 struct Thread {
@@ -102,7 +102,7 @@ inline void resume(int i) {
   setcontext(&fibers[i].begin);
 }
 
-// Lets [begin, end) go on if all of them wait at a `kind`.
+// Makes threads [begin, end) ready if all of them wait at a barrier of this kind.
 inline bool release(int begin, int end, State kind) {
   for (int i = begin; i < end; ++i)
     if (fibers[i].state != kind) return false;
@@ -135,14 +135,15 @@ inline void run_block() {
     }
     for (int w = 0; w < count; w += 32) moved |= release(w, std::min(w + 32, count), State::at_warp);
     moved |= release(0, count, State::at_block);
-    if (!moved && finished < count) throw std::runtime_error("emulated: threads wait for others that do not come");
+    if (!moved && finished < count)
+      throw std::runtime_error("emulated: threads wait at a barrier that others do not reach");
   }
 }
 
 inline void run(dim3 grid, dim3 shape, const std::function<void()>& kernel) {
   const unsigned count = shape.x * shape.y * shape.z;
   if (!count || count > 1024 || !(grid.x * grid.y * grid.z) || grid.y > 65535 || grid.z > 65535)
-    throw std::runtime_error("emulated: no such grid");
+    throw std::runtime_error("emulated: invalid grid");
   gridDim = grid;
   blockDim = shape;
   body = &kernel;

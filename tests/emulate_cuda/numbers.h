@@ -1,4 +1,4 @@
-// CUDA's conversions between bits and numbers, with torch's own half and bfloat16.
+// CUDA's conversions between numbers and their bits, with torch's half and bfloat16.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

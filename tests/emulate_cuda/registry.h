@@ -1,4 +1,4 @@
-// Included before all else: the kernels register as recontrast_emulated::* on the CPU.
+// Included first: registers the kernels as recontrast_emulated::* on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

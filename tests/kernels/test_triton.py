@@ -1,7 +1,6 @@
-"""The Triton kernels against the float64 oracle: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels against the float64 oracle: on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter is switched on in conftest.py, before triton is imported. No importorskip: a machine that tests this
-package has Triton.
+conftest.py enables the interpreter before triton is imported. There is no importorskip: the test extra installs Triton.
 """
 
 import math
@@ -20,18 +19,26 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F32, F16), (F64, BF16)]
-ROUNDING = {F64: 1e-14, F32: 1e-6, F16: 1e-3, BF16: 8e-3}  # relative; the interpreter cuts bfloat16 instead of rounding
+ROUNDING = {
+    F64: 1e-14,
+    F32: 1e-6,
+    F16: 1e-3,
+    BF16: 8e-3,
+}  # relative; the interpreter truncates to bfloat16
 ODD = (3, 5, 7, 13)
 SHAPES = [(2, 64, 8, 8), (1, 1, 1, 1), (2, 40, 4, 4), (2, 3, 1, 9), (2, 130, 5, 1)]
 
 
 @pytest.fixture(autouse=True)
 def _first_configuration(monkeypatch):
-    """One configuration a kernel, as in the interpreter: to compile and time them all takes minutes on a GPU."""
+    """One configuration per kernel, as in the interpreter: compiling and timing all of them takes minutes on a GPU."""
     for name, kernel in (("_sums_of", cosine_sums._sums), ("_gradient_of", cosine_sums._gradient)):
-        first = {"planes": autotune.First(kernel, cosine_sums.PLANES), "rows": autotune.First(kernel, cosine_sums.ROWS)}
+        first = {
+            "planes": autotune.Untuned(kernel, cosine_sums.PLANES),
+            "rows": autotune.Untuned(kernel, cosine_sums.ROWS),
+        }
         monkeypatch.setattr(cosine_sums, name, first)
-    monkeypatch.setattr(anomaly_map, "_tuned_blend", autotune.First(anomaly_map._blend, anomaly_map.CONFIGS))
+    monkeypatch.setattr(anomaly_map, "_tuned_tile", autotune.Untuned(anomaly_map._compute_tile, anomaly_map.CONFIGS))
 
 
 def channels_last(t):
@@ -39,7 +46,7 @@ def channels_last(t):
 
 
 def cut(t, dim):
-    """``t`` as the second half of a wider tensor that is NaN elsewhere."""
+    """``t`` as the second half of a tensor whose first half is NaN."""
     return torch.cat([t * math.nan, t], dim).narrow(dim, t.shape[dim], t.shape[dim])
 
 
@@ -58,7 +65,7 @@ def features(shape, dtype, layout="nchw"):
 
 
 def assert_near(ours, oracle, rounding, terms=None):
-    """The norm of the error, against that of the oracle (float64), or of ``terms`` that may cancel in it."""
+    """Compare the norm of the error with that of the float64 oracle, or of ``terms`` if they cancel in the oracle."""
     assert ours.shape == oracle.shape
     terms = oracle if terms is None else terms
     assert (ours.double() - oracle).norm() <= rounding * terms.norm().clamp_min(1e-30)
@@ -112,15 +119,15 @@ def test_points_of_weight_zero(layout):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed"])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1024, 2, 2), (1, 515, 1, 3), (2, 259, 1, 1)], ids=str)
-def test_few_positions_share_their_channels(shape, dtype, layout, monkeypatch):
-    """On a GPU with 132 multiprocessors, programs share the channels of a position."""
+def test_programs_split_the_channels_of_few_positions(shape, dtype, layout, monkeypatch):
+    """As on a GPU with 132 multiprocessors."""
     monkeypatch.setattr(cosine_sums, "processors", lambda device: 132)
     x, y = features(shape, dtype, layout), features(shape, dtype, layout)
     assert cosine_sums.parts_of(x.device, [x]) == shape[1] // cosine_sums.LEAST
     check_cosine(x, y)
 
 
-def test_pairs_of_all_kinds_share_their_channels(monkeypatch):
+def test_programs_split_the_channels_of_all_kinds_of_pairs(monkeypatch):
     monkeypatch.setattr(cosine_sums, "processors", lambda device: 132)
     x, y = ([features(s, F32) for s in [(1, 600, 2, 2), (1, 3, 2, 3), (2, 0, 3, 3), (0, 3, 4, 5)]] for _ in "xy")
     x, y = [*x, features(ODD, BF16, "channels_last")], [*y, features(ODD, F32, "channels_last")]
@@ -132,7 +139,7 @@ def test_pairs_of_all_kinds_share_their_channels(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
-def test_cosine_of_nothing(shape):
+def test_cosine_of_empty_features(shape):
     x, y = features(shape, F32), features(shape, BF16)
     sums = cosine_sums.cosine_sums(x, y)
     assert sums.shape == (3, shape[0], *shape[2:])
@@ -141,7 +148,7 @@ def test_cosine_of_nothing(shape):
 
 
 def test_group_of_mixed_pairs():
-    """Layouts and dtypes of all kinds in one call, more pairs than travel in one launch, pairs with nothing to do."""
+    """All layouts and several dtypes in one call, more pairs than fit into one launch, empty pairs."""
     shapes = [(1, 3, 2, 2)] * 17 + [(2, 40, 5, 3), (0, 3, 4, 5), (2, 0, 3, 3), (2, 3, 0, 5)]
     x, y = ([features(shape, F32) for shape in shapes] for _ in "xy")
     for layout in LAYOUTS:
@@ -156,7 +163,7 @@ def test_group_of_mixed_pairs():
         for dy, t, expected in zip(cosine_sums.cosine_sums_group_backward(grad, x, y), y, theirs, strict=True):
             assert (dy.dtype, dy.stride()) == (t.dtype, torch.empty_like(t).stride())
             assert_near(dy, expected, 5e-6)
-        x[0] = x[0].double()  # now all are summed in float64
+        x[0] = x[0].double()  # all sums are now in float64
 
 
 # ---- mining ------------------------------------------------------------------
@@ -185,7 +192,7 @@ def test_mining(rule, dtype, group):
 
 
 @pytest.mark.parametrize("points", [1, 37, 1025])
-def test_as_many_are_hard_as_asked_for(points):
+def test_number_of_hard_points(points):
     sums, _ = random_sums([2], [points], F32, DEVICE)
     one = torch.ones((), device=DEVICE)
     for fraction in (1e-9, 0.2, 0.7, 1.0):
@@ -198,7 +205,7 @@ def test_as_many_are_hard_as_asked_for(points):
 
 
 def band(out, size, radius):
-    """(out, size): weights that fall off linearly ``radius`` cells from the diagonal."""
+    """(out, size): weights that fall linearly to zero at ``radius`` cells from the diagonal."""
     at = torch.linspace(0, size - 1, out, device=DEVICE)[:, None]
     return (1 - (torch.arange(size, device=DEVICE) - at).abs() / radius).clamp_min(0)
 
@@ -223,7 +230,7 @@ SIZES = [(24, 20), (12, 10), (3, 5)]
 
 @pytest.mark.parametrize("pairs", [(0,), (0, 1, 2), (0, 1, 0, 1), (0, 1, 2, 0)], ids=str)
 def test_map(pairs):
-    rows, cols = matrices((70, 48), SIZES)  # 70: a second tile, hardly begun
+    rows, cols = matrices((70, 48), SIZES)  # 70: a second tile with few rows
     distances = [torch.rand(2, *SIZES[i], device=DEVICE) for i in pairs]
     check_map(distances, [rows[i] for i in pairs], [cols[i] for i in pairs], 1 / len(pairs))
 
@@ -250,7 +257,7 @@ def test_maximum_of_nan_is_nan():
 
 
 @pytest.mark.parametrize("N, H", [(0, 8), (2, 0)])
-def test_map_of_nothing(N, H):
+def test_empty_map(N, H):
     rows, cols = torch.zeros(H, 4, device=DEVICE), torch.zeros(8, 4, device=DEVICE)
     maps, maximum = anomaly_map.anomaly_map([torch.zeros(N, 4, 4, device=DEVICE)], [rows], [cols], 1.0)
     assert maps.shape == (N, H, 8)
@@ -260,11 +267,11 @@ def test_map_of_nothing(N, H):
 # ---- configurations ----------------------------------------------------------
 
 
-def test_the_interpreter_takes_one_configuration():
-    assert isinstance(autotune.tuned(cosine_sums._sums, cosine_sums.ROWS, cosine_sums.KEY), autotune.First) != GPU
+def test_interpreter_uses_one_configuration():
+    assert isinstance(autotune.autotuned(cosine_sums._sums, cosine_sums.ROWS, cosine_sums.KEY), autotune.Untuned) != GPU
 
 
-@pytest.mark.skipif(not GPU, reason="tuning takes a GPU")
+@pytest.mark.skipif(not GPU, reason="autotuning needs a GPU")
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_tuned_kernels(layout, monkeypatch):
     monkeypatch.undo()  # the fixture above
@@ -273,7 +280,7 @@ def test_tuned_kernels(layout, monkeypatch):
     check_map([torch.rand(2, *size, device=DEVICE) for size in SIZES], rows, cols)
 
 
-# Compiles for a GPU that is not there: launches become compilations, tuning becomes the first configuration.
+# Compiles for an absent GPU: launches only compile, and autotuning takes the first configuration.
 COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
@@ -289,7 +296,7 @@ def compiled(self, grid):
 
 driver.set_active(NoGPU)
 triton.JITFunction.__getitem__ = compiled
-triton.autotune = lambda configs, key: lambda kernel: autotune.First(kernel, configs)
+triton.autotune = lambda configs, key: lambda kernel: autotune.Untuned(kernel, configs)
 from recontrast.kernels import anomaly_map, cosine_sums, mined_loss
 
 for dtype in torch.float32, torch.bfloat16:
@@ -318,16 +325,20 @@ def test_kernels_compile(tmp_path):
     command = [sys.executable, "-W", "error", "-c", COMPILE, "90"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    two, refine = ["_pieces", "_finish", "_weigh"], ["_refine", "_select"]
-    hardest = [["_pieces", "_select", *refine * digits, "_finish"] for digits in (1, 4)]
+    digit = ["_count_digits", "_select_digit"]
+    forward_hardest = [
+        ["_summarise_pieces", "_select_digit", *digit * (digits - 1), "_combine_pieces"] for digits in (2, 5)
+    ]
+    forward, backward = ["_summarise_pieces", "_combine_pieces"], ["_gradient"]
     names = (
         ["_sums", "_gradient"] * 4
         + ["_sums"] * 2
-        + two * 2
-        + hardest[0]
-        + two[2:]
-        + two
-        + hardest[1]
-        + ["_bands", "_blend"]
+        + (forward + backward) * 2  # deviation, with alpha and without
+        + forward_hardest[0]
+        + backward
+        + forward
+        + backward
+        + forward_hardest[1]  # float64
+        + ["_find_bands", "_compute_tile"]
     )
     assert run.stdout.splitlines() == [f"{name} 90" for name in names]

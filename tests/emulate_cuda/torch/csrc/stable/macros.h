@@ -1,4 +1,5 @@
-// In place of torch's own, which on torch 2.11 checks CUDA's errors without CUDA as well; the emulator has none.
+// Replaces torch's header, whose STD_CUDA_CHECK in torch 2.11 needs CUDA even without USE_CUDA. The emulator has no
+// errors.
 #pragma once
 
 #include_next <torch/csrc/stable/macros.h>

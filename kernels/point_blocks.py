@@ -1,0 +1,51 @@
+"""Point distances, and how the points of all pairs are distributed over programs, for the kernels of mined_loss."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _norm(square):
+    """Square root of ``square``, at least EPS."""
+    clamped = tl.maximum(square, tl.full([], 1e-16, square.dtype), propagate_nan=tl.PropagateNan.ALL)  # EPS ** 2
+    if square.dtype == tl.float64:
+        return tl.sqrt(clamped)
+    else:
+        return tl.sqrt_rn(clamped)
+
+
+@triton.jit
+def _distance(xy, xx, yy):
+    """1 - cosine; the same bits in every kernel."""
+    norms = _norm(xx) * _norm(yy)
+    if xy.dtype == tl.float64:
+        return 1 - xy / norms
+    else:
+        return 1 - tl.div_rn(xy, norms)
+
+
+@triton.jit
+def _find_pair(program, N, P, BLOCK: tl.constexpr, BY_IMAGE: tl.constexpr):
+    """The pair that ``program`` works on.
+
+    BY_IMAGE: the BLOCK points of a program belong to one image, else to one pair.
+
+    Returns the number of the pair, its N and P, the index of its first sum, and the program's index in the pair.
+    """
+    number = tl.full([], 0, tl.int32)
+    images = tl.full([], 0, tl.int64)
+    points = tl.full([], 0, tl.int64)
+    first = tl.full([], 0, tl.int64)
+    sums_before = tl.full([], 0, tl.int64)
+    block = program
+    for i in tl.static_range(len(N)):
+        programs = N[i] * tl.cdiv(P[i], BLOCK) if BY_IMAGE else tl.cdiv(N[i] * P[i], BLOCK)
+        in_pair = (program >= 0) & (program < programs)
+        number = tl.where(in_pair, i, number)
+        images = tl.where(in_pair, N[i], images)
+        points = tl.where(in_pair, P[i], points)
+        first = tl.where(in_pair, sums_before, first)
+        block = tl.where(in_pair, program, block)
+        program -= programs
+        sums_before += 3 * tl.cast(N[i], tl.int64) * P[i]
+    return number, images, points, first, block
