@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Builds, tests and measures everything that wants a GPU, on a bare machine without a network: torch >= 2.11, nvcc and
-# pytest must be there. Ends within 8 minutes; each stage has its own limit, and what a cut run has measured stays in
-# benchmarks/results/<device>.json, and in the folder OUT, where that is set, at any time.
+# Builds, tests and measures everything that needs a GPU, on a bare machine without a network; needs torch >= 2.11, nvcc
+# and pytest. Takes at most 8 minutes. Each stage has a time limit; the results so far are always in
+# benchmarks/results/<device>.json and, if OUT is set, in that folder.
 #
-#   benchmarks/gpu.sh                 all of it; LIMIT=570 gives it more seconds
-#   benchmarks/gpu.sh map train       these stages alone: build test sanitize loss map train evaluate whole triton races
-#   DEVICE=cpu benchmarks/gpu.sh      every path on the CPU with tiny shapes, to find what would fail there
+#   benchmarks/gpu.sh                 all stages; LIMIT=570 raises the limit, in seconds
+#   benchmarks/gpu.sh map train       only these stages, of: build test sanitize loss map train evaluate whole triton races
+#   DEVICE=cpu benchmarks/gpu.sh      every stage on the CPU with tiny shapes, to find errors
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 python=${PYTHON:-python3}
-PATH=$(dirname "$(command -v "$python")"):$PATH  # cmake and ninja may lie beside it
+PATH=$(dirname "$(command -v "$python")"):$PATH  # cmake and ninja may be installed next to it
 device=${DEVICE:-cuda}
-limit=${LIMIT:-450}  # seconds in all
+limit=${LIMIT:-450}  # seconds for all stages
 stages=${*:-build test sanitize loss map train evaluate whole triton races}
 tiny=()
 [ "$device" = cuda ] || tiny=(--tiny)
@@ -20,7 +20,7 @@ tiny=()
 left() { echo $((limit - SECONDS)); }
 wanted() { [[ " $stages " == *" $1 "* ]]; }
 
-# stage NAME SECONDS COMMAND...: runs it for at most SECONDS, or what is left; notes how it ended.
+# stage NAME SECONDS COMMAND...: runs the command for at most SECONDS or the time left, and records how it ended.
 stage() {
   local name=$1 seconds=$2 status begun=$SECONDS log
   shift 2
@@ -39,7 +39,7 @@ stage() {
 }
 
 notes=()
-note() { # until the file is known, notes wait
+note() { # kept until the results file is known
   notes+=("$1" "$2")
   [ -n "$out" ] || return 0
   "$python" - "$out" "${notes[@]}" <<'PY'
@@ -55,11 +55,11 @@ PY
   keep
 }
 
-keep() { # OUT has what there is, whenever this is killed
+keep() { # so that OUT has the results so far if this script is killed
   [ -z "${OUT:-}" ] || [ "$device" != cuda ] || cp "$out" "$OUT/"
 }
 
-measure() { # NAME SECONDS ARGUMENTS...: the time is known to the program, which then begins no row that it cannot end
+measure() { # NAME SECONDS ARGUMENTS...: the program knows its time limit and starts no row that it cannot finish
   local name=$1 seconds=$2
   shift 2
   if ((seconds > $(left))); then seconds=$(left); fi
@@ -71,15 +71,15 @@ logs=${OUT:-$(mktemp -d)}
 out=
 [ -e recontrast/kernels ] || ln -s ../kernels recontrast/kernels # CMake makes it too, but not every run builds
 
-build() { # by CMake, which goes on where one source fails: a mistake on the CPU must not cost the kernels of the GPU
+build() { # with CMake, which continues after an error: an error in a CPU source must not prevent the CUDA library
   local architecture
   architecture=$("$python" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())') || return 1
-  export CUDAARCHS=$architecture # this GPU's machine code alone: a third of the time
-  rm -f recontrast/_*.so # what fails to compile must not be measured as it was before
+  export CUDAARCHS=$architecture # only for this GPU: takes a third of the time
+  rm -f recontrast/_*.so # a failed build must not leave old libraries to be measured
   cmake --fresh -B build/gpu -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" &&
     cmake --build build/gpu -- -k 0
   local status=$?
-  [ -f recontrast/_cuda.so ] || echo "ERROR SUMMARY: NO NATIVE KERNELS, Triton's run in their place"
+  [ -f recontrast/_cuda.so ] || echo "ERROR SUMMARY: NO NATIVE KERNELS, TRITON RUNS INSTEAD"
   return $status
 }
 export -f build
@@ -95,10 +95,10 @@ PY
 ) || { echo "no device $device"; exit 1; }
 if [ "$device" = cuda ]; then out=benchmarks/results/$name.json; else out=$logs/$name.json; fi
 mkdir -p benchmarks/results
-if [ $# -eq 0 ]; then rm -f "$out"; fi # a whole run begins anew, stages alone go on
+if [ $# -eq 0 ]; then rm -f "$out"; fi # a full run starts a new file; single stages are added
 
-# Every op against the float64 oracle on fresh random inputs: odd sizes, all dtypes and layouts, nothing, gradcheck,
-# opcheck, graph capture, a step that may not wait. In parallel where pytest-xdist is: most of it compiles Triton.
+# Every operator against the float64 oracle on random inputs: odd sizes, all dtypes and layouts, empty inputs, gradcheck,
+# opcheck, graph capture, a step without synchronisation. Parallel with pytest-xdist: most of the time, Triton compiles.
 tests=(tests/test_cosine_sums.py tests/test_mined_loss.py tests/test_anomaly_map_op.py tests/test_loss.py tests/training/test_cuda_graph.py
        tests/training/test_precision.py tests/metrics/test_streaming.py::test_any_path_counts_the_same)
 parallel=()
@@ -110,7 +110,7 @@ check test 110 "${tests[@]}"
 
 sanitize() { # memcheck or racecheck
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer"; return 0; }
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # one allocation a tensor, so that its end is known
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # one allocation per tensor, so that its end is checked
   compute-sanitizer --tool "$1" --error-exitcode 9 "$python" benchmarks/small.py
 }
 export -f sanitize
@@ -120,7 +120,7 @@ else
   stage sanitize 35 "$python" benchmarks/small.py cpu
 fi
 
-# Each measures its most important rows first. The limits add up to more than there is; few stages need theirs.
+# Each measures its most important rows first. The limits exceed the total; few stages need all of theirs.
 measure map 15 map
 measure loss 75 loss
 measure train 60 train

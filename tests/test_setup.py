@@ -23,7 +23,7 @@ def empty(tmp_path_factory):
 
 
 def run_setup(empty, version):
-    """Run ``setup.py --version`` with a torch of ``version`` in site-packages and the setuptools of this environment."""
+    """Run ``setup.py --version`` with a torch of ``version`` in site-packages; setuptools is that of the caller."""
     python, site = empty
     (site / "torch").mkdir(exist_ok=True)
     (site / "torch" / "version.py").write_text(f"__version__ = '{version}'\ndebug = False\n")

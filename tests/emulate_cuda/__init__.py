@@ -37,7 +37,7 @@ def build(folder: Path) -> Path:
 
 
 def load(folder: Path):
-    """The operators, and ``emulate(processors, backwards)``, which sets the number of multiprocessors and thread order."""
+    """The operators, and ``emulate(processors, backwards)``, which sets the multiprocessors and the thread order."""
     from recontrast.ops import SCHEMAS
 
     library = build(folder)
