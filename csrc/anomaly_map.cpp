@@ -14,8 +14,7 @@
 namespace recontrast {
 namespace {
 
-constexpr int64_t kStrip =
-    64;  // rows per task: enough to reuse the products along x, few enough to split one image between threads
+constexpr int64_t kStrip = 64;  // rows per task: enough to reuse products along x, few enough for many tasks
 constexpr int64_t kLanes = Lanes<float>::count;
 
 struct Band {

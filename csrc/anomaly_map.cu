@@ -99,16 +99,16 @@ __device__ void atomic_larger(float* to, float value) {
 }
 
 // product += distances @ cols^T over `width` columns of distances; a warp has every `warps`-th of `height` rows.
-template <int images, int turns>
+template <int images, int rows_per_warp>
 __device__ __forceinline__ void multiply_by_cols(const float (&tile)[images][kSide][kSide + kPad],  // distances
                                                  const float (&across)[kSide][kColumns + kPad],     // cols^T
                                                  int lane, int warp, int height, int width,
-                                                 float (&product)[images][turns]) {
+                                                 float (&product)[images][rows_per_warp]) {
   constexpr int warps = kThreads / kWarp;
   for (int j = 0; j < width; j += 4) {  // columns beyond width are zero
     const float c0 = across[j][lane], c1 = across[j + 1][lane], c2 = across[j + 2][lane], c3 = across[j + 3][lane];
 #pragma unroll
-    for (int t = 0; t < turns; ++t) {
+    for (int t = 0; t < rows_per_warp; ++t) {
       if (warp + t * warps >= height) break;
 #pragma unroll
       for (int m = 0; m < images; ++m) {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, images == 1 ? 4 : 2)
                  const int2* __restrict__ bands,  // [levels, bands_of_level]
                  float* __restrict__ maps,        // [N, H, W]
                  float* __restrict__ maximum) {   // [N]
-  constexpr int warps = kThreads / kWarp, turns = kSide / warps;
+  constexpr int warps = kThreads / kWarp, rows_per_warp = kSide / warps;
   alignas(16) __shared__ float tile[images][kSide][kSide + kPad];  // distances, then distances @ cols^T
   alignas(16) __shared__ float across[kSide][kColumns + kPad];     // cols^T
   alignas(16) __shared__ float down[kSide][kRows + kPad];          // rows^T
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, images == 1 ? 4 : 2)
     if (horizontal.x >= horizontal.y) continue;  // for all threads of the block
     for (int i0 = vertical.x; i0 < vertical.y; i0 += kSide) {
       const int height = min(kSide, vertical.y - i0);
-      float product[images][turns] = {};
+      float product[images][rows_per_warp] = {};
       for (int j0 = horizontal.x; j0 < horizontal.y; j0 += kSide) {
         const int width = min(kSide, horizontal.y - j0);
         __syncthreads();  // until no thread reads the previous contents
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, images == 1 ? 4 : 2)
       }
       __syncthreads();
 #pragma unroll
-      for (int t = 0; t < turns; ++t)
+      for (int t = 0; t < rows_per_warp; ++t)
 #pragma unroll
         for (int m = 0; m < images; ++m) tile[m][warp + t * warps][lane] = product[m][t];
       __syncthreads();

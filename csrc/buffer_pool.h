@@ -24,8 +24,7 @@ class BufferPool {
  public:
   static constexpr int64_t kHugePage = 2 << 20;        // bytes; block sizes are multiples of it
   static constexpr int64_t kSmallest = 2 * kHugePage;  // bytes; the C library reuses smaller blocks itself
-  static constexpr int64_t kCapacity = 512ll
-                                       << 20;  // bytes; the gradients of all six pairs of WideResNet-50-2, batch 32
+  static constexpr int64_t kCapacity = 512ll << 20;    // bytes; gradients of all pairs, WideResNet-50-2, batch 32
 
   // Never destroyed: a tensor may outlive the library's static objects.
   static BufferPool& instance() {
@@ -47,7 +46,7 @@ class BufferPool {
       }
     }
     void* block = std::aligned_alloc(kHugePage, bytes);
-    STD_TORCH_CHECK(block, "recontrast: not enough memory: wanted ", bytes, " bytes");
+    STD_TORCH_CHECK(block, "recontrast: not enough memory for a result of ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     madvise(block, bytes, MADV_HUGEPAGE);  // only advice: where it fails, memory is slower
 #endif

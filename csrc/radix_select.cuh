@@ -34,7 +34,7 @@ struct Keys {
   }
 };
 
-// What is known of the k-th largest distance of a pair.
+// The digits of a pair's k-th largest distance selected so far.
 struct Selection {
   uint64_t prefix;  // its first digits
   long long rank;   // its rank, from 1, among the distances with these digits

@@ -12,8 +12,7 @@
 
 namespace recontrast {
 
-constexpr int64_t kGrain =
-    1 << 17;  // pixels per thread at least: starting a thread takes about as long as reading them
+constexpr int64_t kGrain = 1 << 17;  // pixels per thread at least: reading fewer is faster than starting a thread
 
 // Number of threads to use for `pixels`: at most `threads` (0: one per core).
 inline int64_t thread_count(int64_t threads, int64_t pixels) {

@@ -24,6 +24,20 @@ std::vector<double> arange(T low, T high, T step) {
   return values;
 }
 
+// Minimum and maximum of the scores [P]; false if a score is not finite.
+template <typename T>
+bool finite_range(const T* scores, int64_t P, T& low, T& high) {
+  low = std::numeric_limits<T>::max();
+  high = std::numeric_limits<T>::lowest();
+  bool nonfinite = false;
+  for (int64_t i = 0; i < P; ++i) {
+    nonfinite |= scores[i] - scores[i] != 0;  // NaN for NaN and infinity
+    low = scores[i] < low ? scores[i] : low;
+    high = scores[i] > high ? scores[i] : high;
+  }
+  return !nonfinite;
+}
+
 }  // namespace
 
 template <typename T>
@@ -31,15 +45,9 @@ double per_image_aupro(const T* scores, int64_t P, const Regions& regions, doubl
   constexpr double undefined = std::numeric_limits<double>::quiet_NaN();
   reason = kGoodImage;
   if (regions.areas.empty()) return undefined;
-  T low = std::numeric_limits<T>::max(), high = std::numeric_limits<T>::lowest();
-  bool nonfinite = false;
-  for (int64_t i = 0; i < P; ++i) {
-    nonfinite |= scores[i] - scores[i] != 0;  // NaN for NaN and infinity
-    low = scores[i] < low ? scores[i] : low;
-    high = scores[i] > high ? scores[i] : high;
-  }
+  T low, high;
   reason = kNotFinite;
-  if (nonfinite) return undefined;
+  if (!finite_range(scores, P, low, high)) return undefined;
   const T step = (high - low) / kThresholds;
   reason = kTooWide;
   if (step - step != 0) return undefined;
