@@ -1,5 +1,8 @@
 """Sphinx configuration of the guide: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``."""
 
+import os
+import re
+
 import recontrast
 
 project = "recontrast"
@@ -26,3 +29,25 @@ html_static_path = ["static"]
 html_css_files = ["guide.css"]
 html_theme_options = {"navigation_with_keys": True}
 html_show_sphinx = False
+
+# Pages link to Markdown files of the repository outside of docs/, which a code host shows. The site links to them there
+# if the variable has the address of the repository's files, and otherwise only names them.
+REPOSITORY = os.environ.get("RECONTRAST_REPOSITORY", "")
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([\w/]+\.md)(#[\w-]+)?\)")
+
+
+def replace_outside_links(app, name: str, content: list[str]) -> None:
+    """Replace links such as ``[text](../benchmarks/README.md#part)`` in the source of a page."""
+
+    def replacement(match: re.Match[str]) -> str:
+        text, path, anchor = match.groups(default="")
+        if REPOSITORY:
+            return f"[{text}]({REPOSITORY.rstrip('/')}/{path}{anchor})"
+        return f"`{path}`" if text == path else f"{text} (`{path}`)"
+
+    content[0] = OUTSIDE.sub(replacement, content[0])
+
+
+def setup(app) -> None:
+    """Register the hook."""
+    app.connect("source-read", replace_outside_links)

@@ -29,7 +29,7 @@ NETWORK = ["--backbone", "tf_efficientnet_lite0", "--weights", "package", "--bat
 DEMO_RATES = ["--set", "encoder_lr=1e-4", "--set", "ramp=1.0", "--encoder-bn", "eval", "--channels-last"]
 STRIP = (("brick", "good"), ("brick", "scratch"), ("grass", "good"), ("grass", "stain"), ("gravel", "good"),
          ("gravel", "hole"))  # fmt: skip
-ZOOM, GAP, LABEL, HEAD = 2, 8, 104, 26  # enlargement of an image, and pixels between, left of and above the images
+ZOOM, GAP, LABEL, HEAD = 2, 8, 142, 38  # enlargement of an image, and pixels between, left of and above the images
 OUTLINE = (0, 229, 255)
 
 
@@ -95,9 +95,9 @@ def draw_strip(run: Path) -> None:
     side = SIZE * ZOOM
     canvas = Image.new("RGB", (LABEL + len(chosen) * (side + GAP), 2 * HEAD + 3 * (side + GAP)), "white")
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(20)
+    font = ImageFont.load_default(30)
     for row, label in enumerate(("image", "anomaly\nmap", "decision")):
-        pen.multiline_text((6, HEAD + row * (side + GAP) + side // 2 - 20), label, "black", font)
+        pen.multiline_text((6, HEAD + row * (side + GAP) + side // 2 - 30), label, "black", font)
     highest = max(float(anomaly.max()) for anomaly in maps)
     for column, ((title, path, row), anomaly) in enumerate(zip(chosen, maps, strict=True)):
         left = LABEL + column * (side + GAP)
