@@ -7,6 +7,7 @@ import numpy as np
 from charts import WIDTH, save_svg, text
 
 FIGURES = Path(__file__).parent / "figures"
+TIMES = "\N{MULTIPLICATION SIGN}"
 LINE = 20  # units from one line of text to the next
 
 
@@ -48,7 +49,12 @@ def model() -> tuple[int, list[str]]:
 def three_sums() -> tuple[int, list[str]]:
     """Features, the three sums of each point, and what follows from them."""
     sums = ("⟨x, y⟩", "⟨x, x⟩", "⟨y, y⟩")
-    results = ("distance\nof each point", "hard points\n(mean, deviation)", "loss: cosine of\nthe whole map", "anomaly\nmap")
+    results = (
+        "distance\nof each point",
+        "hard points\n(mean, deviation)",
+        "loss: cosine of\nthe whole map",
+        "anomaly\nmap",
+    )
     elements = [
         box(40, 16, 200, 56, "features x\n(C channels)"),
         box(280, 16, 200, 56, "features y\n(C channels)"),
@@ -61,8 +67,12 @@ def three_sums() -> tuple[int, list[str]]:
     for i, label in enumerate(results):
         x, y = 20 + (i % 2) * 250, 200 + (i // 2) * 76
         elements.append(box(x, y, 230, 60, label))
-    elements += [arrow((190, 166), (150, 198)), arrow((330, 166), (370, 198)), arrow((260, 166), (260, 306), (248, 306)),
-                 arrow((260, 306), (272, 306))]  # fmt: skip
+    elements += [
+        arrow((190, 166), (150, 198)),
+        arrow((330, 166), (370, 198)),
+        arrow((260, 166), (260, 306), (248, 306)),
+        arrow((260, 306), (272, 306)),
+    ]
     return 350, elements
 
 
@@ -84,13 +94,13 @@ def banded() -> tuple[int, list[str]]:
         f'<rect class="box" x="240" y="104" width="{rows * step + 3}" height="{columns * step + 3}"/>',
         *cells,
         box(140, 104, 63, 63, "D"),
-        text(120, 142, "×", "middle", "bold"),
-        text(222, 142, "×", "middle", "bold"),
+        text(120, 142, TIMES, "middle", "bold"),
+        text(222, 142, TIMES, "middle", "bold"),
         text(66, 28, "K (rows)", "middle"),
         text(172, 94, "distances", "middle"),
         text(338, 94, "Kᵀ (columns)", "middle"),
         text(478, 142, "= map", "middle", "bold"),
-        text(WIDTH / 2, 266, "K = blur × upsampling: zero off a narrow band", "middle"),
+        text(WIDTH / 2, 266, f"K = blur {TIMES} upsampling: zero off a narrow band", "middle"),
     ]
 
 

@@ -1,7 +1,7 @@
 """Draw the figures of the guide into ``docs/figures``: ``python docs/make_figures.py [--work DIR]``.
 
 It runs the demo and trains a second small detector on its photographs (brick, grass and gravel, which scikit-image
-distributes under CC0), 150 steps each, through the command line, and draws what they give. That takes 5 to 15 minutes on two CPU cores.
+distributes under CC0) through the command line, and draws what they give. That takes 5 to 15 minutes on two CPU cores.
 Runs that are already below ``--work`` are used again. The screenshot of the report needs Chromium.
 """
 
@@ -25,7 +25,7 @@ FIGURES = HERE / "figures"
 SIZE = 128  # pixels, of the images and of the network's input
 CALIBRATION = 40  # good images of each surface that set the threshold
 RATE = 0.05  # promised share of false alarms
-NETWORK = ["--backbone", "tf_efficientnet_lite0", "--weights", "package", "--batch", "8", "--steps", "150"]
+NETWORK = ["--backbone", "tf_efficientnet_lite0", "--weights", "package", "--batch", "8", "--steps", "100"]
 DEMO_RATES = ["--set", "encoder_lr=1e-4", "--set", "ramp=1.0", "--encoder-bn", "eval", "--channels-last"]
 STRIP = (("brick", "good"), ("brick", "scratch"), ("grass", "good"), ("grass", "stain"), ("gravel", "good"),
          ("gravel", "hole"))  # fmt: skip
@@ -79,7 +79,9 @@ def large_picture() -> np.ndarray:
 
 def draw_sheet(run: Path) -> None:
     """The demo's contact sheet of brick: ``heatmaps_brick.jpg``."""
-    Image.open(run / "heatmaps_brick.png").convert("RGB").save(FIGURES / "heatmaps_brick.jpg", quality=82, optimize=True)
+    Image.open(run / "heatmaps_brick.png").convert("RGB").save(
+        FIGURES / "heatmaps_brick.jpg", quality=82, optimize=True
+    )
 
 
 def draw_strip(run: Path) -> None:
@@ -109,7 +111,9 @@ def draw_strip(run: Path) -> None:
         for number, picture in enumerate(pictures):
             canvas.paste(picture, (left, HEAD + number * (side + GAP)))
         verdict = f"{row['decision']}, p = {row['p_value']:.3f}"
-        pen.text((left, HEAD + 3 * (side + GAP)), verdict, "#b3261e" if row["decision"] == "defect" else "#1b7f5c", font)
+        pen.text(
+            (left, HEAD + 3 * (side + GAP)), verdict, "#b3261e" if row["decision"] == "defect" else "#1b7f5c", font
+        )
     canvas.save(FIGURES / "strip.jpg", quality=82, optimize=True)
 
 
@@ -167,7 +171,7 @@ def draw_report(run: Path) -> None:
         check=True, capture_output=True,
     )  # fmt: skip
     page = Image.open(picture).convert("RGB")
-    for name, top, bottom in (("report", 0, 1100), ("report_curves", 1890, 3100)):
+    for name, top, bottom in (("report", 0, 1100), ("report_curves", 1890, 2720)):
         page.crop((0, top, page.width, bottom)).quantize(128).save(FIGURES / f"{name}.png", optimize=True)
 
 
@@ -187,7 +191,7 @@ def draw_speed() -> None:
                 ("copy of the same bytes", "copy of the same bytes"),
             )
         }
-    title = "Loss, forward and backward, batch 16, float32 (ms, logarithmic)"
+    title = "Loss, forward and backward (ms, logarithmic)"
     save_svg(FIGURES / "speed.svg", bar_chart(groups, title, highlight="recontrast"))
 
 
