@@ -17,7 +17,7 @@ import numpy as np
 from charts import bar_chart, histograms, save_svg
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from recontrast import ReContrastDetector
+from recontrast import ReContrastDetector, load
 from recontrast.data import synthetic
 
 HERE = Path(__file__).parent
@@ -75,6 +75,13 @@ def large_picture() -> np.ndarray:
         window = picture[top : top + 200, left : left + 200]
         window[:] = synthetic.draw_defect(window, kind, rng)[0]
     return picture
+
+
+def draw_prediction(run: Path) -> None:
+    """The drawing of one prediction, the first hole in brick: ``prediction.png``."""
+    path = min((run / "data" / "brick" / "test" / "hole").iterdir())
+    picture = load(run).predict(path)[0].draw()
+    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.LANCZOS).save(FIGURES / "prediction.png")
 
 
 def draw_sheet(run: Path) -> None:
@@ -204,6 +211,7 @@ def main() -> None:
     draw_speed()
     train_demo(work)
     demo = work / "demo"
+    draw_prediction(demo)
     draw_sheet(demo)
     draw_strip(demo)
     draw_histogram(demo)
