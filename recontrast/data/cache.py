@@ -72,7 +72,7 @@ class ImageCache:
         workers: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._files = [Path(s if isinstance(s, (str, os.PathLike)) else s.path) for s in samples]
+        self._files = [Path(sample if isinstance(sample, (str, os.PathLike)) else sample.path) for sample in samples]
         self._size = parse_size(size, "size")
         self._crop = None if crop is None else parse_size(crop, "crop")
         if workers is not None and workers < 1:
@@ -80,7 +80,7 @@ class ImageCache:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)
-        self.offsets = [*accumulate((self._count(path) for path in self._files), initial=0)]
+        self.offsets = [*accumulate((self._count_images(path) for path in self._files), initial=0)]
         side = (self._crop or self._size) if tile is None else (tile, tile)
         self.shape = (self.offsets[-1], *side, 3)
         self.path: Path | None = None
@@ -88,7 +88,7 @@ class ImageCache:
             self._images = np.empty(self.shape, np.uint8)
             self._decode(self._images.__setitem__)
             return
-        self.path = Path(directory) / f"{_PREFIX}{self._key()}.u8"
+        self.path = Path(directory) / f"{_PREFIX}{self._compute_key()}.u8"
         images = self._map(self.path)
         if images is None:
             self._build(self.path)
@@ -135,7 +135,7 @@ class ImageCache:
         """Size of one image, in bytes."""
         return self.shape[1] * self.shape[2] * self.shape[3]
 
-    def _key(self) -> str:
+    def _compute_key(self) -> str:
         """Return the hash that names the cache file: everything that determines its content."""
         files = []
         for path in self._files:
@@ -165,7 +165,7 @@ class ImageCache:
         finally:  # wait for the threads, so that none writes after an error or Ctrl-C
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _count(self, path: Path) -> int:
+    def _count_images(self, path: Path) -> int:
         """Return the number of images (tiles) of a file."""
         return 1 if self._tile is None else count_tiles(image_size(path), *self._tile)
 
@@ -194,7 +194,7 @@ class ImageCache:
                 _write_at(file.fileno(), pixels.tobytes(), _HEADER_BYTES + i * self._image_bytes)
 
             self._decode(store)
-            _write_at(file.fileno(), self._header(checksums), 0)
+            _write_at(file.fileno(), self._make_header(checksums), 0)
 
     def _map(self, path: Path) -> np.ndarray | None:
         """Map the images of the cache file, read-only; None if it is missing, of the wrong length or damaged."""
@@ -205,9 +205,9 @@ class ImageCache:
             images = np.asarray(np.memmap(file, np.uint8, "r", _HEADER_BYTES, self.shape))
         with ThreadPoolExecutor(self._workers) as pool:
             checksums = np.fromiter(pool.map(lambda image: zlib.crc32(image.data), images), "<u4", len(self))
-        return images if header == self._header(checksums) else None
+        return images if header == self._make_header(checksums) else None
 
-    def _header(self, checksums: np.ndarray) -> bytes:
+    def _make_header(self, checksums: np.ndarray) -> bytes:
         """Return the header of the cache file, which contains a checksum of all images."""
         content = {"format": FORMAT, "shape": self.shape, "crc32": zlib.crc32(checksums.tobytes())}
         return json.dumps(content).encode().ljust(_HEADER_BYTES)

@@ -57,9 +57,8 @@ def read_table(path: Path, columns: Sequence[str]) -> list[TableRow]:
                 row = TableRow(location, {name: cell.strip() for name, cell in zip(header, cells, strict=True)})
                 key = row[columns[0]]
                 if key in lines_by_key:
-                    raise ValueError(
-                        f"{location}: wanted each {columns[0]} once, got {key} of {lines_by_key[key]} again"
-                    )
+                    first = lines_by_key[key]
+                    raise ValueError(f"{location}: wanted each {columns[0]} once, got {key} again, as in {first}")
                 lines_by_key[key] = f"line {reader.line_num}"
                 table.append(row)
     except FileNotFoundError:

@@ -68,7 +68,7 @@ def load(path: PathLike | Sequence[PathLike], categories: Sequence[str] | None =
         for name, reader in _make_readers(source).items():
             if name in readers:
                 raise ValueError(
-                    f"{source}: wanted categories of different names, got {name!r} of {sources[name]} again"
+                    f"{source}: wanted categories with different names, got {name!r} again, as in {sources[name]}"
                 )
             readers[name], sources[name] = reader, source
     for category in categories or ():
@@ -156,7 +156,9 @@ def _read_category(path: Path, name: str) -> list[Sample]:
     test = path / "test"
     loose = sorted(p.name for p in test.iterdir() if p.is_file() and is_image(p.name)) if test.is_dir() else []
     if loose:
-        raise ValueError(f"{test / loose[0]}: wanted test images in test/{GOOD} and test/DEFECT, got one beside them")
+        raise ValueError(
+            f"{test / loose[0]}: wanted test images in test/{GOOD} and test/DEFECT, got one directly in test"
+        )
     masks = _find_masks(path / "ground_truth")
     unused = dict(masks)
     for defect in _list_folders(test) if test.is_dir() else []:
@@ -168,7 +170,7 @@ def _read_category(path: Path, name: str) -> list[Sample]:
                 if key is None:
                     expected = path / "ground_truth" / f"{stem}_mask.png"
                     raise ValueError(
-                        f"{image}: wanted its mask {expected}, got none, where {len(masks)} masks of {name} exist"
+                        f"{image}: wanted its mask {expected}, got none, although {name} has {len(masks)} masks"
                     )
                 mask = masks[key]
                 unused.pop(key, None)
@@ -188,7 +190,7 @@ def _find_masks(ground_truth: Path) -> dict[str, Path]:
             continue
         key = relative.with_suffix("").as_posix()
         if key in masks:
-            raise ValueError(f"{path}: wanted one mask of this name, got {masks[key].name} too")
+            raise ValueError(f"{path}: wanted one mask of this name, got {masks[key].name} as well")
         masks[key] = path
     return masks
 

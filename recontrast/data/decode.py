@@ -98,7 +98,7 @@ def convert_decoder_errors(path: PathLike) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise ValueError(f"{path}: wanted a whole image, got a file that cannot be decoded ({reason})") from error
+        raise ValueError(f"{path}: wanted a complete image, got a file that cannot be decoded ({reason})") from error
 
 
 @contextmanager

@@ -68,13 +68,13 @@ def find_reduction(shape: tuple[int, int], limit: int = OVERLAY_PIXELS) -> int:
     return factor
 
 
-def reduce_blocks(pixels: NDArray[Any], factor: int, how: str) -> NDArray[Any]:
+def reduce_blocks(pixels: NDArray[Any], factor: int, method: str) -> NDArray[Any]:
     """Reduce each block of ``factor`` x ``factor`` pixels to one; blocks at the right and lower edge can be smaller.
 
     Args:
         pixels: (H, W) or (H, W, C).
         factor: Side of a block, in pixels. 1 returns ``pixels``.
-        how: "mean", for images, or "max", for maps, where small defects must keep their peak.
+        method: "mean", for images, or "max", for maps, where small defects must keep their peak.
 
     Returns:
         (ceil(H / factor), ceil(W / factor), ...), in the dtype of ``pixels``.
@@ -86,7 +86,7 @@ def reduce_blocks(pixels: NDArray[Any], factor: int, how: str) -> NDArray[Any]:
     reduced = np.empty((math.ceil(len(pixels) / factor), len(edges), *pixels.shape[2:]), pixels.dtype)
     for row in range(len(reduced)):
         block = pixels[row * factor : (row + 1) * factor]
-        if how == "max":
+        if method == "max":
             reduced[row] = np.maximum.reduceat(block.max(axis=0), edges, axis=0)
         else:
             count = (widths * len(block)).reshape(-1, *(1,) * (pixels.ndim - 2))

@@ -203,7 +203,7 @@ def count_images(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
     for entry in entries:
         if entry.target in sources:
             other = sources[entry.target]
-            raise ValueError(f"{entry.source}: wanted one file for {entry.target}, got {other} for it too")
+            raise ValueError(f"{entry.source}: wanted one file for {entry.target}, got {other} for the same target")
         sources[entry.target] = entry.source
         category, split, kind = entry.target.split("/")[:3]
         folders.setdefault(category, []).append(f"{split}/{kind}")
@@ -211,7 +211,7 @@ def count_images(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
     for category, kinds in folders.items():
         train, test = (sum(kind.startswith(split) for kind in kinds) for split in ("train/", "test/"))
         if not train:
-            raise ValueError(f"{root}: wanted good training images of {category}, got none beside {test} test images")
+            raise ValueError(f"{root}: wanted good training images of {category}, got only {test} test images")
         counts[category] = Counts(train, test, kinds.count(f"test/{GOOD}"))
     return counts
 

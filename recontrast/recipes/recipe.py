@@ -187,20 +187,20 @@ class Recipe:
             ),
             (
                 self.tile is not None and self.crop is not None,
-                f"crop must be none where tile is given ({self.tile}), got {self.crop!r}",
+                f"crop must be none if tile is given ({self.tile}), got {self.crop!r}",
             ),
             (
                 self.stride is not None and self.stride > (self.tile or 0),
                 f"stride must be at most tile ({self.tile}), got {self.stride}",
             ),
-            (self.mining and self.loss == "point", "mining must be false where loss is 'point', got true"),
+            (self.mining and self.loss == "point", "mining must be false if loss is 'point', got true"),
             (
                 self.pairs == "cross" and not self.train_encoder,
-                "pairs must be 'self' where train_encoder is false, got 'cross' of two equal encoders",
+                "pairs must be 'self' if train_encoder is false, got 'cross' of two equal encoders",
             ),
             (
                 self.pairs == "self" and self.views != "both",
-                f"views must be 'both' where pairs is 'self', which has one target, got {self.views!r}",
+                f"views must be 'both' if pairs is 'self', which has one target, got {self.views!r}",
             ),
             (
                 self.rest > (self.wipe_every or 0),

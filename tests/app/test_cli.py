@@ -113,9 +113,9 @@ def test_several_data(data, tmp_path):
     said = works("evaluate", tmp_path / "both", *both, "--device", "cpu")
     assert all(name in said for name in ("brick", "grass", "mean"))
     message = train_fails(data, tmp_path, data / "grass", "--category", "all")
-    assert f"{data / 'grass'}: wanted categories of different names, got 'grass' of {data} again" in message
+    assert f"{data / 'grass'}: wanted categories with different names, got 'grass' again, as in {data}" in message
     message = fails("evaluate", tmp_path / "both", data, data, "--out", tmp_path / "out")
-    assert f"{data}: wanted categories of different names, got 'brick' of {data} again" in message
+    assert f"{data}: wanted categories with different names, got 'brick' again, as in {data}" in message
     assert not files(tmp_path / "out")
 
 
@@ -214,7 +214,7 @@ def train_fails(data, tmp_path, *more, wrote=()):
         (["--category", "all", "--set", "blur=heavy"], "blur must be one of 'reflect', 'zero5', None, got 'heavy'"),
         (["--category", "all", "--device", "tpu9"], "'tpu9'"),
         (["--category", "all", "--teacher-cache", "-1"], "--teacher-cache: wanted GiB of at least 0, got -1"),
-        (["--category", "all", "--set", "loss=point"], "mining must be false where loss is 'point', got true"),
+        (["--category", "all", "--set", "loss=point"], "mining must be false if loss is 'point', got true"),
         (["--category", "all", "--resume", "nowhere.pt"], "nowhere.pt: wanted a checkpoint file, got no such file"),
     ],
 )

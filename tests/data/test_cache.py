@@ -160,7 +160,7 @@ def test_first_unreadable_image_is_named_and_no_file_is_left(tmp_path, samples, 
     for i in (9, 4):
         samples[i].path.write_bytes(b"\x89PNG\r\n\x1a\n")
     for directory in (None, tmp_path / "c"):
-        with pytest.raises(ValueError, match=rf"^{samples[4].path}: wanted a whole image, got "):
+        with pytest.raises(ValueError, match=rf"^{samples[4].path}: wanted a complete image, got "):
             ImageCache(samples, 32, directory=directory, workers=4)
     assert list_names(tmp_path / "c") == []
     samples[2].path.unlink()

@@ -77,7 +77,7 @@ def without(*patterns):
         (3, "candle,train,anomaly,candle/Data/Images/Anomaly/009.JPG,x.png",
          " line 3: wanted normal images for training, got one with the label anomaly"),
         (3, "candle,train,normal,candle/Data/Images/Normal/0007.JPG,",
-         " line 3: wanted each image once, got candle/Data/Images/Normal/0007.JPG of line 2 again"),
+         " line 3: wanted each image once, got candle/Data/Images/Normal/0007.JPG again, as in line 2"),
         (4, "candle,train,normal,candle/Data/Images/Normal/0999.JPG,",
          " line 4: wanted the image SOURCE/VisA/candle/Data/Images/Normal/0999.JPG, got no such file"),
         (6, "candle,test,anomaly,candle/Data/Images/Anomaly/000.JPG,",
@@ -130,7 +130,7 @@ def test_two_files_with_one_target(error_for):
 
     assert error_for("visa", damage) == (
         "SOURCE/VisA/pcb1/Data/Images/Normal/0007.JPG: wanted one file for candle/train/good/0007.JPG, "
-        "got SOURCE/VisA/candle/Data/Images/Normal/0007.JPG for it too"
+        "got SOURCE/VisA/candle/Data/Images/Normal/0007.JPG for the same target"
     )
 
 
@@ -188,12 +188,12 @@ def twice(source):
         ("mvtec", without("*/bottle/train"),
          "SOURCE/mvtec_anomaly_detection/bottle/train/good: wanted the folder of good training images, got no such"),
         ("mvtec", without("*"), "SOURCE: wanted CATEGORY/train/good, as MVTec AD unpacks, got an empty folder"),
-        ("visa", only_test_rows, "SOURCE/VisA: wanted good training images of pcb1, got none beside 3 test images"),
+        ("visa", only_test_rows, "SOURCE/VisA: wanted good training images of pcb1, got only 3 test images"),
         ("visa", without("*/split_csv"),
          "SOURCE: wanted split_csv/1cls.csv of the VisA download, or the one-class layout CATEGORY/train/good, got V"),
         ("aptos", without("train.csv"),
          "SOURCE: wanted train.csv and train_images/, as APTOS 2019 unpacks, got sample_submission.csv, test.csv, "),
-        ("aptos", only_anomalous, "SOURCE: wanted good training images of aptos, got none beside 9 test images"),
+        ("aptos", only_anomalous, "SOURCE: wanted good training images of aptos, got only 9 test images"),
         ("oct2017", without("*/*/*/train/NORMAL"),
          "SOURCE: wanted train/NORMAL and test/NORMAL, as OCT2017 unpacks, got ZhangLabData"),
         ("oct2017", without("*/*/*/test/NORMAL"),

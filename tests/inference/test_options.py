@@ -111,7 +111,7 @@ def test_scores_alike():
     assert InferenceOptions(precision="bfloat16").folds_batchnorm(RECIPE) and InferenceOptions(
         precision="float32"
     ).folds_batchnorm(low)
-    with pytest.raises(ValueError, match="views must be 'both' where pairs is 'self'"):
+    with pytest.raises(ValueError, match="views must be 'both' if pairs is 'self'"):
         InferenceOptions(views="frozen").apply_to(RECIPE.replace(pairs="self", train_encoder=False, mining=False))
 
 

@@ -146,9 +146,9 @@ def test_encoder_bn_on_visa():
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"loss": "point"}, "mining must be false where loss is 'point', got true"),
-        ({"train_encoder": False}, "pairs must be 'self' where train_encoder is false, got 'cross'"),
-        ({"pairs": "self", "views": "trained"}, "views must be 'both' where pairs is 'self', .*got 'trained'"),
+        ({"loss": "point"}, "mining must be false if loss is 'point', got true"),
+        ({"train_encoder": False}, "pairs must be 'self' if train_encoder is false, got 'cross'"),
+        ({"pairs": "self", "views": "trained"}, "views must be 'both' if pairs is 'self', .*got 'trained'"),
         ({"wipe_every": 5, "rest": 6}, r"rest must be at most wipe_every \(5\), got 6"),
     ],
 )
