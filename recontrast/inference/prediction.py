@@ -94,9 +94,7 @@ class Prediction:
             ValueError: If the image could not be read.
         """
         image = self.image()
-        scale = min(1.0, DISPLAY_SIDE / max(image.size))
-        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR) if scale < 1 else image)
+        pixels = np.asarray(_fit_for_display(image))
         panels = [pixels, self._overlay(pixels)]
         if self.regions:
             panels.append(self._outlined(pixels))
@@ -322,6 +320,16 @@ def predict(
             colors,
         ))  # fmt: skip
     return predictions
+
+
+def _fit_for_display(image: Image.Image) -> Image.Image:
+    """Shrink an image to `DISPLAY_SIDE`, or enlarge it by a whole factor up to that side."""
+    factor = DISPLAY_SIDE // max(image.size)
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    scale = min(1.0, DISPLAY_SIDE / max(image.size))
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image if scale == 1 else image.resize(size, Image.Resampling.BILINEAR)
 
 
 def _picture(source: Any, name: str) -> Image.Image:

@@ -129,8 +129,8 @@ def test_drawing_shows_image_heat_map_and_regions(calibrated):
     plain = min(detector.predict(good), key=lambda prediction: prediction.score)
     assert defect.decision == "defect" and defect.regions and plain.decision == "good" and plain.regions == ()
     drawing = defect.draw()
-    assert drawing.width > plain.draw().width > 2 * 64  # three panels, two panels
-    outlined = np.asarray(drawing)[:, -64:]
+    assert drawing.width > plain.draw().width > 2 * 320  # three panels, two panels, 64 px enlarged to 320
+    outlined = np.asarray(drawing)[:, -320:]
     assert (outlined == (0, 220, 120)).all(-1).any()
     png = Image.open(io.BytesIO(defect._repr_png_()))
     assert png.size == drawing.size and png.format == "PNG"
