@@ -1,1 +1,1 @@
-"""The tables of the paper, run again."""
+"""Experiments of the paper: its tables, the published numbers, and a comparison with our own runs."""

@@ -1,9 +1,8 @@
-"""Ours beside the paper's: lines, and their tables in JSON, CSV and Markdown."""
+"""Comparison of our results with the paper's, as tables in JSON, CSV and Markdown."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,42 @@ from recontrast.evaluation.results import METRICS
 
 @dataclass(frozen=True)
 class Line:
-    """One metric of one category, or of their mean, in [0, 1]; None is what was not measured or not published."""
+    """Comparison of one metric for one category, or for the mean over categories.
+
+    Attributes:
+        entry: Name of the table's entry.
+        category: Name of the category, or "mean".
+        metric: Field of `recontrast.evaluation.results.Row`.
+        seeds: Number of seeds for which the metric is defined.
+        ours: Mean over these seeds, in [0, 1]; None if there are none.
+        spread: Standard deviation over these seeds; None if there are fewer than two.
+        paper: Published value in [0, 1]; None if it was not published.
+    """
 
     entry: str
     category: str
     metric: str
-    seeds: int  # that have it
-    ours: float | None  # mean over them
-    spread: float | None  # standard deviation over them, from two on
+    seeds: int
+    ours: float | None
+    spread: float | None
     paper: float | None
 
     @property
     def difference(self) -> float | None:
-        """Ours less the paper's."""
+        """Our value minus the published one; None if either is missing."""
         return None if self.ours is None or self.paper is None else self.ours - self.paper
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of the paper, run again."""
+    """Comparison of one table of the paper with our runs.
+
+    Attributes:
+        name: Name of the table in `recontrast.experiments.paper_tables.TABLES`.
+        title: Title of the table.
+        lines: One line for each entry, category and metric.
+        notes: Sentences that a reader needs to interpret the numbers.
+    """
 
     name: str
     title: str
@@ -41,28 +57,31 @@ class Comparison:
 
     @property
     def metrics(self) -> list[str]:
-        """Fields of `Row` that are compared."""
+        """Metrics that are compared, as fields of `recontrast.evaluation.results.Row`."""
         return list(dict.fromkeys(line.metric for line in self.lines))
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows, in percent: for each metric ours, with its spread, the paper's, and the difference."""
-        head = ["entry", "category"]
+        """Return the header and the rows of the table, in percent.
+
+        Each metric has three columns: our mean with its standard deviation, the published value, and the difference.
+        """
+        header = ["entry", "category"]
         for metric in self.metrics:
-            head += [METRICS[metric], "paper", "diff"]
+            header += [METRICS[metric], "paper", "diff"]
         rows: dict[tuple[str, str], list[str]] = {}
         for line in self.lines:
             ours = _percent(line.ours) + ("" if line.spread is None else f" ± {100 * line.spread:.2f}")
             row = rows.setdefault((line.entry, line.category), [line.entry, line.category])
             row += [ours, _percent(line.paper), _percent(line.difference, "+.2f")]
-        return head, list(rows.values())
+        return header, list(rows.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values that JSON can hold."""
+        """Return everything as values that JSON can represent."""
         lines = [{**asdict(line), "difference": line.difference} for line in self.lines]
         return {"table": self.name, "title": self.title, "lines": lines, "notes": self.notes}
 
     def to_csv(self) -> str:
-        """A line for each metric of each category; an absent value is an empty cell."""
+        """Return a CSV table with one line for each entry, category and metric; missing values are empty."""
         text = io.StringIO()
         rows = self.to_dict()["lines"]
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -71,23 +90,31 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """The table in percent, "-" for what is absent, and below it what it was measured with."""
-        head, rows = self.cells()
-        align = ["---", "---", *["---:"] * (len(head) - 2)]
-        lines = [f"# {self.title}", "", *(f"| {' | '.join(cells)} |" for cells in (head, align, *rows)), ""]
+        """Return a Markdown table in percent, with "-" for missing values, followed by the notes."""
+        header, rows = self.cells()
+        align = ["---", "---", *["---:"] * (len(header) - 2)]
+        lines = [f"# {self.title}", "", *(f"| {' | '.join(cells)} |" for cells in (header, align, *rows)), ""]
         return "\n".join([*lines, "Percent; ± is the standard deviation over seeds.", *self.notes]) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
-        """Write ``comparison.json``, ``.csv`` and ``.md`` into ``folder``, each whole or not at all."""
-        return list(self._written(folder))
+        """Write ``comparison.json``, ``comparison.csv`` and ``comparison.md``.
 
-    def _written(self, folder: Path) -> Iterator[Path]:
+        Args:
+            folder: Folder of the files, created if necessary.
+
+        Returns:
+            Paths of the three files.
+
+        Raises:
+            OSError: If a file cannot be written; an existing file of that name is then unchanged.
+        """
+        paths = []
         texts = {"json": json.dumps(self.to_dict(), indent=1) + "\n", "csv": self.to_csv(), "md": self.to_markdown()}
         for suffix, text in texts.items():
-            path = folder / f"comparison.{suffix}"
-            with replace_file(path, size=len(text.encode())) as file:
+            paths.append(folder / f"comparison.{suffix}")
+            with replace_file(paths[-1], size=len(text.encode())) as file:
                 file.write(text.encode())
-            yield path
+        return paths
 
 
 def _percent(value: float | None, form: str = ".2f") -> str:

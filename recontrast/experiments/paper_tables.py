@@ -1,4 +1,4 @@
-"""The paper's tables as runs to make: recipes, what each line changes, and the numbers to compare with."""
+"""Tables of the paper as experiments: a recipe, the changes of each entry, and the published numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,22 +8,23 @@ from recontrast.experiments import published_numbers as numbers
 from recontrast.experiments.published_numbers import Numbers
 
 RD4AD = {"train_encoder": False, "pairs": "self", "mining": False}  # one frozen encoder, three pairs, no heads
-ALONE = {"pairs": "self", "mining": False}  # one encoder, trained, three pairs of its own features
+SINGLE_ENCODER = {"pairs": "self", "mining": False}  # one trained encoder, three pairs of its own features
 
-# Table 6 by its columns: global loss, trained encoder, stop-gradient, contrastive pairs, hard mining. A frozen target
-# has no gradient to stop, and where the encoder is frozen it has only itself to rebuild. The paper does not say whether
-# the decoder of C and D has heads; here it has none, as RD4AD's, which Table A5 counts without. Nor does it say what
-# mining means in B+hm, where without heads a level's features also carry the gradient of the finer ones, and the hook
-# of the reference's loss would drop from that too; here mining weights the gradient of the loss, as its formula has it.
+# Table 6. Its columns are: global loss, trained encoder, stop-gradient, contrastive pairs, hard mining. A frozen
+# encoder needs no stop-gradient, and its own features are the only target. The paper leaves two points open:
+# - Whether the decoder of C and D has heads. Here it has none, like that of RD4AD, which Table A5 counts without heads.
+# - How mining works in B+hm. Without heads, the features of a level also carry the gradient of the finer levels, and
+#   the hook of the reference's loss would reduce that gradient too. Here mining weights only the gradient of the loss
+#   at the level itself, as its formula says.
 ABLATION: dict[str, dict[str, Any]] = {
-    "A": {**RD4AD, "loss": "point"},  # RD4AD as its paper has it
-    "B": RD4AD,  # RD4AD as its code has it: the global loss
+    "A": {**RD4AD, "loss": "point"},  # RD4AD as in its paper
+    "B": RD4AD,  # RD4AD as in its code, with the global loss
     "B+hm": {**RD4AD, "mining": True},
-    "C": {**ALONE, "stop_gradient": False},  # the encoder is trained from both ends
-    "D": ALONE,
-    "C+cp": {"mining": False, "stop_gradient": False},  # ours, no stop-gradient and no mining
+    "C": {**SINGLE_ENCODER, "stop_gradient": False},  # the encoder also gets the gradient of its features as targets
+    "D": SINGLE_ENCODER,
+    "C+cp": {"mining": False, "stop_gradient": False},  # ours without stop-gradient and mining
     "E-gl": {"mining": False, "loss": "point"},  # ours with the point loss
-    "E": {"mining": False},  # ours, no hard mining
+    "E": {"mining": False},  # ours without hard mining
     "ours": {},
 }
 BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2")
@@ -31,28 +32,45 @@ BACKBONES = ("resnet18", "resnet50", "wide_resnet50_2")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table."""
+    """One entry of a table: a configuration and its published numbers.
 
-    name: str  # of its folder
-    numbers: Mapping[str, Numbers]  # by category, and "mean"
-    changes: Mapping[str, Any] = field(default_factory=dict)  # recipe fields of the training
-    evaluation: Mapping[str, Any] = field(default_factory=dict)  # recipe fields of the evaluation alone
-    trained_as: str = ""  # the entry whose training it shares; its own by default
+    Attributes:
+        name: Name of the entry and of its folder.
+        numbers: Published numbers by category, and for the "mean".
+        changes: Recipe fields that differ from the table's recipe in training.
+        evaluation: Recipe fields that differ in evaluation only.
+        trained_as: Name of the entry whose trained model is evaluated; empty if the entry has its own training.
+    """
+
+    name: str
+    numbers: Mapping[str, Numbers]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    trained_as: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is run and what it is compared with."""
+    """One table of the paper.
+
+    Attributes:
+        title: Title with the data set and the number of the table.
+        recipe: Name of the recipe that its entries change.
+        entries: Configurations that are trained and evaluated.
+        categories: Categories that the published means are over; empty for a data set of one category.
+        unified: Whether one detector is trained for all categories.
+        note: Remark for the reader of the comparison.
+    """
 
     title: str
     recipe: str
     entries: tuple[Entry, ...]
-    categories: tuple[str, ...] = ()  # that the published means are over; none: whatever the one category is named
-    unified: bool = False  # one detector for all categories
+    categories: tuple[str, ...] = ()
+    unified: bool = False
     note: str = ""
 
     def entry(self, name: str) -> Entry:
-        """The entry of that name."""
+        """Return the entry called ``name``."""
         return next(entry for entry in self.entries if entry.name == name)
 
 
@@ -60,52 +78,72 @@ _MVTEC = tuple(name for name in numbers.MVTEC if name != "mean")
 _VISA = tuple(name for name in numbers.VISA if name != "mean")
 
 
-def _means(numbers: Mapping[str, Numbers], changes: Mapping[str, Mapping[str, Any]]) -> tuple[Entry, ...]:
-    """An entry for each line of ``numbers``, of which the mean alone is published."""
-    return tuple(Entry(name.replace("/", "-"), {"mean": numbers[name]}, more) for name, more in changes.items())
+def _entries_with_mean(numbers: Mapping[str, Numbers], changes: Mapping[str, Mapping[str, Any]]) -> tuple[Entry, ...]:
+    """Return one entry for each configuration in ``changes``; only its mean over categories is published."""
+    return tuple(Entry(name.replace("/", "-"), {"mean": numbers[name]}, fields) for name, fields in changes.items())
 
 
-def _maps(numbers: Mapping[str, Numbers]) -> tuple[Entry, ...]:
-    """One training, evaluated with each group of pairs."""
+def _entries_by_views(numbers: Mapping[str, Numbers]) -> tuple[Entry, ...]:
+    """Return one entry for each choice of views; all evaluate the same trained model."""
     return tuple(Entry(v, {"mean": n}, evaluation={"views": v}, trained_as="both") for v, n in numbers.items())
 
 
-def _one(numbers: Numbers) -> tuple[Entry, ...]:
+def _single_entry(numbers: Numbers) -> tuple[Entry, ...]:
+    """Return the only entry of a table, of which the mean over categories is published."""
     return (Entry("ours", {"mean": numbers}),)
 
 
 _ALPHAS = {name: {"alpha_end": float(name)} for name in numbers.ALPHA}
 _BACKBONES = {
-    f"{name}/{kind}": {"backbone": f"{name}.tv_in1k", **more}
+    f"{name}/{method}": {"backbone": f"{name}.tv_in1k", **fields}
     for name in BACKBONES
-    for kind, more in (("RD4AD", RD4AD), ("ours", {}))
+    for method, fields in (("RD4AD", RD4AD), ("ours", {}))
 }
 
 TABLES: dict[str, Table] = {
     "mvtec": Table("MVTec AD, one detector a category", "mvtec", (Entry("ours", numbers.MVTEC),), _MVTEC),
     "visa": Table("VisA, one detector a category", "visa", (Entry("ours", numbers.VISA),), _VISA),
-    "aptos": Table("APTOS 2019 (Table 5)", "aptos", _one(numbers.MEDICAL["aptos"])),
-    "oct2017": Table("OCT2017 (Table 5)", "oct2017", _one(numbers.MEDICAL["oct2017"])),
-    "isic2018": Table("ISIC 2018 Task 3 (Table 5)", "isic2018", _one(numbers.MEDICAL["isic2018"])),
+    "aptos": Table("APTOS 2019 (Table 5)", "aptos", _single_entry(numbers.MEDICAL["aptos"])),
+    "oct2017": Table("OCT2017 (Table 5)", "oct2017", _single_entry(numbers.MEDICAL["oct2017"])),
+    "isic2018": Table("ISIC 2018 Task 3 (Table 5)", "isic2018", _single_entry(numbers.MEDICAL["isic2018"])),
     "mvtec_stable": Table(
-        "MVTec AD, stable training (appendix E)", "mvtec_stable", _one(numbers.STABLE["mvtec"]), _MVTEC
+        "MVTec AD, stable training (appendix E)", "mvtec_stable", _single_entry(numbers.STABLE["mvtec"]), _MVTEC
     ),
-    "visa_stable": Table("VisA, stable training (appendix E)", "visa_stable", _one(numbers.STABLE["visa"]), _VISA),
+    "visa_stable": Table(
+        "VisA, stable training (appendix E)", "visa_stable", _single_entry(numbers.STABLE["visa"]), _VISA
+    ),
     "mvtec_unified": Table(
-        "MVTec AD, one detector for all", "mvtec_unified", _one(numbers.UNIFIED["mvtec"]), _MVTEC, unified=True,
-        note="published by Dinomaly, for the code as it is; the paper's Table 4 has I-AUROC 98.2",
+        "MVTec AD, one detector for all",
+        "mvtec_unified",
+        _single_entry(numbers.UNIFIED["mvtec"]),
+        _MVTEC,
+        unified=True,
+        note="the published numbers are Dinomaly's, for the public code; Table 4 of the paper gives I-AUROC 98.2",
     ),
     "visa_unified": Table(
-        "VisA, one detector for all", "visa_unified", _one(numbers.UNIFIED["visa"]), _VISA, unified=True,
-        note="published by Dinomaly, for the code as it is; the paper's Table 4 has I-AUROC 95.1",
+        "VisA, one detector for all",
+        "visa_unified",
+        _single_entry(numbers.UNIFIED["visa"]),
+        _VISA,
+        unified=True,
+        note="the published numbers are Dinomaly's, for the public code; Table 4 of the paper gives I-AUROC 95.1",
     ),
-    "ablation": Table("Ablation on MVTec AD (Table 6)", "mvtec", _means(numbers.ABLATION, ABLATION), _MVTEC),
-    "ablation_aptos": Table("Ablation on APTOS 2019 (Table 6)", "aptos", _means(numbers.ABLATION_APTOS, ABLATION)),
-    "alpha": Table("Alpha on MVTec AD (Table A4)", "mvtec", _means(numbers.ALPHA, _ALPHAS), _MVTEC),
-    "maps": Table("Pairs of the anomaly map on MVTec AD (Table A6)", "mvtec", _maps(numbers.MAPS), _MVTEC),
-    "maps_aptos": Table("Pairs of the anomaly map on APTOS 2019 (Table A6)", "aptos", _maps(numbers.MAPS_APTOS)),
+    "ablation": Table(
+        "Ablation on MVTec AD (Table 6)", "mvtec", _entries_with_mean(numbers.ABLATION, ABLATION), _MVTEC
+    ),
+    "ablation_aptos": Table(
+        "Ablation on APTOS 2019 (Table 6)", "aptos", _entries_with_mean(numbers.ABLATION_APTOS, ABLATION)
+    ),
+    "alpha": Table("Alpha on MVTec AD (Table A4)", "mvtec", _entries_with_mean(numbers.ALPHA, _ALPHAS), _MVTEC),
+    "maps": Table("Pairs of the anomaly map on MVTec AD (Table A6)", "mvtec", _entries_by_views(numbers.MAPS), _MVTEC),
+    "maps_aptos": Table(
+        "Pairs of the anomaly map on APTOS 2019 (Table A6)", "aptos", _entries_by_views(numbers.MAPS_APTOS)
+    ),
     "backbones": Table(
-        "Backbones on MVTec AD (Table A5)", "mvtec", _means(numbers.BACKBONES, _BACKBONES), _MVTEC,
-        note="RD4AD was published as its own paper trained it; here it is trained as ours is (B of Table 6)",
+        "Backbones on MVTec AD (Table A5)",
+        "mvtec",
+        _entries_with_mean(numbers.BACKBONES, _BACKBONES),
+        _MVTEC,
+        note="the published RD4AD was trained as in its own paper; here it is trained like our model (B of Table 6)",
     ),
-}  # fmt: skip
+}

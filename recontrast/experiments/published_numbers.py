@@ -1,27 +1,27 @@
-"""What the paper and the logs beside its code report, as numbers in [0, 1]: what `tables` compares with.
+"""Numbers published in the paper and in the logs of its code, in [0, 1].
 
-Sources: Guo et al., NeurIPS 2023 (https://arxiv.org/abs/2306.02602), tables as named; ``saved_results/*/log.txt`` of
-its public code, last iteration, seed 111. AUPRO is the per-image form of that code (`recontrast.metrics.aupro`), but
-for the unified rows, which come from Dinomaly's Table 1 (https://arxiv.org/abs/2405.14325) and are of the whole data
-set.
+Sources: the tables named below of Guo et al., NeurIPS 2023 (https://arxiv.org/abs/2306.02602), and
+``saved_results/*/log.txt`` of its public code, last iteration, seed 111. AUPRO has the per-image form of that code
+(`recontrast.metrics.aupro`). The unified rows are an exception: they come from Table 1 of Dinomaly
+(https://arxiv.org/abs/2405.14325), and their AUPRO is that of the whole data set.
 """
 
 Numbers = dict[str, float]  # field of `recontrast.evaluation.results.Row` -> value in [0, 1]
 
 
-def _rows(names: str, text: str) -> dict[str, Numbers]:
-    """Lines of a name and as many percentages as there are ``names``; "-" where nothing is published."""
-    found = {}
+def _parse_rows(metrics: str, text: str) -> dict[str, Numbers]:
+    """Parse lines with a name and one percentage for each of the ``metrics``; "-" stands for a missing number."""
+    rows = {}
     for line in text.strip().splitlines():
-        row, *values = line.split()
-        cells = zip(names.split(), values, strict=True)
-        found[row] = {name: round(float(value) / 100, 6) for name, value in cells if value != "-"}
-    return found
+        name, *values = line.split()
+        cells = zip(metrics.split(), values, strict=True)
+        rows[name] = {metric: round(float(value) / 100, 6) for metric, value in cells if value != "-"}
+    return rows
 
 
-# recontrast_mvtec_it2k_lr2e31e5_wd1e5_hm1d01_s111; Table 2 gives 99.5, 98.4, 95.2, Table A2 three seeds:
-# 99.42 +- 0.05, 98.39 +- 0.01, 95.21 +- 0.06.
-MVTEC = _rows(
+# Log recontrast_mvtec_it2k_lr2e31e5_wd1e5_hm1d01_s111. Table 2 gives 99.5, 98.4, 95.2. Table A2 gives the mean and
+# standard deviation over three seeds: 99.42 +- 0.05, 98.39 +- 0.01, 95.21 +- 0.06.
+MVTEC = _parse_rows(
     "i_auroc p_auroc aupro_per_image",
     """
     carpet 99.76 99.26 97.90
@@ -43,8 +43,8 @@ MVTEC = _rows(
     """,
 )
 
-# recontrast_visa_es_it3k_*; Table 3 gives 97.5, 98.2, 92.6.
-VISA = _rows(
+# Logs recontrast_visa_es_it3k_*. Table 3 gives 97.5, 98.2, 92.6.
+VISA = _parse_rows(
     "i_auroc p_auroc aupro_per_image",
     """
     candle 97.20 99.15 94.77
@@ -63,9 +63,9 @@ VISA = _rows(
     """,
 )
 
-# recontrast_aptos_*, recontrast_oct_*, recontrast_isic_*; as in Table 5. F1 and accuracy at the threshold that is best
-# for F1 on the test images.
-MEDICAL = _rows(
+# Logs recontrast_aptos_*, recontrast_oct_*, recontrast_isic_*, which agree with Table 5. F1 and accuracy are at the
+# threshold with the best F1 on the test images.
+MEDICAL = _parse_rows(
     "i_auroc i_f1 i_accuracy",
     """
     aptos 97.51 95.27 93.35
@@ -75,10 +75,11 @@ MEDICAL = _rows(
 )
 
 # Appendix E, means; no log is published.
-STABLE = _rows("i_auroc", "mvtec 99.41\nvisa 97.28")
+STABLE = _parse_rows("i_auroc", "mvtec 99.41\nvisa 97.28")
 
-# Table 1 of Dinomaly, of the code with amsgrad; Table 4 of the paper gives I-AUROC 98.2 and 95.1. None by category.
-UNIFIED = _rows(
+# Table 1 of Dinomaly, for the public code, which uses amsgrad. Table 4 of the paper gives I-AUROC 98.2 and 95.1. No
+# numbers by category are published.
+UNIFIED = _parse_rows(
     "i_auroc i_ap i_f1 p_auroc p_ap p_f1 aupro",
     """
     mvtec 98.3 99.4 97.6 97.1 60.2 61.5 93.2
@@ -87,7 +88,7 @@ UNIFIED = _rows(
 )
 
 # Table 6, last iteration: MVTec AD and APTOS.
-ABLATION = _rows(
+ABLATION = _parse_rows(
     "i_auroc aupro_per_image",
     """
     A 95.31 93.34
@@ -101,7 +102,7 @@ ABLATION = _rows(
     ours 99.45 95.20
     """,
 )
-ABLATION_APTOS = _rows(
+ABLATION_APTOS = _parse_rows(
     "i_auroc",
     """
     A 90.12
@@ -116,11 +117,11 @@ ABLATION_APTOS = _rows(
     """,
 )
 
-# Table A4, MVTec AD, by the alpha that the ramp ends at.
-ALPHA = _rows("i_auroc", "-2 99.13\n-1 99.13\n0 99.14\n0.5 99.32\n1 99.45\n1.5 99.38\n2 98.85")
+# Table A4, MVTec AD, by the final value of alpha.
+ALPHA = _parse_rows("i_auroc", "-2 99.13\n-1 99.13\n0 99.14\n0.5 99.32\n1 99.45\n1.5 99.38\n2 98.85")
 
-# Table A5, MVTec AD; RD4AD as its own paper trained it.
-BACKBONES = _rows(
+# Table A5, MVTec AD. RD4AD was trained as in its own paper.
+BACKBONES = _parse_rows(
     "i_auroc aupro_per_image",
     """
     resnet18/RD4AD 97.9 91.2
@@ -132,6 +133,6 @@ BACKBONES = _rows(
     """,
 )
 
-# Table A6: maps of the pairs with the frozen encoder's features as target, with the trained one's, of all six.
-MAPS = _rows("i_auroc", "frozen 99.16\ntrained 99.38\nboth 99.45")
-MAPS_APTOS = _rows("i_auroc", "frozen 95.32\ntrained 97.73\nboth 97.51")
+# Table A6, by the features that are the target of the map: those of the frozen encoder, of the trained one, or both.
+MAPS = _parse_rows("i_auroc", "frozen 99.16\ntrained 99.38\nboth 99.45")
+MAPS_APTOS = _parse_rows("i_auroc", "frozen 95.32\ntrained 97.73\nboth 97.51")

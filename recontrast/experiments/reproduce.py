@@ -1,7 +1,7 @@
-"""The paper's tables, run again: one call goes through entries, categories and seeds, and the next one goes on.
+"""Reproduction of the paper's tables: train and evaluate every entry, category and seed, and compare the results.
 
-Below the folder of a table stands ``ENTRY/CATEGORY/seed-N`` with recipe, log and results of one run. A run whose
-results are there is passed over, one whose checkpoint is there is resumed.
+The folder of a table has one folder ``ENTRY/CATEGORY/seed-N`` for each run, with its recipe, log and results. A second
+call continues an interrupted one: it skips runs with results, and resumes runs with a checkpoint.
 """
 
 import json
@@ -28,23 +28,39 @@ from recontrast.runtime.distributed import World
 from recontrast.training.state import FREE_ON_RESUME
 from recontrast.training.train import train
 
-ALL = "all"  # instead of a category, where one detector is for all of them
+ALL = "all"  # category of a run that trains one detector for all categories
 Groups = dict[str, list[Sample]]
-OnStep = Callable[[str, int, int, str], None]  # what runs, steps or images done, of how many, how it goes
+OnStep = Callable[[str, int, int, str], None]  # activity, steps or images done, their total, status
 
 
 @dataclass(frozen=True)
 class ExperimentRun:
-    """One training, and the entries whose results come from it."""
+    """One training, and the entries that are evaluated with its model.
 
-    name: str  # of the entry that it belongs to
+    Attributes:
+        name: Name of the entry that the training belongs to.
+        category: Name of the category, or `ALL`.
+        groups: Samples by category.
+        recipe: Recipe of the training.
+        entries: Entries that are evaluated.
+    """
+
+    name: str
     category: str
     groups: Groups
     recipe: Recipe
     entries: tuple[Entry, ...]
 
     def folder(self, out: Path, entry: str) -> Path:
-        """Where the results of ``entry`` stand."""
+        """Return the folder of the results.
+
+        Args:
+            out: Folder of the table.
+            entry: Name of the entry that was evaluated.
+
+        Returns:
+            Folder of this run and entry.
+        """
         return out / entry / self.category / f"seed-{self.recipe.seed}"
 
 
@@ -62,28 +78,29 @@ def reproduce(
     keep: bool = False,
     on_step: OnStep | None = None,
 ) -> Comparison:
-    """Make the runs of a table that are not there yet, and put ours beside the paper's.
+    """Train and evaluate the missing runs of a table, and compare all results with the paper.
 
-    Under torchrun all processes make each run together, and the first one writes.
+    Under torchrun, all processes share every run, and the first one writes the files.
 
     Args:
-        name: one of `recontrast.experiments.paper_tables.TABLES`.
-        data: root of the data set in MVTec AD layout, or the folder of one category.
-        out: folder of all runs of this table.
-        seeds: by default the recipe's own.
-        categories: by default all that ``data`` holds.
-        entries: lines of the table; by default all.
-        changes: recipe fields for every run, such as ``backbone``, ``weights`` or ``steps``.
-        device: as in `train`.
-        cache_dir: as in `train`.
-        keep: leave the checkpoints of finished runs, a gigabyte and more each.
-        on_step: called as runs go on.
+        name: Name of the table, a key of `recontrast.experiments.paper_tables.TABLES`.
+        data: Root of the data set in MVTec AD layout, or the folder of one category.
+        out: Folder of all runs of the table.
+        seeds: Seeds of the runs; by default the seed of the recipe.
+        categories: Names of the categories; by default all in ``data``.
+        entries: Names of the entries; by default all.
+        changes: Recipe fields to change in every run, such as ``backbone``, ``weights`` or ``steps``.
+        device: Device, see `recontrast.training.train.train`.
+        cache_dir: Folder for decoded images, see `recontrast.training.train.train`.
+        keep: Whether to keep the checkpoints of finished runs, of a gigabyte or more each.
+        on_step: Function called with the activity, the steps or images done, their total, and the status.
 
     Returns:
-        The comparison, also written to ``out`` as JSON, CSV and Markdown.
+        The comparison. It is also written to ``out`` as JSON, CSV and Markdown.
 
     Raises:
-        ValueError: no such table, entry or category; data without test images; a folder with runs of another recipe.
+        ValueError: If there is no such table, entry or category, a category has no test images, a change concerns a
+            field that the table sets itself, or ``out`` holds runs of another recipe.
     """
     if name not in TABLES:
         raise ValueError(f"reproduce: table: wanted one of {', '.join(TABLES)}, got {name!r}")
@@ -99,59 +116,64 @@ def reproduce(
         raise ValueError(f"{data}: wanted one category for {name}, got {len(groups)}: {', '.join(groups)}")
     seeds = list(seeds) or [RECIPES[table.recipe].seed]
     rows: dict[str, dict[int, list[Row]]] = {entry: {} for entry in entries or names}
-    runs = _runs(table, list(rows), groups, seeds, changes)
-    with distributed.join_processes(device) as (place, where):
+    runs = _plan_runs(table, list(rows), groups, seeds, changes)
+    with distributed.join_processes(device) as (world, resolved_device):
         for run in runs:
-            results = _make(run, out, place, where, cache_dir, keep, on_step or (lambda *_: None))
-            for entry, result in results.items():
-                rows[entry].setdefault(run.recipe.seed, []).extend(result)
-        lines = [line for entry in rows for line in _lines(table, table.entry(entry), rows[entry])]
-        comparison = Comparison(name, table.title, lines, _notes(table, list(groups), seeds, changes))
-        if place.first:
+            results = _complete_run(run, out, world, resolved_device, cache_dir, keep, on_step or (lambda *_: None))
+            for entry, entry_rows in results.items():
+                rows[entry].setdefault(run.recipe.seed, []).extend(entry_rows)
+        lines = [line for entry in rows for line in _compare_entry(table, table.entry(entry), rows[entry])]
+        comparison = Comparison(name, table.title, lines, _write_notes(table, list(groups), seeds, changes))
+        if world.first:
             comparison.write(out)
     return comparison
 
 
-def _runs(
+def _plan_runs(
     table: Table, entries: Sequence[str], groups: Groups, seeds: Sequence[int], changes: Mapping[str, Any]
 ) -> list[ExperimentRun]:
-    """All trainings, entry by entry; every recipe is checked before the first begins."""
-    found = []
+    """List all trainings, entry by entry, so that every recipe is checked before the first training starts."""
+    runs = []
     by_training: dict[str, list[Entry]] = {}
     for entry in map(table.entry, entries):
         by_training.setdefault(entry.trained_as or entry.name, []).append(entry)
-    for name, several in by_training.items():
-        training = dict(several[0].changes)
-        if clash := {"seed", *training, *(key for entry in several for key in entry.evaluation)} & set(changes):
-            raise ValueError(f"reproduce: wanted changes of fields that the table leaves alone, got {min(clash)}")
+    for name, evaluated in by_training.items():
+        training = dict(evaluated[0].changes)
+        if clash := {"seed", *training, *(key for entry in evaluated for key in entry.evaluation)} & set(changes):
+            raise ValueError(f"reproduce: wanted changes of fields that the table does not set, got {min(clash)}")
         recipe = RECIPES[table.recipe].replace(**training, **changes)
+        units = {ALL: groups} if table.unified else {category: {category: groups[category]} for category in groups}
         for seed in seeds:
-            units = {ALL: groups} if table.unified else {category: {category: groups[category]} for category in groups}
-            for category, some in units.items():
-                found.append(ExperimentRun(name, category, some, recipe.replace(seed=seed), tuple(several)))
-    return found
+            for category, unit in units.items():
+                runs.append(ExperimentRun(name, category, unit, recipe.replace(seed=seed), tuple(evaluated)))
+    return runs
 
 
-def _make(
+def _complete_run(
     run: ExperimentRun,
     out: Path,
-    place: World,
+    world: World,
     device: torch.device,
     cache_dir: str | Path | None,
     keep: bool,
     on_step: OnStep,
 ) -> dict[str, list[Row]]:
-    """Rows of each entry of a run, made or found; under torchrun all look before the first of them writes."""
+    """Return the rows of each entry of a run; train and evaluate if results are missing.
+
+    Every process reads the existing results before the first one writes new ones.
+    """
     recipes = {entry.name: run.recipe.replace(**entry.evaluation) for entry in run.entries}
-    found = {entry: _finished(run.folder(out, entry), recipe, run.groups) for entry, recipe in recipes.items()}
-    rows = {entry: some for entry, some in found.items() if some is not None}
+    rows: dict[str, list[Row]] = {}
+    for entry, recipe in recipes.items():
+        if (finished := _read_rows(run.folder(out, entry), recipe, run.groups)) is not None:
+            rows[entry] = finished
     if len(rows) == len(recipes):
         return rows
-    here, title = run.folder(out, run.name), f"{run.name} {run.category} seed {run.recipe.seed}"
-    target, total = here / "checkpoint.pt", run.recipe.steps
+    folder, title = run.folder(out, run.name), f"{run.name} {run.category} seed {run.recipe.seed}"
+    target, total = folder / "checkpoint.pt", run.recipe.steps
     samples = [sample for group in run.groups.values() for sample in group]
     trained = train(
-        run.recipe, samples, category=run.category, out=here, device=device, cache_dir=cache_dir,
+        run.recipe, samples, category=run.category, out=folder, device=device, cache_dir=cache_dir,
         resume=target if target.exists() else None,
         on_log=lambda step, loss, rate, _: on_step(f"train {title}", step, total, f"loss {loss:.4f}, {rate:.1f}/s"),
     )  # fmt: skip
@@ -162,25 +184,25 @@ def _make(
                 on_progress=lambda category, done, count: on_step(f"evaluate {title}", done, count, category),
             )  # fmt: skip
             rows[entry] = result.rows
-            if place.first:
-                _write(run.folder(out, entry), recipe, result)
-    if place.first and not keep:
+            if world.first:
+                _write_results(run.folder(out, entry), recipe, result)
+    if world.first and not keep:
         target.unlink(missing_ok=True)
     return rows
 
 
-def _write(folder: Path, recipe: Recipe, result: Result) -> None:
-    """Recipe first: results without one count as of another recipe."""
+def _write_results(folder: Path, recipe: Recipe, result: Result) -> None:
+    """Write the recipe, then the results, so that there are never results without their recipe."""
     yaml_file.write_recipe(folder / yaml_file.FILE_NAME, recipe)
     result.write(folder)
 
 
-def _finished(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:
-    """Rows of the results in ``folder``; None where there are none; refused where they are of something else."""
+def _read_rows(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:
+    """Read the rows in ``folder``, None if there are none; raise an error if they are of another recipe or data set."""
     path, written = folder / "results.json", folder / yaml_file.FILE_NAME
     if written.exists() and (differ := list_differences(yaml_file.read_recipe(written), recipe, ignore=FREE_ON_RESUME)):
         raise ValueError(
-            f"{written}: wanted the recipe of this call, got another ({'; '.join(differ)}); name another --out"
+            f"{written}: wanted the recipe of this call, got another ({'; '.join(differ)}): choose another --out"
         )
     if not path.exists():
         return None
@@ -194,47 +216,49 @@ def _finished(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:
     return rows
 
 
-def _lines(table: Table, entry: Entry, by_seed: Mapping[int, Sequence[Row]]) -> Iterator[Line]:
-    """Every category, then their mean, with every metric that the paper gives for the table."""
+def _compare_entry(table: Table, entry: Entry, by_seed: Mapping[int, Sequence[Row]]) -> Iterator[Line]:
+    """Compare every category, then the mean, by every metric that is published for the entry."""
     metrics = list(dict.fromkeys(metric for numbers in entry.numbers.values() for metric in numbers))
     categories = list(dict.fromkeys(row.category for rows in by_seed.values() for row in rows))
     names = [*categories, "mean"]
-    if len(categories) == 1:  # is its own mean
+    if len(categories) == 1:  # the category and the mean are the same
         names = categories if categories[0] in entry.numbers else ["mean"]
     for category in names:
         for metric in metrics:
             values = []
             for rows in by_seed.values():
-                wanted = [getattr(row, metric) for row in rows if category in ("mean", row.category)]
-                some = [value for value in wanted if value is not None]
-                if 0 < len(some) == len(wanted):
-                    values.append(math.fsum(some) / len(some))
-            paper = _published(table, entry, category, categories).get(metric)
+                of_rows = [getattr(row, metric) for row in rows if category in ("mean", row.category)]
+                defined = [value for value in of_rows if value is not None]
+                if 0 < len(defined) == len(of_rows):
+                    values.append(math.fsum(defined) / len(defined))
+            paper = _published_numbers(table, entry, category, categories).get(metric)
             ours = statistics.fmean(values) if values else None
             spread = statistics.stdev(values) if len(values) > 1 else None
             yield Line(entry.name, category, metric, len(values), ours, spread, paper)
 
 
-def _published(table: Table, entry: Entry, category: str, categories: Sequence[str]) -> Mapping[str, float]:
-    """What the paper gives for a category, or for the mean of just these."""
+def _published_numbers(table: Table, entry: Entry, category: str, categories: Sequence[str]) -> Mapping[str, float]:
+    """Return the published numbers of a category, or their mean over exactly the given categories."""
     if category != "mean":
         return entry.numbers.get(category, {})
     if not table.categories or set(categories) == set(table.categories):
         return entry.numbers["mean"]
-    some = [entry.numbers.get(name) for name in categories]
-    if None in some:
+    numbers = [entry.numbers.get(name) for name in categories]
+    if None in numbers:
         return {}
-    return {key: math.fsum(n[key] for n in some if n) / len(some) for key in entry.numbers["mean"]}
+    return {key: math.fsum(n[key] for n in numbers if n) / len(numbers) for key in entry.numbers["mean"]}
 
 
-def _notes(table: Table, categories: Sequence[str], seeds: Sequence[int], changes: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to compare."""
+def _write_notes(
+    table: Table, categories: Sequence[str], seeds: Sequence[int], changes: Mapping[str, Any]
+) -> list[str]:
+    """Write the sentences that a reader needs to compare the numbers."""
     notes = [f"Recipe {table.recipe}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}."]
     if changes:
         changed = ", ".join(f"{key} {value}" for key, value in changes.items())
         notes.append(f"Not the paper's settings: {changed}.")
     if table.categories and set(categories) != set(table.categories):
         same = len(set(categories) & set(table.categories))
-        notes.append(f"Of {len(categories)} categories, {same} are among the paper's {len(table.categories)}; "
-                     "its mean is that of the same ones, where each is published.")  # fmt: skip
+        notes.append(f"{same} of the {len(categories)} categories are among the paper's {len(table.categories)}; the "
+                     "paper's mean is over the same categories, if the number of each is published.")  # fmt: skip
     return [*notes, *([f"{table.note[0].upper()}{table.note[1:]}."] if table.note else [])]

@@ -1,1 +1,1 @@
-"""Detectors as ONNX, OpenVINO and torch.export files."""
+"""Detectors as single files for ONNX Runtime, OpenVINO and torch.export."""

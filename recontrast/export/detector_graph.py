@@ -1,6 +1,7 @@
-"""A detector as one graph: bytes of images of any size in; map, score, p-value and decision out; stock operators alone.
+"""A detector as one graph: uint8 images of any size in; map, score, p-value and decision out.
 
-What the command line does with PIL, the network and the calibration, in a form that `torch.export` can write down.
+The graph does what the command line does with PIL, the network and the calibration. It contains only operators of
+PyTorch, so that `torch.export` can trace it.
 """
 
 import torch
@@ -16,29 +17,29 @@ from recontrast.reference import cosine, cosine_sums
 
 
 class DetectorGraph(nn.Module):
-    """Preprocessing, network with BatchNorm folded, anomaly map, score and decision.
+    """Module with preprocessing, network (BatchNorm folded), anomaly map, score and decision, all in float32.
 
     Args:
-        model: trained, on the CPU; it is not changed.
-        recipe: for size, crop, views, map and score; everything is computed in float32.
-        calibration: of the float32 scores; None: there are no decisions.
+        model: Trained model on the CPU. It is not changed.
+        recipe: Recipe, for size, crop, views, map and score.
+        calibration: Calibration of the float32 scores; None for a graph without decisions.
     """
 
     means: Tensor
     stds: Tensor
     rows: Tensor
-    good: Tensor
+    calibration_scores: Tensor
 
     def __init__(self, model: ReContrast, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
         size, (height, width) = to_pair(recipe.size), recipe.out
         self.resize = PillowResize(size)
-        self.window = tuple(  # as in recontrast.data.images: margins round half to even
-            slice(start, start + seen)
-            for start, seen in ((round((size[0] - height) / 2), height), (round((size[1] - width) / 2), width))
+        self.window = tuple(  # margins round half to even, as in recontrast.data.images
+            slice(start, start + length)
+            for start, length in ((round((size[0] - height) / 2), height), (round((size[1] - width) / 2), width))
         )
         self.network = fold(model, recipe.out).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        self.views, self.how = recipe.views, recipe.score
+        self.views, self.score_rule = recipe.views, recipe.score
         self.amap = AnomalyMap(model.map_sizes(recipe.out), recipe.out, recipe.blur, recipe.reduce, "matmul")
         rows, cols = self.amap.matrices()
         self.register_buffer("rows", torch.cat(rows, dim=1), persistent=False)
@@ -47,34 +48,37 @@ class DetectorGraph(nn.Module):
         self.register_buffer("means", torch.tensor(model.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("stds", torch.tensor(model.std).view(1, 3, 1, 1), persistent=False)
         self.calibrated = calibration is not None
-        if calibration is not None:  # float32 holds them as they are: they are scores of float32
-            self.register_buffer("good", torch.tensor(calibration.scores, dtype=torch.float32), persistent=False)
+        if calibration is not None:  # the scores are float32 values, so the conversion is exact
+            self.register_buffer(
+                "calibration_scores", torch.tensor(calibration.scores, dtype=torch.float32), persistent=False
+            )
             self.threshold = float(torch.tensor(calibration.threshold, dtype=torch.float32))
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Score images.
+        """Score a batch of images.
 
         Args:
-            image: (N, H, W, 3) uint8, RGB, any N, H and W from 1 to `recontrast.data.pillow_resize.max_exact_length`.
+            image: RGB images (N, H, W, 3), uint8, with N at least 1 and H and W from 1 to
+                `recontrast.data.pillow_resize.max_exact_length`.
 
         Returns:
-            map: (N, height, width) float32, in the size of the network's input.
-            score: (N,) float32.
-            p_value: (N,) float32, and defect: (N,) bool; only with a calibration. A score
-                that is no number is a defect.
+            Maps (N, height, width), float32, at the size of the network's input, and scores (N,), float32. With a
+            calibration also p-values (N,), float32, and decisions (N,), bool, True for a defect; a NaN score is a
+            defect.
         """
         pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
         pairs = self.network((pixels / 255 - self.means) / self.stds, self.views)
-        maps = self._map([1 - cosine(cosine_sums(teacher, student)) for teacher, student in pairs])
-        score = self.amap.score(maps, self.how)
+        maps = self._build_map([1 - cosine(cosine_sums(teacher, student)) for teacher, student in pairs])
+        score = self.amap.score(maps, self.score_rule)
         if not self.calibrated:
             return maps, score
-        above = (self.good >= score.unsqueeze(1)).float().sum(1)
-        return maps, score, (1 + above) / (1 + self.good.shape[0]), ~(score <= self.threshold)
+        above = (self.calibration_scores >= score.unsqueeze(1)).float().sum(1)
+        p_value = (1 + above) / (1 + self.calibration_scores.shape[0])
+        return maps, score, p_value, ~(score <= self.threshold)
 
-    def _map(self, distances: list[Tensor]) -> Tensor:
-        """The two matrix products of `AnomalyMap`."""
+    def _build_map(self, distances: list[Tensor]) -> Tensor:
+        """Upsample, blur and sum the distances by the two matrix products of `AnomalyMap`."""
         levels = len(self.amap.sizes)
         products = []
         for level in range(levels):

@@ -1,9 +1,10 @@
-"""Writing a detector as one file that needs neither this package nor a checkpoint, and only when it is right.
+"""Export of a detector to one file that needs neither this package nor the checkpoint.
 
-The file is written to a folder of its own beside its place, opened again by the runtime that it is for, and run on
-images of many sizes beside the checkpoint (PIL, then PyTorch). It moves to its place when all scores agree.
+The file is written to a temporary folder, loaded by the runtime that it is for, and compared with the checkpoint on
+images of many sizes. It moves to its destination only if all scores agree.
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -38,20 +39,20 @@ from recontrast.recipes.recipe import to_pair
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
-OPSET = 18
+OPSET = 18  # of ONNX
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
+    """Files of an export, and how closely their scores agree with the checkpoint.
 
     Attributes:
-        path: the file to open.
-        files: all of them: OpenVINO's weights lie beside the path.
-        outputs: names of what the graph gives.
-        images: compared.
-        difference: the largest relative one of their scores.
-        notes: what the user should know, sentences.
+        path: Path of the file to load.
+        files: Paths of all files; OpenVINO has a second one for the weights.
+        outputs: Names of the outputs of the graph.
+        images: Number of images that were compared.
+        difference: Largest relative difference between the scores of the file and of the checkpoint.
+        notes: Sentences for the user, such as why the file makes no decisions.
     """
 
     path: Path
@@ -71,60 +72,67 @@ def export(
     tolerance: float = TOLERANCE,
     views: Literal["both", "trained", "frozen"] | None = None,
 ) -> ExportResult:
-    """Write the detector of ``checkpoint`` as one graph, if it gives the checkpoint's scores.
+    """Export a detector as one graph, and keep the file only if its scores agree with those of the checkpoint.
 
     Args:
-        checkpoint: what training wrote.
-        kind: "onnx", "pt2" or "openvino".
-        out: the file, with the suffix of its kind: .onnx, .pt2, .xml (its weights go beside it as .bin).
-        images: files on which it must agree too, besides drawn ones of many sizes.
-        tolerance: largest relative difference of a score.
-        views: maps of this target alone, decided by a calibration of them; None: as trained.
+        checkpoint: Path of the checkpoint.
+        kind: File format, "onnx", "pt2" or "openvino".
+        out: Path of the file, with the suffix of its format: .onnx, .pt2 or .xml (with the weights in a .bin file
+            beside it).
+        images: Image files to compare on, in addition to synthetic images of many sizes.
+        tolerance: Largest relative difference allowed between two scores.
+        views: Views of the exported map; None for those of the training. Decisions need a calibration of these views.
 
     Returns:
-        What was written.
+        Paths of the files and the result of the comparison.
 
     Raises:
-        ValueError: a kind or suffix that is none; scores or decisions that differ: nothing is written then.
-        ImportError: a package that this kind needs is not installed.
-        OSError: the checkpoint cannot be read, or the file not be written.
+        ValueError: If the format or suffix is unknown, the format cannot hold the model, or scores or decisions differ;
+            no file is then written.
+        ImportError: If a package that the format needs is not installed.
+        OSError: If the checkpoint cannot be read or the file cannot be written.
     """
     if kind not in SUFFIXES:
         raise ValueError(f"export: format: wanted {', '.join(SUFFIXES)}, got {kind!r}")
     if out.suffix != SUFFIXES[kind]:
         raise ValueError(f"export: wanted a file name that ends in {SUFFIXES[kind]}, got {out}")
     _require(kind)
-    detector = CheckpointDetector(
-        checkpoint, "cpu", inference=InferenceOptions(views, folded=False)
-    )  # weights as they are
+    # Not folded: the graph folds BatchNorm itself, and the digest is that of the original weights.
+    detector = CheckpointDetector(checkpoint, "cpu", inference=InferenceOptions(views, folded=False))
     if detector.overlap is not None:
         raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
-    assert isinstance(detector.model, ReContrast)  # it was not folded
-    notes = [*([] if detector.calibration_note is None else [detector.calibration_note]), *_in_float32(detector)]
-    about = describe_detector(detector)
-    graph = DetectorGraph(detector.model, detector.recipe, detector.calibration)
-    home = next(folder for folder in out.absolute().parents if folder.is_dir())
-    with _folder(home, out) as work:
-        draft = work / out.name
+    notes = [] if detector.calibration_note is None else [detector.calibration_note]
+    notes += _convert_to_float32(detector)
+    description = json.dumps(describe_detector(detector))
+    graph = DetectorGraph(cast(ReContrast, detector.model), detector.recipe, detector.calibration)
+    with _temporary_folder(out) as folder:
+        draft = folder / out.name
         try:
-            with _quiet():
-                _write(trace(graph), graph, kind, draft, json.dumps(about))
-        except RuntimeError as error:  # of torch.export, of the ONNX exporter, of OpenVINO
+            with _silence_exporters():
+                _write(trace(graph), graph, kind, draft, description)
+        except RuntimeError as error:  # raised by torch.export, the ONNX exporter and OpenVINO
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
                 f"export: wanted a model that {kind} can hold, got one that it cannot: {reason}"
             ) from error
-        samples = [*images, *draw_images(work / "samples", to_pair(detector.recipe.size))]
+        samples = [*images, *draw_images(folder / "samples", to_pair(detector.recipe.size))]
         count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
         names = [draft.name, *([draft.with_suffix(".bin").name] if kind == "openvino" else [])]
-        _place(work, names, out.absolute().parent)
+        _move_files(folder, names, out.absolute().parent)
     files = tuple(out.with_name(name) for name in names)
     outputs = OUTPUTS if detector.calibration is not None else OUTPUTS[:2]
     return ExportResult(out, files, outputs, count, difference, tuple(notes))
 
 
 def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
-    """What goes into the file of ``detector`` as text: all that is needed to run it and to know its origin."""
+    """Describe a detector: everything that is needed to run its exported file, and the origin of the file.
+
+    Args:
+        detector: Detector to be exported.
+
+    Returns:
+        Values that JSON can represent; they are stored in the file as text.
+    """
     recipe, model = detector.recipe, detector.model
     size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
     return {
@@ -144,20 +152,31 @@ def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _in_float32(detector: CheckpointDetector) -> list[str]:
-    """Let a detector of bfloat16 score in float32; its calibration does not hold for that."""
+def _convert_to_float32(detector: CheckpointDetector) -> list[str]:
+    """Convert a bfloat16 detector to float32 in place, and drop its calibration, which is invalid for float32 scores.
+
+    Returns:
+        Notes for the user; none if the detector was float32 already.
+    """
     if detector.recipe.precision == "float32":
         return []
     detector.recipe = detector.recipe.replace(precision="float32")
     detector.model.float()
     if detector.calibration is None:
-        return ["scores are of float32, the checkpoint's of bfloat16"]
+        return ["scores are computed in float32, those of the checkpoint in bfloat16"]
     detector.calibration = None
-    return ["scores are of float32: the calibration, of bfloat16 scores, was left out, and so are decisions"]
+    return ["scores are computed in float32: the calibration is for bfloat16 scores, so no decisions are made"]
 
 
 def trace(graph: DetectorGraph) -> torch.export.ExportedProgram:
-    """The graph ``graph`` written down by torch.export, for any number of images of any size, (N, H, W, 3) uint8."""
+    """Trace a graph by torch.export, for any number of images of any size.
+
+    Args:
+        graph: Graph with the input (N, H, W, 3), uint8.
+
+    Returns:
+        Program with dynamic N, H and W.
+    """
     size, any_length = graph.resize.out, torch.export.Dim.DYNAMIC
     example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
     lengths = ((any_length, any_length, any_length, torch.export.Dim.STATIC),)
@@ -165,68 +184,70 @@ def trace(graph: DetectorGraph) -> torch.export.ExportedProgram:
         return torch.export.export(graph, (example,), dynamic_shapes=lengths)
 
 
-def _write(program: torch.export.ExportedProgram, graph: DetectorGraph, kind: str, path: Path, about: str) -> None:
+def _write(
+    program: torch.export.ExportedProgram, graph: DetectorGraph, kind: str, path: Path, description: str
+) -> None:
+    """Write a traced graph in the format ``kind``, with its description as metadata."""
     if kind == "pt2":
-        torch.export.save(program, path, extra_files={f"{KEY}.json": about})
+        torch.export.save(program, path, extra_files={f"{KEY}.json": description})
         return
     names = list(OUTPUTS if graph.calibrated else OUTPUTS[:2])
     onnx = torch.onnx.export(
         program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names
     )
-    assert onnx is not None  # only without dynamo
+    if onnx is None:
+        raise RuntimeError("torch.onnx.export returned no program")
     if kind == "onnx":
-        onnx.model.metadata_props[KEY] = about
+        onnx.model.metadata_props[KEY] = description
         onnx.save(path)
         return
     import openvino
 
-    middle = path.with_suffix(".onnx")
-    onnx.save(middle)
-    model = openvino.convert_model(middle)
-    model.set_rt_info(about, KEY)
+    intermediate = path.with_suffix(".onnx")
+    onnx.save(intermediate)
+    model = openvino.convert_model(intermediate)
+    model.set_rt_info(description, KEY)
     openvino.save_model(model, path, compress_to_fp16=False)
-    model.set_rt_info(
-        compute_sha256(path.with_suffix(".bin")), WEIGHTS_KEY
-    )  # the two files are told to belong together
+    model.set_rt_info(compute_sha256(path.with_suffix(".bin")), WEIGHTS_KEY)  # ties the .xml file to its .bin file
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
 def _require(kind: str) -> None:
-    import importlib.util
-
+    """Raise an error if a package that the format ``kind`` needs is not installed."""
     missing = [name for name in NEEDS[kind] if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export to {kind} needs {', '.join(missing)}: {INSTALL_HINT}")
 
 
 @contextmanager
-def _folder(home: Path, out: Path) -> Iterator[Path]:
-    """A folder that is gone afterwards, on the disk where the file will be."""
+def _temporary_folder(out: Path) -> Iterator[Path]:
+    """Create a temporary folder on the same disk as ``out``, so that files can be moved there by renaming."""
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     try:
-        made = tempfile.TemporaryDirectory(dir=home, prefix=".export-")
+        temporary = tempfile.TemporaryDirectory(dir=parent, prefix=".export-")
     except OSError as error:
         raise OSError(f"cannot write {out}: {error.strerror or error}") from error
-    with made as folder:
+    with temporary as folder:
         yield Path(folder)
 
 
-def _place(work: Path, names: Sequence[str], target: Path) -> None:
-    """Move the files to their place: the one that is opened comes last, so that its weights are there."""
+def _move_files(folder: Path, names: Sequence[str], target: Path) -> None:
+    """Move the files to their destination. The first one is moved last, when its weights are already there."""
     try:
         target.mkdir(parents=True, exist_ok=True)
         if len(names) > 1:
-            (target / names[0]).unlink(missing_ok=True)  # the old one must never stand beside the new weights
+            (target / names[0]).unlink(missing_ok=True)  # an old file must not be loaded with the new weights
         for name in reversed(names):
-            os.replace(work / name, target / name)
+            os.replace(folder / name, target / name)
     except OSError as error:
         raise OSError(f"cannot write {target / names[0]}: {error.strerror or error}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporters say of themselves: it is about their own future, and the result is tested."""
+def _silence_exporters() -> Iterator[None]:
+    """Suppress log lines and deprecation warnings of the exporters; the exported file itself is checked."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
         for logger in loggers:
@@ -234,5 +255,5 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            for logger, level in zip(loggers, before, strict=True):
+            for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Comparison of an exported file with its checkpoint; the file is kept only where their scores agree."""
+"""Comparison of an exported file with its checkpoint."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,79 +11,76 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.exported_detector import ExportedDetector
 
-TOLERANCE = 1e-4  # largest relative difference of a score
+TOLERANCE = 1e-4  # largest relative difference allowed between two scores
 
 
 def draw_images(folder: Path, size: tuple[int, int]) -> list[Path]:
-    """Images to compare on: of the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey.
+    """Draw images to compare scores on: at the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey.
 
     Args:
-        folder: made; the images are PNG files in it.
-        size: of the model's images, (height, width), pixels.
+        folder: Folder of the PNG files, created if necessary.
+        size: Height and width of the model's images in pixels.
 
     Returns:
-        Their paths.
+        Paths of the images.
     """
     (h, w), random = size, np.random.default_rng(0)
     sizes = [
-        (h, w),
-        (2 * h + 3, 2 * w + 1),
-        (h // 2 + 1, w // 2),
-        (h - 1, w + 1),
-        (h // 3, 3 * w),
-        (3 * h + 1, w // 3),
+        (h, w), (2 * h + 3, 2 * w + 1), (h // 2 + 1, w // 2), (h - 1, w + 1), (h // 3, 3 * w), (3 * h + 1, w // 3),
         (1, 1),
-    ]
-    found = []
-    for place, (height, width) in enumerate([*sizes, (h + 17, w + 5)]):
-        channels = 1 if place == len(sizes) else 3
+    ]  # fmt: skip
+    paths = []
+    for index, (height, width) in enumerate([*sizes, (h + 17, w + 5)]):
+        channels = 1 if index == len(sizes) else 3  # the last one is grey
         rows, columns = np.arange(height)[:, None, None] / h, np.arange(width)[:, None] / w
-        waves = 60 * np.sin(9 * rows + place) * np.cos(7 * columns + np.arange(channels))
-        pixels = 120 + waves + random.normal(0, 25, (height, width, channels))
-        path = folder / f"{place}.png"
-        heatmaps.save_png(
-            path,
-            pixels.clip(0, 255).astype(np.uint8).squeeze(2) if channels == 1 else pixels.clip(0, 255).astype(np.uint8),
-        )
-        found.append(path)
-    return found
+        waves = 60 * np.sin(9 * rows + index) * np.cos(7 * columns + np.arange(channels))
+        noisy = 120 + waves + random.normal(0, 25, (height, width, channels))
+        pixels = noisy.clip(0, 255).astype(np.uint8)
+        paths.append(folder / f"{index}.png")
+        heatmaps.save_png(paths[-1], pixels.squeeze(2) if channels == 1 else pixels)
+    return paths
 
 
 def compare_scores(
     detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path], tolerance: float = TOLERANCE
 ) -> tuple[int, float]:
-    """Whether an exported file gives the scores of its checkpoint.
+    """Compare the scores of an exported file with those of its checkpoint.
 
     Args:
-        detector: the checkpoint.
-        exported: the file.
-        paths: images.
-        tolerance: largest relative difference of a score.
+        detector: Detector in the checkpoint.
+        exported: Detector in the exported file.
+        paths: Images to compare on.
+        tolerance: Largest relative difference allowed between two scores.
 
     Returns:
-        How many images, and the largest relative difference.
+        Number of images, and the largest relative difference of their scores.
 
     Raises:
-        ValueError: it is more than ``tolerance``; or p-values or decisions are not those of the file's own scores.
+        ValueError: If a score differs by more than ``tolerance``, the p-values or decisions of the file are not those
+            that the calibration gives for its scores, or an image cannot be read.
     """
     with ThreadPoolExecutor() as pool:
         files = ImageFiles(paths, pool)
-        wanted, got = (np.concatenate([s for _, s in d.run(files, 4)]).astype(float) for d in (detector, exported))
+        wanted, got = (
+            np.concatenate([scores for _, scores in scorer.run(files, 4)]).astype(float)
+            for scorer in (detector, exported)
+        )
         if files.errors:
             raise ValueError(next(iter(files.errors.values())))
-    apart = np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-12)
-    worst = int(np.argmax(np.where(np.isnan(apart), np.inf, apart)))
-    if not apart[worst] <= tolerance:
+    differences = np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-12)
+    worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))
+    if not differences[worst] <= tolerance:  # also true for NaN
         raise ValueError(
             f"export: wanted scores within {tolerance:g} of the checkpoint's (relative), got {got[worst]:.9g} instead "
             f"of {wanted[worst]:.9g} for {files.paths[worst].name}: nothing was written"
         )
     if detector.calibration is not None:
-        some = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
-        p, defect = detector.calibration.p_values(some["score"]), detector.calibration.is_defect(some["score"])
-        if not (np.allclose(some["p_value"], p, atol=1e-6) and (some["defect"] == defect).all()):
+        outputs = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
+        p = detector.calibration.p_values(outputs["score"])
+        defect = detector.calibration.is_defect(outputs["score"])
+        if not (np.allclose(outputs["p_value"], p, atol=1e-6) and (outputs["defect"] == defect).all()):
             raise ValueError(
-                f"export: wanted the calibration's p-values {p} and decisions {defect}, got {some['p_value']} and "
-                f"{some['defect']}: nothing was written"
+                f"export: wanted the calibration's p-values {p} and decisions {defect}, got "
+                f"{outputs['p_value']} and {outputs['defect']}: nothing was written"
             )
-    return len(files), float(apart[worst])
+    return len(files), float(differences[worst])

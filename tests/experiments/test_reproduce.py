@@ -97,7 +97,7 @@ def test_a_table_by_category_and_seed(data, tmp_path):
 
     text = (tmp_path / "comparison.md").read_text()
     assert "| entry | category | I-AUROC | paper | diff | P-AUROC |" in text
-    assert "Not the paper's settings: backbone test_resnet" in text and "Of 2 categories, 2 are among" in text
+    assert "Not the paper's settings: backbone test_resnet" in text and "2 of the 2 categories are among" in text
     assert json.loads((tmp_path / "comparison.json").read_text())["lines"][0]["category"] == "grid"
     with (tmp_path / "comparison.csv").open() as file:
         assert [row["metric"] for row in csv.DictReader(file)][:3] == ["i_auroc", "p_auroc", "aupro_per_image"]
@@ -166,9 +166,9 @@ def test_some_entries(data, tmp_path):
         ("mvtec", {"entries": ["F"]}, "reproduce: entry: wanted one of ours, got 'F'"),
         ("mvtec", {"categories": ["grit"]}, "wanted category 'grit', got grid"),
         ("aptos", {}, "wanted one category for aptos, got 2: grid, screw"),
-        ("alpha", {"changes": {"alpha_end": 2.0}}, "fields that the table leaves alone, got alpha_end"),
-        ("maps", {"changes": {"views": "both"}}, "fields that the table leaves alone, got views"),
-        ("mvtec", {"changes": {"seed": 3}}, "fields that the table leaves alone, got seed"),
+        ("alpha", {"changes": {"alpha_end": 2.0}}, "fields that the table does not set, got alpha_end"),
+        ("maps", {"changes": {"views": "both"}}, "fields that the table does not set, got views"),
+        ("mvtec", {"changes": {"seed": 3}}, "fields that the table does not set, got seed"),
         ("mvtec", {"changes": {"step": 3}}, "there is no field 'step'"),
     ],
 )
