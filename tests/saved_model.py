@@ -1,4 +1,4 @@
-"""A checkpoint of an untrained model."""
+"""Checkpoints of an untrained model, and images for it."""
 
 import numpy as np
 import torch
@@ -12,16 +12,18 @@ RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eva
 
 
 def save(path, recipe):
+    """Save a checkpoint of an untrained model."""
     torch.manual_seed(0)
     model = build_model(recipe, "tile")
-    about = {"size": list(recipe.out), "crop": None, "mean": list(model.mean), "std": list(model.std)}
+    preprocessing = {"size": list(recipe.out), "crop": None, "mean": list(model.mean), "std": list(model.std)}
     state = model.state_dict()
     return checkpoints.save(
-        path, checkpoints.Checkpoint(1, "tile", recipe, model.config, about, {"count": 1, "digest": ""}, state)
+        path, checkpoints.Checkpoint(1, "tile", recipe, model.config, preprocessing, {"count": 1, "digest": ""}, state)
     )
 
 
 def draw(folder, count, *, seed, spread=12.0):
+    """Write ``count`` images of stripes with noise of the standard deviation ``spread``."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     stripes = 110 + 60 * np.sin(np.arange(64) / 3)[:, None, None]

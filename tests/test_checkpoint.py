@@ -48,13 +48,13 @@ def names(folder):
 def test_round_trip(tmp_path, state):
     path = checkpoint.save(tmp_path / "new" / "checkpoint.pt", state)
     assert names(path.parent) == ["checkpoint.pt"]
-    found = checkpoint.load(path)
-    assert found.recipe == RECIPE
-    assert found.version == recontrast.__version__
+    loaded = checkpoint.load(path)
+    assert loaded.recipe == RECIPE
+    assert loaded.version == recontrast.__version__
     for name in ("step", "category", "model_config", "preprocessing", "images", "optimisers"):
-        assert getattr(found, name) == getattr(state, name)
-    assert found.model.keys() == state.model.keys()
-    assert all(torch.equal(found.model[key], value) for key, value in state.model.items())
+        assert getattr(loaded, name) == getattr(state, name)
+    assert loaded.model.keys() == state.model.keys()
+    assert all(torch.equal(loaded.model[key], value) for key, value in state.model.items())
 
 
 def test_load_model_needs_nothing_but_the_file(tmp_path, model, state):
@@ -67,11 +67,11 @@ def test_load_model_needs_nothing_but_the_file(tmp_path, model, state):
     assert (loaded.mean, loaded.std) == (model.mean, model.std)
     model.eval()
     with torch.no_grad():
-        for ours, theirs in zip(model(images), loaded(images), strict=True):
-            assert all(map(torch.equal, ours, theirs))
+        for original, restored in zip(model(images), loaded(images), strict=True):
+            assert all(map(torch.equal, original, restored))
 
 
-def test_normalisation_is_that_of_the_file(tmp_path, state):
+def test_normalisation_comes_from_the_file(tmp_path, state):
     other = {**state.preprocessing, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     path = checkpoint.save(tmp_path / "checkpoint.pt", replace(state, preprocessing=other))
     loaded, _, _ = checkpoint.load_model(path, "cpu")
@@ -94,14 +94,14 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 10, 0.5, -1])
-def test_cut_off(tmp_path, state, keep):
+def test_truncated_file_is_refused(tmp_path, state, keep):
     path = checkpoint.save(tmp_path / "checkpoint.pt", state)
     size = path.stat().st_size
     os.truncate(path, int(size * keep) if isinstance(keep, float) else keep % size)
     refused(path, "cut off or damaged" if keep not in (0, 1) else "of another kind")
 
 
-def test_other_files(tmp_path):
+def test_other_files_are_refused(tmp_path):
     class Foreign:
         pass
 
@@ -114,7 +114,7 @@ def test_other_files(tmp_path):
         refused(path, "got a PyTorch file with other content")
 
 
-def test_never_runs_code_of_the_file(tmp_path):
+def test_code_in_the_file_is_never_executed(tmp_path):
     class Trap:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
@@ -124,14 +124,14 @@ def test_never_runs_code_of_the_file(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_other_format(tmp_path, state, monkeypatch):
+def test_other_format_is_refused(tmp_path, state, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
     path = checkpoint.save(tmp_path / "checkpoint.pt", replace(state, version="9.9"))
     monkeypatch.undo()
     refused(path, "wanted a checkpoint of format 1, got format 99, written by recontrast 9.9")
 
 
-def test_parts_missing_or_wrong(tmp_path, state):
+def test_missing_or_wrong_parts_are_refused(tmp_path, state):
     path = tmp_path / "checkpoint.pt"
     torch.save({"recontrast_checkpoint": checkpoint.FORMAT, "step": 1}, path)
     refused(path, "the checkpoint lacks category, recipe, ")
@@ -142,10 +142,10 @@ def test_parts_missing_or_wrong(tmp_path, state):
     refused(path, "wanted a model that recontrast .* can build, got one of ")
 
 
-# ---- writing, whole or not at all ---------------------------------------------
+# ---- writing: complete or unchanged ---------------------------------------------
 
 
-def test_disk_full_before_writing(tmp_path, state, monkeypatch):
+def test_full_disk_before_writing(tmp_path, state, monkeypatch):
     path = checkpoint.save(tmp_path / "checkpoint.pt", state)
     before = path.read_bytes()
     Usage = namedtuple("Usage", "total used free")
@@ -160,7 +160,7 @@ def test_disk_full_before_writing(tmp_path, state, monkeypatch):
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_disk_full_at_the_end(tmp_path, state, monkeypatch, failing):
+def test_full_disk_at_the_end(tmp_path, state, monkeypatch, failing):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -173,7 +173,7 @@ def test_disk_full_at_the_end(tmp_path, state, monkeypatch, failing):
     assert path.read_bytes() == before
 
 
-def test_interrupt_while_writing(tmp_path, state, monkeypatch):
+def test_interrupt_leaves_no_file(tmp_path, state, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -183,14 +183,14 @@ def test_interrupt_while_writing(tmp_path, state, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_other_errors_stay_themselves(tmp_path, state):
+def test_other_errors_are_not_changed(tmp_path, state):
     with pytest.raises(Exception, match=r"pickle|Can't") as error:
         checkpoint.save(tmp_path / "checkpoint.pt", replace(state, images={"count": lambda: 3}))
     assert not isinstance(error.value, OSError)
     assert names(tmp_path) == []
 
 
-def test_folder_is_a_file(tmp_path, state):
+def test_folder_that_is_a_file_is_refused(tmp_path, state):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"^cannot write .*checkpoint\.pt: (Not a directory|File exists)$"):
         checkpoint.save(tmp_path / "file" / "checkpoint.pt", state)
@@ -221,25 +221,25 @@ def run(path, how):
     return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_file_size_limit(tmp_path, state):
-    """The system itself refuses, in the middle of the file."""
+def test_file_size_limit_leaves_the_last_checkpoint(tmp_path, state):
+    """The operating system refuses to write more in the middle of the file."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
     path = checkpoint.save(tmp_path / "checkpoint.pt", state)
     before = path.read_bytes()
-    done = run(path, "limit")
-    assert done.returncode == 2, done.stderr
-    assert f"{path}: could not be written (File too large): wanted " in done.stdout
-    assert done.stdout.count("\n") == 1
+    process = run(path, "limit")
+    assert process.returncode == 2, process.stderr
+    assert f"{path}: could not be written (File too large): wanted " in process.stdout
+    assert process.stdout.count("\n") == 1
     assert names(tmp_path) == ["checkpoint.pt"]
     assert path.read_bytes() == before
 
 
-def test_killed_while_writing(tmp_path, state):
-    """The last whole checkpoint stays, and the next save takes the place of what the killed one left."""
+def test_kill_leaves_the_last_checkpoint(tmp_path, state):
+    """The last complete checkpoint stays, and the next save replaces the leftover partial file."""
     path = checkpoint.save(tmp_path / "checkpoint.pt", state)
     before = path.read_bytes()
-    done = run(path, "replace")
-    assert done.returncode == -9
+    process = run(path, "replace")
+    assert process.returncode == -9
     assert path.read_bytes() == before
     assert names(tmp_path) == ["checkpoint.pt", "checkpoint.pt.partial"]
     checkpoint.save(path, replace(state, step=8))

@@ -192,11 +192,10 @@ def _write(
         torch.export.save(program, path, extra_files={f"{KEY}.json": description})
         return
     names = list(OUTPUTS if graph.calibrated else OUTPUTS[:2])
-    onnx = torch.onnx.export(
+    exported = torch.onnx.export(
         program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names
     )
-    if onnx is None:
-        raise RuntimeError("torch.onnx.export returned no program")
+    onnx = cast(torch.onnx.ONNXProgram, exported)  # None is returned only without dynamo
     if kind == "onnx":
         onnx.model.metadata_props[KEY] = description
         onnx.save(path)

@@ -56,7 +56,7 @@ def test_infer_does_not_depend_on_the_batch(model, samples):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_infer_takes_arrays_and_nothing(model, samples):
+def test_infer_accepts_arrays_and_no_images(model, samples):
     images = ImageCache(held_out(samples), 64)
     (maps, scores), (again, _) = next(infer(model, images, RECIPE)), next(infer(model, images[:], RECIPE))
     assert torch.equal(maps, again)
@@ -65,13 +65,13 @@ def test_infer_takes_arrays_and_nothing(model, samples):
 
 
 @pytest.mark.parametrize("score", ["mean", 0.01])
-def test_infer_scores_as_the_recipe_says(model, samples, score):
+def test_infer_follows_the_score_rule_of_the_recipe(model, samples, score):
     maps, scores = next(infer(model, ImageCache(held_out(samples), 64), RECIPE.replace(score=score)))
     expected = maps.mean((1, 2)) if score == "mean" else maps.flatten(1).topk(40).values.mean(1)
     torch.testing.assert_close(scores, expected)
 
 
-def test_infer_leaves_no_mode_behind(model, samples):
+def test_infer_restores_the_training_mode(model, samples):
     images = ImageCache(held_out(samples), 64)
     model.train()
     running = infer(model, images, RECIPE, batch=4)
@@ -96,7 +96,7 @@ def test_infer_bfloat16_gives_float32_maps(model, samples):
 # ---- evaluate ----------------------------------------------------------------------
 
 
-def test_metrics_are_those_of_the_maps(model, samples):
+def test_metrics_equal_those_of_the_maps(model, samples):
     tests = held_out(samples)
     maps, scores = next(infer(model, ImageCache(tests, 64), RECIPE))
     masks = np.stack([read_mask(s.mask, size=64) if s.mask else np.zeros((64, 64), bool) for s in tests])
@@ -126,7 +126,7 @@ def test_metrics_are_those_of_the_maps(model, samples):
 
 
 def test_equals_the_reference(model, samples):
-    """Batch 1, interpolate and SciPy there; batches and two matrices here."""
+    """The reference has batches of 1, interpolation and SciPy; here there are large batches and two matrix products."""
     tests = held_out(samples)
     images = normalise(ImageCache(tests, 64)[:], model.mean, model.std)
     masks = [read_mask(s.mask, size=64) if s.mask else np.zeros((64, 64), bool) for s in tests]
@@ -138,8 +138,8 @@ def test_equals_the_reference(model, samples):
     assert row.aupro_per_image == pytest.approx(aupro, abs=2e-3)  # a threshold is a 200th of the map's range
 
 
-def test_good_images_have_no_defect_anywhere(model, samples):
-    """The mask of a good image is all zero, so its pixels count."""
+def test_pixels_of_good_images_count_as_good(model, samples):
+    """The mask of a good image is all zeros, so its pixels change the pixel metrics."""
     without = [s for s in samples if not (s.split == "test" and s.label == 0)]
     row, fewer = (evaluate(model, group, RECIPE).rows[0] for group in (samples, without))
     assert fewer.note == "no image metrics: there are no good images"
@@ -148,24 +148,24 @@ def test_good_images_have_no_defect_anywhere(model, samples):
     assert fewer.p_auroc != row.p_auroc
 
 
-def test_without_masks(model, samples):
-    bare = [replace(sample, mask=None) for sample in samples]
-    row, full = (evaluate(model, group, RECIPE).rows[0] for group in (bare, samples))
+def test_no_pixel_metrics_without_masks(model, samples):
+    maskless = [replace(sample, mask=None) for sample in samples]
+    row, full = (evaluate(model, group, RECIPE).rows[0] for group in (maskless, samples))
     assert values(row, IMAGE) == values(full, IMAGE)
     assert values(row, PIXEL) == dict.fromkeys(PIXEL)
     assert row.note == "no pixel metrics: 4 of 4 defective images have no mask"
-    some = [replace(s, mask=None) if s.label and s.path.stem == "000" else s for s in samples]
-    assert evaluate(model, some, RECIPE).rows[0].note.endswith(": 1 of 4 defective images have no mask")
+    partly_masked = [replace(s, mask=None) if s.label and s.path.stem == "000" else s for s in samples]
+    assert evaluate(model, partly_masked, RECIPE).rows[0].note.endswith(": 1 of 4 defective images have no mask")
 
 
-def test_without_defects(model, samples):
+def test_no_metrics_without_defective_images(model, samples):
     good = [sample for sample in samples if not sample.label]
     (row,) = evaluate(model, good, RECIPE).rows
     assert values(row) == dict.fromkeys(METRICS)
     assert row.note == "no image metrics: there are no defective images"
 
 
-def test_masks_of_one_kind(model, samples, tmp_path):
+def test_no_pixel_metrics_if_all_mask_pixels_are_equal(model, samples, tmp_path):
     from PIL import Image
 
     Image.new("L", (64, 64)).save(tmp_path / "black.png")
@@ -175,20 +175,25 @@ def test_masks_of_one_kind(model, samples, tmp_path):
     assert row.i_auroc is not None
 
 
-def test_mask_rule_counts(model, tmp_path):
-    """The rule decides about the grey pixels that resizing makes."""
+def test_mask_rule_changes_pixel_metrics(model, tmp_path):
+    """The rule decides about grey mask pixels, which resizing creates."""
     tests = tiny_set(tmp_path, train=1)
     rows = [evaluate(model, tests, RECIPE.replace(size=32, mask_rule=rule)).rows[0] for rule in ("any", "half")]
     assert rows[0].p_ap != rows[1].p_ap
 
 
 def test_several_categories_and_their_mean(model, samples, tmp_path):
-    more = [replace(s, mask=None) for s in tiny_set(tmp_path, "bolt", train=1, good=2, defects=3, seed=5)]
-    seen = []
-    result = evaluate(model, {"nut": samples, "bolt": more}, RECIPE, batch=4, on_progress=lambda *a: seen.append(a))
+    bolts = [replace(s, mask=None) for s in tiny_set(tmp_path, "bolt", train=1, good=2, defects=3, seed=5)]
+    progress = []
+    result = evaluate(
+        model, {"nut": samples, "bolt": bolts}, RECIPE, batch=4, on_progress=lambda *a: progress.append(a)
+    )
     assert [row.category for row in result.rows] == ["nut", "bolt"]
-    assert values(result.rows[0]) == pytest.approx(values(evaluate(model, [*more, *samples], RECIPE).rows[1]), rel=1e-4)
-    assert seen == [("nut", 4, 9), ("nut", 8, 9), ("nut", 9, 9), ("bolt", 3, 5), ("bolt", 5, 5)]  # batches go on
+    assert values(result.rows[0]) == pytest.approx(
+        values(evaluate(model, [*bolts, *samples], RECIPE).rows[1]), rel=1e-4
+    )
+    # The third batch of 4 spans both categories.
+    assert progress == [("nut", 4, 9), ("nut", 8, 9), ("nut", 9, 9), ("bolt", 3, 5), ("bolt", 5, 5)]
     mean = result.mean
     assert (mean.images, mean.defects) == (14, 7)
     assert mean.i_auroc == pytest.approx((result.rows[0].i_auroc + result.rows[1].i_auroc) / 2)
@@ -197,13 +202,13 @@ def test_several_categories_and_their_mean(model, samples, tmp_path):
     assert mean.seconds["forward"] == pytest.approx(sum(row.seconds["forward"] for row in result.rows))
 
 
-def test_with_a_cache(model, samples, tmp_path):
+def test_cache_does_not_change_metrics(model, samples, tmp_path):
     rows = [evaluate(model, samples, RECIPE, cache_dir=d, workers=2).rows[0] for d in (None, tmp_path, tmp_path)]
     assert values(rows[0]) == values(rows[1]) == values(rows[2])
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_refusals(model, samples, tmp_path):
+def test_invalid_arguments_are_refused(model, samples, tmp_path):
     with pytest.raises(ValueError, match="wanted test images, got none among 4 samples"):
         evaluate(model, [s for s in samples if s.split == "train"], RECIPE)
     with pytest.raises(ValueError, match="batch: wanted at least 1, got 0"):
@@ -219,7 +224,7 @@ def test_refusals(model, samples, tmp_path):
         evaluate(model, [*samples, replace(masked, mask=broken)], RECIPE)
 
 
-def test_scores_of_the_images(model, samples, tmp_path):
+def test_scores_of_each_image(model, samples, tmp_path):
     result = evaluate(model, samples, RECIPE)
     tests = held_out(samples)
     assert [(s.path, s.label, s.defect) for s in result.scored] == [(str(s.path), s.label, s.defect) for s in tests]
@@ -231,43 +236,43 @@ def test_scores_of_the_images(model, samples, tmp_path):
     assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), rel=1e-7)
 
 
-def test_streaming_is_within_its_bounds(model, samples, tmp_path):
-    more = tiny_set(tmp_path, "bolt", train=1, good=2, defects=3, seed=5)
+def test_streamed_metrics_are_within_their_bounds(model, samples, tmp_path):
+    bolts = tiny_set(tmp_path, "bolt", train=1, good=2, defects=3, seed=5)
     for reduce in ("sum", "mean"):
         recipe = RECIPE.replace(reduce=reduce)
-        exact, streamed = (evaluate(model, [*samples, *more], recipe, batch=4, streaming=s) for s in (False, True))
-        for one, other in zip(exact.rows, streamed.rows, strict=True):
-            assert one.bounds == {} and set(other.bounds) == {"p_auroc", "p_ap", "p_f1", "aupro"}
-            for name, bound in other.bounds.items():
-                assert abs(getattr(one, name) - getattr(other, name)) <= bound + 1e-12
+        exact, streamed = (evaluate(model, [*samples, *bolts], recipe, batch=4, streaming=s) for s in (False, True))
+        for exact_row, streamed_row in zip(exact.rows, streamed.rows, strict=True):
+            assert exact_row.bounds == {} and set(streamed_row.bounds) == {"p_auroc", "p_ap", "p_f1", "aupro"}
+            for name, bound in streamed_row.bounds.items():
+                assert abs(getattr(exact_row, name) - getattr(streamed_row, name)) <= bound + 1e-12
                 assert bound < 1e-2
-            assert values(one, IMAGE) == values(other, IMAGE)
-            assert one.aupro_per_image == pytest.approx(other.aupro_per_image, abs=1e-12)
+            assert values(exact_row, IMAGE) == values(streamed_row, IMAGE)
+            assert exact_row.aupro_per_image == pytest.approx(streamed_row.aupro_per_image, abs=1e-12)
     assert "P-AUROC: from histograms, within " in streamed.to_markdown()
 
 
-def test_streaming_without_pixels(model, samples):
-    bare = [replace(sample, mask=None) for sample in samples]
-    assert evaluate(model, bare, RECIPE, streaming=True).rows[0].note.startswith("no pixel metrics")
+def test_streaming_without_masks(model, samples):
+    maskless = [replace(sample, mask=None) for sample in samples]
+    assert evaluate(model, maskless, RECIPE, streaming=True).rows[0].note.startswith("no pixel metrics")
 
 
-def test_maps_beyond_the_limit_wait_in_a_file(model, samples, monkeypatch, tmp_path):
+def test_maps_above_the_memory_limit_are_kept_in_a_file(model, samples, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    made = []
+    shapes = []
     memmap = np.memmap
-    monkeypatch.setattr(np, "memmap", lambda *a, **k: made.append(k["shape"]) or memmap(*a, **k))
-    one, other = (evaluate(model, samples, RECIPE, memory=m).rows[0] for m in (10**9, 9 * 64 * 64 * 4 - 1))
-    assert made == [(9, 64, 64)]
-    assert values(one) == values(other)
+    monkeypatch.setattr(np, "memmap", lambda *a, **k: shapes.append(k["shape"]) or memmap(*a, **k))
+    in_memory, in_file = (evaluate(model, samples, RECIPE, memory=m).rows[0] for m in (10**9, 9 * 64 * 64 * 4 - 1))
+    assert shapes == [(9, 64, 64)]
+    assert values(in_memory) == values(in_file)
     assert not list(tmp_path.iterdir())
 
 
-def test_maps_are_handed_on(model, samples):
-    tests, seen = held_out(samples), []
-    evaluate(model, samples, RECIPE, batch=4, on_maps=lambda *piece: seen.append(piece))
-    assert [sample for some, _ in seen for sample in some] == tests
-    whole, _ = next(infer(model, ImageCache(tests, 64), RECIPE))
-    np.testing.assert_allclose(np.concatenate([maps for _, maps in seen]), whole.numpy(), rtol=1e-4, atol=1e-6)
+def test_on_maps_gets_every_map(model, samples):
+    tests, batches = held_out(samples), []
+    evaluate(model, samples, RECIPE, batch=4, on_maps=lambda *piece: batches.append(piece))
+    assert [sample for batch_samples, _ in batches for sample in batch_samples] == tests
+    all_maps, _ = next(infer(model, ImageCache(tests, 64), RECIPE))
+    np.testing.assert_allclose(np.concatenate([maps for _, maps in batches]), all_maps.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_largest_value_of_a_map(model):
@@ -275,7 +280,7 @@ def test_largest_value_of_a_map(model):
     assert max_map_value(model, RECIPE.replace(views="trained")) == 6
 
 
-def test_clock_of_a_device_sums_by_name():
+def test_clock_sums_seconds_by_name():
     clock = Clock(torch.device("cpu"))
     clock.marks = [("start", 0.0), ("a", 1.0), ("b", 3.0), ("a", 7.0)]
     assert clock.seconds() == {"a": 5.0, "b": 2.0}
@@ -314,10 +319,10 @@ def test_written_files(tmp_path):
     paths = RESULT.write(tmp_path / "new")
     names = ["results.csv", "results.json", "results.md", "scores.csv"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
-    found = json.loads(paths[0].read_text())
-    assert found == json.loads(json.dumps(RESULT.to_dict()))
-    assert found["mean"]["i_auroc"] == 0.75
-    assert found["rows"][1]["aupro"] is None
-    assert found["mask_rule"] == "any"
+    written = json.loads(paths[0].read_text())
+    assert written == json.loads(json.dumps(RESULT.to_dict()))
+    assert written["mean"]["i_auroc"] == 0.75
+    assert written["rows"][1]["aupro"] is None
+    assert written["mask_rule"] == "any"
     with pytest.raises(OSError, match=r"^cannot write .*results\.json: (Not a directory|File exists)$"):
         RESULT.write(paths[0])

@@ -1,4 +1,4 @@
-"""The switches of the ablation: each configuration of Table 6 against its formula, from the model's parts."""
+"""Configurations of the ablation (Table 6), each compared with its formula written with the parts of the model."""
 
 import pytest
 import torch
@@ -24,19 +24,19 @@ def samples(tmp_path_factory):
 
 
 def region_cosine(teachers, students):
-    """`region_cosine`, utils.py: the mean over points, levels summed, targets detached."""
+    """``region_cosine`` of utils.py: mean over points, sum over levels, detached targets."""
     distances = zip(teachers, students, strict=True)
     return sum(1 - torch.nn.CosineSimilarity()(t.detach(), s).mean() for t, s in distances)
 
 
 def attached(teachers, students):
-    """`global_cosine` of utils.py with stop_grad=False."""
+    """``global_cosine`` of utils.py with ``stop_grad=False``."""
     pairs = zip(teachers, students, strict=True)
     return sum((1 - torch.nn.CosineSimilarity()(t.flatten(1), s.flatten(1))).mean() for t, s in pairs)
 
 
 def mined(teachers, students):
-    """`global_cosine_hm` on copies: without heads, a level's hook would also see the gradient of the finer ones."""
+    """``global_cosine_hm`` on copies: without heads, a hook would also receive the gradient of the finer levels."""
     return upstream.global_cosine_hm(teachers, [s.clone() for s in students], alpha=0.5)
 
 
@@ -81,48 +81,55 @@ def test_value_and_gradient_of_each_configuration(name, backbone):
     groups = pairs(model, x)
     expected = sum(loss(*group) for group in groups) / len(groups)
     expected.backward()
-    wanted = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    expected_gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     rule = deviation(0.5) if recipe.mining else None
-    found = pairs_loss(model(x), rule, form=recipe.loss, groups=len(groups), stop_gradient=recipe.stop_gradient)
-    found.backward()
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=0)
-    got = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    assert got.keys() == wanted.keys()
-    for key in wanted:
-        torch.testing.assert_close(got[key], wanted[key], rtol=1e-9, atol=1e-9 * float(wanted[key].abs().max()))
-    assert any(key.startswith("encoder.") for key in got) == recipe.train_encoder
-    assert not any(key.startswith("frozen.") for key in got)
+    loss_value = pairs_loss(model(x), rule, form=recipe.loss, groups=len(groups), stop_gradient=recipe.stop_gradient)
+    loss_value.backward()
+    torch.testing.assert_close(loss_value, expected.detach(), rtol=1e-12, atol=0)
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected_gradients.keys()
+    for key in expected_gradients:
+        torch.testing.assert_close(
+            gradients[key], expected_gradients[key], rtol=1e-9, atol=1e-9 * float(expected_gradients[key].abs().max())
+        )
+    assert any(key.startswith("encoder.") for key in gradients) == recipe.train_encoder
+    assert not any(key.startswith("frozen.") for key in gradients)
 
 
 def test_columns_of_table_6():
-    """Global loss, encoder trained, stop-gradient, contrastive pairs, hard mining: as the paper ticks them."""
+    """Columns: global loss, trained encoder, stop-gradient, contrastive pairs, hard mining."""
     ticks = {"A": "", "B": "g", "B+hm": "gh", "C": "ge", "D": "ges", "C+cp": "gep", "E-gl": "esp", "E": "gesp"}
     ticks["ours"] = "gesph"
     assert set(ticks) == set(ABLATION)
     for name, letters in ticks.items():
         recipe = Recipe(**SMALL, **ABLATION[name])
-        got = {"g": recipe.loss == "global", "e": recipe.train_encoder, "p": recipe.pairs == "cross"}
-        got |= {"h": recipe.mining, "s": recipe.stop_gradient and recipe.train_encoder}  # nothing to stop where frozen
-        assert {key for key, ticked in got.items() if ticked} == set(letters), name
+        ticked = {
+            "g": recipe.loss == "global",
+            "e": recipe.train_encoder,
+            "s": recipe.stop_gradient and recipe.train_encoder,  # a frozen encoder has no gradient to stop
+            "p": recipe.pairs == "cross",
+            "h": recipe.mining,
+        }
+        assert {letter for letter, is_ticked in ticked.items() if is_ticked} == set(letters), name
 
 
-@pytest.mark.parametrize("name", ["A", "C", "C+cp"])  # one encoder, frozen or trained, or two
-def test_each_kind_learns_and_is_found_again(samples, tmp_path, name):
-    """One loop for all; what a checkpoint holds is the same model."""
+@pytest.mark.parametrize("name", ["A", "C", "C+cp"])  # one frozen encoder, one trained encoder, two encoders
+def test_each_configuration_learns_and_can_be_loaded(samples, tmp_path, name):
+    """All configurations use the same training loop, and a checkpoint gives the same model."""
     recipe = RECIPE.replace(steps=6, batch=7, alpha_end=-3.0, **ABLATION[name])
     result = train(recipe, samples, out=tmp_path, device="cpu")
     assert result.losses[-1] < 0.97 * result.losses[0]
-    again, loaded, _ = checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu")
-    assert loaded == recipe and again.config == result.model.config
+    reloaded, loaded, _ = checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu")
+    assert loaded == recipe and reloaded.config == result.model.config
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        for (_, got), (_, wanted) in zip(again(x), result.model(x), strict=True):
-            torch.testing.assert_close(got, wanted)
+        for (_, loaded_student), (_, trained_student) in zip(reloaded(x), result.model(x), strict=True):
+            torch.testing.assert_close(loaded_student, trained_student)
 
 
-def test_rd4ad_is_that_of_table_a5():
-    """One encoder, which stays as it is in every mode, and a decoder without heads."""
+def test_rd4ad_has_the_size_given_in_table_a5():
+    """RD4AD has one encoder, always in eval mode, and a decoder without heads."""
     with torch.device("meta"):
         rd4ad = ReContrast("wide_resnet50_2", weights="random", pairs="self", train_encoder=False)
     unused = 2 * 2048**2 + 2 * 2048  # conv4 and bn4, that upstream never calls
@@ -131,7 +138,7 @@ def test_rd4ad_is_that_of_table_a5():
     assert not any(m.training for m in rd4ad.train().encoder.modules())
 
 
-def test_frozen_encoder_is_not_moved(samples):
+def test_frozen_encoder_does_not_change(samples):
     model = build_model(RECIPE.replace(**ABLATION["B+hm"]), "nut")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train(RECIPE.replace(**ABLATION["B+hm"]), samples, model=model, device="cpu")
@@ -140,27 +147,27 @@ def test_frozen_encoder_is_not_moved(samples):
     assert changed == {"bottleneck", "decoder"}
 
 
-# ---- views: which pairs the map is made of ----------------------------------------
+# ---- views: feature pairs of the map -----------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"backbone": "test_resnet"}], ids=["resnet", "mirror"])
-def test_views_are_halves_of_both(options):
+def test_each_view_is_one_half_of_both(options):
     model = ReContrast(**{"backbone": "resnet18", **options}, weights="random").eval()
-    for p in model.frozen.parameters():  # as after some training: the encoders differ
+    for p in model.frozen.parameters():  # so that the encoders differ, as after training
         p.mul_(1.1)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         both = model(x)
         for view, expected in (("frozen", both[:3]), ("trained", both[3:])):
-            for got, wanted in zip(model(x, view), expected, strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+            for student, expected_student in zip(model(x, view), expected, strict=True):
+                torch.testing.assert_close(student, expected_student, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"views: wanted 'both' in training mode and .*, got 'frozen'"):
         model.train()(x, "frozen")
     with pytest.raises(ValueError, match="views: wanted 'both' or 'trained' or 'frozen', got 'all'"):
         model(x, "all")
 
 
-def test_views_reach_the_map(samples):
+def test_views_change_the_map(samples):
     model = build_model(RECIPE, "nut")
     for p in model.frozen.parameters():
         p.mul_(1.5)
@@ -172,10 +179,10 @@ def test_views_reach_the_map(samples):
     assert rows[0].i_auroc is not None
 
 
-# ---- what does not go together ------------------------------------------------------
+# ---- invalid combinations ------------------------------------------------------------
 
 
-def test_refused():
+def test_invalid_combinations_are_refused():
     with pytest.raises(ValueError, match="ReContrast: pairs: wanted 'self' where train_encoder is False, got 'cross'"):
         ReContrast("resnet18", weights="random", train_encoder=False)
     with pytest.raises(ValueError, match="pairs: wanted 'cross' or 'self', got 'both'"):

@@ -23,22 +23,22 @@ def data(tmp_path_factory):
 
 
 def run(name, data, out, calls=None, **more):
-    """Reproduce a table with tiny runs; ``calls`` gathers what was done."""
-    note = None if calls is None else lambda what, *_: calls.append(what)
-    return reproduce.reproduce(name, data, out, on_step=note, device="cpu", **{"changes": CHANGES, **more})
+    """Reproduce a table with tiny runs, and append each activity to ``calls``."""
+    record = None if calls is None else lambda activity, *_: calls.append(activity)
+    return reproduce.reproduce(name, data, out, on_step=record, device="cpu", **{"changes": CHANGES, **more})
 
 
-def line(found, entry, category, metric="i_auroc"):
-    (one,) = (x for x in found.lines if (x.entry, x.category, x.metric) == (entry, category, metric))
-    return one
+def line(comparison, entry, category, metric="i_auroc"):
+    (match,) = (x for x in comparison.lines if (x.entry, x.category, x.metric) == (entry, category, metric))
+    return match
 
 
 # ---- numbers and tables ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["MVTEC", "VISA"])
-def test_published_means_are_those_of_their_categories(name):
-    """A number copied wrongly would show: the logs round each to four digits."""
+def test_published_means_equal_the_means_over_categories(name):
+    """Detects numbers that were copied wrongly: the logs round each number to four digits."""
     numbers = dict(getattr(published_numbers, name))
     mean = numbers.pop("mean")
     for metric, value in mean.items():
@@ -46,7 +46,7 @@ def test_published_means_are_those_of_their_categories(name):
     assert len(numbers) == {"MVTEC": 15, "VISA": 12}[name]
 
 
-def test_tables_fit_together():
+def test_tables_are_consistent():
     assert set(published_numbers.ABLATION) == set(published_numbers.ABLATION_APTOS) == set(paper_tables.ABLATION)
     assert (
         published_numbers.ABLATION["ours"]["i_auroc"]
@@ -70,23 +70,23 @@ def test_tables_fit_together():
 # ---- runs ------------------------------------------------------------------------------
 
 
-def test_a_table_by_category_and_seed(data, tmp_path):
+def test_table_by_category_and_seed(data, tmp_path):
     calls = []
-    found = run("mvtec", data, tmp_path, calls, seeds=[1, 2], categories=["screw"])
+    comparison = run("mvtec", data, tmp_path, calls, seeds=[1, 2], categories=["screw"])
     assert {c.split(" ", 1)[1] for c in calls} == {"ours screw seed 1", "ours screw seed 2"}
-    one = line(found, "ours", "screw")
-    assert (one.seeds, one.paper, len(found.lines)) == (2, 0.9795, 3)
+    screw = line(comparison, "ours", "screw")
+    assert (screw.seeds, screw.paper, len(comparison.lines)) == (2, 0.9795, 3)
     rows = [json.loads((tmp_path / f"ours/screw/seed-{s}/results.json").read_text())["rows"][0] for s in (1, 2)]
-    assert one.ours == pytest.approx((rows[0]["i_auroc"] + rows[1]["i_auroc"]) / 2)
-    assert one.spread == pytest.approx(abs(rows[0]["i_auroc"] - rows[1]["i_auroc"]) / 2**0.5)
-    assert one.difference == pytest.approx(one.ours - 0.9795)
-    here = tmp_path / "ours" / "screw" / "seed-1"
-    assert sorted(p.name for p in here.iterdir()) == [
+    assert screw.ours == pytest.approx((rows[0]["i_auroc"] + rows[1]["i_auroc"]) / 2)
+    assert screw.spread == pytest.approx(abs(rows[0]["i_auroc"] - rows[1]["i_auroc"]) / 2**0.5)
+    assert screw.difference == pytest.approx(screw.ours - 0.9795)
+    folder = tmp_path / "ours" / "screw" / "seed-1"
+    assert sorted(p.name for p in folder.iterdir()) == [
         "log.jsonl", "recipe.yaml", "results.csv", "results.json", "results.md", "scores.csv",
     ]  # fmt: skip
 
     calls.clear()
-    both = run("mvtec", data, tmp_path, calls, seeds=[2])  # what is there is passed over
+    both = run("mvtec", data, tmp_path, calls, seeds=[2])  # finished runs are skipped
     assert {c.split(" ", 1)[1] for c in calls} == {"ours grid seed 2"}
     mean = line(both, "ours", "mean", "p_auroc")
     assert mean.paper == pytest.approx((0.9921 + 0.9957) / 2)  # the paper's mean over the same two
@@ -103,9 +103,9 @@ def test_a_table_by_category_and_seed(data, tmp_path):
         assert [row["metric"] for row in csv.DictReader(file)][:3] == ["i_auroc", "p_auroc", "aupro_per_image"]
 
 
-def test_a_broken_run_goes_on(data, tmp_path):
-    def interrupt(what, done, *_):
-        if what.startswith("train ours screw") and done == 1:
+def test_interrupted_run_is_resumed(data, tmp_path):
+    def interrupt(activity, done, *_):
+        if activity.startswith("train ours screw") and done == 1:
             raise KeyboardInterrupt
 
     changes = {**CHANGES, "log_every": 1}
@@ -120,43 +120,43 @@ def test_a_broken_run_goes_on(data, tmp_path):
     assert [json.loads(text)["step"] for text in log] == [1, 2] and not steps
 
 
-def test_one_detector_for_all(data, tmp_path):
+def test_one_detector_for_all_categories(data, tmp_path):
     calls = []
-    found = run("visa_unified", data, tmp_path, calls)
+    comparison = run("visa_unified", data, tmp_path, calls)
     assert {c for c in calls if c.startswith("train")} == {"train ours all seed 1"}
-    assert [x.category for x in found.lines if x.metric == "p_ap"] == ["grid", "screw", "mean"]
-    assert line(found, "ours", "mean").paper is None  # of other categories
+    assert [x.category for x in comparison.lines if x.metric == "p_ap"] == ["grid", "screw", "mean"]
+    assert line(comparison, "ours", "mean").paper is None  # published for other categories
     assert "results.json" in {p.name for p in (tmp_path / "ours/all/seed-1").iterdir()}
 
 
-def test_maps_share_one_training(data, tmp_path):
+def test_entries_by_views_share_one_training(data, tmp_path):
     calls = []
-    found = run("maps", data / "grid", tmp_path, calls)
+    comparison = run("maps", data / "grid", tmp_path, calls)
     assert [c for c in calls if c.startswith("train")] == ["train both grid seed 111"]
-    assert [x.entry for x in found.lines] == ["frozen", "trained", "both"]
+    assert [x.entry for x in comparison.lines] == ["frozen", "trained", "both"]
     thresholds = [
         json.loads((tmp_path / f"{e}/grid/seed-111/results.json").read_text())["rows"][0]["p_threshold"]
         for e in ("frozen", "trained", "both")
     ]
     assert len(set(thresholds)) == 3
     calls.clear()
-    (tmp_path / "trained/grid/seed-111/results.json").unlink()  # its model is gone: trained again, the rest stays
+    (tmp_path / "trained/grid/seed-111/results.json").unlink()  # its model was deleted, so it is trained again
     run("maps", data / "grid", tmp_path, calls)
     assert {c.split()[0] for c in calls} == {"train", "evaluate"}
 
 
-def test_some_entries(data, tmp_path):
-    found = run("ablation", data / "grid", tmp_path, entries=["A", "ours"])
-    assert [x.entry for x in found.lines] == ["A", "A", "ours", "ours"]
-    assert all(x.ours is not None and x.paper is None for x in found.lines)
+def test_selected_entries(data, tmp_path):
+    comparison = run("ablation", data / "grid", tmp_path, entries=["A", "ours"])
+    assert [x.entry for x in comparison.lines] == ["A", "A", "ours", "ours"]
+    assert all(x.ours is not None and x.paper is None for x in comparison.lines)
     aptos = run("ablation_aptos", data / "grid", tmp_path / "other", entries=["D"])
-    assert line(aptos, "D", "mean").paper == 0.9306  # of its one category, whatever its name
+    assert line(aptos, "D", "mean").paper == 0.9306  # the only category may have any name
     isic = run("isic2018", data / "grid", tmp_path / "isic", changes={**CHANGES, "size": 64, "crop": 32})
     assert [(x.metric, x.paper) for x in isic.lines] == [("i_auroc", 0.9015), ("i_f1", 0.8112), ("i_accuracy", 0.8601)]
     assert all(x.ours is not None for x in isic.lines)
 
 
-# ---- what does not go ------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,15 @@ def test_some_entries(data, tmp_path):
         ("mvtec", {"changes": {"step": 3}}, "there is no field 'step'"),
     ],
 )
-def test_refused(data, tmp_path, name, more, text):
+def test_invalid_arguments_are_refused(data, tmp_path, name, more, text):
     with pytest.raises(ValueError, match=text) as error:
         run(name, data, tmp_path / "out", **more)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_results_of_something_else_are_refused(data, tmp_path):
+def test_results_of_another_recipe_or_data_set_are_refused(data, tmp_path):
     run("mvtec", data, tmp_path / "out", categories=["grid"])
-    here = tmp_path / "out/ours/grid/seed-111"
+    folder = tmp_path / "out/ours/grid/seed-111"
     with pytest.raises(
         ValueError, match=r"recipe.yaml: wanted the recipe of this call, got another \(steps: 2 and 3\)"
     ):
@@ -188,7 +188,7 @@ def test_results_of_something_else_are_refused(data, tmp_path):
     tiny_set(tmp_path / "more", "grid", train=4, good=3, defects=2)
     with pytest.raises(ValueError, match=r"results.json: wanted results of the test images .*'grid': 5.* got .*4"):
         run("mvtec", tmp_path / "more", tmp_path / "out")
-    (here / "results.json").write_text("{}")
+    (folder / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"results.json: wanted the results of a run, got something else"):
         run("mvtec", data, tmp_path / "out", categories=["grid"])
     tiny_set(tmp_path / "none", "grid", train=4, good=0, defects=0)
@@ -196,14 +196,14 @@ def test_results_of_something_else_are_refused(data, tmp_path):
         run("mvtec", tmp_path / "none", tmp_path / "other")
 
 
-def test_percent_and_absence():
+def test_cells_in_percent_and_missing_values():
     lines = [Line("a", "x", "i_auroc", 2, 0.5, 0.01, 0.75), Line("a", "x", "i_accuracy", 0, None, None, 0.9)]
-    found = Comparison("t", "T", lines, ["Note."])
-    assert found.cells() == (
+    comparison = Comparison("t", "T", lines, ["Note."])
+    assert comparison.cells() == (
         ["entry", "category", "I-AUROC", "paper", "diff", "I-ACC", "paper", "diff"],
         [["a", "x", "50.00 ± 1.00", "75.00", "-25.00", "-", "90.00", "-"]],
     )
-    assert found.to_markdown().endswith("Note.\n")
+    assert comparison.to_markdown().endswith("Note.\n")
 
 
 # ---- the command -------------------------------------------------------------------------
@@ -211,10 +211,10 @@ def test_percent_and_absence():
 
 def test_command(data, tmp_path):
     options = [text for key, value in CHANGES.items() for text in ("--set", f"{key}={value}")]
-    said = works(
+    output = works(
         "reproduce", "mvtec", "--data", data, "--out", tmp_path, "--categories", "grid,", "--seeds", "7", *options
     )
-    assert "I-AUROC" in said and "Recipe mvtec, seed 7." in said and str(tmp_path / "comparison.md") in said
+    assert "I-AUROC" in output and "Recipe mvtec, seed 7." in output and str(tmp_path / "comparison.md") in output
     assert "wanted one of mvtec" in fails("reproduce", "mvtek", "--data", data)
     assert "--seeds: wanted whole numbers and commas, got '1,a'" in fails(
         "reproduce", "mvtec", "--data", data, "--seeds", "1,a"

@@ -32,7 +32,7 @@ class BrightnessDetector(Detector):
 @pytest.fixture(scope="module")
 def calibration():
     maps = np.random.default_rng(0).uniform(0, 0.4, (19, 64, 64)).astype(np.float32)
-    maps[:, 0, 0] = np.linspace(0.41, 0.5, 19)  # scores apart
+    maps[:, 0, 0] = np.linspace(0.41, 0.5, 19)  # distinct scores
     return calibrate_maps([(maps, maps.max((1, 2)))], 19, rate=0.05, pixel_rate=0.1, source="drawn", weights="")
 
 
@@ -63,17 +63,19 @@ def test_decisions_and_regions(calibration, folder, tmp_path):
     assert about["calibration"]["images"] == 19 and about["calibration"]["rate"] == 0.05
     good, bad = sorted(about["images"], key=lambda image: image["path"], reverse=True)
     assert "regions" not in good and good["decision"] == "good"
-    small, large = bad["regions"]  # the brighter first
+    small, large = bad["regions"]  # the brighter one first
     assert small["peak"] == pytest.approx(1, abs=0.01) and large["peak"] == pytest.approx(200 / 255, abs=0.01)
     for region, (top, left, height, width) in ((small, (80, 100, 8, 12)), (large, (10, 20, 30, 40))):
         got = [region[key] for key in ("top", "left", "height", "width")]
-        np.testing.assert_allclose(got, [top, left, height, width], atol=6)  # in pixels of 128 x 192, not of 64 x 64
+        np.testing.assert_allclose(
+            got, [top, left, height, width], atol=6
+        )  # in pixels of the original image, 128 x 192
         assert top <= region["peak_row"] < top + height and left <= region["peak_column"] < left + width
     listed = list(csv.DictReader((tmp_path / "regions.csv").read_text().splitlines()))
     assert [(row["region"], row["area"]) for row in listed] == [("1", str(small["area"])), ("2", str(large["area"]))]
 
 
-def test_another_rate(calibration, folder, tmp_path):
+def test_rate_replaces_that_of_the_calibration(calibration, folder, tmp_path):
     predict(BrightnessDetector(calibration), [folder / "good.png"], tmp_path, rate=0.1)
     about = json.loads((tmp_path / "scores.json").read_text())["calibration"]
     assert about["rate"] == 0.1 and about["threshold"] == calibration.with_rate(0.1).threshold < calibration.threshold
@@ -83,7 +85,7 @@ def test_another_rate(calibration, folder, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [{"decide": True}, {"rate": 0.1}])
-def test_decisions_without_a_calibration(folder, tmp_path, asked):
+def test_decisions_need_a_calibration(folder, tmp_path, asked):
     with pytest.raises(ValueError, match="wanted a detector with a calibration, got one without: run recontrast"):
         predict(BrightnessDetector(), [folder], tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
@@ -92,13 +94,13 @@ def test_decisions_without_a_calibration(folder, tmp_path, asked):
     assert not (tmp_path / "regions.csv").exists()
 
 
-def test_nothing_of_a_former_run_stays_beside_new_scores(calibration, folder, tmp_path):
-    """But what it did not write itself stays, and so does all else where its list cannot be read."""
+def test_files_of_an_earlier_run_are_removed(calibration, folder, tmp_path):
+    """Other files stay, and so does everything if the list in scores.json cannot be read."""
     detector = BrightnessDetector(calibration)
     predict(detector, [folder], tmp_path, maps="npy")
     assert (tmp_path / "regions.csv").is_file() and (tmp_path / "overlays" / "bad.png").is_file()
-    for mine in ("notes.txt", "maps/mine.npy"):
-        (tmp_path / mine).write_text("mine")
+    for name in ("notes.txt", "maps/mine.npy"):
+        (tmp_path / name).write_text("mine")
     predict(BrightnessDetector(), [folder / "good.png"], tmp_path, maps="tiff16", overlays=False)
     left = ["maps/good.tiff", "maps/mine.npy", "notes.txt", "scores.csv", "scores.json"]
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == left
@@ -112,7 +114,7 @@ def test_nothing_of_a_former_run_stays_beside_new_scores(calibration, folder, tm
         assert (tmp_path.parent / "outside.npy").is_file()
 
 
-def test_a_peak_is_no_less_hot_in_an_image_smaller_than_its_map():
+def test_peak_is_kept_if_the_image_is_smaller_than_its_map():
     anomaly = np.zeros((64, 64), np.float32)
     anomaly[40, 50] = 1
     assert find_regions(anomaly, 0.5, (1, 1), RECIPE) == [Region(1, 0, 0, 1, 1, 1.0, 0, 0)]
@@ -122,7 +124,7 @@ def test_a_peak_is_no_less_hot_in_an_image_smaller_than_its_map():
     assert (small.peak, small.peak_row, small.peak_column) == (1.0, 25, 26)
 
 
-def test_regions_touch_at_corners_and_lie_in_the_crop():
+def test_regions_are_8_connected_and_lie_in_the_crop():
     anomaly = np.zeros((32, 32), np.float32)
     anomaly[[3, 4], [5, 6]] = 1, 2
     anomaly[20, 20] = 3

@@ -1,4 +1,4 @@
-"""What loading a detector takes: its weights, and for a moment those of the file, whatever else the file holds."""
+"""Memory needed to load a detector: its weights and, for a moment, those in the file, whatever else is in the file."""
 
 import mmap
 import subprocess
@@ -32,26 +32,26 @@ print(before, status("VmHWM"), status("VmRSS"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_a_detector_is_loaded_once_and_without_the_optimisers(tmp_path):
+def test_detector_is_loaded_once_and_without_the_optimisers(tmp_path):
     torch.manual_seed(0)
     model = build_model(RECIPE, "nut")
-    about = {"size": [64, 64], "crop": None, "mean": list(model.mean), "std": list(model.std)}
+    preprocessing = {"size": [64, 64], "crop": None, "mean": list(model.mean), "std": list(model.std)}
     weights = model.state_dict()
     states = [{name: torch.zeros_like(value) for name, value in weights.items()} for _ in range(2)]
     path = checkpoints.save(tmp_path / "checkpoint.pt", checkpoints.Checkpoint(
-        1, "nut", RECIPE, model.config, about, {"count": 1, "digest": ""}, weights, states
+        1, "nut", RECIPE, model.config, preprocessing, {"count": 1, "digest": ""}, weights, states
     ))  # fmt: skip
     megabytes = sum(value.numel() * value.element_size() for value in weights.values()) / 2**20
-    done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    before, peak, now = map(float, done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    before, peak, now = map(float, process.stdout.split())
     assert peak - before < 2 * megabytes + 60, f"{peak - before:.0f} MB for {megabytes:.0f} MB of weights"
     assert now - before < megabytes + 50, f"{now - before:.0f} MB stay for {megabytes:.0f} MB of weights"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
-def test_rows_of_a_large_image_are_given_back(monkeypatch):
-    """Tiles are the same; what lies above the last ones is no longer in memory."""
+def test_rows_of_a_large_image_are_released(monkeypatch):
+    """The tiles are unchanged, and the rows above the last tiles are no longer in memory."""
     monkeypatch.setattr(memory, "MIN_BYTES", 1 << 20)
 
     def resident():
@@ -59,13 +59,13 @@ def test_rows_of_a_large_image_are_given_back(monkeypatch):
 
     pixels = memory.allocate_pixels((4000, 3000, 3))
     pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
-    wanted, spent = Tiles(pixels.copy(), 256, 192), Tiles(pixels, 256, 192, release=True)
+    kept_tiles, released_tiles = Tiles(pixels.copy(), 256, 192), Tiles(pixels, 256, 192, release=True)
     before = resident()
-    for place in range(0, len(wanted), 4):
-        index = np.arange(place, min(place + 4, len(wanted)))
-        np.testing.assert_array_equal(spent[index], wanted[index])
+    for start in range(0, len(kept_tiles), 4):
+        index = np.arange(start, min(start + 4, len(kept_tiles)))
+        np.testing.assert_array_equal(released_tiles[index], kept_tiles[index])
     assert before - resident() > 0.8 * pixels.nbytes
     assert not pixels[:3000].any() and pixels[-1].any()
-    own = np.ones((64, 64, 3), np.uint8)
-    Tiles(own, 32, 32, release=True)[[2]]
-    assert own.all(), "the caller's own arrays stay"
+    pixels_of_caller = np.ones((64, 64, 3), np.uint8)
+    Tiles(pixels_of_caller, 32, 32, release=True)[[2]]
+    assert pixels_of_caller.all(), "arrays of the caller must not change"

@@ -1,4 +1,4 @@
-"""Tiles cover an image, their weights add up to one, a blended map is seamless, and what leaves of it is whole."""
+"""Tiles, their weights, blended maps, and the files that large maps are written to."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def test_tiles_cover_and_weights_add_up_to_one(length, tile, data):
     np.testing.assert_allclose(total, 1, rtol=2e-7)
 
 
-def test_what_lies_at_the_border_of_a_tile_counts_least():
+def test_weights_are_smallest_at_the_border_of_a_tile():
     _, each = tile_weights(1000, 256, 64)
     assert (each[0][:192] == 1).all() and each[0][-1] < 2e-4 and each[1][0] < 2e-4
     assert each[1][32] == pytest.approx(0.5, abs=0.02)
@@ -90,20 +90,20 @@ def test_cache_of_tiles(tmp_path, where):
     shapes = [(50, 40, 3), (20, 33, 3), (64, 64, 3)]
     files = [save(tmp_path / f"in/{i}.png", noise(*s, seed=i)) for i, s in enumerate(shapes)]
     directory = where and tmp_path / where
-    seen = []
-    cache = ImageCache(files, 8, directory=directory, tile=32, stride=24, on_progress=lambda *now: seen.append(now))
-    each = [Tiles(images.read_image(f), 32, 24) for f in files]
-    wanted = np.concatenate([t[range(len(t))] for t in each])
-    assert cache.shape == wanted.shape and seen[-1] == (3, 3)
-    np.testing.assert_array_equal(cache[:], wanted)
+    progress = []
+    cache = ImageCache(files, 8, directory=directory, tile=32, stride=24, on_progress=lambda *now: progress.append(now))
+    tiles_by_file = [Tiles(images.read_image(f), 32, 24) for f in files]
+    expected = np.concatenate([t[range(len(t))] for t in tiles_by_file])
+    assert cache.shape == expected.shape and progress[-1] == (3, 3)
+    np.testing.assert_array_equal(cache[:], expected)
     if directory:
-        others = [{"tile": 32}, {"tile": 16, "stride": 8}, {}]
-        paths = {ImageCache(files, 8, directory=directory, **how).path for how in others}
-        assert len(paths | {cache.path}) == 4, "a name for each way to cut"
+        tilings = [{"tile": 32}, {"tile": 16, "stride": 8}, {}]
+        paths = {ImageCache(files, 8, directory=directory, **tiling).path for tiling in tilings}
+        assert len(paths | {cache.path}) == 4, "the cache file of each tiling must have its own name"
         assert ImageCache(files, 9, directory=directory, tile=32, stride=24).path == cache.path
 
 
-def test_one_tile_is_the_whole_and_no_overlap_is_a_mosaic(model):
+def test_single_tile_equals_whole_image_and_no_overlap_gives_a_mosaic(model):
     pixels = noise(64, 64, 3)
     (whole,) = (maps for maps, _ in infer(model, pixels[None], RECIPE))
     np.testing.assert_allclose(compute_tiled_map(model, pixels, RECIPE), whole[0], rtol=1e-5)
@@ -113,22 +113,22 @@ def test_one_tile_is_the_whole_and_no_overlap_is_a_mosaic(model):
     np.testing.assert_allclose(mosaic[64:, 64:128], part[0], rtol=1e-4, atol=1e-5)
 
 
-def test_blended_map_is_the_weighted_sum_of_tiles_whatever_the_batch(model):
+def test_blended_map_is_the_weighted_sum_of_tiles_for_any_batch_size(model):
     pixels = noise(100, 150, 3, seed=2)
-    found = compute_tiled_map(model, pixels, RECIPE, overlap=24, batch=5)
+    blended = compute_tiled_map(model, pixels, RECIPE, overlap=24, batch=5)
     np.testing.assert_allclose(
-        found, compute_tiled_map(model, pixels, RECIPE, overlap=24, batch=1), rtol=1e-3, atol=1e-5
+        blended, compute_tiled_map(model, pixels, RECIPE, overlap=24, batch=1), rtol=1e-3, atol=1e-5
     )
-    total = np.zeros(pixels.shape[:2])
+    expected = np.zeros(pixels.shape[:2])
     (tops, rows), (lefts, columns) = tile_weights(100, 64, 24), tile_weights(150, 64, 24)
     for y, row in zip(tops, rows, strict=True):
         for x, column in zip(lefts, columns, strict=True):
             (maps,) = (m for m, _ in infer(model, pixels[None, y : y + 64, x : x + 64], RECIPE))
-            total[y : y + 64, x : x + 64] += maps[0].numpy() * np.outer(row, column)
-    np.testing.assert_allclose(found, total, rtol=1e-3, atol=1e-5)
+            expected[y : y + 64, x : x + 64] += maps[0].numpy() * np.outer(row, column)
+    np.testing.assert_allclose(blended, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_image_smaller_than_a_tile(model):
+def test_image_smaller_than_a_tile_is_reflected(model):
     pixels = noise(40, 90, 3)
     mirrored = np.concatenate([pixels, pixels[::-1][:24]])
     np.testing.assert_allclose(
@@ -137,24 +137,24 @@ def test_image_smaller_than_a_tile(model):
     assert compute_tiled_map(model, noise(1, 1, 3), RECIPE).shape == (1, 1)
 
 
-@pytest.mark.parametrize("tile, overlap, what", [(16, 0, "tile"), (80, 8, "tile"), (64, 64, "overlap"), (64, -1, "ov")])
-def test_tile_and_overlap_must_suit_the_network(model, tile, overlap, what):
-    with pytest.raises(ValueError, match=rf"^{what}.*wanted .* got {overlap if what[0] == 'o' else tile}"):
+@pytest.mark.parametrize("tile, overlap, name", [(16, 0, "tile"), (80, 8, "tile"), (64, 64, "overlap"), (64, -1, "ov")])
+def test_tile_and_overlap_must_suit_the_network(model, tile, overlap, name):
+    with pytest.raises(ValueError, match=rf"^{name}.*wanted .* got {overlap if name[0] == 'o' else tile}"):
         compute_tiled_map(model, noise(90, 90, 3), RECIPE.replace(tile=tile), overlap=overlap)
 
 
-def test_a_recipe_of_whole_images_is_not_run_in_tiles(model):
+def test_recipe_without_a_tile_is_refused(model):
     with pytest.raises(ValueError, match="wanted a recipe with a tile, got one of whole resized images"):
         compute_tiled_map(model, noise(90, 90, 3), RECIPE.replace(tile=None))
 
 
-@pytest.mark.parametrize("how", ["max", "mean", 1.0, 0.37, 0.01, 1e-9])
+@pytest.mark.parametrize("rule", ["max", "mean", 1.0, 0.37, 0.01, 1e-9])
 @pytest.mark.parametrize("ties", [False, True])
-def test_score_is_that_of_the_anomaly_map(how, ties, monkeypatch):
+def test_score_equals_that_of_anomaly_map(rule, ties, monkeypatch):
     monkeypatch.setattr("recontrast.inference.tiling.BLOCK_PIXELS", 500)
     values = torch.randn(1, 83, 61) if not ties else torch.randint(-3, 9, (1, 83, 61)).float()
-    wanted = AnomalyMap([8], 64).score(values.double(), how)
-    assert score_map(values[0].numpy(), how) == pytest.approx(float(wanted), rel=1e-6)
+    expected = AnomalyMap([8], 64).score(values.double(), rule)
+    assert score_map(values[0].numpy(), rule) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tiff16", "tiff32", "npy"])
@@ -166,12 +166,12 @@ def test_maps_are_read_back(tmp_path, kind, shape):
     assert os.listdir(path.parent) == ["map"]
     if kind == "npy":
         return np.testing.assert_array_equal(np.load(path), anomaly)
-    wanted = anomaly if kind == "tiff32" else heatmaps.to_uint16(anomaly, 12.0)
+    expected = anomaly if kind == "tiff32" else heatmaps.to_uint16(anomaly, 12.0)
     with tifffile.TiffFile(path) as file:
         assert file.pages[0].is_tiled and (file.pages[0].tilelength, file.pages[0].tilewidth) == (256, 256)
-        np.testing.assert_array_equal(file.asarray(), wanted)
+        np.testing.assert_array_equal(file.asarray(), expected)
     with Image.open(path) as image:
-        np.testing.assert_array_equal(np.asarray(image), wanted)
+        np.testing.assert_array_equal(np.asarray(image), expected)
 
 
 @pytest.mark.parametrize("kind", ["tiff16", "tiff32", "npy"])
@@ -189,7 +189,7 @@ def test_missing_tifffile(tmp_path, monkeypatch):
         large_maps.save_map(tmp_path / "map.tiff", np.zeros((3, 3), np.float32), "tiff16", 1.0)
 
 
-def test_reduced_pictures():
+def test_reduced_images():
     assert [large_maps.find_reduction(s, 100) for s in [(10, 10), (10, 11), (20, 20), (1, 1000), (21, 20)]] == [
         1,
         2,
@@ -224,7 +224,7 @@ def test_wrong_recipes(values, message):
 
 @pytest.fixture(scope="module")
 def category(tmp_path_factory):
-    """Images of several sizes, native masks."""
+    """Category with images of several sizes and masks at the original size."""
     root = tmp_path_factory.mktemp("data") / "tile"
     for i, shape in enumerate([(64, 64, 3), (100, 70, 3), (50, 90, 3)]):
         save(root / f"train/good/{i}.png", noise(*shape, seed=i))
@@ -240,22 +240,22 @@ def test_training_on_tiles(category, tmp_path):
     recipe = RECIPE.replace(stride=32)
     result = train(recipe, category, out=tmp_path, device="cpu", cache_dir=tmp_path / "cache")
     assert len(result.losses) == 2
-    found = checkpoints.load(result.checkpoint)
-    assert found.recipe.tile == 64 and found.preprocessing["size"] is None and found.preprocessing["tile"] == 64
-    wanted = sum(count_tiles(images.image_size(s.path), 64, 32) for s in category if s.split == "train")
-    assert found.images["count"] == wanted == 1 + 3 * 2 + 1 * 2
+    stored = checkpoints.load(result.checkpoint)
+    assert stored.recipe.tile == 64 and stored.preprocessing["size"] is None and stored.preprocessing["tile"] == 64
+    expected_count = sum(count_tiles(images.image_size(s.path), 64, 32) for s in category if s.split == "train")
+    assert stored.images["count"] == expected_count == 1 + 3 * 2 + 1 * 2
     with pytest.raises(ValueError, match=r"got another .*stride: 32 and None"):
         train(RECIPE, category, out=tmp_path, device="cpu", resume=result.checkpoint)
 
 
-def test_tile_that_does_not_suit_the_network_is_refused_before_anything_is_written(category, tmp_path):
+def test_invalid_tile_is_refused_before_a_file_is_written(category, tmp_path):
     with pytest.raises(ValueError, match=r"at least 32 px and multiples of it .* got 48x48"):
         train(RECIPE.replace(tile=48), category, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
 
 def _aupro(maps, masks, limit=0.3):
-    """Of images with one region at most, from the definition."""
+    """AUPRO by its definition, for images with at most one region."""
     levels = -np.unique(np.concatenate([m.ravel() for m in maps]))[::-1]
 
     def share(values):
@@ -268,7 +268,7 @@ def _aupro(maps, masks, limit=0.3):
     return float(((x[1:] - x[:-1]) * (y[1:] + y[:-1])).sum() / 2 / limit)
 
 
-def test_evaluation_is_of_whole_maps_at_their_own_scale(category, model):
+def test_evaluation_uses_whole_maps_at_the_original_scale(category, model):
     result = evaluate(model, category, RECIPE, batch=3)
     tests = [s for s in category if s.split == "test"]
     maps = [compute_tiled_map(model, images.read_image(s.path), RECIPE, batch=3) for s in tests]
@@ -280,8 +280,8 @@ def test_evaluation_is_of_whole_maps_at_their_own_scale(category, model):
     flat = [np.concatenate([x.ravel() for x in group]) for group in (maps, masks)]
     assert row.p_auroc == pytest.approx(metrics.auroc(*flat), abs=row.bounds["p_auroc"] + 1e-9)
     assert row.p_ap == pytest.approx(metrics.ap(*flat), abs=row.bounds["p_ap"] + 1e-9)
-    alone = [metrics.aupro(m, k, mode="per-image") for m, k in zip(maps, masks, strict=True) if k.any()]
-    assert row.aupro_per_image == pytest.approx(np.mean(alone), abs=1e-6)
+    by_image = [metrics.aupro(m, k, mode="per-image") for m, k in zip(maps, masks, strict=True) if k.any()]
+    assert row.aupro_per_image == pytest.approx(np.mean(by_image), abs=1e-6)
     assert [s.score for s in result.scored] == pytest.approx([float(m.max()) for m in maps], rel=1e-5)
     assert row.aupro == pytest.approx(_aupro(maps, masks), abs=row.bounds["aupro"] + 1e-6)
     assert "the size of the images, from tiles of 64 x 64 px" in result.to_markdown()
