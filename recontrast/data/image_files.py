@@ -76,6 +76,7 @@ class ImageFiles:
         return list(self._map(self.read, positions))
 
     def _decode(self, position: int, size: Size | None, crop: Size | None) -> np.ndarray:
+        """Decode one image; subclasses override this to read from other sources."""
         return read_image(self.paths[position], size=size, crop=crop)
 
 

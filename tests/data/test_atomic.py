@@ -89,8 +89,8 @@ def test_existing_content_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     before = list_names(tmp_path)
-    for name, got in (("full", "one that holds mine"), ("file", "a file"), ("dangling", "a file")):
-        message = f"^{tmp_path / name}: wanted a new or an empty folder, got {got}$"
+    for name, content in (("full", "one that holds mine"), ("file", "a file"), ("dangling", "a file")):
+        message = f"^{tmp_path / name}: wanted a new or an empty folder, got {content}$"
         with pytest.raises(ValueError, match=message), create_folder(tmp_path / name):
             raise AssertionError("the block must not run")
     assert list_names(tmp_path) == before

@@ -58,12 +58,12 @@ def test_images_equal_read_image(tmp_path, samples, folder, workers, decoded):
     assert len(cache) == N and cache.shape == (N, 24, 24, 3)
     assert progress == [(i, N) for i in range(1, N + 1)]
     assert sorted(decoded) == sorted(s.path for s in samples), "each file is decoded once"
-    wanted = read_images(samples)
-    assert np.array_equal(cache[:], wanted)
-    assert torch.equal(cache.tensor(), torch.from_numpy(wanted))
+    expected = read_images(samples)
+    assert np.array_equal(cache[:], expected)
+    assert torch.equal(cache.tensor(), torch.from_numpy(expected))
     again = ImageCache([s.path for s in samples], 32, 24, directory)  # paths are accepted too
     assert len(decoded) == (2 * N if directory is None else N), "an existing cache file is used"
-    assert np.array_equal(again[:], wanted)
+    assert np.array_equal(again[:], expected)
     if directory:
         assert [path.name for path in directory.iterdir()] == [cache.path.name]
 
@@ -71,15 +71,15 @@ def test_images_equal_read_image(tmp_path, samples, folder, workers, decoded):
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(-N, N - 1), max_size=20))
 def test_indices(shared, indices):
-    cache, wanted = shared
+    cache, expected = shared
     for form in (indices, np.array(indices, np.int64), torch.tensor(indices, dtype=torch.int64)):
-        got = cache[form]
-        assert got.shape == (len(indices), 8, 8, 3) and got.dtype == np.uint8
-        assert np.array_equal(got, wanted[np.array(indices, np.int64)])
-        got[...] = 0  # must not change the cache
+        result = cache[form]
+        assert result.shape == (len(indices), 8, 8, 3) and result.dtype == np.uint8
+        assert np.array_equal(result, expected[np.array(indices, np.int64)])
+        result[...] = 0  # must not change the cache
     chosen = np.isin(np.arange(N), indices)
-    assert np.array_equal(cache[chosen], wanted[chosen])
-    assert np.array_equal(cache[:], wanted)
+    assert np.array_equal(cache[chosen], expected[chosen])
+    assert np.array_equal(cache[:], expected)
 
 
 @pytest.fixture(scope="module", params=["memory", "file"])
@@ -93,17 +93,17 @@ def shared(request, tmp_path_factory):
 
 
 def test_single_index_and_index_out_of_range(shared):
-    cache, wanted = shared
-    assert np.array_equal(cache[3], wanted[3:4])
+    cache, expected = shared
+    assert np.array_equal(cache[3], expected[3:4])
     with pytest.raises(IndexError):
         cache[[0, N]]
 
 
 def test_tensor_in_pieces(tmp_path, samples, device):
     cache = ImageCache(samples, (1024, 2048), directory=tmp_path / "c")  # 72 MB in all, so more than one piece
-    got = cache.tensor(device)
-    assert got.device.type == device and np.array_equal(got[-1].cpu().numpy(), cache[-1][0])
-    got.zero_()
+    result = cache.tensor(device)
+    assert result.device.type == device and np.array_equal(result[-1].cpu().numpy(), cache[-1][0])
+    result.zero_()
     assert cache[:].any(), "the tensor must be a copy"
 
 

@@ -36,8 +36,8 @@ def screw(tmp_path):
 
 def test_mvtec_layout(screw):
     category = screw / "screw"
-    got = datasets.mvtec(screw, "screw")
-    assert [s.path.relative_to(category).as_posix() for s in got] == [
+    samples = datasets.mvtec(screw, "screw")
+    assert [s.path.relative_to(category).as_posix() for s in samples] == [
         "train/good/9.png",
         "train/good/10.png",
         "train/good/100.png",
@@ -46,15 +46,15 @@ def test_mvtec_layout(screw):
         "test/scratch/b2.jpg",
         "test/scratch/b10.jpg",
     ]
-    assert got[0] == Sample(category / "train/good/9.png", None, 0, "screw", "train", "good")
-    assert got[3] == Sample(category / "test/good/0.PNG", None, 0, "screw", "test", "good")
+    assert samples[0] == Sample(category / "train/good/9.png", None, 0, "screw", "train", "good")
+    assert samples[3] == Sample(category / "test/good/0.PNG", None, 0, "screw", "test", "good")
     mask = category / "ground_truth/scratch"
-    assert got[4] == Sample(category / "test/scratch/b1.jpg", mask / "b1_mask.png", 1, "screw", "test", "scratch")
-    assert [s.mask for s in got[5:]] == [mask / "b2_mask.png", mask / "b10.tif"]
+    assert samples[4] == Sample(category / "test/scratch/b1.jpg", mask / "b1_mask.png", 1, "screw", "test", "scratch")
+    assert [s.mask for s in samples[5:]] == [mask / "b2_mask.png", mask / "b10.tif"]
 
 
 def test_order_does_not_depend_on_the_file_system(screw, monkeypatch):
-    wanted = datasets.mvtec(screw, "screw")
+    expected = datasets.mvtec(screw, "screw")
     walk, iterdir = listing.os.walk, Path.iterdir
 
     def shuffled_walk(*args, **options):
@@ -66,14 +66,14 @@ def test_order_does_not_depend_on_the_file_system(screw, monkeypatch):
     monkeypatch.setattr(listing.os, "walk", shuffled_walk)
     monkeypatch.setattr(Path, "iterdir", lambda path: random.sample(list(iterdir(path)), len(list(iterdir(path)))))
     for _ in range(10):
-        assert datasets.mvtec(screw, "screw") == wanted
+        assert datasets.mvtec(screw, "screw") == expected
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1), unique=True), st.randoms())
 def test_natural_order_is_a_total_order(names, rng):
-    wanted = sorted(names, key=listing.natural_sort_key)
+    expected = sorted(names, key=listing.natural_sort_key)
     rng.shuffle(names)
-    assert sorted(names, key=listing.natural_sort_key) == wanted
+    assert sorted(names, key=listing.natural_sort_key) == expected
 
 
 @given(st.lists(st.integers(0, 10**30), unique=True), st.text("ab_-.", max_size=3), st.text("ab_", max_size=2))
@@ -85,10 +85,10 @@ def test_natural_order_compares_numbers(numbers, prefix, suffix):
 
 def test_hidden_and_other_files_are_skipped(screw):
     names = (".hidden.png", "Thumbs.db", "._9.png", "notes.txt", ".git/x.png", "__MACOSX/9.png")
-    wanted = datasets.mvtec(screw, "screw")
+    expected = datasets.mvtec(screw, "screw")
     for folder in ("train/good", "test/scratch", "test", "ground_truth/scratch", ""):
         create_files(screw / "screw" / folder, *names)
-    assert datasets.mvtec(screw, "screw") == wanted
+    assert datasets.mvtec(screw, "screw") == expected
 
 
 def test_subfolders_and_links(screw):
@@ -96,9 +96,9 @@ def test_subfolders_and_links(screw):
         screw / "screw", "test/scratch/day2/7.png", "ground_truth/scratch/day2/7_mask.png", "train/good/day2/7.png"
     )
     (screw / "screw/train/good/day2/again").symlink_to(screw / "screw/train/good")  # a loop
-    got = datasets.mvtec(screw, "screw")
-    assert [s.path.name for s in got if s.split == "train"] == ["9.png", "10.png", "100.png", "7.png"]
-    assert got[-1].mask == screw / "screw/ground_truth/scratch/day2/7_mask.png"
+    samples = datasets.mvtec(screw, "screw")
+    assert [s.path.name for s in samples if s.split == "train"] == ["9.png", "10.png", "100.png", "7.png"]
+    assert samples[-1].mask == screw / "screw/ground_truth/scratch/day2/7_mask.png"
 
 
 def test_masks_are_required_for_all_defects_or_for_none(screw):
@@ -144,9 +144,9 @@ def test_train_good_is_required_and_test_good_is_not(screw):
     (category / "test/good").rmdir()
     assert [s.defect for s in datasets.mvtec(screw, "screw")] == ["good"] * 3 + ["scratch"] * 3
     (category / "train/good").rename(category / "train/ok")
-    wanted = r"screw/train/good: wanted the folder of good training images, got no such folder$"
+    message = r"screw/train/good: wanted the folder of good training images, got no such folder$"
     for call in (lambda: datasets.mvtec(screw, "screw"), lambda: datasets.load(screw), lambda: datasets.load(category)):
-        with pytest.raises(FileNotFoundError, match=wanted):
+        with pytest.raises(FileNotFoundError, match=message):
             call()
     assert datasets.categories(screw) == []
 
@@ -172,9 +172,9 @@ def test_images_beside_the_defect_folders(screw):
 
 def test_plain_folder(tmp_path):
     create_files(tmp_path / "parts", "10.png", "9.JPG", "more/1.bmp", "x.txt")
-    got = datasets.folder(tmp_path / "parts")
-    assert [s.path.name for s in got] == ["9.JPG", "10.png", "1.bmp"]
-    assert got[0] == Sample(tmp_path / "parts/9.JPG", None, 0, "parts", "train", "good")
+    samples = datasets.folder(tmp_path / "parts")
+    assert [s.path.name for s in samples] == ["9.JPG", "10.png", "1.bmp"]
+    assert samples[0] == Sample(tmp_path / "parts/9.JPG", None, 0, "parts", "train", "good")
     bad = datasets.folder(tmp_path / "parts", split="test", label=1, category="x")
     assert bad[0] == Sample(tmp_path / "parts/9.JPG", None, 1, "x", "test", "defect")
 
@@ -209,11 +209,11 @@ def test_several_paths(screw, tmp_path):
 
 def test_categories_with_the_same_name(screw, tmp_path):
     create_files(tmp_path / "more", "nut/train/good/0.png", "screw/train/good/0.png")
-    wanted = (
+    message = (
         rf"^{tmp_path / 'more'}: wanted categories with different names, got 'screw' again, as in {screw / 'screw'}$"
     )
     for categories in (None, ["nut"]):
-        with pytest.raises(ValueError, match=wanted):
+        with pytest.raises(ValueError, match=message):
             datasets.load([screw / "screw", tmp_path / "more"], categories)
     with pytest.raises(ValueError, match=r"got 'screw' again, as in "):
         datasets.load([screw / "screw"] * 2)
@@ -222,8 +222,8 @@ def test_categories_with_the_same_name(screw, tmp_path):
 def test_category_without_training_images(screw):
     """An error, whether the folder is missing or empty."""
     create_files(screw, "bolt/test/bent/0.png")
-    wanted = r"bolt/train/good: wanted the folder of good training images, got no such folder$"
-    with pytest.raises(FileNotFoundError, match=wanted):
+    message = r"bolt/train/good: wanted the folder of good training images, got no such folder$"
+    with pytest.raises(FileNotFoundError, match=message):
         datasets.load(screw)
     assert list(datasets.load(screw, ["screw"])) == ["screw"]
     (screw / "bolt/train/good").mkdir(parents=True)

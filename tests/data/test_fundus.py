@@ -27,10 +27,10 @@ def test_square_equals_the_reference(seed):
         return
     labels = label(bright)
     region = max(regionprops(labels), key=lambda region: region.area)
-    ours = np.zeros_like(bright)
+    region_mask = np.zeros_like(bright)
     for row, start, end in zip(*fundus.find_largest_region(bright), strict=True):
-        ours[row, start:end] = True
-    np.testing.assert_array_equal(ours, labels == region.label)
+        region_mask[row, start:end] = True
+    np.testing.assert_array_equal(region_mask, labels == region.label)
     side = max(region.bbox[2] - region.bbox[0], region.bbox[3] - region.bbox[1])
     low, high = ((np.array(region.centroid) + sign * side / 2).astype(int) for sign in (-1, 1))
     assert fundus.find_eye_square(image) == (*(low - 5), *(high + 5))
@@ -49,10 +49,10 @@ def test_spiral_is_one_region():
 def test_crop_is_black_outside_the_image():
     image = np.arange(1, 61, dtype=np.uint8).reshape(4, 5, 3)
     np.testing.assert_array_equal(fundus.crop_with_padding(image, 1, 2, 3, 5), image[1:3, 2:5])
-    got = fundus.crop_with_padding(image, -2, -1, 6, 7)
-    np.testing.assert_array_equal(got[2:6, 1:6], image)
-    got[2:6, 1:6] = 0
-    assert got.shape == (8, 8, 3) and not got.any()
+    crop = fundus.crop_with_padding(image, -2, -1, 6, 7)
+    np.testing.assert_array_equal(crop[2:6, 1:6], image)
+    crop[2:6, 1:6] = 0
+    assert crop.shape == (8, 8, 3) and not crop.any()
     assert (
         not fundus.crop_with_padding(image, 9, 9, 12, 12).any()
         and not fundus.crop_with_padding(image, -9, -9, -2, -2).any()
@@ -76,9 +76,9 @@ OPENCV = {
 }
 
 
-@pytest.mark.parametrize("shape, wanted", OPENCV.items())
-def test_pixels_equal_recorded_opencv(shape, wanted):
-    assert zlib.crc32(fundus.resize_linear(make_pattern(*shape), 512)) == wanted
+@pytest.mark.parametrize("shape, expected", OPENCV.items())
+def test_pixels_equal_recorded_opencv(shape, expected):
+    assert zlib.crc32(fundus.resize_linear(make_pattern(*shape), 512)) == expected
 
 
 def test_pixels_equal_installed_opencv():
@@ -87,8 +87,8 @@ def test_pixels_equal_installed_opencv():
     rng = np.random.default_rng(0)
     for _ in range(20):
         image = rng.integers(0, 256, (*rng.integers(1, 1500, 2), 3), np.uint8)
-        wanted = cv2.resize(image, (512, 512), interpolation=cv2.INTER_LINEAR)
-        np.testing.assert_array_equal(fundus.resize_linear(image, 512), wanted)
+        expected = cv2.resize(image, (512, 512), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_array_equal(fundus.resize_linear(image, 512), expected)
 
 
 def test_resize_is_bilinear():

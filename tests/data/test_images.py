@@ -94,11 +94,13 @@ def test_pixels_equal_torchvision(tmp_path_factory, array, size, data):
     path = save(tmp_path_factory.mktemp("t") / "x.png", array)
     horizontal = transforms.Resize((array.shape[0], size[1]))  # Pillow 13 starts with the height of tall images
     steps = [horizontal, transforms.Resize(size), transforms.CenterCrop(crop), transforms.ToTensor()]
-    wanted = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(Image.open(path).convert("RGB"))
-    got = images.read_image(path, size=size, crop=crop)
-    assert got.shape == (*crop, 3) and got.dtype == np.uint8 and got.flags.writeable and got.flags.c_contiguous
+    expected = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(Image.open(path).convert("RGB"))
+    result = images.read_image(path, size=size, crop=crop)
+    assert (
+        result.shape == (*crop, 3) and result.dtype == np.uint8 and result.flags.writeable and result.flags.c_contiguous
+    )
     for channels_last in (False, True):
-        assert torch.equal(images.normalise(got[None], MEAN, STD, channels_last=channels_last)[0], wanted)
+        assert torch.equal(images.normalise(result[None], MEAN, STD, channels_last=channels_last)[0], expected)
 
 
 def test_tall_images_do_not_depend_on_pillows_version(tmp_path):
@@ -112,8 +114,8 @@ def test_tall_images_do_not_depend_on_pillows_version(tmp_path):
 def test_resize_256_and_crop_224_equal_upstream(tmp_path, shape):
     path = save(tmp_path / "x.jpg", random_pixels(*shape, 3), quality=92)
     steps = [transforms.Resize((256, 256)), transforms.ToTensor(), transforms.CenterCrop(224)]
-    wanted = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(Image.open(path))
-    assert torch.equal(images.normalise(images.read_image(path, size=256, crop=224)[None], MEAN, STD)[0], wanted)
+    expected = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])(Image.open(path))
+    assert torch.equal(images.normalise(images.read_image(path, size=256, crop=224)[None], MEAN, STD)[0], expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -128,10 +130,10 @@ def test_masks_equal_upstream(tmp_path_factory, mask, size):
     path = save(tmp_path_factory.mktemp("m") / "m.png", mask)
     resize = [transforms.Resize((mask.shape[0], size)), transforms.Resize((size, size))]
     steps = [*resize, transforms.CenterCrop(max(1, size - 3)), transforms.ToTensor()]
-    wanted = transforms.Compose(steps)(Image.open(path))[0].numpy()
+    expected = transforms.Compose(steps)(Image.open(path))[0].numpy()
     crop = max(1, size - 3)
-    assert np.array_equal(images.read_mask(path, size=size, crop=crop), wanted.astype(bool))
-    assert np.array_equal(images.read_mask(path, size=size, crop=crop, rule="half"), wanted >= 0.5)
+    assert np.array_equal(images.read_mask(path, size=size, crop=crop), expected.astype(bool))
+    assert np.array_equal(images.read_mask(path, size=size, crop=crop, rule="half"), expected >= 0.5)
 
 
 # ---- one image in many file formats
@@ -154,9 +156,9 @@ def test_same_pixels_from_every_format(tmp_path, suffix, mode):
         image.putalpha(Image.fromarray(random_pixels(13, 17, seed=1)))  # dropped, not composited
     options = {"webp": {"lossless": True, "exact": True}, "lzw.tiff": {"compression": "tiff_lzw"}}.get(suffix, {})
     image.save(tmp_path / f"x.{suffix}", **options)
-    wanted = np.asarray(image.convert("RGB")).astype(int)
-    got = images.read_image(tmp_path / f"x.{suffix}")
-    assert np.abs(got - wanted).max() <= (mode == "YCbCr"), "libtiff rounds YCbCr differently"
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    result = images.read_image(tmp_path / f"x.{suffix}")
+    assert np.abs(result - expected).max() <= (mode == "YCbCr"), "libtiff rounds YCbCr differently"
     assert images.image_size(tmp_path / f"x.{suffix}") == (13, 17)
 
 
@@ -169,8 +171,8 @@ def test_palette_with_transparency_keeps_its_colours(tmp_path, transparency):
 
 def test_jpeg_grey_and_cmyk(tmp_path):
     grey = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 16, 0)
-    got = images.read_image(save(tmp_path / "g.jpg", grey, quality=100))
-    assert got.shape == (16, 64, 3) and np.abs(got[..., 0].astype(int) - grey).max() <= 2
+    result = images.read_image(save(tmp_path / "g.jpg", grey, quality=100))
+    assert result.shape == (16, 64, 3) and np.abs(result[..., 0].astype(int) - grey).max() <= 2
     save(tmp_path / "c.jpg", np.full((16, 16, 3), [250, 10, 10], np.uint8), "CMYK", quality=100)
     assert np.abs(images.read_image(tmp_path / "c.jpg").astype(int) - [250, 10, 10]).max() <= 2
 
@@ -196,9 +198,9 @@ def test_16_bit_grey_is_divided_by_257(tmp_path, suffix):
             values.astype(np.int32) if suffix == "int32.tif" else values,
             **({"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}),
         )
-    got = images.read_image(path)
-    assert np.array_equal(got, np.broadcast_to(to_eight_bits(values)[..., None], got.shape))
-    assert np.array_equal(got[0, :, 0], np.arange(256)) and got[1, :6, 0].tolist() == [0, 0, 1, 254, 255, 255]
+    result = images.read_image(path)
+    assert np.array_equal(result, np.broadcast_to(to_eight_bits(values)[..., None], result.shape))
+    assert np.array_equal(result[0, :, 0], np.arange(256)) and result[1, :6, 0].tolist() == [0, 0, 1, 254, 255, 255]
 
 
 def test_16_bit_colour_is_within_a_level_and_exact_for_8_bit_values(tmp_path):
@@ -211,9 +213,9 @@ def test_16_bit_colour_is_within_a_level_and_exact_for_8_bit_values(tmp_path):
             write_tiff(tmp_path / f"{name}m.tif", array.astype(">u2").tobytes(), (9, 11, 3), 16, 2, ">"),
         ]
         for path in paths:
-            got = images.read_image(path)
-            assert np.array_equal(got, array >> 8), "Pillow keeps the high byte"
-            assert np.abs(got - to_eight_bits(array)).max() <= (name == "r")
+            result = images.read_image(path)
+            assert np.array_equal(result, array >> 8), "Pillow keeps the high byte"
+            assert np.abs(result - to_eight_bits(array)).max() <= (name == "r")
     grey = write_png16(tmp_path / "la.png", values[..., :2], 4)
     assert np.array_equal(images.read_image(grey), np.repeat(values[..., :1] >> 8, 3, 2))
 
@@ -232,9 +234,9 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     plain = save(
         tmp_path / f"plain.{suffix}", array, **{k: v for k, v in options.items() if k not in ("exif", "tiffinfo")}
     )
-    wanted = UPRIGHT[orientation](images.read_image(plain))
-    assert np.array_equal(images.read_image(path), wanted)
-    assert images.image_size(path) == wanted.shape[:2]
+    expected = UPRIGHT[orientation](images.read_image(plain))
+    assert np.array_equal(images.read_image(path), expected)
+    assert images.image_size(path) == expected.shape[:2]
 
 
 # ---- masks
@@ -263,10 +265,10 @@ def test_equivalent_masks(tmp_path):
     swapped.save(tmp_path / "swapped.gif.png")
     for size in (None, 11):
         for rule in ("any", "half"):
-            wanted = images.read_mask(paths[0], size=size, rule=rule)
-            assert wanted.any() and not wanted.all() and wanted.dtype == bool
+            expected = images.read_mask(paths[0], size=size, rule=rule)
+            assert expected.any() and not expected.all() and expected.dtype == bool
             for path in [*paths, tmp_path / "palette.png", tmp_path / "swapped.gif.png"]:
-                assert np.array_equal(images.read_mask(path, size=size, rule=rule), wanted), path.name
+                assert np.array_equal(images.read_mask(path, size=size, rule=rule), expected), path.name
     assert np.array_equal(images.read_mask(paths[0]), truth)
 
 
@@ -291,8 +293,8 @@ def test_pairs(tmp_path):
     turned = save(tmp_path / "m.png", mask, exif=make_exif(6))
     upright = save(tmp_path / "u.png", np.rot90(mask, -1))
     for path in (turned, upright):
-        got = images.read_pair(SimpleNamespace(path=image, mask=path))
-        assert got[0].shape == (10, 6, 3) and np.array_equal(got[1], np.rot90(mask, -1) > 0)
+        result = images.read_pair(SimpleNamespace(path=image, mask=path))
+        assert result[0].shape == (10, 6, 3) and np.array_equal(result[1], np.rot90(mask, -1) > 0)
     pixels, no_mask = images.read_pair(SimpleNamespace(path=image, mask=None), 8, 4)
     assert pixels.shape == (4, 4, 3) and no_mask is None
     flat = save(tmp_path / "flat.png", mask)
@@ -370,12 +372,12 @@ def test_sizes_are_checked(tmp_path, bad):
 
 def test_normalise_layouts_devices_and_types(device):
     batch = torch.from_numpy(random_pixels(2, 5, 7, 3))
-    wanted = (batch.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
+    expected = (batch.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
     for channels_last, layout in ((True, torch.channels_last), (False, torch.contiguous_format)):
-        got = images.normalise(batch, MEAN, STD, device=device, channels_last=channels_last)
-        assert got.is_contiguous(memory_format=layout) and got.device.type == device
-        assert torch.equal(got.cpu(), images.normalise(batch, MEAN, STD)), "every device must round as the CPU does"
-    torch.testing.assert_close(got.cpu().permute(0, 2, 3, 1).double(), wanted, rtol=0, atol=1e-6)
+        result = images.normalise(batch, MEAN, STD, device=device, channels_last=channels_last)
+        assert result.is_contiguous(memory_format=layout) and result.device.type == device
+        assert torch.equal(result.cpu(), images.normalise(batch, MEAN, STD)), "every device must round as the CPU does"
+    torch.testing.assert_close(result.cpu().permute(0, 2, 3, 1).double(), expected, rtol=0, atol=1e-6)
     half = images.normalise(batch, MEAN, STD, dtype=torch.bfloat16)
     assert torch.equal(half, images.normalise(batch, MEAN, STD).bfloat16())
     assert torch.equal(batch, torch.from_numpy(random_pixels(2, 5, 7, 3))), "the input must not change"
@@ -384,8 +386,8 @@ def test_normalise_layouts_devices_and_types(device):
 def test_normalise_views_and_invalid_batches():
     array = random_pixels(3, 6, 6, 3)
     array.setflags(write=False)  # as images from a memory map
-    wanted = images.normalise(array, MEAN, STD)
-    assert torch.equal(images.normalise(array[::2, 1:4], MEAN, STD), wanted[::2, :, 1:4])
+    expected = images.normalise(array, MEAN, STD)
+    assert torch.equal(images.normalise(array[::2, 1:4], MEAN, STD), expected[::2, :, 1:4])
     assert images.normalise(array[:0], MEAN, STD).shape == (0, 3, 6, 6)
     for bad in (array.astype(np.float32), array[0], array[..., :2]):
         with pytest.raises(ValueError, match=r"batch must be uint8 \(N, H, W, 3\), got "):

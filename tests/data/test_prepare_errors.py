@@ -67,7 +67,7 @@ def without(*patterns):
 
 
 @pytest.mark.parametrize(
-    "line, text, wanted",
+    "line, text, expected",
     [
         (1, "object,split,label,image",
          ": wanted the columns image, object, split, label, mask, got object, split, label, image: mask is missing"),
@@ -90,12 +90,12 @@ def without(*patterns):
          " line 3: wanted the name of an object, got '../x'"),
     ],
 )  # fmt: skip
-def test_tables_of_visa(error_for, line, text, wanted):
-    assert error_for("visa", lambda source: replace_line(source / VISA, line, text)) == f"SOURCE/{VISA}{wanted}"
+def test_tables_of_visa(error_for, line, text, expected):
+    assert error_for("visa", lambda source: replace_line(source / VISA, line, text)) == f"SOURCE/{VISA}{expected}"
 
 
 @pytest.mark.parametrize(
-    "name, table, line, text, wanted",
+    "name, table, line, text, expected",
     [
         ("aptos", "train.csv", 1, "id,diagnosis",
          ": wanted the columns id_code, diagnosis, got id, diagnosis: id_code is missing"),
@@ -112,8 +112,8 @@ def test_tables_of_visa(error_for, line, text, wanted):
          " line 2: wanted the image SOURCE/ISIC2018_Task3_Training_Input/ISIC_0000000.jpg, got no such file"),
     ],
 )  # fmt: skip
-def test_tables_of_the_medical_sets(error_for, name, table, line, text, wanted):
-    assert error_for(name, lambda source: replace_line(source / table, line, text)) == f"SOURCE/{table}{wanted}"
+def test_tables_of_the_medical_sets(error_for, name, table, line, text, expected):
+    assert error_for(name, lambda source: replace_line(source / table, line, text)) == f"SOURCE/{table}{expected}"
 
 
 def test_missing_files_are_reported_in_one_error(error_for):
@@ -135,7 +135,7 @@ def test_two_files_with_one_target(error_for):
 
 
 @pytest.mark.parametrize(
-    "content, wanted",
+    "content, expected",
     [
         (b"", "wanted the columns id_code, diagnosis, got an empty file: id_code is missing"),
         (b"id_code,diagnosis\n\n", "wanted a CSV table with at least one line below its header, got none"),
@@ -144,9 +144,9 @@ def test_two_files_with_one_target(error_for):
     ],
     ids=["empty", "header", "binary", "quote"],
 )
-def test_files_that_are_not_tables(error_for, content, wanted):
+def test_files_that_are_not_tables(error_for, content, expected):
     message = error_for("aptos", lambda source: (source / "train.csv").write_bytes(content))
-    assert message.startswith(f"SOURCE/train.csv: {wanted}")
+    assert message.startswith(f"SOURCE/train.csv: {expected}")
 
 
 def test_tables_from_other_programs(download):
@@ -181,7 +181,7 @@ def twice(source):
 
 
 @pytest.mark.parametrize(
-    "name, damage, wanted",
+    "name, damage, expected",
     [
         ("mvtec", without("*/bottle/train/good/*"),
          "SOURCE/mvtec_anomaly_detection/bottle/train/good: wanted a folder with image files"),
@@ -206,8 +206,8 @@ def twice(source):
         ("isic2018", twice, "SOURCE: wanted one folder with ISIC2018_Task3_Training_Input, ..._GroundTruth and "),
     ],
 )  # fmt: skip
-def test_missing_parts(error_for, name, damage, wanted):
-    assert error_for(name, damage).startswith(wanted)
+def test_missing_parts(error_for, name, damage, expected):
+    assert error_for(name, damage).startswith(expected)
 
 
 MASK = "VisA/pcb1/Data/Masks/Anomaly/001.png"
@@ -215,7 +215,7 @@ EYE = f"train_images/{APTOS_IDS[3]}.png"
 
 
 @pytest.mark.parametrize(
-    "name, damage, wanted",
+    "name, damage, expected",
     [
         ("visa", lambda source: write_mask(source / MASK, 9, (16, 12)),
          f"SOURCE/{MASK}: wanted a mask of the size of its image SOURCE/VisA/pcb1/Data/Images/Anomaly/001.JPG, "
@@ -229,9 +229,9 @@ EYE = f"train_images/{APTOS_IDS[3]}.png"
     ],
     ids=["size", "kind", "dark", "empty"],
 )  # fmt: skip
-def test_unusable_images(error_for, name, damage, wanted):
+def test_unusable_images(error_for, name, damage, expected):
     """These errors are found while files are converted, when a part of the data set is already written."""
-    assert error_for(name, damage) == wanted
+    assert error_for(name, damage) == expected
 
 
 # ---- arguments and full disk -----------------------------------------------------------

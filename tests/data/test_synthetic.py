@@ -117,9 +117,9 @@ def test_wrong_arguments_of_draw_defect(image, kind, message):
 
 
 @pytest.mark.parametrize(
-    "values, got", [({"size": 16}, "got 16"), ({"train": 0}, "got 0 and 4"), ({"test": 3}, "got 2 and 3")]
+    "values, message", [({"size": 16}, "got 16"), ({"train": 0}, "got 0 and 4"), ({"test": 3}, "got 2 and 3")]
 )
-def test_wrong_arguments_of_make_demo(values, got, tmp_path):
-    with pytest.raises(ValueError, match=got):
+def test_wrong_arguments_of_make_demo(values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         synthetic.make_demo(tmp_path / "data", **{"train": 2, "test": 4, "size": 32, **values})
     assert not (tmp_path / "data").exists()

@@ -182,7 +182,7 @@ def test_yaml_with_some_fields(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, wanted",
+    "text, expected",
     [
         (b"steps: [1", "line 1: wanted a recipe in YAML, got "),
         (b"steps: 1\n  batch: 2", "line 2: wanted a recipe in YAML, got mapping values are not allowed"),
@@ -199,10 +199,10 @@ def test_yaml_with_some_fields(tmp_path):
         (b"base: [mvtec]", r"base: wanted one of .*, got \['mvtec'\]"),
     ],
 )
-def test_invalid_yaml(tmp_path, text, wanted):
+def test_invalid_yaml(tmp_path, text, expected):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text)
-    with pytest.raises(ValueError, match=wanted) as error:
+    with pytest.raises(ValueError, match=expected) as error:
         yaml_file.read_recipe(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
