@@ -1,4 +1,4 @@
-"""``python -m recontrast``: the command line."""
+"""Run the command line with ``python -m recontrast``."""
 
 from recontrast.app.cli import main
 

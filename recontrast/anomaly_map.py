@@ -1,7 +1,8 @@
-"""Anomaly map: (teacher, student) pairs -> map at image size -> image score.
+"""Anomaly maps and image scores from (teacher, student) pairs.
 
-Upstream's ``utils.cal_anomaly_map`` upsamples each pair's distances, adds them up and blurs the sum. Both steps are
-linear and separable, so here each level has one matrix per axis, blur @ upsampling, built once in float64.
+Upstream's ``utils.cal_anomaly_map`` upsamples the distances of each pair, adds them up and blurs the sum. Both steps
+are linear and separable. Here, each level therefore has one matrix per axis, blur @ upsampling, computed once in
+float64.
 """
 
 import math
@@ -17,38 +18,38 @@ from recontrast.loss import point_distances
 
 Size = int | tuple[int, int]
 Score = Literal["max", "mean"] | float
-SIGMA = 4.0  # pixels, of both upstream protocols
-TRUNCATE = 4.0  # of scipy.ndimage.gaussian_filter: 4 sigma, 33 taps
-ZERO5_RADIUS = 2  # upstream's kernel on the GPU has 5 taps, whatever its sigma
+SIGMA = 4.0  # pixels, in both protocols of upstream
+TRUNCATE = 4.0  # default of scipy.ndimage.gaussian_filter; 4 sigma give 33 taps
+ZERO5_RADIUS = 2  # upstream's GPU kernel has 5 taps for every sigma
 
 
 def build_upsampling_matrix(out: int, size: int) -> Tensor:
-    """Linear interpolation with aligned corners along one axis, as ``F.interpolate`` of upstream's map does it.
+    """Build the matrix of linear interpolation with aligned corners along one axis, as ``F.interpolate`` upstream.
 
     Args:
-        out: pixels of the map, at least 1.
-        size: points of the features, at least 1.
+        out: Size of the map in pixels, at least 1.
+        size: Size of the features, at least 1.
 
     Returns:
-        (out, size), float64.
+        Matrix (out, size), float64.
     """
-    at = torch.arange(out, dtype=torch.float64) * ((size - 1) / (out - 1) if out > 1 else 0.0)
-    low = at.floor().clamp_max(max(size - 2, 0)).long()
+    position = torch.arange(out, dtype=torch.float64) * ((size - 1) / (out - 1) if out > 1 else 0.0)
+    low = position.floor().clamp_max(max(size - 2, 0)).long()
     high = (low + 1).clamp_max(size - 1)
-    share = (at - low).unsqueeze(1)
+    share = (position - low).unsqueeze(1)
     identity = torch.eye(size, dtype=torch.float64)
     return (1 - share) * identity[low] + share * identity[high]
 
 
 def build_blur_matrix(size: int, blur: str | None) -> Tensor:
-    """Gaussian blur along one axis, with its border rule.
+    """Build the matrix of a Gaussian blur along one axis.
 
     Args:
-        size: pixels of the map, at least 1.
-        blur: as in `AnomalyMap`.
+        size: Size of the map in pixels, at least 1.
+        blur: Kernel and border, see `AnomalyMap`.
 
     Returns:
-        (size, size), float64.
+        Matrix (size, size), float64.
     """
     if blur is None:
         return torch.eye(size, dtype=torch.float64)
@@ -57,26 +58,26 @@ def build_blur_matrix(size: int, blur: str | None) -> Tensor:
     taps = torch.exp(-0.5 * (offset.double() / SIGMA) ** 2)
     taps /= taps.sum()
     source = torch.arange(size).unsqueeze(1) + offset  # (size, taps)
-    if blur == "reflect":  # d c b a | a b c d | d c b a, as often as the radius asks for
+    if blur == "reflect":  # d c b a | a b c d | d c b a, repeated as the radius requires
         source = source.remainder(2 * size)
         source = torch.where(source < size, source, 2 * size - 1 - source)
-    inside = (source >= 0) & (source < size)  # what lies outside counts as zero
+    inside = (source >= 0) & (source < size)  # pixels outside count as zero
     matrix = torch.zeros(size, size, dtype=torch.float64)
     return matrix.scatter_add_(1, source.clamp(0, size - 1), taps * inside)
 
 
-def _one_of(argument: str, value: object, allowed: tuple[object, ...]) -> None:
+def _check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"AnomalyMap: {argument} must be one of {allowed}, got {value!r}")
 
 
-def _pair(size: Size) -> tuple[int, int]:
+def _to_height_width(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Matrix products in full float32, whatever the process allows: ranks of map values decide the metrics."""
+    """Use full float32 for matrix products (no TF32): the metrics depend on the ranks of the map values."""
     if torch.compiler.is_compiling():
         yield
         return
@@ -92,22 +93,23 @@ def _full_float32() -> Iterator[None]:
 
 
 class AnomalyMap:
-    """Turns the pairs of a model into anomaly maps at image size, and maps into image scores.
+    """Compute anomaly maps at image size from (teacher, student) pairs, and image scores from maps.
 
     Guo et al. (https://arxiv.org/abs/2306.02602); upstream's utils.py: ``cal_anomaly_map`` with SciPy's
-    ``gaussian_filter`` for one class, ``cal_anomaly_maps`` with ``get_gaussian_kernel`` for all in one model.
+    ``gaussian_filter`` for one model per class, ``cal_anomaly_maps`` with ``get_gaussian_kernel`` for one model of all.
 
     Args:
-        sizes: height and width of the features of each level, fine to coarse; an int means a square.
-        out: size of the map in pixels.
-        blur: "reflect": Gaussian of sigma 4 px, 33 taps, mirrored border (upstream's single-class protocol);
-            "zero5": 5 taps, sigma 4 px, zeros outside (its unified protocol); None: none.
+        sizes: Height and width of the features of each level, fine to coarse. An int means a square.
+        out: Size of the map in pixels.
+        blur: "reflect" is a Gaussian of sigma 4 px with 33 taps and a mirrored border (upstream's single-class
+            protocol). "zero5" has 5 taps, sigma 4 px, and zeros outside (upstream's unified protocol). None disables
+            the blur.
         reduce: "sum" or "mean" over the pairs: values in [0, 2 x pairs] or [0, 2].
-        method: "fused": one kernel; "matmul": two matrix products, differentiable, stock operators only; "auto": the
-            faster of the two, and "matmul" where a gradient is wanted.
+        method: "fused" is a single kernel. "matmul" uses two matrix products of PyTorch and is differentiable. "auto"
+            uses "matmul" if a gradient is needed, otherwise "fused".
 
     Raises:
-        ValueError: an argument outside of what is named here.
+        ValueError: If an argument has a value not listed above.
     """
 
     def __init__(
@@ -118,11 +120,11 @@ class AnomalyMap:
         reduce: Literal["sum", "mean"] = "sum",
         method: Literal["auto", "fused", "matmul"] = "auto",
     ):
-        _one_of("blur", blur, ("reflect", "zero5", None))
-        _one_of("reduce", reduce, ("sum", "mean"))
-        _one_of("method", method, ("auto", "fused", "matmul"))
-        self.sizes = [_pair(size) for size in sizes]
-        self.out = _pair(out)
+        _check_choice("blur", blur, ("reflect", "zero5", None))
+        _check_choice("reduce", reduce, ("sum", "mean"))
+        _check_choice("method", method, ("auto", "fused", "matmul"))
+        self.sizes = [_to_height_width(size) for size in sizes]
+        self.out = _to_height_width(out)
         if not self.sizes or min(min(size) for size in [*self.sizes, self.out]) < 1:
             raise ValueError(f"AnomalyMap: sizes and out must be at least 1 px, got {self.sizes} and {self.out}")
         self.blur, self.reduce, self.method = blur, reduce, method
@@ -131,53 +133,54 @@ class AnomalyMap:
         self._cols = [(blur_x @ build_upsampling_matrix(self.out[1], w)).float() for _, w in self.sizes]  # each (W, w)
 
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Anomaly maps of (teacher, student) pairs.
+        """Compute the anomaly maps of (teacher, student) pairs.
 
         Args:
-            pairs: (N, C, h, w) each, floating point; a multiple of the levels, in the order of ``sizes``, group by
-                group.
+            pairs: Features (N, C, h, w), floating point, group by group, each with one pair per level in the order of
+                ``sizes``.
 
         Returns:
-            (N, H, W), float32.
+            Maps (N, H, W), float32.
 
         Raises:
-            ValueError: pairs that do not go together, or not with ``sizes``.
+            ValueError: If the pairs do not fit each other or ``sizes``.
         """
         return self.from_distances(point_distances(pairs))[0]
 
     def maps_and_scores(self, pairs: Sequence[tuple[Tensor, Tensor]], how: Score = "max") -> tuple[Tensor, Tensor]:
-        """Anomaly maps and image scores in one go.
+        """Compute anomaly maps and image scores.
 
         Args:
-            pairs: (N, C, h, w) each, as in `__call__`.
-            how: as in `score`.
+            pairs: Features (N, C, h, w), as in `__call__`.
+            how: Reduction of a map to a score, as in `score`.
 
         Returns:
             Maps (N, H, W) and scores (N,), both float32.
 
         Raises:
-            ValueError: as `__call__` and `score`.
+            ValueError: If the pairs do not fit, or ``how`` is unknown.
         """
         maps, maximum = self.from_distances(point_distances(pairs))
         return maps, maximum if how == "max" else self.score(maps, how)
 
     def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The upsampling and blur of each level as matrices (H, h), and (W, w), float32, for the map elsewhere."""
+        """The matrices (H, h) and (W, w) of each level, float32, which combine upsampling and blur."""
         return list(self._rows), list(self._cols)
 
     def score(self, maps: Tensor, how: Score = "max") -> Tensor:
-        """Image scores of maps.
+        """Compute the image scores of maps.
 
         Args:
-            maps: (N, H, W), floating point.
-            how: "max" (upstream's for most data), "mean" (for ISIC 2018), or a fraction in (0, 1]: the mean of that
-                share of the pixels, rounded down but at least one, with the largest values (0.01 in its unified one).
+            maps: Anomaly maps (N, H, W), floating point.
+            how: "max" (upstream's default), "mean" (upstream for ISIC 2018), or a fraction in (0, 1]: the mean of this
+                share of the pixels with the largest values, rounded down but at least one (0.01 in upstream's unified
+                protocol).
 
         Returns:
-            (N,), in the dtype of ``maps``.
+            Scores (N,), in the dtype of ``maps``.
 
         Raises:
-            ValueError: ``how`` is none of these.
+            ValueError: If ``how`` is unknown.
         """
         if how == "max":
             return maps.amax(dim=(1, 2))
@@ -189,39 +192,40 @@ class AnomalyMap:
         return pixels.topk(max(math.floor(pixels.shape[1] * how), 1), sorted=False).values.mean(dim=1)
 
     def from_distances(self, distances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Anomaly maps from point distances.
+        """Compute anomaly maps from point distances.
 
         Args:
-            distances: (N, h, w) each, floating point; a multiple of the levels, in the order of ``sizes``, group by
-                group.
+            distances: Distances (N, h, w), floating point, group by group, each with one tensor per level in the order
+                of ``sizes``.
 
         Returns:
-            maps: (N, H, W), float32.
-            maximum: the largest value of each map, (N,), float32.
+            maps: Anomaly maps (N, H, W), float32.
+            maximum: Largest value of each map, (N,), float32.
 
         Raises:
-            ValueError: another number of distances, or other sizes.
+            ValueError: If the number or the sizes of the distances do not fit ``sizes``.
         """
         levels = len(self.sizes)
         if not distances or len(distances) % levels:
-            got = len(distances)
-            raise ValueError(f"AnomalyMap: wanted a multiple of {levels} pairs, one for each level, got {got}")
+            raise ValueError(
+                f"AnomalyMap: wanted a multiple of {levels} pairs, one for each level, got {len(distances)}"
+            )
         distances = [d.float() for d in distances]
         for i, d in enumerate(distances):
             if tuple(d.shape[1:]) != self.sizes[i % levels]:
-                wanted, found = self.sizes[i % levels], tuple(d.shape[1:])
-                raise ValueError(f"AnomalyMap: pair {i} must have features of size {wanted}, got {found}")
-        self._to(distances[0].device)
+                wanted, got = self.sizes[i % levels], tuple(d.shape[1:])
+                raise ValueError(f"AnomalyMap: pair {i} must have features of size {wanted}, got {got}")
+        self._move_to(distances[0].device)
         scale = 1 / len(distances) if self.reduce == "mean" else 1.0
-        wants_gradient = torch.is_grad_enabled() and any(d.requires_grad for d in distances)
-        if self.method == "matmul" or (self.method == "auto" and wants_gradient):
-            return self._matmul(distances, scale)
+        needs_gradient = torch.is_grad_enabled() and any(d.requires_grad for d in distances)
+        if self.method == "matmul" or (self.method == "auto" and needs_gradient):
+            return self._multiply(distances, scale)
         level = [i % levels for i in range(len(distances))]
         with torch.no_grad():
             return ops.anomaly_map(distances, [self._rows[i] for i in level], [self._cols[i] for i in level], scale)
 
-    def _matmul(self, distances: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """Two matrix products: [K_1 .. K_L] @ stack(D_l K_l^T), in full precision."""
+    def _multiply(self, distances: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """Compute [K_1 .. K_L] @ stack(D_l K_l^T) with two matrix products in full precision."""
         levels = len(self.sizes)
         by_level = [sum(distances[i::levels][1:], distances[i]) for i in range(levels)]
         with torch.autocast(distances[0].device.type, enabled=False), _full_float32():
@@ -229,7 +233,7 @@ class AnomalyMap:
             maps = torch.cat(self._rows, dim=1) @ products * scale
         return maps, maps.amax(dim=(1, 2)) if len(maps) else maps.new_zeros(0)
 
-    def _to(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         if self._rows[0].device != device:
             self._rows = [t.to(device) for t in self._rows]
             self._cols = [t.to(device) for t in self._cols]

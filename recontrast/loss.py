@@ -1,8 +1,8 @@
-"""Losses of ReContrast (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602) and its successors.
+"""Losses of ReContrast (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602) and related methods.
 
-One loss, three rules for what counts as a hard position: `deviation` (ReContrast, section 3.4; upstream's
-``utils.global_cosine_hm``), `hardest` (Dinomaly, https://arxiv.org/abs/2405.14325) and `power` (INP-Former,
-https://arxiv.org/abs/2503.02424). All of it follows from the three sums of `recontrast.ops.cosine_sums`.
+`hard_mined_cosine` is the loss of ReContrast (section 3.4; upstream's ``utils.global_cosine_hm``). The rules of
+`recontrast.mining` also give the losses of Dinomaly and INP-Former. All losses are computed from the three sums of
+`recontrast.ops.cosine_sums`.
 """
 
 import math
@@ -22,32 +22,32 @@ Features = Tensor | Sequence[Tensor]
 
 
 def point_distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """Point distances ``1 - cos`` over the channels, which the anomaly map is made of.
+    """Compute the point distances ``1 - cos`` over the channels, of which the anomaly map is made.
 
     Args:
-        teacher: (N, C, H, W), floating point.
-        student: as ``teacher``, in shape.
+        teacher: Features (N, C, H, W), floating point.
+        student: Features in the shape of ``teacher``.
 
     Returns:
-        (N, H, W) in [0, 2], float32 (float64 if one of the features is).
+        Distances (N, H, W) in [0, 2], float32 (float64 if one of the features is).
 
     Raises:
-        ValueError: shapes, devices or dtypes that do not go together.
+        ValueError: If the shapes, devices or dtypes do not fit.
     """
     return 1 - cosine(cosine_sums(teacher, student))
 
 
 def point_distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """`point_distance` of each pair; the features of all are read at once.
+    """Compute the `point_distance` of each pair with a single operator call.
 
     Args:
-        pairs: (teacher, student), (N, C, H, W) each.
+        pairs: (teacher, student) features, (N, C, H, W) each.
 
     Returns:
-        (N, H, W) of each pair, float32 (float64 if one of the features is); no pair, no distance.
+        Distances (N, H, W) of each pair, float32 (float64 if one of the features is). Empty if there are no pairs.
 
     Raises:
-        ValueError: features that do not go together.
+        ValueError: If the shapes, devices or dtypes do not fit.
     """
     teachers, students = [t for t, _ in pairs], [s for _, s in pairs]
     if not pairs:
@@ -59,13 +59,13 @@ def point_distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
-    """Mean over all of (N, ...); over several processes, the part of it whose mean over processes is that mean."""
+    """Mean over (N, ...). With several processes, the mean over processes equals the mean over all their values."""
     if shares is None:
         return values.mean()
     return values.sum() * (len(shares) / (sum(shares) * (values[0].numel() if len(values) else 1)))
 
 
-def _pairs(op: str, teacher: Features, student: Features) -> list[tuple[Tensor, Tensor]]:
+def _build_pairs(op: str, teacher: Features, student: Features) -> list[tuple[Tensor, Tensor]]:
     if isinstance(teacher, Tensor) and isinstance(student, Tensor):
         return [(teacher, student)]
     if isinstance(teacher, Tensor) or isinstance(student, Tensor):
@@ -75,7 +75,7 @@ def _pairs(op: str, teacher: Features, student: Features) -> list[tuple[Tensor, 
     return list(zip(teacher, student, strict=True))
 
 
-def _sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tensor:
+def _compute_sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tensor:
     return cosine_sums(teacher.detach() if stop_gradient else teacher, student)
 
 
@@ -91,30 +91,31 @@ def hard_mined_cosine(
     stop_gradient: bool = True,
     shares: Sequence[int] | None = None,
 ) -> Tensor:
-    """Global cosine distance whose gradient favours the hard positions (section 3.4 of the paper).
+    """Compute the global cosine distance with hard mining in the gradient (section 3.4 of the paper).
 
-    The value is the mean over images of ``1 - cos(teacher, student)``, each image's
-    feature map taken as one long vector. In the gradient each position is multiplied
-    by the weight that ``rule`` gives its own (channel-wise) distance. Where torch.distributed is initialised, the rule
-    sees the distances of all processes, and a process's loss counts by its share of the images: the mean over
-    processes, which DistributedDataParallel takes, does not depend on how a batch is split.
+    The value is the mean over images of ``1 - cos(teacher, student)``, where each feature map is one long vector. In
+    the gradient, each position is multiplied by the weight that ``rule`` gives to its own (channel-wise) distance.
+
+    If torch.distributed is initialised, the rule sees the distances of all processes, and the loss of a process is
+    weighted by its share of the images. The mean over processes, which DistributedDataParallel computes, therefore does
+    not depend on how a batch is divided.
 
     Args:
-        teacher: (N, C, H, W), floating point, or a list of such, one for each level.
-        student: as ``teacher``, in shape.
-        rule: `deviation`, `hardest`, `power`, or any `Rule`.
-        stop_gradient: take the teacher as constant; otherwise its gradient is weighted as the student's is.
-        shares: images of each process; None asks the others, which on a GPU waits for them.
+        teacher: Features (N, C, H, W), floating point, or a list with one tensor per level.
+        student: Features in the shape of ``teacher``.
+        rule: Mining rule: `deviation`, `hardest`, `power`, or any `Rule`.
+        stop_gradient: Whether to treat the teacher as constant. Otherwise its gradient is weighted like the student's.
+        shares: Number of images of each process. None gathers them, which on a GPU waits for the device.
 
     Returns:
-        Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
+        Scalar, float32 (float64 for float64 features), summed over the levels of a list.
 
     Raises:
-        ValueError: shapes, dtypes or lists that do not go together.
+        ValueError: If the shapes, dtypes or lists do not fit.
     """
-    pairs = _pairs("hard_mined_cosine", teacher, student)
+    pairs = _build_pairs("hard_mined_cosine", teacher, student)
     teachers, students = [t.detach() if stop_gradient else t for t, _ in pairs], [s for _, s in pairs]
-    fused = _arguments(rule, students[0].device)
+    fused = _find_fused_arguments(rule, students[0].device)
     if fused is not None:
         return ops.mined_cosine(teachers, students, *fused)
     losses = []
@@ -124,18 +125,21 @@ def hard_mined_cosine(
         with torch.no_grad():
             points = 1 - cosine(sums)  # (N, H, W)
             weight = rule(points, gather_shares(points, shares))  # (N, H, W)
-        sums = sums.detach() + weight * (sums - sums.detach())  # the same value; the gradient weighted
+        sums = sums.detach() + weight * (sums - sums.detach())  # same value, weighted gradient
         losses.append(_global_distance(sums, shares))
     return torch.stack(losses).sum()
 
 
-def _arguments(rule: Rule, device: torch.device) -> tuple[str, float, Tensor | None, float] | None:
-    """What `ops.mined_cosine` takes for ``rule``; None where its kernels do not know it, or see one process of many."""
+def _find_fused_arguments(rule: Rule, device: torch.device) -> tuple[str, float, Tensor | None, float] | None:
+    """Return the arguments of `ops.mined_cosine` for ``rule``, or None if the kernels cannot be used.
+
+    They implement the rules of `recontrast.mining` for a single process.
+    """
     if dist.is_available() and dist.is_initialized():
         return None
     if type(rule) is deviation and isinstance(rule.alpha, Tensor):
-        usable = rule.alpha.dim() == 0 and rule.alpha.device == device and rule.alpha.is_floating_point()
-        return ("deviation", 0.0, rule.alpha.detach(), rule.factor) if usable else None
+        is_usable = rule.alpha.dim() == 0 and rule.alpha.device == device and rule.alpha.is_floating_point()
+        return ("deviation", 0.0, rule.alpha.detach(), rule.factor) if is_usable else None
     if type(rule) is deviation:
         return "deviation", float(rule.alpha), None, rule.factor
     if type(rule) is hardest:
@@ -148,47 +152,47 @@ def _arguments(rule: Rule, device: torch.device) -> tuple[str, float, Tensor | N
 def global_cosine(
     teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
 ) -> Tensor:
-    """Global cosine distance without mining: `hard_mined_cosine` with every weight 1.
+    """Compute the global cosine distance without mining: `hard_mined_cosine` with all weights 1.
 
     Configuration B of the paper's Table 6; upstream's ``global_cosine``, utils.py.
 
     Args:
-        teacher: (N, C, H, W), floating point, or a list of such.
-        student: as ``teacher``, in shape.
-        stop_gradient: take the teacher as constant.
-        shares: as in `hard_mined_cosine`.
+        teacher: Features (N, C, H, W), floating point, or a list with one tensor per level.
+        student: Features in the shape of ``teacher``.
+        stop_gradient: Whether to treat the teacher as constant.
+        shares: Number of images of each process, see `hard_mined_cosine`.
 
     Returns:
-        Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
+        Scalar, float32 (float64 for float64 features), summed over the levels of a list.
 
     Raises:
-        ValueError: shapes, dtypes or lists that do not go together.
+        ValueError: If the shapes, dtypes or lists do not fit.
     """
-    pairs = _pairs("global_cosine", teacher, student)
+    pairs = _build_pairs("global_cosine", teacher, student)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    return torch.stack([_global_distance(_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
+    return torch.stack([_global_distance(_compute_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
 
 
 def point_cosine(
     teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
 ) -> Tensor:
-    """Mean point distance, the region loss of RD4AD's paper (https://arxiv.org/abs/2201.10703, equation 2).
+    """Compute the mean point distance, the loss of RD4AD (https://arxiv.org/abs/2201.10703, equation 2).
 
     Args:
-        teacher: (N, C, H, W), floating point, or a list of such.
-        student: as ``teacher``, in shape.
-        stop_gradient: take the teacher as constant.
-        shares: as in `hard_mined_cosine`.
+        teacher: Features (N, C, H, W), floating point, or a list with one tensor per level.
+        student: Features in the shape of ``teacher``.
+        stop_gradient: Whether to treat the teacher as constant.
+        shares: Number of images of each process, see `hard_mined_cosine`.
 
     Returns:
-        Scalar, float32 (float64 for float64 features); for lists the sum over the levels.
+        Scalar, float32 (float64 for float64 features), summed over the levels of a list.
 
     Raises:
-        ValueError: shapes, dtypes or lists that do not go together.
+        ValueError: If the shapes, dtypes or lists do not fit.
     """
-    pairs = _pairs("point_cosine", teacher, student)
+    pairs = _build_pairs("point_cosine", teacher, student)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    return torch.stack([_mean(1 - cosine(_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
+    return torch.stack([_mean(1 - cosine(_compute_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
 
 
 def pairs_loss(
@@ -200,21 +204,23 @@ def pairs_loss(
     stop_gradient: bool = True,
     shares: Sequence[int] | None = None,
 ) -> Tensor:
-    """The paper's loss of all pairs: levels summed, the mean of the groups (equation 5), and that of its ablation.
+    """Compute the loss of all pairs: summed over levels, averaged over groups (equation 5 of the paper).
+
+    Without a rule it gives the losses of the paper's ablation.
 
     Args:
-        pairs: (teacher, student) of `recontrast.ReContrast`, (N, C, H, W) each, group by group; at least one.
-        rule: as in `hard_mined_cosine`; None: no mining, `global_cosine` or `point_cosine`.
-        form: distance of a pair: of the whole map, or the mean over points, which has no mining.
-        groups: 2, or 1 for the pairs of one encoder.
-        stop_gradient: as in `hard_mined_cosine`.
-        shares: as in `hard_mined_cosine`.
+        pairs: At least one (teacher, student) pair of `recontrast.ReContrast`, (N, C, H, W) each, group by group.
+        rule: Mining rule, see `hard_mined_cosine`. None disables mining.
+        form: "global" compares whole feature maps, "point" averages over positions and has no mining.
+        groups: Number of groups: 2, or 1 for a model with a single encoder.
+        stop_gradient: Whether to treat the teachers as constant, see `hard_mined_cosine`.
+        shares: Number of images of each process, see `hard_mined_cosine`.
 
     Returns:
         Scalar, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: no pairs, features that do not go together, a form that is none, or a rule for the form "point".
+        ValueError: If there are no pairs, the features do not fit, ``form`` is unknown, or "point" has a rule.
     """
     if not pairs:
         raise ValueError("pairs_loss: pairs: wanted at least one, got none")
@@ -222,8 +228,8 @@ def pairs_loss(
         raise ValueError(f"pairs_loss: form: wanted 'global' or 'point', got {form!r}")
     teachers, students = zip(*pairs, strict=True)
     if rule is None:
-        plain = {"global": global_cosine, "point": point_cosine}[form]
-        return plain(teachers, students, stop_gradient=stop_gradient, shares=shares) / groups
+        loss = {"global": global_cosine, "point": point_cosine}[form]
+        return loss(teachers, students, stop_gradient=stop_gradient, shares=shares) / groups
     if form != "global":
         raise ValueError(f"pairs_loss: rule: wanted none where form is {form!r}, got {rule}")
     return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient, shares=shares) / groups

@@ -1,6 +1,6 @@
-"""Operators ``torch.ops.recontrast.*``: schema, shape rule, gradient, kernels.
+"""Operators ``torch.ops.recontrast.*``: schemas, shape rules, gradients and dispatch.
 
-The one place where a kernel meets PyTorch. Which one runs on a device: `recontrast.backend`.
+All kernels are registered with PyTorch here. `recontrast.backend` selects the kernel of each device.
 """
 
 from collections.abc import Sequence
@@ -39,39 +39,39 @@ for _name, _schema in SCHEMAS.items():
 
 
 def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
-    """Like `reference.cosine_sums`, in one pass over the features, in place; differentiable in both.
+    """Compute `reference.cosine_sums` in one pass over the features; differentiable in both.
 
     Args:
-        x: features, (N, C, H, W), floating point, any strides.
-        y: features, (N, C, H, W), floating point, any strides; its dtype may be another one (autocast).
+        x: Features (N, C, H, W), floating point, any strides.
+        y: Features (N, C, H, W), floating point, any strides. The dtype can differ from that of ``x`` (autocast).
 
     Returns:
-        (3, N, H, W): <x, y>, <x, x> and <y, y> over the C channels, in float32 (float64 if one of the inputs is).
+        Sums (3, N, H, W): <x, y>, <x, x> and <y, y> over the C channels, float32 (float64 if one of the inputs is).
 
     Raises:
-        ValueError: shapes, devices or dtypes that do not go together.
+        ValueError: If the shapes, devices or dtypes do not fit.
     """
-    _check("cosine_sums", x, y)
+    _check_features("cosine_sums", x, y)
     return torch.ops.recontrast.cosine_sums(x, y)
 
 
 def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """Like `reference.cosine_sums_group`: `cosine_sums` of many pairs at once; differentiable in all.
+    """Compute `reference.cosine_sums_group`, the sums of many pairs in one call; differentiable in all.
 
     Args:
-        x: features of each pair, (N_i, C_i, H_i, W_i), floating point, any strides.
-        y: features of each pair, as ``x``.
+        x: Features of each pair, (N_i, C_i, H_i, W_i), floating point, any strides.
+        y: Features of each pair, in the shapes of ``x``.
 
     Returns:
-        Flat: the (3, N_i, H_i, W_i) of each pair in turn, in float32 (float64 if one of the inputs is).
+        Flat tensor with the (3, N_i, H_i, W_i) sums of each pair in turn, float32 (float64 if one of the inputs is).
 
     Raises:
-        ValueError: lists of different lengths; shapes, devices or dtypes that do not go together.
+        ValueError: If the lists differ in length, or the shapes, devices or dtypes do not fit.
     """
     if not 0 < len(x) == len(y):
         raise ValueError(f"cosine_sums_group: x and y must be lists of one length > 0, got {len(x)} and {len(y)}")
     for a, b in zip(x, y, strict=True):
-        _check("cosine_sums_group", a, b)
+        _check_features("cosine_sums_group", a, b)
         if a.device != x[0].device:
             raise ValueError(f"cosine_sums_group: all pairs must be on {x[0].device}, got one on {a.device}")
     return torch.ops.recontrast.cosine_sums_group(list(x), list(y))
@@ -85,21 +85,21 @@ def mined_cosine(
     alpha: Tensor | None = None,
     factor: float = 0.0,
 ) -> Tensor:
-    """`reference.mined_loss` of the pairs: two passes over the features, whatever the rule, and tiny work between.
+    """Compute `reference.mined_loss` of pairs of features; forward and backward each read the features once.
 
     Args:
-        x: features of each pair, (N_i, C_i, H_i, W_i), floating point.
-        y: features of each pair, as ``x``.
-        rule: one of `RULES`.
-        parameter: alpha of "deviation", fraction of "hardest", exponent of "power".
-        alpha: 0-dim tensor on the features' device, in place of ``parameter``; read there.
-        factor: weight of the easy points.
+        x: Features of each pair, (N_i, C_i, H_i, W_i), floating point.
+        y: Features of each pair, in the shapes of ``x``.
+        rule: One of `RULES`.
+        parameter: Alpha of "deviation", fraction of "hardest", or exponent of "power".
+        alpha: 0-dim tensor on the features' device that replaces ``parameter`` in "deviation".
+        factor: Weight of the easy points.
 
     Returns:
         Scalar, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: an unknown rule, or features that do not go together.
+        ValueError: If the rule is unknown or the features do not fit.
     """
     if rule not in RULES:
         raise ValueError(f"mined_cosine: rule must be one of {RULES}, got {rule!r}")
@@ -108,7 +108,7 @@ def mined_cosine(
     return torch.ops.recontrast.mined_loss(sums, images, points, rule, parameter, alpha, factor)[0]
 
 
-def _check(op: str, x: Tensor, y: Tensor) -> None:
+def _check_features(op: str, x: Tensor, y: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
     if x.shape != y.shape:
@@ -122,20 +122,22 @@ def _check(op: str, x: Tensor, y: Tensor) -> None:
 def anomaly_map(
     distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor], scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Like `reference.anomaly_map`, in one pass: no map of a single pair is written; not differentiable.
+    """Compute `reference.anomaly_map` in one pass, without a map per pair; not differentiable.
 
     Args:
-        distances: point distances of the pairs, (N, h_i, w_i), float32.
-        rows: upsample-and-blur matrix of the vertical axis for each pair, (H, h_i), float32; mostly zero off a band.
-        cols: the same for the horizontal axis, (W, w_i), float32. Pairs that name the same matrices are added first.
-        scale: factor on the sum.
+        distances: Point distances of each pair, (N, h_i, w_i), float32.
+        rows: Upsample-and-blur matrix of the vertical axis for each pair, (H, h_i), float32. Kernels use that it is
+            banded.
+        cols: Upsample-and-blur matrix of the horizontal axis for each pair, (W, w_i), float32. Pairs with the same
+            matrices (the same tensors) are added up first.
+        scale: Factor on the sum.
 
     Returns:
-        maps: (N, H, W), float32.
-        maximum: the largest value of each map, (N,), float32.
+        maps: Anomaly maps (N, H, W), float32.
+        maximum: Largest value of each map, (N,), float32.
 
     Raises:
-        ValueError: lists of different lengths, or shapes or dtypes that do not fit.
+        ValueError: If the lists differ in length, or the shapes or dtypes do not fit.
     """
     if not 0 < len(distances) == len(rows) == len(cols):
         lengths = f"{len(distances)}, {len(rows)} and {len(cols)}"
@@ -204,7 +206,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, y = ctx.saved_tensors
     backward = torch.ops.recontrast.cosine_sums_backward
-    # <x, y> is symmetric: swap the roles (and the two squares) to differentiate in x.
+    # <x, y> is symmetric: the gradient in x is that in y with x and y, and the two squares, swapped.
     grad_x = backward(torch.stack([grad[0], grad[2], grad[1]]), y, x) if ctx.needs_input_grad[0] else None
     grad_y = backward(grad, x, y) if ctx.needs_input_grad[1] else None
     return grad_x, grad_y
@@ -220,7 +222,7 @@ def _backward_group(ctx, grad):
     x, y = list(ctx.saved_tensors[:pairs]), list(ctx.saved_tensors[pairs:])
     backward = torch.ops.recontrast.cosine_sums_group_backward
     grad_x = grad_y = [None] * pairs
-    if any(ctx.needs_input_grad[0]):  # roles and squares swapped, as above
+    if any(ctx.needs_input_grad[0]):  # swapped as above
         sizes = [3 * t.shape[0] * t.shape[2] * t.shape[3] for t in y]
         swapped = [part.view(3, -1)[[0, 2, 1]].flatten() for part in grad.split(sizes)]
         grad_x = backward(torch.cat(swapped), y, x)

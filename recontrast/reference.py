@@ -1,9 +1,7 @@
-"""The oracle: every kernel in this package, written in plain PyTorch.
+"""Reference implementation of every kernel in plain PyTorch.
 
-Nothing here is fast; everything here is obviously right. The functions serve
-three readers: the tests compare each kernel with them, the dispatcher falls
-back to them where no kernel is built, and a person reads them to learn what a
-kernel computes.
+Clarity comes before speed. The tests compare each kernel with these functions, the operators use them where no kernel
+is available, and they document what the kernels compute.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,44 +10,44 @@ import torch
 from torch import Tensor
 
 EPS = 1e-8
-"""Least norm of a vector of features in a cosine: that of torch.nn.CosineSimilarity, as upstream's numbers have it."""
-RULES = ("deviation", "hardest", "power")  # that `mined_loss` knows; what they mean: recontrast/loss.py
+"""Minimum norm of a feature vector in a cosine, as in torch.nn.CosineSimilarity, which upstream uses."""
+RULES = ("deviation", "hardest", "power")  # of `mined_loss`; see recontrast/mining.py
 
 
 def sum_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype in which features are summed: float64 if one of them is, else float32."""
+    """Return the dtype of sums of two tensors: float64 if one of them is, otherwise float32."""
     return torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
 
 
 def group_dtype(x: Sequence[Tensor], y: Sequence[Tensor]) -> torch.dtype:
-    """The dtype in which a group of pairs is summed."""
+    """Return the dtype of sums of a group of pairs: float64 if one of the tensors is, otherwise float32."""
     wide = any(t.dtype == torch.float64 for t in (*x, *y))
     return torch.float64 if wide else torch.float32
 
 
 def cosine(sums: Tensor) -> Tensor:
-    """Cosine from the sums of `cosine_sums`, as torch.nn.CosineSimilarity forms it; norms below `EPS` count as `EPS`.
+    """Compute the cosine from `cosine_sums` as torch.nn.CosineSimilarity does; norms below `EPS` count as `EPS`.
 
     Args:
         sums: <x, y>, <x, x> and <y, y>, (3, ...), floating point.
 
     Returns:
-        In [-1, 1] but for rounding: flat or (N, H, W), what ``sums`` is without its first axis, in the same dtype.
+        Cosine in [-1, 1] (up to rounding), flat or (N, H, W): the shape of ``sums`` without its first axis, in the same
+        dtype.
     """
     xy, xx, yy = sums
     return xy / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
 
 
 def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
-    """Sums over the channels, from which any cosine of ``x`` and ``y`` follows.
+    """Compute the three sums over the channels from which the cosine of ``x`` and ``y`` follows.
 
     Args:
-        x: features, (N, C, H, W), floating point.
-        y: features, (N, C, H, W), floating point; may differ from ``x`` in dtype (autocast).
+        x: Features (N, C, H, W), floating point.
+        y: Features (N, C, H, W), floating point. The dtype can differ from that of ``x`` (autocast).
 
     Returns:
-        (3, N, H, W): <x, y>, <x, x> and <y, y> over the C channels, in float32
-        (float64 if one of the inputs is).
+        Sums (3, N, H, W): <x, y>, <x, x> and <y, y> over the C channels, float32 (float64 if one of the inputs is).
     """
     dtype = sum_dtype(x, y)
     x, y = x.to(dtype), y.to(dtype)
@@ -57,17 +55,17 @@ def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cosine_sums_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient of `cosine_sums` with respect to ``y``.
+    """Compute the gradient of `cosine_sums` with respect to ``y``.
 
-    Positions at which both weights are zero get zero; in channels_last their features are not read.
+    Positions whose gradients of <x, y> and <y, y> are zero get zero. In channels_last their features are not read.
 
     Args:
-        grad: gradient of the sums, (3, N, H, W).
-        x: features, (N, C, H, W).
-        y: features, (N, C, H, W).
+        grad: Gradient of the sums, (3, N, H, W).
+        x: Features (N, C, H, W).
+        y: Features (N, C, H, W).
 
     Returns:
-        (N, C, H, W), in y's dtype and memory layout.
+        Gradient (N, C, H, W), in the dtype and memory layout of ``y``.
     """
     g_xy, _, g_yy = grad.unsqueeze(2)  # each (N, 1, H, W)
     gradient = torch.where((g_xy == 0) & (g_yy == 0), 0.0, g_xy * x + 2 * g_yy * y)
@@ -75,21 +73,21 @@ def cosine_sums_backward(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """`cosine_sums` of many pairs, one after the other.
+    """Compute `cosine_sums` of many pairs.
 
     Args:
-        x: features of each pair, (N_i, C_i, H_i, W_i).
-        y: features of each pair, as ``x``.
+        x: Features of each pair, (N_i, C_i, H_i, W_i).
+        y: Features of each pair, in the shapes of ``x``.
 
     Returns:
-        Flat: the (3, N_i, H_i, W_i) of each pair in turn, in float32 (float64 if one of the inputs is).
+        Flat tensor with the (3, N_i, H_i, W_i) sums of each pair in turn, float32 (float64 if one of the inputs is).
     """
     dtype = group_dtype(x, y)
     return torch.cat([cosine_sums(a.to(dtype), b.to(dtype)).flatten() for a, b in zip(x, y, strict=True)])
 
 
 def cosine_sums_group_backward(grad: Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
-    """Gradient of `cosine_sums_group` with respect to each ``y``: see `cosine_sums_backward`."""
+    """Compute the gradient of `cosine_sums_group` with respect to each ``y``, see `cosine_sums_backward`."""
     parts = split_pairs(grad, [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y])
     return [
         cosine_sums_backward(part.reshape(3, b.shape[0], *b.shape[2:]), a, b)
@@ -106,21 +104,21 @@ def mined_loss(
     alpha: Tensor | None,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """Global cosine distance of all pairs, and what its mined gradient needs.
+    """Compute the global cosine distance of all pairs, and the values that its mined gradient needs.
 
     Args:
-        sums: of `cosine_sums_group`.
-        images: N of each pair.
-        points: P = H * W of each pair.
-        rule: one of `RULES`.
-        parameter: alpha of "deviation", fraction of "hardest", exponent of "power".
-        alpha: 0-dim tensor that takes the place of ``parameter`` in "deviation"; may change from call to call.
-        factor: weight of the easy points ("power" has none).
+        sums: Result of `cosine_sums_group`.
+        images: Number of images N of each pair.
+        points: Number of points P = H * W of each pair.
+        rule: One of `RULES`.
+        parameter: Alpha of "deviation", fraction of "hardest", or exponent of "power".
+        alpha: 0-dim tensor that replaces ``parameter`` in "deviation" and can change between calls.
+        factor: Weight of the easy points (not used by "power").
 
     Returns:
-        loss: scalar: the sum over the pairs of the mean over images of ``1 - cosine`` of the whole map.
-        state: flat, for each pair: its threshold (a point with a smaller distance is easy; for "power" the mean
-            distance), then the derivative of the loss by the three sums of each image, (3, N).
+        loss: Scalar, the sum over the pairs of the mean over images of ``1 - cosine`` of the whole map.
+        state: Flat tensor with, for each pair, its threshold (points with a smaller distance are easy; for "power" the
+            mean distance), then the derivative of the loss by the three sums of each image, (3, N).
     """
     losses, state = [], []
     for part in split_pairs(sums, images, points):  # (3, N, P)
@@ -129,7 +127,8 @@ def mined_loss(
         inverse = 1 / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
         losses.append((1 - xy * inverse).mean())
         slope = torch.stack([-inverse, *(torch.where(s < EPS**2, 0, xy * inverse / (2 * s)) for s in (xx, yy))])
-        state += [_threshold(1 - cosine(part), rule, parameter, alpha).reshape(1), slope.flatten() / whole.shape[1]]
+        threshold = _compute_threshold(1 - cosine(part), rule, parameter, alpha)
+        state += [threshold.reshape(1), slope.flatten() / whole.shape[1]]
     return torch.stack(losses).sum(), torch.cat(state)
 
 
@@ -143,49 +142,50 @@ def mined_loss_backward(
     parameter: float,
     factor: float,
 ) -> Tensor:
-    """Gradient of `mined_loss` with respect to ``sums``, each point's multiplied by the weight that the rule gives it.
+    """Compute the gradient of `mined_loss` with respect to ``sums``, with each point weighted by the rule.
 
     Args:
-        grad: gradient of the loss, a scalar.
-        sums: as in `mined_loss`.
-        state: of `mined_loss`.
-        images: as in `mined_loss`.
-        points: as in `mined_loss`.
-        rule: as in `mined_loss`.
-        parameter: as in `mined_loss`.
-        factor: as in `mined_loss`.
+        grad: Gradient of the loss, a scalar.
+        sums: Result of `cosine_sums_group`.
+        state: State from `mined_loss`.
+        images: Number of images of each pair.
+        points: Number of points of each pair.
+        rule: One of `RULES`.
+        parameter: Exponent of "power", not used by the other rules.
+        factor: Weight of the easy points.
 
     Returns:
-        As ``sums``.
+        Gradient in the shape of ``sums``.
     """
-    gradients, at = [], 0
+    gradients, offset = [], 0
     for part, n in zip(split_pairs(sums, images, points), images, strict=True):
-        d, threshold = 1 - cosine(part), state[at]
-        slope = state[at + 1 : at + 1 + 3 * n].reshape(3, n, 1)
+        d, threshold = 1 - cosine(part), state[offset]
+        slope = state[offset + 1 : offset + 1 + 3 * n].reshape(3, n, 1)
         if rule == "power":
-            some = threshold > 0
-            weight = torch.where(some, (d.clamp_min(0) / torch.where(some, threshold, 1.0)) ** parameter, 1.0)
+            is_positive = threshold > 0
+            relative = d.clamp_min(0) / torch.where(is_positive, threshold, 1.0)
+            weight = torch.where(is_positive, relative**parameter, 1.0)
         else:
             weight = torch.ones_like(d).masked_fill_(d < threshold, factor)
         gradients.append((grad * weight * slope).flatten())
-        at += 1 + 3 * n
+        offset += 1 + 3 * n
     return torch.cat(gradients)
 
 
 def split_pairs(flat: Tensor, images: Sequence[int], points: Sequence[int]) -> Iterator[Tensor]:
-    """The (3, N, P) of each pair, out of a flat tensor as `cosine_sums_group` gives it."""
+    """Yield the (3, N, P) sums of each pair from a flat tensor of `cosine_sums_group`."""
     sizes = [3 * n * p for n, p in zip(images, points, strict=True)]
     for part, n, p in zip(flat.split(sizes), images, points, strict=True):
         yield part.view(3, n, p)
 
 
-def _threshold(d: Tensor, rule: str, parameter: float, alpha: Tensor | None) -> Tensor:
+def _compute_threshold(d: Tensor, rule: str, parameter: float, alpha: Tensor | None) -> Tensor:
     if rule == "power":
         return d.clamp_min(0).mean()
     if rule == "hardest":
         k = max(int(d.numel() * parameter), 1)
         return d.flatten().topk(k, sorted=False).values.amin() if d.numel() else d.new_tensor(-torch.inf)
-    if d.numel() < 2:  # one point has no deviation, and is not below itself
+    if d.numel() < 2:  # a single point has no standard deviation
         return d.new_tensor(-torch.inf)
     return d.mean() + (parameter if alpha is None else alpha.to(d)) * d.std()
 
@@ -193,19 +193,19 @@ def _threshold(d: Tensor, rule: str, parameter: float, alpha: Tensor | None) -> 
 def anomaly_map(
     distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Upsampled, summed and blurred anomaly map, and its maximum.
+    """Compute the upsampled, summed and blurred anomaly map, and its maximum.
 
-    Upsampling and blur are linear and separable, so that each level i needs one matrix per axis.
+    Upsampling and blur are linear and separable, so that each pair i needs one matrix per axis.
 
     Args:
-        distances: point distances of the pairs, (N, h_i, w_i), floating point.
-        rows: upsample-and-blur matrix of the vertical axis for each pair, (H, h_i).
-        cols: the same for the horizontal axis, (W, w_i).
-        scale: factor on the sum: 1, or 1 / pairs for the mean.
+        distances: Point distances of each pair, (N, h_i, w_i), floating point.
+        rows: Upsample-and-blur matrix of the vertical axis for each pair, (H, h_i).
+        cols: Upsample-and-blur matrix of the horizontal axis for each pair, (W, w_i).
+        scale: Factor on the sum: 1, or 1 / pairs for the mean.
 
     Returns:
         maps: ``scale * sum_i rows_i @ distances_i @ cols_i^T``, (N, H, W), in the dtype of ``rows``.
-        maximum: the largest value of each map, (N,).
+        maximum: Largest value of each map, (N,).
     """
     maps = torch.stack([r @ d.to(r.dtype) @ c.mT for d, r, c in zip(distances, rows, cols, strict=True)]).sum(0) * scale
     return maps, maps.amax(dim=(1, 2)) if maps.numel() else maps.new_zeros(maps.shape[0])

@@ -5,14 +5,19 @@ import torch
 from recontrast import reference
 from recontrast.anomaly_map import build_blur_matrix, build_upsampling_matrix
 
-# A layer of the model, the smallest, odd everything, more channels and positions than a block, one row.
+# A layer of the model, the smallest size, odd sizes, more positions and more channels than a block, a single row.
 SHAPES = [(2, 64, 16, 16), (1, 1, 1, 1), (3, 5, 7, 13), (1, 70, 65, 67), (2, 4100, 2, 3), (2, 3, 1, 9)]
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of a result
+ROUNDING = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-14,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+}  # relative
 
 
 LAYOUTS = {
@@ -28,12 +33,12 @@ LAYOUTS = {
 }
 
 
-def error(ours, expected):
-    """Norm of the difference over the norm of what is expected."""
-    return ((ours.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+def relative_error(result, expected):
+    """Norm of the difference, divided by the norm of ``expected``."""
+    return ((result.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def anomaly_map_arguments(sizes, out, images, device, blur="reflect", dtype=torch.float32):
+def make_anomaly_map_arguments(sizes, out, images, device, blur="reflect", dtype=torch.float32):
     rows = [(build_blur_matrix(out[0], blur) @ build_upsampling_matrix(out[0], h)).to(device, dtype) for h, _ in sizes]
     cols = [(build_blur_matrix(out[1], blur) @ build_upsampling_matrix(out[1], w)).to(device, dtype) for _, w in sizes]
     distances = [torch.rand(images, *size, device=device, dtype=dtype) for size in sizes * 2]
@@ -52,7 +57,7 @@ RULES = [  # rule, parameter, factor
 ]
 
 
-# images and points of each pair: a model's, single ones, odd ones, more than a block's, none
+# Images and points of each pair: as in a model, a single point, odd numbers, more than a block, and none.
 GROUPS = {
     "levels": ([4, 4, 4], [256, 64, 16]),
     "one point": ([1], [1]),
@@ -62,16 +67,16 @@ GROUPS = {
 }
 
 
-def features(shapes, dtype=torch.float32, device="cpu", layout="nchw", other=None, **kwargs):
-    """Lists of teachers and students; students that resemble them here more, there less."""
+def make_features(shapes, dtype=torch.float32, device="cpu", layout="nchw", other=None, **kwargs):
+    """Make lists of teachers and students, whose similarity differs between positions."""
     x = [torch.randn(shape, device=device) for shape in shapes]
     y = [t + torch.randn_like(t) * (3 * torch.rand_like(t[:, :1])) for t in x]
     lists = [[LAYOUTS[layout](t.to(d)) for t in ts] for ts, d in ((x, dtype), (y, other or dtype))]
     return [[t.requires_grad_() for t in ts] for ts in lists] if kwargs else lists
 
 
-def random_sums(images, points, dtype, device):
-    """Flat sums of random features of 8 channels, float64 beside ``dtype``."""
+def make_sums(images, points, dtype, device):
+    """Make flat sums of random features with 8 channels, in ``dtype`` and in float64."""
     parts = []
     for n, p in zip(images, points, strict=True):
         x = torch.randn(n, 8, p, 1, dtype=torch.float64)
@@ -81,11 +86,11 @@ def random_sums(images, points, dtype, device):
     return sums, sums.double()
 
 
-def far_points(sums, state, images, points, band):
-    """Flat mask of the points that are not so near their threshold that rounding decides."""
-    far, at = [], 0
+def find_far_points(sums, state, images, points, band):
+    """Return a flat mask of the points whose distance differs from the threshold by more than ``band``."""
+    far, offset = [], 0
     for part, n in zip(reference.split_pairs(sums, images, points), images, strict=True):
-        keep = (1 - reference.cosine(part) - state[at]).abs() > band
+        keep = (1 - reference.cosine(part) - state[offset]).abs() > band
         far.append(keep.expand_as(part).flatten())
-        at += 1 + 3 * n
+        offset += 1 + 3 * n
     return torch.cat(far)

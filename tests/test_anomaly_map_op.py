@@ -1,12 +1,12 @@
-"""The anomaly_map op through the dispatcher, on every device here, against the oracle in float64."""
+"""The anomaly_map operator equals the float64 reference on every available device."""
 
 import pytest
 import torch
-from op_cases import anomaly_map_arguments
+from op_cases import make_anomaly_map_arguments
 
 from recontrast import ops, reference
 
-CASES = {  # sizes of the levels, size of the map, images
+CASES = {  # name -> sizes of the levels, size of the map, number of images
     "paper": ([(64, 64), (32, 32), (16, 16)], (256, 256), 3),
     "odd": ([(13, 7), (5, 9), (2, 3)], (97, 131), 2),
     "one point": ([(1, 1)], (5, 3), 1),
@@ -18,30 +18,30 @@ CASES = {  # sizes of the levels, size of the map, images
 
 @pytest.mark.parametrize("blur", ["reflect", "zero5", None])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matches_oracle(case, blur, device):
-    distances, rows, cols = anomaly_map_arguments(*case, device, blur)
+def test_equals_reference(case, blur, device):
+    distances, rows, cols = make_anomaly_map_arguments(*case, device, blur)
     maps, maximum = ops.anomaly_map(distances, rows, cols, 0.5)
-    double = [[t.double() for t in list_] for list_ in (distances, rows, cols)]
-    expected, highest = reference.anomaly_map(*double, 0.5)
+    double = [[t.double() for t in tensors] for tensors in (distances, rows, cols)]
+    expected, expected_maximum = reference.anomaly_map(*double, 0.5)
     torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(maximum.double(), highest, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(maximum.double(), expected_maximum, rtol=1e-5, atol=1e-6)
     if maps.numel():
         assert torch.equal(maximum, maps.amax(dim=(1, 2)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: SIZES THAT FILL ONE WERE NOT TRIED")
-def test_images_that_fill_the_device():
-    """Four images at once in a block, which few images do not reach."""
-    distances, rows, cols = anomaly_map_arguments([(64, 64), (32, 32), (16, 16)], (256, 256), 70, "cuda")
+def test_many_images_on_the_device():
+    """With many images, a block of the kernel processes four at once."""
+    distances, rows, cols = make_anomaly_map_arguments([(64, 64), (32, 32), (16, 16)], (256, 256), 70, "cuda")
     maps, maximum = ops.anomaly_map(distances, rows, cols)
-    double = [[t.double() for t in list_] for list_ in (distances, rows, cols)]
+    double = [[t.double() for t in tensors] for tensors in (distances, rows, cols)]
     torch.testing.assert_close(maps.double(), reference.anomaly_map(*double, 1.0)[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(maximum, maps.amax(dim=(1, 2)))
 
 
-def test_pairs_with_other_matrices(device):
-    """Matrices are told apart by where they lie: equal ones in two places, and different ones of one size."""
-    distances, rows, cols = anomaly_map_arguments([(6, 5)], (9, 11), 2, device)
+def test_pairs_with_different_matrices(device):
+    """The kernel identifies matrices by their address: equal copies, and different ones of the same size."""
+    distances, rows, cols = make_anomaly_map_arguments([(6, 5)], (9, 11), 2, device)
     rows[1] = rows[1].clone()
     distances, rows, cols = (
         [*distances, distances[0]],
@@ -52,16 +52,16 @@ def test_pairs_with_other_matrices(device):
     torch.testing.assert_close(maps, reference.anomaly_map(distances, rows, cols, 1.0)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_negative_map_and_views(device):
-    distances, rows, cols = anomaly_map_arguments([(6, 8)], (20, 30), 3, device)
+def test_negative_maps_and_strided_distances(device):
+    distances, rows, cols = make_anomaly_map_arguments([(6, 8)], (20, 30), 3, device)
     distances = [torch.stack([-d, d])[0].mT.contiguous().mT for d in distances]
     maps, maximum = ops.anomaly_map(distances, rows, cols)
     assert (maximum < 0).all()
     torch.testing.assert_close(maps, reference.anomaly_map(distances, rows, cols, 1.0)[0])
 
 
-def test_threads_do_not_change_the_result():
-    args = anomaly_map_arguments([(33, 31), (17, 16)], (150, 140), 3, "cpu")
+def test_number_of_threads_does_not_change_the_result():
+    args = make_anomaly_map_arguments([(33, 31), (17, 16)], (150, 140), 3, "cpu")
     threads = torch.get_num_threads()
     try:
         results = []
@@ -76,11 +76,11 @@ def test_threads_do_not_change_the_result():
 
 
 def test_opcheck(device):
-    distances, rows, cols = anomaly_map_arguments([(6, 5), (3, 3)], (9, 11), 2, device)
+    distances, rows, cols = make_anomaly_map_arguments([(6, 5), (3, 3)], (9, 11), 2, device)
     torch.library.opcheck(torch.ops.recontrast.anomaly_map.default, (distances, rows, cols, 1.0))
 
 
-ONE = torch.ones(2, 3, 3)
+POINTS = torch.ones(2, 3, 3)
 MATRIX = torch.ones(5, 3)
 
 
@@ -88,12 +88,15 @@ MATRIX = torch.ones(5, 3)
     "arguments, message",
     [
         (([], [], []), "lists of one length > 0, got 0, 0 and 0"),
-        (([ONE], [MATRIX], [MATRIX, MATRIX]), "lists of one length > 0, got 1, 1 and 2"),
-        (([ONE, ONE[:1]], [MATRIX] * 2, [MATRIX] * 2), r"distances\[1\] must be \(2, h, w\), got \(1, 3, 3\)"),
-        (([ONE], [MATRIX], [torch.ones(5, 4)]), r"must be \(5, 3\) and \(5, 3\), got \(5, 3\) and \(5, 4\)"),
-        (([ONE.double()], [MATRIX], [MATRIX]), "pair 0 must be float32, got torch.float64"),
+        (([POINTS], [MATRIX], [MATRIX, MATRIX]), "lists of one length > 0, got 1, 1 and 2"),
+        (
+            ([POINTS, POINTS[:1]], [MATRIX] * 2, [MATRIX] * 2),
+            r"distances\[1\] must be \(2, h, w\), got \(1, 3, 3\)",
+        ),
+        (([POINTS], [MATRIX], [torch.ones(5, 4)]), r"must be \(5, 3\) and \(5, 3\), got \(5, 3\) and \(5, 4\)"),
+        (([POINTS.double()], [MATRIX], [MATRIX]), "pair 0 must be float32, got torch.float64"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         ops.anomaly_map(*arguments)

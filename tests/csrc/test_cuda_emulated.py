@@ -7,7 +7,17 @@ import subprocess
 import emulate_cuda
 import pytest
 import torch
-from op_cases import GROUPS, LAYOUTS, ROUNDING, RULES, anomaly_map_arguments, error, far_points, features, random_sums
+from op_cases import (
+    GROUPS,
+    LAYOUTS,
+    ROUNDING,
+    RULES,
+    find_far_points,
+    make_anomaly_map_arguments,
+    make_features,
+    make_sums,
+    relative_error,
+)
 
 from recontrast import reference
 
@@ -47,7 +57,7 @@ def check(emulated, x, y, processors=4):
     (sums,) = twice(emulated, lambda ops: ops.cosine_sums_group(x, y), processors)
     assert sums.dtype == reference.group_dtype(x, y)
     wide = [[t.double() for t in ts] for ts in (x, y)]
-    assert error(sums, reference.cosine_sums_group(*wide)) < (1e-6 if sums.dtype == F32 else 1e-14)
+    assert relative_error(sums, reference.cosine_sums_group(*wide)) < (1e-6 if sums.dtype == F32 else 1e-14)
     grad = torch.randn_like(sums)
     for part in reference.split_pairs(grad, [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y]):
         part *= torch.rand_like(part[:1]) < 0.4
@@ -55,14 +65,14 @@ def check(emulated, x, y, processors=4):
     for ours, theirs, t in zip(gradients, reference.cosine_sums_group_backward(grad.double(), *wide), y, strict=True):
         assert ours.dtype == t.dtype
         assert ours.stride() == torch.empty_like(t).stride()
-        assert error(ours, theirs) < ROUNDING[t.dtype]
+        assert relative_error(ours, theirs) < ROUNDING[t.dtype]
 
 
 @pytest.mark.parametrize("processors", [1, 132], ids=["small", "large"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 def test_features(emulated, dtype, layout, processors):
-    check(emulated, *features(SHAPES, dtype, layout=layout), processors)
+    check(emulated, *make_features(SHAPES, dtype, layout=layout), processors)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -70,14 +80,14 @@ def test_features(emulated, dtype, layout, processors):
 @pytest.mark.parametrize("shape", [(1, 1024, 4, 4), (1, 1030, 2, 2), (2, 515, 1, 3), (1, 4099, 1, 1)], ids=str)
 def test_few_positions_split_their_channels(emulated, dtype, layout, shape):
     """One pair, on GPUs with few multiprocessors and with enough to split the channels down to one load per thread."""
-    x, y = features([shape], dtype, layout=layout)
+    x, y = make_features([shape], dtype, layout=layout)
     for processors in (1, 3, 132):
         check(emulated, x, y, processors)
 
 
 def test_splitting_changes_the_order_of_sums(emulated):
     """Shows that the cases above do split: the blocks of one pair occupy one multiprocessor, but not 132."""
-    x, y = features([(1, 1024, 16, 16)])
+    x, y = make_features([(1, 1024, 16, 16)])
     for layout in (torch.contiguous_format, torch.channels_last):
         pair = [[t.contiguous(memory_format=layout) for t in ts] for ts in (x, y)]
         one, many = (twice(emulated, lambda ops, p=pair: ops.cosine_sums_group(*p), n)[0] for n in (1, 132))
@@ -87,24 +97,24 @@ def test_splitting_changes_the_order_of_sums(emulated):
 
 def test_a_small_pair_beside_a_large_one(emulated):
     """Both pairs, one of them or none are split, depending on the number of multiprocessors."""
-    x, y = features([(1, 600, 2, 2), (2, 24, 16, 16), (1, 3, 5, 5), (3, 0, 2, 2)])
+    x, y = make_features([(1, 600, 2, 2), (2, 24, 16, 16), (1, 3, 5, 5), (3, 0, 2, 2)])
     for processors in (1, 2, 7, 40):
         check(emulated, x, y, processors)
-    x, y = features([(1, 700, 2, 3)], F32, other=BF16, layout="transposed")
+    x, y = make_features([(1, 700, 2, 3)], F32, other=BF16, layout="transposed")
     check(emulated, x, y, 132)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(emulated, layout):
-    check(emulated, *features([(2, 8, 4, 6), (3, 5, 7, 13)], layout=layout))
+    check(emulated, *make_features([(2, 8, 4, 6), (3, 5, 7, 13)], layout=layout))
 
 
 def test_mixed_pairs(emulated):
     """Every way to read a pair in one call, and more pairs of one kind than fit into a launch."""
-    x, y = features([(1, 3, 2, 2)] * 18)
+    x, y = make_features([(1, 3, 2, 2)] * 18)
     for dtype, other in itertools.product([F32, BF16, F16], repeat=2):
         for layout in ("nchw", "channels_last", "transposed"):
-            a, b = features([(2, 8, 4, 4)], dtype, layout=layout, other=other)
+            a, b = make_features([(2, 8, 4, 4)], dtype, layout=layout, other=other)
             x, y = x + a, y + b
     check(emulated, x, y)
     x[0], y[20] = x[0].double(), y[20].double()
@@ -112,18 +122,18 @@ def test_mixed_pairs(emulated):
 
 
 def test_one_pair(emulated):
-    (x,), (y,) = features([(2, 12, 5, 4)])
+    (x,), (y,) = make_features([(2, 12, 5, 4)])
     (sums,) = twice(emulated, lambda ops: ops.cosine_sums(x, y))
-    assert error(sums, reference.cosine_sums(x.double(), y.double())) < 1e-6
+    assert relative_error(sums, reference.cosine_sums(x.double(), y.double())) < 1e-6
     grad = torch.randn_like(sums)
     (gradient,) = twice(emulated, lambda ops: ops.cosine_sums_backward(grad, x, y))
     expected = reference.cosine_sums_backward(grad.double(), x.double(), y.double())
-    assert error(gradient, expected) < ROUNDING[F32]
+    assert relative_error(gradient, expected) < ROUNDING[F32]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_easy_points_and_empty_pairs(emulated, layout):
-    x, y = features([(2, 20, 6, 7), (0, 3, 4, 5), (2, 0, 3, 3), (2, 3, 0, 5)], layout=layout)
+    x, y = make_features([(2, 20, 6, 7), (0, 3, 4, 5), (2, 0, 3, 3), (2, 3, 0, 5)], layout=layout)
     sums = [t.double() for t in (*x, *y)]
     grad = torch.randn(sum(3 * t.shape[0] * t.shape[2] * t.shape[3] for t in x))
     easy = torch.rand(2, 6, 7) < 0.7
@@ -134,7 +144,7 @@ def test_easy_points_and_empty_pairs(emulated, layout):
     gradients = twice(emulated, lambda ops: ops.cosine_sums_group_backward(grad, x, y))
     for ours, theirs in zip(gradients, expected, strict=True):
         assert ours.shape == theirs.shape
-        assert error(ours, theirs) < ROUNDING[F32]
+        assert relative_error(ours, theirs) < ROUNDING[F32]
 
 
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
@@ -142,7 +152,7 @@ def test_easy_points_and_empty_pairs(emulated, layout):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_mining(emulated, rule, dtype, group):
     name, parameter, factor = rule
-    sums, wide = random_sums(*group, dtype, "cpu")
+    sums, wide = make_sums(*group, dtype, "cpu")
     tolerance = {"rtol": 3e-6 if dtype == F32 else 1e-12, "atol": 1e-6 if dtype == F32 else 1e-13}
     alpha = torch.tensor(parameter, dtype=dtype) if name == "deviation" and factor else None
     loss, state = twice(emulated, lambda ops: ops.mined_loss(sums, *group, name, parameter, alpha, factor))
@@ -152,7 +162,7 @@ def test_mining(emulated, rule, dtype, group):
     grad = torch.tensor(-1.7, dtype=dtype)
     (ours,) = twice(emulated, lambda ops: ops.mined_loss_backward(grad, sums, state, *group, name, parameter, factor))
     theirs = reference.mined_loss_backward(grad.double(), wide, expected[1], *group, name, parameter, factor)
-    far = far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
+    far = find_far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
     if name == "power":
         far[:] = True
     torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
@@ -160,7 +170,7 @@ def test_mining(emulated, rule, dtype, group):
 
 @pytest.mark.parametrize("points", [1, 37, 1025])
 def test_number_of_hard_points(emulated, points):
-    sums, _ = random_sums([2], [points], F32, "cpu")
+    sums, _ = make_sums([2], [points], F32, "cpu")
     one = torch.ones(())
 
     def run(ops, fraction):
@@ -174,7 +184,7 @@ def test_number_of_hard_points(emulated, points):
 
 def test_more_pairs_than_a_launch(emulated):
     group = [1 + i % 2 for i in range(35)], [3 + i for i in range(35)]
-    sums, wide = random_sums(*group, F32, "cpu")
+    sums, wide = make_sums(*group, F32, "cpu")
     for name, parameter, factor in (("deviation", 1.0, 0.0), ("hardest", 0.3, 0.0)):
         loss, state = twice(emulated, lambda ops, n=name, p=parameter: ops.mined_loss(sums, *group, n, p, None, 0.0))
         expected, expected_state = reference.mined_loss(wide, *group, name, parameter, None, factor)
@@ -185,7 +195,7 @@ def test_more_pairs_than_a_launch(emulated):
 @pytest.mark.parametrize("images", [2, 5])
 def test_map(emulated, images):
     """One image per block or several, depending on the number of multiprocessors."""
-    distances, rows, cols = anomaly_map_arguments([(13, 7), (5, 9)], (40, 37), images, "cpu")
+    distances, rows, cols = make_anomaly_map_arguments([(13, 7), (5, 9)], (40, 37), images, "cpu")
     expected, highest = reference.anomaly_map(*([t.double() for t in ts] for ts in (distances, rows, cols)), 0.5)
     for processors in (1, 132):
         maps, maximum = twice(emulated, lambda ops: ops.anomaly_map(distances, rows, cols, 0.5), processors)

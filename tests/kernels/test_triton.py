@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from op_cases import GROUPS, RULES, far_points, random_sums
+from op_cases import GROUPS, RULES, find_far_points, make_sums
 
 from recontrast import reference
 from recontrast.kernels import anomaly_map, autotune, cosine_sums, mined_loss
@@ -174,7 +174,7 @@ def test_group_of_mixed_pairs():
 @pytest.mark.parametrize("rule", RULES[1:4] + RULES[5:], ids=str)
 def test_mining(rule, dtype, group):
     name, parameter, factor = rule
-    sums, wide = random_sums(*group, dtype, DEVICE)
+    sums, wide = make_sums(*group, dtype, DEVICE)
     tolerance = {"rtol": 3e-6 if dtype == F32 else 1e-12, "atol": 1e-6 if dtype == F32 else 1e-13}
     alpha = torch.tensor(parameter, dtype=dtype, device=DEVICE) if name == "deviation" and factor else None
     loss, state = mined_loss.mined_loss(sums, *group, name, parameter, alpha, factor)
@@ -185,7 +185,7 @@ def test_mining(rule, dtype, group):
     grad = torch.tensor(-1.7, dtype=dtype, device=DEVICE)
     ours = mined_loss.mined_loss_backward(grad, sums, state, *group, name, parameter, factor)
     theirs = reference.mined_loss_backward(grad.double(), wide, expected[1], *group, name, parameter, factor)
-    far = far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
+    far = find_far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
     if name == "power":
         far[:] = True
     torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
@@ -193,7 +193,7 @@ def test_mining(rule, dtype, group):
 
 @pytest.mark.parametrize("points", [1, 37, 1025])
 def test_number_of_hard_points(points):
-    sums, _ = random_sums([2], [points], F32, DEVICE)
+    sums, _ = make_sums([2], [points], F32, DEVICE)
     one = torch.ones((), device=DEVICE)
     for fraction in (1e-9, 0.2, 0.7, 1.0):
         _, state = mined_loss.mined_loss(sums, [2], [points], "hardest", fraction, None, 0.0)
