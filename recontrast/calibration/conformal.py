@@ -1,12 +1,12 @@
-"""Decisions from good images alone: split-conformal p-values, and a threshold that keeps a promised false-alarm rate.
+"""Thresholds from good images alone: split-conformal p-values and a threshold with a promised false-alarm rate.
 
-An image's p-value is ``(1 + #{calibration scores >= s}) / (n + 1)`` (Vovk, Gammerman and Shafer, "Algorithmic Learning
-in a Random World", 2005; for anomalies: Laxhammar and Falkman, 2010). If the n calibration images and a new good one
-are exchangeable, and the detector was trained on none of them, it is at most ``rate`` with probability at most
-``rate``: on average over calibration sets. Of one fixed set the rate of later false alarms is Beta distributed, see
-`false_alarm_interval`.
+The p-value of an image with score s is ``(1 + #{calibration scores >= s}) / (n + 1)`` (Vovk, Gammerman and Shafer,
+"Algorithmic Learning in a Random World", 2005; for anomaly detection: Laxhammar and Falkman, 2010). If the n
+calibration images and a new good image are exchangeable, and the detector was trained on none of them, the p-value is
+at most ``rate`` with probability at most ``rate``, on average over calibration sets. For one fixed calibration set, the
+false-alarm rate follows a Beta distribution; see `false_alarm_interval`.
 
-The pixel threshold is that of conformal risk control (Angelopoulos et al., ICLR 2024, arXiv 2208.02814, theorem 1): the
+The pixel threshold comes from conformal risk control (Angelopoulos et al., ICLR 2024, arXiv 2208.02814, theorem 1): the
 flagged share of a good image's map is a loss that is at most 1 and falls as the threshold rises.
 """
 
@@ -20,32 +20,34 @@ from numpy.typing import ArrayLike, NDArray
 
 from recontrast.calibration.appearance_drift import PROPERTIES
 
-DEFAULT_RATE = 0.01  # false alarms promised where nothing else is asked for
-DEFAULT_PIXEL_RATE = 0.01  # share of a good image's map that may be flagged
-_KEYS = {"appearance": "looks"}  # fields that have another name in checkpoints and exported detectors
+DEFAULT_RATE = 0.01  # promised false-alarm rate
+DEFAULT_PIXEL_RATE = 0.01  # promised share of flagged pixels in a good image's map
+_KEYS = {"appearance": "looks"}  # fields with another name in checkpoints and exported detectors
 _INFERENCE_FIELDS = ("views", "precision")  # missing in older calibrations
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a detector said of good images that it was not trained on, and the promise that was chosen.
+    """Scores of good images that a detector was not trained on, and the thresholds derived from them.
 
     Attributes:
-        scores: of the calibration images, ascending, in the units of the map.
-        rate: promised share of false alarms among good images, in (0, 1), on average over calibration sets.
-        threshold: of the score: what is above it is a defect.
-        pixel_threshold: of the map's values; None where only scores were known, or maps differ in size.
-        pixel_rate: share of a good image's map above the pixel threshold, in (0, 1).
-        pixel_guarantee: by conformal risk control (Angelopoulos et al., 2022); else an empirical quantile, which
-            promises nothing.
-        source: where the good images came from, in words.
-        weights: `digest` of the detector: for any other the scores mean nothing.
-        appearance: of each image, see `recontrast.calibration.appearance_drift`; of older ones unknown.
-        views: targets of the maps whose scores these are, as in `Recipe`; None: as trained.
-        precision: likewise.
+        scores: Scores of the calibration images, in ascending order, in the units of the map.
+        rate: Promised false-alarm rate on good images, in (0, 1), on average over calibration sets.
+        threshold: Images with a higher score are defects.
+        pixel_threshold: Pixels with a higher map value are flagged; None if only scores were available or the maps
+            differ in size.
+        pixel_rate: Promised share of flagged pixels in a good image's map, in (0, 1).
+        pixel_guarantee: Whether conformal risk control (Angelopoulos et al., 2022) guarantees ``pixel_rate``. If not,
+            the pixel threshold is an empirical quantile without a guarantee.
+        source: Description of the origin of the good images.
+        weights: `digest` of the detector; the scores are valid for no other detector.
+        appearance: `PROPERTIES` of each calibration image; empty in older calibrations.
+        views: Feature pairs of the maps, as in `Recipe`; None as trained.
+        precision: Precision of the maps, as in `Recipe`; None as trained.
 
     Raises:
-        ValueError: scores out of order or not finite, a rate below 1 / (n + 1), or a threshold that is not theirs.
+        ValueError: If the scores are not finite or not in ascending order, if the rate is below 1 / (n + 1), or if the
+            threshold does not follow from the scores and the rate.
     """
 
     scores: tuple[float, ...]
@@ -61,60 +63,63 @@ class Calibration:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be: scores out of order or not finite, a rate below 1 / (n + 1)."""
+        """Check that the fields are consistent."""
         scores = np.asarray(self.scores, np.float64)
         if not scores.size or not np.isfinite(scores).all() or (np.diff(scores) < 0).any():
             raise ValueError("calibration: scores: wanted finite numbers in ascending order, got others or none")
         if self.appearance and np.shape(self.appearance) != (len(self.scores), len(PROPERTIES)):
-            raise ValueError(
-                f"calibration: looks: wanted {len(PROPERTIES)} of each of {len(self.scores)} images, got others"
-            )
+            wanted = f"{len(PROPERTIES)} numbers for each of {len(self.scores)} images"
+            raise ValueError(f"calibration: looks: wanted {wanted}, got shape {np.shape(self.appearance)}")
         if self.threshold != conformal_threshold(self.scores, self.rate):
-            raise ValueError(f"calibration: threshold: wanted that of the scores and the rate, got {self.threshold}")
+            raise ValueError(f"calibration: threshold: wanted the one of the scores and the rate, got {self.threshold}")
 
     @property
     def count(self) -> int:
-        """The number of calibration images, n."""
+        """Number of calibration images, n."""
         return len(self.scores)
 
     def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """The share of good images, the new one among them, that score at least as high (Vovk et al., 2005).
+        """Compute the share of good images that score at least as high as a new image (Vovk et al., 2005).
+
+        The share is taken over the calibration images and the new image itself.
 
         Args:
-            scores: of new images, (N,).
+            scores: Scores of new images, (N,).
 
         Returns:
             (N,) float64 in [1 / (n + 1), 1].
         """
-        return (1 + self._above(scores)) / (self.count + 1)
+        return (1 + self._count_at_least(scores)) / (self.count + 1)
 
     def is_defect(self, scores: ArrayLike) -> NDArray[np.bool_]:
-        """Whether each p-value is at most ``rate``, which is score > ``threshold``; a NaN is a defect.
+        """Whether each image is a defect: p-value at most ``rate``, or score above ``threshold``, which is the same.
+
+        A NaN counts as a defect.
 
         Args:
-            scores: of new images, (N,).
+            scores: Scores of new images, (N,).
 
         Returns:
             (N,) bool.
         """
-        return np.asarray(1 + self._above(scores) <= allowed_false_alarms(self.count, self.rate), np.bool_)
+        return np.asarray(1 + self._count_at_least(scores) <= allowed_false_alarms(self.count, self.rate), np.bool_)
 
     def with_rate(self, rate: float) -> "Calibration":
-        """The same images with another promise.
+        """Return a calibration with the same images and another promised rate.
 
         Args:
-            rate: promised share of false alarms, in [1 / (n + 1), 1).
+            rate: Promised false-alarm rate, in [1 / (n + 1), 1).
 
         Returns:
             A new calibration.
 
         Raises:
-            ValueError: a rate outside of that.
+            ValueError: If the rate is outside this interval.
         """
         return replace(self, rate=rate, threshold=conformal_threshold(self.scores, rate))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values that JSON can hold."""
+        """All fields as values that JSON can represent; `from_dict` is the inverse."""
         values = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
         values |= {"scores": list(self.scores), "looks": [list(numbers) for numbers in self.appearance]}
         # A None is left out, so that versions without these fields can read the calibration.
@@ -122,16 +127,16 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """The inverse of `to_dict`.
+        """Create a calibration from the result of `to_dict`.
 
         Args:
-            values: all fields by name; ``looks`` may be missing.
+            values: All fields by their serialised names; ``looks``, ``views`` and ``precision`` may be missing.
 
         Returns:
             The calibration.
 
         Raises:
-            ValueError: a missing, unknown or impossible field.
+            ValueError: If a field is missing, unknown or invalid.
         """
         names = {_KEYS.get(field.name, field.name) for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) | {"looks", *_INFERENCE_FIELDS} != names:
@@ -141,52 +146,61 @@ class Calibration:
         appearance = tuple(map(tuple, values.get("looks", ())))
         return cls(scores=tuple(values["scores"]), appearance=appearance, **arguments)
 
-    def _above(self, scores: ArrayLike) -> NDArray[np.int64]:
-        """How many calibration scores are at least each of ``scores``."""
+    def _count_at_least(self, scores: ArrayLike) -> NDArray[np.int64]:
+        """Count the calibration scores that are at least each of ``scores``."""
         return self.count - np.searchsorted(np.asarray(self.scores), np.asarray(scores, np.float64), "left")
 
 
 def calibrate_maps(
-    found: Iterable[tuple[NDArray[Any], NDArray[Any]]], count: int, *, rate: float, pixel_rate: float, source: str,
-    weights: str, seen: ArrayLike = (),
-) -> Calibration:  # fmt: skip
-    """As `calibrate`, from maps and scores of any detector.
+    batches: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+    count: int,
+    *,
+    rate: float,
+    pixel_rate: float,
+    source: str,
+    weights: str,
+    appearance: ArrayLike = (),
+) -> Calibration:
+    """Compute both thresholds from the maps and scores of any detector.
 
-    Maps of several sizes set no pixel threshold: its promise is of an image's share, and each image counts alike.
+    If the maps differ in size, no pixel threshold is set: the promise is about the share of an image's pixels, averaged
+    over images with equal weight, while the quantile below is taken over all pixels.
 
     Args:
-        found: maps (n, H, W) and scores (n,), floating point, batch after batch.
-        count: images in all.
-        rate: as in `calibrate`.
-        pixel_rate: as in `calibrate`.
-        source: as in `calibrate`.
+        batches: Maps (n, H, W) and scores (n,) of the good images, floating point, batch by batch.
+        count: Number of images in all batches.
+        rate: Promised false-alarm rate, at least 1 / (count + 1).
+        pixel_rate: Promised share of flagged pixels in a good image's map, in (0, 1).
+        source: Description of the origin of the images.
         weights: `digest` of the detector.
-        seen: `recontrast.calibration.appearance_drift.describe_appearance` of the images, (count, 4), in any
-            order; without them none can be compared later.
+        appearance: Result of `recontrast.calibration.appearance_drift.describe_appearance` for the images, (count, 4),
+            in any order; without it, the appearance of later images cannot be compared.
 
     Returns:
         The calibration.
 
     Raises:
-        ValueError: too few images for the rate, rates that are no shares, another number of scores than ``count``, or
-            scores or maps that are not finite.
+        ValueError: If there are too few images for the rate, a rate is not in (0, 1), the number of scores is not
+            ``count``, or scores or maps are not finite.
     """
     allowed_false_alarms(count, rate)
     if not 0 < pixel_rate < 1:
         raise ValueError(f"calibration: pixel rate: wanted a share above 0 and below 1, got {pixel_rate:g}")
-    guarantee = count * pixel_rate + pixel_rate >= 1
-    share = ((count + 1) * pixel_rate - 1) / count if guarantee else pixel_rate  # of all pixels
+    is_guaranteed = count * pixel_rate + pixel_rate >= 1
+    flagged_share = ((count + 1) * pixel_rate - 1) / count if is_guaranteed else pixel_rate  # of all pixels
     scores: list[float] = []
-    highest = np.empty(0, np.float32)  # the largest map values so far: no more are kept than may be flagged
+    # The largest map values so far. More than may be flagged are never needed, so the memory stays small.
+    highest = np.empty(0, np.float32)
     size: tuple[int, ...] | None = None
-    alike = True
-    for maps, values in found:
-        scores += values.astype(np.float64).tolist()
-        alike = alike and maps.shape[1:] == (size := size or maps.shape[1:])
-        if not alike:
+    is_one_size = True
+    for maps, batch_scores in batches:
+        scores += batch_scores.astype(np.float64).tolist()
+        is_one_size = is_one_size and maps.shape[1:] == (size := size or maps.shape[1:])
+        if not is_one_size:
             continue
         pixels = np.asarray(maps, np.float32).reshape(-1)
-        keep = math.floor(max(share, 0) * count * (pixels.size // max(len(values), 1)) + 1e-6) + 1
+        pixels_per_map = pixels.size // max(len(batch_scores), 1)
+        keep = math.floor(max(flagged_share, 0) * count * pixels_per_map + 1e-6) + 1
         highest = np.concatenate([highest, pixels])
         if highest.size > keep:
             highest = np.partition(highest, highest.size - keep)[-keep:]
@@ -196,29 +210,34 @@ def calibrate_maps(
         raise ValueError("calibration: scores: wanted finite numbers, got others: the detector is not well trained")
     ordered = tuple(sorted(scores))
     return Calibration(
-        scores=ordered, rate=rate, threshold=conformal_threshold(ordered, rate),
-        pixel_threshold=float(highest.min()) if alike else None,
-        pixel_rate=pixel_rate, pixel_guarantee=guarantee and alike, source=source, weights=weights,
-        appearance=tuple(map(tuple, np.asarray(seen, np.float64).tolist())),
-    )  # fmt: skip
+        scores=ordered,
+        rate=rate,
+        threshold=conformal_threshold(ordered, rate),
+        pixel_threshold=float(highest.min()) if is_one_size else None,
+        pixel_rate=pixel_rate,
+        pixel_guarantee=is_guaranteed and is_one_size,
+        source=source,
+        weights=weights,
+        appearance=tuple(map(tuple, np.asarray(appearance, np.float64).tolist())),
+    )
 
 
 def allowed_false_alarms(count: int, rate: float) -> int:
-    """m, the whole part of rate * (n + 1): so many of n + 1 exchangeable images may be called defects.
+    """Compute m = floor(rate * (n + 1)), the number of n + 1 exchangeable good images that may be called defects.
 
     Args:
-        count: calibration images, n.
-        rate: promised share of false alarms.
+        count: Number of calibration images, n.
+        rate: Promised false-alarm rate.
 
     Returns:
         m, at least 1.
 
     Raises:
-        ValueError: the rate is no share above 0 and below 1, or less than 1 / (n + 1), which nobody can promise.
+        ValueError: If the rate is not in (0, 1), or is below 1 / (n + 1), the lowest rate that n images can promise.
     """
     if not 0 < rate < 1:
         raise ValueError(f"false-alarm rate: wanted a share above 0 and below 1, got {rate:g}")
-    m = math.floor(rate * (count + 1) + 1e-9)  # 0.29 * 100 is a hair below 29
+    m = math.floor(rate * (count + 1) + 1e-9)  # tolerance: 0.29 * 100 is slightly below 29 in floating point
     if m < 1:
         needed = math.ceil(1 / rate - 1e-9) - 1
         raise ValueError(
@@ -229,37 +248,37 @@ def allowed_false_alarms(count: int, rate: float) -> int:
 
 
 def conformal_threshold(scores: tuple[float, ...], rate: float) -> float:
-    """The threshold of split conformal prediction (Vovk et al., 2005; Lei et al., 2018): the m-th largest score.
+    """Return the m-th largest score, the threshold of split conformal prediction (Vovk et al., 2005; Lei et al., 2018).
 
     Args:
-        scores: of n good images, ascending.
-        rate: promised share of false alarms; m = floor(rate * (n + 1)).
+        scores: Scores of n good images, in ascending order.
+        rate: Promised false-alarm rate; m = floor(rate * (n + 1)).
 
     Returns:
-        What is above it is a defect.
+        The threshold; images with a higher score are defects.
 
     Raises:
-        ValueError: as `allowed_false_alarms`.
+        ValueError: If n is too small for the rate; see `allowed_false_alarms`.
     """
     return float(scores[-allowed_false_alarms(len(scores), rate)])
 
 
 def false_alarm_interval(count: int, rate: float, share: float = 0.9) -> tuple[float, float]:
-    """The central interval of the false-alarm rate of one fixed calibration set, over calibration sets.
+    """Compute the central interval in which the false-alarm rate of one calibration set lies.
 
-    With continuous scores it is Beta(m, n + 1 - m) distributed, m = floor(rate * (n + 1)) (Vovk, "Conditional validity
-    of inductive conformal predictors", 2012).
+    For continuous scores, the rate is Beta(m, n + 1 - m) distributed over calibration sets, with m = floor(rate *
+    (n + 1)) (Vovk, "Conditional validity of inductive conformal predictors", 2012).
 
     Args:
-        count: calibration images, n.
-        rate: promised share of false alarms.
-        share: of the sets that lie between the two returned rates.
+        count: Number of calibration images, n.
+        rate: Promised false-alarm rate.
+        share: Share of calibration sets whose rate lies in the interval.
 
     Returns:
-        The lower and the upper rate, shares in [0, 1].
+        The lower and the upper rate, in [0, 1].
 
     Raises:
-        ValueError: as `allowed_false_alarms`.
+        ValueError: If n is too small for the rate; see `allowed_false_alarms`.
     """
     from scipy.special import betaincinv
 
@@ -268,22 +287,32 @@ def false_alarm_interval(count: int, rate: float, share: float = 0.9) -> tuple[f
     return float(low), float(high)
 
 
-def describe_promise(found: Calibration) -> list[str]:
-    """What ``found`` promises, in sentences."""
-    n, m = found.count, allowed_false_alarms(found.count, found.rate)
-    low, high = false_alarm_interval(n, found.rate)
-    pixels = f"{found.pixel_rate:.3g} of a good image's map"
-    lines = [
-        f"threshold {found.threshold:.6g} from {n} good images ({found.source}): a new good image of the same "
-        f"source is called a defect with probability at most {m}/{n + 1} = {m / (n + 1):.4g}, on average over "
+def describe_promise(calibration: Calibration) -> list[str]:
+    """Describe in sentences what a calibration promises.
+
+    Args:
+        calibration: The calibration.
+
+    Returns:
+        Sentences on the threshold, on the spread over calibration sets and on the pixel threshold, if there is one.
+    """
+    n, m = calibration.count, allowed_false_alarms(calibration.count, calibration.rate)
+    low, high = false_alarm_interval(n, calibration.rate)
+    sentences = [
+        f"threshold {calibration.threshold:.6g} from {n} good images ({calibration.source}): a new good image of the "
+        f"same source is called a defect with probability at most {m}/{n + 1} = {m / (n + 1):.4g}, on average over "
         "calibration sets",
         f"with this one set the rate of false alarms lies between {low:.4g} and {high:.4g} in 90 % of such sets "
         f"(Beta({m}, {n + 1 - m})); more calibration images narrow it",
     ]
-    if found.pixel_threshold is None:
-        return lines
-    if found.pixel_guarantee:
-        return [*lines, f"pixel threshold {found.pixel_threshold:.6g}: on average at most {pixels} is flagged"]
-    needed = math.ceil(1 / found.pixel_rate - 1e-9) - 1
-    return [*lines, f"pixel threshold {found.pixel_threshold:.6g}: no guarantee, the empirical quantile that flags "
-                    f"{pixels}; a promise needs {needed} good images"]  # fmt: skip
+    if calibration.pixel_threshold is None:
+        return sentences
+    pixels = f"{calibration.pixel_rate:.3g} of a good image's map"
+    threshold = f"pixel threshold {calibration.pixel_threshold:.6g}"
+    if calibration.pixel_guarantee:
+        return [*sentences, f"{threshold}: on average at most {pixels} is flagged"]
+    needed = math.ceil(1 / calibration.pixel_rate - 1e-9) - 1
+    sentences.append(
+        f"{threshold}: no guarantee, the empirical quantile that flags {pixels}; a promise needs {needed} good images"
+    )
+    return sentences

@@ -1,8 +1,8 @@
-"""Whether a calibration still holds: p-values of new good images must look uniform.
+"""Score drift: whether the p-values of new good images are uniform, as they are while a calibration is valid.
 
-The p-values of one calibration set depend on each other, so that a plain test for uniformity would alarm too often.
-They are uniform exactly when the new scores could have stood among the calibration scores: the tests of two samples
-below ask that, and so keep their level.
+All p-values share one calibration set and are therefore dependent; a plain test for uniformity would warn too often.
+The p-values are uniform exactly if the new scores are exchangeable with the calibration scores. The two-sample tests
+below test that, and keep their level.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from recontrast.calibration.conformal import Calibration, allowed_false_alarms
 
 @dataclass(frozen=True)
 class ScoreDrift:
-    """How far the p-values of new good images are from uniform.
+    """Difference between the p-values of new good images and a uniform distribution.
 
     Attributes:
-        count: new good images.
-        distance: Kolmogorov-Smirnov, largest gap between the distribution of the p-values and the uniform one.
-        p_value: of the three tests of `measure_score_drift` together: how often a departure like this comes by chance.
-        alarms: new good images called defects.
-        expected: at most so many, by the promise.
+        count: Number of new good images.
+        distance: Kolmogorov-Smirnov distance between the p-values and the uniform distribution.
+        p_value: Combined p-value of the three tests of `measure_score_drift`.
+        alarms: Number of new good images that are called defects.
+        expected: Promised mean number of alarms.
     """
 
     count: int
@@ -38,49 +38,51 @@ class ScoreDrift:
         return self.p_value < ALARM_LEVEL
 
     def describe(self) -> str:
-        """What was found and what it means."""
-        seen = f"{self.count} new good images, {self.alarms} called defects where {self.expected:.3g} were promised"
-        test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; as far by chance in {self.p_value:.2g} of cases"
+        """Return a sentence with the result and its consequence."""
+        counts = f"{self.count} new good images, {self.alarms} called defects where {self.expected:.3g} were promised"
+        test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; p-value {self.p_value:.2g}"
         if self.is_significant:
             return (
-                f"p-values of good images are far from uniform ({test}; {seen}): they do not look like the calibration "
-                "images, and the promised false-alarm rate does not hold for them; calibrate anew on images like these"
+                f"p-values of good images are far from uniform ({test}; {counts}): they do not look like the "
+                "calibration images; the promised false-alarm rate does not hold for them; calibrate again on such "
+                "images"
             )
-        return f"p-values of good images are compatible with uniform ({test}; {seen})"
+        return f"p-values of good images are compatible with uniform ({test}; {counts})"
 
 
 def measure_score_drift(calibration: Calibration, scores: ArrayLike) -> ScoreDrift:
     """Compare the scores of new good images with those of the calibration images.
 
-    The smallest p-value of three tests counts thrice (Bonferroni): Kolmogorov-Smirnov, which sees any difference;
-    Mann-Whitney, which sees a shift with fewer images; and the number of false alarms, which is what was promised and
-    lies in a tail that the others hardly look at. With n calibration images, of which m may lie at or above the
-    threshold, the share of good images above it is distributed as Beta(m, n + 1 - m), and the number among the new ones
-    as its beta-binomial, exactly (Vovk, "Conditional validity of inductive conformal predictors", 2012).
+    Three tests are combined; the smallest p-value is multiplied by three (Bonferroni). Kolmogorov-Smirnov detects any
+    difference. Mann-Whitney detects a shift with fewer images. The third test counts the false alarms, which are what
+    the calibration promises and lie in a tail to which the other tests are not sensitive. If m of n calibration images
+    may score at or above the threshold, the share of good images above it is distributed as Beta(m, n + 1 - m), and the
+    number of alarms among the new images is exactly beta-binomial (Vovk, "Conditional validity of inductive conformal
+    predictors", 2012).
 
     Args:
-        calibration: of the same detector.
-        scores: of the new images, (N,), N at least 1.
+        calibration: Calibration of the detector that computed ``scores``.
+        scores: Scores of the new images, (N,), N at least 1.
 
     Returns:
-        Distance, p-value and alarms.
+        The distance, the combined p-value and the number of alarms.
 
     Raises:
-        ValueError: no scores, or some that are not finite.
+        ValueError: If there are no scores, or a score is not finite.
     """
     from scipy.stats import betabinom, ks_2samp, mannwhitneyu
 
     new = np.asarray(scores, np.float64)
     if new.ndim != 1 or not new.size or not np.isfinite(new).all():
         raise ValueError(f"check: scores: wanted finite scores of at least 1 good image, got {new.size} or others")
-    known = np.asarray(calibration.scores)
-    gap, shift = ks_2samp(new, known), mannwhitneyu(new, known)
-    alarms, over = int(calibration.is_defect(new).sum()), allowed_false_alarms(known.size, calibration.rate)
-    tail = betabinom(new.size, over, known.size + 1 - over).sf(alarms - 1)
+    reference = np.asarray(calibration.scores)
+    smirnov, shift = ks_2samp(new, reference), mannwhitneyu(new, reference)
+    alarms, allowed = int(calibration.is_defect(new).sum()), allowed_false_alarms(reference.size, calibration.rate)
+    alarm_p_value = betabinom(new.size, allowed, reference.size + 1 - allowed).sf(alarms - 1)
     return ScoreDrift(
         count=new.size,
-        distance=float(gap.statistic),
-        p_value=min(1.0, 3 * float(min(gap.pvalue, shift.pvalue, tail))),
+        distance=float(smirnov.statistic),
+        p_value=min(1.0, 3 * float(min(smirnov.pvalue, shift.pvalue, alarm_p_value))),
         alarms=alarms,
         expected=calibration.rate * new.size,
     )

@@ -60,7 +60,7 @@ def calibrate(
         model, images, recipe, batch=batch))  # fmt: skip
     return calibrate_maps(
         batches, len(images), rate=rate, pixel_rate=pixel_rate, source=source,
-        weights=digest(model.state_dict(), recipe), seen=describe_appearance(images, batch),
+        weights=digest(model.state_dict(), recipe), appearance=describe_appearance(images, batch),
     )  # fmt: skip
 
 

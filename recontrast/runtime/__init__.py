@@ -1,1 +1,1 @@
-"""Devices, processes and clocks: how a run is executed."""
+"""Devices, processes and timing."""

@@ -1,4 +1,4 @@
-"""Time spent in each stage, measured on the device."""
+"""Time spent in each stage of a computation, measured on its device."""
 
 import time
 from itertools import pairwise
@@ -8,21 +8,22 @@ import torch
 
 
 class Clock:
-    """Seconds by name between marks; on CUDA of the device's time, so that nothing waits before `seconds`."""
+    """Clock that starts when it is created and adds up the time of named stages.
+
+    On CUDA it records events on the device, so that nothing waits for the device before `seconds` is called.
+
+    Args:
+        device: Device whose time is measured.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        """A clock that starts now.
-
-        Args:
-            device: whose time it is.
-        """
-        self.cuda = device.type == "cuda"
+        self.is_cuda = device.type == "cuda"
         self.marks: list[tuple[str, Any]] = []
         self.mark("start")
 
     def mark(self, name: str) -> None:
-        """What has passed since the last mark counts for ``name``."""
-        if self.cuda:
+        """Add the time since the last mark to the stage ``name``."""
+        if self.is_cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.marks.append((name, event))
@@ -30,11 +31,11 @@ class Clock:
             self.marks.append((name, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """The sum for each name, seconds; waits for the device."""
-        if self.cuda:
+        """Total time of each stage, seconds; waits for the device."""
+        if self.is_cuda:
             self.marks[-1][1].synchronize()
         total: dict[str, float] = {}
         for (_, before), (name, after) in pairwise(self.marks):
-            passed = before.elapsed_time(after) / 1000 if self.cuda else after - before
-            total[name] = total.get(name, 0.0) + passed
+            elapsed = before.elapsed_time(after) / 1000 if self.is_cuda else after - before
+            total[name] = total.get(name, 0.0) + elapsed
         return total

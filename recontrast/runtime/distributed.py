@@ -1,10 +1,10 @@
-"""Several processes as one, started by torchrun: the whole batch's statistics, every image exactly once, one writer.
+"""Training and evaluation in several processes started by torchrun, with the same result as in one process.
 
-`k` processes make the steps that one would make with the whole batch: each takes its share of the indices that
-`Batches` gives to all, BatchNorm sees the moments of all images (`synchronise`), the mining rule the distances of all
-(`recontrast.loss`), and a process's loss counts by its share, so that DistributedDataParallel's mean over processes is
-the mean over images. A batch that is smaller than the number of processes leaves some without images: they take part
-with nothing. Every collective here runs on gloo (CPU) as on NCCL.
+Each process takes its share of every batch (`World.share`). BatchNorm computes its statistics over all images
+(`recontrast.runtime.sync_batchnorm`), and the mining rule over the distances of all images (`recontrast.loss`). The
+loss of a process is weighted by its share, so that DistributedDataParallel's mean over processes is the mean over
+images. If a batch has fewer images than there are processes, some processes have no images, but still take part in the
+collectives. Every collective runs with gloo (CPU) and NCCL (GPU). Only the first process writes files.
 """
 
 import inspect
@@ -24,34 +24,39 @@ from torch.nn.parallel import DistributedDataParallel
 from recontrast.runtime.device import resolve_device
 from recontrast.runtime.sync_batchnorm import convert_sync_batchnorm
 
-TIMEOUT = timedelta(minutes=30)  # a process decodes its images, or writes a checkpoint, while the others wait
+TIMEOUT = timedelta(minutes=30)  # the others wait while a process decodes its images or writes a checkpoint
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's number, and how many there are."""
+    """The processes of a run, as seen from one of them.
+
+    Attributes:
+        rank: Rank of this process.
+        size: Number of processes.
+    """
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is the process that writes files and log lines."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on one process at least; all must ask, and wait for each other."""
-        return any(_all(flag)) if self.size > 1 else flag
+        """Whether ``flag`` is true in at least one process; a collective, which all processes must call."""
+        return any(_gather_objects(flag)) if self.size > 1 else flag
 
     def shares(self, count: int) -> list[int]:
-        """How many of ``count`` items each process takes: as equal as can be, the first ones more."""
-        least, more = divmod(count, self.size)
-        return [least + (rank < more) for rank in range(self.size)]
+        """Number of items of each process out of ``count``; they differ by at most one, the first ranks have more."""
+        quotient, remainder = divmod(count, self.size)
+        return [quotient + (rank < remainder) for rank in range(self.size)]
 
     def share(self, count: int) -> slice:
-        """Which of ``count`` items this process takes; the shares of all, in order, are the whole."""
-        ends = [0, *accumulate(self.shares(count))]
-        return slice(ends[self.rank], ends[self.rank + 1])
+        """Slice of this process's items out of ``count``; the slices of all ranks in order cover all items."""
+        bounds = [0, *accumulate(self.shares(count))]
+        return slice(bounds[self.rank], bounds[self.rank + 1])
 
 
 @contextmanager
@@ -89,7 +94,7 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[W
 
 
 def current_world() -> World:
-    """The place of this process among those joined; alone where none are."""
+    """World of the initialised process group, or of a single process if there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(), dist.get_world_size())
@@ -110,64 +115,86 @@ def wrap_model(model: nn.Module, place: World, device: torch.device) -> nn.Modul
 # ---- BatchNorm over all processes ----------------------------------------------------------------------------------
 
 
-# ---- agreeing, gathering -------------------------------------------------------------------------------------------
+# ---- agreement and collectives ------------------------------------------------------------------------------------
 
 
-def check_agreement(place: World, what: Mapping[str, Any], op: str) -> None:
-    """Refuse a run whose processes were given different things.
+def check_agreement(world: World, arguments: Mapping[str, Any], op: str) -> None:
+    """Check that all processes were given equal arguments.
 
     Args:
-        place: of this process.
-        what: by name, what must be equal everywhere; anything that can be pickled and compared.
-        op: named in the error.
+        world: Rank and number of processes.
+        arguments: Arguments by name; their values must support pickling and comparison.
+        op: Name of the operation, for the error.
 
     Raises:
-        ValueError: on every process, with the first name that differs and the process that differs.
+        ValueError: In every process, with the first argument that differs and the rank where it differs.
     """
-    if place.size == 1:
+    if world.size == 1:
         return
-    everyone = _all(dict(what))
-    for name in what:
-        for rank, theirs in enumerate(everyone):
-            if theirs[name] != everyone[0][name]:
-                wanted, got = _short(everyone[0][name]), _short(theirs[name])
+    gathered = _gather_objects(dict(arguments))
+    for name in arguments:
+        for rank, others in enumerate(gathered):
+            if others[name] != gathered[0][name]:
+                wanted, got = _abbreviate(gathered[0][name]), _abbreviate(others[name])
                 raise ValueError(
                     f"{op}: {name}: wanted the same on every process, got {wanted} on 0 and {got} on {rank}"
                 )
 
 
 def sum_over_processes(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Replace each tensor by the sum over processes, in place; ``device`` is one that the backend knows."""
+    """Sum tensors over all processes.
+
+    Args:
+        tensors: Tensors of any shape and dtype, replaced by their sums in place.
+        device: Device that the backend supports, on which the sums are computed.
+    """
     for tensor in tensors:
         total = tensor.to(device)
         dist.all_reduce(total)
         tensor.copy_(total)
 
 
-def mean_loss(place: World, losses: Tensor) -> Tensor:
-    """Losses of the whole batches from this process's, which count by its share; see `recontrast.loss`."""
-    if place.size > 1:
+def mean_loss(world: World, losses: Tensor) -> Tensor:
+    """Compute the losses of full batches from the losses of all processes.
+
+    Args:
+        world: Rank and number of processes.
+        losses: Losses of this process, (steps,), weighted by its share of each batch as in `recontrast.loss`. With
+            several processes they are overwritten.
+
+    Returns:
+        The losses of the full batches, (steps,), in the dtype of ``losses``.
+    """
+    if world.size > 1:
         dist.all_reduce(losses)
-        losses = losses / place.size
+        losses = losses / world.size
     return losses
 
 
-def broadcast_from_first(place: World, value: Any) -> Any:
-    """What the first process holds, on every process."""
-    if place.size == 1:
+def broadcast_from_first(world: World, value: Any) -> Any:
+    """Return the first process's value in every process.
+
+    Args:
+        world: Rank and number of processes.
+        value: Value that supports pickling; ignored except in the first process.
+
+    Returns:
+        The value of the first process.
+    """
+    if world.size == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def _all(value: Any) -> list[Any]:
-    """What each process holds."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+def _gather_objects(value: Any) -> list[Any]:
+    """Return the values of all processes, in the order of ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _abbreviate(value: Any, length: int = 60) -> str:
     text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all processes, on CPU and GPU."""
+"""BatchNorm with statistics over the images of all processes, on CPU and GPU."""
 
 from typing import Any
 
@@ -10,31 +10,31 @@ from recontrast.models.partial_norm import PartialNorm2d
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over processes. What one of them adds reaches the losses of all, so its gradient is summed as well."""
+    """Sum over processes. Each summand affects the losses of all processes, so its gradient is summed as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Add up ``x``, of one shape everywhere."""
+        """Sum ``x``, which has the same shape in all processes."""
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:
-        """Add up the gradients."""
+        """Sum the gradients."""
         total = grad[0].clone()
         dist.all_reduce(total)
         return total
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count of each channel over all processes.
+    """Compute the mean and the biased variance of each channel over all processes.
 
     Args:
-        x: (N, C, H, W); N may differ, and be zero, from process to process.
+        x: Features of this process, (N, C, H, W); N may differ between processes and may be 0.
 
     Returns:
-        Mean (C,), variance (C,), and the number of values a channel has (scalar), all on x's device.
+        Mean (C,), variance (C,) and number of values per channel (scalar), in x's dtype and on x's device.
     """
     count = x.new_tensor(x.numel() // x.shape[1])
     dist.all_reduce(count)
@@ -44,9 +44,10 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose statistics in training are those of all processes; torch's SyncBatchNorm refuses the CPU.
+    """BatchNorm with training statistics over all processes; unlike torch's SyncBatchNorm it also runs on the CPU.
 
-    Takes over parameters, statistics, mode and (timm's) activation of ``norm``.
+    Args:
+        norm: BatchNorm whose parameters, statistics, mode and, for timm's BatchNormAct2d, activation are taken over.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
@@ -54,35 +55,38 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
             setattr(self, name, buffer)
-        after = (getattr(norm, "drop", None), getattr(norm, "act", None))  # of timm's BatchNormAct2d
-        self.after = nn.Sequential(*(m for m in after if m is not None))
+        drop_and_act = (getattr(norm, "drop", None), getattr(norm, "act", None))  # only timm's BatchNormAct2d has them
+        self.after = nn.Sequential(*(m for m in drop_and_act if m is not None))
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, H, W): statistics in float32 at least, result in the dtype of x."""
+        """Normalise ``x`` (N, C, H, W), with statistics in float32 or wider; the result has the dtype of ``x``."""
         if not self.training:
             return self.after(super().forward(x))
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, var, count = global_moments(wide)
+        x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var, count = global_moments(x_wide)
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
-            rate = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             unbiased = var.detach() * (count / (count - 1))
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), rate)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
-        y = (wide - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        y = (x_wide - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
         if self.affine:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
         return self.after(y.to(x.dtype))
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Let every BatchNorm2d and `PartialNorm2d` of ``module`` see the batches of all processes, in place.
+    """Convert every BatchNorm2d and `PartialNorm2d` of a module to statistics over all processes.
 
-    Names of parameters and buffers stay, and with them checkpoints. Doing it twice does no harm.
+    The names of parameters and buffers do not change, so checkpoints still fit. A second conversion has no effect.
+
+    Args:
+        module: Module, changed in place.
 
     Returns:
-        ``module``, or its replacement where it is itself a BatchNorm2d.
+        ``module``, or its replacement if it is a BatchNorm2d itself.
     """
     if isinstance(module, PartialNorm2d):
         module.moments = global_moments

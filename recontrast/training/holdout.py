@@ -1,4 +1,4 @@
-"""Good images held out of training: what a calibration needs, since a detector knows those that it was trained on."""
+"""Good images held out of training, for the calibration: scores of training images are too low."""
 
 import math
 import numbers
@@ -20,22 +20,22 @@ from recontrast.inference.calibrate import calibrate
 from recontrast.training.state import TrainingState, snapshot
 
 Item = TypeVar("Item")
-SHARE = 0.2  # of the good images, where a promise is asked for and no number of them
+SHARE = 0.2  # of the good images, if a false-alarm rate is given without a number of images to hold out
 
 
 def split_holdout(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Split the good training images by chance, the same way for the same seed.
+    """Split the good training images at random, in the same way for the same seed.
 
     Args:
-        items: in the order of the data set.
-        share: of them to hold out, from 0 to below 1; rounded to whole images.
-        seed: of the draw, the recipe's.
+        items: Images in the order of the data set.
+        share: Share to hold out, in [0, 1); rounded to whole images.
+        seed: Seed of the split.
 
     Returns:
-        What is trained on, and what is held out, both in their order.
+        The images to train on and the held-out images, both in their original order.
 
     Raises:
-        ValueError: a share above 0 that leaves nothing on one of the two sides.
+        ValueError: If the share is above 0 and one of the two parts is empty.
     """
     if not share:
         return list(items), []
@@ -45,24 +45,27 @@ def split_holdout(items: Sequence[Item], share: float, seed: int) -> tuple[list[
             f"holdout: wanted at least 1 image held out and 1 to train on, got {count} of {len(items)} good images "
             f"held out (holdout {share:g}): give more images, or 0"
         )
-    # A stream of its own: the order of training does not depend on it.
-    chosen = set(np.random.default_rng([seed, len(items)]).permutation(len(items))[:count].tolist())
+    # A separate generator: the order of the training batches does not depend on the split.
+    held_out = set(np.random.default_rng([seed, len(items)]).permutation(len(items))[:count].tolist())
     return (
-        [item for i, item in enumerate(items) if i not in chosen],
-        [item for i, item in enumerate(items) if i in chosen],
+        [item for i, item in enumerate(items) if i not in held_out],
+        [item for i, item in enumerate(items) if i in held_out],
     )
 
 
 def resolve_holdout_count(count: int, rate: float | None, holdout: float | int | None) -> int:
-    """How many of ``count`` good images calibrate, for a promised ``rate``; none without one.
+    """Return how many of ``count`` good images to hold out for the calibration.
 
     Args:
-        count: good images in all.
-        rate: promised share of false alarms, or None.
-        holdout: a number of images, a share, or None for a fifth, or more where the promise needs more.
+        count: Number of good images.
+        rate: False-alarm rate to guarantee; None calibrates nothing.
+        holdout: Number of images to hold out, or their share; None holds out a fifth, or more if the rate needs more.
+
+    Returns:
+        The number of images; 0 if ``rate`` is None.
 
     Raises:
-        ValueError: rate or holdout is no such number, or the images are too few.
+        ValueError: If rate or holdout is out of range, or if there are too few images.
     """
     if rate is None:
         return 0
@@ -71,45 +74,52 @@ def resolve_holdout_count(count: int, rate: float | None, holdout: float | int |
     needed = math.ceil(1 / rate - 1e-9) - 1
     if holdout is None:
         wanted = max(needed, math.ceil(SHARE * count))
-        most, rest = count // 2, "half of them are left for training"
+        most, condition = count // 2, "half of them are left for training"
     elif isinstance(holdout, numbers.Integral) and not isinstance(holdout, bool):
-        wanted, most, rest = int(holdout), count - 1, "one is left for training"
+        wanted, most, condition = int(holdout), count - 1, "one is left for training"
     elif isinstance(holdout, numbers.Real) and 0 < holdout < 1:
-        wanted, most, rest = math.ceil(float(holdout) * count - 1e-9), count - 1, "one is left for training"
+        wanted, most, condition = math.ceil(float(holdout) * count - 1e-9), count - 1, "one is left for training"
     else:
         raise ValueError(f"holdout: wanted None, a number of images or a share in (0, 1), got {holdout!r}")
     if not needed <= wanted <= most:
         raise ValueError(
-            f"false_alarm_rate: a promise of {rate:g} wants at least {needed} images held out, and that {rest}, got "
+            f"false_alarm_rate: for a rate of {rate:g} wanted at least {needed} images held out while {condition}, got "
             f"{wanted} held out of {count} good images"
         )
     return wanted
 
 
 def calibrate_holdout(
-    state: TrainingState, kept: Sequence[Sample], target: Path | None, cache_dir: str | Path | None
+    state: TrainingState, held_out: Sequence[Sample], path: Path | None, cache_dir: str | Path | None
 ) -> Calibration:
-    """Calibrate a trained detector on what was held out, and save it once more with that.
+    """Calibrate a trained detector on the held-out images and save the checkpoint again with the calibration.
 
-    The promise is the usual 0.01, or the smallest that so few images allow.
+    The guaranteed false-alarm rate is 0.01, or the lowest rate that the number of images allows.
 
     Args:
-        state: after its last step.
-        kept: good images that it was not trained on.
-        target: its checkpoint; None writes nothing.
-        cache_dir: folder for decoded images; None keeps them in memory.
+        state: State after the last step.
+        held_out: Good images that were not used for training.
+        path: Path of the checkpoint; None writes nothing.
+        cache_dir: Folder for decoded images; None keeps them in memory.
+
+    Returns:
+        The calibration.
     """
     recipe, model = state.recipe, state.model
-    promise: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(kept) + 1)), "source": "held out of training"}
-    images = ImageCache(kept, recipe.size, recipe.crop, directory=None if recipe.tile else cache_dir)
+    options: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(held_out) + 1)), "source": "held out of training"}
+    images = ImageCache(held_out, recipe.size, recipe.crop, directory=None if recipe.tile else cache_dir)
     if recipe.tile is None:
-        found = calibrate(model, recipe, images, **promise, batch=recipe.batch)
-    else:  # whole images at their own scale, as they will be scored
-        maps = tiling.infer_files([sample.path for sample in kept], model, recipe, recipe.batch)
-        found = calibrate_maps(
-            ((anomaly.numpy(), score.numpy()) for anomaly, score in maps), len(kept), **promise,
-            pixel_rate=DEFAULT_PIXEL_RATE, weights=digest(model.state_dict(), recipe), seen=describe_appearance(images),
-        )  # fmt: skip
-    if target is not None:
-        checkpoint.save(target, replace(snapshot(state), calibration=found))
-    return found
+        calibration = calibrate(model, recipe, images, **options, batch=recipe.batch)
+    else:  # tiles of whole images at full scale, as in prediction
+        batches = tiling.infer_files([sample.path for sample in held_out], model, recipe, recipe.batch)
+        calibration = calibrate_maps(
+            ((maps.numpy(), scores.numpy()) for maps, scores in batches),
+            len(held_out),
+            **options,
+            pixel_rate=DEFAULT_PIXEL_RATE,
+            weights=digest(model.state_dict(), recipe),
+            appearance=describe_appearance(images),
+        )
+    if path is not None:
+        checkpoint.save(path, replace(snapshot(state), calibration=calibration))
+    return calibration

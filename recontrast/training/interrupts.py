@@ -1,4 +1,4 @@
-"""Ctrl-C or an end asked for between two steps: what is saved then is a state that an unbroken run passes through."""
+"""Interrupts between two training steps, so that the checkpoint they cause is a state of the uninterrupted run."""
 
 import signal
 import threading
@@ -8,30 +8,35 @@ from typing import Any
 
 
 @contextmanager
-def defer_interrupts(alone: bool = True) -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C or SIGTERM, so that the step it falls into is completed; yields whether it came.
+def defer_interrupts(is_single_process: bool = True) -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C or SIGTERM, so that the current step is completed; the second acts at once.
+
+    Only default handlers are replaced, and only in the main thread; they are restored when the block ends.
 
     Args:
-        alone: False: of several processes, whose launcher ends all of them by SIGTERM when one has failed: none would
-            come to the next step.
+        is_single_process: Whether SIGTERM is held back as well. With several processes it is not: torchrun sends it to
+            all of them when one has failed, and none could complete a step without the failed one.
+
+    Yields:
+        A function that returns whether an interrupt has arrived.
     """
-    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
-    if alone:
-        usual[signal.SIGTERM] = signal.SIG_DFL
+    default_handlers: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+    if is_single_process:
+        default_handlers[signal.SIGTERM] = signal.SIG_DFL
     if threading.current_thread() is not threading.main_thread():
-        usual = {}
-    held = [number for number, handler in usual.items() if signal.getsignal(number) is handler]  # else: not ours
-    came = threading.Event()
+        default_handlers = {}
+    replaced = [number for number, handler in default_handlers.items() if signal.getsignal(number) is handler]
+    arrived = threading.Event()
 
-    def note(number: int, frame: Any) -> None:
-        if came.is_set():
-            signal.default_int_handler(number, frame)  # the second does not wait
-        came.set()
+    def record_interrupt(number: int, frame: Any) -> None:
+        if arrived.is_set():
+            signal.default_int_handler(number, frame)
+        arrived.set()
 
-    for number in held:
-        signal.signal(number, note)
+    for number in replaced:
+        signal.signal(number, record_interrupt)
     try:
-        yield came.is_set
+        yield arrived.is_set
     finally:
-        for number in held:
-            signal.signal(number, usual[number])
+        for number in replaced:
+            signal.signal(number, default_handlers[number])

@@ -1,4 +1,4 @@
-"""What the frozen encoder makes of the training images, kept: there is no augmentation, so that it never changes."""
+"""Cache of the frozen encoder's features, which never change, as there is no augmentation."""
 
 from collections.abc import Sequence
 
@@ -11,83 +11,86 @@ from recontrast.models.backbone import Backbone
 
 
 class TeacherCache:
-    """Features of the frozen encoder by image, made when an image is first seen, within a budget.
+    """Cache of the frozen encoder's features, filled when an image is first used.
 
     Args:
-        encoder: frozen.
-        count: training images.
-        budget: bytes on the encoder's device. Where it does not take all images, the first ones are kept.
-        autocast: features are made under autocast to bfloat16, as those of the trained encoder then are.
+        encoder: Frozen encoder.
+        count: Number of training images.
+        budget: Memory on the encoder's device, bytes. If it is too small for all images, the first ones are cached.
+        autocast: Whether to compute the features under autocast to bfloat16, like those of the trained encoder.
 
     Attributes:
-        capacity: images that the budget takes; known after the first call.
-        bytes: that are in use for them.
+        capacity: Number of images that fit into the budget; known after the first call.
+        bytes: Memory of the cache, bytes.
     """
 
     def __init__(self, encoder: Backbone, count: int, budget: int, *, autocast: bool = False) -> None:
         self.encoder, self.budget, self.autocast = encoder, budget, autocast
-        self.have = np.zeros(count, bool)  # on the host: nothing waits for the device
+        self.is_cached = np.zeros(count, bool)  # on the host, so that a lookup does not wait for the device
         self.capacity = self.bytes = 0
-        self.levels: list[Tensor] = []  # each (room, C, h, w), or (room, h, w, C) where images are channels_last
+        # Features of each level, (capacity, C, h, w), or (capacity, h, w, C) for channels_last images.
+        self.levels: list[Tensor] = []
 
     def __call__(self, index: NDArray[np.int64], images: Tensor) -> list[Tensor]:
-        """Features of a batch.
+        """Return the features of a batch, from the cache where possible.
 
         Args:
-            index: which training images these are, (N,).
-            images: (N, 3, H, W), normalised, in the layout that is used throughout.
+            index: Indices of the training images, (N,).
+            images: These images, normalised, (N, 3, H, W), in the same memory format in every call.
 
         Returns:
-            For each level (N, C, h, w), as the encoder gives them.
+            For each level (N, C, h, w), in the encoder's output dtype.
         """
-        if len(index) == 0:  # of a process that has no share of the batch
+        if len(index) == 0:  # a process without a share of the batch
             return self.encoder(images)
-        last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-        missing = np.flatnonzero(~self.have[index])
-        fresh: Sequence[Tensor] = []
+        channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+        missing = np.flatnonzero(~self.is_cached[index])
+        new_features: Sequence[Tensor] = []
         if len(missing):
-            some = images if len(missing) == len(index) else _rows(images, missing, last)
+            new_images = images if len(missing) == len(index) else _select_images(images, missing, channels_last)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-                fresh = self.encoder(some)
-            self._keep(index[missing], fresh, last)
+                new_features = self.encoder(new_images)
+            self._store(index[missing], new_features, channels_last)
         if len(missing) == len(index):
-            return list(fresh)
-        known = np.flatnonzero(np.isin(np.arange(len(index)), missing, invert=True))
-        where = _on(index[known], images.device)
-        found = []
+            return list(new_features)
+        cached = np.flatnonzero(np.isin(np.arange(len(index)), missing, invert=True))
+        cache_rows = _to_device(index[cached], images.device)
+        batch_features = []
         for number, level in enumerate(self.levels):
-            part = level.index_select(0, where)
+            features = level.index_select(0, cache_rows)
             if len(missing):
-                both = torch.empty((len(index), *part.shape[1:]), dtype=part.dtype, device=part.device)
-                both.index_copy_(0, _on(known, images.device), part)
-                part = both.index_copy_(0, _on(missing, images.device), _stored(fresh[number], last))
-            found.append(part.permute(0, 3, 1, 2) if last else part)
-        return found
+                merged = torch.empty((len(index), *features.shape[1:]), dtype=features.dtype, device=features.device)
+                merged.index_copy_(0, _to_device(cached, images.device), features)
+                new_level = _to_storage_layout(new_features[number], channels_last)
+                features = merged.index_copy_(0, _to_device(missing, images.device), new_level)
+            batch_features.append(features.permute(0, 3, 1, 2) if channels_last else features)
+        return batch_features
 
-    def _keep(self, index: NDArray[np.int64], fresh: Sequence[Tensor], last: bool) -> None:
-        """Store the features of the images at ``index``, as far as there is room."""
+    def _store(self, index: NDArray[np.int64], features: Sequence[Tensor], channels_last: bool) -> None:
+        """Store the features of the images at ``index`` that fit into the budget."""
+        stored = [_to_storage_layout(level, channels_last) for level in features]
         if not self.levels:
-            each = sum(level[0].nbytes for level in fresh)
-            self.capacity = min(len(self.have), self.budget // each)
-            self.bytes = self.capacity * each
-            like = [_stored(level, last) for level in fresh]
-            self.levels = [torch.empty((self.capacity, *f.shape[1:]), dtype=f.dtype, device=f.device) for f in like]
-        kept = np.flatnonzero(index < self.capacity)
-        if len(kept):
-            rows, chosen = (_on(part, fresh[0].device) for part in (index[kept], kept))
-            for level, features in zip(self.levels, fresh, strict=True):
-                level.index_copy_(0, rows, _stored(features, last).index_select(0, chosen))
-            self.have[index[kept]] = True
+            bytes_per_image = sum(level[0].nbytes for level in features)
+            self.capacity = min(len(self.is_cached), self.budget // bytes_per_image)
+            self.bytes = self.capacity * bytes_per_image
+            self.levels = [torch.empty((self.capacity, *f.shape[1:]), dtype=f.dtype, device=f.device) for f in stored]
+        fitting = np.flatnonzero(index < self.capacity)
+        if len(fitting):
+            cache_rows, batch_rows = (_to_device(rows, stored[0].device) for rows in (index[fitting], fitting))
+            for level, new_level in zip(self.levels, stored, strict=True):
+                level.index_copy_(0, cache_rows, new_level.index_select(0, batch_rows))
+            self.is_cached[index[fitting]] = True
 
 
-def _stored(features: Tensor, last: bool) -> Tensor:
-    return features.permute(0, 2, 3, 1) if last else features
+def _to_storage_layout(features: Tensor, channels_last: bool) -> Tensor:
+    """Return features (N, C, h, w) as (N, h, w, C) if they are channels_last, so that each image is contiguous."""
+    return features.permute(0, 2, 3, 1) if channels_last else features
 
 
-def _rows(images: Tensor, rows: NDArray[np.int64], last: bool) -> Tensor:
-    some = images.index_select(0, _on(rows, images.device))
-    return some.contiguous(memory_format=torch.channels_last) if last else some
+def _select_images(images: Tensor, rows: NDArray[np.int64], channels_last: bool) -> Tensor:
+    selected = images.index_select(0, _to_device(rows, images.device))
+    return selected.contiguous(memory_format=torch.channels_last) if channels_last else selected
 
 
-def _on(rows: NDArray[np.int64], device: torch.device) -> Tensor:
+def _to_device(rows: NDArray[np.int64], device: torch.device) -> Tensor:
     return torch.from_numpy(rows).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Scalars and images for TensorBoard, beside the log of JSON lines; the package is an optional extra."""
+"""Scalars and images of a training run for TensorBoard, an optional dependency."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -13,18 +13,18 @@ from recontrast.inference.infer import infer
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 
-FOLDER = "tensorboard"  # below that of the run
+FOLDER = "tensorboard"  # in the folder of the run
 
 
 class TensorBoardLogger:
-    """Event files in a folder.
+    """Writer of TensorBoard event files.
 
     Args:
-        folder: made if need be.
-        keep: step from which a run is resumed: what a former process wrote after it is not shown.
+        folder: Folder of the event files; it is created if necessary.
+        keep: Step from which the run resumes; TensorBoard hides earlier events of later steps.
 
     Raises:
-        ImportError: the package tensorboard is not installed; the sentence says how to get it.
+        ImportError: If the package tensorboard is not installed.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 0) -> None:
@@ -37,44 +37,54 @@ class TensorBoardLogger:
         self.writer = SummaryWriter(str(folder), purge_step=keep + 1 if keep else None)
 
     def log(self, step: int, loss: float, rate: float, alpha: float) -> None:
-        """One line of the log, as `train` hands it to ``on_log``."""
+        """Write the scalars of a log line.
+
+        The arguments are those that `train` passes to ``on_log``.
+
+        Args:
+            step: Number of completed steps.
+            loss: Mean loss since the last log line.
+            rate: Images per second.
+            alpha: Threshold of hard points, in standard deviations.
+        """
         for name, value in (("loss", loss), ("images per second", rate), ("alpha", alpha)):
             self.writer.add_scalar(f"train/{name}", value, step)
 
     def images(self, step: int, model: ReContrast, samples: Sequence[Sample], recipe: Recipe, count: int = 8) -> None:
-        """Images beside their anomaly maps in grey, white being the largest value of all shown.
+        """Write images next to their anomaly maps, in grey; white is the largest value of all these maps.
 
         Args:
-            step: of the model.
-            model: in any mode, which it keeps.
-            samples: test images of each category in turn are shown, or training images where there are none.
-            recipe: for size, crop and map.
-            count: how many images.
+            step: Number of completed steps of the model.
+            model: Model in any mode; the mode is kept.
+            samples: Samples from which test images of each category and defect in turn are selected, or training
+                images if there are no test images.
+            recipe: Recipe that sets the size, the crop and the map.
+            count: Maximum number of images.
         """
-        chosen = _alternating([s for s in samples if s.split == "test"] or list(samples))[:count]
-        images = np.stack([_shown(sample, recipe) for sample in chosen])
+        selected = _alternate_kinds([s for s in samples if s.split == "test"] or list(samples))[:count]
+        images = np.stack([_read_input(sample, recipe) for sample in selected])
         maps = np.concatenate([part.cpu().numpy() for part, _ in infer(model, images, recipe, batch=count)])
-        grey = (255 * maps.clip(0) / max(float(maps.max()), 1e-12)).astype(np.uint8)
-        for sample, pixels, shown in zip(chosen, images, grey, strict=True):
-            both = np.concatenate([pixels, np.repeat(shown[..., None], 3, axis=2)], axis=1)
+        grey_maps = (255 * maps.clip(0) / max(float(maps.max()), 1e-12)).astype(np.uint8)
+        for sample, pixels, grey in zip(selected, images, grey_maps, strict=True):
+            pair = np.concatenate([pixels, np.repeat(grey[..., None], 3, axis=2)], axis=1)
             name = f"{sample.category}/{sample.split}/{sample.defect}/{sample.path.stem}"
-            self.writer.add_image(name, both, step, dataformats="HWC")
+            self.writer.add_image(name, pair, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Write buffered events and close the files."""
         self.writer.close()
 
 
-def _shown(sample: Sample, recipe: Recipe) -> np.ndarray:
-    """What the network sees of an image, (H, W, 3) uint8: all of it, or the tile in the middle."""
+def _read_input(sample: Sample, recipe: Recipe) -> np.ndarray:
+    """Return the network's input for an image, (H, W, 3) uint8: the resized image, or its middle tile."""
     if recipe.tile is None:
         return read_image(sample.path, size=recipe.size, crop=recipe.crop)
     tiles = Tiles(read_image(sample.path), recipe.tile, recipe.tile)
     return tiles[[len(tiles) // 2]][0]
 
 
-def _alternating(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample of each kind of defect of each category, then the second of each, and so on."""
+def _alternate_kinds(samples: Sequence[Sample]) -> list[Sample]:
+    """Order samples as the first one of each defect type of each category, then the second ones, and so on."""
     kinds: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
         kinds.setdefault((sample.category, sample.defect), []).append(sample)

@@ -4,7 +4,7 @@ There is no augmentation: each image is decoded once and enters every epoch as t
 device and is read only for log lines and checkpoints, so that the host never waits for the device between them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.device import convolution_precision, move_model
-from recontrast.runtime.distributed import World
 from recontrast.training import interrupts
 from recontrast.training.cuda_graph import GraphedStep
 from recontrast.training.device_images import DeviceImages
@@ -40,10 +39,9 @@ from recontrast.training.json_log import JsonLog
 from recontrast.training.optimisers import build_optimisers, schedule_optimisers
 from recontrast.training.progress import ProgressMeter
 from recontrast.training.sampler import BatchSampler
+from recontrast.training.settings import OnLog, RunSettings, check_options
 from recontrast.training.state import TrainingState, check_resume, read_losses, restore, snapshot
 from recontrast.training.teacher_cache import TeacherCache
-
-OnLog = Callable[[int, float, float, float], None]  # step, loss, images per second, alpha
 
 
 @dataclass(frozen=True)
@@ -72,41 +70,6 @@ class TrainResult:
     def calibration(self) -> Calibration | None:
         """Calibration on the held-out images, in the first process; None in others and without held-out images."""
         return InferenceOptions().valid_calibration(self.recipe, self.state.calibration)
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Resolved and checked arguments of one call of `train`.
-
-    Attributes:
-        recipe: Recipe of the run.
-        category: Name of the category, for the checkpoint and for `Recipe.encoder_bn_for`.
-        samples: Good images to train on; empty if ``images`` is given.
-        held_out: Good images held out for the calibration.
-        images: Decoded images to train on; None decodes ``samples``.
-        out: Output folder; None writes nothing.
-        resume: Path of the checkpoint to resume from, or None.
-        on_log: Callback for log lines, or None.
-        cache_dir: Folder for decoded images; None keeps them in memory.
-        model: Model to train in place; None builds one.
-        teacher_cache: Size of the cache of frozen features on the device, bytes.
-        world: Rank of this process and number of processes.
-        device: Device of this process.
-    """
-
-    recipe: Recipe
-    category: str
-    samples: Sequence[Sample]
-    held_out: Sequence[Sample]
-    images: Images | None
-    out: Path | None
-    resume: str | Path | None
-    on_log: OnLog | None
-    cache_dir: str | Path | None
-    model: ReContrast | None
-    teacher_cache: int
-    world: World
-    device: torch.device
 
 
 def train(
@@ -189,7 +152,7 @@ def train(
 
 def _run(settings: RunSettings) -> TrainResult:
     """Train within joined processes; DistributedDataParallel is freed on return, before the processes part."""
-    _check_options(settings)
+    check_options(settings)
     trainer = _Trainer(settings)
     trainer.run_loop()
     return trainer.finish()
@@ -197,16 +160,6 @@ def _run(settings: RunSettings) -> TrainResult:
 
 def _select_good(samples: Sequence[Sample]) -> list[Sample]:
     return [sample for sample in samples if sample.split == "train" and sample.label == 0]
-
-
-def _check_options(settings: RunSettings) -> None:
-    """Raise ValueError if two options exclude each other."""
-    recipe, processes, cache = settings.recipe, settings.world.size, settings.teacher_cache
-    for name, is_set in (("compile", recipe.compile), ("graph", recipe.graph)):
-        if is_set and processes > 1:
-            raise ValueError(f"train: {name}: wanted false for the {processes} processes of torchrun, got true")
-    if recipe.graph and cache and settings.device.type == "cuda":
-        raise ValueError(f"train: teacher_cache: wanted 0 where steps are replayed as a graph, got {cache}")
 
 
 class _Trainer:

@@ -73,7 +73,7 @@ def test_calibrations_of_before_and_wrong_ones():
     assert values.pop("looks") == [] and Calibration.from_dict(values) == known
     seen = replace(known, appearance=((0.1, 0.2, 0.3, 0.4),) * 3)
     assert Calibration.from_dict(json.loads(json.dumps(seen.to_dict()))) == seen
-    with pytest.raises(ValueError, match="looks: wanted 4 of each of 3 images"):
+    with pytest.raises(ValueError, match="looks: wanted 4 numbers for each of 3 images"):
         replace(known, appearance=((0.1, 0.2, 0.3, 0.4),) * 2)
     del values["source"]
     with pytest.raises(ValueError, match="wanted the fields"):
