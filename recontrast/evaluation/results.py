@@ -152,6 +152,13 @@ class Result:
                 largest[name] = max(bound, largest.get(name, 0.0))
         return list(largest.items())
 
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_markdown_(self) -> str:
+        """Return the table that notebooks display."""
+        return self.to_markdown()
+
     def to_markdown(self) -> str:
         """Return a Markdown table in percent, with "-" for undefined metrics, followed by settings and notes."""
         names = [name for name in METRICS if any(getattr(row, name) is not None for row in self.rows)] or ["i_auroc"]

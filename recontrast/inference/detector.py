@@ -148,6 +148,12 @@ class CheckpointDetector(Detector):
         del model
         trim_memory()
 
+    def __repr__(self) -> str:
+        calibration = self.calibration
+        decides = "no calibration" if calibration is None else f"false-alarm rate {calibration.rate:g}"
+        seen = " x ".join(map(str, self.recipe.out)) + (" px tiles" if self.recipe.tile else " px")
+        return f"CheckpointDetector({str(self.path)!r}: {self.category}, {self.recipe.backbone}, {seen}, {decides})"
+
     def _describe_other_tiles(self, recipe: Recipe) -> str | None:
         """Say why a calibration for the tiles of ``recipe`` is invalid for this detector; None if it is valid."""
         tile, overlap = recipe.out[0], tiling.resolve_overlap(recipe.out[0])

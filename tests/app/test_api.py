@@ -74,6 +74,7 @@ def test_evaluate_measures_what_the_command_measures(data, run, tmp_path):
     works("evaluate", run, data, "--device", "cpu", "--out", tmp_path / "command")
     assert (tmp_path / "python/scores.csv").read_text() == (tmp_path / "command/scores.csv").read_text()
     assert result.rows[0].category == "nut" and 0 <= result.rows[0].i_auroc <= 1
+    assert str(result) == result._repr_markdown_() == (tmp_path / "python/results.md").read_text()
     again = recontrast.evaluate(recontrast.load(run, "cpu"), recontrast.find_samples(data))
     assert again.rows[0].i_auroc == result.rows[0].i_auroc and again.rows[0].aupro == result.rows[0].aupro
 
@@ -84,6 +85,7 @@ def test_calibrate_stores_what_the_command_stores(calibrated, tmp_path):
     stored = checkpoints.load(tmp_path / "checkpoint.pt").calibration
     assert detector.calibration.scores == stored.scores and detector.calibration.threshold == stored.threshold
     assert recontrast.load(detector.path, "cpu").calibration == detector.calibration
+    assert repr(detector).endswith("checkpoint.pt': tile, resnet10t, 64 x 64 px, false-alarm rate 0.1)")
 
 
 def test_prediction_is_that_of_the_command(calibrated, tmp_path):
