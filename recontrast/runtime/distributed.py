@@ -7,12 +7,16 @@ images. If a batch has fewer images than there are processes, some processes hav
 collectives. Every collective runs with gloo (CPU) and NCCL (GPU). Only the first process writes files.
 """
 
+import atexit
+import gc
 import inspect
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -83,6 +87,7 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[W
         chosen = torch.device("cuda", local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    _settle_at_exit()
     if dist.is_initialized():  # by the program around us
         yield current_world(), chosen
         return
@@ -90,6 +95,7 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[W
     try:
         yield current_world(), chosen
     finally:
+        _release_process_groups()
         dist.destroy_process_group()
 
 
@@ -104,6 +110,7 @@ def wrap_model(model: nn.Module, place: World, device: torch.device) -> nn.Modul
     """``model`` as DistributedDataParallel, its BatchNorm synchronised; itself where there is one process."""
     if place.size == 1:
         return model
+    _settle_at_exit()
     convert_sync_batchnorm(model)
     devices = [device] if device.type == "cuda" else None
     # Statistics are equal everywhere by construction: nothing to broadcast. Newer torch has another name for it.
@@ -112,7 +119,45 @@ def wrap_model(model: nn.Module, place: World, device: torch.device) -> nn.Modul
     return DistributedDataParallel(model, device_ids=devices, **options)
 
 
-# ---- BatchNorm over all processes ----------------------------------------------------------------------------------
+# ---- end of a process group ----------------------------------------------------------------------------------------
+#
+# A gloo worker thread releases the tensor of a collective shortly after the collective has returned, and needs the GIL
+# to do so. If the interpreter shuts down at that moment, the process aborts with "terminate called without an active
+# exception". The destructor of the process group joins these threads, but it does not run while a
+# DistributedDataParallel refers to the group.
+
+
+class _DestroyedGroup:
+    """Placeholder for a destroyed process group; reading any attribute raises RuntimeError."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("DistributedDataParallel: wanted a process group, got one that is already destroyed")
+
+
+def _release_process_groups() -> None:
+    """Remove the references to process groups from every DistributedDataParallel in this process.
+
+    The wrappers stay usable for inference under `torch.no_grad`, and for their state dict.
+    """
+    destroyed = _DestroyedGroup()
+    for wrapper in gc.get_objects():
+        if DistributedDataParallel in type(wrapper).__mro__:  # isinstance would execute the code of proxy objects
+            wrapper._comm_hooks = []
+            # The reducer also refers to the group, and would join its threads while holding the GIL, a deadlock. The
+            # Python object of the group releases the GIL first, so it must hold the last reference.
+            wrapper.logger = wrapper.reducer = destroyed
+            wrapper.process_group = destroyed
+
+
+@cache
+def _settle_at_exit() -> None:
+    """Let the threads of all process groups finish before the interpreter shuts down, whoever created the groups."""
+
+    def settle() -> None:
+        _release_process_groups()
+        time.sleep(0.1)  # releases the GIL for the threads of groups that other objects refer to
+
+    atexit.register(settle)
 
 
 # ---- agreement and collectives ------------------------------------------------------------------------------------
