@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, count
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -81,9 +82,9 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[W
         return
     chosen = resolve_device(device)
     if chosen.type == "cuda" and chosen.index is None:
-        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= count:
-            raise ValueError(f"torchrun: wanted at most one process for each of {count} GPUs, got process {local + 1}")
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"torchrun: wanted at most one process for each of {gpus} GPUs, got process {local + 1}")
         chosen = torch.device("cuda", local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -91,7 +92,7 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[W
     if dist.is_initialized():  # by the program around us
         yield current_world(), chosen
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield current_world(), chosen
     finally:
@@ -119,12 +120,31 @@ def wrap_model(model: nn.Module, place: World, device: torch.device) -> nn.Modul
     return DistributedDataParallel(model, device_ids=devices, **options)
 
 
-# ---- end of a process group ----------------------------------------------------------------------------------------
+# ---- start and end of a process group --------------------------------------------------------------------------------
 #
 # A gloo worker thread releases the tensor of a collective shortly after the collective has returned, and needs the GIL
 # to do so. If the interpreter shuts down at that moment, the process aborts with "terminate called without an active
 # exception". The destructor of the process group joins these threads, but it does not run while a
 # DistributedDataParallel refers to the group.
+
+
+@cache
+def _connect_store(*environment: str | None) -> tuple[dist.Store, int, int, Iterator[int]]:
+    """Connect to the key-value store of the processes; return it with rank, world size and a counter of groups.
+
+    Connected once for each environment, because rank 0 may serve the store, which must not close between two groups.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    return store, rank, size, count()
+
+
+def _init_process_group(backend: str) -> None:
+    """Initialise the default process group from the environment, also after an earlier one was destroyed."""
+    variables = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    store, rank, size, groups = _connect_store(*map(os.environ.get, variables))
+    # Under a prefix of its own, because the store still has the addresses of earlier groups.
+    store = dist.PrefixStore(f"group{next(groups)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 class _DestroyedGroup:
@@ -140,13 +160,14 @@ def _release_process_groups() -> None:
     The wrappers stay usable for inference under `torch.no_grad`, and for their state dict.
     """
     destroyed = _DestroyedGroup()
-    for wrapper in gc.get_objects():
-        if DistributedDataParallel in type(wrapper).__mro__:  # isinstance would execute the code of proxy objects
-            wrapper._comm_hooks = []
+    for instance in gc.get_objects():
+        kind = type(instance)  # isinstance would execute the code of proxy objects
+        # functools.wraps, which torch.compile applies to wrappers, copies their attributes to functions.
+        copied = kind is FunctionType and isinstance(getattr(instance, "reducer", None), dist.Reducer)
+        if copied or DistributedDataParallel in kind.__mro__:
             # The reducer also refers to the group, and would join its threads while holding the GIL, a deadlock. The
             # Python object of the group releases the GIL first, so it must hold the last reference.
-            wrapper.logger = wrapper.reducer = destroyed
-            wrapper.process_group = destroyed
+            vars(instance).update(_comm_hooks=[], logger=destroyed, reducer=destroyed, process_group=destroyed)
 
 
 @cache

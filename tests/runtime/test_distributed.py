@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import process_endings
 import pytest
 import torch
 import torchrun_worker
@@ -16,6 +17,7 @@ from recontrast.runtime.distributed import World
 
 WORKER = Path(torchrun_worker.__file__)
 PROCESSES = 3
+REPETITIONS = int(os.environ.get("RECONTRAST_TEST_REPETITIONS", "2"))  # of each way to end a process
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +110,20 @@ def test_example_prints_the_same_with_two_processes():
         found.append([float(line.split()[-1]) for line in done.stdout.splitlines()])
     assert len(found[0]) == 6 and found[0][-1] < found[0][0]
     np.testing.assert_allclose(found[1], found[0], rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def exit_codes():
+    """Exit codes of the processes that end in each way, by case."""
+    command = [sys.executable, process_endings.__file__, str(REPETITIONS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300 * REPETITIONS)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), result.stderr
+
+
+@pytest.mark.parametrize("case", process_endings.CASES)
+def test_processes_end_without_abort(case, exit_codes):
+    """A wrapped model or a process group may outlive the block that joined the processes."""
+    codes, errors = exit_codes
+    assert codes[case] == [process_endings.CASES[case]] * (2 * REPETITIONS), errors
