@@ -109,6 +109,37 @@ def test_docstrings_are_no_lines_of_code():
     assert (lines_of(text, True), lines_of(text, False)) == (4, 7)
 
 
+def functions_of(text):
+    """Name, line and number of lines of each function; docstrings do not count."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first, lines = node.body[0], node.end_lineno - node.lineno + 1
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                lines -= first.end_lineno - first.lineno + 1
+            yield node.name, node.lineno, lines
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_fit_on_a_screen(path):
+    """A longer one gives its reason in a comment on the line of its ``def``."""
+    text = path.read_text()
+    for name, line, lines in functions_of(text):
+        assert lines <= 60 or "#" in text.splitlines()[line - 1], f"{path.name}: {name} has {lines} lines"
+
+
+def test_functions_are_counted_without_docstrings():
+    assert list(functions_of('def f():\n    """A\n    docstring."""\n    return 1\n')) == [("f", 1, 2)]
+
+
+def test_no_assert_outside_tests():
+    """Python drops them with -O; an error has a sentence."""
+    scripts = [path for folder in ("benchmarks", "docs", "examples") for path in ROOT.glob(f"{folder}/*.py")]
+    scripts = [path for path in scripts if not path.name.startswith("bench_")]  # pytest runs those
+    for path in [*FILES, *scripts, ROOT / "setup.py"]:
+        found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        assert not found, f"{path.relative_to(ROOT)}: assert in lines {found}"
+
+
 def test_import_is_light():
     """`import recontrast` alone brings no timm, typer, rich or scikit-learn."""
     import subprocess
