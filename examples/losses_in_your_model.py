@@ -1,11 +1,12 @@
-"""The losses alone inside models of another kind: python examples/losses_in_your_model.py
+"""Use the losses in a model of your own: python examples/losses_in_your_model.py
 
-Two students rebuild the features of a frozen teacher: a small vision transformer with Dinomaly's rule (the hardest
-tenth of the points keeps its gradient, the rest a tenth of it) and with INP-Former's (weights grow with the cube of a
-point's distance). None of it needs recontrast's model: teacher and student are lists of (N, C, h, w).
+A student reconstructs the features of a frozen vision transformer, once with the rule of Dinomaly (the hardest tenth of
+the points keeps its gradient, the other points keep a tenth of it) and once with that of INP-Former (the weight is the
+cube of the relative distance). The losses do not need recontrast's model: teacher and student are lists of features
+(N, C, h, w).
 
-The teacher has RANDOM weights, so that this runs without a download: the numbers show that the losses train, not how
-good these methods are. For those, pass --weights pretrained (timm's hub) and train for thousands of steps.
+The teacher has RANDOM weights, so that the example runs without a download. The numbers show that training works, not
+how good the methods are. To judge them, use --weights pretrained (timm's hub) and train for thousands of steps.
 """
 
 import argparse
@@ -23,18 +24,18 @@ from recontrast.data.images import normalise, read_image
 from recontrast.data.synthetic import make_demo
 
 options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-options.add_argument("--data", type=Path, default=Path("demo-data"), help="made if it is not there")
+options.add_argument("--data", type=Path, default=Path("demo-data"), help="created if it does not exist")
 options.add_argument("--category", default="brick")
 options.add_argument("--steps", type=int, default=100)
 options.add_argument("--size", type=int, default=128, help="pixels")
-options.add_argument("--encoder", default="vit_tiny_patch16_224", help="timm's name of a vision transformer")
+options.add_argument("--encoder", default="vit_tiny_patch16_224", help="name of a vision transformer in timm")
 options.add_argument("--weights", choices=("random", "pretrained"), default="random")
 args = options.parse_args()
-LAYERS = (5, 8, 11)  # of the encoder, counted from 0
+LAYERS = (5, 8, 11)  # encoder layers to reconstruct, counted from 0
 
 
 class Student(nn.Module):
-    """A noisy bottleneck and a few transformer blocks, one output for each of the encoder's layers."""
+    """Bottleneck with dropout and a transformer block for each reconstructed layer of the encoder."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Student(nn.Module):
         for block in self.blocks:
             x = block(x)
             outputs.append(x.mT.reshape(n, c, h, w))
-        return outputs[::-1]  # the first block rebuilds the deepest layer
+        return outputs[::-1]  # the first block reconstructs the deepest layer
 
 
 samples = load(make_demo(args.data), [args.category])[args.category]
@@ -69,9 +70,9 @@ side = args.size // 16
 amap = AnomalyMap([side] * len(LAYERS), args.size, reduce="mean")
 
 
-def teacher(some) -> list[torch.Tensor]:
+def teacher(batch) -> list[torch.Tensor]:
     with torch.no_grad():
-        images = normalise(np.stack([pixels[s.path] for s in some]), mean, std)
+        images = normalise(np.stack([pixels[s.path] for s in batch]), mean, std)
         return encoder.forward_intermediates(images, indices=list(LAYERS), intermediates_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Your own training loop around the model, the loss and the map: python examples/own_loop.py"""
+"""Train with your own loop around model, loss and anomaly map: python examples/own_loop.py"""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from recontrast.data.images import normalise, read_image
 from recontrast.data.synthetic import make_demo
 
 options = argparse.ArgumentParser(description=__doc__)
-options.add_argument("--data", type=Path, default=Path("demo-data"), help="made if it is not there")
+options.add_argument("--data", type=Path, default=Path("demo-data"), help="created if it does not exist")
 options.add_argument("--steps", type=int, default=60)
 options.add_argument("--size", type=int, default=128, help="pixels")
 args = options.parse_args()
@@ -26,14 +26,14 @@ optimiser = torch.optim.AdamW([{"params": weights, "lr": rate} for rate, weights
 amap = AnomalyMap(model.map_sizes(args.size), args.size)
 
 
-def pairs(some):  # 2 x 3 pairs (teacher, student) of (N, C, h, w)
-    return model(normalise(np.stack([pixels[s.path] for s in some]), model.mean, model.std))
+def pairs(batch):  # 2 x 3 (teacher, student) pairs of features (N, C, h, w)
+    return model(normalise(np.stack([pixels[s.path] for s in batch]), model.mean, model.std))
 
 
 for step in range(args.steps):
     teachers, students = zip(*pairs([train[i] for i in torch.randperm(len(train))[:8]]), strict=True)
-    rule = deviation(alpha_at(step, args.steps, ramp=1.0))  # more and more points count as easy
-    loss = hard_mined_cosine(teachers, students, rule) / 2  # summed over the levels, the mean of both directions
+    rule = deviation(alpha_at(step, args.steps, ramp=1.0))  # the number of easy points increases
+    loss = hard_mined_cosine(teachers, students, rule) / 2  # sum over the levels, mean over the two groups of pairs
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()

@@ -1,9 +1,9 @@
-"""What the reference does, restated from its formulas: the oracle of parity tests and the rival of benchmarks.
+"""Upstream's computations, rewritten from its formulas: the oracle of parity tests and a baseline of the benchmarks.
 
-Sources, each function naming its own: utils.py and recontrast_mvtec.py of ReContrast
-(https://github.com/guojiajeremy/ReContrast), utils.py of Dinomaly and of INP-Former. The order of operations, dtypes
-and quirks are theirs, slow as they are; the words are ours. A model is any callable from images (N, 3, H, W) to a
-list of 2L (teacher, student) pairs, the first L of one group, the last L of the other.
+The sources are utils.py and recontrast_mvtec.py of ReContrast (https://github.com/guojiajeremy/ReContrast), and
+utils.py of Dinomaly and of INP-Former; each function names its own. The order of operations, the dtypes and the quirks
+are those of upstream, even where they are slow; the code is new. A model is any callable from images (N, 3, H, W) to a
+list of 2L (teacher, student) pairs, L of one group and then L of the other.
 """
 
 import collections
@@ -21,40 +21,41 @@ from sklearn.metrics import auc, roc_auc_score
 
 
 def point_distance(teacher, student):
-    """1 - cosine over channels, (N, 1, H, W), without a gradient."""
+    """Compute 1 - cosine over channels, (N, 1, H, W), without gradient."""
     with torch.no_grad():
         return 1 - torch.nn.CosineSimilarity()(teacher, student).unsqueeze(1)
 
 
 def global_distance(teacher, student):
-    """Mean over images of 1 - cosine of the whole flattened maps."""
+    """Compute the mean over images of 1 - cosine of the flattened maps."""
     return (1 - torch.nn.CosineSimilarity()(teacher.detach().flatten(1), student.flatten(1))).mean()
 
 
 def modify_grad(gradient, easy, factor):
     """Multiply the gradient in place at the easy points: `modify_grad`, utils.py.
 
-    The mask is expanded over the channels and used as a boolean index, which is what makes the reference slow.
+    The mask is expanded over the channels and used as a boolean index, which makes upstream slow.
     """
     gradient[easy.expand_as(gradient)] *= factor
     return gradient
 
 
 def modify_grad_v2(gradient, weight):
-    """Multiply the gradient in place by a weight per point: `modify_grad_v2`, utils.py of Dinomaly and INP-Former."""
+    """Multiply the gradient in place by one weight per point: `modify_grad_v2`, utils.py of Dinomaly and INP-Former."""
     gradient *= weight.expand_as(gradient)
     return gradient
 
 
 def global_cosine(a, b):
-    """Levels summed, targets detached: `global_cosine`, utils.py."""
+    """Sum the distances over levels, with detached targets: `global_cosine`, utils.py."""
     return sum(global_distance(teacher, student) for teacher, student in zip(a, b, strict=True))
 
 
 def global_cosine_hm(a, b, alpha=1.0, factor=0.0):
-    """Levels summed; gradient at points below mean + alpha * std (unbiased) times factor: `global_cosine_hm`, utils.py.
+    """Sum over levels; the gradient below mean + alpha * std (unbiased) is multiplied by factor: utils.py.
 
-    a: targets, b: what the decoder made of them; lists of (N, C, H, W).
+    It is upstream's `global_cosine_hm`. ``a`` are the targets and ``b`` the outputs of the decoder, lists of
+    (N, C, H, W).
     """
     loss = 0
     for teacher, student in zip(a, b, strict=True):
@@ -67,7 +68,7 @@ def global_cosine_hm(a, b, alpha=1.0, factor=0.0):
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Identity, whose gradient is multiplied by a weight per point."""
+    """Identity whose gradient is multiplied by one weight per point."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -81,7 +82,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def global_cosine_hm_repaired(a, b, alpha=1.0, factor=0.0):
-    """The numbers of `global_cosine_hm`, its mask a broadcast product: no indexing, no hook, compiles as one graph."""
+    """Compute `global_cosine_hm` with a product instead of indexing and hooks, so that it compiles to one graph."""
     loss = 0.0
     for teacher, student in zip(a, b, strict=True):
         distance = point_distance(teacher, student)
@@ -91,7 +92,7 @@ def global_cosine_hm_repaired(a, b, alpha=1.0, factor=0.0):
 
 
 def global_cosine_hm_percent(a, b, p=0.9, factor=0.0):
-    """Levels averaged; all but the 1 - p hardest points times factor: `global_cosine_hm_percent`, Dinomaly's utils."""
+    """Average over levels; all but the hardest 1 - p are weighted by factor: Dinomaly's `global_cosine_hm_percent`."""
     loss = 0
     for teacher, student in zip(a, b, strict=True):
         teacher = teacher.detach()
@@ -103,7 +104,7 @@ def global_cosine_hm_percent(a, b, p=0.9, factor=0.0):
 
 
 def global_cosine_hm_adaptive(a, b, y=3):
-    """Levels averaged; gradient times (d / mean d) ** y: `global_cosine_hm_adaptive`, INP-Former's utils.py."""
+    """Average over levels; the gradient is weighted by (d / mean d) ** y: INP-Former's `global_cosine_hm_adaptive`."""
     loss = 0
     for teacher, student in zip(a, b, strict=True):
         teacher = teacher.detach()
@@ -116,52 +117,53 @@ def global_cosine_hm_adaptive(a, b, y=3):
 # ---- anomaly maps ----------------------------------------------------------------------------------------------------
 
 
-def upsampled(teacher, student, out):
-    """One pair's map (N, 1, H, W): 1 - cosine, bilinear with align_corners."""
+def upsample(teacher, student, out):
+    """Compute the map of a pair, (N, 1, H, W): 1 - cosine, upsampled bilinearly with align_corners."""
     distance = (1 - F.cosine_similarity(teacher, student)).unsqueeze(1)
     return F.interpolate(distance, size=out, mode="bilinear", align_corners=True)
 
 
-def square(out):
+def to_size(out):
     return out if isinstance(out, tuple) else (out, out)
 
 
 def anomaly_map_sum(pairs, out):
-    """Sum of the pairs' maps, then SciPy's Gaussian, sigma 4: `cal_anomaly_map` and `evaluation`, utils.py.
+    """Add up the maps of all pairs and blur with SciPy, sigma 4: `cal_anomaly_map` and `evaluation`, utils.py.
 
-    The sum starts from NumPy zeros and is therefore float64, image by image as at the reference's batch size of 1.
+    The sum starts from NumPy zeros and is therefore float64. Images are processed one by one, as upstream's batch size
+    is 1.
 
     Returns:
         (N, H, W) float64 array.
     """
     maps = []
     for n in range(len(pairs[0][0])):
-        total = np.zeros(square(out))
+        total = np.zeros(to_size(out))
         for teacher, student in pairs:
-            total += upsampled(teacher[n : n + 1], student[n : n + 1], square(out))[0, 0].detach().cpu().numpy()
+            total += upsample(teacher[n : n + 1], student[n : n + 1], to_size(out))[0, 0].detach().cpu().numpy()
         maps.append(gaussian_filter(total, sigma=4))
     return np.stack(maps)
 
 
 def gaussian_kernel(size=5, sigma=4):
-    """(1, 1, size, size) Gaussian, summing to 1: `get_gaussian_kernel`, utils.py of the unified scripts."""
+    """Compute a Gaussian (1, 1, size, size) that sums to 1: `get_gaussian_kernel`, utils.py of the unified scripts."""
     x = torch.arange(size).float() - (size - 1) / 2
     kernel = torch.exp(-(x[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2)) / (2 * math.pi * sigma**2)
     return (kernel / kernel.sum()).view(1, 1, size, size)
 
 
 def anomaly_map_unified(pairs, out):
-    """Mean of the pairs' maps, then a 5x5 Gaussian, sigma 4, zeros outside: `cal_anomaly_maps`, `evaluation_batch`.
+    """Average the maps of all pairs and blur 5x5, sigma 4, zeros outside: `cal_anomaly_maps`, `evaluation_batch`.
 
     Returns:
         (N, H, W) tensor.
     """
-    mean = torch.cat([upsampled(teacher, student, square(out)) for teacher, student in pairs], 1).mean(1, keepdim=True)
+    mean = torch.cat([upsample(teacher, student, to_size(out)) for teacher, student in pairs], 1).mean(1, keepdim=True)
     return F.conv2d(mean, gaussian_kernel().to(mean), padding=2)[:, 0]
 
 
 def image_score(anomaly_map, max_ratio=0):
-    """Maximum, or mean of the int(H * W * max_ratio) largest values: `evaluation`, utils.py."""
+    """Compute the maximum, or the mean of the int(H * W * max_ratio) largest values: `evaluation`, utils.py."""
     if max_ratio <= 0:
         return anomaly_map.max()
     return np.sort(anomaly_map.ravel())[-int(anomaly_map.size * max_ratio) :].mean()
@@ -171,15 +173,16 @@ def image_score(anomaly_map, max_ratio=0):
 
 
 def compute_pro(mask, amap, num_th=200):
-    """Per-image AUPRO: `compute_pro`, utils.py, on the one image that `evaluation` gives it.
+    """Compute the AUPRO of one image, as `evaluation` calls it: `compute_pro`, utils.py.
 
-    Thresholds np.arange(min, max, range / 200); at each, all regions are labelled anew and the mean of their overlaps
-    is taken; rows with a false positive rate below 0.3, the rate over its maximum, scikit-learn's auc.
+    The thresholds are np.arange(min, max, range / 200). At each threshold, all regions are labelled again and their
+    overlaps averaged. Rows with a false positive rate below 0.3 are used, with the rate divided by its maximum, and
+    the area is that of scikit-learn's auc.
 
     Args:
-        mask: (H, W) of integers 0 and 1.
-        amap: (H, W).
-        num_th: number of thresholds.
+        mask: Mask (H, W) of integers 0 and 1.
+        amap: Anomaly map (H, W).
+        num_th: Number of thresholds.
     """
     low, high = amap.min(), amap.max()
     rows = []
@@ -187,8 +190,8 @@ def compute_pro(mask, amap, num_th=200):
         binary = amap > threshold
         overlaps = []
         for region in measure.regionprops(measure.label(mask)):
-            found = binary[region.coords[:, 0], region.coords[:, 1]].sum()
-            overlaps.append(found / region.area)
+            detected = binary[region.coords[:, 0], region.coords[:, 1]].sum()
+            overlaps.append(detected / region.area)
         inverse = 1 - mask
         fpr = np.logical_and(inverse, binary).sum() / inverse.sum()
         rows.append((np.mean(overlaps), fpr))
@@ -198,20 +201,20 @@ def compute_pro(mask, amap, num_th=200):
 
 
 def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True, map_of=anomaly_map_sum):
-    """The reference's evaluation loop, batch size 1 and Python lists of pixels: `evaluation`, utils.py.
+    """Evaluate with batch size 1 and Python lists of pixels: `evaluation`, utils.py.
 
-    With `anomaly_map_unified` it is `evaluation_batch`, whose larger batches change no value.
+    With `anomaly_map_unified` it equals `evaluation_batch`, whose larger batches do not change the values.
 
-    The caller puts the model into eval mode. An image counts as anomalous for the image AUROC if its mask has a pixel.
-    The reference rounds what it returns to four decimals; this does not.
+    The caller sets eval mode. For the image AUROC, an image is anomalous if its mask has a positive pixel. Upstream
+    rounds the results to four decimals; this function does not.
 
     Args:
-        model: images (1, 3, H, W) -> list of (teacher, student).
-        images: (N, 3, H, W).
-        masks: (N, 1, H, W), anything above 0 is anomalous.
-        labels: (N,), says of which images the per-image AUPRO is taken.
-        max_ratio: 0 for the maximum as score, else the share of the largest values to average.
-        calc_pro: whether to compute AUPRO, by far the slowest part.
+        model: Callable from images (1, 3, H, W) to a list of (teacher, student).
+        images: Images (N, 3, H, W).
+        masks: Masks (N, 1, H, W). Values above 0 are anomalous.
+        labels: Labels (N,). The per-image AUPRO is computed for images with a label other than 0.
+        max_ratio: Share of the largest values to average for the image score. 0 uses the maximum.
+        calc_pro: Whether to compute AUPRO, which is by far the slowest part.
         map_of: `anomaly_map_sum` or `anomaly_map_unified`.
 
     Returns:
@@ -236,15 +239,15 @@ def evaluate(model, images, masks, labels, *, max_ratio=0, calc_pro=True, map_of
 
 
 def alpha_at(it, total_iters, warm_up=0.1):
-    """From -3 to 1 over the first tenth of all iterations, then 1: `train`, recontrast_mvtec.py.
+    """Ramp from -3 to 1 over the first tenth of all iterations, then 1: `train`, recontrast_mvtec.py.
 
-    The stable scripts take a fifth.
+    The stable scripts use the first fifth.
     """
     return min(-3 + (1 - -3) * it / (total_iters * warm_up), 1)
 
 
 def pairs_loss(pairs, alpha, factor=0.0, loss=global_cosine_hm):
-    """Both groups of pairs, halved: `train`, recontrast_mvtec.py."""
+    """Average the losses of both groups of pairs: `train`, recontrast_mvtec.py."""
     teachers, students = zip(*pairs, strict=True)
     half = len(pairs) // 2
     first = loss(teachers[:half], students[:half], alpha=alpha, factor=factor)
@@ -252,20 +255,20 @@ def pairs_loss(pairs, alpha, factor=0.0, loss=global_cosine_hm):
 
 
 def train(model, batches, steps, decoder_parameters, encoder_parameters, *, loss=global_cosine_hm):
-    """The reference's training loop, float32: `train`, recontrast_mvtec.py.
+    """Train in float32: `train`, recontrast_mvtec.py.
 
-    The caller puts the model into the training mode of its category (encoder BatchNorm).
+    The caller sets the training mode of the category (encoder BatchNorm).
 
     Args:
-        model: images (N, 3, H, W) -> list of (teacher, student).
-        batches: iterable of images (N, 3, H, W), at least ``steps`` of them; epochs and order are the caller's.
-        steps: number of steps, which also sets the alpha ramp.
-        decoder_parameters: of decoder and bottleneck, learning rate 2e-3.
-        encoder_parameters: of the trained encoder, learning rate 1e-5.
+        model: Callable from images (N, 3, H, W) to a list of (teacher, student).
+        batches: Iterable of at least ``steps`` batches of images (N, 3, H, W), in the order of training.
+        steps: Number of steps, which also sets the alpha ramp.
+        decoder_parameters: Parameters of decoder and bottleneck, with learning rate 2e-3.
+        encoder_parameters: Parameters of the trained encoder, with learning rate 1e-5.
         loss: `global_cosine_hm` or `global_cosine_hm_repaired`.
 
     Returns:
-        The loss of each step, read from the device at each step as the reference does.
+        Loss of each step, read from the device at each step, as upstream does.
     """
     settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-5}
     optimizer = torch.optim.AdamW(list(decoder_parameters), lr=2e-3, **settings)
@@ -285,11 +288,11 @@ def train(model, batches, steps, decoder_parameters, encoder_parameters, *, loss
 
 
 def train_stable(model, batches, steps, decoder_parameters, encoder_parameters, *, wipe_every=500, rest=100):
-    """The loop of `train`, recontrast_mvtec_stable.py; arguments and result as of `train`.
+    """Train as `train` of recontrast_mvtec_stable.py, with the arguments and the result of `train`.
 
-    Every ``wipe_every`` iterations the decoder's optimiser gets an empty state. The encoder moves only where a counter
-    has reached ``rest``: it starts there, is set to zero with the wipe, and is raised at the end of each iteration,
-    that of the wipe included. In recontrast_visa_stable.py it is never set to zero: ``rest=0``.
+    Every ``wipe_every`` iterations the state of the decoder's optimiser is emptied. The encoder is only updated while a
+    counter equals ``rest``. The counter starts at ``rest``, is set to zero when the state is emptied, and increases at
+    the end of each iteration, including that one. recontrast_visa_stable.py never sets it to zero (``rest=0``).
     """
     settings = {"betas": (0.9, 0.999), "eps": 1e-10, "weight_decay": 1e-5, "amsgrad": False}
     optimizer = torch.optim.AdamW(list(decoder_parameters), lr=2e-3, **settings)
@@ -313,9 +316,9 @@ def train_stable(model, batches, steps, decoder_parameters, encoder_parameters, 
 
 
 def train_unified(model, batches, steps, decoder_parameters, encoder_parameters):
-    """The loop of `train`, recontrast_mvtec_multiclass.py; arguments and result as of `train`.
+    """Train as `train` of recontrast_mvtec_multiclass.py, with the arguments and the result of `train`.
 
-    One optimiser with amsgrad, whose learning rates fall to a fifth at 80 % of the iterations.
+    A single optimiser uses amsgrad, and its learning rates are divided by five after 80 % of the iterations.
     """
     groups = [{"params": list(decoder_parameters)}, {"params": list(encoder_parameters), "lr": 1e-5}]
     settings = {"betas": (0.9, 0.999), "eps": 1e-10, "weight_decay": 1e-5, "amsgrad": True}

@@ -1,9 +1,9 @@
-"""Upstream's ReContrast (github.com/guojiajeremy/ReContrast) restated on its own, to compare ours with.
+"""Upstream's ReContrast (https://github.com/guojiajeremy/ReContrast), written independently for parity tests.
 
-Nothing here uses our classes: plain layers under torchvision's names, written from what these functions compute:
+It does not use the classes of `recontrast.models`, but plain layers with the names of torchvision. The sources are
 `models/resnet.py` (``ResNet``, ``BN_layer``), `models/de_resnet.py` (``ResNet``), `models/partialnormv2.py`
-(``PartialNorm2D``) and `models/recontrast.py` (``ReContrast``). As there, both heads run on the whole batch and half of
-each result is thrown away, and the bottleneck holds a conv4 and bn4 that nothing calls.
+(``PartialNorm2D``) and `models/recontrast.py` (``ReContrast``). As upstream, both heads run on the whole batch and half
+of each result is discarded, and the bottleneck has an unused conv4 and bn4.
 """
 
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ UNUSED = ("bottleneck.conv4", "bottleneck.bn4")
 
 
 class Block(nn.Module):
-    """Residual block; ``side`` names its shortcut ("downsample" or "upsample") and says which way stride 2 goes."""
+    """Residual block; ``side`` names the shortcut and the direction of stride 2: "downsample" or "upsample"."""
 
     def __init__(self, cin, planes, size, stride, side):
         super().__init__()
@@ -43,9 +43,10 @@ class Block(nn.Module):
             self.conv2, self.bn2 = spatial(planes, planes, 1), nn.BatchNorm2d(planes)
         self.side = None
         if stride == 2 or cin != cout:
-            one = nn.ConvTranspose2d(cin, cout, 2, 2, bias=False) if up else nn.Conv2d(cin, cout, 1, stride, bias=False)
+            kind, kernel = (nn.ConvTranspose2d, 2) if up else (nn.Conv2d, 1)
+            shortcut = kind(cin, cout, kernel, stride, bias=False)
             self.side = side
-            self.add_module(side, nn.Sequential(one, nn.BatchNorm2d(cout)))
+            self.add_module(side, nn.Sequential(shortcut, nn.BatchNorm2d(cout)))
 
     def forward(self, x):
         y = self.act(self.bn1(self.conv1(x)))
@@ -55,7 +56,7 @@ class Block(nn.Module):
         return self.act(y + (getattr(self, self.side)(x) if self.side else x))
 
 
-def layer(cin, planes, count, size, stride, side):
+def build_layer(cin, planes, count, size, stride, side):
     first = Block(cin, planes, size, stride, side)
     return nn.Sequential(first, *(Block(planes * size.expansion, planes, size, 1, side) for _ in range(count - 1)))
 
@@ -67,9 +68,9 @@ class Encoder(nn.Module):
         super().__init__()
         e = size.expansion
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64)
-        self.layer1 = layer(64, 64, size.blocks[0], size, 1, "downsample")
-        self.layer2 = layer(64 * e, 128, size.blocks[1], size, 2, "downsample")
-        self.layer3 = layer(128 * e, 256, size.blocks[2], size, 2, "downsample")
+        self.layer1 = build_layer(64, 64, size.blocks[0], size, 1, "downsample")
+        self.layer2 = build_layer(64 * e, 128, size.blocks[1], size, 2, "downsample")
+        self.layer3 = build_layer(128 * e, 256, size.blocks[2], size, 2, "downsample")
 
     def forward(self, x):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
@@ -88,12 +89,12 @@ class BNLayer(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(c[1], c[2], 3, 2, 1, bias=False), nn.BatchNorm2d(c[2])
         self.conv3, self.bn3 = nn.Conv2d(c[1], c[2], 3, 2, 1, bias=False), nn.BatchNorm2d(c[2])
         self.conv4, self.bn4 = nn.Conv2d(4 * c[2], 2 * c[2], 1, bias=False), nn.BatchNorm2d(2 * c[2])  # never called
-        self.bn_layer = layer(3 * c[2], 512, size.fuse, size, 2, "downsample")
+        self.bn_layer = build_layer(3 * c[2], 512, size.fuse, size, 2, "downsample")
 
     def forward(self, x):
-        one = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x[0]))))))
-        two = F.relu(self.bn3(self.conv3(x[1])))
-        return self.bn_layer(torch.cat([one, two, x[2]], 1))
+        first = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x[0]))))))
+        second = F.relu(self.bn3(self.conv3(x[1])))
+        return self.bn_layer(torch.cat([first, second, x[2]], 1))
 
 
 class Decoder(nn.Module):
@@ -102,9 +103,9 @@ class Decoder(nn.Module):
     def __init__(self, size):
         super().__init__()
         e = size.expansion
-        self.layer1 = layer(512 * e, 256, size.blocks[0], size, 2, "upsample")
-        self.layer2 = layer(256 * e, 128, size.blocks[1], size, 2, "upsample")
-        self.layer3 = layer(128 * e, 64, size.blocks[2], size, 2, "upsample")
+        self.layer1 = build_layer(512 * e, 256, size.blocks[0], size, 2, "upsample")
+        self.layer2 = build_layer(256 * e, 128, size.blocks[1], size, 2, "upsample")
+        self.layer3 = build_layer(128 * e, 64, size.blocks[2], size, 2, "upsample")
         self.out1 = nn.ModuleList(nn.Conv2d(64 * e, 64 * e, 1) for _ in range(2))
         self.out2 = nn.ModuleList(nn.Conv2d(128 * e, 128 * e, 1) for _ in range(2))
         self.out3 = nn.ModuleList(nn.Conv2d(256 * e, 256 * e, 1) for _ in range(2))
@@ -129,7 +130,7 @@ class UpstreamReContrast(nn.Module):
         en = self.encoder(x)
         with torch.no_grad():
             en_freeze = self.encoder_freeze(x)
-        de = self.decoder(self.bottleneck([torch.cat(both, 0) for both in zip(en, en_freeze, strict=True)]))
+        de = self.decoder(self.bottleneck([torch.cat(pair, 0) for pair in zip(en, en_freeze, strict=True)]))
         half = [d.chunk(2, 0)[0 if i < 3 else 1] for i, d in enumerate(de)]
         return en_freeze + en, half
 
@@ -143,7 +144,7 @@ class UpstreamReContrast(nn.Module):
 
 
 class PartialNorm2D(nn.Module):
-    """``PartialNorm2D`` of models/partialnormv2.py, from the BatchNorm whose pretrained state it would have loaded."""
+    """``PartialNorm2D`` of models/partialnormv2.py, created from a pretrained BatchNorm."""
 
     def __init__(self, bn, var_thresh, eps):
         super().__init__()
@@ -154,12 +155,12 @@ class PartialNorm2D(nn.Module):
 
     def forward(self, x):
         w, b = self.weight, self.bias
-        if self.min_var is None:  # lazily, as upstream
+        if self.min_var is None:  # in the first forward pass, as upstream
             self.min_var = torch.minimum(self.running_var.clone(), torch.full_like(self.running_var, self.var_thresh))
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, w, b, False, 0.1, self.eps)
         mean, var = torch.zeros_like(self.min_var), torch.zeros_like(self.min_var)
-        by_batch = F.batch_norm(x, mean, var, w, b, True, 1.0, self.eps)  # momentum 1 leaves the batch's statistics
+        by_batch = F.batch_norm(x, mean, var, w, b, True, 1.0, self.eps)  # momentum 1 stores the batch statistics
         centred = x - x.mean((0, 2, 3), keepdim=True)
         by_pretraining = F.batch_norm(centred, torch.zeros_like(mean), self.min_var, w, b, False, 0.1, self.eps)
         use = (var > self.min_var).float()
@@ -170,14 +171,14 @@ class PartialNorm2D(nn.Module):
 
 
 def replace_layers(decoder):
-    """`replace_layers(decoder, nn.ReLU, nn.GELU())` of recontrast_mvtec_multiclass.py: the exact GELU."""
+    """Use the exact GELU, as `replace_layers(decoder, nn.ReLU, nn.GELU())` in recontrast_mvtec_multiclass.py."""
     for block in decoder.modules():
         if isinstance(block, Block):
             block.act = F.gelu
 
 
 def replace_norms(module, var_thresh, eps):
-    """What ``norm_layer=partial(PartialNorm2D, var_thresh=...)`` builds; eps as recontrast_mvtec_stable.py sets it."""
+    """Use `PartialNorm2D`, as ``norm_layer=partial(PartialNorm2D, var_thresh=...)`` in recontrast_mvtec_stable.py."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, PartialNorm2D(child, var_thresh, eps))
@@ -185,8 +186,8 @@ def replace_norms(module, var_thresh, eps):
             replace_norms(child, var_thresh, eps)
 
 
-def _block(ours, theirs, state, out):
-    """Names of one residual block: ours is a row of layers (0, 1, 3, 4 [, 6, 7]) and a shortcut."""
+def _copy_block(ours, theirs, state, out):
+    """Copy a residual block, whose layers have the positions 0, 1, 3, 4 (6, 7) in `recontrast.models`."""
     for position, name in zip((0, 1, 3, 4, 6, 7), ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"), strict=True):
         _copy(f"{ours}.body.{position}", f"{theirs}.{name}", state, out)
     for position in (0, 1):
@@ -201,23 +202,23 @@ def _copy(ours, theirs, state, out):
 
 
 def upstream_from(model, name):
-    """The restated model with the weights of ours, every one of which must find its place."""
-    with torch.device("meta"):  # no initialisation: every tensor comes from ours
+    """Build upstream's model with the weights of ``model``, all of which must be used."""
+    with torch.device("meta"):  # every tensor is copied below
         upstream = UpstreamReContrast(name)
     state, out, size = model.state_dict(), upstream.state_dict(), SIZES[name]
     for ours, theirs in (("encoder.extractor.", "encoder."), ("frozen.extractor.", "encoder_freeze.")):
-        for key in [k for k in state if k.startswith(ours)]:  # timm's ResNet has torchvision's names
+        for key in [k for k in state if k.startswith(ours)]:  # timm's ResNet uses the names of torchvision
             value = state.pop(key)
-            if not key.endswith("min_var"):  # of PartialNorm2d: upstream finds it at the first forward
+            if not key.endswith("min_var"):  # upstream computes it in the first forward pass
                 out[theirs + key.removeprefix(ours)] = value.clone()
     chains = {"0.0": "conv1", "0.1": "bn1", "0.3": "conv2", "0.4": "bn2", "1.0": "conv3", "1.1": "bn3"}
     for position, layer_name in chains.items():
         _copy(f"bottleneck.down.{position}", f"bottleneck.{layer_name}", state, out)
     for i in range(size.fuse):
-        _block(f"bottleneck.fuse.{i}", f"bottleneck.bn_layer.{i}", state, out)
+        _copy_block(f"bottleneck.fuse.{i}", f"bottleneck.bn_layer.{i}", state, out)
     for stage, count in enumerate(size.blocks):
         for i in range(count):
-            _block(f"decoder.stages.{stage}.{i}", f"decoder.layer{stage + 1}.{i}", state, out)
+            _copy_block(f"decoder.stages.{stage}.{i}", f"decoder.layer{stage + 1}.{i}", state, out)
     for head in range(2):
         for level in range(3):
             _copy(f"decoder.heads.{head}.{level}", f"decoder.out{level + 1}.{head}", state, out)
