@@ -124,7 +124,7 @@ class Category:
         elif self.has_masks:
             self.maps = gather_shares(torch.from_numpy(self.maps).to(device), self.shares).cpu().numpy()
 
-    def scored_images(self) -> list[ScoredImage]:
+    def list_scored_images(self) -> list[ScoredImage]:
         """List all test images with their scores."""
         return [
             ScoredImage(str(sample.path), sample.category, sample.defect, sample.label, score)

@@ -100,7 +100,7 @@ def evaluate(
                 histograms = metrics.Streaming(max_map_value(model, recipe), device=model_device) if streaming else None
                 category = Category(name, tests, recipe, world, readers, histograms, memory)
                 _collect(category, shares[name], batches, clock, model_device, on_progress, on_maps)
-                scored += category.scored_images()
+                scored += category.list_scored_images()
                 if jobs:
                     jobs[-1].result()  # so that the maps of at most two categories are kept at once
                 if world.first:

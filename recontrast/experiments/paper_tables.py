@@ -101,8 +101,8 @@ _BACKBONES = {
 }
 
 TABLES: dict[str, Table] = {
-    "mvtec": Table("MVTec AD, one detector a category", "mvtec", (Entry("ours", numbers.MVTEC),), _MVTEC),
-    "visa": Table("VisA, one detector a category", "visa", (Entry("ours", numbers.VISA),), _VISA),
+    "mvtec": Table("MVTec AD, one detector per category", "mvtec", (Entry("ours", numbers.MVTEC),), _MVTEC),
+    "visa": Table("VisA, one detector per category", "visa", (Entry("ours", numbers.VISA),), _VISA),
     "aptos": Table("APTOS 2019 (Table 5)", "aptos", _single_entry(numbers.MEDICAL["aptos"])),
     "oct2017": Table("OCT2017 (Table 5)", "oct2017", _single_entry(numbers.MEDICAL["oct2017"])),
     "isic2018": Table("ISIC 2018 Task 3 (Table 5)", "isic2018", _single_entry(numbers.MEDICAL["isic2018"])),
@@ -113,7 +113,7 @@ TABLES: dict[str, Table] = {
         "VisA, stable training (appendix E)", "visa_stable", _single_entry(numbers.STABLE["visa"]), _VISA
     ),
     "mvtec_unified": Table(
-        "MVTec AD, one detector for all",
+        "MVTec AD, one detector for all categories",
         "mvtec_unified",
         _single_entry(numbers.UNIFIED["mvtec"]),
         _MVTEC,
@@ -121,7 +121,7 @@ TABLES: dict[str, Table] = {
         note="the published numbers are Dinomaly's, for the public code; Table 4 of the paper gives I-AUROC 98.2",
     ),
     "visa_unified": Table(
-        "VisA, one detector for all",
+        "VisA, one detector for all categories",
         "visa_unified",
         _single_entry(numbers.UNIFIED["visa"]),
         _VISA,

@@ -28,7 +28,7 @@ class DetectorGraph(nn.Module):
     means: Tensor
     stds: Tensor
     rows: Tensor
-    calibration_scores: Tensor
+    good: Tensor
 
     def __init__(self, model: ReContrast, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
@@ -49,9 +49,7 @@ class DetectorGraph(nn.Module):
         self.register_buffer("stds", torch.tensor(model.std).view(1, 3, 1, 1), persistent=False)
         self.calibrated = calibration is not None
         if calibration is not None:  # the scores are float32 values, so the conversion is exact
-            self.register_buffer(
-                "calibration_scores", torch.tensor(calibration.scores, dtype=torch.float32), persistent=False
-            )
+            self.register_buffer("good", torch.tensor(calibration.scores, dtype=torch.float32), persistent=False)
             self.threshold = float(torch.tensor(calibration.threshold, dtype=torch.float32))
         self.requires_grad_(False).eval()
 
@@ -73,8 +71,8 @@ class DetectorGraph(nn.Module):
         score = self.amap.score(maps, self.score_rule)
         if not self.calibrated:
             return maps, score
-        above = (self.calibration_scores >= score.unsqueeze(1)).float().sum(1)
-        p_value = (1 + above) / (1 + self.calibration_scores.shape[0])
+        above = (self.good >= score.unsqueeze(1)).float().sum(1)
+        p_value = (1 + above) / (1 + self.good.shape[0])
         return maps, score, p_value, ~(score <= self.threshold)
 
     def _build_map(self, distances: list[Tensor]) -> Tensor:

@@ -25,28 +25,28 @@ MapsAndScores = tuple[NDArray[np.float32], NDArray[np.float32]]  # maps (N, H, W
 class Detector(Protocol):
     """Interface of everything that scores image files: a checkpoint, an exported file, or a class of your own.
 
-    To add a detector, subclass this class, set the attributes and implement `run`. A class with the same attributes
-    that does not inherit from this one works as well; it has to set all of them. Then add the suffix of its files to
-    `OPENERS`, with a function that takes a path and a device, or pass an instance to
-    `recontrast.app.prediction.predict.predict`.
+    To add a detector, subclass this class, set the attributes and implement `run`; `predict` is inherited. A class that
+    does not inherit from this one must define every attribute and both methods. To open the detector from files, add
+    their suffix to `OPENERS`, with a function that takes a path and a device. To write the files that
+    ``recontrast predict`` writes, pass an instance to `recontrast.app.prediction.predict.predict`.
 
     `run` gets its images from `recontrast.data.image_files.ImageFiles`: `ImageFiles.resized` for a network with a fixed
-    input size, `ImageFiles.read` for original images. It yields exactly one map and one score for each file, in the
-    order of the files. Files that cannot be read are recorded in `ImageFiles.errors`; yield the result of a black image
-    for them, and the caller drops it. Maps may change size from batch to batch. A map covers the part of the image that
-    `map_extent` returns.
+    input size, `ImageFiles.read` for original images. It must yield exactly one map and one score for each file, in the
+    order of the files. `ImageFiles` records files that cannot be read in its ``errors``. For such a file, yield the
+    result of a black image; the caller drops it. Different batches may have maps of different sizes. A map covers the
+    part of the image that `map_extent` returns.
 
     Attributes:
-        recipe: Recipe that the detector was trained with. Its ``size``, ``crop`` and ``tile`` say which part of an
-            image a map covers, its ``score`` how a map becomes a score.
+        recipe: Recipe that the detector was trained with. Its ``size``, ``crop`` and ``tile`` determine the part of an
+            image that a map covers, its ``score`` how a map becomes a score.
         calibration: Calibration of exactly the scores that `run` yields, or None. With None, images are scored but
             not called good or defective. A calibration of other scores (other views, precision or tiles) must not be
             set here.
-        calibration_note: Sentence that says why ``calibration`` is None although the file holds a calibration; None
-            where there is nothing to say. None by default.
+        calibration_note: Sentence that explains why ``calibration`` is None although the file holds a calibration.
+            None, the default, if there is nothing to explain.
         category: Name of the category that the detector was trained on.
         max_map_value: Largest value that a map can have. Maps are stored as integers relative to it.
-        overlap: Pixels shared by neighbouring tiles; None if images are not cut into tiles. None by default.
+        overlap: Pixels shared by neighbouring tiles. None, the default, if images are not cut into tiles.
     """
 
     recipe: Recipe
@@ -99,7 +99,7 @@ class CheckpointDetector(Detector):
     Attributes:
         model: Network in eval mode, on its device; BatchNorm is folded unless the options say otherwise.
         path: Path of the checkpoint.
-        inference: How the model is run.
+        inference: Inference options of the model.
     """
 
     def __init__(
