@@ -22,7 +22,7 @@ Features = Tensor | Sequence[Tensor]
 
 
 def point_distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """Compute the point distances ``1 - cos`` over the channels, of which the anomaly map is made.
+    """Compute the point distances ``1 - cos`` over the channels, from which the anomaly map is computed.
 
     Args:
         teacher: Features (N, C, H, W), floating point.
@@ -32,7 +32,7 @@ def point_distance(teacher: Tensor, student: Tensor) -> Tensor:
         Distances (N, H, W) in [0, 2], float32 (float64 if one of the features is).
 
     Raises:
-        ValueError: If the shapes, devices or dtypes do not fit.
+        ValueError: If the shapes, devices or dtypes do not match.
     """
     return 1 - cosine(cosine_sums(teacher, student))
 
@@ -47,7 +47,7 @@ def point_distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         Distances (N, H, W) of each pair, float32 (float64 if one of the features is). Empty if there are no pairs.
 
     Raises:
-        ValueError: If the shapes, devices or dtypes do not fit.
+        ValueError: If the shapes, devices or dtypes do not match.
     """
     teachers, students = [t for t, _ in pairs], [s for _, s in pairs]
     if not pairs:
@@ -105,13 +105,13 @@ def hard_mined_cosine(
         student: Features in the shape of ``teacher``.
         rule: Mining rule: `deviation`, `hardest`, `power`, or any `Rule`.
         stop_gradient: Whether to treat the teacher as constant. Otherwise its gradient is weighted like the student's.
-        shares: Number of images of each process. None gathers them, which on a GPU waits for the device.
+        shares: Number of images of each process. None gathers them, which synchronises with the GPU.
 
     Returns:
         Scalar, float32 (float64 for float64 features), summed over the levels of a list.
 
     Raises:
-        ValueError: If the shapes, dtypes or lists do not fit.
+        ValueError: If the shapes, dtypes or lists do not match.
     """
     pairs = _build_pairs("hard_mined_cosine", teacher, student)
     teachers, students = [t.detach() if stop_gradient else t for t, _ in pairs], [s for _, s in pairs]
@@ -133,7 +133,7 @@ def hard_mined_cosine(
 def _find_fused_arguments(rule: Rule, device: torch.device) -> tuple[str, float, Tensor | None, float] | None:
     """Return the arguments of `ops.mined_cosine` for ``rule``, or None if the kernels cannot be used.
 
-    They implement the rules of `recontrast.mining` for a single process.
+    The kernels implement the rules of `recontrast.mining` for a single process.
     """
     if dist.is_available() and dist.is_initialized():
         return None
@@ -166,7 +166,7 @@ def global_cosine(
         Scalar, float32 (float64 for float64 features), summed over the levels of a list.
 
     Raises:
-        ValueError: If the shapes, dtypes or lists do not fit.
+        ValueError: If the shapes, dtypes or lists do not match.
     """
     pairs = _build_pairs("global_cosine", teacher, student)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
@@ -188,7 +188,7 @@ def point_cosine(
         Scalar, float32 (float64 for float64 features), summed over the levels of a list.
 
     Raises:
-        ValueError: If the shapes, dtypes or lists do not fit.
+        ValueError: If the shapes, dtypes or lists do not match.
     """
     pairs = _build_pairs("point_cosine", teacher, student)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
@@ -220,7 +220,7 @@ def pairs_loss(
         Scalar, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: If there are no pairs, the features do not fit, ``form`` is unknown, or "point" has a rule.
+        ValueError: If there are no pairs, the features do not match, ``form`` is unknown, or "point" has a rule.
     """
     if not pairs:
         raise ValueError("pairs_loss: pairs: wanted at least one, got none")

@@ -49,7 +49,7 @@ def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
         Sums (3, N, H, W): <x, y>, <x, x> and <y, y> over the C channels, float32 (float64 if one of the inputs is).
 
     Raises:
-        ValueError: If the shapes, devices or dtypes do not fit.
+        ValueError: If the shapes, devices or dtypes do not match.
     """
     _check_features("cosine_sums", x, y)
     return torch.ops.recontrast.cosine_sums(x, y)
@@ -66,7 +66,7 @@ def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
         Flat tensor with the (3, N_i, H_i, W_i) sums of each pair in turn, float32 (float64 if one of the inputs is).
 
     Raises:
-        ValueError: If the lists differ in length, or the shapes, devices or dtypes do not fit.
+        ValueError: If the lists differ in length, or the shapes, devices or dtypes do not match.
     """
     if not 0 < len(x) == len(y):
         raise ValueError(f"cosine_sums_group: x and y must be lists of one length > 0, got {len(x)} and {len(y)}")
@@ -99,7 +99,7 @@ def mined_cosine(
         Scalar, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: If the rule is unknown or the features do not fit.
+        ValueError: If the rule is unknown or the features do not match.
     """
     if rule not in RULES:
         raise ValueError(f"mined_cosine: rule must be one of {RULES}, got {rule!r}")
@@ -137,7 +137,7 @@ def anomaly_map(
         maximum: Largest value of each map, (N,), float32.
 
     Raises:
-        ValueError: If the lists differ in length, or the shapes or dtypes do not fit.
+        ValueError: If the lists differ in length, or the shapes or dtypes do not match.
     """
     if not 0 < len(distances) == len(rows) == len(cols):
         lengths = f"{len(distances)}, {len(rows)} and {len(cols)}"

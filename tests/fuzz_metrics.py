@@ -120,12 +120,12 @@ def check_valid(native, rng):
         else:
             native.per_image(maps, labels, 0.3, threads)
     if maps.dtype == np.float32:
-        ours, theirs = (np.zeros((3, int(n)), np.int64) for n in [rng.choice(SIZES[1:])] * 2)
+        counts, expected = (np.zeros((3, int(n)), np.int64) for n in [rng.choice(SIZES[1:])] * 2)
         shift, base = int(rng.integers(0, 31)), int(rng.choice([0, 5, 1000, 2**31 - 1]))
-        assert native.histogram(maps, labels, ours, shift, base, threads) == add_histogram(
-            maps, positive, theirs, shift, base
+        assert native.histogram(maps, labels, counts, shift, base, threads) == add_histogram(
+            maps, positive, expected, shift, base
         )
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(counts, expected)
 
 
 def check_invalid(native, rng):

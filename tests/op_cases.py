@@ -24,12 +24,12 @@ LAYOUTS = {
     "nchw": lambda t: t,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "transposed": lambda t: t.mT.contiguous().mT,
-    "half of a batch": lambda t: torch.cat([t, t]).chunk(2)[1],
-    "some channels": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
-    "some channels, channels_last": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[
+    "batch slice": lambda t: torch.cat([t, t]).chunk(2)[1],
+    "channel slice": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "channel slice, channels_last": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[
         :, : t.shape[1]
     ],
-    "shared by the batch": lambda t: t[:1].expand(t.shape),
+    "broadcast over the batch": lambda t: t[:1].expand(t.shape),
 }
 
 
@@ -63,7 +63,7 @@ GROUPS = {
     "one point": ([1], [1]),
     "odd": ([3, 1, 2], [91, 1, 1300]),
     "many": ([2, 40], [5003, 7]),
-    "nothing": ([0, 2, 3], [4, 0, 5]),
+    "empty": ([0, 2, 3], [4, 0, 5]),
 }
 
 

@@ -146,9 +146,9 @@ def test_alpha_on_the_device(dtype, device):
     alpha = torch.tensor(0.75, dtype=dtype, device=device)
     for value in (0.75, -1.0):
         alpha.fill_(value)
-        ours = torch.ops.recontrast.mined_loss(sums, *group, "deviation", 0.0, alpha, 0.0)
-        theirs = torch.ops.recontrast.mined_loss(sums, *group, "deviation", value, None, 0.0)
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        with_tensor = torch.ops.recontrast.mined_loss(sums, *group, "deviation", 0.0, alpha, 0.0)
+        with_number = torch.ops.recontrast.mined_loss(sums, *group, "deviation", value, None, 0.0)
+        assert all(torch.equal(a, b) for a, b in zip(with_tensor, with_number, strict=True))
 
 
 def test_number_of_threads_does_not_change_the_result():

@@ -186,19 +186,19 @@ def replace_norms(module, var_thresh, eps):
             replace_norms(child, var_thresh, eps)
 
 
-def _copy_block(ours, theirs, state, out):
+def _copy_block(source, target, state, out):
     """Copy a residual block, whose layers have the positions 0, 1, 3, 4 (6, 7) in `recontrast.models`."""
     for position, name in zip((0, 1, 3, 4, 6, 7), ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"), strict=True):
-        _copy(f"{ours}.body.{position}", f"{theirs}.{name}", state, out)
+        _copy(f"{source}.body.{position}", f"{target}.{name}", state, out)
     for position in (0, 1):
         for side in ("downsample", "upsample"):
-            _copy(f"{ours}.shortcut.{position}", f"{theirs}.{side}.{position}", state, out)
+            _copy(f"{source}.shortcut.{position}", f"{target}.{side}.{position}", state, out)
 
 
-def _copy(ours, theirs, state, out):
+def _copy(source, target, state, out):
     for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-        if f"{ours}.{kind}" in state and f"{theirs}.{kind}" in out:
-            out[f"{theirs}.{kind}"] = state.pop(f"{ours}.{kind}").clone()
+        if f"{source}.{kind}" in state and f"{target}.{kind}" in out:
+            out[f"{target}.{kind}"] = state.pop(f"{source}.{kind}").clone()
 
 
 def upstream_from(model, name):
@@ -206,11 +206,11 @@ def upstream_from(model, name):
     with torch.device("meta"):  # every tensor is copied below
         upstream = UpstreamReContrast(name)
     state, out, size = model.state_dict(), upstream.state_dict(), SIZES[name]
-    for ours, theirs in (("encoder.extractor.", "encoder."), ("frozen.extractor.", "encoder_freeze.")):
-        for key in [k for k in state if k.startswith(ours)]:  # timm's ResNet uses the names of torchvision
+    for source, target in (("encoder.extractor.", "encoder."), ("frozen.extractor.", "encoder_freeze.")):
+        for key in [k for k in state if k.startswith(source)]:  # timm's ResNet uses the names of torchvision
             value = state.pop(key)
             if not key.endswith("min_var"):  # upstream computes it in the first forward pass
-                out[theirs + key.removeprefix(ours)] = value.clone()
+                out[target + key.removeprefix(source)] = value.clone()
     chains = {"0.0": "conv1", "0.1": "bn1", "0.3": "conv2", "0.4": "bn2", "1.0": "conv3", "1.1": "bn3"}
     for position, layer_name in chains.items():
         _copy(f"bottleneck.down.{position}", f"bottleneck.{layer_name}", state, out)
@@ -223,7 +223,7 @@ def upstream_from(model, name):
         for level in range(3):
             _copy(f"decoder.heads.{head}.{level}", f"decoder.out{level + 1}.{head}", state, out)
     if state:
-        raise KeyError(f"upstream has no place for {list(state)[:3]}")
+        raise KeyError(f"upstream has no tensors for {list(state)[:3]}")
     out |= {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in out.items() if key.startswith(UNUSED)}
     upstream.load_state_dict(out, assign=True)
     return upstream

@@ -73,7 +73,7 @@ def check_scores_and_labels(scores: Any, labels: Any) -> tuple[Array, Array]:
     """Convert scores and labels to C-contiguous float and bool arrays of the same shape.
 
     Raises:
-        ValueError: If the values or the shapes do not fit.
+        ValueError: If the values are invalid or the shapes differ.
     """
     values, positive = as_scores(scores, "scores"), as_bool(labels, "labels")
     if values.shape != positive.shape:
@@ -90,7 +90,7 @@ def check_maps_and_masks(maps: Any, masks: Any, labels: Any = None) -> tuple[Arr
         labels: Label of each image, 1 anomalous, compared with the masks. None skips the comparison.
 
     Raises:
-        ValueError: If the values or the shapes do not fit, or a label contradicts its mask.
+        ValueError: If the values are invalid, the shapes differ, or a label contradicts its mask.
     """
     scores = as_scores(maps, "maps")
     positive = check_masks(scores.shape, masks, labels)
@@ -101,7 +101,7 @@ def check_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
     """Convert the masks of maps of ``shape`` to a C-contiguous bool array (N, H, W) with at least one pixel.
 
     Raises:
-        ValueError: If the values or the shapes do not fit, or a label contradicts its mask.
+        ValueError: If the values are invalid, the shapes differ, or a label contradicts its mask.
     """
     positive = as_bool(masks, "masks")
     if tuple(shape) != positive.shape:

@@ -17,17 +17,17 @@ quick = settings(deadline=None, max_examples=100)
 
 
 def check_against_sklearn(scores, labels, tolerance=1e-12):
-    ours = metrics.image_metrics(scores, labels)
+    result = metrics.image_metrics(scores, labels)
     scores, labels = np.asarray(scores).ravel(), np.asarray(labels).ravel()
     precision, recall, threshold = sk.precision_recall_curve(labels, scores)
     f1 = 2 * precision[:-1] * recall[:-1] / np.maximum(precision[:-1] + recall[:-1], 1e-300)
-    assert ours.auroc == pytest.approx(sk.roc_auc_score(labels, scores), abs=tolerance)
-    assert ours.ap == pytest.approx(sk.average_precision_score(labels, scores), abs=tolerance)
-    assert ours.f1_max == pytest.approx(f1.max(), abs=tolerance)
-    assert ours.f1_threshold == threshold[f1 >= f1.max() - tolerance].max()
-    called = scores >= ours.f1_threshold
-    assert ours.f1_max == pytest.approx(sk.f1_score(labels, called), abs=tolerance)
-    assert ours.accuracy == pytest.approx(sk.accuracy_score(labels, called), abs=tolerance)
+    assert result.auroc == pytest.approx(sk.roc_auc_score(labels, scores), abs=tolerance)
+    assert result.ap == pytest.approx(sk.average_precision_score(labels, scores), abs=tolerance)
+    assert result.f1_max == pytest.approx(f1.max(), abs=tolerance)
+    assert result.f1_threshold == threshold[f1 >= f1.max() - tolerance].max()
+    called = scores >= result.f1_threshold
+    assert result.f1_max == pytest.approx(sk.f1_score(labels, called), abs=tolerance)
+    assert result.accuracy == pytest.approx(sk.accuracy_score(labels, called), abs=tolerance)
 
 
 def test_image_metrics_by_hand():
@@ -43,8 +43,8 @@ def test_image_metrics_by_hand():
 
 def test_threshold_is_the_highest_with_the_best_f1():
     # F1 is 2 * 1 / (1 + 2) at threshold 5 and 2 * 2 / (4 + 2) at threshold 2.
-    ours = metrics.image_metrics([5, 4, 3, 2, 1], [1, 0, 0, 1, 0])
-    assert (ours.f1_max, ours.f1_threshold) == (2 / 3, 5)
+    result = metrics.image_metrics([5, 4, 3, 2, 1], [1, 0, 0, 1, 0])
+    assert (result.f1_max, result.f1_threshold) == (2 / 3, 5)
 
 
 @given(st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2, max_size=60))
@@ -167,19 +167,19 @@ def test_per_image_aupro_equals_upstream(case):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_per_image_aupro_equals_upstream_on_smooth_maps(dtype):
     maps, masks = some_maps(n=4, size=64, dtype=dtype)
-    ours = metrics.aupro(maps, masks, mode="per-image")
-    assert ours == pytest.approx(compute_upstream_per_image(maps, masks), abs=1e-12)
-    assert 0.3 < ours < 0.95  # not a trivial case
-    assert abs(ours - metrics.aupro(maps, masks)) > 1e-3  # the two definitions differ
+    result = metrics.aupro(maps, masks, mode="per-image")
+    assert result == pytest.approx(compute_upstream_per_image(maps, masks), abs=1e-12)
+    assert 0.3 < result < 0.95  # not a trivial case
+    assert abs(result - metrics.aupro(maps, masks)) > 1e-3  # the two definitions differ
 
 
 def test_pixel_metrics_equal_the_single_metrics():
     maps, masks = some_maps()
-    ours = metrics.pixel_metrics(maps, masks, limit=0.2)
+    result = metrics.pixel_metrics(maps, masks, limit=0.2)
     check_against_sklearn(maps, masks)
-    assert astuple(ours)[:4] == astuple(metrics.image_metrics(maps, masks))[:4]
-    assert ours.aupro == metrics.aupro(maps, masks, 0.2)
-    assert ours.aupro_per_image == metrics.aupro(maps, masks, 0.2, mode="per-image")
+    assert astuple(result)[:4] == astuple(metrics.image_metrics(maps, masks))[:4]
+    assert result.aupro == metrics.aupro(maps, masks, 0.2)
+    assert result.aupro_per_image == metrics.aupro(maps, masks, 0.2, mode="per-image")
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -191,9 +191,9 @@ def test_several_limits_equal_each_limit_alone(compiled, monkeypatch):
     expected = [metrics.aupro(maps, masks, limit) for limit in limits]
     assert metrics.aupro(maps, masks, limits) == expected
     assert len(set(expected)) == 4
-    ours = metrics.pixel_metrics(maps, masks, limits)
-    assert ours.aupro == expected[0]
-    assert ours.aupro_at == dict(zip(limits, expected, strict=True))
+    result = metrics.pixel_metrics(maps, masks, limits)
+    assert result.aupro == expected[0]
+    assert result.aupro_at == dict(zip(limits, expected, strict=True))
     per_image = [metrics.aupro(maps, masks, limit, mode="per-image") for limit in (0.3, 0.1)]
     assert metrics.aupro(maps, masks, (0.3, 0.1), mode="per-image") == per_image
 
@@ -219,10 +219,10 @@ def check_native_against_reference(native, case, limit, scale):
     limits = [limit, 0.5]
     assert_same_rates(native.pixels(maps, masks, limits), reference.pixels(maps, masks, limits))
     assert_same_rates(native.rates(maps.ravel(), masks.ravel()), reference.rates(maps.ravel(), masks.ravel()))
-    ours, reasons = native.per_image(maps, masks, limit)
+    result, reasons = native.per_image(maps, masks, limit)
     expected, expected_reasons = reference.per_image(maps, masks, limit)
     np.testing.assert_array_equal(reasons, expected_reasons)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
 
 
 def test_native_equals_reference(native):
@@ -234,8 +234,8 @@ def test_native_equals_reference_on_many_pixels(native, dtype):
     """Several threads, several cells of the table, and thresholds that differ by rounding."""
     maps, masks = some_maps(n=9, size=200, dtype=dtype)
     assert_same_rates(native.pixels(maps, masks, [0.3]), reference.pixels(maps, masks, [0.3]))
-    ours, expected = (m.per_image(maps, masks, 0.3)[0] for m in (native, reference))
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+    result, expected = (m.per_image(maps, masks, 0.3)[0] for m in (native, reference))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
     maps[4, 3, 5] = np.nan
     assert native.pixels(maps, masks, [0.3]) is None
     assert native.per_image(maps, masks, 0.3)[1].tolist() == [1, 0, 0, 0, 5, 0, 0, 0, 0]
@@ -253,9 +253,9 @@ def test_number_of_threads_does_not_change_the_metrics(native):
 
 def test_backend_does_not_change_the_metrics(monkeypatch):
     assert metrics.REGIONS_BACKEND == ("native" if inputs.native else "scipy")
-    ours = metrics.pixel_metrics(*some_maps())
+    result = metrics.pixel_metrics(*some_maps())
     monkeypatch.setattr(inputs, "native", None)
-    assert astuple(metrics.pixel_metrics(*some_maps()))[:6] == pytest.approx(astuple(ours)[:6], abs=1e-12)
+    assert astuple(metrics.pixel_metrics(*some_maps()))[:6] == pytest.approx(astuple(result)[:6], abs=1e-12)
 
 
 def test_close_to_adeval(monkeypatch):
@@ -269,6 +269,6 @@ def test_close_to_adeval(monkeypatch):
     accumulator.add_image([0.0, 1.0], [0, 1])
     accumulator.add_sample([0.0, 1.0], [0, 1])
     expected = accumulator.summary()
-    ours = metrics.pixel_metrics(maps, masks)
-    assert ours.auroc == pytest.approx(expected["p_auroc"], abs=1e-3)
-    assert ours.aupro == pytest.approx(expected["p_aupro"], abs=1e-3)
+    result = metrics.pixel_metrics(maps, masks)
+    assert result.auroc == pytest.approx(expected["p_auroc"], abs=1e-3)
+    assert result.aupro == pytest.approx(expected["p_aupro"], abs=1e-3)

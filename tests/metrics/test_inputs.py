@@ -20,10 +20,10 @@ def test_shapes_and_mask_types(shape, mask, high):
     maps, masks = some_maps()
     expected = metrics.pixel_metrics(maps, masks)
     masks = (masks * high).astype(mask)
-    ours = metrics.pixel_metrics(maps.reshape(shape), masks.reshape(shape))
+    result = metrics.pixel_metrics(maps.reshape(shape), masks.reshape(shape))
     # As one tall image, the maps have other regions: only the first four metrics stay equal.
     count = 4 if len(shape) == 2 else 6
-    assert astuple(ours)[:count] == astuple(expected)[:count]
+    assert astuple(result)[:count] == astuple(expected)[:count]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -31,10 +31,10 @@ def test_torch_tensors(dtype, device):
     maps, masks = (torch.from_numpy(x).to(device) for x in some_maps())
     maps = maps.to(dtype).requires_grad_()
     expected = metrics.pixel_metrics(maps.detach().float().cpu().numpy(), masks.cpu().numpy())
-    ours = metrics.pixel_metrics(maps[:, None], masks[:, None].byte())
-    assert astuple(ours)[:5] == astuple(expected)[:5]
+    result = metrics.pixel_metrics(maps[:, None], masks[:, None].byte())
+    assert astuple(result)[:5] == astuple(expected)[:5]
     # The 200 thresholds of an image differ in float64.
-    assert ours.aupro_per_image == pytest.approx(expected.aupro_per_image, abs=1e-3)
+    assert result.aupro_per_image == pytest.approx(expected.aupro_per_image, abs=1e-3)
 
 
 def test_strides_byte_order_and_integers():

@@ -46,16 +46,16 @@ def check_bounds(case, limit, parts):
     maps, masks = case
     exact = metrics.pixel_metrics(maps, masks, (0.3, limit))
     streaming = accumulate(maps, masks, parts=parts)
-    ours = streaming.compute((0.3, limit))
+    result = streaming.compute((0.3, limit))
     for name in NAMES:
-        value, bound = getattr(ours, name)
+        value, bound = getattr(result, name)
         assert abs(value - getattr(exact, name)) <= bound + ROUNDING, name
-    value, bound = ours.aupro_at[limit]
+    value, bound = result.aupro_at[limit]
     assert abs(value - exact.aupro_at[limit]) <= bound + ROUNDING
-    assert ours.aupro_per_image == pytest.approx(exact.aupro_per_image, abs=1e-15, nan_ok=True)
-    called = maps >= ours.f1_threshold
+    assert result.aupro_per_image == pytest.approx(exact.aupro_per_image, abs=1e-15, nan_ok=True)
+    called = maps >= result.f1_threshold
     f1 = 2 * (called & masks).sum() / (called.sum() + masks.sum())
-    assert f1 == pytest.approx(ours.f1_max.value - ours.f1_max.bound, abs=ROUNDING)
+    assert f1 == pytest.approx(result.f1_max.value - result.f1_max.bound, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -91,37 +91,38 @@ def test_bounds_are_tight(compiled, monkeypatch):
     masks = np.arange(40).reshape(1, 5, 8) < 8
     first, last = (np.where(masks, 1 + 2 * STEP, 1 + x * STEP).astype(np.float32) for x in (1, 3))
     assert torch.equal(accumulate(first, masks).counts, accumulate(last, masks).counts)
-    ours = accumulate(first, masks).compute()
+    result = accumulate(first, masks).compute()
     rounding = 2.0**-41 * 8
-    assert ours.auroc == (0.5, 0.5)
-    assert ours.aupro == pytest.approx((0.5, 0.5 + rounding))
-    assert ours.f1_max == pytest.approx(((1 + metrics.f1_max(last, masks)) / 2, (1 - metrics.f1_max(last, masks)) / 2))
+    assert result.auroc == (0.5, 0.5)
+    assert result.aupro == pytest.approx((0.5, 0.5 + rounding))
+    lowest_f1 = metrics.f1_max(last, masks)
+    assert result.f1_max == pytest.approx(((1 + lowest_f1) / 2, (1 - lowest_f1) / 2))
     assert metrics.f1_max(first, masks) == metrics.ap(first, masks) == 1
-    assert ours.ap.value + ours.ap.bound == pytest.approx(1)
+    assert result.ap.value + result.ap.bound == pytest.approx(1)
     spread = (1 + np.arange(40, 0, -1) * STEP).reshape(1, 5, 8).astype(np.float32)[:, ::-1, ::-1]
     lowest = metrics.ap(spread, masks)  # positives last, all scores distinct
-    assert ours.ap.value - ours.ap.bound == pytest.approx(lowest, abs=1e-3)
-    assert ours.ap.value - ours.ap.bound <= lowest
+    assert result.ap.value - result.ap.bound == pytest.approx(lowest, abs=1e-3)
+    assert result.ap.value - result.ap.bound <= lowest
 
 
 def test_bins_with_one_class_are_exact():
     """If no bin holds both classes, only the rounding of areas remains."""
     maps, masks = some_maps(n=3, size=32)
     maps = (np.random.default_rng(0).permutation(maps.size).reshape(maps.shape) / maps.size + 0.5).astype(np.float32)
-    exact, ours = metrics.pixel_metrics(maps, masks), accumulate(maps, masks, detail=17).compute()
-    assert ours.auroc == pytest.approx((exact.auroc, 0), abs=1e-13)
-    assert ours.f1_max == pytest.approx((exact.f1_max, 0), abs=1e-13)
-    assert ours.aupro == pytest.approx((exact.aupro, 0), abs=1e-9)
-    assert ours.ap == pytest.approx((exact.ap, 0), abs=1e-4)  # the logarithm bounds the sum, but does not equal it
+    exact, result = metrics.pixel_metrics(maps, masks), accumulate(maps, masks, detail=17).compute()
+    assert result.auroc == pytest.approx((exact.auroc, 0), abs=1e-13)
+    assert result.f1_max == pytest.approx((exact.f1_max, 0), abs=1e-13)
+    assert result.aupro == pytest.approx((exact.aupro, 0), abs=1e-9)
+    assert result.ap == pytest.approx((exact.ap, 0), abs=1e-4)  # the logarithm bounds the sum, but does not equal it
 
 
 @pytest.mark.parametrize("scale", [1, 1e-2])
 def test_bounds_of_smooth_maps_are_small(scale):
     """Values within a quarter of an octave, near the top of the range and far below it."""
     maps, masks = some_maps(n=40, size=64)
-    ours = accumulate(maps * np.float32(scale), masks, high=12.0, detail=17).compute()
-    assert max(ours.auroc.bound, ours.aupro.bound) < 1e-4
-    assert max(ours.ap.bound, ours.f1_max.bound) < 2e-3
+    result = accumulate(maps * np.float32(scale), masks, high=12.0, detail=17).compute()
+    assert max(result.auroc.bound, result.aupro.bound) < 1e-4
+    assert max(result.ap.bound, result.f1_max.bound) < 2e-3
 
 
 @pytest.mark.parametrize("high", [1e-3, 1.0, 2.0, 3.999, 4.0, 12, 1e6])
@@ -246,10 +247,10 @@ def test_invalid_arguments_raise():
 def test_undefined_per_image_aupro_is_nan():
     maps, masks = some_maps()
     maps[3] = 1
-    ours = accumulate(maps, masks).compute()
-    assert np.isnan(ours.aupro_per_image)
+    result = accumulate(maps, masks).compute()
+    assert np.isnan(result.aupro_per_image)
     assert np.isnan(metrics.pixel_metrics(maps, masks).aupro_per_image)
-    assert not np.isnan(ours.aupro.value)
+    assert not np.isnan(result.aupro.value)
 
 
 def test_memory_does_not_grow_with_the_number_of_images():

@@ -296,42 +296,42 @@ def build_norms(channels=6, eps=1e-6):
 
 
 def test_partial_norm_equals_upstream():
-    ours, theirs = (m.train() for m in build_norms())
+    norm, upstream_norm = (m.train() for m in build_norms())
     scale = torch.tensor([1.0, 1e-3, 1.0, 1e-2, 0.0, 0.021]).view(1, -1, 1, 1)  # variances above and below each minimum
     for _ in range(3):
         x = torch.randn(4, 6, 5, 7) * scale + 0.3
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, z = ours(a), theirs(b)
+        y, z = norm(a), upstream_norm(b)
         torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
         g = torch.randn_like(y)
         y.backward(g)
         z.backward(g)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
-        torch.testing.assert_close(ours.running_var, theirs.running_var)
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
-    plain = nn.functional.batch_norm(x, None, None, ours.weight, ours.bias, True, eps=1e-6)
-    assert (ours.train()(x) - plain).abs().amax((0, 2, 3))[1] > 0.1  # BatchNorm amplifies the rarely active channel
+        torch.testing.assert_close(norm.weight.grad, upstream_norm.weight.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(norm.running_mean, upstream_norm.running_mean)
+        torch.testing.assert_close(norm.running_var, upstream_norm.running_var)
+    torch.testing.assert_close(norm.eval()(x), upstream_norm.eval()(x), rtol=1e-4, atol=1e-5)
+    plain = nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, True, eps=1e-6)
+    assert (norm.train()(x) - plain).abs().amax((0, 2, 3))[1] > 0.1  # BatchNorm amplifies the rarely active channel
 
 
 def test_partial_norm_state_dtype_and_layout():
-    ours, _ = build_norms()
-    ours.train()
+    norm, _ = build_norms()
+    norm.train()
     x = torch.randn(2, 6, 4, 4)
-    ours(x)
+    norm(x)
     fresh = PartialNorm2d(nn.BatchNorm2d(6), 5e-4, 1e-6)
-    fresh.load_state_dict(ours.state_dict())
-    assert torch.equal(fresh.min_var, ours.min_var) and fresh.min_var[0] == 1e-5
-    assert torch.equal(fresh(x), ours(x))
-    half = ours(x.bfloat16())
-    assert half.dtype == torch.bfloat16 and ours.running_var.dtype == torch.float32
-    torch.testing.assert_close(half.float(), ours(x), rtol=0.05, atol=0.05)
-    assert ours(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), ours(x))
+    fresh.load_state_dict(norm.state_dict())
+    assert torch.equal(fresh.min_var, norm.min_var) and fresh.min_var[0] == 1e-5
+    assert torch.equal(fresh(x), norm(x))
+    half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and norm.running_var.dtype == torch.float32
+    torch.testing.assert_close(half.float(), norm(x), rtol=0.05, atol=0.05)
+    assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), norm(x))
     with pytest.raises(ValueError, match="more than 1 value"):
-        ours(torch.randn(1, 6, 1, 1))
+        norm(torch.randn(1, 6, 1, 1))
     with pytest.raises(ValueError, match="affine"):
         PartialNorm2d(nn.BatchNorm2d(6, affine=False))
 

@@ -40,8 +40,8 @@ def changed_keys(module, before):
     return {k for k, v in copy_statistics(module).items() if not torch.equal(v, before[k])}
 
 
-def assert_same(ours, theirs, tolerance=1e-5):
-    for a, b in zip(ours, theirs, strict=True):
+def assert_same(features, expected, tolerance=1e-5):
+    for a, b in zip(features, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.detach().abs().max()))
 
 
@@ -65,9 +65,9 @@ def test_pairs_equal_upstream(name):
         assert len(teachers) == 6
         assert_same(teachers, expected_teachers)
         assert_same(students, expected_students)
-        for part, theirs in (("encoder", "encoder"), ("bottleneck.fuse", "bottleneck.bn_layer")):
-            ours = copy_statistics(model.get_submodule(part)).values()  # the batch updated them equally
-            assert_same(ours, copy_statistics(upstream.get_submodule(theirs)).values())
+        for part, upstream_part in (("encoder", "encoder"), ("bottleneck.fuse", "bottleneck.bn_layer")):
+            result = copy_statistics(model.get_submodule(part)).values()  # the batch updated them equally
+            assert_same(result, copy_statistics(upstream.get_submodule(upstream_part)).values())
 
 
 @pytest.mark.parametrize("partial_norm", [False, True])
@@ -87,13 +87,13 @@ def test_gradients_equal_upstream(partial_norm):
     upstream.double().train()
     loss(*zip(*model(x), strict=True)).backward()
     loss(*upstream(x)).backward()
-    theirs = dict(upstream.encoder.named_parameters())
+    upstream_parameters = dict(upstream.encoder.named_parameters())
     for key, p in model.encoder.extractor.named_parameters():
-        assert_same([p.grad], [theirs[key].grad], 1e-8)
-    ours = sum(p.grad.square().sum() for p in model.decoder_parameters())
+        assert_same([p.grad], [upstream_parameters[key].grad], 1e-8)
+    squared_norm = sum(p.grad.square().sum() for p in model.decoder_parameters())
     others = (*upstream.bottleneck.parameters(), *upstream.decoder.parameters())
     torch.testing.assert_close(
-        ours, sum(p.grad.square().sum() for p in others if p.grad is not None), rtol=1e-4, atol=0
+        squared_norm, sum(p.grad.square().sum() for p in others if p.grad is not None), rtol=1e-4, atol=0
     )
 
 
