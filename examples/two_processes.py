@@ -1,10 +1,12 @@
-"""Two processes that train as one, on the CPU over gloo: what an own loop needs, checked against one process.
+"""Custom training loop in two processes on the CPU (gloo), with the same losses as in one process.
 
-    torchrun --nproc_per_node 2 examples/two_processes.py        # or python examples/two_processes.py, alone
+    torchrun --nproc_per_node 2 examples/two_processes.py        # two processes
+    python examples/two_processes.py                             # one process
 
-The command line needs none of this: ``torchrun --nproc_per_node 2 -m recontrast train DATA`` does it all.
-Both print the same losses, up to rounding that AdamW amplifies: BatchNorm and the mining of hard points see the images
-of all processes.
+Both commands print the same losses, up to rounding errors that AdamW amplifies: BatchNorm and hard mining use the
+images of all processes. The command line needs no custom loop:
+
+    torchrun --nproc_per_node 2 -m recontrast train DATA
 """
 
 import torch
@@ -18,27 +20,27 @@ STEPS, BATCH, SIZE = 6, 8, 64
 
 
 def batches(seed: int = 0) -> torch.Tensor:
-    """Squares cut from photographs of bricks: (STEPS, BATCH, SIZE, SIZE, 3) uint8, the same in every process."""
+    """Return random crops of a photograph, (STEPS, BATCH, SIZE, SIZE, 3) uint8, the same in every process."""
     photograph = torch.tensor(photographs()["brick"])
-    places = torch.randint(512 - SIZE, (STEPS * BATCH, 2), generator=torch.Generator().manual_seed(seed)).tolist()
-    cut = torch.stack([photograph[y : y + SIZE, x : x + SIZE] for y, x in places])
-    return cut[..., None].expand(-1, -1, -1, 3).reshape(STEPS, BATCH, SIZE, SIZE, 3)
+    corners = torch.randint(512 - SIZE, (STEPS * BATCH, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    crops = torch.stack([photograph[y : y + SIZE, x : x + SIZE] for y, x in corners])
+    return crops[..., None].expand(-1, -1, -1, 3).reshape(STEPS, BATCH, SIZE, SIZE, 3)
 
 
 torch.set_num_threads(1)
-with distributed.join_processes("cpu") as (place, device):  # joins the processes; alone without torchrun
-    torch.manual_seed(0)  # the same weights everywhere
+with distributed.join_processes("cpu") as (world, device):  # one process without torchrun
+    torch.manual_seed(0)  # equal weights in all processes
     model = ReContrast("resnet10t", weights="random", encoder_bn="train").to(device).train()
-    together = distributed.wrap_model(model, place, device)  # DistributedDataParallel, BatchNorm over all images
+    network = distributed.wrap_model(model, world, device)  # DistributedDataParallel, BatchNorm over all images
     optimiser = torch.optim.AdamW(
         [{"params": model.decoder_parameters(), "lr": 2e-3}, {"params": model.encoder_parameters(), "lr": 1e-5}]
     )
     for step, images in enumerate(batches()):
-        mine = images[place.share(len(images))].contiguous()  # this process's part of the batch
-        loss = pairs_loss(together(normalise(mine, model.mean, model.std)), deviation(alpha=1.0))
+        own_images = images[world.share(len(images))].contiguous()  # this process's part of the batch
+        loss = pairs_loss(network(normalise(own_images, model.mean, model.std)), deviation(alpha=1.0))
         optimiser.zero_grad()
-        loss.backward()  # of the whole batch: a process counts by its share
+        loss.backward()  # averages the gradients over processes, weighted by their shares
         optimiser.step()
-        whole = distributed.mean_loss(place, loss.detach().clone())
-        if place.first:
-            print(f"step {step} of {place.size} processes: loss {whole.item():.4f}")
+        batch_loss = distributed.mean_loss(world, loss.detach().clone())
+        if world.first:
+            print(f"step {step} of {world.size} processes: loss {batch_loss.item():.4f}")

@@ -1,4 +1,4 @@
-"""A training run of a few steps on tiny images."""
+"""Recipe of a short training run on tiny images, and comparisons of its results."""
 
 import json
 
@@ -11,9 +11,9 @@ RECIPE = Recipe(
 )
 
 
-def same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def log_of(folder):

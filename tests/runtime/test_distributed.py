@@ -1,4 +1,4 @@
-"""Processes started by torchrun make the run that one makes with the whole batch."""
+"""Processes started by torchrun give the same result as one process with the full batch."""
 
 import json
 import os
@@ -22,7 +22,7 @@ REPETITIONS = int(os.environ.get("RECONTRAST_TEST_REPETITIONS", "2"))  # of each
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Seven good images, batches of 5 and 2; seven test images, and two: one process of three has none of those."""
+    """Seven good images, for batches of 5 and 2, and categories of seven and two test images, fewer than processes."""
     root = tmp_path_factory.mktemp("data")
     tiny_set(root, train=6, good=4, defects=3)
     tiny_set(root, "bolt", train=1, good=1, defects=1)
@@ -30,9 +30,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def many(data, tmp_path_factory):
-    """What three processes left."""
-    out = tmp_path_factory.mktemp("many")
+def outputs(data, tmp_path_factory):
+    """Output folder of three processes."""
+    out = tmp_path_factory.mktemp("outputs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*command, WORKER, data, out], env=environment, capture_output=True, text=True, timeout=300)
@@ -41,75 +41,75 @@ def many(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", torchrun_worker.CASES)
-def test_same_trajectory_as_one_process(case, data, many, tmp_path):
-    """Data length not divisible, BatchNorm of the whole batch, processes without images: float64 to 1e-9."""
-    torchrun_worker.run(case, data, tmp_path)
-    here, there = (json.loads((folder / "losses0.json").read_text()) for folder in (tmp_path, many / case))
-    assert len(here) == torchrun_worker.CASES[case].steps
-    np.testing.assert_allclose(there, here, rtol=1e-9)
-    alone = torch.load(tmp_path / "model0.pt")
-    begun = torchrun_worker.small(torchrun_worker.CASES[case]).state_dict()
+def test_same_trajectory_as_one_process(case, data, outputs, tmp_path):
+    """Uneven shares, BatchNorm over the batch and processes without images: equal to 1e-9 in float64."""
+    torchrun_worker.train_case(case, data, tmp_path)
+    single, several = (json.loads((folder / "losses0.json").read_text()) for folder in (tmp_path, outputs / case))
+    assert len(single) == torchrun_worker.CASES[case].steps
+    np.testing.assert_allclose(several, single, rtol=1e-9)
+    single_weights = torch.load(tmp_path / "model0.pt")
+    initial = torchrun_worker.build_small_model(torchrun_worker.CASES[case]).state_dict()
     for rank in range(PROCESSES):
-        found = torch.load(many / case / f"model{rank}.pt")
-        assert found.keys() == alone.keys()
-        for name, value in alone.items():
+        weights = torch.load(outputs / case / f"model{rank}.pt")
+        assert weights.keys() == single_weights.keys()
+        for name, value in single_weights.items():
             torch.testing.assert_close(
-                found[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+                weights[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
             )
-    moved = [name for name in alone if not torch.equal(alone[name], begun[name])]
-    assert any(name.startswith("encoder") for name in moved) and any(name.startswith("decoder") for name in moved)
-    assert sorted(p.name for p in (many / case / "run").iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
+    changed = [name for name in single_weights if not torch.equal(single_weights[name], initial[name])]
+    assert any(name.startswith("encoder") for name in changed) and any(name.startswith("decoder") for name in changed)
+    assert sorted(p.name for p in (outputs / case / "run").iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("kind", ["exact", "streamed"])
-def test_same_evaluation_as_one_process(kind, data, many, tmp_path):
-    """Every image once, in its place; the metrics of the whole, whatever a process saw of it."""
-    torchrun_worker.measured(data, tmp_path)
-    here = json.loads((tmp_path / f"{kind}0.json").read_text())
-    assert [row["images"] for row in here["rows"]] == [2, 7]
+def test_same_evaluation_as_one_process(kind, data, outputs, tmp_path):
+    """Each image is scored once and in order, and the metrics are those of all images."""
+    torchrun_worker.evaluate_untrained_model(data, tmp_path)
+    single = json.loads((tmp_path / f"{kind}0.json").read_text())
+    assert [row["images"] for row in single["rows"]] == [2, 7]
     for rank in range(PROCESSES):
-        assert json.loads((many / f"{kind}{rank}.json").read_text()) == here
+        assert json.loads((outputs / f"{kind}{rank}.json").read_text()) == single
 
 
-def test_processes_with_different_data_are_refused(many):
+def test_processes_with_different_data_are_refused(outputs):
     for rank in range(PROCESSES):
-        text = (many / f"error{rank}.txt").read_text()
+        text = (outputs / f"error{rank}.txt").read_text()
         assert text.startswith("train: training images: wanted the same on every process, got {'count': 7")
         assert text.endswith("on 1")
-    assert not (many / "refused").exists()
+    assert not (outputs / "refused").exists()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 11, 12])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_shares_are_everything_once(count, size):
+def test_shares_cover_all_items_once(count, size):
     items = np.arange(count)
-    places = [World(rank, size) for rank in range(size)]
-    assert [len(items[place.share(count)]) for place in places] == places[0].shares(count)
-    np.testing.assert_array_equal(np.concatenate([items[place.share(count)] for place in places]), items)
-    assert max(places[0].shares(count)) - min(places[0].shares(count)) <= 1
+    worlds = [World(rank, size) for rank in range(size)]
+    assert [len(items[world.share(count)]) for world in worlds] == worlds[0].shares(count)
+    np.testing.assert_array_equal(np.concatenate([items[world.share(count)] for world in worlds]), items)
+    assert max(worlds[0].shares(count)) - min(worlds[0].shares(count)) <= 1
 
 
-def test_a_table_made_together(many):
-    """One training, three evaluations, and every process knows the outcome; the first alone wrote."""
-    tables = [json.loads((many / f"table{rank}.json").read_text()) for rank in range(PROCESSES)]
-    assert tables[0] == tables[1] == tables[2] == json.loads((many / "table" / "comparison.json").read_text())
+def test_table_reproduced_by_all_processes(outputs):
+    """All processes return the comparison, and only the first one writes files."""
+    tables = [json.loads((outputs / f"table{rank}.json").read_text()) for rank in range(PROCESSES)]
+    assert tables[0] == tables[1] == tables[2] == json.loads((outputs / "table" / "comparison.json").read_text())
     assert [line["entry"] for line in tables[0]["lines"]] == ["frozen", "trained", "both"]
     assert all(line["ours"] is not None for line in tables[0]["lines"])
-    here = many / "table" / "both" / "nut" / "seed-111"
-    assert (here / "results.json").exists() and not (here / "checkpoint.pt").exists()
+    run = outputs / "table" / "both" / "nut" / "seed-111"
+    assert (run / "results.json").exists() and not (run / "checkpoint.pt").exists()
 
 
 def test_example_prints_the_same_with_two_processes():
     example = Path(__file__).parents[2] / "examples" / "two_processes.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    found = []
-    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        command = [sys.executable, *start, example]
+    losses = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        command = [sys.executable, *launcher, example]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        found.append([float(line.split()[-1]) for line in done.stdout.splitlines()])
-    assert len(found[0]) == 6 and found[0][-1] < found[0][0]
-    np.testing.assert_allclose(found[1], found[0], rtol=2e-3)
+        losses.append([float(line.split()[-1]) for line in done.stdout.splitlines()])
+    assert len(losses[0]) == 6 and losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Stopped and resumed runs of every recipe: to the bit what an unbroken run gives."""
+"""Interrupted and resumed runs of every recipe give bit-identical results to uninterrupted ones."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ TINY = {
     "batch": 3,
     "log_every": 1,
     "checkpoint_every": 99,
-}  # 7 images
+}
 RUNS = {
     "stable": RECIPES["mvtec_stable"].replace(steps=7, wipe_every=3, rest=2, **TINY),
     "unified": RECIPES["mvtec_unified"].replace(steps=5, **TINY),
@@ -38,16 +38,15 @@ def samples(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(samples, tmp_path_factory):
-    """Unbroken runs."""
+def uninterrupted(samples, tmp_path_factory):
+    """Results of uninterrupted runs."""
     return {
         name: train(recipe, samples, out=tmp_path_factory.mktemp(name), device="cpu") for name, recipe in RUNS.items()
     }
 
 
-def same_optimisers(one, other):
-    """States of two checkpoints."""
-    for a, b in zip(one.optimisers, other.optimisers, strict=True):
+def assert_equal_optimisers(first, second):
+    for a, b in zip(first.optimisers, second.optimisers, strict=True):
         assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
         for key, value in a["state"].items():
             assert all(torch.equal(value[name], b["state"][key][name]) for name in value)
@@ -57,8 +56,8 @@ def same_optimisers(one, other):
     "name, stop",
     [("stable", 2), ("stable", 3), ("stable", 4), ("unified", 3), ("unified", 4), ("rd4ad", 2)],
 )
-def test_goes_on_where_it_was(samples, whole, tmp_path, name, stop):
-    """Before a wipe, on it, in a rest; before the learning rates fall, and as they do."""
+def test_resumed_run_equals_the_uninterrupted_one(samples, uninterrupted, tmp_path, name, stop):
+    """Stopped before, at and after a reset of the optimiser, and before and at the drop of the learning rates."""
     recipe = RUNS[name]
 
     def interrupt(step, *_):
@@ -69,10 +68,10 @@ def test_goes_on_where_it_was(samples, whole, tmp_path, name, stop):
     with pytest.raises(KeyboardInterrupt):
         train(recipe, samples, out=out, device="cpu", on_log=interrupt)
     assert checkpoint.load(out / "checkpoint.pt").step == stop
-    again = train(recipe, samples, out=out, resume=out / "checkpoint.pt", device="cpu")
-    assert again.losses == whole[name].losses[stop:]
-    assert same_weights(again.model, whole[name].model)
-    same_optimisers(checkpoint.load(out / "checkpoint.pt"), checkpoint.load(whole[name].checkpoint))
+    resumed = train(recipe, samples, out=out, resume=out / "checkpoint.pt", device="cpu")
+    assert resumed.losses == uninterrupted[name].losses[stop:]
+    assert same_weights(resumed.model, uninterrupted[name].model)
+    assert_equal_optimisers(checkpoint.load(out / "checkpoint.pt"), checkpoint.load(uninterrupted[name].checkpoint))
     assert yaml_file.read_recipe(out / "recipe.yaml") == recipe
 
 
@@ -80,44 +79,44 @@ KILLED = """
 import io, os, signal, sys, torch
 from recontrast.data.datasets import mvtec
 from recontrast import checkpoint
-from recontrast.recipes import yaml_file as recipe_file
+from recontrast.recipes import yaml_file
 from recontrast.training.train import train
 
 def save(content, file, calls=[]):
     calls.append(1)
-    whole = io.BytesIO()
-    real(content, whole)
-    text = whole.getvalue()
-    file.write(text if len(calls) == 1 else text[: len(text) // 2])
+    buffer = io.BytesIO()
+    original_save(content, buffer)
+    data = buffer.getvalue()
+    file.write(data if len(calls) == 1 else data[: len(data) // 2])
     file.flush()
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-real, torch.save = torch.save, save
+original_save, torch.save = torch.save, save
 root, out, recipe = sys.argv[1:]
 torch.set_num_threads(1)
-train(recipe_file.read_recipe(recipe), mvtec(root, "nut"), out=out, device="cpu")
+train(yaml_file.read_recipe(recipe), mvtec(root, "nut"), out=out, device="cpu")
 """
 
 
-def test_killed_while_a_checkpoint_is_written(samples, whole, tmp_path):
-    """SIGKILL with half of the second checkpoint on the disk: the first is whole, and the run goes on from it."""
+def test_killed_while_a_checkpoint_is_written(samples, uninterrupted, tmp_path):
+    """SIGKILL with half of the second checkpoint on disk: the run resumes from the first one."""
     recipe = RUNS["stable"].replace(checkpoint_every=2)
     root, out, path = samples[0].path.parents[3], tmp_path / "out", tmp_path / "killed.yaml"
     arguments = [sys.executable, "-c", KILLED, str(root), str(out), str(yaml_file.write_recipe(path, recipe))]
-    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    result = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == -signal.SIGKILL, result.stderr
     assert (out / "checkpoint.pt.partial").stat().st_size > 0
     assert checkpoint.load(out / "checkpoint.pt").step == 2
-    again = train(recipe, samples, out=out, resume=out / "checkpoint.pt", device="cpu")
-    assert again.losses == whole["stable"].losses[2:]
-    assert same_weights(again.model, whole["stable"].model)
+    resumed = train(recipe, samples, out=out, resume=out / "checkpoint.pt", device="cpu")
+    assert resumed.losses == uninterrupted["stable"].losses[2:]
+    assert same_weights(resumed.model, uninterrupted["stable"].model)
     assert [line["step"] for line in log_of(out)] == list(range(1, 8))
     assert not (out / "checkpoint.pt.partial").exists()
 
 
-def test_a_run_resumed_with_another_schedule_is_refused(samples, whole):
-    recipe, path = RUNS["stable"], whole["stable"].checkpoint
+def test_resuming_with_another_schedule_raises(samples, uninterrupted):
+    recipe, path = RUNS["stable"], uninterrupted["stable"].checkpoint
     for change in ({"wipe_every": 4}, {"rest": 1}, {"amsgrad": True}, {"mining": False}):
         (key,) = change
         with pytest.raises(ValueError, match=rf"checkpoint.pt: wanted the recipe .* got another \({key}: "):

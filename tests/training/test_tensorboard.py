@@ -10,55 +10,59 @@ from recontrast.training.train import build_model, train
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
-def events(folder):
-    found = accumulator.EventAccumulator(str(folder))
-    return found.Reload()
+def read_events(folder):
+    return accumulator.EventAccumulator(str(folder)).Reload()
 
 
-def test_scalars_of_a_run_and_of_its_resumption(tmp_path):
+def test_scalars_and_images_of_a_resumed_run(tmp_path):
     samples = tiny_set(tmp_path / "data", train=5, good=2, defects=2)
     recipe, lines = RECIPE.replace(steps=4, log_every=1, checkpoint_every=2), []
-    board = TensorBoardLogger(tmp_path / "board")
+    logger = TensorBoardLogger(tmp_path / "events")
 
-    def note(*line):
-        board.log(*line)
+    def log_and_fail(*line):
+        logger.log(*line)
         if line[0] == 3:
-            raise KeyError  # broken off after the checkpoint of step 2
+            raise KeyError  # after the checkpoint of step 2
 
     with pytest.raises(KeyError):
-        train(recipe, samples, out=tmp_path / "out", device="cpu", on_log=note)
-    board.close()
-    again = TensorBoardLogger(tmp_path / "board", keep=2)
+        train(recipe, samples, out=tmp_path / "out", device="cpu", on_log=log_and_fail)
+    logger.close()
+    resumed_logger = TensorBoardLogger(tmp_path / "events", keep=2)
 
-    def both(*line):
-        again.log(*line)
+    def log_and_record(*line):
+        resumed_logger.log(*line)
         lines.append(line)
 
     result = train(
-        recipe, samples, out=tmp_path / "out", resume=tmp_path / "out" / "checkpoint.pt", device="cpu", on_log=both
+        recipe,
+        samples,
+        out=tmp_path / "out",
+        resume=tmp_path / "out" / "checkpoint.pt",
+        device="cpu",
+        on_log=log_and_record,
     )
-    again.images(4, result.model, samples, recipe, count=3)
-    again.close()
-    found = events(tmp_path / "board")
-    assert [s.step for s in found.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [s.value for s in found.Scalars("train/loss")][2:] == pytest.approx([line[1] for line in lines])
-    assert set(found.Tags()["scalars"]) == {"train/loss", "train/images per second", "train/alpha"}
-    assert found.Tags()["images"] == ["nut/test/good/000", "nut/test/square/000", "nut/test/good/001"]
-    (image,) = found.Images("nut/test/square/000")
+    resumed_logger.images(4, result.model, samples, recipe, count=3)
+    resumed_logger.close()
+    events = read_events(tmp_path / "events")
+    assert [s.step for s in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [s.value for s in events.Scalars("train/loss")][2:] == pytest.approx([line[1] for line in lines])
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/images per second", "train/alpha"}
+    assert events.Tags()["images"] == ["nut/test/good/000", "nut/test/square/000", "nut/test/good/001"]
+    (image,) = events.Images("nut/test/square/000")
     assert (image.step, image.height, image.width) == (4, 32, 64)
     assert not result.model.training
 
 
-def test_images_of_a_set_without_test_images(tmp_path):
+def test_training_images_are_logged_without_test_images(tmp_path):
     samples = tiny_set(tmp_path / "data", train=2, good=0, defects=0)
-    board = TensorBoardLogger(tmp_path / "board")
-    board.images(0, build_model(RECIPE, "nut"), samples, RECIPE)
-    board.close()
-    assert events(tmp_path / "board").Tags()["images"] == ["nut/train/good/000", "nut/train/good/001"]
+    logger = TensorBoardLogger(tmp_path / "events")
+    logger.images(0, build_model(RECIPE, "nut"), samples, RECIPE)
+    logger.close()
+    assert read_events(tmp_path / "events").Tags()["images"] == ["nut/train/good/000", "nut/train/good/001"]
 
 
-def test_without_the_package(tmp_path, monkeypatch):
+def test_missing_package_raises(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"wanted the package, which is not installed: pip install 'recontrast\["):
-        TensorBoardLogger(tmp_path / "board")
-    assert not (tmp_path / "board").exists()
+        TensorBoardLogger(tmp_path / "events")
+    assert not (tmp_path / "events").exists()
