@@ -1,4 +1,4 @@
-"""The ``recontrast`` command. What is heavy is imported by the command that needs it, so that ``--help`` is quick."""
+"""The ``recontrast`` command: registers the commands, which import heavy packages only when they run."""
 
 import os
 import sys
@@ -16,14 +16,14 @@ from recontrast.app.commands.prepare import prepare
 from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
 from recontrast.app.commands.train import train
-from recontrast.app.console import Commands, is_silent
+from recontrast.app.console import CommandGroup, is_silent
 
 app = typer.Typer(
-    cls=Commands,
+    cls=CommandGroup,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Visual anomaly detection by contrastive reconstruction: train on good images, find what is not like them.",
+    help="Visual anomaly detection (ReContrast): train on good images, find defects in new ones.",
 )
 
 
@@ -44,7 +44,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -1,4 +1,4 @@
-"""What the commands share on the terminal: errors as one sentence, progress, tables."""
+"""Terminal output of all commands: error messages, progress, tables."""
 
 import os
 import sys
@@ -14,23 +14,27 @@ from rich.table import Table
 if TYPE_CHECKING:
     from recontrast.evaluation.evaluate import Result
 
-USER_ERRORS = (ValueError, OSError, ImportError)  # a wrong argument, file or installation: one sentence, no traceback
-PLAIN_EVERY = 10.0  # seconds between two lines of progress where the output is not a terminal
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+)  # caused by arguments, files or the installation: one sentence, no traceback
+PLAIN_EVERY = 10.0  # seconds between two progress lines if the output is not a terminal
 
 
-class Commands(typer.core.TyperGroup):
-    """The group of commands; errors that a user can mend become one sentence on stderr and exit status 2."""
+class CommandGroup(typer.core.TyperGroup):
+    """Command group that prints user errors as one sentence on stderr and exits with status 2."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that ``ctx`` names."""
+        """Run the command named in ``ctx``."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # `recontrast ... | head`: click ends quietly
+            raise  # `recontrast ... | head`: click exits quietly
         except KeyboardInterrupt:
             exit_with_error("interrupted", status=130)
         except Exception as error:
-            # By name: torch is not imported for a command that failed without it.
+            # Compared by name, so that torch is not imported only for this.
             memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             if os.environ.get("RECONTRAST_DEBUG") or not (memory or isinstance(error, USER_ERRORS)):
                 raise
@@ -38,49 +42,49 @@ class Commands(typer.core.TyperGroup):
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in one line, ``file: reason`` where the system gave both."""
+    """Describe an error in one line; ``file: reason`` if the system gave both."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def print_error(text: str) -> None:
-    """One line on stderr."""
-    who = f"process {os.environ['RANK']}: " if is_silent() else ""
-    sys.stderr.write(f"recontrast: {who}{text}\n")
+    """Print one line on stderr."""
+    rank = f"process {os.environ['RANK']}: " if is_silent() else ""
+    sys.stderr.write(f"recontrast: {rank}{text}\n")
 
 
 def exit_with_error(text: str, status: int = 2) -> NoReturn:
-    """One line on stderr, then exit."""
+    """Print one line on stderr and exit."""
     print_error(text)
     raise typer.Exit(status)
 
 
 def is_silent() -> bool:
-    """Whether this is a process of torchrun that leaves speaking to the first."""
+    """Whether this is a torchrun process other than the first, which alone prints."""
     return os.environ.get("RANK", "0") != "0"
 
 
 class ProgressBar:
-    """Progress of counted work on stderr: a bar on a terminal, a line now and then elsewhere."""
+    """Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, what: str) -> None:
-        """``what`` is being done."""
-        self._what, self._next = what, 0.0
+    def __init__(self, task: str) -> None:
+        """Create the bar of a task; it is shown inside a ``with`` block."""
+        self._description, self._next = task, 0.0
         self._bar: Progress | None = None
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """``done`` of ``total`` are finished; ``note`` says how it goes."""
+        """Show that ``done`` of ``total`` items are finished, with a note such as the loss."""
         if is_silent():
             return
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif done == total or time.monotonic() >= self._next:
             self._next = time.monotonic() + PLAIN_EVERY
-            sys.stderr.write(f"{self._what} {done}/{total} {note}".rstrip() + "\n")
+            sys.stderr.write(f"{self._description} {done}/{total} {note}".rstrip() + "\n")
 
     def __enter__(self) -> "ProgressBar":
-        """Show the bar, where there is a terminal."""
+        """Show the bar if stderr is a terminal."""
         console = Console(stderr=True)
         if console.is_terminal and not is_silent():
             columns = (
@@ -90,26 +94,26 @@ class ProgressBar:
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=console).__enter__()
-            self._task = self._bar.add_task(self._what, total=None, note="")
+            self._task = self._bar.add_task(self._description, total=None, note="")
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar; it stays on the screen."""
         if self._bar:
             self._bar.__exit__(*error)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout: the first column to the left, the others to the right, the last row set off."""
+    """Print a table on stdout, with the first column left-aligned and the last row set apart."""
     rows = list(rows)
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        shown.add_column(column, justify="right" if index else "left", no_wrap=True)
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for index, row in enumerate(rows):
-        shown.add_row(*row, end_section=index == len(rows) - 2)
-    # A pipe has no width: without one, rich would cut the table to 80 columns.
+        table.add_row(*row, end_section=index == len(rows) - 2)
+    # A pipe has no width, and rich would cut the table to 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(shown)
+    console.print(table)
 
 
 def print_result(result: "Result", title: str = "") -> None:

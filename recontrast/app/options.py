@@ -1,4 +1,4 @@
-"""Options that several commands have, and what the words of an option mean."""
+"""Options shared by several commands, and how their values are parsed."""
 
 import ast
 import os
@@ -14,16 +14,16 @@ from recontrast.app.console import print_error
 if TYPE_CHECKING:
     from recontrast.inference.options import InferenceOptions
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU where there is one.")]
-Batch = Annotated[int, typer.Option(help="Images at once.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU, if there is one.")]
+Batch = Annotated[int, typer.Option(help="Number of images per batch.")]
 Data = Annotated[
     list[Path],
     typer.Argument(
-        metavar="DATA", help="Data sets or categories in MVTec AD layout; train takes folders of good images too."
+        metavar="DATA", help="Data sets or categories in MVTec AD layout; train also takes folders of good images."
     ),
 ]
 CheckpointFile = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that holds it.")
+    Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that contains it.")
 ]
 
 DetectorFile = Annotated[
@@ -32,17 +32,15 @@ DetectorFile = Annotated[
 ]
 Views = Annotated[
     str | None,
-    typer.Option(
-        help="Maps of this target alone: trained or frozen, in 0.7 of the time; or both. Default: as trained."
-    ),
+    typer.Option(help="Features that make up the map: both, trained or frozen (0.7 of the time). Default: as trained."),
 ]
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as trained.")]
 NoFold = Annotated[
-    bool, typer.Option("--no-fold", help="Leave BatchNorm out of the convolutions: equal but for rounding.")
+    bool, typer.Option("--no-fold", help="Do not fold BatchNorm into the convolutions (equal up to rounding).")
 ]
-Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute and more at the start.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Use torch.compile: the first batch takes a minute or more.")]
 Layout = Annotated[str | None, typer.Option(help="channels_last or nchw. Default: as trained.")]
-Workers = Annotated[int | None, typer.Option(help="Threads that decode. Default: by the number of CPUs.")]
+Workers = Annotated[int | None, typer.Option(help="Threads that decode images. Default: by the number of CPUs.")]
 
 
 def build_inference_options(
@@ -54,16 +52,16 @@ def build_inference_options(
     compiled: bool = False,
     workers: int | None = None,
 ) -> "InferenceOptions":
-    """How the options say that a model is run; tells where bfloat16 does not pay."""
+    """Build the inference options of a command line; warn if bfloat16 is slow on the device."""
     from recontrast.inference.options import InferenceOptions
     from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
-    for name, value, wanted in (
+    for name, value, choices in (
         ("views", views, ("both", "trained", "frozen")), ("precision", precision, ("float32", "bfloat16")),
         ("layout", layout, ("channels_last", "nchw")),
     ):  # fmt: skip
-        if value not in (None, *wanted):
-            raise ValueError(f"--{name}: wanted {', '.join(wanted[:-1])} or {wanted[-1]}, got {value!r}")
+        if value not in (None, *choices):
+            raise ValueError(f"--{name}: wanted {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers: wanted at least 1, got {workers}")
     compiler = os.environ.get("CXX", "g++")
@@ -73,33 +71,35 @@ def build_inference_options(
         )
     if precision == "bfloat16" and not is_bfloat16_fast(resolve_device(device)):
         print_error("this CPU has no kernels for bfloat16: it takes several times as long as float32")
-    last = None if layout is None else layout == "channels_last"
-    return InferenceOptions(cast("Any", views), cast("Any", precision), last, False if no_fold else None, compiled)
+    channels_last = None if layout is None else layout == "channels_last"
+    return InferenceOptions(
+        cast("Any", views), cast("Any", precision), channels_last, False if no_fold else None, compiled
+    )
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that a file or the folder of a run stands for."""
+    """Return the path of the checkpoint: ``path`` itself, or checkpoint.pt in the folder of a run."""
     return path / "checkpoint.pt" if path.is_dir() else path
 
 
 def check_writable(folder: Path, option: str = "--out") -> None:
-    """Refuse a folder in which nothing can be written, or that cannot be made, before there is any work to lose.
+    """Check that files can be written to a folder, before any work that would be lost.
 
     Args:
-        folder: as it was named; where it is not there yet, the nearest one above it counts. Nothing is made.
-        option: what named it.
+        folder: Path of the folder. If it does not exist, its nearest existing parent is checked. Nothing is created.
+        option: Name of the option for the error message.
 
     Raises:
-        ValueError: the sentence, with the system's reason.
+        ValueError: If the folder cannot be written or created.
     """
-    place = Path(os.path.abspath(folder))
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        reason = "not a folder" if place == Path(os.path.abspath(folder)) else f"{place} is not a folder"
+    existing = Path(os.path.abspath(folder))
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        reason = "not a folder" if existing == Path(os.path.abspath(folder)) else f"{existing} is not a folder"
     else:
         try:
-            with tempfile.TemporaryFile(dir=place):  # permission bits alone say little: of root, of a read-only disk
+            with tempfile.TemporaryFile(dir=existing):  # permission bits do not tell for root or a read-only disk
                 return
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
@@ -107,13 +107,13 @@ def check_writable(folder: Path, option: str = "--out") -> None:
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """``key=value`` as key and Python value: a number, true, false, none, a list, or else a text."""
+    """Parse ``key=value``: the value becomes a number, a bool, None or a list, else it stays a string."""
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise ValueError(f"--set: wanted KEY=VALUE, got {text!r}")
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return key, words[value.lower()]
+    constants = {"true": True, "false": False, "none": None}
+    if value.lower() in constants:
+        return key, constants[value.lower()]
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -121,13 +121,13 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def parse_list(text: str | None) -> list[str]:
-    """The words between commas."""
+    """Split a comma-separated list."""
     return [word.strip() for word in text.split(",") if word.strip()] if text else []
 
 
 def parse_numbers(option: str, text: str | None) -> list[int]:
-    """The whole numbers between commas; ``option`` is named where there are other things."""
+    """Split a comma-separated list of integers; the error message names ``option``."""
     try:
         return [int(word) for word in parse_list(text)]
     except ValueError:
-        raise ValueError(f"{option}: wanted whole numbers and commas, got {text!r}") from None
+        raise ValueError(f"{option}: wanted comma-separated integers, got {text!r}") from None

@@ -141,7 +141,7 @@ def test_ctrl_c_says_where_the_checkpoint_is(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_step", step)
     arguments = ["train", data, "--category", "brick", *SMALL, "--steps", "9"]
     message = fails(*arguments, "--out", tmp_path / "a", "--set", "checkpoint_every=2", status=130)
-    assert message.endswith(f"go on with: recontrast train {data} --resume {tmp_path / 'a' / 'checkpoint.pt'}")
+    assert message.endswith(f"continue with: recontrast train {data} --resume {tmp_path / 'a' / 'checkpoint.pt'}")
     calls[:] = [1, 1]
     assert "no checkpoint yet" in fails(*arguments, "--out", tmp_path / "b", status=130)
 

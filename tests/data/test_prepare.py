@@ -350,13 +350,13 @@ def test_command(download, tmp_path):
 def test_command_with_the_published_counts(download, tmp_path, monkeypatch):
     monkeypatch.setitem(PUBLISHED_COUNTS, "isic2018", {"isic2018": Counts(3, 4)})
     result = run_command("isic2018", "--source", download("isic2018"), "--out", tmp_path / "out", "--copy")
-    assert "all counts are the published ones" in result.stdout and "warning" not in result.output
+    assert "all counts match the published ones" in result.stdout and "warning" not in result.output
     assert f"7 copies: {tmp_path / 'out'}\n" in result.stdout
     (row,) = (line for line in result.stdout.splitlines() if line.startswith("│ isic2018"))
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["isic2018", "3", "3", "4", "4", "2", "-"]
     (tmp_path / "checked").mkdir()
     result = run_command("isic2018", "--source", tmp_path / "downloads")  # a folder above the download, without --out
-    assert "all counts are the published ones" in result.stdout and "copies" not in result.stdout
+    assert "all counts match the published ones" in result.stdout and "copies" not in result.stdout
     help_text = CliRunner().invoke(app, ["prepare", "--help"]).stdout
     assert all(text in help_text for text in ("NAME", "--source", "--out", "--copy", "--workers", "one per CPU"))
 

@@ -216,7 +216,7 @@ def test_command(data, tmp_path):
     )
     assert "I-AUROC" in output and "Recipe mvtec, seed 7." in output and str(tmp_path / "comparison.md") in output
     assert "wanted one of mvtec" in fails("reproduce", "mvtek", "--data", data)
-    assert "--seeds: wanted whole numbers and commas, got '1,a'" in fails(
+    assert "--seeds: wanted comma-separated integers, got '1,a'" in fails(
         "reproduce", "mvtec", "--data", data, "--seeds", "1,a"
     )
 

@@ -1,4 +1,4 @@
-"""``recontrast calibrate``: a threshold with a promise, from good images that the detector was not trained on."""
+"""``recontrast calibrate``: set the threshold from good images that the detector was not trained on."""
 
 import os
 from pathlib import Path
@@ -33,19 +33,17 @@ def calibrate(
     good: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Good images that were not trained on, or a folder of them; several: --good A --good B. "
-            "Left out: --check alone, by the calibration that is there."
+            help="Good images that were not trained on, or a folder of them; may be repeated. "
+            "Not needed for --check alone."
         ),
     ] = None,
     false_alarm_rate: Annotated[
-        float, typer.Option(help="Promised share of good images called defects; at least 1/(n + 1) of n images.")
+        float, typer.Option(help="Promised share of good images called defects; at least 1/(n + 1) for n images.")
     ] = 0.01,
-    pixel_rate: Annotated[float, typer.Option(help="Share of a good image's map that may be flagged.")] = 0.01,
+    pixel_rate: Annotated[float, typer.Option(help="Promised share of a good image's map that is flagged.")] = 0.01,
     check: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Other good images, or a folder: do they still look like these? Several: --check A --check B."
-        ),
+        typer.Option(help="Compare other good images (or a folder) with the calibration images; may be repeated."),
     ] = None,
     views: Views = None,
     precision: Precision = None,
@@ -59,65 +57,74 @@ def calibrate(
         raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
     from recontrast import checkpoint as checkpoints
     from recontrast.app.calibrate_job import calibrate_detector
-    from recontrast.calibration.conformal import allowed_false_alarms, describe_promise
+    from recontrast.calibration.conformal import allowed_false_alarms
     from recontrast.data.listing import list_images
     from recontrast.inference.calibrate import refuse_training_images
     from recontrast.inference.detector import CheckpointDetector
 
     file = resolve_checkpoint(checkpoint)
-    if good and file.is_file():  # else that it is missing is what to say
+    if good and file.is_file():  # a missing file has its own message
         check_writable(file.parent, "CHECKPOINT")
-    known, new = list_images(good or []), list_images(check or [])
-    if shared := {os.path.realpath(path) for path in known} & {os.path.realpath(path) for path in new}:
+    good_paths, check_paths = list_images(good or []), list_images(check or [])
+    if shared := {os.path.realpath(path) for path in good_paths} & {os.path.realpath(path) for path in check_paths}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     if good:
-        allowed_false_alarms(len(known), false_alarm_rate)  # before a model is built
-    how = build_inference_options(device, views, precision)
+        allowed_false_alarms(len(good_paths), false_alarm_rate)  # checked before the model is built
+    inference = build_inference_options(device, views, precision)
     stored = checkpoints.load(file, mapped=True)
-    for option, paths in (("--good", known), ("--check", new)):
+    for option, paths in (("--good", good_paths), ("--check", check_paths)):
         refuse_training_images(option, paths, stored)
-    unread: list[str] = []
-    detector = CheckpointDetector(file, device, inference=how, calibrated=not good)
-    found = detector.calibration
+    errors: list[str] = []
+    detector = CheckpointDetector(file, device, inference=inference, calibrated=not good)
+    calibration = detector.calibration
     if good:
-        with ProgressBar("calibrate") as shown:
-            found, unread = calibrate_detector(
-                detector, stored, known, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
-                source=", ".join(map(str, good)), inference=how, batch=batch, on_progress=shown,
+        with ProgressBar("calibrate") as progress:
+            calibration, errors = calibrate_detector(
+                detector, stored, good_paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
+                source=", ".join(map(str, good)), inference=inference, batch=batch, on_progress=progress,
             )  # fmt: skip
-        checkpoints.write_calibration(file, found)
-        for line in describe_promise(found):
-            typer.echo(line)
-        before = 0 if stored.calibration is None else stored.calibration.count
-        typer.echo(f"calibration: {file}" + f", replaces one from {before} images" * (before > found.count))
-        if found.views is not None:
-            typer.echo(f"it decides with --views {found.views} --precision {found.precision} alone: predict and "
-                       "evaluate take them too")  # fmt: skip
-    if found is None:
+        checkpoints.write_calibration(file, calibration)
+        _print_calibration(file, calibration, 0 if stored.calibration is None else stored.calibration.count)
+    if calibration is None:
         raise ValueError(
             detector.calibration_note or f"{file}: wanted a calibration to compare with, got none: --good DIR makes one"
         )
-    if new:
-        unread += _compare(detector, found, new, batch)
-    for text in unread:
+    if check_paths:
+        errors += _compare(detector, calibration, check_paths, batch)
+    for text in errors:
         print_error(text)
-    if unread:
+    if errors:
         raise typer.Exit(2)
 
 
-def _compare(detector: "CheckpointDetector", known: "Calibration", paths: "Sequence[Path]", batch: int) -> list[str]:
-    """Say whether other good images are like those of a calibration; a sentence for each file that cannot be read."""
+def _print_calibration(file: Path, calibration: "Calibration", former_count: int) -> None:
+    """Print what the calibration promises, where it is stored, and what it needs."""
+    from recontrast.calibration.conformal import describe_promise
+
+    for line in describe_promise(calibration):
+        typer.echo(line)
+    replaced = f", replaces one from {former_count} images" if former_count > calibration.count else ""
+    typer.echo(f"calibration: {file}{replaced}")
+    if calibration.views is not None:
+        options = f"--views {calibration.views} --precision {calibration.precision}"
+        typer.echo(f"it is valid for {options} only: pass them to predict and evaluate as well")
+
+
+def _compare(
+    detector: "CheckpointDetector", calibration: "Calibration", paths: "Sequence[Path]", batch: int
+) -> list[str]:
+    """Print whether other good images are like the calibration images; return one message per unreadable file."""
     from recontrast.calibration.appearance_drift import measure_appearance_drift
     from recontrast.calibration.score_drift import measure_score_drift
     from recontrast.inference.calibrate import score_files
 
-    scores, looks, unread = score_files(detector, paths, batch)
-    found: list[AppearanceDrift | ScoreDrift] = [measure_score_drift(known, scores)]
-    if known.appearance:  # older calibrations have none
-        found.append(measure_appearance_drift(np.asarray(known.appearance), looks))
-    for seen in found:
-        if seen.is_significant:
-            print_error(f"warning: {seen.describe()}")
+    scores, appearance, errors = score_files(detector, paths, batch)
+    drifts: list[AppearanceDrift | ScoreDrift] = [measure_score_drift(calibration, scores)]
+    if calibration.appearance:  # older calibrations have none
+        drifts.append(measure_appearance_drift(np.asarray(calibration.appearance), appearance))
+    for drift in drifts:
+        if drift.is_significant:
+            print_error(f"warning: {drift.describe()}")
         else:
-            typer.echo(seen.describe())
-    return unread
+            typer.echo(drift.describe())
+    return errors

@@ -1,4 +1,4 @@
-"""``recontrast evaluate``: its options, and what it says; the work is in `recontrast.app.evaluate_job`."""
+"""``recontrast evaluate``: options and output; `recontrast.app.evaluate_job` does the work."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,14 +32,16 @@ def evaluate(
     context: typer.Context,
     checkpoint: CheckpointFile,
     data: Data,
-    category: Annotated[str | None, typer.Option(help="Name of one category. Default: all below DATA.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: none.")] = None,
+    category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: write nothing.")
+    ] = None,
     save_maps: Annotated[
         bool, typer.Option("--save-maps", help="Also write 16-bit TIFF maps to OUT/maps; results.md has their scale.")
     ] = False,
     streaming: Annotated[
         bool,
-        typer.Option("--streaming", help="Metrics of pixels from histograms: constant memory, with a proven bound."),
+        typer.Option("--streaming", help="Pixel metrics from histograms, in constant memory, with proven bounds."),
     ] = False,
     views: Views = None,
     precision: Precision = None,
@@ -49,7 +51,9 @@ def evaluate(
     batch: Batch = 16,
     workers: Workers = None,
     device: Device = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: decode anew.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for decoded images. Default: decode them each time.")
+    ] = None,
 ) -> None:
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast import checkpoint as checkpoints
@@ -57,19 +61,21 @@ def evaluate(
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
-        raise ValueError("--save-maps: wanted a folder for them, --out DIR, got none")
+        raise ValueError("--save-maps: wanted --out DIR with it, got none")
     if out is not None:
         check_writable(out)
-    how = build_inference_options(device, views, precision, layout, no_fold, compiled, workers)
+    inference = build_inference_options(device, views, precision, layout, no_fold, compiled, workers)
     file = resolve_checkpoint(checkpoint)
-    _, where = context.with_resource(distributed.join_processes(device))
+    _, world_device = context.with_resource(distributed.join_processes(device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
-    model, recipe, about = checkpoints.load_model(file, where)
-    if about.calibration is not None and (lost := how.describe_mismatch(recipe, about.calibration)) is not None:
-        print_error(f"warning: {file}: {lost}")
+    model, recipe, stored = checkpoints.load_model(file, world_device)
+    if stored.calibration is not None:
+        mismatch = inference.describe_mismatch(recipe, stored.calibration)
+        if mismatch is not None:
+            print_error(f"warning: {file}: {mismatch}")
     show_metrics(
-        model, groups, recipe, out, how.valid_calibration(recipe, about.calibration),
-        inference=how, workers=workers, device=where, batch=batch, cache_dir=cache, streaming=streaming,
+        model, groups, recipe, out, inference.valid_calibration(recipe, stored.calibration),
+        inference=inference, workers=workers, device=world_device, batch=batch, cache_dir=cache, streaming=streaming,
         save_maps=save_maps,
     )  # fmt: skip
 
@@ -78,18 +84,18 @@ def show_metrics(
     model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None,
     calibration: "Calibration | None", **options: Any
 ) -> None:  # fmt: skip
-    """Evaluate, and say what came of it; ``options`` are those of `recontrast.app.evaluate_job.measure`."""
+    """Evaluate and print the results; ``options`` are those of `recontrast.app.evaluate_job.measure`."""
     from recontrast.app.evaluate_job import measure
 
-    with ProgressBar("evaluate") as shown:
-        result, made, written = measure(
+    with ProgressBar("evaluate") as progress:
+        result, decisions, written = measure(
             model, groups, recipe, out, calibration=calibration,
-            on_progress=lambda category, done, total: shown(done, total, category), **options,
+            on_progress=lambda category, done, total: progress(done, total, category), **options,
         )  # fmt: skip
     print_result(result)
-    if made is not None:
-        typer.echo(made.describe())
-        for warning in made.warnings():
+    if decisions is not None:
+        typer.echo(decisions.describe())
+        for warning in decisions.warnings():
             print_error(f"warning: {warning}")
     if written:
         typer.echo(f"results: {', '.join(map(str, written))}")

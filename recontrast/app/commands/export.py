@@ -1,4 +1,4 @@
-"""``recontrast export``: a detector as one file for ONNX Runtime, OpenVINO or torch.export."""
+"""``recontrast export``: write a detector as one file for ONNX Runtime, OpenVINO or torch.export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,32 +14,36 @@ def export(
     format: Annotated[str, typer.Option("--format", help="onnx, pt2 (torch.export) or openvino.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File: .onnx, .pt2 or .xml (weights beside it in .bin). Default: detector.* beside RUN's."),
+        typer.Option(
+            help="Path of the .onnx, .pt2 or .xml file (.xml with weights in .bin). Default: detector.* in RUN."
+        ),
     ] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(help="Images, or folders of them, on which it must agree too, besides drawn ones; repeatable."),
+        typer.Option(
+            help="Images or folders on which the scores are compared, besides generated ones; may be repeated."
+        ),
     ] = None,
     views: Views = None,
 ) -> None:
-    """Write a detector as one file, from bytes of any size to score and decision, if it gives the same scores."""
+    """Write a detector as one file with resize, network and decision, if its scores are the same."""
     from recontrast.data.listing import list_images
     from recontrast.export.export import SUFFIXES
     from recontrast.export.export import export as write
 
     file = resolve_checkpoint(run)
-    if out is not None or file.is_file():  # else that it is missing is what to say
+    if out is not None or file.is_file():  # a missing file has its own message
         check_writable(file.parent if out is None else out.parent, "RUN" if out is None else "--out")
     if out is None:
         out = file.with_name("detector" + SUFFIXES.get(format, ""))
-    how = build_inference_options("cpu", views)
-    typer.echo("traced, written, opened again and compared: a minute or two")
-    made = write(file, format, out, images=list_images(images) if images else [], views=how.views)
+    inference = build_inference_options("cpu", views)
+    typer.echo("tracing, writing, reopening and comparing takes a minute or two")
+    result = write(file, format, out, images=list_images(images) if images else [], views=inference.views)
     typer.echo(
-        f"scores of {made.images} images of many sizes differ by at most {made.difference:.1e} (relative) from the "
+        f"scores of {result.images} images of many sizes differ by at most {result.difference:.1e} (relative) from the "
         f"checkpoint's"
     )
-    for note in made.notes:
+    for note in result.notes:
         print_error(f"warning: {note}")
-    size = sum(path.stat().st_size for path in made.files) / 1e6
-    typer.echo(f"outputs {', '.join(made.outputs)}, {size:.1f} MB: {', '.join(map(str, made.files))}")
+    size = sum(path.stat().st_size for path in result.files) / 1e6
+    typer.echo(f"outputs {', '.join(result.outputs)}, {size:.1f} MB: {', '.join(map(str, result.files))}")

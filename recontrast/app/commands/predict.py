@@ -1,4 +1,4 @@
-"""``recontrast predict``: its options, and what it says; the work is in `recontrast.app.prediction.predict`."""
+"""``recontrast predict``: options and output; `recontrast.app.prediction.predict` does the work."""
 
 import math
 from collections.abc import Sequence
@@ -26,29 +26,33 @@ if TYPE_CHECKING:
     from recontrast.app.prediction.predict import Maps, PredictionSummary
 
 
-def predict(
+def predict(  # 21 options and their checks; the work is elsewhere
     checkpoint: DetectorFile,
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT", help="Images, or folders that are searched for images.")
+        list[Path],
+        typer.Argument(metavar="INPUT", help="Images, or folders that are searched for images at any depth."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, regions.csv, maps/, overlays/.")],
     maps: Annotated[
         str, typer.Option(help="tiff16 (uint16, scale in scores.json), tiff32 or npy (float32), or none.")
     ] = "none",
     no_overlays: Annotated[
-        bool, typer.Option("--no-overlays", help="Without heat maps over the images (PNG, in their own size).")
+        bool,
+        typer.Option("--no-overlays", help="Do not write heat maps laid over the images (PNG, in their own size)."),
     ] = False,
     threshold: Annotated[float | None, typer.Option(help="Flag images whose score is at least this.")] = None,
     decide: Annotated[
-        bool, typer.Option("--decide", help="Insist on good or defect: stop where there is no calibration.")
+        bool, typer.Option("--decide", help="Stop if there is no calibration to decide good or defect by.")
     ] = False,
     false_alarm_rate: Annotated[
-        float | None, typer.Option(help="Decide by this rate in place of the one that was calibrated for.")
+        float | None, typer.Option(help="Decide at this rate instead of the calibrated one.")
     ] = None,
     tile: Annotated[
-        int | None, typer.Option(help="Side of tiles, pixels, where it was trained on tiles. Default: as trained.")
+        int | None, typer.Option(help="Side of the tiles in pixels, if trained on tiles. Default: as trained.")
     ] = None,
-    overlap: Annotated[int | None, typer.Option(help="Of tiles, pixels. Default: a quarter of the tile.")] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Overlap of the tiles in pixels. Default: a quarter of the tile.")
+    ] = None,
     views: Views = None,
     precision: Precision = None,
     layout: Layout = None,
@@ -57,26 +61,30 @@ def predict(
     batch: Batch = 16,
     device: Device = None,
     engine: Annotated[
-        str, typer.Option(help="local, or ray: by many workers, also of lists (.txt, .parquet); writes a table alone.")
+        str, typer.Option(help="local, or ray for many workers and lists (.txt, .parquet); ray writes only a table.")
     ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(help="Threads that decode; of ray, processes: default one a GPU, else one for 4 CPUs."),
+        typer.Option(help="Threads that decode images; with ray, processes (default: one per GPU, or per 4 CPUs)."),
     ] = None,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, or one here.")] = None,
-    part: Annotated[int, typer.Option(help="Images in a file of ray's: so many are lost with a worker.")] = 64,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster. Default: RAY_ADDRESS, or this machine.")
+    ] = None,
+    part: Annotated[
+        int, typer.Option(help="Images per output file of ray; so many are repeated if a worker dies.")
+    ] = 64,
 ) -> None:
-    """Score images, decide where there is a calibration; write scores, regions, anomaly maps and heat-map overlays."""
+    """Score images and decide on them; write scores, regions, anomaly maps and heat maps."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"--threshold: wanted a finite number, got {threshold:g}")
     check_writable(out)
-    how = build_inference_options(device, views, precision, layout, no_fold, compiled, workers)
+    inference = build_inference_options(device, views, precision, layout, no_fold, compiled, workers)
     if engine == "ray":
         if tile is not None or overlap is not None:
             raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
-        if how != build_inference_options(device):
+        if inference != build_inference_options(device):
             raise ValueError("--views, --precision, --layout, --no-fold, --compile: wanted none of them with "
                              "--engine ray, which scores as trained")  # fmt: skip
         return _predict_with_ray(
@@ -94,48 +102,50 @@ def predict(
     for path in inputs:
         if path.suffix.lower() in LISTS and path.is_file():
             raise ValueError(f"{path}: wanted images or folders, got a list of images: lists need --engine ray")
-    with ProgressBar("predict") as shown:
-        report = run(
+    with ProgressBar("predict") as progress:
+        summary = run(
             resolve_checkpoint(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,
-            threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=how,
-            workers=workers, device=device, batch=batch, on_progress=shown,
+            threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=inference,
+            workers=workers, device=device, batch=batch, on_progress=progress,
         )  # fmt: skip
-    typer.echo(f"{len(report.predictions)} images scored{_said(report, threshold)}: {out / 'scores.csv'}")
-    if report.calibration_note is not None:
-        print_error(f"warning: {report.calibration_note}")
-    for text in report.unread:
+    typer.echo(f"{len(summary.predictions)} images scored{_count(summary, threshold)}: {out / 'scores.csv'}")
+    if summary.calibration_note is not None:
+        print_error(f"warning: {summary.calibration_note}")
+    for text in summary.unread:
         print_error(text)
-    if report.unread:
+    if summary.unread:
         raise typer.Exit(2)
 
 
-def _said(report: "PredictionSummary", threshold: float | None) -> str:
-    """How many were flagged, and how many were called defects."""
+def _count(summary: "PredictionSummary", threshold: float | None) -> str:
+    """Describe how many images were flagged, and how many were called defects."""
     parts = []
     if threshold is not None:
-        parts.append(f"{sum(bool(found.flagged) for found in report.predictions)} flagged at {threshold:g}")
-    if report.rate is not None:
-        defects = sum(found.decision is not None and found.decision.defect for found in report.predictions)
-        parts.append(f"{defects} called defects at a false-alarm rate of {report.rate:g}")
+        parts.append(f"{sum(bool(prediction.flagged) for prediction in summary.predictions)} flagged at {threshold:g}")
+    if summary.rate is not None:
+        defects = sum(
+            prediction.decision is not None and prediction.decision.defect for prediction in summary.predictions
+        )
+        parts.append(f"{defects} called defects at a false-alarm rate of {summary.rate:g}")
     return "".join(f", {part}" for part in parts)
 
 
-SHOWN = 20  # of the images that could not be read
+SHOWN = 20  # messages about unreadable images that are printed
 
 
 def _predict_with_ray(
     checkpoint: Path, inputs: Sequence[Path], out: Path, *, maps: str = "none", **options: Any
 ) -> None:
-    """``recontrast predict --engine ray``."""
+    """Run ``recontrast predict --engine ray``."""
     if maps != "none":
         raise ValueError(f"--maps: wanted none with --engine ray, which writes scores alone, got {maps}")
     from recontrast.app.prediction import parquet_parts, ray_predict
 
-    with ProgressBar("predict") as shown:
-        summary = ray_predict.predict(checkpoint, inputs, out, on_progress=shown, **options)
-    said = f", {summary.defects} defects" if summary.decided else ""
-    said += "" if options["threshold"] is None else f", {summary.flagged} flagged at {options['threshold']:g}"
-    typer.echo(f"{summary.scored} images scored{said}: {out / parquet_parts.FOLDER}")
+    with ProgressBar("predict") as progress:
+        summary = ray_predict.predict(checkpoint, inputs, out, on_progress=progress, **options)
+    counts = f", {summary.defects} defects" if summary.decided else ""
+    counts += "" if options["threshold"] is None else f", {summary.flagged} flagged at {options['threshold']:g}"
+    typer.echo(f"{summary.scored} images scored{counts}: {out / parquet_parts.FOLDER}")
     for text in summary.unread[:SHOWN]:
         print_error(text)
     if len(summary.unread) > SHOWN:

@@ -1,4 +1,4 @@
-"""``recontrast prepare``: an original download becomes a data set that the other commands read."""
+"""``recontrast prepare``: convert an original download into MVTec AD layout."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,37 +14,37 @@ if TYPE_CHECKING:
 
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="mvtec, visa, aptos, oct2017 or isic2018.")],
-    source: Annotated[Path, typer.Option(help="Folder to which the original download was unpacked.")],
+    source: Annotated[Path, typer.Option(help="Folder of the unpacked original download.")],
     out: Annotated[
-        Path | None, typer.Option(help="New folder for it in MVTec AD layout. Default: none, only check and count.")
+        Path | None, typer.Option(help="New folder in MVTec AD layout. Default: only check and count.")
     ] = None,
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy every file. Default: link (hard, else symbolic) where possible.")
+        bool, typer.Option("--copy", help="Copy every file. Default: hard or symbolic links where possible.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Threads. Default: one per CPU.", min=1)] = None,
 ) -> None:
-    """Bring a data set of the paper into the layout that is read here, and check its counts."""
+    """Convert a data set of the paper into MVTec AD layout, and check its counts."""
     from recontrast.data.prepare import prepare as run
     from recontrast.data.prepare import sum_counts
 
     if out is not None:
         check_writable(out)
-    with ProgressBar(f"prepare {name}") as shown:
-        made = run(name, source, out, link=not copy, workers=workers, on_progress=shown)
-    rows = [_row(category, found, made.published.get(category)) for category, found in made.counts.items()]
+    with ProgressBar(f"prepare {name}") as progress:
+        prepared = run(name, source, out, link=not copy, workers=workers, on_progress=progress)
+    rows = [_row(category, counts, prepared.published.get(category)) for category, counts in prepared.counts.items()]
     if len(rows) > 1:
-        rows.append(_row("all", sum_counts(made.counts), sum_counts(made.published)))
+        rows.append(_row("all", sum_counts(prepared.counts), sum_counts(prepared.published)))
     columns = [text for key in ("train", "test", "good of test") for text in (key, "published")]
-    print_table(f"{name} in {made.source}", ["category", *columns], rows)
-    for text in made.warnings:
+    print_table(f"{name} in {prepared.source}", ["category", *columns], rows)
+    for text in prepared.warnings:
         print_error(f"warning: {text}")
-    if not made.warnings:
-        typer.echo("all counts are the published ones")
+    if not prepared.warnings:
+        typer.echo("all counts match the published ones")
     if out is not None:
-        typer.echo(f"{', '.join(f'{number} {way}' for way, number in made.files.items())}: {out}")
+        typer.echo(f"{', '.join(f'{number} {way}' for way, number in prepared.files.items())}: {out}")
 
 
-def _row(name: str, found: "Counts", published: "Counts | None") -> list[str]:
-    """Name, and every number beside the published one."""
-    pairs = [(getattr(found, key), getattr(published, key, None)) for key in ("train", "test", "good")]
+def _row(name: str, counts: "Counts", published: "Counts | None") -> list[str]:
+    """Return a table row: the name, and each count beside the published one."""
+    pairs = [(getattr(counts, key), getattr(published, key, None)) for key in ("train", "test", "good")]
     return [name, *("-" if number is None else str(number) for pair in pairs for number in pair)]

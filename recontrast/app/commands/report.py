@@ -15,24 +15,28 @@ def report(
     data: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[DATA]", help="Data sets or categories in MVTec AD layout. Default: that it was last evaluated on."
+            metavar="[DATA]", help="Data sets or categories in MVTec AD layout. Default: what it was last evaluated on."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The file. Default: report.html in the folder of the run.")] = None,
-    category: Annotated[
-        str | None, typer.Option(help="Name of one, or all. Default: what it was trained on, where DATA has it.")
+    out: Annotated[
+        Path | None, typer.Option(help="Path of the file. Default: report.html in the folder of the run.")
     ] = None,
-    images: Annotated[int, typer.Option(help="In the gallery at most, the worst errors first.", min=1)] = 300,
+    category: Annotated[
+        str | None, typer.Option(help="Name of a category, or all. Default: what it was trained on, if DATA has it.")
+    ] = None,
+    images: Annotated[
+        int, typer.Option(help="Largest number of images in the gallery, worst errors first.", min=1)
+    ] = 300,
     batch: Batch = 16,
     device: Device = None,
 ) -> None:
     """Write one HTML file: metrics, threshold, curves, and the images sorted by error."""
-    if out is not None or resolve_checkpoint(run).is_file():  # else that it is missing is what to say
+    if out is not None or resolve_checkpoint(run).is_file():  # a missing file has its own message
         check_writable(resolve_checkpoint(run).parent if out is None else out.parent, "RUN" if out is None else "--out")
-    with ProgressBar("report") as shown:
-        made = write_report(
+    with ProgressBar("report") as progress:
+        written = write_report(
             run, data or [], out, category=category, images=images, batch=batch, device=device,
-            on_progress=lambda name, done, total: shown(done, total, name),
+            on_progress=lambda name, done, total: progress(done, total, name),
         )  # fmt: skip
-    left = "" if made.shown == made.images else f", {made.shown} of them shown"
-    typer.echo(f"report of {made.images} images{left}, {made.bytes / 1e6:.1f} MB: {made.path}")
+    shown = "" if written.shown == written.images else f", {written.shown} of them shown"
+    typer.echo(f"report of {written.images} images{shown}, {written.bytes / 1e6:.1f} MB: {written.path}")

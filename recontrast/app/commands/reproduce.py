@@ -1,4 +1,4 @@
-"""``recontrast reproduce``: run a table of the paper again."""
+"""``recontrast reproduce``: reproduce a table of the paper."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,38 +11,42 @@ from recontrast.app.options import Device, check_writable, parse_change, parse_l
 
 def reproduce(
     name: Annotated[
-        str, typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... (see README).")
+        str, typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... (see the guide).")
     ],
     data: Annotated[Path, typer.Option(help="Data set in MVTec AD layout, or the folder of one category.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of its runs. Default: runs/TABLE.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Such as 1,11,111. Default: the recipe's.")] = None,
-    categories: Annotated[str | None, typer.Option(help="Such as screw,grid. Default: all below DATA.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/TABLE.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 1,11,111. Default: the recipe's.")] = None,
+    categories: Annotated[
+        str | None, typer.Option(help="Categories, such as screw,grid. Default: all in DATA.")
+    ] = None,
     entries: Annotated[str | None, typer.Option(help="Lines of the table, such as A,E,ours. Default: all.")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of the recipe; repeatable.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field; may be repeated.")
     ] = None,
     device: Device = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: decode for each run.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the checkpoints of finished runs.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for decoded images. Default: decode them for each run.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints of finished runs.")] = False,
 ) -> None:
-    """Run a table of the paper again, and print ours beside its numbers; a second call goes on."""
+    """Reproduce a table of the paper and print both results; a second call continues the first."""
     from recontrast.experiments.reproduce import reproduce as run
 
     out = out or Path("runs") / name
     check_writable(out)
     try:
-        with ProgressBar("") as shown:
-            found = run(
+        with ProgressBar("") as progress:
+            comparison = run(
                 name, data, out, seeds=parse_numbers("--seeds", seeds),
                 categories=parse_list(categories), entries=parse_list(entries),
                 changes=dict(map(parse_change, changes or [])),
                 device=device, cache_dir=cache, keep=keep,
-                on_step=lambda what, done, total, note: shown(done, total, f"{what}: {note}"),
+                on_step=lambda task, done, total, note: progress(done, total, f"{task}: {note}"),
             )  # fmt: skip
     except KeyboardInterrupt:
-        exit_with_error(f"interrupted; the same command goes on with what is in {out}", status=130)
-    head, cells = found.cells()
-    print_table(found.title, head, cells)
-    for note in found.notes:
+        exit_with_error(f"interrupted; the same command continues with what is in {out}", status=130)
+    head, cells = comparison.cells()
+    print_table(comparison.title, head, cells)
+    for note in comparison.notes:
         typer.echo(note)
     typer.echo(f"comparison: {out / 'comparison.md'}, .csv, .json")

@@ -149,7 +149,7 @@ def test_images_of_the_training_are_refused(good, tmp_path, tile):
 def test_scores_of_one_view_are_decided_by_their_own_calibration(run, good, tmp_path):
     fast = ["--views", "trained", "--precision", "bfloat16", "--device", "cpu"]
     said = works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, *fast)
-    assert "it decides with --views trained --precision bfloat16 alone" in said
+    assert "it is valid for --views trained --precision bfloat16 only" in said
     found = checkpoints.load(run / "checkpoint.pt").calibration
     assert (found.views, found.precision) == ("trained", "bfloat16")
     predict = ["predict", run, good, "--out", tmp_path / "out", "--no-overlays"]
