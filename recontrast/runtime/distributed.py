@@ -66,35 +66,36 @@ class World:
 
 @contextmanager
 def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[World, torch.device]]:
-    """The processes that torchrun started, joined while the block runs; alone where there was no torchrun.
+    """Join the processes that torchrun started while the block runs; without torchrun there is a single process.
 
     Args:
-        device: as asked for; by default each process takes the GPU of its number on its machine, or the CPU.
+        device: Device of this process; by default the GPU whose index is the local rank, or the CPU if there is no GPU.
 
     Yields:
-        This process's place, and its device.
+        The world, as seen from this process, and the device of this process.
 
     Raises:
-        ValueError: there are more processes on this machine than GPUs.
+        ValueError: If there are more processes on this machine than GPUs.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World(), resolve_device(device)
         return
-    chosen = resolve_device(device)
-    if chosen.type == "cuda" and chosen.index is None:
-        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= gpus:
-            raise ValueError(f"torchrun: wanted at most one process for each of {gpus} GPUs, got process {local + 1}")
-        chosen = torch.device("cuda", local)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    resolved = resolve_device(device)
+    if resolved.type == "cuda" and resolved.index is None:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            got = f"got process {local_rank + 1}"
+            raise ValueError(f"torchrun: wanted at most one process for each of {gpus} GPUs, {got}")
+        resolved = torch.device("cuda", local_rank)
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)
     _settle_at_exit()
-    if dist.is_initialized():  # by the program around us
-        yield current_world(), chosen
+    if dist.is_initialized():  # by the calling program
+        yield current_world(), resolved
         return
-    _init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    _init_process_group("nccl" if resolved.type == "cuda" else "gloo")
     try:
-        yield current_world(), chosen
+        yield current_world(), resolved
     finally:
         _release_process_groups()
         dist.destroy_process_group()
@@ -107,16 +108,25 @@ def current_world() -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
-def wrap_model(model: nn.Module, place: World, device: torch.device) -> nn.Module:
-    """``model`` as DistributedDataParallel, its BatchNorm synchronised; itself where there is one process."""
-    if place.size == 1:
+def wrap_model(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """Wrap a model in DistributedDataParallel, with BatchNorm over all processes.
+
+    Args:
+        model: Model on ``device``; its BatchNorm layers are converted in place.
+        world: Rank and number of processes.
+        device: Device of this process.
+
+    Returns:
+        The wrapped model, which shares the parameters of ``model``; ``model`` itself for a single process.
+    """
+    if world.size == 1:
         return model
     _settle_at_exit()
     convert_sync_batchnorm(model)
     devices = [device] if device.type == "cuda" else None
-    # Statistics are equal everywhere by construction: nothing to broadcast. Newer torch has another name for it.
-    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    # BatchNorm statistics are equal in all processes, so buffers need no broadcast. The option's name depends on torch.
+    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=devices, **options)
 
 

@@ -12,13 +12,15 @@ from recontrast.calibration.appearance_drift import PROPERTIES, describe_appeara
 from recontrast.calibration.conformal import Calibration, conformal_threshold
 
 
-def pictures(random, count, size=24):
-    """Blurred noise: no two alike, all of one kind."""
+def draw_textures(random, count, size=24):
+    """Return blurred noise: different images with the same statistics."""
     coarse = random.normal(128, 30, (count, size // 4, size // 4, 3)).clip(0, 255).astype(np.uint8)
-    return np.stack([np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in coarse])
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in coarse]
+    )
 
 
-def test_what_is_measured():
+def test_measured_properties():
     flat = np.full((3, 5, 7, 3), (200, 100, 50), np.uint8)
     grey = (0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255
     np.testing.assert_allclose(describe_appearance(flat, batch=2), [[grey, 0, 0, 150 / 255]] * 3, atol=1e-6)
@@ -30,19 +32,19 @@ def test_what_is_measured():
     assert describe_appearance(board[None][:0]).shape == (0, 4)
 
 
-def test_level():
-    """Of images of one kind it warns no more often than it says."""
+def test_false_warnings_are_as_rare_as_the_level():
+    """Without a change, warnings are as rare as `ALARM_LEVEL`."""
     random = np.random.default_rng(0)
-    known = describe_appearance(pictures(random, 2000))
-    far = 0
+    appearance = describe_appearance(draw_textures(random, 2000))
+    warnings = 0
     for _ in range(300):
         chosen = random.permutation(2000)[:80]
-        far += measure_appearance_drift(known[chosen[:50]], known[chosen[50:]]).is_significant
-    assert far <= 8  # 3 are expected, more than 8 come in 0.4 % of runs
+        warnings += measure_appearance_drift(appearance[chosen[:50]], appearance[chosen[50:]]).is_significant
+    assert warnings <= 8  # 3 are expected, more than 8 come in 0.4 % of runs
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "alter"),
+    ("name", "description", "alter"),
     [
         ("brightness", "darker", lambda x: x * 0.9),
         ("brightness", "brighter", lambda x: x * 0.9 + 25),
@@ -51,28 +53,28 @@ def test_level():
         ("warmth", "redder", lambda x: x + np.array([14, 0, -14])),
     ],
 )
-def test_a_change_is_named(name, how, alter):
+def test_a_change_is_named(name, description, alter):
     random = np.random.default_rng(1)
-    known, new = pictures(random, 60), pictures(random, 30)
+    known, new = draw_textures(random, 60), draw_textures(random, 30)
     assert not measure_appearance_drift(describe_appearance(known), describe_appearance(new)).is_significant
-    seen = measure_appearance_drift(
+    drift = measure_appearance_drift(
         describe_appearance(known), describe_appearance(alter(new.astype(float)).clip(0, 255).astype(np.uint8))
     )
-    assert seen.is_significant and seen.name == name and f"they are {how} ({name}" in seen.describe()
+    assert drift.is_significant and drift.name == name and f"they are {description} ({name}" in drift.describe()
 
 
-def test_nothing_to_compare():
+def test_missing_images_raise():
     with pytest.raises(ValueError, match="at least 1 image on each side, got 0 and 2"):
         measure_appearance_drift(np.empty((0, len(PROPERTIES))), np.zeros((2, len(PROPERTIES))))
 
 
-def test_calibrations_of_before_and_wrong_ones():
+def test_older_and_invalid_calibrations():
     scores = (1.0, 2.0, 3.0)
     known = Calibration(scores, 0.5, conformal_threshold(scores, 0.5), None, 0.1, False, "here", "w")
     values = known.to_dict()
     assert values.pop("looks") == [] and Calibration.from_dict(values) == known
-    seen = replace(known, appearance=((0.1, 0.2, 0.3, 0.4),) * 3)
-    assert Calibration.from_dict(json.loads(json.dumps(seen.to_dict()))) == seen
+    described = replace(known, appearance=((0.1, 0.2, 0.3, 0.4),) * 3)
+    assert Calibration.from_dict(json.loads(json.dumps(described.to_dict()))) == described
     with pytest.raises(ValueError, match="looks: wanted 4 numbers for each of 3 images"):
         replace(known, appearance=((0.1, 0.2, 0.3, 0.4),) * 2)
     del values["source"]
@@ -80,8 +82,8 @@ def test_calibrations_of_before_and_wrong_ones():
         Calibration.from_dict(values)
 
 
-def test_darker_images_are_warned_of(tmp_path):
-    """The images are what changed, and the untrained detector scores them as it likes."""
+def test_darker_images_cause_a_warning(tmp_path):
+    """The change is found in the images, whatever scores an untrained detector gives them."""
     save(tmp_path / "run" / "checkpoint.pt", RECIPE)
     good = draw(tmp_path / "good", 24, seed=0)
     dark = tmp_path / "set" / "tile" / "test" / "good"
@@ -97,8 +99,8 @@ def test_darker_images_are_warned_of(tmp_path):
     assert np.shape(found.appearance) == (24, 4)
     result = call("evaluate", tmp_path / "run", tmp_path / "set", "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 0 and "they are darker (brightness" in result.stderr, result.output
-    said = json.loads((tmp_path / "out" / "results.json").read_text())["decided"]
-    assert said["good"] == 16 and said["defects"] == 0 and said["change"]["name"] == "brightness"
-    assert any("darker" in text for text in said["warnings"])
+    decisions = json.loads((tmp_path / "out" / "results.json").read_text())["decided"]
+    assert decisions["good"] == 16 and decisions["defects"] == 0 and decisions["change"]["name"] == "brightness"
+    assert any("darker" in text for text in decisions["warnings"])
     works("predict", tmp_path / "run", dark, "--out", tmp_path / "predicted", "--no-overlays", "--device", "cpu")
     assert "looks" not in json.loads((tmp_path / "predicted" / "scores.json").read_text())["calibration"]

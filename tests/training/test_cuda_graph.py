@@ -1,4 +1,4 @@
-"""Steps that wait for nothing: replayed as a graph, compiled as one, fed from the device."""
+"""Steps without host waits: replayed as a CUDA graph, compiled, and fed from device memory."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ from recontrast.training.train import train_step
 
 RECIPE = Recipe(
     backbone="test_resnet", weights="random", steps=12, batch=4, size=32, ramp=0.5,
-    decoder_lr=2**-9, encoder_lr=2**-17,  # numbers that float32 holds, as the tensors on the device do
+    decoder_lr=2**-9, encoder_lr=2**-17,  # exact in float32, like the tensors on the device
 )  # fmt: skip
-SIZES = [4, 4, 4, 3] * 3  # a ragged batch ends each epoch
+SIZES = [4, 4, 4, 3] * 3  # each epoch ends with a smaller batch
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: THE STEP WAS NOT RECORDED")
 
 
@@ -38,9 +38,9 @@ def record_by_rerunning(work):
     return lambda: result.copy_(work()), result
 
 
-def run(device, replay, wipe=None, rest=()):
-    """Losses, last weights and number of replays over the whole ramp; rates fall half-way."""
-    model, both = model_and_optimisers(device)
+def run(device, replay, reset_at=None, paused_at=()):
+    """Train over the whole ramp of alpha, with a drop of the learning rates; return losses, weights and replays."""
+    model, optimisers = model_and_optimisers(device)
 
     def one(moving, images, alpha):
         return train_step(model, moving, images, alpha, RECIPE)
@@ -51,21 +51,21 @@ def run(device, replay, wipe=None, rest=()):
     losses = []
     for i, images in enumerate(batches(device)):
         if i == len(SIZES) // 2:
-            for optimiser in both:
+            for optimiser in optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] *= 0.25
-        if i == wipe:
-            both[0].state.clear()
+        if i == reset_at:
+            optimisers[0].state.clear()
         alpha = float(np.float32(alpha_at(i, RECIPE.steps, RECIPE.ramp)))
-        losses.append(call(both[:1] if i in rest else both, images, alpha))
-    rates = [group["lr"] for optimiser in both for group in optimiser.param_groups]
+        losses.append(call(optimisers[:1] if i in paused_at else optimisers, images, alpha))
+    rates = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
     assert all(isinstance(rate, float) for rate in rates), "checkpoints hold numbers"
     return torch.stack(losses), [p.detach() for p in model.parameters()], call.replays if replay else 0
 
 
 @pytest.fixture
-def _one_order():
-    """cuDNN adds in one order: Adam's first steps have the size of the rate, and one last digit turns their sign."""
+def _deterministic_cudnn():
+    """Make cuDNN deterministic: rounding may flip the sign of Adam's first updates, whose size is the learning rate."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     yield
@@ -85,30 +85,30 @@ def compare(device, expected_replays, **kwargs):
 FULL = SIZES.count(4) - WARMUP_STEPS
 
 
-@pytest.mark.usefixtures("_one_order")
+@pytest.mark.usefixtures("_deterministic_cudnn")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_replay_is_eager_over_the_whole_ramp(device):
+def test_replayed_steps_equal_eager_steps(device):
     compare(device, FULL)
 
 
-@pytest.mark.usefixtures("_one_order")
+@pytest.mark.usefixtures("_deterministic_cudnn")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_replay_notices_a_state_that_was_wiped(device):
-    compare(device, FULL - 1, wipe=5)  # the step after the wipe makes a new state
+def test_step_is_recorded_again_after_a_reset(device):
+    compare(device, FULL - 1, reset_at=5)  # the step after the reset runs eagerly
 
 
-@pytest.mark.usefixtures("_one_order")
+@pytest.mark.usefixtures("_deterministic_cudnn")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_an_optimiser_may_rest(device):
-    compare(device, FULL, rest=range(5, 9))
+def test_optimiser_may_pause(device):
+    compare(device, FULL, paused_at=range(5, 9))
 
 
-def test_replay_copies_what_changes():
-    """A recorded step sees the images and the alpha of the call, at places that stay."""
-    seen = []
+def test_inputs_are_copied_to_static_buffers():
+    """A recorded step reads the images and the alpha of each call at fixed addresses."""
+    calls = []
 
     def one(moving, images, alpha):
-        seen.append((images.data_ptr(), alpha.data_ptr(), images.sum().item(), alpha.item()))
+        calls.append((images.data_ptr(), alpha.data_ptr(), images.sum().item(), alpha.item()))
         return images.sum()
 
     weight = torch.nn.Parameter(torch.zeros(1))
@@ -119,13 +119,13 @@ def test_replay_copies_what_changes():
     for i in range(WARMUP_STEPS + 3):
         images = torch.full((2, 3, 4, 4), float(i))
         assert replay([optimiser], images, float(i)).item() == i * images[0].numel() * 2
-    assert [call[2:] for call in seen] == [(96.0 * i, float(i)) for i in range(WARMUP_STEPS + 3)]
-    assert len({call[:2] for call in seen[WARMUP_STEPS:]}) == 1
+    assert [call[2:] for call in calls] == [(96.0 * i, float(i)) for i in range(WARMUP_STEPS + 3)]
+    assert len({call[:2] for call in calls[WARMUP_STEPS:]}) == 1
     assert replay.replays == 3
 
 
-def test_compiles_as_one_graph():
-    """Model and loss; alpha is a tensor, so that its ramp compiles nothing anew."""
+def test_model_and_loss_compile_as_one_graph():
+    """Alpha is a tensor, so that its ramp causes no recompilation."""
     model, _ = model_and_optimisers("cpu")
     images, alpha = torch.randn(2, 3, 32, 32), torch.tensor(-1.0)
 
@@ -133,7 +133,7 @@ def test_compiles_as_one_graph():
         return pairs_loss(model(images), deviation(alpha))
 
     model.encoder_bn = "eval"
-    model.eval()  # statistics that stay: both ways must see the same
+    model.eval()  # fixed statistics, equal for both functions
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=False)
     for value in (-1.0, 0.5):
         alpha.fill_(value)
@@ -148,7 +148,7 @@ def test_compiles_as_one_graph():
             torch.testing.assert_close(a, b)
 
 
-def test_a_recipe_asks_for_it():
+def test_recipe_field_graph():
     assert RECIPE.graph is False
     assert RECIPE.replace(graph=True).graph
     with pytest.raises(ValueError, match="graph must be true or false, got 1"):
@@ -156,7 +156,7 @@ def test_a_recipe_asks_for_it():
 
 
 @pytest.mark.parametrize("budget", [0, 10**9, None])
-def test_pixels(budget):
+def test_device_images(budget):
     images = np.random.default_rng(0).integers(0, 256, (9, 5, 4, 3), dtype=np.uint8)
     pixels = DeviceImages(images, torch.device("cpu"), budget)
     assert pixels.resident == bool(budget)
@@ -165,20 +165,20 @@ def test_pixels(budget):
         assert np.array_equal(pixels[index].numpy(), images[index])
 
 
-def test_statistics_are_sent_once(monkeypatch):
+def test_mean_and_std_are_copied_to_the_device_once(monkeypatch):
     images = torch.randint(0, 256, (2, 4, 6, 3), dtype=torch.uint8)
     with torch.inference_mode():
         first = normalise(images, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3])
     monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("a copy to the device"))
     again = normalise(images, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
     assert torch.equal(first, again)
-    (again * torch.ones(1, requires_grad=True)).sum().backward()  # no inference tensor is left inside
+    (again * torch.ones(1, requires_grad=True)).sum().backward()  # the cached tensors are no inference tensors
 
 
 @gpu
 @pytest.mark.parametrize("rule", [deviation(1.0), hardest(0.1, 0.1), power(3)], ids=str)
-def test_the_loss_is_captured(rule):
-    """Replayed on other features, the recorded loss and gradient are those of an eager call."""
+def test_recorded_loss_equals_eager_loss(rule):
+    """Replayed with other features, loss and gradients are those of an eager call."""
     shapes = [(4, 64, 16, 16), (4, 96, 8, 8), (2, 7, 5, 3)]
     x, y = ([torch.randn(shape, device="cuda") for shape in shapes] for _ in "xy")
     y = [t.requires_grad_() for t in y]
@@ -207,10 +207,10 @@ def test_the_loss_is_captured(rule):
 @gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_waits_for_nothing(precision):
-    """Between two log lines: batch from the resident cache, normalisation, step, replay."""
+def test_steps_do_not_wait_for_the_device(precision):
+    """Batches from device memory, normalisation, eager and replayed steps."""
     device = torch.device("cuda")
-    model, both = model_and_optimisers(device)
+    model, optimisers = model_and_optimisers(device)
     recipe = RECIPE.replace(precision=precision)
     pixels = DeviceImages(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), device)
     assert pixels.resident
@@ -220,17 +220,17 @@ def test_a_step_waits_for_nothing(precision):
 
     replay = GraphedStep(one, 4, device)
 
-    def turn(call, size=4):
+    def run_step(call, size=4):
         images = normalise(pixels[np.arange(size)], model.mean, model.std, channels_last=True)
-        return call(both, images, 0.5)
+        return call(optimisers, images, 0.5)
 
     for _ in range(2):
-        turn(one)
+        run_step(one)
     for _ in range(WARMUP_STEPS + 1):  # records
-        turn(replay)
+        run_step(replay)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses = [turn(one), turn(replay), turn(replay, 3), turn(replay)]
+        losses = [run_step(one), run_step(replay), run_step(replay, 3), run_step(replay)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(losses).isfinite().all()

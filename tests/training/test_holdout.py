@@ -33,10 +33,11 @@ def samples(root):
     return tiny_set(root, train=20)
 
 
-def test_held_out():
-    kept, held = split_holdout(range(270), 0.1, 3)
-    assert len(held) == 27 and sorted(kept + held) == list(range(270)) and kept == sorted(kept)
-    assert split_holdout(range(270), 0.1, 3) == (kept, held) and split_holdout(range(270), 0.1, 4) != (kept, held)
+def test_split_holdout():
+    training, held_out = split_holdout(range(270), 0.1, 3)
+    assert len(held_out) == 27 and sorted(training + held_out) == list(range(270)) and training == sorted(training)
+    assert split_holdout(range(270), 0.1, 3) == (training, held_out)
+    assert split_holdout(range(270), 0.1, 4) != (training, held_out)
     assert split_holdout(range(9), 0.0, 3) == (list(range(9)), [])
     for share, count in ((0.1, 3), (0.9, 2)):
         with pytest.raises(ValueError, match="holdout: wanted at least 1 image held out and 1 to train on"):
@@ -46,20 +47,20 @@ def test_held_out():
         Recipe(holdout=1)
 
 
-def test_training_calibrates_on_what_it_did_not_see(samples, tmp_path):
+def test_calibration_uses_the_held_out_images(samples, tmp_path):
     result = train(SHARED, samples, out=tmp_path, device="cpu")
     good = [sample for sample in samples if sample.split == "train"]
-    used, kept = split_holdout(good, 0.3, SHARED.seed)
-    found = checkpoint.load(result.checkpoint)
-    assert found.images["count"] == len(used) == 14 and found.calibration == result.calibration
-    assert result.calibration.count == len(kept) == 6 and result.calibration.rate == pytest.approx(1 / 7)
+    used, held_out = split_holdout(good, 0.3, SHARED.seed)
+    saved = checkpoint.load(result.checkpoint)
+    assert saved.images["count"] == len(used) == 14 and saved.calibration == result.calibration
+    assert result.calibration.count == len(held_out) == 6 and result.calibration.rate == pytest.approx(1 / 7)
     assert result.calibration.weights == digest(result.model.state_dict(), SHARED)
-    alone = train(SHARED.replace(holdout=0.0), used, device="cpu")
-    assert alone.losses == result.losses and alone.calibration is None
-    assert same_weights(alone.model, result.model)
+    without_holdout = train(SHARED.replace(holdout=0.0), used, device="cpu")
+    assert without_holdout.losses == result.losses and without_holdout.calibration is None
+    assert same_weights(without_holdout.model, result.model)
 
 
-def test_a_finished_run_without_calibration_gets_it_when_resumed(samples, tmp_path, monkeypatch):
+def test_resumed_finished_run_is_calibrated_if_it_was_not(samples, tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
@@ -69,10 +70,12 @@ def test_a_finished_run_without_calibration_gets_it_when_resumed(samples, tmp_pa
     path = tmp_path / "checkpoint.pt"
     before = checkpoint.load(path)
     assert before.step == 2 and before.calibration is None
-    found = train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration
-    assert found is not None and checkpoint.load(path).calibration == found
-    other = checkpoint.write_calibration(path, found.with_rate(0.5)) and checkpoint.load(path).calibration
-    assert train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration == other  # what is there stays
+    calibration = train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration
+    assert calibration is not None and checkpoint.load(path).calibration == calibration
+    other = checkpoint.write_calibration(path, calibration.with_rate(0.5)) and checkpoint.load(path).calibration
+    assert (
+        train(SHARED, samples, out=tmp_path, resume=path, device="cpu").calibration == other
+    )  # an existing calibration stays
 
 
 def test_too_few_images(samples, tmp_path):
@@ -81,17 +84,17 @@ def test_too_few_images(samples, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_holds_out_a_tenth_unless_a_recipe_says_otherwise(root, tmp_path):
+def test_command_line_holds_out_a_tenth_by_default(root, tmp_path):
     assert tiny_set(tmp_path / "many", train=90)
-    said = works("train", tmp_path / "many", "--out", tmp_path / "a", *SMALL)
-    assert "9 of 90 good images held out for calibration; --holdout 0 trains on all" in said
-    assert "at the promised false-alarm rate of 0.1" in said and "of 3 defect images found" in said
+    output = works("train", tmp_path / "many", "--out", tmp_path / "a", *SMALL)
+    assert "9 of 90 good images held out for calibration; --holdout 0 trains on all" in output
+    assert "at the promised false-alarm rate of 0.1" in output and "of 3 defect images found" in output
     assert checkpoint.load(tmp_path / "a" / "checkpoint.pt").calibration.count == 9
-    said = works("evaluate", tmp_path / "a", root, "--device", "cpu")
-    assert "at the promised false-alarm rate of 0.1" in said and "of 3 good images called defects" in said
+    output = works("evaluate", tmp_path / "a", root, "--device", "cpu")
+    assert "at the promised false-alarm rate of 0.1" in output and "of 3 good images called defects" in output
     for options in (["--recipe", "mvtec"], ["--holdout", 0]):
-        said = works("train", root, "--out", tmp_path / "b", "--overwrite", "--no-evaluate", *SMALL, *options)
-        assert "held out" not in said
+        output = works("train", root, "--out", tmp_path / "b", "--overwrite", "--no-evaluate", *SMALL, *options)
+        assert "held out" not in output
         assert checkpoint.load(tmp_path / "b" / "checkpoint.pt").calibration is None
     assert "holdout must be a share" in fails("train", root, "--out", tmp_path / "c", *SMALL, "--holdout", 1)
     result = call("train", root, "--out", tmp_path / "d", "--no-evaluate", *SMALL)
@@ -109,12 +112,12 @@ def test_decided():
         scored = [ScoredImage("", "nut", "", label, s) for label, some in ((0, good), (1, bad)) for s in some]
         return Result(**{**empty, "scored": scored})
 
-    made = decided(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found, {}, RECIPE)
-    assert made.describe() == (
+    decision = decided(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found, {}, RECIPE)
+    assert decision.describe() == (
         "at the promised false-alarm rate of 0.1: 2 of 20 good images called defects (10.0 %), "
         "3 of 4 defect images found (75.0 %)"
     )
-    assert made.warnings() == [] and made.to_dict()["false_alarms"] == 2 and made.appearance_drift is None
-    made = decided(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
-    assert "defect images found" not in made.describe() and "far from uniform" in made.warnings()[0]
+    assert decision.warnings() == [] and decision.to_dict()["false_alarms"] == 2 and decision.appearance_drift is None
+    decision = decided(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
+    assert "defect images found" not in decision.describe() and "far from uniform" in decision.warnings()[0]
     assert decided(result([], [5.0]), found, {}, RECIPE).warnings() == []

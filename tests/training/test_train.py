@@ -25,15 +25,15 @@ def samples(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(samples, tmp_path_factory):
-    """A whole run, with its files, that others are compared with."""
-    return train(RECIPE, samples, out=tmp_path_factory.mktemp("unbroken"), device="cpu")
+def uninterrupted(samples, tmp_path_factory):
+    """Result of an uninterrupted run, for comparison."""
+    return train(RECIPE, samples, out=tmp_path_factory.mktemp("uninterrupted"), device="cpu")
 
 
-# ---- a whole run ---------------------------------------------------------------
+# ---- a full run ---------------------------------------------------------------
 
 
-def test_a_run(samples, tmp_path):
+def test_result_log_and_files_of_a_run(samples, tmp_path):
     calls = []
     result = train(RECIPE, samples, out=tmp_path / "out", device="cpu", on_log=lambda *args: calls.append(args))
     assert len(result.losses) == 6
@@ -47,40 +47,40 @@ def test_a_run(samples, tmp_path):
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert [line["loss"] for line in lines] == [call[1] for call in calls]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
-    found = checkpoint.load(result.checkpoint)
-    assert (found.step, found.category, found.images["count"]) == (6, "nut", 7)
+    saved = checkpoint.load(result.checkpoint)
+    assert (saved.step, saved.category, saved.images["count"]) == (6, "nut", 7)
     loaded, recipe, _ = checkpoint.load_model(result.checkpoint, "cpu")
     assert recipe == RECIPE
     assert same_weights(loaded, result.model)
 
 
-def test_it_learns(samples):
+def test_loss_decreases(samples):
     result = train(RECIPE.replace(steps=20, alpha_end=-3.0, batch=7, size=64), samples, device="cpu")
     assert result.checkpoint is None
     assert sum(result.losses[-5:]) < 0.7 * sum(result.losses[:5])
 
 
-def test_equal_seeds_equal_weights(samples, unbroken):
+def test_equal_seeds_give_equal_weights(samples, uninterrupted):
     again = train(RECIPE, samples, device="cpu")
-    assert again.losses == unbroken.losses
-    assert same_weights(again.model, unbroken.model)
+    assert again.losses == uninterrupted.losses
+    assert same_weights(again.model, uninterrupted.model)
     other = train(RECIPE.replace(seed=2), samples, device="cpu")
-    assert other.losses != unbroken.losses
+    assert other.losses != uninterrupted.losses
 
 
-def test_random_generators_do_not_matter_after_the_start(samples, unbroken):
+def test_global_generator_has_no_effect_after_the_start(samples, uninterrupted):
     again = train(RECIPE, samples, device="cpu", on_log=lambda *args: torch.manual_seed(0))
-    assert again.losses == unbroken.losses
+    assert again.losses == uninterrupted.losses
 
 
-def test_test_images_are_never_used(samples, unbroken):
-    only = [sample for sample in samples if sample.split == "train"]
-    assert len(only) < len(samples)
-    assert train(RECIPE, only, device="cpu").losses == unbroken.losses
+def test_test_images_are_never_used(samples, uninterrupted):
+    training_samples = [sample for sample in samples if sample.split == "train"]
+    assert len(training_samples) < len(samples)
+    assert train(RECIPE, training_samples, device="cpu").losses == uninterrupted.losses
 
 
 @pytest.mark.parametrize("batch, drop_last", [(1, False), (100, False), (3, True), (7, True)])
-def test_any_batch(samples, batch, drop_last):
+def test_batch_sizes(samples, batch, drop_last):
     recipe = RECIPE.replace(batch=batch, drop_last=drop_last, steps=3, encoder_bn="eval")
     assert all(map(math.isfinite, train(recipe, samples, device="cpu").losses))
 
@@ -90,16 +90,16 @@ def test_one_step_and_one_image(samples):
 
 
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"channels_last": True}, {"precision": "float32"}])
-def test_switches_change_little(samples, unbroken, change):
+def test_precision_and_memory_format_change_losses_little(samples, uninterrupted, change):
     result = train(RECIPE.replace(channels_last=False).replace(**change), samples, device="cpu")
-    assert result.losses[:2] == pytest.approx(unbroken.losses[:2], rel=0.03)
-    last = next(result.model.parameters()).is_contiguous(memory_format=torch.channels_last)
-    assert last == bool(change.get("channels_last"))
+    assert result.losses[:2] == pytest.approx(uninterrupted.losses[:2], rel=0.03)
+    is_channels_last = next(result.model.parameters()).is_contiguous(memory_format=torch.channels_last)
+    assert is_channels_last == bool(change.get("channels_last"))
 
 
-def test_cache_of_decoded_images(samples, unbroken, tmp_path):
+def test_cache_of_decoded_images(samples, uninterrupted, tmp_path):
     for _ in range(2):
-        assert train(RECIPE, samples, device="cpu", cache_dir=tmp_path).losses == unbroken.losses
+        assert train(RECIPE, samples, device="cpu", cache_dir=tmp_path).losses == uninterrupted.losses
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -111,7 +111,7 @@ def test_several_categories_in_one_model(samples, tmp_path):
     assert train(RECIPE, [*samples, *more], category="unified", device="cpu").category == "unified"
 
 
-def test_category_decides_the_batch_norm(samples):
+def test_category_sets_the_batch_norm_mode(samples):
     fixed = train(RECIPE.replace(steps=1), samples, category="screw", device="cpu").model
     moving = train(RECIPE.replace(steps=1), samples, category="zipper", device="cpu").model
     counts = [int(next(b for n, b in m.encoder.named_buffers() if "num_batches" in n)) for m in (fixed, moving)]
@@ -124,10 +124,10 @@ def test_a_given_model_is_trained_in_place(samples):
     assert train(RECIPE, samples, model=model, device="cpu").model is model
     after = model.state_dict()
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"encoder", "bottleneck", "decoder"}  # and not the frozen encoder
+    assert changed == {"encoder", "bottleneck", "decoder"}  # but not the frozen encoder
 
 
-# ---- what a run refuses ----------------------------------------------------------
+# ---- errors ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,27 +140,27 @@ def test_a_given_model_is_trained_in_place(samples):
         ({"backbone": "test_resnett"}, "test_resnet"),
     ],
 )
-def test_refuses_recipes(samples, tmp_path, change, text):
+def test_recipes_that_do_not_fit_raise(samples, tmp_path, change, text):
     with pytest.raises(ValueError, match=text):
         train(RECIPE.replace(**change), samples, out=tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_no_images(samples):
+def test_missing_training_images_raise(samples):
     with pytest.raises(ValueError, match="wanted good training images, got none among 6 samples"):
         train(RECIPE, [sample for sample in samples if sample.split == "test"], device="cpu")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_refuses_devices(samples, device):
+def test_missing_devices_raise(samples, device):
     with pytest.raises(ValueError, match="device: wanted "):
         train(RECIPE, samples, device=device)
 
 
-# ---- the loss is no number any more ------------------------------------------------
+# ---- divergence ------------------------------------------------
 
 
-def test_loss_not_a_number(samples, tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_raises(samples, tmp_path, monkeypatch):
     def broken(*arguments):
         loss = step(*arguments)
         broken.calls += 1
@@ -175,14 +175,14 @@ def test_loss_not_a_number(samples, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "recipe.yaml"]
 
 
-def test_learning_rate_too_high(samples, tmp_path):
+def test_learning_rate_that_is_too_high_raises(samples, tmp_path):
     with pytest.raises(ValueError, match=r"(the loss of nut is|is not finite at step)"):
         train(RECIPE.replace(decoder_lr=1e38, steps=30), samples, out=tmp_path, device="cpu")
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_weights_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
-    """The loss of a step is that of the weights before it."""
+def test_weights_that_are_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
+    """The loss of a step is computed before the update, so it is still finite."""
 
     def broken(model, *arguments):
         loss = step(model, *arguments)
@@ -200,7 +200,7 @@ def test_weights_not_finite_are_not_saved(samples, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_waits_for_the_step(number, samples, unbroken, tmp_path, monkeypatch):
+def test_interrupt_waits_for_the_end_of_the_step(number, samples, uninterrupted, tmp_path, monkeypatch):
     def interrupted(*args):
         interrupted.calls += 1
         if interrupted.calls == 4:
@@ -209,7 +209,7 @@ def test_an_interruption_waits_for_the_step(number, samples, unbroken, tmp_path,
 
     step, interrupted.calls = training.train_step, 0
     monkeypatch.setattr(training, "train_step", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is begun without it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             train(RECIPE, samples, out=tmp_path, device="cpu")
@@ -219,8 +219,8 @@ def test_an_interruption_waits_for_the_step(number, samples, unbroken, tmp_path,
         signal.signal(signal.SIGINT, before)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 4
     result = train(RECIPE, samples, out=tmp_path, resume=tmp_path / "checkpoint.pt", device="cpu")
-    assert result.losses == unbroken.losses[4:]
-    assert same_weights(result.model, unbroken.model)
+    assert result.losses == uninterrupted.losses[4:]
+    assert same_weights(result.model, uninterrupted.model)
 
 
 def test_interrupt_between_steps_and_within(samples, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_interrupt_between_steps_and_within(samples, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, samples, out=tmp_path, device="cpu", on_log=interrupted)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2
-    monkeypatch.setattr(training, "train_step", interrupted)  # half a step is done: not a state to go on from
+    monkeypatch.setattr(training, "train_step", interrupted)  # the state within a step is not saved
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, samples, out=tmp_path, device="cpu", resume=tmp_path / "checkpoint.pt")
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2
@@ -248,8 +248,8 @@ train(recipe, mvtec(root, "nut"), out=out, device="cpu",
 """
 
 
-def test_killed_and_resumed(samples, tmp_path):
-    """SIGKILL after step 5, a checkpoint at 3: what follows equals the unbroken run to the bit."""
+def test_killed_run_resumes(samples, tmp_path):
+    """SIGKILL after step 5, with a checkpoint at step 3: the resumed run is bit-identical to the uninterrupted one."""
     recipe = RECIPE.replace(log_every=1, drop_last=False, batch=3, steps=8, encoder_bn="train")
     whole = train(recipe, samples, out=tmp_path / "whole", device="cpu")
     root = samples[0].path.parents[3]
@@ -267,37 +267,37 @@ def test_killed_and_resumed(samples, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, 9))
     assert [line["loss"] for line in log_of(tmp_path / "out")] == [line["loss"] for line in log_of(tmp_path / "whole")]
     ends = [checkpoint.load(folder / "checkpoint.pt") for folder in (tmp_path / "out", tmp_path / "whole")]
-    for one, other in zip(*(end.optimisers for end in ends), strict=True):
-        assert one["param_groups"] == other["param_groups"]
-        for key, value in one["state"].items():
+    for optimiser, other in zip(*(end.optimisers for end in ends), strict=True):
+        assert optimiser["param_groups"] == other["param_groups"]
+        for key, value in optimiser["state"].items():
             assert all(torch.equal(value[name], other["state"][key][name]) for name in value)
 
 
-def test_resumed_when_all_is_done(samples, unbroken):
-    before = unbroken.checkpoint.read_bytes()
-    again = train(RECIPE, samples, out=unbroken.checkpoint.parent, resume=unbroken.checkpoint, device="cpu")
+def test_resuming_a_finished_run_changes_nothing(samples, uninterrupted):
+    before = uninterrupted.checkpoint.read_bytes()
+    again = train(RECIPE, samples, out=uninterrupted.checkpoint.parent, resume=uninterrupted.checkpoint, device="cpu")
     assert again.losses == []
-    assert same_weights(again.model, unbroken.model)
-    assert unbroken.checkpoint.read_bytes() == before
+    assert same_weights(again.model, uninterrupted.model)
+    assert uninterrupted.checkpoint.read_bytes() == before
 
 
-def test_resume_refuses_what_differs(samples, unbroken, tmp_path):
-    path = unbroken.checkpoint
+def test_resuming_another_run_raises(samples, uninterrupted, tmp_path):
+    path = uninterrupted.checkpoint
 
-    def refused(text, recipe=RECIPE, use=samples, **more):
+    def check_error(text, recipe=RECIPE, use=samples, **options):
         with pytest.raises(ValueError, match=text) as error:
-            train(recipe, use, resume=path, device="cpu", **more)
+            train(recipe, use, resume=path, device="cpu", **options)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
 
-    refused(r"got another \(batch: 4 and 5; seed: 1 and 2\)", RECIPE.replace(batch=5, seed=2))
-    refused("category: wanted the 'nut' that the run was started with, got 'bolt'", category="bolt")
-    refused("images: wanted the 7 training images that the run was started with, got 6", use=samples[1:])
-    refused("as many with other pixels or in another order", use=[samples[1], samples[0], *samples[2:]])
+    check_error(r"got another \(batch: 4 and 5; seed: 1 and 2\)", RECIPE.replace(batch=5, seed=2))
+    check_error("category: wanted the 'nut' that the run was started with, got 'bolt'", category="bolt")
+    check_error("images: wanted the 7 training images that the run was started with, got 6", use=samples[1:])
+    check_error("as many with other pixels or in another order", use=[samples[1], samples[0], *samples[2:]])
     other = tiny_set(tmp_path, seed=1)
-    refused("as many with other pixels", use=other)
-    free = RECIPE.replace(log_every=1, checkpoint_every=100)  # these do not change what is computed
-    assert train(free, samples, resume=path, device="cpu").losses == []
+    check_error("as many with other pixels", use=other)
+    intervals = RECIPE.replace(log_every=1, checkpoint_every=100)  # may change: no effect on the weights
+    assert train(intervals, samples, resume=path, device="cpu").losses == []
 
 
 # ---- the order of images --------------------------------------------------------------
@@ -318,16 +318,16 @@ def test_batches_drop_last():
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_batches_go_on(drop_last):
-    whole, broken = (BatchSampler(10, 4, drop_last=drop_last, seed=7) for _ in range(2))
-    expected = [next(whole).tolist() for _ in range(12)]
+def test_restored_sampler_continues(drop_last):
+    uninterrupted, interrupted = (BatchSampler(10, 4, drop_last=drop_last, seed=7) for _ in range(2))
+    expected = [next(uninterrupted).tolist() for _ in range(12)]
     for stop in range(12):
-        again = BatchSampler(10, 4, drop_last=drop_last, seed=99)
-        again.restore(broken.state())
-        assert next(again).tolist() == next(broken).tolist() == expected[stop]
+        restored = BatchSampler(10, 4, drop_last=drop_last, seed=99)
+        restored.restore(interrupted.state())
+        assert next(restored).tolist() == next(interrupted).tolist() == expected[stop]
 
 
-def test_digest():
+def test_digest_and_fingerprints():
     images = np.random.default_rng(0).integers(0, 256, (130, 2, 3, 3), np.uint8)
     wanted = describe_images(images)
     assert wanted == describe_images(images.copy()) and wanted["count"] == 130
