@@ -33,7 +33,7 @@ def calibrate(
     good: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Good images that were not trained on, or a folder of them; may be repeated. "
+            help="Good images that were not trained on, or a folder of them; several: --good A --good B. "
             "Not needed for --check alone."
         ),
     ] = None,
@@ -43,7 +43,9 @@ def calibrate(
     pixel_rate: Annotated[float, typer.Option(help="Promised share of a good image's map that is flagged.")] = 0.01,
     check: Annotated[
         list[Path] | None,
-        typer.Option(help="Compare other good images (or a folder) with the calibration images; may be repeated."),
+        typer.Option(
+            help="Other good images or a folder, compared with the calibration images; several: --check A --check B."
+        ),
     ] = None,
     views: Views = None,
     precision: Precision = None,

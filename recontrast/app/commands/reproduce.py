@@ -11,7 +11,8 @@ from recontrast.app.options import Device, check_writable, parse_change, parse_l
 
 def reproduce(
     name: Annotated[
-        str, typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... (see the guide).")
+        str,
+        typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... See the guide."),
     ],
     data: Annotated[Path, typer.Option(help="Data set in MVTec AD layout, or the folder of one category.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/TABLE.")] = None,

@@ -1,7 +1,7 @@
-"""Files in; scores, decisions, anomaly maps and heat-map overlays out.
+"""Prediction on image files: scores, decisions, anomaly maps and heat-map overlays on the disk.
 
-Whatever scores the images is a `recontrast.inference.detector.Detector`; how to add one is said there. What is decided
-is in `recontrast.inference.decisions`, what is written in `recontrast.app.prediction.output_files`.
+The images are scored by a `recontrast.inference.detector.Detector`, which says how to add one. Decisions are made in
+`recontrast.inference.decisions`, files are written in `recontrast.app.prediction.output_files`.
 """
 
 import tempfile
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,23 +27,29 @@ from recontrast.app.prediction.output_files import (
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.image_files import ImageFiles, assign_result_names
-from recontrast.inference.decisions import Decision, select_calibration
 from recontrast.inference.decisions import decide as decide_on
+from recontrast.inference.decisions import select_calibration
 from recontrast.inference.detector import Detector, open_detector
 from recontrast.inference.options import InferenceOptions
-from recontrast.recipes.recipe import Recipe
 
 Maps = Literal["tiff16", "tiff32", "npy", "none"]
 
 
 @dataclass(frozen=True)
 class PredictionSummary:
-    """All predictions, and for each file that could not be read one sentence that names it."""
+    """Result of a prediction.
+
+    Attributes:
+        predictions: One entry for each image that could be read.
+        unread: One sentence for each file that could not be read.
+        rate: Promised false-alarm rate of the decisions; None without decisions.
+        calibration_note: Why there are no decisions although the checkpoint has a calibration; else None.
+    """
 
     predictions: list[Prediction]
     unread: list[str]
-    rate: float | None = None  # promised share of false alarms that was decided by; None: nothing was decided
-    calibration_note: str | None = None  # why nothing was decided though the checkpoint holds a calibration
+    rate: float | None = None
+    calibration_note: str | None = None
 
 
 def predict(
@@ -64,118 +70,152 @@ def predict(
     batch: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PredictionSummary:
-    """Score images, decide where there is a calibration, and write all of it below ``out``.
+    """Score images, decide on them if there is a calibration, and write all results below ``out``.
 
-    That is ``scores.csv``, ``scores.json``, ``regions.csv`` (with decisions), ``maps/`` and ``overlays/``;
-    what a finished former run wrote there and this one does not is removed.
-
-    A file that cannot be read is left out and reported; every file that is written is whole.
+    The results are ``scores.csv``, ``scores.json``, ``regions.csv`` (with decisions), ``maps/`` and ``overlays/``.
+    Results of an earlier finished run that this run does not write are removed. Unreadable files are skipped and
+    reported. Every written file is complete.
 
     Args:
-        checkpoint: what training wrote, or any other `recontrast.inference.detector.Detector`.
-        inputs: image files, or folders that are searched for images to the bottom.
-        out: folder for the results.
-        maps: ``"tiff16"`` (uint16 over the range that scores.json states), ``"tiff32"`` or ``"npy"`` (float32), or
+        checkpoint: Path of a checkpoint or an exported file, or a `recontrast.inference.detector.Detector`.
+        inputs: Image files, or folders that are searched for images at any depth.
+        out: Folder for the results.
+        maps: ``"tiff16"`` (uint16 over the range given in scores.json), ``"tiff32"`` or ``"npy"`` (float32), or
             ``"none"``; in the size of the model's input.
-        overlays: write heat maps over the images as PNG, in the size of the original, reduced by a
-            whole factor beyond `large.OVERLAY_PIXELS`. All share one range of
-            colours, which scores.json states: from the median to the largest map value of this run, or, where a
-            threshold on the maximum is given, with the threshold in the middle.
-        threshold: flag images whose score is at least this.
-        rate: promised share of false alarms in place of the calibration's.
-        decide: refuse a detector without a calibration; with one, decisions are always made.
-        tile: of a detector that was trained on tiles, pixels; None: as it was trained. 0: whole images, resized.
-        overlap: pixels that neighbouring tiles share; None: a quarter of the tile.
-        inference: how the model is run, None: as trained, and folded; where that changes scores there are no decisions.
-        workers: threads that decode; None takes a few for each CPU.
-        device: torch device; None: the GPU where there is one.
-        batch: images at once.
-        on_progress: called with the number of images done and of all.
+        overlays: Whether to write heat maps laid over the images as PNG, in the size of the original, reduced by an
+            integer factor above `recontrast.data.large_maps.OVERLAY_PIXELS`. All share one colour range, given in
+            scores.json: from the median to the largest map value of this run, or with the threshold in the middle if
+            there is a threshold on the maximum.
+        threshold: Images with at least this score are flagged.
+        rate: Promised false-alarm rate, in place of the calibration's.
+        decide: Whether a detector without a calibration is an error. With a calibration, decisions are always made.
+        tile: Side of the tiles in pixels, for a detector trained on tiles. None: as trained.
+        overlap: Pixels that neighbouring tiles share. None: a quarter of the tile.
+        inference: How the model is run. None: as trained, with folded BatchNorm. Other scores than the calibrated ones
+            give no decisions.
+        workers: Number of threads that decode images. None: a few for each CPU.
+        device: PyTorch device. None: the GPU, if there is one.
+        batch: Number of images per batch.
+        on_progress: Called with the number of finished images and of all images.
 
     Returns:
-        What was written, and what could not be read.
+        The predictions, and the files that could not be read.
 
     Raises:
-        ValueError: a wrong option, nothing to read, nothing that could be read, no calibration for a decision that was
-            asked for, or one of too few images for the rate.
-        OSError: an input does not exist, or a result cannot be written.
+        ValueError: If an option is invalid, no image is found or readable, or a decision is asked for without a
+            calibration that suffices for the rate.
+        OSError: If an input does not exist, or a result cannot be written.
     """
     if maps not in (*SUFFIX, "none"):
         raise ValueError(f"predict: maps: wanted tiff16, tiff32, npy or none, got {maps!r}")
     if batch < 1:
         raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
-    listed = images.list_images(inputs)
+    paths = images.list_images(inputs)
     detector = checkpoint
     if isinstance(detector, Path):
         detector = open_detector(detector, device, tile, overlap, inference)
-    recipe, top = detector.recipe, detector.max_map_value
     calibration = select_calibration(detector, rate, decide, checkpoint)
-    pool = ThreadPoolExecutor(workers)
-    files = ImageFiles(listed, pool)
-    names = assign_result_names(files.paths)
-    found: list[Prediction] = []
-    kept: list[int] = []  # places of the files that could be read
     out.mkdir(parents=True, exist_ok=True)
-    with pool, tempfile.TemporaryFile(dir=out) as file:
-        stored = Waiting(file, out)  # maps wait on the disk, not in memory, until their range is known
-        place = 0
-        for some, scores in detector.run(files, batch):
-            for anomaly, score in zip(some, scores.tolist(), strict=True):
-                if place not in files.errors:
-                    kept.append(place)
-                    if maps != "none":
-                        save_map(below(out, "maps", names[place], SUFFIX[maps]), anomaly, maps, top, recipe)
-                    if overlays:
-                        stored.append(
-                            large_maps.reduce_blocks(anomaly, large_maps.find_reduction(anomaly.shape), "max")
-                        )
-                    found.append(Prediction(
-                        str(files.paths[place]), score,
-                        None if threshold is None else score >= threshold,
-                        None if maps == "none" else below(Path(), "maps", names[place], SUFFIX[maps]).as_posix(),
-                        below(Path(), "overlays", names[place], ".png").as_posix() if overlays else None,
-                        _decided(calibration, anomaly, score, files.paths[place], recipe),
-                    ))  # fmt: skip
-                place += 1
-            del some, anomaly  # a whole map may be large: not beside the next image
+    with ThreadPoolExecutor(workers) as pool, tempfile.TemporaryFile(dir=out) as file:
+        files = ImageFiles(paths, pool)
+        writer = _Writer(files, out, detector, calibration, threshold, maps, Waiting(file, out) if overlays else None)
+        for batch_maps, scores in detector.run(files, batch):
+            writer.add(batch_maps, scores)
+            del batch_maps  # a map may be large, and should not stay in memory beside the next image
             if on_progress is not None:
-                on_progress(place, len(files))
-        unread = [files.errors[place] for place in sorted(files.errors)]  # threads note them in any order
-        if not kept:
+                on_progress(writer.position, len(files))
+        unread = [files.errors[position] for position in sorted(files.errors)]  # threads add them in any order
+        if not writer.predictions:
             raise ValueError(f"none of {len(files)} images could be read: {unread[0]}")
-        colours = None
-        if overlays:
-            middle = threshold if threshold is not None or calibration is None else calibration.threshold
-            colours = heatmaps.colour_range(
-                [np.median(stored[i]) for i in range(len(stored))],
-                (float(stored[i].max()) for i in range(len(stored))),
-                middle if recipe.score == "max" else None,
-            )
-            save_overlays(stored, [(files.paths[i], names[i]) for i in kept], recipe, colours, out)
-    said = (
-        None
-        if calibration is None
-        else {k: v for k, v in calibration.to_dict().items() if k not in ("scores", "looks")}
-    )
-    save_scores(out, found, {
+        colours = writer.write_overlays()
+    name = str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__
+    save_scores(out, writer.predictions, _describe_run(name, detector, calibration, threshold, maps, colours, unread))
+    used_rate = None if calibration is None else calibration.rate
+    return PredictionSummary(writer.predictions, unread, used_rate, detector.calibration_note)
+
+
+class _Writer:
+    """Collects predictions in the order of the files, and writes the maps and overlays of each.
+
+    Attributes:
+        position: Number of files that were handled.
+        predictions: One entry for each image that could be read.
+    """
+
+    def __init__(
+        self, files: ImageFiles, out: Path, detector: Detector, calibration: Calibration | None,
+        threshold: float | None, maps: Maps, waiting: Waiting | None,
+    ) -> None:  # fmt: skip
+        self.files, self.out, self.detector = files, out, detector
+        self.calibration, self.threshold, self.maps = calibration, threshold, maps
+        self.waiting = waiting  # maps wait on the disk until their colour range is known
+        self.names = assign_result_names(files.paths)
+        self.position = 0
+        self.predictions: list[Prediction] = []
+        self._readable: list[int] = []  # positions of the files that could be read
+
+    def add(self, maps: np.ndarray, scores: np.ndarray) -> None:
+        """Handle the maps (n, H, W) and scores (n,) of the next files."""
+        for anomaly, score in zip(maps, scores.tolist(), strict=True):
+            if self.position not in self.files.errors:
+                self._readable.append(self.position)
+                self.predictions.append(self._predict_one(anomaly, score))
+            self.position += 1
+
+    def write_overlays(self) -> tuple[float, float] | None:
+        """Write the overlays of all images; return the map values of the coldest and the hottest colour."""
+        if self.waiting is None:
+            return None
+        recipe, middle = self.detector.recipe, self.threshold
+        if middle is None and self.calibration is not None:
+            middle = self.calibration.threshold
+        colours = heatmaps.colour_range(
+            [np.median(self.waiting[index]) for index in range(len(self.waiting))],
+            (float(self.waiting[index].max()) for index in range(len(self.waiting))),
+            middle if recipe.score == "max" else None,
+        )
+        sources = [(self.files.paths[position], self.names[position]) for position in self._readable]
+        save_overlays(self.waiting, sources, recipe, colours, self.out)
+        return colours
+
+    def _predict_one(self, anomaly: np.ndarray, score: float) -> Prediction:
+        path, name = self.files.paths[self.position], self.names[self.position]
+        recipe = self.detector.recipe
+        map_name = None if self.maps == "none" else below(Path(), "maps", name, SUFFIX[self.maps])
+        overlay_name = None if self.waiting is None else below(Path(), "overlays", name, ".png")
+        if map_name is not None:
+            save_map(self.out / map_name, anomaly, self.maps, self.detector.max_map_value, recipe)
+        if self.waiting is not None:
+            factor = large_maps.find_reduction(anomaly.shape)
+            self.waiting.append(large_maps.reduce_blocks(anomaly, factor, "max"))
+        decision = None
+        if self.calibration is not None:
+            decision = decide_on(self.calibration, anomaly, score, images.image_size(path), recipe)
+        return Prediction(
+            str(path), score, None if self.threshold is None else score >= self.threshold,
+            None if map_name is None else map_name.as_posix(),
+            None if overlay_name is None else overlay_name.as_posix(), decision,
+        )  # fmt: skip
+
+
+def _describe_run(
+    name: str, detector: Detector, calibration: Calibration | None, threshold: float | None, maps: Maps,
+    colours: tuple[float, float] | None, unread: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return what scores.json says about the run, besides the images."""
+    recipe, promise = detector.recipe, None
+    if calibration is not None:
+        stored = {key: value for key, value in calibration.to_dict().items() if key not in ("scores", "looks")}
+        promise = {"images": calibration.count, **stored}
+    return {
         "recontrast": recontrast.__version__,
-        "checkpoint": str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__,
+        "checkpoint": name,
         "trained_on": detector.category,
         "score": recipe.score,
         "threshold": threshold,
-        "calibration": said if calibration is None else {"images": calibration.count, **(said or {})},
+        "calibration": promise,
         "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": detector.overlap},
-        "maps": None if maps == "none" else describe(maps, top, recipe),
+        "maps": None if maps == "none" else describe(maps, detector.max_map_value, recipe),
         "overlay_range": colours,
         "unread": unread,
-    })  # fmt: skip
-    rated = None if calibration is None else calibration.rate
-    return PredictionSummary(found, unread, rated, detector.calibration_note)
-
-
-def _decided(
-    calibration: Calibration | None, anomaly: np.ndarray, score: float, path: Path, recipe: Recipe
-) -> Decision | None:
-    if calibration is None:
-        return None
-    return decide_on(calibration, anomaly, score, images.image_size(path), recipe)
+    }
