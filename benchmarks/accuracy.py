@@ -1,14 +1,14 @@
-"""Accuracy beside the reference: its model and loops, restated, and ours, from equal weights on equal batches.
+"""Accuracy beside the reference: its restated model and loops, and ours, from equal weights on equal batches.
 
-Minutes for each run on a CPU, so the results go into a JSON file one by one, and a second call goes on where the first
-one ended:
+A run takes minutes on a CPU. Each result is written to a JSON file at once, and a second call continues where the first
+ended:
 
     python benchmarks/accuracy.py --data FOLDER --weights resnet18.pth --categories NAME NAME --out accuracy.json
 
-With `--recipe mvtec_unified` one detector is trained for all the categories together. FOLDER holds categories in MVTec
-AD layout. The reference side (`tests/upstream.py`, `tests/upstream_model.py`) gets its images decoded, its loss is the
-one with gradient hook and boolean index, and its evaluation goes image by image; a category without masks is compared
-by I-AUROC alone. AUPRO over the data set is ours for both sides, outside the time.
+With `--recipe mvtec_unified`, one detector is trained for all categories together. FOLDER holds categories in MVTec AD
+layout. The reference (`tests/upstream.py`, `tests/upstream_model.py`) receives decoded images, uses the loss with
+gradient hook and boolean indexing, and evaluates image by image. A category without masks is compared by I-AUROC only.
+AUPRO over the data set is computed by this package for both sides and is not timed.
 """
 
 import argparse
@@ -48,35 +48,35 @@ METRICS = {
 }
 TIMES = {"step": "ms per step", "evaluation": "s of evaluation"}
 SIDES = ("reference", "ours")
-Run = dict[str, float | None]  # of METRICS and TIMES
+Run = dict[str, float | None]  # by the keys of METRICS and TIMES
 
 
 def ours(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> dict[str, Run]:
-    """Train with this package, and evaluate each category."""
+    """Train with this package and evaluate each category."""
     trained = train(recipe, samples, category=category, device=device, on_log=progress(category, "ours", recipe))
-    begun = time.perf_counter()
+    start = time.perf_counter()
     rows = evaluate(trained.model, samples, recipe).rows
-    times = {"step": 1000 * trained.seconds / recipe.steps, "evaluation": (time.perf_counter() - begun) / len(rows)}
+    times = {"step": 1000 * trained.seconds / recipe.steps, "evaluation": (time.perf_counter() - start) / len(rows)}
     return {row.category: {**{name: getattr(row, name) for name in METRICS}, **times} for row in rows}
 
 
 def reference(samples: list[Sample], category: str, recipe: Recipe, device: torch.device) -> dict[str, Run]:
-    """Train and evaluate each category as the reference does, from the weights and in the order of `ours`."""
+    """Train and evaluate as the reference does, with the initial weights and the batches of `ours`."""
     torch.manual_seed(recipe.seed)
-    begin = build_model(recipe, category)
-    model = upstream_from(begin, recipe.backbone.partition(".")[0]).to(device)
+    initial = build_model(recipe, category)
+    model = upstream_from(initial, recipe.backbone.partition(".")[0]).to(device)
     unified = recipe.name == "mvtec_unified"
     if unified:
         replace_layers(model.decoder)
     model.train(encoder_bn_train=recipe.encoder_bn_for(category) == "train")
 
-    def tensors(some: list[Sample]) -> torch.Tensor:
-        return normalise(ImageCache(some, recipe.size)[:], begin.mean, begin.std, device=device)
+    def tensors(selected: list[Sample]) -> torch.Tensor:
+        return normalise(ImageCache(selected, recipe.size)[:], initial.mean, initial.std, device=device)
 
     training = [sample for sample in samples if sample.split == "train"]
     images = tensors(training)
     order = BatchSampler(len(training), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
-    groups = itertools.chain(model.bottleneck.parameters(), model.decoder.parameters()), model.encoder.parameters()
+    parameters = itertools.chain(model.bottleneck.parameters(), model.decoder.parameters()), model.encoder.parameters()
     log = progress(category, "reference", recipe)
 
     def batches():
@@ -88,42 +88,42 @@ def reference(samples: list[Sample], category: str, recipe: Recipe, device: torc
     def pairs(batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(*model(batch), strict=True))
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     loop = upstream.train_unified if unified else upstream.train
-    loop(pairs, batches(), recipe.steps, *groups)
-    step = 1000 * (time.perf_counter() - begun) / recipe.steps
+    loop(pairs, batches(), recipe.steps, *parameters)
+    step = 1000 * (time.perf_counter() - start) / recipe.steps
 
     model.eval()
     tests: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.split == "test":
             tests.setdefault(sample.category, []).append(sample)
-    return {name: {**measured(pairs, some, tensors(some), recipe), "step": step} for name, some in tests.items()}
+    return {name: {**measure(pairs, group, tensors(group), recipe), "step": step} for name, group in tests.items()}
 
 
-def measured(pairs, tests: list[Sample], images: torch.Tensor, recipe: Recipe) -> Run:
-    """Evaluate one category as the reference's script does."""
+def measure(pairs, tests: list[Sample], images: torch.Tensor, recipe: Recipe) -> Run:
+    """Evaluate one category as the reference's script does, and return metrics and time."""
     map_of = upstream.anomaly_map_sum if recipe.reduce == "sum" else upstream.anomaly_map_unified
     max_ratio = recipe.score if isinstance(recipe.score, float) else 0
     labels = np.array([sample.label for sample in tests])
-    masks = masks_of(tests, recipe)
+    masks = load_masks(tests, recipe)
     with_masks = masks is not None
-    shown = masks if masks is not None else np.broadcast_to(labels[:, None, None] > 0, (len(tests), *recipe.out)).copy()
-    begun = time.perf_counter()
+    truth = masks if masks is not None else np.broadcast_to(labels[:, None, None] > 0, (len(tests), *recipe.out)).copy()
+    start = time.perf_counter()
     p_auroc, i_auroc, per_image = upstream.evaluate(
-        pairs, images, torch.from_numpy(shown)[:, None], labels, max_ratio=max_ratio, calc_pro=with_masks, map_of=map_of
+        pairs, images, torch.from_numpy(truth)[:, None], labels, max_ratio=max_ratio, calc_pro=with_masks, map_of=map_of
     )
-    evaluation = time.perf_counter() - begun
-    found: Run = {"i_auroc": i_auroc, "p_auroc": None, "aupro": None, "aupro_per_image": None}
+    evaluation = time.perf_counter() - start
+    values: Run = {"i_auroc": i_auroc, "p_auroc": None, "aupro": None, "aupro_per_image": None}
     if masks is not None:
         with torch.no_grad():
             maps = np.concatenate([np.asarray(map_of(pairs(image[None]), recipe.out)) for image in images])
-        found |= {"p_auroc": p_auroc, "aupro": metrics.aupro(maps, masks), "aupro_per_image": per_image}
-    return {**found, "evaluation": evaluation}
+        values |= {"p_auroc": p_auroc, "aupro": metrics.aupro(maps, masks), "aupro_per_image": per_image}
+    return {**values, "evaluation": evaluation}
 
 
-def masks_of(tests: list[Sample], recipe: Recipe) -> np.ndarray | None:
-    """(N, H, W) bool, zero for good images; None where a defect has no mask."""
+def load_masks(tests: list[Sample], recipe: Recipe) -> np.ndarray | None:
+    """Return masks as bool (N, H, W), False for good images, or None if a defect has no mask."""
     if any(sample.label and sample.mask is None for sample in tests):
         return None
     empty = np.zeros(recipe.out, bool)
@@ -131,7 +131,7 @@ def masks_of(tests: list[Sample], recipe: Recipe) -> np.ndarray | None:
 
 
 def progress(category: str, side: str, recipe: Recipe):
-    """An `on_log` that writes one line over and over."""
+    """Return an `on_log` function that rewrites one line of progress."""
 
     def log(step: int, *_: float) -> None:
         print(f"\r{category}, seed {recipe.seed}, {side}: step {step}/{recipe.steps} ", end="", file=sys.stderr)
@@ -140,16 +140,16 @@ def progress(category: str, side: str, recipe: Recipe):
 
 
 def table(runs: dict[str, Run], categories: list[str], seeds: list[int]) -> str:
-    """Mean and spread (standard deviation over seeds) of both sides, as Markdown; only seeds that both have."""
+    """Return mean and standard deviation over the seeds that both sides have, as a Markdown table."""
     lines = [
-        "| category | | reference | ours | difference | not below by more than the spread |",
+        "| category | metric | reference | ours | difference | within the spread of the reference, or above |",
         "|---|---|---:|---:|---:|---|",
     ]
     for category in categories:
         both = [seed for seed in seeds if all(f"{category}/{seed}/{side}" in runs for side in SIDES)]
         for name, title in {**METRICS, **TIMES}.items():
-            found = {side: [runs[f"{category}/{seed}/{side}"][name] for seed in both] for side in SIDES}
-            values = {side: [v for v in found[side] if v is not None] for side in SIDES}
+            all_values = {side: [runs[f"{category}/{seed}/{side}"][name] for seed in both] for side in SIDES}
+            values = {side: [v for v in all_values[side] if v is not None] for side in SIDES}
             if not values["reference"] or not values["ours"]:
                 continue
             scale = 100 if name in METRICS else 1
@@ -169,7 +169,7 @@ def table(runs: dict[str, Run], categories: list[str], seeds: list[int]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of categories in MVTec AD layout")
     parser.add_argument("--weights", required=True, help="weights file of the backbone, or random")
@@ -180,42 +180,42 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="images")
     parser.add_argument("--size", type=int, default=128, help="pixels")
-    parser.add_argument("--device", help="default: the GPU where there is one")
-    parser.add_argument("--out", type=Path, default=Path("accuracy.json"), help="results, read again by the next call")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--out", type=Path, default=Path("accuracy.json"), help="results; a later call continues it")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Make the runs that are not in the file, and print the table."""
-    asked = arguments()
-    device = resolve_device(asked.device)
-    settings = {name: getattr(asked, name) for name in ("backbone", "steps", "batch", "size")}
-    settings |= {"weights": Path(asked.weights).name, "device": device.type}
-    if asked.recipe != "mvtec":  # one detector for all of them
-        settings |= {"recipe": asked.recipe, "categories": asked.categories}
-    record = json.loads(asked.out.read_text()) if asked.out.exists() else {"settings": settings, "runs": {}}
+    """Make the runs that the file lacks and print the table."""
+    args = arguments()
+    device = resolve_device(args.device)
+    settings = {name: getattr(args, name) for name in ("backbone", "steps", "batch", "size")}
+    settings |= {"weights": Path(args.weights).name, "device": device.type}
+    if args.recipe != "mvtec":  # one detector for all categories
+        settings |= {"recipe": args.recipe, "categories": args.categories}
+    record = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "runs": {}}
     if record["settings"] != settings:
-        sys.exit(f"{asked.out}: holds runs with {record['settings']}, asked for {settings}; name another --out")
+        sys.exit(f"{args.out}: wanted runs with {settings}, got {record['settings']}: choose another --out")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     record["machine"] = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     record["machine"] |= {"kernels": ops.BACKEND[device.type], "date": date.today().isoformat()}
-    base = RECIPES[asked.recipe].replace(backbone=asked.backbone, weights=asked.weights, steps=asked.steps)
-    base = base.replace(batch=asked.batch, size=asked.size)
-    together = [asked.categories] if asked.recipe == "mvtec_unified" else [[name] for name in asked.categories]
-    for categories in together:
-        samples = [sample for name in categories for sample in mvtec(asked.data, name)]
+    base = RECIPES[args.recipe].replace(backbone=args.backbone, weights=args.weights, steps=args.steps)
+    base = base.replace(batch=args.batch, size=args.size)
+    groups = [args.categories] if args.recipe == "mvtec_unified" else [[name] for name in args.categories]
+    for categories in groups:
+        samples = [sample for name in categories for sample in mvtec(args.data, name)]
         category = "+".join(categories)
-        for seed, side in itertools.product(asked.seeds, SIDES):
+        for seed, side in itertools.product(args.seeds, SIDES):
             if f"{categories[0]}/{seed}/{side}" in record["runs"]:
                 continue
             runs = {"ours": ours, "reference": reference}[side](samples, category, base.replace(seed=seed), device)
             record["runs"] |= {f"{name}/{seed}/{side}": run for name, run in runs.items()}
             text = json.dumps(record, indent=1).encode() + b"\n"
-            with replace_file(asked.out, size=len(text)) as file:
+            with replace_file(args.out, size=len(text)) as file:
                 file.write(text)
             print(f"\r{category}/{seed}/{side}: {json.dumps(runs)}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in {**settings, **record["machine"]}.items()) + "\n")
-    print(table(record["runs"], asked.categories, asked.seeds))
+    print(table(record["runs"], args.categories, args.seeds))
 
 
 if __name__ == "__main__":

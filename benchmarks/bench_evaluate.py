@@ -1,8 +1,8 @@
-"""Pixel metrics beside their rivals: the reference's path, scikit-learn, torchmetrics with anomalib's AUPRO, ADEval.
+"""Pixel metrics compared with the reference, scikit-learn, torchmetrics with anomalib's AUPRO, and ADEval.
 
-Maps are given, metrics are timed. What a way computes is in its name: the rivals compute less than ours, which gives
-AUROC, AP, F1-max, AUPRO and the per-image AUPRO together. ``-k 10-`` takes 10 images instead of 100: the reference's
-path takes about half a second for each. Memory is that of a child process, which runs this file.
+Only the metrics are timed; the maps are synthetic. The name of each implementation lists what it computes. Ours gives
+AUROC, AP, F1-max, AUPRO and per-image AUPRO together, the others fewer. ``-k 10-`` selects 10 images instead of 100,
+since the reference takes about half a second per image. Memory is measured in a child process that runs this file.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 IMAGES, SIZE = (10, 100), 256
-CATEGORIES, EACH, BATCH = 15, 115, 16  # 1,725 images, as many as MVTec AD's test set has
-HIGH = 2.0  # of maps that are a mean of cosine distances
+CATEGORIES, EACH, BATCH = 15, 115, 16  # 1,725 images, the size of MVTec AD's test set
+HIGH = 2.0  # largest value of a map that is a mean of cosine distances
 
 
 def cases(images):
-    """Smooth maps that see their defects a little, float32, and masks: a quarter of the images good, 3 % defects."""
+    """Return smooth float32 maps with slightly raised defects, and masks: a quarter of the images good, 3 % defects."""
     rng = np.random.default_rng(0)
     noise = rng.random((2, images, SIZE, SIZE), dtype=np.float32)
     blobs = gaussian_filter(noise[0], (0, 8, 8))
@@ -33,7 +33,7 @@ def cases(images):
 
 
 def reference(maps, masks):
-    """Lists of pixels, scikit-learn's AUROC of them, AUPRO image by image: `evaluation`, utils.py."""
+    """Compute the metrics as `evaluation` in upstream's utils.py: lists of pixels, and AUPRO image by image."""
     import upstream
     from sklearn.metrics import roc_auc_score
 
@@ -47,7 +47,7 @@ def reference(maps, masks):
 
 
 def scikit_learn(maps, masks):
-    """AUROC and AP of arrays."""
+    """Compute AUROC and AP with scikit-learn."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     truth, scores = masks.ravel(), maps.ravel()
@@ -55,7 +55,7 @@ def scikit_learn(maps, masks):
 
 
 def torchmetrics_and_anomalib(maps, masks):
-    """Exact AUROC of torchmetrics and anomalib's AUPRO."""
+    """Compute the exact AUROC of torchmetrics and AUPRO in anomalib's form."""
     from torchmetrics.functional.classification import binary_auroc
 
     scores, truth = torch.from_numpy(maps), torch.from_numpy(masks)
@@ -64,7 +64,7 @@ def torchmetrics_and_anomalib(maps, masks):
 
 
 def anomalib_aupro(scores, truth, limit=0.3):
-    """All pixels sorted once, positives weighted by 1 / area: the way of anomalib's `AUPRO` (2.3), restated."""
+    """Compute AUPRO as anomalib's `AUPRO` (2.3), restated: one sort of all pixels, positives weighted by 1 / area."""
     import cv2
 
     labels, regions = [], 0
@@ -88,29 +88,29 @@ def anomalib_aupro(scores, truth, limit=0.3):
 
 
 def adeval(maps, masks):
-    """AUROC, AUPR and AUPRO in 1000 strips."""
+    """Compute AUROC, AUPR and AUPRO with ADEval in 1000 strips."""
     import adeval
 
-    if not hasattr(np, "trapz"):  # ADEval 1.1.0 calls what NumPy 2.4 no longer has
+    if not hasattr(np, "trapz"):  # ADEval 1.1.0 calls np.trapz, which NumPy 2.4 removed
         np.trapz = np.trapezoid
     accumulator = adeval.EvalAccumulator(0.0, HIGH, float(maps.min()), float(maps.max()))
     accumulator.add_anomap_batch(maps, masks.astype(np.uint8))
     for add in (accumulator.add_image, accumulator.add_sample):
-        add([0.0, 1.0], [0, 1])  # its summary wants some
+        add([0.0, 1.0], [0, 1])  # its summary needs image scores
     with np.errstate(invalid="ignore"):
-        found = accumulator.summary()
-    return {"auroc": found["p_auroc"], "aupro": found["p_aupro"]}
+        summary = accumulator.summary()
+    return {"auroc": summary["p_auroc"], "aupro": summary["p_aupro"]}
 
 
 def exact(maps, masks):
-    """AUROC, AP, F1-max, AUPRO, AUPRO per image."""
+    """Compute AUROC, AP, F1-max, AUPRO and AUPRO per image."""
     from recontrast import metrics
 
     return vars(metrics.pixel_metrics(maps, masks))
 
 
 def streaming(maps, masks):
-    """The same with bounds, in batches."""
+    """Compute the same metrics in batches, with bounds."""
     from recontrast import metrics
 
     accumulator = metrics.Streaming(HIGH)
@@ -127,19 +127,25 @@ RIVALS = {
     "ours, exact: all": exact,
     "ours, streaming: all": streaming,
 }
-WITHIN = {adeval: 5e-3, scikit_learn: 1e-9, torchmetrics_and_anomalib: 1e-4, reference: 1e-9}  # it sums in float32
+# Absolute tolerances; torchmetrics sums in float32.
+WITHIN = {
+    adeval: 5e-3,
+    scikit_learn: 1e-9,
+    torchmetrics_and_anomalib: 1e-4,
+    reference: 1e-9,
+}
 
 
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("images", IMAGES)
 def test_pixel_metrics(benchmark, rival, images):
-    """All metrics over pixels."""
+    """Time the pixel metrics and compare their values with ours."""
     benchmark.group = f"pixel metrics of {images} maps, {SIZE} px, cpu"
     maps, masks = cases(images)
     way, expected = RIVALS[rival], exact(maps, masks)
     rounds = {reference: 1, scikit_learn: 2, torchmetrics_and_anomalib: 3, adeval: 5}.get(way, 15)
-    found = benchmark.pedantic(way, (maps, masks), rounds=rounds, warmup_rounds=int(rounds > 2), iterations=1)
-    for name, value in found.items():
+    values = benchmark.pedantic(way, (maps, masks), rounds=rounds, warmup_rounds=int(rounds > 2), iterations=1)
+    for name, value in values.items():
         if way is streaming and isinstance(value, tuple):
             assert abs(value[0] - expected[name]) <= value[1] + 1e-12, name
         elif way is not streaming:
@@ -149,70 +155,71 @@ def test_pixel_metrics(benchmark, rival, images):
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("images", IMAGES)
 def test_memory(benchmark, rival, images):
-    """What the same takes beyond maps and masks; the time is that of the whole child process."""
+    """Measure the memory beyond maps and masks; the time is that of the whole child process."""
     benchmark.group = f"memory of a process: pixel metrics of {images} maps, {SIZE} px, cpu"
-    found = benchmark.pedantic(child, (rival, images), rounds=1, iterations=1)
-    benchmark.extra_info.update({"peak MB": found["peak"], "MB beyond input": found["beyond"]})
+    memory = benchmark.pedantic(child, (rival, images), rounds=1, iterations=1)
+    benchmark.extra_info.update({"peak MB": memory["peak"], "MB beyond input": memory["beyond"]})
 
 
 def categories(way, count, maps, masks):
-    """Metrics of ``count`` images of 15 categories, one category after the other."""
+    """Return the metrics of ``count`` images in 15 categories, one category after the other."""
     from recontrast import metrics
 
-    found, left, accumulator = [], count, metrics.Streaming(HIGH) if way == "streaming" else None
+    rows, left, accumulator = [], count, metrics.Streaming(HIGH) if way == "streaming" else None
     for category in range(CATEGORIES):
         images = min(EACH, left)
         left -= images
-        some, of = maps[category : category + images], masks[category : category + images]
+        part_maps, part_masks = maps[category : category + images], masks[category : category + images]
         if accumulator is None:
-            found += [exact(some, of)] if images else []
+            rows += [exact(part_maps, part_masks)] if images else []
         elif images:
             accumulator.reset()
             for first in range(0, images, BATCH):
-                accumulator.update(some[first : first + BATCH], of[first : first + BATCH])
-            found.append(vars(accumulator.compute()))
-    return found
+                accumulator.update(part_maps[first : first + BATCH], part_masks[first : first + BATCH])
+            rows.append(vars(accumulator.compute()))
+    return rows
 
 
 @pytest.mark.parametrize("way", ["exact", "streaming"])
-def test_a_test_set(benchmark, way):
-    """1,725 maps in 15 categories, and the memory of that beside the memory of 100."""
+def test_categories(benchmark, way):
+    """Time the metrics of 1,725 maps in 15 categories, and compare the memory with that of 100 maps."""
     benchmark.group = f"pixel metrics of {CATEGORIES * EACH} maps in {CATEGORIES} categories, {SIZE} px, cpu"
     maps, masks = cases(EACH + CATEGORIES)
-    found = benchmark.pedantic(categories, (way, CATEGORIES * EACH, maps, masks), rounds=3, iterations=1)
+    rows = benchmark.pedantic(categories, (way, CATEGORIES * EACH, maps, masks), rounds=3, iterations=1)
     many, few = child(way, CATEGORIES * EACH), child(way, 100)
     benchmark.extra_info.update({"peak MB": many["peak"], "peak MB of 100 maps": few["peak"]})
     if way == "streaming":
         expected = categories("exact", CATEGORIES * EACH, maps, masks)
         names = ("auroc", "ap", "f1_max", "aupro")
-        bounds = {name: max(row[name].bound for row in found) for name in names}
+        bounds = {name: max(row[name].bound for row in rows) for name in names}
         benchmark.extra_info.update({f"largest bound of {name}": f"{bound:.1e}" for name, bound in bounds.items()})
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(rows, expected, strict=True):
             for name in names:
                 assert abs(ours[name].value - theirs[name]) <= ours[name].bound + 1e-12, name
 
 
 def child(way, images):
-    """Peak resident memory in MB of a process that does it: all of it, and what came after maps and masks."""
+    """Run one implementation in a child process and return its peak memory in MB, total and beyond maps and masks."""
     command = [sys.executable, __file__, way, str(images)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def resident(name):
+    """Return a memory figure of this process from /proc, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
 def main(way, images):
-    """In the child: load what is needed, run once on little, then measure."""
+    """Run the child process: import and warm up on small maps, then measure."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     small = tuple(np.ascontiguousarray(x[:3, :64, :64]) for x in cases(8))
     small[1][0, 9:20, 9:20] = True
     RIVALS.get(way, exact)(*small)
     many = way in ("exact", "streaming")
     maps, masks = cases(EACH + CATEGORIES if many else images)
-    ctypes.CDLL(None).malloc_trim(0)  # what making the maps left
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # return memory left from making the maps
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     if many:
         categories(way, images, maps, masks)

@@ -1,23 +1,24 @@
-"""The ops beside their rivals: the reference form, the same repaired, `torch.compile` of the repaired, and a copy."""
+"""Operators compared with the reference, the repaired reference, its `torch.compile` form, and a copy."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 import upstream
-from conftest import SHAPES
 from scipy.ndimage import gaussian_filter
 
 from recontrast import AnomalyMap, deviation, hard_mined_cosine, reference
 from recontrast.loss import point_distance
 
+# The three feature maps of WideResNet-50-2 at 256 x 256, batch 16 (Guo et al. 2023, section 4).
+SHAPES = [(16, 256, 64, 64), (16, 512, 32, 32), (16, 1024, 16, 16)]
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-SMOOTHING = 9  # positions: distances of real features are alike nearby, and so are the easy points
+SMOOTHING = 9  # positions; real features have similar distances at neighbours, so easy points form regions
 LEVELS = [shape[2:] for shape in SHAPES]
 OUT = (256, 256)
 
 
 def features(shape, device, dtype=torch.float32, layout="NCHW"):
-    """A ReLU-sparse teacher and a student that misses it here more, there less, as a decoder in training does."""
+    """Return a ReLU-sparse teacher and a student whose error varies smoothly in space, as during training."""
     teacher = torch.randn(shape, device=device).relu()
     noise = F.avg_pool2d(torch.rand(shape[0], 1, *shape[2:], device=device), SMOOTHING, 1, SMOOTHING // 2)
     student = teacher + torch.randn(shape, device=device) * (4 * noise).exp() * 0.1
@@ -25,6 +26,8 @@ def features(shape, device, dtype=torch.float32, layout="NCHW"):
 
 
 def loss_rivals():
+    """Return the implementations of the loss by name."""
+
     def ours(teachers, students):
         return hard_mined_cosine(teachers, students, deviation(1.0))
 
@@ -41,7 +44,10 @@ def loss_rivals():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("rival", ["reference", "repaired", "repaired, compiled", "ours", "copy of the same bytes"])
 def test_loss(timed, benchmark, rival, dtype, layout, device):
-    """Forward and backward of the loss over three levels, alpha 1: reads both features twice, writes a gradient."""
+    """Time forward and backward of the loss over three levels with alpha 1.
+
+    The bytes to move are two reads of both features and one write of the gradient.
+    """
     benchmark.group = f"loss, forward and backward, batch 16, {str(dtype)[6:]}, {layout}, {device}"
     pairs = [features(shape, device, dtype, layout) for shape in SHAPES]
     teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
@@ -66,7 +72,7 @@ def test_loss(timed, benchmark, rival, dtype, layout, device):
 @pytest.mark.parametrize("kernel", ["ours", "oracle"])
 @pytest.mark.parametrize("op", ["cosine_sums", "cosine_sums_backward"])
 def test_op(timed, benchmark, op, kernel, dtype, layout, shape, device):
-    """One op on one level."""
+    """Time one operator on one level."""
     benchmark.group = f"{op} {shape}, {str(dtype)[6:]}, {layout}, {device}"
     teacher, student = features(shape, device, dtype, layout)
     function = getattr(torch.ops.recontrast if kernel == "ours" else reference, op)
@@ -90,7 +96,7 @@ def interpolate_and_scipy(distances, out=OUT):
 
 @pytest.mark.parametrize("rival", ["interpolate and SciPy", "ours, fused", "ours, matmul"])
 def test_map(timed, benchmark, rival, device):
-    """Maps with scores for 16 images at 256 px from the point distances of six pairs."""
+    """Time maps and scores of 16 images at 256 px from the point distances of six pairs."""
     benchmark.group = f"maps and scores from distances, 16 images, 256 px, six pairs, {device}"
     distances = [torch.rand(16, *size, device=device) for size in LEVELS * 2]
     if rival == "interpolate and SciPy":
@@ -101,7 +107,7 @@ def test_map(timed, benchmark, rival, device):
 
 @pytest.mark.parametrize("rival", ["interpolate and SciPy", "ours, fused", "ours, matmul"])
 def test_map_from_features(timed, benchmark, rival, device):
-    """The same from the features: what evaluation does for a batch."""
+    """Time maps and scores from the features, as evaluation computes them for a batch."""
     benchmark.group = f"maps and scores from features, 16 images, 256 px, six pairs, {device}"
     pairs = [features(shape, device) for shape in SHAPES * 2]
     if rival == "interpolate and SciPy":

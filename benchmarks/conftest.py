@@ -1,7 +1,7 @@
-"""Devices, shapes and the table that `pytest benchmarks --benchmark-only` ends in.
+"""Devices of the benchmarks, and the table at the end of `pytest benchmarks --benchmark-only`.
 
-Every row is one way to do the work of its group; a way that moves known bytes says GB/s against them. Ratios are of
-medians within one run: the only figures worth quoting on a shared machine.
+Each row is one implementation of the work of its group, with GB/s if the number of bytes to move is known. Ratios
+compare medians of one run; on a shared machine only such ratios are worth quoting.
 """
 
 import json
@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-# The three feature maps of WideResNet-50-2 at 256 x 256, batch 16 (Guo et al. 2023, section 4).
-SHAPES = [(16, 256, 64, 64), (16, 512, 32, 32), (16, 1024, 16, 16)]
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-warnings.simplefilter("ignore")  # torch.compile warns about its own caches and modes
+warnings.simplefilter("ignore")  # torch.compile warns about its caches and modes
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", type=Path, help="write medians, quartiles and GB/s by group into this JSON file")
+    parser.addoption("--results", type=Path, help="write medians, quartiles and GB/s by group to this JSON file")
 
 
 def device_name():
@@ -41,7 +39,7 @@ def device(request):
 
 @pytest.fixture
 def timed(benchmark, device):
-    """Run a function under pytest-benchmark: warm, synchronised, with GB/s against the bytes that must move."""
+    """Return a function that runs pytest-benchmark with warm-up and synchronisation, and reports GB/s."""
 
     def run(function, moved=None, rounds=15):
         synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -60,7 +58,7 @@ def timed(benchmark, device):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """For each group: median, spread, GB/s, and how many times slower than the quickest of ours."""
+    """Print median, quartiles, GB/s and the ratio to our fastest implementation for each group."""
     session = getattr(config, "_benchmarksession", None)
     groups = {}
     for row in session.benchmarks if session else []:
@@ -76,15 +74,15 @@ def pytest_terminal_summary(terminalreporter, config):
                 f" (quartiles {stats.q1 * 1e3:.2f} to {stats.q3 * 1e3:.2f}) {stats.median / ours:8.2f} x ours"
                 f" {rate:>8} {'GB/s' if rate else ''}"
             )
-            told = [f"{name} {value}" for name, value in row.extra_info.items() if name not in ("GB/s", "threads")]
-            if told:
-                terminalreporter.write_line(f"{'':>34} {', '.join(told)}")
+            extra = [f"{name} {value}" for name, value in row.extra_info.items() if name not in ("GB/s", "threads")]
+            if extra:
+                terminalreporter.write_line(f"{'':>34} {', '.join(extra)}")
     if groups and config.getoption("results"):
         save(config.getoption("results"), groups)
 
 
 def save(path, groups):
-    """Add the groups to a file, beside those of other runs of the same day."""
+    """Add the groups to a results file and keep the groups of earlier runs."""
     record = json.loads(path.read_text()) if path.exists() else {}
     record |= {"device": device_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     record |= {"python": platform.python_version(), "date": date.today().isoformat()}

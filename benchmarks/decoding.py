@@ -1,10 +1,10 @@
-"""Threads or processes for decoding: images a second to 256 px, alone and beside the network.
+"""Image decoding in threads and in processes: images per second to 256 px, alone and beside the network.
 
     python benchmarks/decoding.py [--data FOLDER] [--workers 2] [--seconds 5]
 
-Pictures: those of FOLDER (any images), and drawn ones of 2000 px as JPEG and as PNG. Processes are spawned and write
-into shared memory; threads are those of `recontrast.data.cache`. Each is measured alone, and while ResNet-18's network
-runs all the time in the main process, whose passes a second are told as well. Interleaved rounds, medians.
+The images are those of FOLDER, and drawn images of 2000 px as JPEG and as PNG. Processes are spawned and write to
+shared memory; threads decode as in `recontrast.data.cache`. Each is measured alone, and while the ResNet-18 network
+runs in the main process, whose images per second are also reported. The figures are medians of interleaved rounds.
 """
 
 import argparse
@@ -33,12 +33,12 @@ BYTES = SIDE * SIDE * 3
 
 
 def decode(job: tuple[str, str | None, int]) -> None:
-    """Read one image into its place: of shared memory by name, or of an array that is thrown away."""
-    path, name, place = job
+    """Read one image and, if a shared memory block is named, write it there at its index."""
+    path, name, index = job
     pixels = read_image(path, size=SIDE)
     if name is not None:
         block = _block(name)
-        np.ndarray(pixels.shape, np.uint8, block.buf, place * BYTES)[:] = pixels
+        np.ndarray(pixels.shape, np.uint8, block.buf, index * BYTES)[:] = pixels
 
 
 _BLOCKS: dict[str, SharedMemory] = {}
@@ -51,18 +51,18 @@ def _block(name: str) -> SharedMemory:
 
 
 def speed(pool: Executor, paths: list[str], name: str | None, seconds: float) -> float:
-    """Images a second, in batches of 16."""
-    done, begun = 0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        batch = [(paths[(done + i) % len(paths)], name, i) for i in range(16)]
+    """Return the images per second that the pool decodes in batches of 16."""
+    decoded, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        batch = [(paths[(decoded + i) % len(paths)], name, i) for i in range(16)]
         list(pool.map(decode, batch))
-        done += len(batch)
-    return done / (time.perf_counter() - begun)
+        decoded += len(batch)
+    return decoded / (time.perf_counter() - start)
 
 
 @contextmanager
-def network(run: Callable[[], object]) -> Iterator[list[float]]:
-    """Runs it again and again on a thread; the list tells when each pass ended."""
+def run_in_background(run: Callable[[], object]) -> Iterator[list[float]]:
+    """Call ``run`` repeatedly in a thread and yield a list of the end times of its calls."""
     ended: list[float] = []
     stop = threading.Event()
 
@@ -80,8 +80,8 @@ def network(run: Callable[[], object]) -> Iterator[list[float]]:
         thread.join()
 
 
-def pictures(folder: Path, suffix: str, count: int = 4) -> list[str]:
-    """Drawn ones: smooth with a little noise, as photographs are."""
+def draw_images(folder: Path, suffix: str, count: int = 4) -> list[str]:
+    """Draw images that are smooth with a little noise, as photographs are, and return their paths."""
     random = np.random.default_rng(0)
     paths = []
     for i in range(count):
@@ -93,13 +93,13 @@ def pictures(folder: Path, suffix: str, count: int = 4) -> list[str]:
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure all combinations and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of images; default: drawn ones alone")
+    parser.add_argument("--data", type=Path, help="folder of images; default: drawn images only")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5, help="duration of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     model = fold(ReContrast("resnet18", weights="random")).to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
 
@@ -110,37 +110,43 @@ def main() -> None:
     run()
     with (
         tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(asked.workers) as threads,
-        ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as processes,
+        ThreadPoolExecutor(args.workers) as threads,
+        ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as processes,
     ):
         block = SharedMemory(create=True, size=16 * BYTES)
-        kinds = {"2000 px JPEG": pictures(Path(folder), "jpg"), "2000 px PNG": pictures(Path(folder), "png")}
-        if asked.data is not None:
-            kinds["images of the folder"] = list(map(str, list_images([asked.data])))[:200]
+        kinds = {"2000 px JPEG": draw_images(Path(folder), "jpg"), "2000 px PNG": draw_images(Path(folder), "png")}
+        if args.data is not None:
+            kinds["images of the folder"] = list(map(str, list_images([args.data])))[:200]
         pools: dict[str, tuple[Executor, str | None]] = {
             "threads": (threads, None),
             "processes": (processes, block.name),
         }
-        found: dict[tuple[str, str, str], list[float]] = {}
-        for number in range(asked.rounds + 1):  # the first warms up, and starts the processes
+        results: dict[tuple[str, str, str], list[float]] = {}
+        for number in range(args.rounds + 1):  # the first round warms up and starts the processes
             for kind, paths in kinds.items():
-                for who, (pool, name) in pools.items():
-                    alone = speed(pool, paths, name, asked.seconds)
-                    with network(run) as ended:
-                        begun = time.perf_counter()
-                        beside = speed(pool, paths, name, asked.seconds)
-                        passes = len(ended) / (time.perf_counter() - begun)
-                    for what, value in (("alone", alone), ("beside", beside), ("network", 4 * passes)):
+                for method, (pool, name) in pools.items():
+                    alone = speed(pool, paths, name, args.seconds)
+                    with run_in_background(run) as ended:
+                        start = time.perf_counter()
+                        beside = speed(pool, paths, name, args.seconds)
+                        passes = len(ended) / (time.perf_counter() - start)
+                    for quantity, value in (("alone", alone), ("beside", beside), ("network", 4 * passes)):
                         if number:
-                            found.setdefault((kind, who, what), []).append(value)
-            print(f"round {number} of {asked.rounds}", file=sys.stderr, flush=True)
+                            results.setdefault((kind, method, quantity), []).append(value)
+            print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)
         block.close()
         block.unlink()
-    print("| | | decoded/s alone | beside the network | images/s of the network |\n|---|---|---:|---:|---:|")
+    print(
+        "| images | decoders | decoded/s alone | decoded/s beside the network | images/s of the network |\n"
+        "|---|---|---:|---:|---:|"
+    )
     for kind in kinds:
-        for who in pools:
-            cells = [f"{statistics.median(found[kind, who, what]):.1f}" for what in ("alone", "beside", "network")]
-            print(f"| {kind} | {who} | " + " | ".join(cells) + " |")
+        for method in pools:
+            cells = [
+                f"{statistics.median(results[kind, method, quantity]):.1f}"
+                for quantity in ("alone", "beside", "network")
+            ]
+            print(f"| {kind} | {method} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

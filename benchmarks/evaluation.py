@@ -1,13 +1,13 @@
-"""A whole evaluation beside the reference's: the same unified detector on all categories of a folder, by wall time.
+"""Wall time of a whole evaluation beside the reference: one unified detector on all categories of a folder.
 
     python benchmarks/evaluation.py --data FOLDER --checkpoint runs/all/checkpoint.pt --out evaluation.json
 
-FOLDER holds categories in MVTec AD layout. The reference side (`tests/upstream.py`, `tests/upstream_model.py`) has the
-same weights and goes as its `evaluation` does: one image after the other, SciPy's blur, lists of pixels, AUPRO of each
-image; it is given its images decoded, outside the time. Ours is timed from the files on, folding included. Each side in
-a process of its own, whose peak memory is told too; a category without masks has metrics of images alone, on both
-sides. Beside each time stand the metrics that it bought, and the floor: the network's multiply-adds at the rate of a
-large matrix product. bfloat16 is left out where the device has no kernels for it; `--ways` asks for it all the same.
+FOLDER holds categories in MVTec AD layout. The reference (`tests/upstream.py`, `tests/upstream_model.py`) has the same
+weights and works as its `evaluation` function: image by image, SciPy's blur, lists of pixels, AUPRO of each image. Its
+images are decoded before the timer starts; ours is timed from the image files and includes folding. Each side runs in
+its own process and reports its peak memory. A category without masks has image metrics only, on both sides. The table
+also shows the metrics, and as a lower bound the time of the network's multiply-adds at the rate of a large matrix
+product. bfloat16 is skipped on devices without kernels for it, unless `--ways` names it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from recontrast.evaluation.evaluate import evaluate
 from recontrast.inference.options import InferenceOptions
 from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
-# What is measured -> how the model is run, and options of `evaluate`. The last column of the table is over the first.
+# Name -> inference options, and options of `evaluate`.
 WAYS: dict[str, tuple[InferenceOptions, dict[str, Any]]] = {
     "float32": (InferenceOptions(folded=False), {}),
     "float32, folded": (InferenceOptions(), {}),
@@ -49,43 +49,43 @@ WAYS: dict[str, tuple[InferenceOptions, dict[str, Any]]] = {
     "bfloat16, folded": (InferenceOptions(precision="bfloat16"), {}),
     "bfloat16, folded, trained view": (InferenceOptions(precision="bfloat16", views="trained"), {}),
 }
-LEFT_OUT = ("float32, folded, streaming",)  # unless asked for
+LEFT_OUT = ("float32, folded, streaming",)  # unless --ways names it
 SHOWN = ("i_auroc", "p_auroc", "aupro", "aupro_per_image")
 
 
 def rate(dtype: torch.dtype, device: torch.device, side: int = 2048) -> float:
-    """Multiply-adds a second of a matrix product, the best of five."""
+    """Return multiply-adds per second of a matrix product, the best of five."""
     a = torch.randn(side, side, device=device).to(dtype)
     seconds = []
-    for _ in range(6):  # the first warms up
-        begun = time.perf_counter()
+    for _ in range(6):  # the first is a warm-up
+        start = time.perf_counter()
         (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return side**3 / min(seconds[1:])
 
 
 def multiply_adds(network: Any, recipe: Any) -> float:
-    """Of one image."""
+    """Return the number of multiply-adds of the network for one image."""
     weight = next(network.parameters())
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(torch.zeros(1, 3, *recipe.out, dtype=weight.dtype, device=weight.device), recipe.views)
     return counter.get_total_flops() / 2
 
 
-def tests_of(data: Path) -> dict[str, list[datasets.Sample]]:
-    """Test images by category."""
+def load_tests(data: Path) -> dict[str, list[datasets.Sample]]:
+    """Return the test images by category."""
     return {name: [s for s in group if s.split == "test"] for name, group in datasets.load(data).items()}
 
 
 def ours(data: Path, file: Path, way: str) -> dict[str, Any]:
-    """The evaluation of `recontrast evaluate`."""
+    """Evaluate as `recontrast evaluate` does and return time, metrics and lower bound."""
     inference, options = WAYS[way]
     model, trained, _ = checkpoint.load_model(file)
-    recipe, tests = inference.apply_to(trained), tests_of(data)
-    begun = time.perf_counter()
+    recipe, tests = inference.apply_to(trained), load_tests(data)
+    start = time.perf_counter()
     network = inference.build_network(model, recipe, trained)
     result = evaluate(network, tests, recipe, **options)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     count = sum(map(len, tests.values()))
     weight = next(network.parameters())
     work = multiply_adds(network.float(), recipe)
@@ -97,7 +97,7 @@ def ours(data: Path, file: Path, way: str) -> dict[str, Any]:
 
 
 def reference(data: Path, file: Path) -> dict[str, Any]:
-    """The reference's loop over the same images."""
+    """Evaluate the same images with the reference's loop and return time and metrics."""
     ours, recipe, _ = checkpoint.load_model(file)
     model = upstream_from(ours, recipe.backbone.partition(".")[0]).to(next(ours.parameters()).device).eval()
 
@@ -105,71 +105,75 @@ def reference(data: Path, file: Path) -> dict[str, Any]:
         return list(zip(*model(batch), strict=True))
 
     device, seconds = next(ours.parameters()).device, 0.0
-    found = {}
-    for name, tests in tests_of(data).items():
+    rows_by_category = {}
+    for name, tests in load_tests(data).items():
         images = normalise(ImageCache(tests, recipe.size)[:], ours.mean, ours.std, device=device)
         labels = np.array([sample.label for sample in tests])
         masked = all(s.mask is not None for s in tests if s.label)
         empty = np.zeros(recipe.out, bool)
         masks = [read_mask(s.mask, size=recipe.size, rule="any") if s.mask is not None else empty for s in tests]
-        shown = np.stack(masks) if masked else np.broadcast_to(labels[:, None, None] > 0, (len(tests), *recipe.out))
-        begun = time.perf_counter()
-        rows = upstream.evaluate(pairs, images, torch.from_numpy(shown.copy())[:, None], labels, calc_pro=masked)
-        seconds += time.perf_counter() - begun
-        found[name] = dict(zip(("p_auroc", "i_auroc", "aupro_per_image"), rows, strict=True))
-    means = {name: [row[name] for row in found.values() if row.get(name) is not None] for name in SHOWN}
-    values = {name: float(np.nanmean(of)) if of else None for name, of in means.items()}
-    return {"seconds": seconds, "rows": found, "metrics": values}
+        truth = np.stack(masks) if masked else np.broadcast_to(labels[:, None, None] > 0, (len(tests), *recipe.out))
+        start = time.perf_counter()
+        row = upstream.evaluate(pairs, images, torch.from_numpy(truth.copy())[:, None], labels, calc_pro=masked)
+        seconds += time.perf_counter() - start
+        rows_by_category[name] = dict(zip(("p_auroc", "i_auroc", "aupro_per_image"), row, strict=True))
+    columns = {name: [row[name] for row in rows_by_category.values() if row.get(name) is not None] for name in SHOWN}
+    values = {name: float(np.nanmean(column)) if column else None for name, column in columns.items()}
+    return {"seconds": seconds, "rows": rows_by_category, "metrics": values}
 
 
 def measure(way: str, data: Path, file: Path) -> dict[str, Any]:
-    """One way, in a process of its own."""
-    found = reference(data, file) if way == "reference" else ours(data, file, way)
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return found
+    """Measure one configuration; runs in its own process."""
+    result = reference(data, file) if way == "reference" else ours(data, file, way)
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return result
 
 
 def main() -> None:
-    """Measure every way and print them beside each other."""
+    """Measure all configurations and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of categories in MVTec AD layout")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a detector with a ResNet encoder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of a detector with a ResNet encoder")
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, "reference"])
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"))
-    asked = parser.parse_args()
-    pays = is_bfloat16_fast(resolve_device(None))
-    ways = asked.ways or [w for w in WAYS if w not in LEFT_OUT and (pays or not w.startswith("bfloat16"))]
-    ways = ways if asked.ways else [*ways, "reference"]
-    found: dict[str, dict[str, Any]] = {}
+    args = parser.parse_args()
+    fast_bfloat16 = is_bfloat16_fast(resolve_device(None))
+    ways = args.ways or [w for w in WAYS if w not in LEFT_OUT and (fast_bfloat16 or not w.startswith("bfloat16"))]
+    ways = ways if args.ways else [*ways, "reference"]
+    results: dict[str, dict[str, Any]] = {}
     for way in ways:
         print(f"{way} ...", file=sys.stderr, flush=True)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[way] = pool.apply(measure, (way, asked.data, asked.checkpoint))
-        print(f"{way}: {found[way]['seconds']:.1f} s", file=sys.stderr, flush=True)
+            results[way] = pool.apply(measure, (way, args.data, args.checkpoint))
+        print(f"{way}: {results[way]['seconds']:.1f} s", file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    about = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "bfloat16_pays": pays}
-    record = {**about, "date": date.today().isoformat(), "ways": found}
-    with replace_file(asked.out) as file:
+    about = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bfloat16_pays": fast_bfloat16,
+    }
+    record = {**about, "date": date.today().isoformat(), "ways": results}
+    with replace_file(args.out) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())
-    head = (
-        "seconds | reference / it | floor | peak memory | loading, forward, maps, metrics | I-AUROC | P-AUROC | AUPRO"
-    )
-    print(f"| | {head} | per image |\n|---|" + "---:|" * 4 + "---|" + "---:|" * 4)
-    longest = found.get("reference", {}).get("seconds")
-    for way, row in found.items():
-        cells = [f"{row['seconds']:.1f}", f"{longest / row['seconds']:.2f}" if longest else "-"]
+    print("| configuration | seconds | speedup over the reference | lower bound, s | peak memory ", end="")
+    print("| loading, forward, maps, metrics | I-AUROC | P-AUROC | AUPRO | AUPRO per image |")
+    print("|---|" + "---:|" * 4 + "---|" + "---:|" * 4)
+    reference_seconds = results.get("reference", {}).get("seconds")
+    for way, row in results.items():
+        cells = [f"{row['seconds']:.1f}", f"{reference_seconds / row['seconds']:.2f}" if reference_seconds else "-"]
         cells += [f"{row['floor']:.1f}" if "floor" in row else "-", f"{row['peak_mb']} MB"]
         cells += [
             ", ".join(f"{row['split'][k]:.1f}" for k in ("loading", "forward", "maps", "metrics") if "split" in row)
         ]
         cells += ["-" if (v := row["metrics"].get(name)) is None else f"{100 * v:.2f}" for name in SHOWN]
         print(f"| {way} | " + " | ".join(cells) + " |")
-    for row in found.values():
+    for row in results.values():
         if "floor" in row:
             work, reached = row["multiply_adds"] / 1e9, row["matmul_rate"] / 1e9
-            print(f"\nfloor: {work:.2f} G multiply-adds an image, a product reaches {reached:.0f} G a second", end="")
+            print(f"\nlower bound: {work:.2f} G multiply-adds per image, at {reached:.0f} G per second", end="")
             break
-    print("\n\n" + next((row["table"] for row in found.values() if "table" in row), ""))
+    print("\n\n" + next((row["table"] for row in results.values() if "table" in row), ""))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Exported files beside the checkpoint: largest relative difference of a score, bytes, images a second from files.
+"""Exported files beside the checkpoint: largest relative difference of a score, file size, images per second.
 
-Each detector has its backbone's real size and weights (wide_resnet50_2: random ones) and an untrained decoder, whose
-statistics are those of a batch. It is exported to each format, which compares scores on drawn images of eight sizes,
-and on those of --images. Then checkpoint and exported file score the same PNG files in turn, from file to score.
+Each detector has the real size and weights of its backbone (random weights for wide_resnet50_2) and an untrained
+decoder with BatchNorm statistics of one batch. The export compares scores on drawn images of eight sizes and on the
+images of --images. Then the checkpoint and the exported file score the same PNG files in turn.
 
     python benchmarks/export.py --resnet18 resnet18.pth --out export-cpu.json
 
-Many minutes on a CPU; a second call goes on with what the file lacks.
+This takes many minutes on a CPU. A second call continues with the results that the file lacks.
 """
 
 import argparse
@@ -38,8 +38,8 @@ from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model
 
 
-def untrained(folder: Path, recipe: Recipe) -> Path:
-    """A checkpoint whose BatchNorms have seen a batch."""
+def save_untrained(folder: Path, recipe: Recipe) -> Path:
+    """Save an untrained checkpoint whose BatchNorm statistics come from one batch, and return its path."""
     torch.manual_seed(0)
     model = build_model(recipe, "drawn").train()
     with torch.no_grad():
@@ -51,18 +51,18 @@ def untrained(folder: Path, recipe: Recipe) -> Path:
     )
 
 
-def photographs(folder: Path, count: int, side: int) -> list[Path]:
-    """PNG files of noise over waves, ``side`` pixels square."""
-    random, found = np.random.default_rng(0), []
-    for place in range(count):
-        waves = 120 + 60 * np.sin(np.arange(side) / (5 + place))[:, None, None] + random.normal(0, 20, (side, side, 3))
-        found.append(folder / f"{place:03}.png")
-        Image.fromarray(waves.clip(0, 255).astype(np.uint8)).save(found[-1], compress_level=1)
-    return found
+def draw_images(folder: Path, count: int, side: int) -> list[Path]:
+    """Draw ``count`` PNG files with waves and noise, ``side`` pixels square, and return their paths."""
+    random, paths = np.random.default_rng(0), []
+    for index in range(count):
+        waves = 120 + 60 * np.sin(np.arange(side) / (5 + index))[:, None, None] + random.normal(0, 20, (side, side, 3))
+        paths.append(folder / f"{index:03}.png")
+        Image.fromarray(waves.clip(0, 255).astype(np.uint8)).save(paths[-1], compress_level=1)
+    return paths
 
 
 def seconds(detector: Detector, paths: list[Path], batch: int) -> float:
-    """Time from files to scores."""
+    """Return the seconds from files to scores."""
     with ThreadPoolExecutor() as pool:
         start = time.perf_counter()
         for _ in detector.run(ImageFiles(paths, pool), batch):
@@ -70,70 +70,71 @@ def seconds(detector: Detector, paths: list[Path], batch: int) -> float:
         return time.perf_counter() - start
 
 
-def measure(recipe: Recipe, kinds: list[str], asked: argparse.Namespace, save: Callable[[str, dict], None]) -> None:
-    """All formats of one detector; ``save`` is told of each."""
-    with tempfile.TemporaryDirectory(dir=asked.work) as name:
+def measure(recipe: Recipe, kinds: list[str], args: argparse.Namespace, save: Callable[[str, dict], None]) -> None:
+    """Measure one detector in all formats and call ``save`` after each."""
+    with tempfile.TemporaryDirectory(dir=args.work) as name:
         folder = Path(name)
-        path, files = untrained(folder, recipe), photographs(folder, asked.count, asked.side)
+        path, files = save_untrained(folder, recipe), draw_images(folder, args.count, args.side)
         own = CheckpointDetector(path, "cpu")
         for kind in kinds:
             start = time.perf_counter()
-            made = export(
-                path, kind, folder / f"detector{SUFFIXES[kind]}", images=asked.images and list_images(asked.images)
+            exported_files = export(
+                path, kind, folder / f"detector{SUFFIXES[kind]}", images=args.images and list_images(args.images)
             )
-            took, exported = time.perf_counter() - start, ExportedDetector(made.path)
-            both: list[tuple[float, float]] = []
+            export_seconds, exported = time.perf_counter() - start, ExportedDetector(exported_files.path)
+            timings: list[tuple[float, float]] = []
             for detector in (own, exported):
-                seconds(detector, files[: asked.batch], asked.batch)  # warm
-            for _ in range(asked.rounds):
-                both.append((seconds(own, files, asked.batch), seconds(exported, files, asked.batch)))
-            rates = asked.count / np.median(both, axis=0)
+                seconds(detector, files[: args.batch], args.batch)  # warm-up
+            for _ in range(args.rounds):
+                timings.append((seconds(own, files, args.batch), seconds(exported, files, args.batch)))
+            rates = args.count / np.median(timings, axis=0)
             save(kind, {
-                "images_compared": made.images, "largest_relative_difference": made.difference,
-                "megabytes": sum(file.stat().st_size for file in made.files) / 1e6, "export_seconds": took,
+                "images_compared": exported_files.images, "largest_relative_difference": exported_files.difference,
+                "megabytes": sum(file.stat().st_size for file in exported_files.files) / 1e6,
+                "export_seconds": export_seconds,
                 "images_per_second": {"checkpoint": rates[0], "exported": rates[1]},
             })  # fmt: skip
 
 
 def main() -> None:
-    """Measure what the file lacks."""
+    """Measure the results that the file lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resnet18", type=Path, help="weights of resnet18; default: left out")
+    parser.add_argument("--resnet18", type=Path, help="weights file of resnet18; without it, resnet18 is skipped")
     parser.add_argument("--backbones", default="resnet18,tf_efficientnet_lite0,wide_resnet50_2")
     parser.add_argument("--formats", default=",".join(SUFFIXES))
-    parser.add_argument("--images", type=Path, nargs="*", default=[], help="compare scores on these too")
-    parser.add_argument("--count", type=int, default=16, help="images timed")
-    parser.add_argument("--side", type=int, default=1024, help="of the images timed, pixels")
+    parser.add_argument("--images", type=Path, nargs="*", default=[], help="further images to compare scores on")
+    parser.add_argument("--count", type=int, default=16, help="number of timed images")
+    parser.add_argument("--side", type=int, default=1024, help="side of the timed images, pixels")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3, help="medians are of so many")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the figures are medians")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--work", type=Path, default=None, help="folder for files while it runs")
-    parser.add_argument("--out", type=Path, default=Path("export.json"), help="results, read again by the next call")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    parser.add_argument("--work", type=Path, default=None, help="folder for temporary files")
+    parser.add_argument("--out", type=Path, default=Path("export.json"), help="results; a later call continues it")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     packages = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "pillow", "timm")
     about: dict[str, Any] = {
-        "date": f"{date.today()}", "machine": platform.machine(), "threads": asked.threads, "side": asked.side,
-        "count": asked.count, "batch": asked.batch, "rounds": asked.rounds,
+        "date": f"{date.today()}", "machine": platform.machine(), "threads": args.threads, "side": args.side,
+        "count": args.count, "batch": args.batch, "rounds": args.rounds,
         "versions": {p: version(p) for p in packages},
     }  # fmt: skip
-    record = json.loads(asked.out.read_text()) if asked.out.exists() else {"settings": about, "detectors": {}}
-    weights = {"resnet18": str(asked.resnet18), "tf_efficientnet_lite0": "package", "wide_resnet50_2": "random"}
-    for backbone in asked.backbones.split(","):
-        if backbone == "resnet18" and asked.resnet18 is None:
+    record = json.loads(args.out.read_text()) if args.out.exists() else {"settings": about, "detectors": {}}
+    weights = {"resnet18": str(args.resnet18), "tf_efficientnet_lite0": "package", "wide_resnet50_2": "random"}
+    for backbone in args.backbones.split(","):
+        if backbone == "resnet18" and args.resnet18 is None:
             continue
-        known = record["detectors"].setdefault(backbone, {})
+        results = record["detectors"].setdefault(backbone, {})
 
-        def save(kind: str, found: dict, known: dict = known, backbone: str = backbone) -> None:
-            known[kind] = found
-            with replace_file(asked.out) as file:
+        def save(kind: str, result: dict, results: dict = results, backbone: str = backbone) -> None:
+            results[kind] = result
+            with replace_file(args.out) as file:
                 file.write(json.dumps(record, indent=1).encode() + b"\n")
-            print(f"{backbone} {kind}: {json.dumps(found)}", file=sys.stderr, flush=True)
+            print(f"{backbone} {kind}: {json.dumps(result)}", file=sys.stderr, flush=True)
 
-        missing = [kind for kind in asked.formats.split(",") if kind not in known]
+        missing = [kind for kind in args.formats.split(",") if kind not in results]
         recipe = RECIPES["mvtec"].replace(backbone=backbone, weights=weights.get(backbone, "random"))
         if missing:
-            measure(recipe, missing, asked, save)
+            measure(recipe, missing, args, save)
 
 
 if __name__ == "__main__":

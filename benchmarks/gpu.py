@@ -23,9 +23,8 @@ from PIL import Image
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "tests"))
 import upstream
-from bench_ops import features, interpolate_and_scipy, loss_rivals
-from conftest import SHAPES
-from rows import Function, Run, table
+from bench_ops import SHAPES, features, interpolate_and_scipy, loss_rivals
+from measurements import Function, Run, table
 from upstream_model import upstream_from
 
 from recontrast import AnomalyMap, ReContrast, deviation, hard_mined_cosine, ops, reference
@@ -71,7 +70,7 @@ def loss(run: Run) -> None:
     sizes = [(n, c // 8, h // 4, w // 4) for n, c, h, w in SHAPES] if run.tiny else SHAPES
     batches, dtypes = (2,) if run.tiny else (64, 16, 256), (torch.float32, torch.bfloat16)
     for compiled, batch, dtype, layout in itertools.product((False, True), batches, dtypes, ("channels_last", "NCHW")):
-        if run.late() or (compiled and ops.BACKEND[run.device.type] == "triton"):
+        if run.is_out_of_time() or (compiled and ops.BACKEND[run.device.type] == "triton"):
             return
         group = f"loss, six pairs, batch {batch}, {str(dtype)[6:]}, {layout}"
         pairs = [features((batch, *size[1:]), run.device, dtype, layout) for size in sizes * 2]
@@ -118,7 +117,7 @@ def one_group(run: Run, group: str, teachers: list, students: list, compiled: bo
     rivals = loss_rivals()
     if compiled:
         torch.compiler.reset()  # shapes stay constants, as in training
-        run.row(group, "repaired, compiled", backward_of(rivals["repaired, compiled"]), moved=moved)
+        run.measure(group, "repaired, compiled", backward_of(rivals["repaired, compiled"]), moved=moved)
         return
 
     def ours(t, s):
@@ -126,10 +125,10 @@ def one_group(run: Run, group: str, teachers: list, students: list, compiled: bo
 
     if "channels_last" in group:  # easy points are not read in the backward pass
         least = volume * (3 + 2 * hard_share(teachers, students))
-    run.row(group, f"ours ({backend})", backward_of(ours), moved=moved, least=least)
+    run.measure(group, f"ours ({backend})", backward_of(ours), moved=moved, least=least)
     if run.cuda:
         make = partial(replay_of, backward_of(ours))
-        run.row(group, f"ours ({backend}), graph", make=make, moved=moved, least=least)
+        run.measure(group, f"ours ({backend}), graph", make=make, moved=moved, least=least)
         for s in students:
             s.grad = None  # in the graph's memory
     if backend == "triton":
@@ -137,13 +136,13 @@ def one_group(run: Run, group: str, teachers: list, students: list, compiled: bo
     size = (COPY >> 10 if run.tiny else COPY) // 2 // teachers[0].itemsize
     source = torch.randn(size, device=run.device).to(teachers[0].dtype)
     target = torch.empty_like(source)
-    run.row(group, "copy", partial(target.copy_, source), moved=2 * source.nbytes)
+    run.measure(group, "copy", partial(target.copy_, source), moved=2 * source.nbytes)
     del source, target
     unfused = backward_of(lambda t, s: hard_mined_cosine(t, s, unknown_rule))
-    run.row(group, "ours, pair by pair", unfused, moved=moved)
-    run.row(group, "ours, one launch, eager mathematics", backward_of(eager_mathematics), moved=moved)
-    run.row(group, "repaired", backward_of(rivals["repaired"]), moved=moved)
-    run.row(group, "reference", backward_of(rivals["reference"]), moved=moved, seconds=0.4, most=10)
+    run.measure(group, "ours, pair by pair", unfused, moved=moved)
+    run.measure(group, "ours, one launch, eager mathematics", backward_of(eager_mathematics), moved=moved)
+    run.measure(group, "repaired", backward_of(rivals["repaired"]), moved=moved)
+    run.measure(group, "reference", backward_of(rivals["reference"]), moved=moved, seconds=0.4, most=10)
 
 
 # ---- map ---------------------------------------------------------------------
@@ -169,17 +168,17 @@ def maps(run: Run) -> None:
         return [interpolate_and_scipy([d[n : n + 1] for d in distances], (out, out)) for n in range(batch)]
 
     fused, matmul = (AnomalyMap(levels, out, method=method) for method in ("fused", "matmul"))
-    run.row(group, f"ours, fused ({backend})", lambda: fused.from_distances(distances))
+    run.measure(group, f"ours, fused ({backend})", lambda: fused.from_distances(distances))
     if run.cuda:
         make = partial(replay_of, lambda: fused.from_distances(distances))
-        run.row(group, f"ours, fused ({backend}), graph", make=make)
+        run.measure(group, f"ours, fused ({backend}), graph", make=make)
     if backend == "triton":
         return
-    run.row(group, "ours, matmul", lambda: matmul.from_distances(distances))
+    run.measure(group, "ours, matmul", lambda: matmul.from_distances(distances))
     if run.cuda:
-        run.row(group, "ours, matmul, graph", make=partial(replay_of, lambda: matmul.from_distances(distances)))
-    run.row(group, "batched eager", batched)
-    run.row(group, "reference, image by image", per_image, seconds=0.4, most=5)
+        run.measure(group, "ours, matmul, graph", make=partial(replay_of, lambda: matmul.from_distances(distances)))
+    run.measure(group, "batched eager", batched)
+    run.measure(group, "reference, image by image", per_image, seconds=0.4, most=5)
 
 
 # ---- training ----------------------------------------------------------------
@@ -207,15 +206,15 @@ def training(run: Run) -> None:
         group = f"training step, {backbone}, {size} px, batch {batch}"
         name = "reference, launches blocked, as its scripts run it" if blocking else "reference"
         make = partial(reference_step, run, begin, base, pixels, batch)
-        run.row(group, name, make=make, images=batch, seconds=1.0, most=10)
+        run.measure(group, name, make=make, images=batch, seconds=1.0, most=10)
         for name, changes in {} if blocking else WAYS.items():
-            if run.late():
+            if run.is_out_of_time():
                 return
             recipe = base.replace(batch=batch, **changes)
             if recipe.graph and not run.cuda:
                 continue
             make = partial(our_step, run, begin, recipe, pixels, batch, cached=CACHED in name)
-            run.row(group, name, make=make, images=batch, seconds=1.0, most=10)
+            run.measure(group, name, make=make, images=batch, seconds=1.0, most=10)
             if run.cuda:
                 torch.cuda.empty_cache()
 
@@ -295,7 +294,7 @@ def evaluation(run: Run) -> None:
                 pairs = list(zip(*model(image[None].to(run.device)), strict=True))
                 upstream.anomaly_map_sum(pairs, (size, size)).max()
 
-    run.row(group, "reference, batch 1", one_by_one, images=len(few), seconds=1.0, most=5)
+    run.measure(group, "reference, batch 1", one_by_one, images=len(few), seconds=1.0, most=5)
     for name, way in {  # what compiles comes last: it may take all that is left
         "ours + bfloat16 + folded": InferenceOptions(precision="bfloat16"),
         "ours, NCHW": InferenceOptions(channels_last=False, folded=False),
@@ -305,7 +304,7 @@ def evaluation(run: Run) -> None:
         "ours, trained view + bfloat16 + folded": InferenceOptions(views="trained", precision="bfloat16"),
         "ours + bfloat16 + folded + compiled": InferenceOptions(precision="bfloat16", compiled=True),
     }.items():
-        if run.late() or (way.compiled and run.tiny):
+        if run.is_out_of_time() or (way.compiled and run.tiny):
             continue
         recipe = way.apply_to(base)
         network = way.build_network(copy.deepcopy(begin).to(run.device), recipe, base)
@@ -313,7 +312,7 @@ def evaluation(run: Run) -> None:
         def work(network=network, recipe=recipe):
             return [scores for _, scores in infer(network, images, recipe, batch=batch)]
 
-        run.row(group, f"{name}, batch {batch}", work, images=count, seconds=1.0, most=5)
+        run.measure(group, f"{name}, batch {batch}", work, images=count, seconds=1.0, most=5)
 
 
 def whole(run: Run) -> None:
@@ -338,19 +337,19 @@ def whole(run: Run) -> None:
         def loop():
             return upstream.evaluate(pairs, images, shown, labels)
 
-        run.row(group, f"reference, {len(few)} of them", loop, images=len(few), seconds=1.0, most=1)
+        run.measure(group, f"reference, {len(few)} of them", loop, images=len(few), seconds=1.0, most=1)
         for name, way, streaming in (
             ("ours, exact", InferenceOptions(), False),
             ("ours, streaming, bfloat16", InferenceOptions(precision="bfloat16"), True),
             ("ours, exact, bfloat16", InferenceOptions(precision="bfloat16"), False),
             ("ours, streaming", InferenceOptions(), True),
         ):
-            if run.late():
+            if run.is_out_of_time():
                 return
             recipe = way.apply_to(base)
             network = way.build_network(copy.deepcopy(begin).to(run.device), recipe, base)
             work = partial(evaluate, network, samples, recipe, batch=2 if run.tiny else 64, streaming=streaming)
-            run.row(group, name, work, images=count, seconds=1.0, most=3)
+            run.measure(group, name, work, images=count, seconds=1.0, most=3)
 
 
 def drawn(folder: Path, count: int, size: int) -> list[Sample]:

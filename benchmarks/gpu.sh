@@ -111,13 +111,13 @@ check test 110 "${tests[@]}"
 sanitize() { # memcheck or racecheck
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer"; return 0; }
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # one allocation per tensor, so that its end is checked
-  compute-sanitizer --tool "$1" --error-exitcode 9 "$python" benchmarks/small.py
+  compute-sanitizer --tool "$1" --error-exitcode 9 "$python" benchmarks/sanitize.py
 }
 export -f sanitize
 if [ "$device" = cuda ]; then
   stage sanitize 35 bash -c 'sanitize memcheck'
 else
-  stage sanitize 35 "$python" benchmarks/small.py cpu
+  stage sanitize 35 "$python" benchmarks/sanitize.py cpu
 fi
 
 # Each measures its most important rows first. The limits exceed the total; few stages need all of theirs.

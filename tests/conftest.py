@@ -4,9 +4,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: runs its kernels on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # set before triton is imported, so that its kernels run on the CPU
 
-torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings, on a busy machine far more
+torch.set_num_threads(1)  # tensors are small, so a second thread only adds overhead
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
@@ -28,7 +28,7 @@ def _seed():
 
 @pytest.fixture
 def download(tmp_path):
-    """Makes the miniature of an original download in a folder of its own and gives that folder."""
+    """Return a function that creates a miniature of an original download and returns its folder."""
     from downloads import DOWNLOADS
 
     def make(name):

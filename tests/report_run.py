@@ -1,4 +1,4 @@
-"""A run of a tiny detector, and test images of awkward names."""
+"""Run folder of a tiny detector for the tests of reports."""
 
 import torch
 from tiny import tiny_set
@@ -12,7 +12,7 @@ RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eva
 
 
 def trained(root, category="nut", **sizes):
-    """Folder of a run and that of its data: 4 good test images, 4 with a defect."""
+    """Create a run and its data, by default 4 good and 4 defective test images, and return both folders."""
     data = root / "data"
     tiny_set(data, category, train=2, **{"good": 4, "defects": 4, **sizes})
     torch.manual_seed(0)

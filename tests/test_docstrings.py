@@ -1,21 +1,20 @@
-"""Every public name says what it takes, gives and refuses, and the names of the package where they come from.
+"""Tests that public docstrings are complete: parameters, return values, exceptions, shapes, dtypes and sources.
 
-Public are the names of ``__all__``, and what the modules of `MODULES` define without a leading underscore, with the
-methods that a class defines itself, `__call__` and `__getitem__` among them. The rule, in Google style:
+Public names are those of ``__all__``, the definitions without a leading underscore in the modules of `MODULES`, and the
+methods that such classes define, including `__call__` and `__getitem__`. The rule, in Google style:
 
-* *Args* names every parameter. Without it goes only one parameter alone that the first line names in ``double
-  backticks``.
-* *Returns* or *Yields* is there where a value is returned. Without it go only a property, and a function of at most one
-  parameter (named as above): its first line must then begin with one of `NOUNS` or with ``code``, so that it is the
-  value that it names.
-* *Raises* names every exception that the body raises, itself or through a private function of its module, a private
-  method of its class or a check of `recontrast.metrics.inputs`; a base class of it will do.
-* A class names its fields, or the parameters of its constructor, under *Attributes* or *Args*.
-* Where a parameter or the value is annotated as tensor or array there is a shape, and of the value a dtype.
-* A constant of an ``__all__`` has a string below its assignment.
+* *Args* names every parameter. It may be left out if a single parameter is named in ``double backticks`` in the first
+  line.
+* *Returns* or *Yields* describes the returned value. It may be left out for a property, and for a function of at most
+  one parameter (named as above) whose first line begins with one of `NOUNS` or with ``code`` and so names the value.
+* *Raises* names every exception, or a base class of it, that the body raises directly or through a private function of
+  its module, a private method of its class or a check of `recontrast.metrics.inputs`.
+* A class names its fields, or the parameters of its constructor, in *Attributes* or *Args*.
+* Tensors and arrays have a shape; returned ones also have a dtype.
+* A constant in an ``__all__`` has a docstring below its assignment.
 * Functions and classes of ``recontrast.__all__`` and the metrics name their source: `SOURCE`.
 
-Whether all this is true only a reader can say.
+Whether the text is correct is left to reviewers.
 """
 
 import ast
@@ -32,7 +31,7 @@ import pytest
 
 import recontrast
 
-ROOMS = {
+FOLDERS = {
     "": "loss mining anomaly_map ops checkpoint",
     "calibration.": "conformal score_drift appearance_drift",
     "data.": "datasets images cache",
@@ -47,7 +46,7 @@ ROOMS = {
 MODULES = [
     "recontrast",
     "recontrast.metrics",
-    *(f"recontrast.{room}{name}" for room, names in ROOMS.items() for name in names.split()),
+    *(f"recontrast.{folder}{name}" for folder, names in FOLDERS.items() for name in names.split()),
 ]
 NOUNS = tuple("A All An Compute Each Height How Iterate Number One Return The What Whether Which".split())
 SPECIAL = ("__call__", "__getitem__")
@@ -61,89 +60,91 @@ SOURCE = re.compile(
 
 
 def sections(text):
-    """Sections of a docstring by name, "" for what comes before the first; ``Args:`` and the like stand flush left."""
-    found = {"": ""}
+    """Return the sections of a docstring by name, with the text before the first under ""."""
+    parts = {"": ""}
     name = ""
     for line in inspect.cleandoc(text or "").splitlines():
         if re.fullmatch(r"[A-Z][a-z]+:", line):
             name = line[:-1]
-            found[name] = ""
+            parts[name] = ""
         else:
-            found[name] += line + "\n"
-    return found
+            parts[name] += line + "\n"
+    return parts
 
 
 def entries(section):
-    """Names before the colons of a section's entries, ``a, b: text`` being two."""
+    """Return the names before the colons of a section; ``a, b: text`` gives two names."""
     heads = re.findall(r"^ {4}([*\w.]+(?:, [*\w.]+)*):", section or "", re.MULTILINE)
     return {name.strip().lstrip("*") for head in heads for name in head.split(",")}
 
 
 def tree(function):
+    """Return the syntax tree of a function or class."""
     return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
 
 
 def parameters(node):
-    given = node.args
-    places, more = [*given.posonlyargs, *given.args], [given.vararg, *given.kwonlyargs, given.kwarg]
-    return [*places[bool(places) and places[0].arg in ("self", "cls") :], *filter(None, more)]
+    """Return the parameters of a function without ``self`` and ``cls``."""
+    args = node.args
+    positional, others = [*args.posonlyargs, *args.args], [args.vararg, *args.kwonlyargs, args.kwarg]
+    return [*positional[bool(positional) and positional[0].arg in ("self", "cls") :], *filter(None, others)]
 
 
-def inside(node):
-    """Nodes of a function's own body, without those of functions inside it."""
-    waiting = list(node.body)
-    while waiting:
-        one = waiting.pop()
-        yield one
-        if not isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
-            waiting += ast.iter_child_nodes(one)
+def walk_body(node):
+    """Yield the nodes of a function body without those of nested functions and classes."""
+    stack = list(node.body)
+    while stack:
+        child = stack.pop()
+        yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            stack += ast.iter_child_nodes(child)
 
 
-def raised(function, owner=None, seen=None):
-    """Exception classes that ``function`` raises: see the rule."""
-    seen = set() if seen is None else seen
-    if function in seen:
+def find_exceptions(function, owner=None, visited=None):
+    """Return the exception classes that ``function`` raises, directly or through private functions."""
+    visited = set() if visited is None else visited
+    if function in visited:
         return set()
-    seen.add(function)
+    visited.add(function)
     space = {**vars(builtins), **function.__globals__}
-    found = set()
+    exceptions = set()
     for node in ast.walk(tree(function)):
         if isinstance(node, ast.Raise) and node.exc is not None:
-            named = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            kind = space.get(named.id) if isinstance(named, ast.Name) else None
-            found |= {kind} if isinstance(kind, type) else set()
+            name = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            kind = space.get(name.id) if isinstance(name, ast.Name) else None
+            exceptions |= {kind} if isinstance(kind, type) else set()
         elif isinstance(node, ast.Call):
-            called = callee(node.func, space, owner)
+            called = find_callee(node.func, space, owner)
             if isinstance(called, types.FunctionType):
-                found |= raised(called, owner, seen)
-    return found
+                exceptions |= find_exceptions(called, owner, visited)
+    return exceptions
 
 
-def callee(node, space, owner):
-    """What a call may raise for its caller: a private function or method, or any of `recontrast.metrics.inputs`."""
+def find_callee(node, space, owner):
+    """Return the called private function or method, or function of `recontrast.metrics.inputs`; otherwise None."""
     if isinstance(node, ast.Name):
-        found, private = space.get(node.id), node.id.startswith("_")
+        target, private = space.get(node.id), node.id.startswith("_")
     elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        place = owner if node.value.id in ("self", "cls") else space.get(node.value.id)
-        found = getattr(place, node.attr, None)
-        found, private = getattr(found, "__func__", found), place is owner and node.attr.startswith("_")
+        parent = owner if node.value.id in ("self", "cls") else space.get(node.value.id)
+        target = getattr(parent, node.attr, None)
+        target, private = getattr(target, "__func__", target), parent is owner and node.attr.startswith("_")
     else:
         return None
-    ours = str(getattr(found, "__module__", None))
+    module = str(getattr(target, "__module__", None))
     return (
-        found
-        if ours == "recontrast.metrics.inputs" or (private and ours.startswith(("recontrast", __name__)))
+        target
+        if module == "recontrast.metrics.inputs" or (private and module.startswith(("recontrast", __name__)))
         else None
     )
 
 
 def undocumented(kinds, named):
-    """Those of the exceptions ``kinds`` of which neither they nor a base class is among the names."""
+    """Return the names of the exceptions ``kinds`` that have neither themselves nor a base class in ``named``."""
     return sorted(kind.__name__ for kind in kinds if not {base.__name__ for base in kind.__mro__} & named)
 
 
 def faults_of_function(function, owner=None, value_only=False):
-    """What the docstring of a function, a method or (``value_only``) a property's getter lacks."""
+    """Return the faults in the docstring of a function, a method or (``value_only``) the getter of a property."""
     node, text = tree(function), function.__doc__
     if not text:
         return ["has no docstring"]
@@ -156,18 +157,18 @@ def faults_of_function(function, owner=None, value_only=False):
         faults.append(f"Args lacks {', '.join(sorted(missing))}")
     if invented := entries(parts.get("Args")) - names:
         faults.append(f"Args names {', '.join(sorted(invented))}, which it does not take")
-    own = list(inside(node))
+    own = list(walk_body(node))
     yields = any(isinstance(n, ast.Yield | ast.YieldFrom) for n in own)
     returns = any(isinstance(n, ast.Return) and n.value is not None and ast.unparse(n.value) != "None" for n in own)
-    promised = "" if node.returns is None else ast.unparse(node.returns)
-    returns = returns or promised not in ("", "None")
+    annotation = "" if node.returns is None else ast.unparse(node.returns)
+    returns = returns or annotation not in ("", "None")
     exempt = value_only or (alone and (first.split()[0] in NOUNS or first.startswith("``")))
     if (returns or yields) and not exempt and not ({"Returns", "Yields"} & set(parts)):
         faults.append("has no Returns")
-    if lacking := undocumented(raised(function, owner), entries(parts.get("Raises"))):
+    if lacking := undocumented(find_exceptions(function, owner), entries(parts.get("Raises"))):
         faults.append(f"Raises lacks {', '.join(lacking)}")
     value = parts.get("Returns", parts.get("Yields", first))
-    if ARRAY.search(promised):
+    if ARRAY.search(annotation):
         faults += [f"names no {what} of the value" for what, mark in (("shape", SHAPE), ("dtype", DTYPE))
                    if not mark.search(value)]  # fmt: skip
     arrays = [p.arg for p in takes if p.annotation is not None and ARRAY.search(ast.unparse(p.annotation))]
@@ -177,7 +178,7 @@ def faults_of_function(function, owner=None, value_only=False):
 
 
 def faults_of_class(cls):
-    """What the docstring of a class lacks, or those of its methods; with the name of the method."""
+    """Return the faults in the docstrings of a class and its methods; those of a method begin with its name."""
     text, init = cls.__dict__.get("__doc__") or "", cls.__dict__.get("__init__")
     written = init if isinstance(init, types.FunctionType) and init.__module__ == cls.__module__ else None
     if hasattr(cls, "__dataclass_fields__"):
@@ -189,7 +190,7 @@ def faults_of_class(cls):
         wanted = {p.arg for p in parameters(tree(written))} if written else set()
     texts = [sections(text), sections(written.__doc__ if written else "")]
     named = set().union(*(entries(part.get(key)) for part in texts for key in ("Args", "Attributes")))
-    faults = [] if text and not text.startswith(f"{cls.__name__}(") else ["has no docstring"]  # a dataclass makes one
+    faults = [] if text and not text.startswith(f"{cls.__name__}(") else ["has no docstring"]  # generated by dataclass
     if missing := wanted - named:
         faults.append(f"neither Attributes nor Args name {', '.join(sorted(missing))}")
     refusals = set().union(*(entries(part.get("Raises")) for part in texts))
@@ -198,49 +199,49 @@ def faults_of_class(cls):
         if isinstance(method, types.FunctionType) and method.__module__ == cls.__module__ and name in (
             "__post_init__", written and "__init__"
         ):  # fmt: skip
-            if lacking := undocumented(raised(method, cls), refusals):
+            if lacking := undocumented(find_exceptions(method, cls), refusals):
                 faults.append(f"Raises lacks {', '.join(lacking)}")
     for name, method in vars(cls).items():
         if name.startswith("_") and name not in SPECIAL:
             continue
         getter = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
         if isinstance(getter, types.FunctionType) and getter.__module__ == cls.__module__:
-            found = faults_of_function(inspect.unwrap(getter), cls, isinstance(method, property))
-            faults += [f"{name}: {fault}" for fault in found]
+            method_faults = faults_of_function(inspect.unwrap(getter), cls, isinstance(method, property))
+            faults += [f"{name}: {fault}" for fault in method_faults]
     return faults
 
 
 def public():
-    """(module, name, object) of all that the rule is for, each object once."""
-    seen = set()
+    """Yield (module, name, object) for each public object once."""
+    visited = set()
     for module_name in MODULES:
         module = importlib.import_module(module_name)
         listed = getattr(module, "__all__", ())
         defined = [] if module is recontrast else [
-            name for name, found in vars(module).items()
-            if not name.startswith("_") and getattr(found, "__module__", None) == module_name
-            and isinstance(found, type | types.FunctionType)
+            name for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) == module_name
+            and isinstance(value, type | types.FunctionType)
         ]  # fmt: skip
         for name in dict.fromkeys([*listed, *defined]):
-            found = getattr(module, name)
-            if not isinstance(found, types.ModuleType) and id(found) not in seen:
-                seen.add(id(found))
-                yield module_name, name, found
+            value = getattr(module, name)
+            if not isinstance(value, types.ModuleType) and id(value) not in visited:
+                visited.add(id(value))
+                yield module_name, name, value
 
 
 PUBLIC = list(public())
-CONSTANTS = [(m, n) for m, n, found in PUBLIC if not isinstance(found, type | types.FunctionType)]
-CALLED = [(m, n, found) for m, n, found in PUBLIC if isinstance(found, type | types.FunctionType)]
+CONSTANTS = [(m, n) for m, n, value in PUBLIC if not isinstance(value, type | types.FunctionType)]
+CALLABLES = [(m, n, value) for m, n, value in PUBLIC if isinstance(value, type | types.FunctionType)]
 
 
-@pytest.mark.parametrize("found", [found for *_, found in CALLED], ids=[f"{m}.{n}" for m, n, _ in CALLED])
-def test_docstring_is_complete(found):
-    faults = faults_of_class(found) if isinstance(found, type) else faults_of_function(inspect.unwrap(found))
-    assert not faults, f"{found.__module__}.{found.__qualname__}: " + "; ".join(faults)
+@pytest.mark.parametrize("target", [value for *_, value in CALLABLES], ids=[f"{m}.{n}" for m, n, _ in CALLABLES])
+def test_docstring_is_complete(target):
+    faults = faults_of_class(target) if isinstance(target, type) else faults_of_function(inspect.unwrap(target))
+    assert not faults, f"{target.__module__}.{target.__qualname__}: " + "; ".join(faults)
 
 
 def documented_constants(source):
-    """Names assigned at the top of a module's source that have a string right below."""
+    """Yield the names assigned at the top level of a source that have a string directly below."""
     body = ast.parse(source).body
     for node, below in itertools.pairwise(body):
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(below, ast.Expr):
@@ -256,20 +257,20 @@ def test_constant_is_documented(module, name):
     assert any(name in documented_constants(source) for source in sources), f"{module}.{name} has no string below it"
 
 
-@pytest.mark.parametrize("found", [f for m, _, f in CALLED if m in ("recontrast", "recontrast.metrics")],
-                         ids=[n for m, n, _ in CALLED if m in ("recontrast", "recontrast.metrics")])  # fmt: skip
-def test_source_is_named(found):
-    assert SOURCE.search(found.__doc__), f"{found.__qualname__} does not say where it comes from"
+@pytest.mark.parametrize("target", [f for m, _, f in CALLABLES if m in ("recontrast", "recontrast.metrics")],
+                         ids=[n for m, n, _ in CALLABLES if m in ("recontrast", "recontrast.metrics")])  # fmt: skip
+def test_source_is_named(target):
+    assert SOURCE.search(target.__doc__), f"{target.__qualname__} does not name its source"
 
 
-def test_public_names_are_found():
+def test_public_names_are_collected():
     names = {f"{m}.{n}" for m, n, _ in PUBLIC}
     assert {f"recontrast.{name}" for name in recontrast.__all__} - names == {"recontrast.metrics", "recontrast.ops"}
     assert {"recontrast.metrics.aupro", "recontrast.ops.cosine", "recontrast.training.train.train"} <= names
     assert "RECIPES" in {name for _, name in CONSTANTS}
 
 
-# ---- the rule itself, on small bad examples ------------------------------------------------------------------------
+# ---- tests of the rule on small examples ----------------------------------------------------------------------------
 
 
 def _refuse(x):
@@ -365,24 +366,24 @@ CASES = {
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
-def test_the_rule_sees(function):
+def test_faults_of_functions_are_reported(function):
     assert faults_of_function(function) == CASES[function]
 
 
-def test_the_rule_sees_classes():
-    wanted = ["neither Attributes nor Args name secret", "Raises lacks TypeError", "tell: Args lacks whom"]
-    assert faults_of_class(Silent) == wanted
+def test_faults_of_classes_are_reported():
+    expected = ["neither Attributes nor Args name secret", "Raises lacks TypeError", "tell: Args lacks whom"]
+    assert faults_of_class(Silent) == expected
 
 
-def test_a_source_is_more_than_our_own_name():
+def test_own_names_are_no_source():
     assert SOURCE.search("Losses of Guo et al., NeurIPS 2023.")
     assert not SOURCE.search("What `recontrast.metrics` and ReContrast do.")
 
 
-def test_a_base_class_names_an_error():
+def test_base_class_documents_an_exception():
     assert undocumented({FileNotFoundError}, {"OSError"}) == []
     assert undocumented({FileNotFoundError, ValueError}, {"ValueError"}) == ["FileNotFoundError"]
 
 
-def test_the_rule_sees_constants():
+def test_docstrings_of_constants_are_collected():
     assert list(documented_constants('A = 1\n"""One."""\nB: int = 2\nC = 3  # three\n')) == ["A"]

@@ -1,4 +1,4 @@
-"""Each file in examples/ runs as a user would run it, in a process of its own, on the demo's data; only shorter."""
+"""Tests of the examples: each runs in its own process on the demo's data, as a user would run it, but shorter."""
 
 import os
 import re
@@ -12,11 +12,11 @@ from recontrast.data.synthetic import make_demo
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
-NEEDS_A_FILE = ("onnx_production",)  # tests/export/test_export.py makes one and runs it
-# What makes an example short, where it has such an option. Its file stays what a user would run.
+NEEDS_A_FILE = ("onnx_production",)  # tests/export/test_export.py runs this one
+# Options that shorten an example, if it has them.
 SHORT = {"--steps": "2", "--size": "64"}
-# What it must print, beside exiting with 0 and nothing on stderr: a new example is run without an entry here.
-SAYS = {
+# Patterns of the output. An example without an entry must print something; all must exit with 0 and an empty stderr.
+OUTPUTS = {
     "own_loop": r"step 1: loss [\d.]+\n(.*\n)*64 test images: I-AUROC [\d.]+",
     "losses_in_your_model": r"Dinomaly's rule: loss [\d.]+ -> [\d.]+, I-AUROC .*\nINP-Former's rule: loss",
     "scikit_learn": r"AUROC [\d.]+\n(.*\n)*maps: \(2, 64, 64\)\n(.*\n)*read from the disk, it scores the same: True",
@@ -35,7 +35,7 @@ def test_example_runs(path, data, tmp_path):
     options = {**SHORT, "--data": str(data)}
     arguments = [word for name, value in options.items() if f'"{name}"' in path.read_text() for word in (name, value)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(path), *arguments],
         cwd=tmp_path,
         env=environment,
@@ -43,13 +43,13 @@ def test_example_runs(path, data, tmp_path):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    assert re.search(SAYS.get(path.stem, r"\S"), done.stdout), done.stdout
+    assert process.returncode == 0 and not process.stderr, process.stdout + process.stderr
+    assert re.search(OUTPUTS.get(path.stem, r"\S"), process.stdout), process.stdout
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_can_be_copied(path):
-    """The command is in its first lines and the file in the table; nothing private."""
+def test_example_is_documented_and_public(path):
+    """The first lines give the command, the README lists the file, and it uses public names only."""
     text = path.read_text()
     command = f"python examples/{path.name}"
     assert command in text.split("import", 1)[0] or "torchrun" in text.split("import", 1)[0]

@@ -1,4 +1,4 @@
-"""Table and plot of benchmark results: `benchmarks/plot.py`."""
+"""Tests of `benchmarks/plot.py`: table and plot of benchmark results."""
 
 import json
 import subprocess
@@ -22,20 +22,20 @@ RECORD = {
 def test_table_and_plot(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(RECORD))
-    done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+    process = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, check=True)
+    lines = process.stdout.splitlines()
     assert lines[0] == "device a <GPU>, torch 2.11.0, date 2026-01-02"
     assert lines[4:6] == [
         "| loss | ours | 2 ms | 1.00 | 1500 |  | 12.5 |",
         "|  | reference | 30 ms | 15.00 | 100 |  |  |",
     ]
-    assert "| reference, batch 1 | 50 ms | 4.00 |" in lines[7]  # per image, not per call
-    drawn = ElementTree.parse(path.with_suffix(".svg")).getroot()
-    assert len([e for e in drawn if e.tag.endswith("rect")]) == 1 + 4
-    assert any("15.00 x" in (e.text or "") for e in drawn)
+    assert "| reference, batch 1 | 50 ms | 4.00 |" in lines[7]  # the ratio is per image, not per call
+    svg = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    assert len([e for e in svg if e.tag.endswith("rect")]) == 1 + 4
+    assert any("15.00 x" in (e.text or "") for e in svg)
 
 
-def test_nothing_named():
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "wanted at least one JSON" in done.stderr
+def test_no_file_is_an_error():
+    process = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "wanted at least one JSON" in process.stderr

@@ -1,4 +1,4 @@
-"""How setup.py treats an installed torch."""
+"""Tests of the torch version check in setup.py."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """Python and site-packages of an empty virtual environment."""
+    """Return the Python and the site-packages folder of an empty virtual environment."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -23,7 +23,7 @@ def empty(tmp_path_factory):
 
 
 def run_setup(empty, version):
-    """Run ``setup.py --version`` with a torch of ``version`` in site-packages; setuptools is that of the caller."""
+    """Run ``setup.py --version`` with torch ``version`` in site-packages and the setuptools of the caller."""
     python, site = empty
     (site / "torch").mkdir(exist_ok=True)
     (site / "torch" / "version.py").write_text(f"__version__ = '{version}'\ndebug = False\n")
@@ -34,14 +34,14 @@ def run_setup(empty, version):
 
 @pytest.mark.parametrize("version", ["2.10.1+cpu", "1.13.1", "2.9.0a0"])
 def test_older_torch_is_refused_in_one_sentence(empty, version):
-    done = run_setup(empty, version)
-    assert done.returncode != 0
+    process = run_setup(empty, version)
+    assert process.returncode != 0
     message = f"recontrast needs torch >= 2.11, got torch {version} in {empty[1]}: upgrade it, or use another venv"
-    assert done.stderr.strip().splitlines() == [message]
+    assert process.stderr.strip().splitlines() == [message]
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cu130", "3.0.0"])
-def test_newer_torch_is_used_as_it_is(empty, version):
-    done = run_setup(empty, version)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1].count(".") == 2  # the version alone: no torch was downloaded
+def test_newer_torch_is_accepted(empty, version):
+    process = run_setup(empty, version)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split()[-1].count(".") == 2  # only the version: torch was not downloaded

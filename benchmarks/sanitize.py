@@ -1,4 +1,7 @@
-"""Every kernel once on small shapes, for ``compute-sanitizer python benchmarks/small.py``; compares with nothing."""
+"""Run every kernel once on small shapes, for ``compute-sanitizer python benchmarks/sanitize.py``.
+
+The results are not compared with anything.
+"""
 
 import sys
 from pathlib import Path
@@ -24,7 +27,7 @@ torch.ops.recontrast.cosine_sums_backward(ops.cosine_sums(*mixed), *mixed)
 amap = AnomalyMap([13, 5], 40, method="fused")
 for images in (1, 6):
     amap.from_distances([torch.rand(images, size, size, device=device) for size in (13, 5)])
-# Enough images that a GPU of 132 processors takes the kernel of four at once, as in a large evaluation.
+# Enough images for a GPU with 132 multiprocessors to use the kernel for four images at once, as in a large evaluation.
 large = AnomalyMap([32, 16], 128, method="fused")
 large.from_distances([torch.rand(136 if device == "cuda" else 2, size, size, device=device) for size in (32, 16)])
 if device == "cuda":

@@ -1,4 +1,4 @@
-"""Rows of a measurement: timed on the device, written as they come, and shown as a table beside the rivals."""
+"""Timed measurements: run on the device, written to JSON one by one, and printed as a table."""
 
 import argparse
 import json
@@ -19,29 +19,48 @@ Function = Callable[[], object]
 
 
 class Run:
-    """Where rows go, on what device, how large and until when."""
+    """Measurements of one stage.
 
-    def __init__(self, asked: argparse.Namespace) -> None:
-        self.device, self.tiny, self.out = torch.device(asked.device), asked.tiny, asked.out
-        self.only, self.deadline = asked.only, time.monotonic() + asked.seconds
+    Args:
+        args: Command line with the device, the JSON file ``out``, ``tiny`` shapes, name filters ``only`` and the time
+            limit ``seconds``.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.tiny, self.out = torch.device(args.device), args.tiny, args.out
+        self.only, self.deadline = args.only, time.monotonic() + args.seconds
         self.cuda = self.device.type == "cuda"
-        found = json.loads(self.out.read_text()) if self.out.exists() else {}
-        self.record = {"about": about(self.device), "rows": [], **found}
+        previous = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.record = {"about": describe_environment(self.device), "rows": [], **previous}
 
-    def late(self) -> bool:
-        """Whether the stage's time is over."""
+    def is_out_of_time(self) -> bool:
+        """Return whether the time limit of the stage is over."""
         return time.monotonic() > self.deadline
 
-    def row(self, group, name, function=None, *, make=None, moved=None, least=None, images=None, seconds=0.8, most=50):
-        """Time ``function``, or what ``make`` returns: ms, GB/s of ``moved`` and ``least`` bytes, images/s, peak MB."""
-        if self.late() or (self.only and not any(part in name for part in self.only)):
+    def measure(
+        self, group, name, function=None, *, make=None, moved=None, least=None, images=None, seconds=0.8, most=50
+    ):
+        """Time one implementation and write its row.
+
+        Args:
+            group: Group of implementations that do the same work.
+            name: Name of the implementation.
+            function: Function to time.
+            make: Function that returns the function to time, if ``function`` is not given.
+            moved: Bytes that the function must move, for GB/s.
+            least: Bytes that it must move for hard points alone, for a second GB/s figure.
+            images: Number of images per call, for images/s.
+            seconds: Time to spend on repetitions.
+            most: Largest number of repetitions.
+        """
+        if self.is_out_of_time() or (self.only and not any(part in name for part in self.only)):
             return
         row = {"group": group, "name": name}
         try:
-            row |= self._measure(function or make(), seconds, most)
+            row |= self._time(function or make(), seconds, most)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
-        except Exception as error:  # one rival that fails must not end the run
+        except Exception as error:  # a failing implementation must not end the run
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if moved and "ms" in row:
             row["GB/s"] = round(moved / row["ms"] / 1e6, 1)
@@ -54,13 +73,13 @@ class Run:
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
     def save(self) -> None:
-        """Write what there is, whole or not at all."""
+        """Write all rows to the file atomically."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        part = self.out.with_suffix(".part")
-        part.write_text(json.dumps(self.record, indent=1) + "\n")
-        os.replace(part, self.out)
+        temporary = self.out.with_suffix(".part")
+        temporary.write_text(json.dumps(self.record, indent=1) + "\n")
+        os.replace(temporary, self.out)
 
-    def _measure(self, function: Function, seconds: float, most: int) -> dict:
+    def _time(self, function: Function, seconds: float, most: int) -> dict:
         synchronise = torch.cuda.synchronize if self.cuda else lambda: None
         peak = {}
         function()
@@ -68,59 +87,59 @@ class Run:
         if self.cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         function()
         synchronise()
-        once = time.perf_counter() - begun
+        once = time.perf_counter() - start
         if self.cuda:
             peak = {"peak MB": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
         rounds = int(min(max(seconds / max(once, 1e-5), 3), most))
         times = []
         if self.cuda:
             marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-            for start, end in marks:
-                start.record()
+            for first, last in marks:
+                first.record()
                 function()
-                end.record()
+                last.record()
             synchronise()
-            times = [start.elapsed_time(end) for start, end in marks]
+            times = [first.elapsed_time(last) for first, last in marks]
         else:
             for _ in range(rounds):
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 function()
-                times.append((time.perf_counter() - begun) * 1e3)
+                times.append((time.perf_counter() - start) * 1e3)
         low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
         return {"ms": round(middle, 4), "low": round(low, 4), "high": round(high, 4), "rounds": rounds, **peak}
 
 
-def about(device: torch.device) -> dict:
-    """Device, driver, versions, date."""
-    found = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
-    found |= {"threads": torch.get_num_threads(), "kernels": dict(ops.BACKEND)}
+def describe_environment(device: torch.device) -> dict:
+    """Return the device, driver, versions and date."""
+    environment = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
+    environment |= {"threads": torch.get_num_threads(), "kernels": dict(ops.BACKEND)}
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         properties, driver = torch.cuda.get_device_properties(device), []
         if shutil.which(query[0]):
             driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()[:1]
-        found |= {"device": properties.name, "driver": (driver or ["unknown"])[0], "cuda": torch.version.cuda}
-        found |= {
+        environment |= {"device": properties.name, "driver": (driver or ["unknown"])[0], "cuda": torch.version.cuda}
+        environment |= {
             "capability": f"{properties.major}.{properties.minor}",
             "processors": properties.multi_processor_count,
         }
-        found |= {"memory MB": properties.total_memory >> 20, "cudnn": torch.backends.cudnn.version()}
+        environment |= {"memory MB": properties.total_memory >> 20, "cudnn": torch.backends.cudnn.version()}
     else:
-        found["device"] = platform.processor() or platform.machine()
+        environment["device"] = platform.processor() or platform.machine()
     try:
         import triton
 
-        found["triton"] = triton.__version__
+        environment["triton"] = triton.__version__
     except ImportError:
-        found["triton"] = None
-    return found
+        environment["triton"] = None
+    return environment
 
 
 def table(record: dict) -> str:
-    """Rows by group, each with its ratio to the quickest of ours in it."""
+    """Return a table of the rows by group, with ratios to our fastest implementation in the group."""
     lines = [", ".join(f"{k} {v}" for k, v in record["about"].items())]
     groups: dict[str, list[dict]] = {}
     for row in record["rows"]:
