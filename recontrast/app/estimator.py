@@ -1,6 +1,6 @@
-"""The detector with scikit-learn's face: fit on good images, then score, decide, and take maps.
+"""The detector as a scikit-learn estimator: fit on good images, then compute scores, decisions and anomaly maps.
 
-scikit-learn's signs: larger scores are more normal, +1 is good, -1 a defect. The decision is split-conformal
+Signs are scikit-learn's: larger scores are more normal, +1 is good, -1 a defect. The decision is split-conformal
 (`recontrast.calibration.conformal`): some of the good images are held out of training, and the threshold is one of
 their scores, so that a new good image is called a defect with probability at most ``false_alarm_rate``.
 """
@@ -37,42 +37,41 @@ from recontrast.training.train import train
 class ReContrastDetector(OutlierMixin, BaseEstimator):
     """Visual anomaly detector (ReContrast, NeurIPS 2023) as a scikit-learn estimator.
 
-    Wherever images are taken, ``X`` is a sequence of paths, PIL images or arrays (h, w, 3) or (h, w), of any sizes and
-    mixed as you like, or one array (n, h, w, 3) or (n, h, w). Arrays are uint8 (RGB or grey), or floats in [0, 1],
-    which is checked, and are rounded to 255 levels. All are resized as in training on files: the path of an image and
-    the PIL image of that path score the same to the bit.
+    All methods take images ``X`` as a sequence of paths, PIL images or arrays (h, w, 3) or (h, w), mixed and of any
+    size, or as one array (n, h, w, 3) or (n, h, w). Arrays are uint8 (RGB or grey), or floats in [0, 1], which are
+    rounded to 255 levels. Images are resized as in training on files: the path of an image and the PIL image of that
+    path give bit-identical scores.
 
     The decision is split-conformal (Vovk et al., "Algorithmic Learning in a Random World", 2005; Lei et al., JASA
     2018), see `recontrast.calibration.conformal`.
 
     Args:
-        recipe: a `Recipe`, the name of one of the paper's ("mvtec", "visa", ...), or a YAML file: everything about
-            training, map and score. The parameters below it take the place of its fields where they are not None.
-        backbone: timm's name.
-        weights: None (the recipe's: by name through timm's hub unless it says otherwise), a file of weights,
-            "package", or "random".
-        steps: of training.
-        batch: images at once, in training and in inference.
-        size: pixels, a square or (height, width).
-        encoder_lr: learning rate of the trained encoder.
-        decoder_lr: learning rate of bottleneck and decoder.
-        false_alarm_rate: promised share of good images that are called defects, above 0 and below 1, on average over
-            calibration sets; None: nothing is held out, and there are scores and maps but no decisions.
-        holdout: good images that are not trained on but calibrate: a number of them, or a share of all (float). None:
-            a fifth, or as many as the promise needs (1 / rate - 1) if that is more, which must leave half for training.
-        random_state: seed of the weights, of the order of images and of what is held out, from 0 to 2**63 - 1; None
-            takes the recipe's. Equal seeds give equal results, on the CPU to the bit for one number of threads. The
-            global random state is left as it is.
-        device: torch's name for it; None: the GPU where there is one. May be changed after `fit` too.
+        recipe: A `Recipe`, the name of a recipe of the paper ("mvtec", "visa", ...), or a YAML file, with all settings
+            of training, map and score. The parameters below override its fields if they are not None.
+        backbone: Name of a timm model.
+        weights: Backbone weights: a file, "package", or "random". None: the recipe's, by default from timm's hub.
+        steps: Number of training steps.
+        batch: Number of images per batch, in training and inference.
+        size: Size of the resized images in pixels: one number for a square, or (height, width).
+        encoder_lr: Learning rate of the trained encoder.
+        decoder_lr: Learning rate of bottleneck and decoder.
+        false_alarm_rate: Promised share of good images called defects, in (0, 1), on average over calibration sets.
+            None: no images are held out, and there are scores and maps but no decisions.
+        holdout: Good images held out for calibration: a number (int) or a share of all (float). None: a fifth, or as
+            many as the promise needs (1 / rate - 1) if that is more; at least half must remain for training.
+        random_state: Seed of the weights, of the order of the images and of the held-out images, from 0 to 2**63 - 1.
+            None: the recipe's. Equal seeds give equal results, on the CPU bit-identical ones for the same number of
+            threads. The global random state does not change.
+        device: PyTorch device. None: the GPU, if there is one. It may be changed after `fit`.
 
     Attributes:
-        recipe_: the `Recipe` that was trained.
-        model_: the `ReContrast` module, in eval mode.
-        calibration_: scores and promise (`recontrast.calibration.conformal.Calibration`); None where nothing was
+        recipe_: Recipe of the trained model.
+        model_: The `ReContrast` module, in eval mode.
+        calibration_: Calibration (`recontrast.calibration.conformal.Calibration`); None if no images were
             held out.
-        offset_: ``-threshold``: ``decision_function = score_samples - offset_``; NaN where there is no calibration.
-        losses_: of each step of training, float64; empty for a detector read from a file.
-        held_out_: places in X of the images that calibrated, ascending int64; empty for one read from a file.
+        offset_: ``-threshold``: ``decision_function = score_samples - offset_``; NaN without a calibration.
+        losses_: Loss of each training step, float64; empty for a detector loaded from a file.
+        held_out_: Indices in X of the held-out images, ascending int64; empty for a detector loaded from a file.
 
     Examples:
         >>> detector = ReContrastDetector(steps=500, false_alarm_rate=0.05).fit(good_images)  # doctest: +SKIP
@@ -115,16 +114,16 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         """Train on good images, and calibrate on those held out.
 
         Args:
-            X: images, see the class; those held out aside, all are decoded once and kept in memory.
-            y: None: all of X is good. Else +1 for good and -1 for a defect, (n,): only the good ones are used, so that
-                a cross-validation with labels trains on what it should.
+            X: Images, see the class. All but the held-out ones are decoded once and kept in memory.
+            y: Labels (n,), +1 for good and -1 for a defect; only the good images are used, as in a cross-validation
+                with labels. None: all images are good.
 
         Returns:
             The detector itself.
 
         Raises:
-            ValueError: a parameter that cannot be, images that are none, or too few good ones for the promise.
-            OSError: a file cannot be read.
+            ValueError: If a parameter or an image is invalid, or there are too few good images for the promise.
+            OSError: If a file cannot be read.
         """
         recipe = self._recipe()
         images = as_image_list(X)
@@ -136,15 +135,15 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         held, used = np.sort(order[:count]), np.sort(order[count:])
         device = resolve_device(self.device)
 
-        def given(places: NDArray[np.int64]) -> InMemoryImages:
-            return InMemoryImages([images[place] for place in places], recipe.size, recipe.crop)
+        def select(indices: NDArray[np.int64]) -> InMemoryImages:
+            return InMemoryImages([images[index] for index in indices], recipe.size, recipe.crop)
 
         with _own_random_state():
-            result = train(recipe, given(used)[np.arange(len(used))], device=device)
+            result = train(recipe, select(used)[np.arange(len(used))], device=device)
             found = None
             if self.false_alarm_rate is not None:
                 found = calibrate(
-                    result.model, recipe, given(held), rate=self.false_alarm_rate, batch=recipe.batch,
+                    result.model, recipe, select(held), rate=self.false_alarm_rate, batch=recipe.batch,
                     source=f"{count} of {len(good)} images given to fit",
                 )  # fmt: skip
         self._take(replace(result.state, calibration=found), result.model)
@@ -152,7 +151,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return self
 
     def _recipe(self) -> Recipe:
-        """The recipe with the parameters that were given."""
+        """Return the recipe with the parameters that are not None."""
         if not isinstance(self.recipe, Recipe | str):
             raise ValueError(f"recipe: wanted a Recipe, a name or a YAML file, got {type(self.recipe).__name__}")
         base = yaml_file.load_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
@@ -160,7 +159,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         changes = {name: _plain(value) for name in names if (value := getattr(self, name)) is not None}
         if self.random_state is not None:
             changes["seed"] = _plain(self.random_state)
-        return _whole(base.replace(**changes, holdout=0.0), "recipe")  # held out here, from X
+        return _refuse_tiles(base.replace(**changes, holdout=0.0), "recipe")  # held out here, from X
 
     def _take(self, state: Checkpoint, model: Any) -> None:
         self._state, self.model_ = state, model.eval()
@@ -171,85 +170,85 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     # ---- scores and decisions ------------------------------------------------------------------------------------
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Minus the anomaly score of each image: larger is more normal; `recontrast predict` has no minus.
+        """Compute minus the anomaly score of each image: larger is more normal. `recontrast predict` has no minus.
 
         Args:
-            X: images, see the class.
+            X: Images, see the class.
 
         Returns:
             (n,) float64.
 
         Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: images that are none.
-            OSError: a file cannot be read.
+            NotFittedError: If `fit` was not called.
+            ValueError: If an image is invalid.
+            OSError: If a file cannot be read.
         """
         return -np.concatenate([scores for _, scores in self._run(X)])
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """``score_samples(X) - offset_``: below 0 is a defect.
+        """Compute ``score_samples(X) - offset_``: below 0 is a defect.
 
         Args:
-            X: images, see the class.
+            X: Images, see the class.
 
         Returns:
             (n,) float64.
 
         Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: images that are none, or there is no calibration.
-            OSError: a file cannot be read.
+            NotFittedError: If `fit` was not called.
+            ValueError: If an image is invalid, or there is no calibration.
+            OSError: If a file cannot be read.
         """
         self._calibrated("decision_function")
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> NDArray[np.int64]:
-        """+1 for good and -1 for a defect: -1 is a p-value of at most ``false_alarm_rate``.
+        """Return +1 for good images and -1 for defects, whose p-value is at most ``false_alarm_rate``.
 
         Args:
-            X: images, see the class.
+            X: Images, see the class.
 
         Returns:
             (n,) int64.
 
         Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: images that are none, or there is no calibration.
-            OSError: a file cannot be read.
+            NotFittedError: If `fit` was not called.
+            ValueError: If an image is invalid, or there is no calibration.
+            OSError: If a file cannot be read.
         """
-        found = self._calibrated("predict")
-        return np.where(found.is_defect(-self.score_samples(X)), -1, 1)
+        calibration = self._calibrated("predict")
+        return np.where(calibration.is_defect(-self.score_samples(X)), -1, 1)
 
     def p_values(self, X: Any) -> NDArray[np.float64]:
-        """Conformal p-values: small is unlike the good ones.
+        """Compute conformal p-values; small values are unlike the good images.
 
         Args:
-            X: images, see the class.
+            X: Images, see the class.
 
         Returns:
             (n,) float64 in [1 / (m + 1), 1], with m images held out.
 
         Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: images that are none, or there is no calibration.
-            OSError: a file cannot be read.
+            NotFittedError: If `fit` was not called.
+            ValueError: If an image is invalid, or there is no calibration.
+            OSError: If a file cannot be read.
         """
-        found = self._calibrated("p_values")
-        return found.p_values(-self.score_samples(X))
+        calibration = self._calibrated("p_values")
+        return calibration.p_values(-self.score_samples(X))
 
     def anomaly_maps(self, X: Any) -> NDArray[np.float32]:
-        """Anomaly of each pixel: larger is *more anomalous*.
+        """Compute anomaly maps; larger values are *more anomalous*.
 
         Args:
-            X: images, see the class.
+            X: Images, see the class.
 
         Returns:
             (n, H, W) float32 with H, W = ``recipe_.out``.
 
         Raises:
-            NotFittedError: `fit` was not called.
-            ValueError: images that are none.
-            OSError: a file cannot be read.
+            NotFittedError: If `fit` was not called.
+            ValueError: If an image is invalid.
+            OSError: If a file cannot be read.
         """
         return np.concatenate([maps for maps, _ in self._run(X)])
 
@@ -273,34 +272,35 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     # ---- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write a checkpoint for `recontrast predict`, `evaluate` and the like; training cannot go on from it.
+        """Write a checkpoint for `recontrast predict`, `evaluate` and other commands; training cannot resume from it.
 
         Args:
-            path: file to write or to replace.
+            path: File to write or replace.
 
         Returns:
             The path.
 
         Raises:
-            NotFittedError: `fit` was not called.
-            OSError: the file cannot be written; a former one stays.
+            NotFittedError: If `fit` was not called.
+            OSError: If the file cannot be written; an earlier one stays.
         """
         check_is_fitted(self)
         return checkpoints.save(path, self._on_cpu())
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: str | None = None) -> "ReContrastDetector":
-        """The detector of a trained run, fitted: nothing of it needs training data.
+        """Load a fitted detector from a checkpoint; no training data are needed.
 
         Args:
-            path: what `recontrast train` or `save` wrote.
-            device: as in the class.
+            path: File written by `recontrast train` or `save`.
+            device: As in the class.
 
         Returns:
             The detector.
 
         Raises:
-            ValueError, OSError: there is no checkpoint, it is damaged, or its detector is one of tiles.
+            ValueError: If the file is no checkpoint, is damaged, or holds a detector of tiles.
+            OSError: If the file cannot be read.
         """
         state = checkpoints.load(path)
         rate = None if state.calibration is None else state.calibration.rate
@@ -310,7 +310,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return detector
 
     def _restore(self, state: Checkpoint, path: str | Path) -> None:
-        _whole(state.recipe, f"{path}")
+        _refuse_tiles(state.recipe, f"{path}")
         checkpoints.check_calibration(state, path)
         with _own_random_state():
             model = checkpoints.build(state, path)
@@ -320,7 +320,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return replace(self._state, model={name: value.cpu() for name, value in self.model_.state_dict().items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Parameters, and what was fitted as the bytes of a checkpoint: of no device."""
+        """Return the parameters, and the fitted state as bytes of a checkpoint, independent of the device."""
         state = super().__getstate__()
         if "model_" in state:
             state = {name: value for name, value in state.items() if name not in ("model_", "_state")}
@@ -357,8 +357,8 @@ def _labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
     return labels
 
 
-def _whole(recipe: Recipe, source: str) -> Recipe:
-    """The recipe of whole images that it must be, named ``source`` in errors."""
+def _refuse_tiles(recipe: Recipe, source: str) -> Recipe:
+    """Return the recipe if it is one of whole images; the error message names ``source``."""
     if recipe.tile is not None:
         raise ValueError(f"{source}: wanted a detector of whole images, got one of tiles ({recipe.tile} px): use "
                          "recontrast train and recontrast predict")  # fmt: skip
@@ -366,12 +366,12 @@ def _whole(recipe: Recipe, source: str) -> Recipe:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's whole numbers, which a grid of parameters may hold, as Python's."""
+    """Convert NumPy integers, which a parameter grid may hold, to Python integers."""
     return operator.index(value) if isinstance(value, np.integer) else value
 
 
 @contextmanager
 def _own_random_state() -> Iterator[None]:
-    """Torch's global random states as they were, after the block."""
+    """Restore PyTorch's global random states after the block."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield

@@ -1,4 +1,4 @@
-"""What `recontrast train` and `recontrast evaluate` do with a trained model and test images."""
+"""Evaluation for the command line and for `recontrast.evaluate`: metrics, decisions, and their files."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recontrast.app.prediction.output_files import describe, save_map
+from recontrast.app.prediction.output_files import describe_maps, save_map
 from recontrast.calibration.appearance_drift import AppearanceDrift, describe_appearance, measure_appearance_drift
 from recontrast.calibration.conformal import Calibration
 from recontrast.calibration.score_drift import ScoreDrift, measure_score_drift
@@ -29,24 +29,32 @@ from recontrast.runtime import distributed
 
 
 @dataclass(frozen=True)
-class Decided:
-    """What a calibration decides on test images, and whether the good ones are such as it was made with."""
+class DecisionSummary:
+    """Decisions of a calibration on test images, and whether the good images are like the calibration images.
 
-    rate: float  # promised share of false alarms
-    good: int  # images
+    Attributes:
+        rate: Promised false-alarm rate.
+        good: Number of good images.
+        false_alarms: Number of good images called defects.
+        defects: Number of images with a defect.
+        found: Number of these that were called defects.
+        score_drift: Drift of the scores of the good images; None without good images.
+        appearance_drift: Drift of their appearance; None without good images, or if the calibration does not know it.
+    """
+
+    rate: float
+    good: int
     false_alarms: int
-    defects: int  # images
+    defects: int
     found: int
-    score_drift: ScoreDrift | None  # of the p-values of the good images; None without any
-    appearance_drift: (
-        AppearanceDrift | None
-    )  # of how they look; None without any, or where the calibration does not know
+    score_drift: ScoreDrift | None
+    appearance_drift: AppearanceDrift | None
 
     def describe(self) -> str:
-        """The rates."""
+        """Describe the rates in one sentence."""
         parts = [
-            f"{count} of {total} {what} ({100 * count / total:.1f} %)"
-            for count, total, what in (
+            f"{count} of {total} {kind} ({100 * count / total:.1f} %)"
+            for count, total, kind in (
                 (self.false_alarms, self.good, "good images called defects"),
                 (self.found, self.defects, "defect images found"),
             )
@@ -55,17 +63,14 @@ class Decided:
         return f"at the promised false-alarm rate of {self.rate:.3g}: {', '.join(parts)}"
 
     def warnings(self) -> list[str]:
-        """A sentence for each way in which the good images are not like those of the calibration."""
-        return [
-            seen.describe()
-            for seen in (self.score_drift, self.appearance_drift)
-            if seen is not None and seen.is_significant
-        ]
+        """Return one sentence for each significant drift of the good images."""
+        drifts = (self.score_drift, self.appearance_drift)
+        return [drift.describe() for drift in drifts if drift is not None and drift.is_significant]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values that JSON can hold."""
+        """Return all values as types that JSON can hold."""
         values = asdict(self)
-        names = {"score_drift": "departure", "appearance_drift": "change"}  # as in files of earlier versions
+        names = {"score_drift": "departure", "appearance_drift": "change"}  # the names in files of earlier versions
         return {**{names.get(name, name): value for name, value in values.items()}, "warnings": self.warnings()}
 
 
@@ -79,22 +84,22 @@ def measure(
     inference: InferenceOptions | None = None,
     calibration: Calibration | None = None,
     **options: Any,
-) -> tuple[Result, Decided | None, list[Path]]:
-    """Metrics by category, written below ``out``.
+) -> tuple[Result, DecisionSummary | None, list[Path]]:
+    """Compute metrics by category and write them below ``out``.
 
     Args:
-        model: trained.
-        groups: samples by category.
-        recipe: as the model was trained with.
-        out: folder for ``results.*`` and ``scores.csv``; None writes nothing.
-        save_maps: also write ``maps/NAME.tiff`` (uint16) and ``maps/scale.json``, from the same pass.
-        inference: how the model is run; None: as trained, and folded.
-        calibration: of these very scores; decides on the images too.
-        options: as `recontrast.evaluation.evaluate.evaluate` takes them.
+        model: Trained model.
+        groups: Samples by category.
+        recipe: Recipe that the model was trained with.
+        out: Folder for ``results.*`` and ``scores.csv``. None writes nothing.
+        save_maps: Whether to write ``maps/NAME.tiff`` (uint16) and ``maps/scale.json`` as well.
+        inference: How the model is run. None: as trained, with folded BatchNorm.
+        calibration: Calibration of exactly these scores; it decides on the images as well.
+        options: Options of `recontrast.evaluation.evaluate.evaluate`.
 
     Returns:
-        The result, what the calibration decides, and the files of both; under torchrun of the first process, which
-        writes them.
+        The result, the decisions of the calibration or None, and the written files. Under torchrun only the first
+        process has the last two, and writes.
     """
     inference = inference or InferenceOptions()
     trained, recipe = recipe, inference.apply_to(recipe)
@@ -111,54 +116,54 @@ def measure_network(
     save_maps: bool = False,
     calibration: Calibration | None = None,
     **options: Any,
-) -> tuple[Result, Decided | None, list[Path]]:
-    """As `measure`, with a network that is ready for inference, and the recipe that says how its maps are made."""
-    keep = None
+) -> tuple[Result, DecisionSummary | None, list[Path]]:
+    """As `measure`, with a network that is ready for inference and the recipe of its maps and scores."""
+    write_maps = None
     if save_maps and out is not None:
-        keep = _keeper(groups, out / "maps", max_map_value(network, recipe), recipe)
-    result = evaluate(network, groups, recipe, on_maps=keep, **options)
+        write_maps = _build_map_writer(groups, out / "maps", max_map_value(network, recipe), recipe)
+    result = evaluate(network, groups, recipe, on_maps=write_maps, **options)
     if not distributed.current_world().first:
         return result, None, []
     written = result.write(out) if out is not None else []  # before anything else can fail
-    made = None
+    decisions = None
     if calibration is not None:
-        caching = {name: options.get(name) for name in ("workers", "cache_dir")}
-        made = decided(result, calibration, groups, recipe, **caching)
-        result = replace(result, decided=made.to_dict())
+        reading = {name: options.get(name) for name in ("workers", "cache_dir")}
+        decisions = decide_on_result(result, calibration, groups, recipe, **reading)
+        result = replace(result, decided=decisions.to_dict())
         written = result.write(out) if out is not None else []
-    return result, made, written
+    return result, decisions, written
 
 
-def decided(
+def decide_on_result(
     result: Result, calibration: Calibration, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, *,
     workers: int | None = None, cache_dir: str | Path | None = None,
-) -> Decided:  # fmt: skip
-    """What ``calibration`` decides on the images of ``result``; the good ones among ``groups`` are looked at again."""
+) -> DecisionSummary:  # fmt: skip
+    """Decide on the images of ``result``; the good images in ``groups`` are read again for their appearance."""
     good, bad = ([image.score for image in result.scored if bool(image.label) == which] for which in (False, True))
     alarms, found = (int(calibration.is_defect(scores).sum()) for scores in (good, bad))
     samples = [s for group in groups.values() for s in group if s.split == "test" and not s.label]
-    other = None
+    appearance_drift = None
     if samples and calibration.appearance:
         images: Images = SampleImages(samples, recipe, workers)
         if cache_dir is not None and recipe.tile is None:
             images = ImageCache(samples, recipe.size, recipe.crop, directory=cache_dir, workers=workers)
-        other = measure_appearance_drift(np.array(calibration.appearance), describe_appearance(images))
-    seen = measure_score_drift(calibration, good) if good else None
-    return Decided(calibration.rate, len(good), alarms, len(bad), found, seen, other)
+        appearance_drift = measure_appearance_drift(np.array(calibration.appearance), describe_appearance(images))
+    score_drift = measure_score_drift(calibration, good) if good else None
+    return DecisionSummary(calibration.rate, len(good), alarms, len(bad), found, score_drift, appearance_drift)
 
 
-def _keeper(
+def _build_map_writer(
     groups: Mapping[str, Sequence[Sample]], folder: Path, top: float, recipe: Recipe
 ) -> Callable[[Sequence[Sample], Any], None]:
-    """Writes maps as they come, and first what their numbers mean."""
+    """Write the scale of the maps, and return a function that writes maps of samples."""
     paths = [s.path for group in groups.values() for s in group if s.split == "test"]
     names = dict(zip(paths, assign_result_names(paths), strict=True))
     with replace_file(folder / "scale.json") as file:
-        file.write((json.dumps(describe("tiff16", top, recipe), indent=1) + "\n").encode())
+        file.write((json.dumps(describe_maps("tiff16", top, recipe), indent=1) + "\n").encode())
 
-    def keep(samples: Sequence[Sample], maps: Any) -> None:
+    def write(samples: Sequence[Sample], maps: Any) -> None:
         for sample, anomaly in zip(samples, maps, strict=True):
             name = names[sample.path]
             save_map(folder / name.with_name(name.name + ".tiff"), anomaly, "tiff16", top, recipe)
 
-    return keep
+    return write

@@ -1,4 +1,4 @@
-"""What `recontrast train` does: recipe, data and folder from its options, the run itself, and what it says of it."""
+"""A training run of the command line and of `recontrast.train`: checking its options, then running it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,43 +19,53 @@ from recontrast.training.holdout import split_holdout
 from recontrast.training.tensorboard import FOLDER, TensorBoardLogger
 from recontrast.training.train import TrainResult, train
 
-HOLDOUT = 0.1  # share of the good images that is held out where no recipe was asked for
-LEAST = 9  # held out by default: with fewer, not even one false alarm in ten images can be promised
-OnStep = Callable[[str, int, int, str], None]  # category, steps done, of how many, how it goes
+HOLDOUT = 0.1  # share of the good images held out for calibration if no recipe is given
+MIN_HOLDOUT = 9  # images; fewer cannot promise even one false alarm in ten images
+OnStep = Callable[[str, int, int, str], None]  # category, steps done, steps in all, loss and speed
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A run that may begin."""
+    """A checked training run.
+
+    Attributes:
+        recipe: Recipe of the run.
+        category: Name of the category, or "all".
+        groups: Samples by category.
+        out: Folder of the run.
+        resume: Checkpoint to continue, or None.
+        done: Number of steps that the resumed checkpoint has done.
+        few: Whether the images are too few to hold out the default share.
+    """
 
     recipe: Recipe
     category: str
     groups: dict[str, list[Sample]]
     out: Path
     resume: Path | None
-    done: int  # steps of the checkpoint that it goes on from
-    few: bool = False  # images: too few to hold out the share that would be by default
+    done: int
+    few: bool = False
 
     @property
     def target(self) -> Path:
-        """Its checkpoint."""
+        """Path of the checkpoint."""
         return self.out / "checkpoint.pt"
 
     @property
     def samples(self) -> list[Sample]:
-        """Of all categories."""
+        """Samples of all categories."""
         return [sample for group in self.groups.values() for sample in group]
 
     def describe_holdout(self) -> str | None:
-        """What is held out of training, in a sentence; None: nothing, as the recipe says."""
-        count = _good(self.groups)
+        """Describe the images held out for calibration; None if the recipe holds out none."""
+        count = _count_good(self.groups)
         if self.recipe.holdout:
-            kept = round(self.recipe.holdout * count)
-            begun = self.resume is None  # else it is decided
-            return f"{kept} of {count} good images held out for calibration" + "; --holdout 0 trains on all" * begun
+            held_out = round(self.recipe.holdout * count)
+            hint = "; --holdout 0 trains on all" if self.resume is None else ""  # a resumed run has decided
+            return f"{held_out} of {count} good images held out for calibration{hint}"
         if self.few:
-            later = f"recontrast calibrate {self.target} --good DIR"
-            return f"{count} good images are too few to hold any out: no calibration; for one, {later}"
+            command = f"recontrast calibrate {self.target} --good DIR"
+            return f"{count} good images are too few to hold any out for calibration; to calibrate, run {command}"
         return None
 
 
@@ -63,28 +73,31 @@ def prepare_job(
     data: Sequence[Path] | Mapping[str, list[Sample]], recipe: str | None, changes: Mapping[str, Any], *,
     category: str | None, out: Path | None, resume: Path | None, overwrite: bool,
 ) -> TrainJob:  # fmt: skip
-    """Recipe, data and folder of a run.
+    """Check the options of a run, and load its recipe and data.
 
     Args:
         data: Data sets, categories or folders of good images; or samples by category.
-        recipe: name or YAML file; what ``resume`` holds takes its place. None: "mvtec", with a tenth of the good images
-            held out for calibration where they are enough, which the paper's recipes do not.
-        changes: fields of it.
-        category: one, "all", or None for the only one.
-        out: folder of the run; by default ``runs/CATEGORY``.
-        resume: checkpoint to go on from, with its recipe, category and folder.
-        overwrite: allow a folder with a checkpoint.
+        recipe: Name of a recipe, or a YAML file; ignored with ``resume``. None: "mvtec", with a tenth of the good
+            images held out for calibration if they are enough (the paper's recipes hold out none).
+        changes: Fields of the recipe to change.
+        category: Name of one category, "all", or None for the only one.
+        out: Folder of the run. None: ``runs/CATEGORY``.
+        resume: Checkpoint to continue, with its recipe, category and folder.
+        overwrite: Whether ``out`` may hold a checkpoint.
+
+    Returns:
+        The run, which may start.
 
     Raises:
-        ValueError: anything of this is not there or does not go together.
+        ValueError: If an option is invalid, does not fit the others, or names something that does not exist.
     """
     done = 0
     if resume is not None:
-        found = checkpoint.load(resume)
-        base, category, out, done = found.recipe, category or found.category, out or resume.parent, found.step
+        stored = checkpoint.load(resume)
+        base, category, out, done = stored.recipe, category or stored.category, out or resume.parent, stored.step
     else:
         base = yaml_file.load_recipe(recipe or "mvtec")
-    chosen = base.replace(**changes)
+    changed = base.replace(**changes)
     if isinstance(data, Mapping):
         groups, where = dict(data), "data"
     else:
@@ -96,22 +109,22 @@ def prepare_job(
     category = category or next(iter(groups))
     few = False
     if recipe is None and resume is None and "holdout" not in changes:
-        few = round(HOLDOUT * _good(groups)) < LEAST
-        chosen = chosen if few else chosen.replace(holdout=HOLDOUT)
-    job = TrainJob(chosen, category, groups, out or Path("runs") / category, resume, done, few)
+        few = round(HOLDOUT * _count_good(groups)) < MIN_HOLDOUT
+        changed = changed if few else changed.replace(holdout=HOLDOUT)
+    job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few)
     if job.target.exists() and resume is None and not overwrite:
         raise ValueError(
             f"{job.target} is there already: go on with --resume {job.out}, or take --overwrite or another --out"
         )
-    check_size(chosen)
-    if count := _good(groups):  # without any there is nothing to train on, which is said later
-        split_holdout(range(count), chosen.holdout, chosen.seed)
+    check_size(changed)
+    if count := _count_good(groups):  # training reports that there are none
+        split_holdout(range(count), changed.holdout, changed.seed)
     check_writable(job.out)
     return job
 
 
 def check_size(recipe: Recipe) -> None:
-    """Refuse tiles or images that the strides of the network do not divide, before anything is read."""
+    """Check that the strides of the network divide the size of images or tiles, before any image is read."""
     step = 2 * get_strides(recipe.backbone)[-1]  # as `ReContrast.stride`
     if any(side < step or side % step for side in recipe.out):
         option = "--tile" if recipe.tile is not None else "--size" if recipe.crop is None else "crop"
@@ -126,7 +139,7 @@ def run_job(
     job: TrainJob, *, device: str | torch.device | None, cache: Path | None, teacher_cache: float, tensorboard: bool,
     on_step: OnStep | None = None,
 ) -> TrainResult:  # fmt: skip
-    """Train, and keep the log for TensorBoard where that is wanted; ``teacher_cache`` is in GiB."""
+    """Train, optionally with a TensorBoard log; ``teacher_cache`` is in GiB."""
     if not 0 <= teacher_cache < float("inf"):
         raise ValueError(f"--teacher-cache: wanted GiB of at least 0, got {teacher_cache:g}")
     total, samples = job.recipe.steps, job.samples
@@ -150,6 +163,6 @@ def run_job(
     return result
 
 
-def _good(groups: Mapping[str, Sequence[Sample]]) -> int:
-    """Good training images in all."""
+def _count_good(groups: Mapping[str, Sequence[Sample]]) -> int:
+    """Count the good training images of all categories."""
     return sum(s.split == "train" and s.label == 0 for group in groups.values() for s in group)

@@ -8,7 +8,7 @@ from small_run import RECIPE, same_weights
 from tiny import tiny_set
 
 from recontrast import checkpoint
-from recontrast.app.evaluate_job import decided
+from recontrast.app.evaluate_job import decide_on_result
 from recontrast.calibration.conformal import Calibration, conformal_threshold
 from recontrast.checkpoint import digest
 from recontrast.evaluation.results import Result, ScoredImage
@@ -112,12 +112,12 @@ def test_decided():
         scored = [ScoredImage("", "nut", "", label, s) for label, some in ((0, good), (1, bad)) for s in some]
         return Result(**{**empty, "scored": scored})
 
-    decision = decided(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found, {}, RECIPE)
+    decision = decide_on_result(result(np.linspace(0, 99, 20), [1000.0, 5.0, math.inf, 95.0]), found, {}, RECIPE)
     assert decision.describe() == (
         "at the promised false-alarm rate of 0.1: 2 of 20 good images called defects (10.0 %), "
         "3 of 4 defect images found (75.0 %)"
     )
     assert decision.warnings() == [] and decision.to_dict()["false_alarms"] == 2 and decision.appearance_drift is None
-    decision = decided(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
+    decision = decide_on_result(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
     assert "defect images found" not in decision.describe() and "far from uniform" in decision.warnings()[0]
-    assert decided(result([], [5.0]), found, {}, RECIPE).warnings() == []
+    assert decide_on_result(result([], [5.0]), found, {}, RECIPE).warnings() == []

@@ -1,4 +1,4 @@
-"""What a prediction leaves on the disk: scores, regions, maps and overlays, each file whole or not at all."""
+"""Output files of a prediction: scores, regions, maps and overlays. Each file is complete or missing."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ SUFFIX = {"tiff16": ".tiff", "tiff32": ".tiff", "npy": ".npy"}
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image; the paths of its results are relative to the output folder, None where they were not asked for."""
+    """Scores and decision of one image. Paths of its map and overlay are relative to the output folder, or None."""
 
     path: str
     score: float
@@ -34,142 +34,145 @@ class Prediction:
     decision: Decision | None = None  # None without a calibration
 
 
-class Waiting:
-    """Maps on the disk until the range of their colours is known; they may differ in size."""
+class MapStore:
+    """Maps kept in a temporary file until their colour range is known; they may differ in size."""
 
     def __init__(self, file: Any, out: Path) -> None:
-        """``file`` is temporary and lies below ``out``."""
+        """Store maps in ``file``, a temporary file below ``out``."""
         self.file, self.out = file, out
-        self.places: list[tuple[int, tuple[int, ...]]] = []
+        self.entries: list[tuple[int, tuple[int, ...]]] = []
         self._end = 0
 
     def append(self, anomaly: np.ndarray) -> None:
-        """Keep one map, (H, W)."""
+        """Append one map, (H, W)."""
         try:
             self.file.write(np.ascontiguousarray(anomaly, np.float32).data)
             self.file.flush()
         except OSError as error:
             raise OSError(f"cannot write below {self.out}: {error.strerror or error}") from error
-        self.places.append((self._end, anomaly.shape))
+        self.entries.append((self._end, anomaly.shape))
         self._end += 4 * anomaly.size
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.entries)
 
-    def __getitem__(self, place: int) -> np.ndarray:
-        """One map, as a memory map; IndexError after the last, so that a loop ends."""
-        start, shape = self.places[place]
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return one map as a memory map; IndexError after the last."""
+        start, shape = self.entries[index]
         return np.memmap(self.file, np.float32, "r", start, shape)
 
 
-def below(out: Path, folder: str, name: Path, suffix: str) -> Path:
-    """Where a result of ``name`` goes."""
+def result_path(out: Path, folder: str, name: Path, suffix: str) -> Path:
+    """Return the path of a result of the image ``name``."""
     return out / folder / name.with_name(name.name + suffix)
 
 
 def save_overlays(
     stored: Any, sources: Sequence[tuple[Path, Path]], recipe: Recipe, colours: tuple[float, float], out: Path
 ) -> None:
-    """Write heat maps over the originals.
+    """Write the heat maps laid over the original images.
 
     Args:
-        stored: maps by place.
-        sources: path and result name of each.
-        recipe: says which part of an image the map stands for.
-        colours: as `recontrast.data.heatmaps.colour_range` gives it.
-        out: folder for the results.
+        stored: Maps by index.
+        sources: Path and result name of each image.
+        recipe: Says which part of an image its map covers.
+        colours: Map values of the coldest and the hottest colour.
+        out: Folder for the results.
     """
     low, high = colours
 
-    def save(place: int) -> None:
-        path, name = sources[place]
+    def save(index: int) -> None:
+        path, name = sources[index]
         image = images.read_image(path)
         image = large_maps.reduce_blocks(image, large_maps.find_reduction(image.shape[:2]), "mean")
         top, left, height, width = map_extent(image.shape[:2], recipe)
         heat = np.zeros(image.shape[:2], np.float32)
-        warm = (stored[place] - low) / max(high - low, 1e-12)
-        heat[top : top + height, left : left + width] = heatmaps.resize_map(warm, (height, width))
-        heatmaps.save_png(below(out, "overlays", name, ".png"), large_maps.draw_overlay(image, heat))
+        scaled = (stored[index] - low) / max(high - low, 1e-12)
+        heat[top : top + height, left : left + width] = heatmaps.resize_map(scaled, (height, width))
+        heatmaps.save_png(result_path(out, "overlays", name, ".png"), large_maps.draw_overlay(image, heat))
 
-    few = 1 if recipe.tile is not None else min(4, os.cpu_count() or 1)  # each holds an image in full size
-    with ThreadPoolExecutor(few) as pool:
-        for done in [pool.submit(save, place) for place in range(len(sources))]:
-            done.result()
+    threads = 1 if recipe.tile is not None else min(4, os.cpu_count() or 1)  # each holds a full-size image
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(save, index) for index in range(len(sources))]:
+            future.result()
 
 
-def describe(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
-    """What a reader of the map files must know."""
+def describe_maps(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
+    """Return what a reader of the map files needs: format, size, range and scale."""
     size = "as the image" if recipe.tile is not None else list(recipe.out)
-    about: dict[str, Any] = {"format": maps, "size": size, "range": [0.0, top]}
+    description: dict[str, Any] = {"format": maps, "size": size, "range": [0.0, top]}
     if maps == "tiff16":
-        about["scale"] = top / 65535  # anomaly value = stored integer x scale
-    return about
+        description["scale"] = top / 65535  # anomaly value = stored integer x scale
+    return description
 
 
 def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float, recipe: Recipe) -> None:
-    """Write one map; those of whole images at their own scale as tiles. Arguments as `pictures.save_map` takes them."""
+    """Write one map; of tiled detectors as tiled TIFF. See `recontrast.data.heatmaps.save_map` for the arguments."""
     (heatmaps.save_map if recipe.tile is None else large_maps.save_map)(path, anomaly, kind, top)
 
 
-def row(found: Prediction) -> dict[str, Any]:
-    """One image as scores.json holds it."""
-    values: dict[str, Any] = {"path": found.path, "score": float(f"{found.score:.9g}"), "flagged": found.flagged}
-    if (made := found.decision) is not None:
-        values |= {"p_value": made.p_value, "decision": made.label}
-        values["regions"] = None if made.regions is None else [region.to_dict() for region in made.regions]
-    values |= {"map": found.map, "overlay": found.overlay}
+def to_json_row(prediction: Prediction) -> dict[str, Any]:
+    """Return the entry of one image in scores.json."""
+    values: dict[str, Any] = {"path": prediction.path, "score": float(f"{prediction.score:.9g}")}
+    values["flagged"] = prediction.flagged
+    if (decision := prediction.decision) is not None:
+        values |= {"p_value": decision.p_value, "decision": decision.label}
+        values["regions"] = None if decision.regions is None else [region.to_dict() for region in decision.regions]
+    values |= {"map": prediction.map, "overlay": prediction.overlay}
     return {key: value for key, value in values.items() if value is not None}
 
 
-def save_scores(out: Path, predictions: Sequence[Prediction], about: dict[str, Any]) -> None:
-    """Write ``scores.csv``, ``scores.json`` and, where there are decisions, ``regions.csv``.
+def save_scores(out: Path, predictions: Sequence[Prediction], description: dict[str, Any]) -> None:
+    """Write ``scores.csv``, ``scores.json`` and, with decisions, ``regions.csv``.
 
-    Maps, overlays and regions of a finished former run that this one does not write are removed at the end: no file
-    stands beside scores that it does not belong to.
+    Maps, overlays and regions of an earlier finished run that this run does not write are removed at the end, so that
+    every file belongs to the scores beside it.
 
     Args:
-        out: folder for the results.
-        predictions: in order.
-        about: what else scores.json says; "threshold" and "calibration" decide the columns.
+        out: Folder for the results.
+        predictions: Predictions in order.
+        description: Further content of scores.json; "threshold" and "calibration" determine the columns.
     """
-    flags, decided = about["threshold"] is not None, about["calibration"] is not None
+    flags, decided = description["threshold"] is not None, description["calibration"] is not None
     lines = [
         ["path", "score", *(["flagged"] if flags else []), *(["p_value", "decision", "regions"] if decided else [])]
     ]
     regions: list[list[Any]] = [["path", "region", *REGION_COLUMNS]]
-    for found in predictions:
-        line = [found.path, f"{found.score:.9g}", *([str(int(bool(found.flagged)))] if flags else [])]
-        if (made := found.decision) is not None:
-            line += [f"{made.p_value:.9g}", made.label, str(len(made.regions or ()))]
-            for number, region in enumerate(made.regions or (), 1):
-                regions.append([found.path, number, *region.to_dict().values()])
+    for prediction in predictions:
+        line = [prediction.path, f"{prediction.score:.9g}", *([str(int(bool(prediction.flagged)))] if flags else [])]
+        if (decision := prediction.decision) is not None:
+            line += [f"{decision.p_value:.9g}", decision.label, str(len(decision.regions or ()))]
+            for number, region in enumerate(decision.regions or (), 1):
+                regions.append([prediction.path, number, *region.to_dict().values()])
         lines.append(line)
-    stale = _of_former(out / "scores.json") - {name for found in predictions for name in (found.map, found.overlay)}
+    stale = _list_earlier_results(out / "scores.json")
+    stale -= {name for prediction in predictions for name in (prediction.map, prediction.overlay) if name is not None}
     _save_csv(out / "scores.csv", lines)
     if decided:
         stale -= {"regions.csv"}
         _save_csv(out / "regions.csv", regions)
     with replace_file(out / "scores.json") as file:
-        file.write((json.dumps({**about, "images": [row(found) for found in predictions]}, indent=1) + "\n").encode())
-    for old in stale:
-        with suppress(OSError, ValueError):  # it is gone, or was never a file
-            (out / old).unlink()
-        for folder in (out / old).parents[: len(Path(old).parents) - 1]:
-            with suppress(OSError, ValueError):  # there is more in it
+        content = {**description, "images": [to_json_row(prediction) for prediction in predictions]}
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+    for name in stale:
+        with suppress(OSError, ValueError):  # already gone, or not a file
+            (out / name).unlink()
+        for folder in (out / name).parents[: len(Path(name).parents) - 1]:
+            with suppress(OSError, ValueError):  # not empty
                 folder.rmdir()
 
 
-def _of_former(scores: Path) -> set[str]:
-    """Files that a finished former run says it wrote, relative to the folder; nothing else is ever removed."""
+def _list_earlier_results(scores: Path) -> set[str]:
+    """Return the result files listed in the scores.json of an earlier run, relative to its folder."""
     try:
         images = json.loads(scores.read_bytes())["images"]
         names = [image[key] for image in images for key in ("map", "overlay") if key in image]
         parts = {name: PurePosixPath(name).parts for name in names}
         decided = any("decision" in image for image in images)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+    except (OSError, ValueError, KeyError, TypeError):  # no such file, or another tool's
         return set()
-    ours = {name for name, path in parts.items() if path[:1] in (("maps",), ("overlays",)) and ".." not in path}
-    return ours | ({"regions.csv"} if decided else set())
+    listed = {name for name, path in parts.items() if path[:1] in (("maps",), ("overlays",)) and ".." not in path}
+    return listed | ({"regions.csv"} if decided else set())
 
 
 def _save_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:

@@ -1,7 +1,8 @@
-"""Predictions as Parquet in parts: each is there whole or not at all, so the parts themselves say what is done.
+"""Predictions as a folder of Parquet files, the parts. A part exists completely or not at all.
 
-A part's name follows from the detector, the options and the images in it, and what it holds follows from them too:
-whoever writes it a second time (a worker that was started again, one of a run that was killed) replaces it by its like.
+The name of a part is a hash of the detector, the options and its images, which also determine its content. A worker
+that writes a part a second time, after a restart or a killed run, replaces it by the same rows. So the parts themselves
+record what is finished.
 """
 
 import hashlib
@@ -16,14 +17,14 @@ from recontrast.data.atomic import replace_file
 from recontrast.data.images import list_images
 from recontrast.inference.decisions import REGION_COLUMNS
 
-FOLDER = "scores.parquet"  # a folder of parts is one table to pandas, polars, DuckDB, Spark and pyarrow
+FOLDER = "scores.parquet"  # pandas, polars, DuckDB, Spark and pyarrow read a folder of parts as one table
 MISSING = "Parquet needs pyarrow, which is not installed: pip install 'recontrast[ray]'"
-LISTS = (".txt", ".parquet")  # files that name images, one a line or in the column path
+LISTS = (".txt", ".parquet")  # lists of images: one path per line, or a column named path
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images that are scored and written together."""
+    """Images that are scored and written together: file name of the part, and absolute paths."""
 
     name: str
     paths: tuple[str, ...]
@@ -31,42 +32,50 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the parts say of the images that were asked for."""
+    """Counts over all requested images, and one sentence for each unreadable one."""
 
     scored: int
     decided: int
     defects: int
     flagged: int
-    unread: list[str]  # a sentence each
+    unread: list[str]
 
 
 def list_inputs(inputs: Sequence[Path]) -> list[str]:
-    """Absolute paths of the images that are named by files, folders and lists, each once, in their order.
+    """List the images in files, folders and lists.
 
     Args:
-        inputs: images, folders that are searched to the bottom, text files with a path a line, and Parquet files with a
-            column ``path``; relative paths of a list begin at its folder. What a list names is not looked at here.
+        inputs: Images, folders that are searched at any depth, text files with one path per line, and Parquet files
+            with a column ``path``. Relative paths in a list start at the folder of the list. Files named in a list are
+            not opened.
+
+    Returns:
+        Absolute paths without duplicates, in the order of the inputs.
+
+    Raises:
+        ValueError: If a list is empty or has no column ``path``, or a path is not UTF-8.
+        FileNotFoundError: If an input does not exist.
     """
-    found: dict[str, None] = {}
+    images: dict[str, None] = {}
     for path in inputs:
         if path.suffix.lower() in LISTS and path.is_file():
-            named = _parquet_paths(path) if path.suffix.lower() == ".parquet" else _text_paths(path)
-            if not named:
+            listed = _parquet_paths(path) if path.suffix.lower() == ".parquet" else _text_paths(path)
+            if not listed:
                 raise ValueError(f"{path}: wanted a list of images, got an empty one")
-            found.update((os.path.abspath(path.parent / name), None) for name in named)
+            images.update((os.path.abspath(path.parent / name), None) for name in listed)
         else:
-            found.update((os.path.abspath(image), None) for image in list_images([path]))
-    for name in found:
+            images.update((os.path.abspath(image), None) for image in list_images([path]))
+    for name in images:
         try:
             name.encode()
         except UnicodeEncodeError:
-            shown = name.encode(errors="surrogateescape").decode(errors="replace")
-            raise ValueError(f"{shown}: wanted a path in UTF-8, as Parquet holds it, got other bytes") from None
-    return list(found)
+            readable = name.encode(errors="surrogateescape").decode(errors="replace")
+            raise ValueError(f"{readable}: wanted a path in UTF-8, as Parquet holds it, got other bytes") from None
+    return list(images)
 
 
-def identity(detector: Path, options: Mapping[str, Any]) -> str:
-    """SHA-256 of the detector's file and of the options that change what is written."""
+def compute_identity(detector: Path, options: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of the detector's file and of the options that change the results."""
     total = hashlib.sha256(json.dumps(dict(options), sort_keys=True).encode())
     with detector.open("rb") as file:
         while block := file.read(1 << 24):
@@ -74,41 +83,41 @@ def identity(detector: Path, options: Mapping[str, Any]) -> str:
     return total.hexdigest()
 
 
-def plan(paths: Sequence[str], size: int, who: str, folder: Path) -> list[Part]:
-    """What is left to do.
+def plan_parts(paths: Sequence[str], size: int, identity: str, folder: Path) -> list[Part]:
+    """Return the parts that are not finished.
 
-    The images are cut into parts before those that are done are left out: the same call gives the same names, whatever
-    an earlier one had finished, or a straggler of it still finishes.
+    Finished images are removed after the images are divided into parts. So the same call gives the same names, whatever
+    an earlier call has finished or a remaining worker of it still finishes.
 
     Args:
-        paths: all images.
-        size: images in a part.
-        who: `identity` of the detector.
-        folder: with the parts that are there.
+        paths: Absolute paths of all images.
+        size: Number of images per part.
+        identity: See `compute_identity`.
+        folder: Folder of the finished parts.
 
     Returns:
-        The parts to make.
+        The parts to write.
 
     Raises:
-        ValueError: the folder holds what another detector or other options gave, or files of another kind.
+        ValueError: If the folder holds results of another detector or other options, or other files.
     """
-    done = _done(folder, who)
-    left = []
+    finished = _read_finished(folder, identity)
+    parts = []
     for start in range(0, len(paths), size):
-        rest = tuple(path for path in paths[start : start + size] if path not in done)
+        rest = tuple(path for path in paths[start : start + size] if path not in finished)
         if rest:
-            left.append(Part(_name(who, rest), rest))
-    return left
+            parts.append(Part(_name_part(identity, rest), rest))
+    return parts
 
 
-def begin(folder: Path, part: Part, tries: int) -> None:
-    """Note that a worker begins with a part; the note stays if it dies, and goes when the part is written.
+def mark_begun(folder: Path, part: Part, tries: int) -> None:
+    """Count the workers that start a part, in a file that is removed when the part is written.
 
     Raises:
-        ValueError: ``tries`` workers have begun with it in this run, and none of them finished.
+        ValueError: If ``tries`` workers have started the part in this run and none has finished it.
     """
-    note = folder / f".{part.name}.begun"
-    handle = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    marker = folder / f".{part.name}.begun"
+    handle = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         if os.fstat(handle).st_size >= tries:
             raise ValueError(f"{tries} workers died over the same {len(part.paths)} images, from {part.paths[0]} on")
@@ -117,17 +126,17 @@ def begin(folder: Path, part: Part, tries: int) -> None:
         os.close(handle)
 
 
-def clean(folder: Path) -> None:
-    """Remove what workers of a run that was killed left: notes, and parts that were not finished."""
-    for left in folder.glob(".part-*"):
-        left.unlink(missing_ok=True)
+def remove_leftovers(folder: Path) -> None:
+    """Remove markers and unfinished parts of a killed run."""
+    for leftover in folder.glob(".part-*"):
+        leftover.unlink(missing_ok=True)
 
 
-def write(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], about: Mapping[str, str]) -> None:
-    """Write the rows of a part (see `schema`), whole or not at all; ``about`` goes into the file's metadata."""
-    pa, pq = _arrow()
-    said = {b"recontrast": json.dumps(dict(about)).encode()}
-    table = pa.Table.from_pylist(list(rows), schema=schema().with_metadata(said))
+def write_part(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], metadata: Mapping[str, str]) -> None:
+    """Write the rows of a part (see `build_schema`) and its metadata, completely or not at all."""
+    pa, pq = _import_arrow()
+    encoded = {b"recontrast": json.dumps(dict(metadata)).encode()}
+    table = pa.Table.from_pylist(list(rows), schema=build_schema().with_metadata(encoded))
     sink = pa.BufferOutputStream()  # a part is small
     pq.write_table(table, sink)
     data = sink.getvalue()
@@ -137,38 +146,38 @@ def write(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], about: Ma
     (folder / f".{part.name}.begun").unlink(missing_ok=True)
 
 
-def schema() -> Any:
-    """Columns: path; score, p_value, decision, regions, flagged (null where they are not known); error (else null)."""
-    pa, _ = _arrow()
-    kinds = {name: pa.float64() if name == "peak" else pa.int64() for name in REGION_COLUMNS}
+def build_schema() -> Any:
+    """Return the columns: path; score, p_value, decision, regions, flagged (null if unknown); error (else null)."""
+    pa, _ = _import_arrow()
+    region = {name: pa.float64() if name == "peak" else pa.int64() for name in REGION_COLUMNS}
     return pa.schema([
         pa.field("path", pa.string(), nullable=False),
         ("score", pa.float64()),
         ("p_value", pa.float64()),
         ("decision", pa.string()),
-        ("regions", pa.list_(pa.struct(list(kinds.items())))),
+        ("regions", pa.list_(pa.struct(list(region.items())))),
         ("flagged", pa.bool_()),
         ("error", pa.string()),
     ])  # fmt: skip
 
 
 def summarise(folder: Path, paths: Sequence[str]) -> Summary:
-    """Count what the parts say of ``paths``.
+    """Count the results of ``paths`` over all parts.
 
     Raises:
-        ValueError: one of them is missing or there twice.
+        ValueError: If an image is missing or occurs twice.
     """
-    wanted, seen = set(paths), set()
+    requested, seen = set(paths), set()
     scored = decided = defects = flagged = 0
     unread: list[tuple[str, str]] = []
-    for file in _files(folder):
+    for file in _list_parts(folder):
         columns = _read(file, ["path", "decision", "flagged", "error"])
         for path, decision, flag, error in zip(*(columns[name].to_pylist() for name in columns.column_names),
                                                strict=True):  # fmt: skip
             if path in seen:
                 raise ValueError(f"{folder}: wanted each image once, got {path} twice")
             seen.add(path)
-            if path not in wanted:
+            if path not in requested:
                 continue
             scored += error is None
             decided += decision is not None
@@ -176,48 +185,48 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
             flagged += bool(flag)
             if error is not None:
                 unread.append((path, error))
-    if wanted - seen:
-        raise ValueError(f"{folder}: wanted {len(wanted)} images, {len(wanted - seen)} are missing")
+    if requested - seen:
+        raise ValueError(f"{folder}: wanted {len(requested)} images, {len(requested - seen)} are missing")
     return Summary(scored, decided, defects, flagged, [error for _, error in sorted(unread)])
 
 
-def about_part(file: Path) -> dict[str, str]:
-    """What `write` was given as ``about``."""
-    _, pq = _arrow()
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata that `write_part` stored."""
+    _, pq = _import_arrow()
     try:
-        said = pq.read_schema(file).metadata or {}
-        return dict(json.loads(said[b"recontrast"]))
+        stored = pq.read_schema(file).metadata or {}
+        return dict(json.loads(stored[b"recontrast"]))
     except (ValueError, KeyError) as error:  # pyarrow's errors of format are ValueErrors
         raise ValueError(
             f"{file}: wanted a part of predictions, got a file of another kind or a damaged one"
         ) from error
 
 
-def _done(folder: Path, who: str) -> set[str]:
-    done: set[str] = set()
-    for file in _files(folder):
-        if about_part(file).get("identity") != who:
+def _read_finished(folder: Path, identity: str) -> set[str]:
+    finished: set[str] = set()
+    for file in _list_parts(folder):
+        if read_metadata(file).get("identity") != identity:
             raise ValueError(
                 f"{folder}: wanted an empty folder or predictions of this detector with these options, got others'"
             )
-        done.update(_read(file, ["path"])["path"].to_pylist())
-    return done
+        finished.update(_read(file, ["path"])["path"].to_pylist())
+    return finished
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
 def _read(file: Path, columns: list[str]) -> Any:
-    pa, pq = _arrow()
+    pa, pq = _import_arrow()
     try:
         return pq.ParquetFile(file).read(columns=columns)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: wanted a Parquet file, got a file of another kind or a damaged one") from error
 
 
-def _name(who: str, paths: Sequence[str]) -> str:
-    return f"part-{hashlib.sha256(chr(0).join([who, *paths]).encode()).hexdigest()[:24]}.parquet"
+def _name_part(identity: str, paths: Sequence[str]) -> str:
+    return f"part-{hashlib.sha256(chr(0).join([identity, *paths]).encode()).hexdigest()[:24]}.parquet"
 
 
 def _text_paths(path: Path) -> list[str]:
@@ -226,20 +235,20 @@ def _text_paths(path: Path) -> list[str]:
 
 
 def _parquet_paths(path: Path) -> list[str]:
-    pa, pq = _arrow()
+    pa, pq = _import_arrow()
     try:
-        kinds = pq.read_schema(path)
+        columns = pq.read_schema(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: wanted a Parquet file, got a file of another kind or a damaged one") from error
-    if "path" not in kinds.names:
-        raise ValueError(f"{path}: wanted a column path, got {', '.join(kinds.names) or 'none'}")
-    named = _read(path, ["path"])["path"].to_pylist()
-    if not all(isinstance(name, str) for name in named):
-        raise ValueError(f"{path}: path: wanted text, got {kinds.field('path').type} or empty cells")
-    return named
+    if "path" not in columns.names:
+        raise ValueError(f"{path}: wanted a column path, got {', '.join(columns.names) or 'none'}")
+    listed = _read(path, ["path"])["path"].to_pylist()
+    if not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{path}: path: wanted text, got {columns.field('path').type} or empty cells")
+    return listed
 
 
-def _arrow() -> tuple[Any, Any]:
+def _import_arrow() -> tuple[Any, Any]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -248,6 +257,6 @@ def _arrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def region_rows(regions: Iterable[Any] | None) -> list[dict[str, Any]] | None:
-    """Regions as the structs of the column."""
+def list_regions(regions: Iterable[Any] | None) -> list[dict[str, Any]] | None:
+    """Return regions as dicts, the structs of the column ``regions``."""
     return None if regions is None else [asdict(region) for region in regions]

@@ -16,10 +16,10 @@ import numpy as np
 import recontrast
 from recontrast.app.prediction.output_files import (
     SUFFIX,
+    MapStore,
     Prediction,
-    Waiting,
-    below,
-    describe,
+    describe_maps,
+    result_path,
     save_map,
     save_overlays,
     save_scores,
@@ -118,7 +118,7 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(workers) as pool, tempfile.TemporaryFile(dir=out) as file:
         files = ImageFiles(paths, pool)
-        writer = _Writer(files, out, detector, calibration, threshold, maps, Waiting(file, out) if overlays else None)
+        writer = _Writer(files, out, detector, calibration, threshold, maps, MapStore(file, out) if overlays else None)
         for batch_maps, scores in detector.run(files, batch):
             writer.add(batch_maps, scores)
             del batch_maps  # a map may be large, and should not stay in memory beside the next image
@@ -144,7 +144,7 @@ class _Writer:
 
     def __init__(
         self, files: ImageFiles, out: Path, detector: Detector, calibration: Calibration | None,
-        threshold: float | None, maps: Maps, waiting: Waiting | None,
+        threshold: float | None, maps: Maps, waiting: MapStore | None,
     ) -> None:  # fmt: skip
         self.files, self.out, self.detector = files, out, detector
         self.calibration, self.threshold, self.maps = calibration, threshold, maps
@@ -181,8 +181,8 @@ class _Writer:
     def _predict_one(self, anomaly: np.ndarray, score: float) -> Prediction:
         path, name = self.files.paths[self.position], self.names[self.position]
         recipe = self.detector.recipe
-        map_name = None if self.maps == "none" else below(Path(), "maps", name, SUFFIX[self.maps])
-        overlay_name = None if self.waiting is None else below(Path(), "overlays", name, ".png")
+        map_name = None if self.maps == "none" else result_path(Path(), "maps", name, SUFFIX[self.maps])
+        overlay_name = None if self.waiting is None else result_path(Path(), "overlays", name, ".png")
         if map_name is not None:
             save_map(self.out / map_name, anomaly, self.maps, self.detector.max_map_value, recipe)
         if self.waiting is not None:
@@ -215,7 +215,7 @@ def _describe_run(
         "threshold": threshold,
         "calibration": promise,
         "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": detector.overlap},
-        "maps": None if maps == "none" else describe(maps, detector.max_map_value, recipe),
+        "maps": None if maps == "none" else describe_maps(maps, detector.max_map_value, recipe),
         "overlay_range": colours,
         "unread": unread,
     }

@@ -1,7 +1,7 @@
-"""Prediction by many workers over Ray Data: each opens the detector once, scores whole parts and writes them itself.
+"""Prediction by many workers with Ray Data: each loads the detector once, scores whole parts and writes them itself.
 
-What travels between processes is names alone. Ray gives the part of a worker that died to another one; the driver may
-die as well, and the same call goes on with the parts that are missing (`recontrast.app.prediction.parquet_parts`).
+Only names are sent between processes. If a worker dies, Ray gives its part to another one. If the driver dies, the same
+call continues with the missing parts (`recontrast.app.prediction.parquet_parts`).
 """
 
 import json
@@ -26,9 +26,9 @@ from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector
 
 MISSING = "--engine ray needs Ray Data, which is not installed: pip install 'recontrast[ray]'"
-TRIES = 4  # workers that may die over the same part, before the images are to blame; Ray would try for ever
-STORE = 128 << 20  # bytes of Ray's object store on this machine: only names pass through it
-CPUS_EACH = 4  # of a worker, where neither workers nor GPUs are counted: beyond, one network scales badly
+TRIES = 4  # workers that may die on the same part before it is an error; Ray would retry forever
+STORE = 128 << 20  # bytes of Ray's object store on this machine; only names pass through it
+CPUS_EACH = 4  # CPUs per worker without GPUs; one network scales badly beyond that
 
 
 def predict(
@@ -46,102 +46,104 @@ def predict(
     device: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> parquet_parts.Summary:
-    """Score images on all workers of a Ray cluster; what an earlier call finished is not done again.
+    """Score images on all workers of a Ray cluster; images that an earlier call finished are not scored again.
 
-    Writes ``OUT/scores.parquet``, a folder of parts that readers take for one table (`parts.schema`), and
+    Writes ``OUT/scores.parquet``, a folder of parts that can be read as one table
+    (`parquet_parts.build_schema`), and
     ``OUT/predict.json``. Detector, images and ``out`` must be at the same paths on every machine.
 
     Args:
-        checkpoint: what training wrote, or any other file of a detector.
-        inputs: images, folders, or lists of images (see `parts.list_inputs`).
-        out: folder for the results.
-        workers: how many; None: one for each GPU, or where there are none one for every four CPUs.
-        address: of a running cluster (``auto``, ``host:6379``); None: that of RAY_ADDRESS, else one of this machine's
-            own, for this call.
-        part: images in a part: so many are scored again at most, for each worker that dies.
-        batch: images at once.
-        threshold: flag images whose score is at least this.
-        rate: promised share of false alarms in place of the calibration's.
-        must_decide: refuse a detector without a calibration.
-        device: torch device of the workers; None: the GPU where Ray has one for each.
-        on_progress: called with the number of images done and of all.
+        checkpoint: Path of a checkpoint or an exported file.
+        inputs: Images, folders, or lists of images (see `parquet_parts.list_inputs`).
+        out: Folder for the results.
+        workers: Number of workers. None: one per GPU, or without GPUs one for every four CPUs.
+        address: Address of a running cluster (``auto``, ``host:6379``). None: that of RAY_ADDRESS, or a cluster of this
+            machine for the time of the call.
+        part: Number of images per part; at most so many are scored again for each worker that dies.
+        batch: Number of images per batch.
+        threshold: Images with at least this score are flagged.
+        rate: Promised false-alarm rate, in place of the calibration's.
+        must_decide: Whether a detector without a calibration is an error.
+        device: PyTorch device of the workers. None: the GPU, if Ray has one for each.
+        on_progress: Called with the number of finished images and of all images.
 
     Returns:
-        The counts of all images that were asked for.
+        Counts over all requested images.
 
     Raises:
-        ImportError: Ray is not installed.
-        ValueError: a wrong option, another detector's results in ``out``, or a part that no worker could finish.
-        OSError: an input does not exist, or a result cannot be written.
+        ImportError: If Ray is not installed.
+        ValueError: If an option is invalid, ``out`` holds results of another detector, or no worker could finish a
+            part.
+        OSError: If an input does not exist, or a result cannot be written.
     """
     for name, value in (("part", part), ("batch", batch), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"predict: {name}: wanted at least 1, got {value}")
-    ray = _ray(address)
+    ray = _import_ray(address)
     checkpoint, out = Path(os.path.abspath(checkpoint)), Path(os.path.abspath(out))
     paths = parquet_parts.list_inputs(inputs)
-    detector = open_detector(checkpoint, "cpu")  # refused here, in one sentence, before any worker starts
+    detector = open_detector(checkpoint, "cpu")  # errors are raised here, before any worker starts
     select_calibration(detector, rate, must_decide, checkpoint)
     options = {"threshold": threshold, "rate": rate}
-    who = parquet_parts.identity(checkpoint, options)
+    identity = parquet_parts.compute_identity(checkpoint, options)
     folder = out / parquet_parts.FOLDER
     with lock_folder(out):
-        left = parquet_parts.plan(paths, part, who, folder)
-        count = len(paths) - sum(len(each.paths) for each in left)
+        parts = parquet_parts.plan_parts(paths, part, identity, folder)
+        finished = len(paths) - sum(len(missing.paths) for missing in parts)
         folder.mkdir(parents=True, exist_ok=True)
-        parquet_parts.clean(folder)
-        if left:
+        parquet_parts.remove_leftovers(folder)
+        if parts:
             with _cluster(ray, address):
-                settings = {"checkpoint": checkpoint, "folder": folder, "batch": batch, "device": device, "who": who}
-                for finished in _work(ray, left, workers, {**settings, **options}):
-                    count += finished
+                settings = {"checkpoint": checkpoint, "folder": folder, "batch": batch, "device": device}
+                for count in _run_workers(ray, parts, workers, {**settings, "identity": identity, **options}):
+                    finished += count
                     if on_progress is not None:
-                        on_progress(count, len(paths))
+                        on_progress(finished, len(paths))
         elif on_progress is not None:
-            on_progress(count, len(paths))
+            on_progress(finished, len(paths))
         summary = parquet_parts.summarise(folder, paths)
         if not summary.scored:
             raise ValueError(f"none of {len(paths)} images could be read: {summary.unread[0]}")
-        about: dict[str, Any] = {
+        description: dict[str, Any] = {
             "recontrast": recontrast.__version__,
             "checkpoint": str(checkpoint),
             "trained_on": detector.category,
         }
-        about |= {"identity": who, **options, "images": len(paths), "unread": len(summary.unread)}
+        description |= {"identity": identity, **options, "images": len(paths), "unread": len(summary.unread)}
         with replace_file(out / "predict.json") as file:
-            file.write((json.dumps(about, indent=1) + "\n").encode())
+            file.write((json.dumps(description, indent=1) + "\n").encode())
     return summary
 
 
 class Worker:
-    """What runs in each process of Ray: the detector, opened once, and its share of the CPUs."""
+    """Code of a Ray process: loads the detector once and uses its share of the CPUs."""
 
     def __init__(self, cpus: int, **settings: Any) -> None:
-        """``settings``: see `_open`, which comes later, as what it raises must not pass for a worker that died."""
-        self.cpus, self.settings, self.opened = cpus, settings, False
+        """Store the settings; `_load` uses them later, since an error here would look like a dead worker."""
+        self.cpus, self.settings, self.loaded = cpus, settings, False
 
-    def __call__(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Score and write the parts of a batch of Ray's; says how many images each held, or what went wrong."""
+    def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Score and write parts; return the number of images and the error message of each."""
         counts, errors = [], []
-        for name, paths in zip(given["name"], given["paths"], strict=True):
+        for name, paths in zip(parts["name"], parts["paths"], strict=True):
             error = ""
             try:
-                if not self.opened:
-                    self._open(**self.settings)
-                self._make(parquet_parts.Part(str(name), tuple(map(str, paths))))
+                if not self.loaded:
+                    self._load(**self.settings)
+                self._process(parquet_parts.Part(str(name), tuple(map(str, paths))))
             except (ValueError, OSError, RuntimeError) as raised:
                 error = describe_error(raised)
             counts.append(len(paths))
             errors.append(error)
         return {"count": np.array(counts), "error": np.array(errors)}
 
-    def _open(
+    def _load(
         self,
         checkpoint: Path,
         folder: Path,
         batch: int,
         device: str | None,
-        who: str,
+        identity: str,
         threshold: float | None,
         rate: float | None,
     ) -> None:
@@ -152,93 +154,96 @@ class Worker:
         self.calibration = select_calibration(self.detector, rate, False)
         self.pool = ThreadPoolExecutor(self.cpus)
         self.folder, self.batch, self.threshold = folder, batch, threshold
-        self.about = {"identity": who, "recontrast": recontrast.__version__}
-        self.about["worker"] = f"{socket.gethostname()}:{os.getpid()}"
-        self.opened = True
+        self.metadata = {"identity": identity, "recontrast": recontrast.__version__}
+        self.metadata["worker"] = f"{socket.gethostname()}:{os.getpid()}"
+        self.loaded = True
 
-    def _make(self, part: parquet_parts.Part) -> None:
-        if not (self.folder / part.name).exists():  # else somebody wrote it and died before he could say so
-            parquet_parts.begin(self.folder, part, TRIES)
-            parquet_parts.write(self.folder, part, self.rows(part.paths), self.about)
+    def _process(self, part: parquet_parts.Part) -> None:
+        if not (self.folder / part.name).exists():  # another worker may have written it and died before it reported so
+            parquet_parts.mark_begun(self.folder, part, TRIES)
+            parquet_parts.write_part(self.folder, part, self.rows(part.paths), self.metadata)
 
     def rows(self, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The row of each image, in order."""
+        """Yield the row of each image, in order."""
         files = ImageFiles([Path(path) for path in paths], self.pool)
-        place = 0
+        position = 0
         for maps, scores in self.detector.run(files, self.batch):
             for anomaly, score in zip(maps, scores.tolist(), strict=True):
-                yield self._row(files, place, anomaly, score)
-                place += 1
+                yield self._row(files, position, anomaly, score)
+                position += 1
 
-    def _row(self, files: ImageFiles, place: int, anomaly: np.ndarray, score: float) -> dict[str, Any]:
-        path = files.paths[place]
-        if place in files.errors:
-            return {"path": str(path), "error": files.errors[place]}
+    def _row(self, files: ImageFiles, position: int, anomaly: np.ndarray, score: float) -> dict[str, Any]:
+        path = files.paths[position]
+        if position in files.errors:
+            return {"path": str(path), "error": files.errors[position]}
         row: dict[str, Any] = {"path": str(path), "score": score}
         if self.threshold is not None:
             row["flagged"] = score >= self.threshold
         if self.calibration is not None:
-            made = decide(self.calibration, anomaly, score, image_size(path), self.detector.recipe)
-            row |= {"p_value": made.p_value, "decision": made.label, "regions": parquet_parts.region_rows(made.regions)}
+            decision = decide(self.calibration, anomaly, score, image_size(path), self.detector.recipe)
+            row |= {"p_value": decision.p_value, "decision": decision.label}
+            row |= {"regions": parquet_parts.list_regions(decision.regions)}
         return row
 
 
-def share(cpus: Sequence[int], workers: int) -> int:
-    """CPUs for each of ``workers``, as many as let all of them fit onto machines with ``cpus``; 0: they do not."""
+def compute_cpus_per_worker(cpus: Sequence[int], workers: int) -> int:
+    """Return the largest number of CPUs per worker with which all workers fit on the machines; 0 if they do not fit."""
     return next((each for each in range(max(cpus, default=0), 0, -1) if sum(n // each for n in cpus) >= workers), 0)
 
 
-def _work(ray: Any, left: Sequence[parquet_parts.Part], workers: int | None, settings: dict[str, Any]) -> Iterator[int]:
-    """Have all parts made; yields how many images each held, as they are finished."""
+def _run_workers(
+    ray: Any, parts: Sequence[parquet_parts.Part], workers: int | None, settings: dict[str, Any]
+) -> Iterator[int]:
+    """Score all parts; yield the number of images of each finished part."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     on_gpu = gpus > 0 and settings["device"] != "cpu"
-    wanted = workers or (gpus if on_gpu else max(sum(cpus) // CPUS_EACH, 1))
-    if on_gpu and wanted > gpus:
-        raise ValueError(f"--workers: wanted at most one for each of {gpus} GPUs, got {wanted}")
-    each = share(cpus, wanted)
-    if not each:
-        raise ValueError(f"--workers: wanted at most one for each of {sum(cpus)} CPUs, got {wanted}")
+    count = workers or (gpus if on_gpu else max(sum(cpus) // CPUS_EACH, 1))
+    if on_gpu and count > gpus:
+        raise ValueError(f"--workers: wanted at most one for each of {gpus} GPUs, got {count}")
+    cpus_each = compute_cpus_per_worker(cpus, count)
+    if not cpus_each:
+        raise ValueError(f"--workers: wanted at most one for each of {sum(cpus)} CPUs, got {count}")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    rows = [{"name": part.name, "paths": list(part.paths)} for part in left]
-    todo = ray.data.from_items(rows, override_num_blocks=len(rows))  # a block is what Ray hands out, and again
-    done = todo.map_batches(
+    rows = [{"name": part.name, "paths": list(part.paths)} for part in parts]
+    blocks = ray.data.from_items(rows, override_num_blocks=len(rows))  # Ray assigns, and repeats, whole blocks
+    results = blocks.map_batches(
         Worker,
-        fn_constructor_kwargs={**settings, "cpus": each},
+        fn_constructor_kwargs={**settings, "cpus": cpus_each},
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(wanted, len(rows))),
-        num_cpus=each,
+        compute=ray.data.ActorPoolStrategy(size=min(count, len(rows))),
+        num_cpus=cpus_each,
         num_gpus=1 if on_gpu else None,
     )
     try:
-        for row in done.iter_rows():
+        for row in results.iter_rows():
             if row["error"]:
                 raise OSError(f"a worker stopped: {row['error']}")
             yield int(row["count"])
     except ray.exceptions.RayError as error:
-        raise OSError(f"ray could not go on: {' '.join(str(error).split())[:300]}") from error
+        raise OSError(f"ray could not continue: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager
 def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator[None]:
-    """The cluster that we are in already, the one at ``address``, or one of this machine's for the time being."""
+    """Connect to the current cluster, the one at ``address``, or a new one on this machine."""
     if ray.is_initialized():
         yield
         return
-    told = {"log_to_driver": False, "logging_level": "error"}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and durations
+    logging_options = {"log_to_driver": False, "logging_level": "error"}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs plans and durations
     try:
         if address or os.environ.get("RAY_ADDRESS"):
-            ray.init(address=address, **told)
+            ray.init(address=address, **logging_options)
         else:
             ray.init("local", include_dashboard=False, object_store_memory=STORE, _node_ip_address="127.0.0.1",
-                     num_cpus=cpus or len(os.sched_getaffinity(0)), **told)  # fmt: skip
+                     num_cpus=cpus or len(os.sched_getaffinity(0)), **logging_options)  # fmt: skip
     except ConnectionError as error:
-        where = address or os.environ.get("RAY_ADDRESS")
-        raise OSError(f"--address: wanted a running Ray cluster, got none at {where}") from error
-    except Exception as error:  # Ray raises no kind of its own where its processes do not come up in time
+        used = address or os.environ.get("RAY_ADDRESS")
+        raise OSError(f"--address: wanted a running Ray cluster, got none at {used}") from error
+    except Exception as error:  # Ray raises a plain Exception if its processes do not start in time
         if type(error) is not Exception:
             raise
         raise OSError(f"ray could not start here: {' '.join(str(error).split())[:300]}") from error
@@ -248,11 +253,13 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
         ray.shutdown()
 
 
-def _ray(address: str | None) -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before it is imported: it would report over the network
+def _import_ray(address: str | None) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # set before the import: Ray would send usage reports
     if not (address or os.environ.get("RAY_ADDRESS")):
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # one of our own listens on 127.0.0.1 alone
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns on stderr of what its own Ray Data does
+        os.environ.setdefault(
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
+        )  # a cluster of our own listens on 127.0.0.1 only
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it prints warnings about its own Ray Data
     try:
         import ray
         import ray.data

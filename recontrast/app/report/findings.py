@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast.app.evaluate_job import decided
+from recontrast.app.evaluate_job import decide_on_result
 from recontrast.app.report.map_summaries import MapSummaries
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
@@ -122,7 +122,7 @@ def gather(
         scores = np.array([scored.score for scored in result.scored[begun : begun + row.images]])
         sections.append(_section(row, kept, scores, begun, recipe, calibration))
         begun += row.images
-    seen = () if calibration is None else tuple(decided(result, calibration, groups, recipe).warnings())
+    seen = () if calibration is None else tuple(decide_on_result(result, calibration, groups, recipe).warnings())
     return Findings(result, sections, calibration, kept.small, seen)
 
 

@@ -19,7 +19,7 @@ def image(path):
 
 
 def finish(folder, part, **values):
-    parquet_parts.write(folder, part, [{"path": path, **values} for path in part.paths], {"identity": WHO})
+    parquet_parts.write_part(folder, part, [{"path": path, **values} for path in part.paths], {"identity": WHO})
 
 
 def test_lists_folders_and_files_each_once(tmp_path):
@@ -54,20 +54,20 @@ def test_lists_that_are_refused(tmp_path):
 def test_same_call_same_names_whatever_is_done(tmp_path):
     """A straggler of a killed run writes what the next one would."""
     paths = [f"/{n}" for n in range(10)]
-    first = parquet_parts.plan(paths, 4, WHO, tmp_path)
+    first = parquet_parts.plan_parts(paths, 4, WHO, tmp_path)
     assert [len(part.paths) for part in first] == [4, 4, 2]
     finish(tmp_path, first[1], score=1.0)
-    assert parquet_parts.plan(paths, 4, WHO, tmp_path) == [first[0], first[2]]
+    assert parquet_parts.plan_parts(paths, 4, WHO, tmp_path) == [first[0], first[2]]
     finish(tmp_path, first[1], score=1.0)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_other_images_and_sizes_later(tmp_path):
     paths = [f"/{n}" for n in range(6)]
-    for part in parquet_parts.plan(paths, 3, WHO, tmp_path):
+    for part in parquet_parts.plan_parts(paths, 3, WHO, tmp_path):
         finish(tmp_path, part, score=1.0)
     more = [*paths[:2], "/new", *paths[2:]]
-    left = parquet_parts.plan(more, 5, WHO, tmp_path)
+    left = parquet_parts.plan_parts(more, 5, WHO, tmp_path)
     assert [part.paths for part in left] == [("/new",)]
     with pytest.raises(ValueError, match="wanted 7 images, 1 are missing"):
         parquet_parts.summarise(tmp_path, more)
@@ -86,31 +86,35 @@ def test_an_image_twice_is_an_error(tmp_path):
 def test_what_others_wrote_is_refused(tmp_path):
     finish(tmp_path, parquet_parts.Part("part-1.parquet", ("/a",)))
     with pytest.raises(ValueError, match="predictions of this detector"):
-        parquet_parts.plan(["/a"], 1, "another", tmp_path)
+        parquet_parts.plan_parts(["/a"], 1, "another", tmp_path)
     (tmp_path / "part-2.parquet").write_bytes(b"PAR1 cut off")
     with pytest.raises(ValueError, match=r"part-2\.parquet: wanted a part of predictions"):
-        parquet_parts.plan(["/a"], 1, WHO, tmp_path)
+        parquet_parts.plan_parts(["/a"], 1, WHO, tmp_path)
 
 
 def test_identity_is_of_file_and_options(tmp_path):
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(b"weights")
-    ours = parquet_parts.identity(file, {"rate": None})
-    assert ours == parquet_parts.identity(file, {"rate": None}) != parquet_parts.identity(file, {"rate": 0.1})
+    ours = parquet_parts.compute_identity(file, {"rate": None})
+    assert (
+        ours
+        == parquet_parts.compute_identity(file, {"rate": None})
+        != parquet_parts.compute_identity(file, {"rate": 0.1})
+    )
     file.write_bytes(b"others")
-    assert ours != parquet_parts.identity(file, {"rate": None})
+    assert ours != parquet_parts.compute_identity(file, {"rate": None})
 
 
 def test_rows_come_back(tmp_path):
     region = Region(12, 1, 2, 3, 4, 0.5, 2, 3)
     row = {"path": "/a", "score": 0.1, "p_value": 0.05, "decision": "defect", "flagged": True, "error": None}
-    row["regions"] = parquet_parts.region_rows([region])
-    parquet_parts.write(
+    row["regions"] = parquet_parts.list_regions([region])
+    parquet_parts.write_part(
         tmp_path, parquet_parts.Part("part-1.parquet", ("/a",)), [row], {"identity": WHO, "worker": "here:1"}
     )
     assert pq.read_table(tmp_path).to_pylist() == [row]
     assert row["regions"][0]["peak"] == 0.5
-    assert parquet_parts.about_part(tmp_path / "part-1.parquet")["worker"] == "here:1"
+    assert parquet_parts.read_metadata(tmp_path / "part-1.parquet")["worker"] == "here:1"
     found = parquet_parts.summarise(tmp_path, ["/a"])
     assert (found.scored, found.decided, found.defects, found.flagged) == (1, 1, 1, 1)
 
@@ -121,17 +125,17 @@ def test_nothing_half_written(tmp_path):
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        parquet_parts.write(tmp_path, parquet_parts.Part("part-1.parquet", ("/a", "/b")), rows(), {})
+        parquet_parts.write_part(tmp_path, parquet_parts.Part("part-1.parquet", ("/a", "/b")), rows(), {})
     assert os.listdir(tmp_path) == []
 
 
 def test_images_that_kill_every_worker(tmp_path):
     part = parquet_parts.Part("part-1.parquet", ("/a", "/b"))
     for _ in range(2):
-        parquet_parts.begin(tmp_path, part, 2)
+        parquet_parts.mark_begun(tmp_path, part, 2)
     with pytest.raises(ValueError, match="2 workers died over the same 2 images, from /a on"):
-        parquet_parts.begin(tmp_path, part, 2)
-    parquet_parts.clean(tmp_path)  # another run tries again
-    parquet_parts.begin(tmp_path, part, 2)
+        parquet_parts.mark_begun(tmp_path, part, 2)
+    parquet_parts.remove_leftovers(tmp_path)  # another run tries again
+    parquet_parts.mark_begun(tmp_path, part, 2)
     finish(tmp_path, part)
     assert os.listdir(tmp_path) == [part.name]

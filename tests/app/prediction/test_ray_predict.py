@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ray():
     """One session for all tests."""
-    module = ray_predict._ray(None)
+    module = ray_predict._import_ray(None)
     with ray_predict._cluster(module, None, cpus=2):
         yield module
 
@@ -117,7 +117,7 @@ def test_killed_worker(ray, checkpoint, folder, tmp_path):
             last = max(
                 (tmp_path / "out" / parquet_parts.FOLDER).glob("part-*"), key=lambda file: file.stat().st_mtime_ns
             )
-            killed.append(int(parquet_parts.about_part(last)["worker"].split(":")[1]))
+            killed.append(int(parquet_parts.read_metadata(last)["worker"].split(":")[1]))
             assert done < total
             os.kill(killed[0], signal.SIGKILL)
             deadline = time.monotonic() + 60
@@ -131,7 +131,7 @@ def test_killed_worker(ray, checkpoint, folder, tmp_path):
     found = rows(tmp_path / "out")
     assert len(before) >= 8  # of 25 parts
     late = set((tmp_path / "out" / parquet_parts.FOLDER).glob("part-*")) - before
-    assert late and killed[0] not in {int(parquet_parts.about_part(file)["worker"].split(":")[1]) for file in late}
+    assert late and killed[0] not in {int(parquet_parts.read_metadata(file)["worker"].split(":")[1]) for file in late}
     here = predict(checkpoint, [folder], tmp_path / "local", overlays=False, batch=2, device="cpu")
     assert len(here.predictions) == IMAGES and summary.defects == sum(p.decision.defect for p in here.predictions)
     assert 0 < summary.defects
@@ -191,4 +191,4 @@ def test_no_ray(checkpoint, folder, tmp_path, monkeypatch):
     ([2], 1, 2), ([2], 2, 1), ([2], 3, 0), ([3, 3], 3, 1), ([3, 3], 2, 3), ([8, 2], 2, 4), ([0, 4], 1, 4), ([], 1, 0)
 ])  # fmt: skip
 def test_share_of_the_cpus(cpus, workers, each):
-    assert ray_predict.share(cpus, workers) == each
+    assert ray_predict.compute_cpus_per_worker(cpus, workers) == each
