@@ -1,9 +1,10 @@
-"""What `gpu.sh` measures on a GPU, stage by stage, into one JSON; `--device cpu --tiny` runs every path without one.
+"""Stages of `gpu.sh`: GPU measurements, written to one JSON file.
 
     python benchmarks/gpu.py loss --out results.json
 
-Device work is timed by CUDA events, medians of many runs; each row is written when it is measured, so that a run cut
-short keeps what it has. Rivals are those of `bench_ops.py`; ratios are of one run on one GPU.
+GPU work is timed with CUDA events, and the figures are medians of many runs. Each row is written as soon as it is
+measured, so an interrupted run keeps its results. The compared implementations are those of `bench_ops.py`. Ratios
+compare rows of one run on one GPU. `--device cpu --tiny` runs every code path without a GPU.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# The restated reference; benchmarks/ comes first, and with it its own conftest.py.
+# The restated reference is in tests/.
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "tests"))
 import upstream
@@ -42,19 +43,19 @@ from recontrast.training.optimisers import build_optimisers
 from recontrast.training.teacher_cache import TeacherCache
 from recontrast.training.train import build_model, train_step
 
-COPY = 2**31  # bytes of the copy that tells the bandwidth: far more than any cache
+COPY = 2**31  # bytes of the copy that measures the bandwidth, far more than any cache holds
 
 
 # ---- loss --------------------------------------------------------------------
 
 
 def unknown_rule(distances, all_distances):
-    """A rule that the kernels do not know: pairs go one by one, the mathematics in eager operators."""
+    """Compute `deviation` as a rule unknown to the kernels, so that pairs run one by one with eager arithmetic."""
     return deviation(1.0)(distances, all_distances)
 
 
 def eager_mathematics(teachers, students):
-    """One launch for the features of all pairs, the rest in eager operators."""
+    """Compute the loss with one launch for the features of all pairs and eager operators for the rest."""
     sums = ops.cosine_sums_group([t.detach() for t in teachers], students)
     images, points = [t.shape[0] for t in students], [t.shape[2] * t.shape[3] for t in students]
     losses = []
@@ -66,7 +67,7 @@ def eager_mathematics(teachers, students):
 
 
 def loss(run: Run) -> None:
-    """Forward and backward of six WideResNet-50-2 pairs, alpha 1, by batch, dtype, layout; what compiles comes last."""
+    """Measure forward and backward of six WideResNet-50-2 pairs with alpha 1; compiled implementations come last."""
     sizes = [(n, c // 8, h // 4, w // 4) for n, c, h, w in SHAPES] if run.tiny else SHAPES
     batches, dtypes = (2,) if run.tiny else (64, 16, 256), (torch.float32, torch.bfloat16)
     for compiled, batch, dtype, layout in itertools.product((False, True), batches, dtypes, ("channels_last", "NCHW")):
@@ -76,31 +77,31 @@ def loss(run: Run) -> None:
         pairs = [features((batch, *size[1:]), run.device, dtype, layout) for size in sizes * 2]
         teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
         del pairs
-        one_group(run, group, teachers, students, compiled)
+        measure_group(run, group, teachers, students, compiled)
         del teachers, students
         if run.cuda:
             torch.cuda.empty_cache()
 
 
-def replay_of(work: Function) -> Function:
-    """``work`` as a graph."""
+def record_replay(work: Function) -> Function:
+    """Record ``work`` as a CUDA graph and return a function that replays it."""
     for _ in range(3):
         work()
-    repeat, kept = record_graph(work)
-    return lambda: (repeat(), kept)
+    replay, outputs = record_graph(work)
+    return lambda: (replay(), outputs)
 
 
 @torch.no_grad()
 def hard_share(teachers: list, students: list) -> float:
-    """Share of the numbers that belong to hard points."""
+    """Return the share of feature values that belong to hard points."""
     hard = total = 0
     for d, t in zip(point_distances(list(zip(teachers, students, strict=True))), teachers, strict=True):
         hard, total = hard + int((d >= d.mean() + d.std()).sum()) * t.shape[1], total + d.numel() * t.shape[1]
     return hard / total
 
 
-def one_group(run: Run, group: str, teachers: list, students: list, compiled: bool) -> None:
-    """All ways to compute the loss of one set of pairs; ``compiled``: the one that takes long to begin, alone."""
+def measure_group(run: Run, group: str, teachers: list, students: list, compiled: bool) -> None:
+    """Measure all implementations of the loss on one set of pairs, or only the compiled one if ``compiled``."""
     volume, backend = sum(t.nbytes for t in teachers), ops.BACKEND[run.device.type]
 
     def backward_of(function):
@@ -116,7 +117,7 @@ def one_group(run: Run, group: str, teachers: list, students: list, compiled: bo
     moved, least = 5 * volume, None
     rivals = loss_rivals()
     if compiled:
-        torch.compiler.reset()  # shapes stay constants, as in training
+        torch.compiler.reset()  # compile with constant shapes, as in training
         run.measure(group, "repaired, compiled", backward_of(rivals["repaired, compiled"]), moved=moved)
         return
 
@@ -127,10 +128,10 @@ def one_group(run: Run, group: str, teachers: list, students: list, compiled: bo
         least = volume * (3 + 2 * hard_share(teachers, students))
     run.measure(group, f"ours ({backend})", backward_of(ours), moved=moved, least=least)
     if run.cuda:
-        make = partial(replay_of, backward_of(ours))
+        make = partial(record_replay, backward_of(ours))
         run.measure(group, f"ours ({backend}), graph", make=make, moved=moved, least=least)
         for s in students:
-            s.grad = None  # in the graph's memory
+            s.grad = None  # the gradient is in memory of the graph
     if backend == "triton":
         return
     size = (COPY >> 10 if run.tiny else COPY) // 2 // teachers[0].itemsize
@@ -149,7 +150,7 @@ def one_group(run: Run, group: str, teachers: list, students: list, compiled: bo
 
 
 def maps(run: Run) -> None:
-    """Maps, blur and scores of 64 images at 256 px from the features of six pairs, and from their distances."""
+    """Measure maps and scores of 64 images at 256 px from the distances of six pairs."""
     batch, out = (2, 64) if run.tiny else (64, 256)
     sizes = [(c // 8, h // 4, w // 4) for _, c, h, w in SHAPES] if run.tiny else [s[1:] for s in SHAPES]
     levels = [size[1:] for size in sizes]
@@ -170,20 +171,20 @@ def maps(run: Run) -> None:
     fused, matmul = (AnomalyMap(levels, out, method=method) for method in ("fused", "matmul"))
     run.measure(group, f"ours, fused ({backend})", lambda: fused.from_distances(distances))
     if run.cuda:
-        make = partial(replay_of, lambda: fused.from_distances(distances))
+        make = partial(record_replay, lambda: fused.from_distances(distances))
         run.measure(group, f"ours, fused ({backend}), graph", make=make)
     if backend == "triton":
         return
     run.measure(group, "ours, matmul", lambda: matmul.from_distances(distances))
     if run.cuda:
-        run.measure(group, "ours, matmul, graph", make=partial(replay_of, lambda: matmul.from_distances(distances)))
+        run.measure(group, "ours, matmul, graph", make=partial(record_replay, lambda: matmul.from_distances(distances)))
     run.measure(group, "batched eager", batched)
     run.measure(group, "reference, image by image", per_image, seconds=0.4, most=5)
 
 
 # ---- training ----------------------------------------------------------------
 
-CACHED = "teacher cache"  # the features of all images are there already
+CACHED = "teacher cache"  # holds the features of all images before timing
 WAYS = {
     "ours": {"channels_last": False},
     "ours + channels_last": {"channels_last": True},
@@ -196,16 +197,16 @@ WAYS = {
 
 
 def training(run: Run) -> None:
-    """Whole steps of the recipe mvtec, random weights: the reference form, then ours switch by switch."""
+    """Measure whole steps of the recipe mvtec with random weights: the reference, then ours option by option."""
     backbone, size = ("resnet18", 64) if run.tiny else ("wide_resnet50_2", 256)
     base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="train", size=size)
     pixels = np.random.default_rng(0).integers(0, 256, (2 if run.tiny else 160, size, size, 3), dtype=np.uint8)
     blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
-    begin = build_model(base, "carpet")  # once: to draw random weights takes longer than to measure a step
+    initial = build_model(base, "carpet")  # built once, since drawing random weights takes longer than a step
     for batch in (2,) if run.tiny else (64, 16, 128):
         group = f"training step, {backbone}, {size} px, batch {batch}"
         name = "reference, launches blocked, as its scripts run it" if blocking else "reference"
-        make = partial(reference_step, run, begin, base, pixels, batch)
+        make = partial(reference_step, run, initial, base, pixels, batch)
         run.measure(group, name, make=make, images=batch, seconds=1.0, most=10)
         for name, changes in {} if blocking else WAYS.items():
             if run.is_out_of_time():
@@ -213,20 +214,20 @@ def training(run: Run) -> None:
             recipe = base.replace(batch=batch, **changes)
             if recipe.graph and not run.cuda:
                 continue
-            make = partial(our_step, run, begin, recipe, pixels, batch, cached=CACHED in name)
+            make = partial(our_step, run, initial, recipe, pixels, batch, cached=CACHED in name)
             run.measure(group, name, make=make, images=batch, seconds=1.0, most=10)
             if run.cuda:
                 torch.cuda.empty_cache()
 
 
-def reference_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int) -> Function:
-    """One step of the reference form: float images sent each time, two plain AdamW, the loss read each time.
+def reference_step(run: Run, initial: ReContrast, recipe, pixels: np.ndarray, batch: int) -> Function:
+    """Return the reference's step: float images copied each time, two plain AdamW, the loss read each time.
 
-    Its scripts ask cuDNN for deterministic algorithms.
+    As in its scripts, cuDNN uses deterministic algorithms.
     """
-    model = upstream_from(begin, recipe.backbone).to(run.device)
+    model = upstream_from(initial, recipe.backbone).to(run.device)
     model.train()
-    images = normalise(pixels, begin.mean, begin.std)
+    images = normalise(pixels, initial.mean, initial.std)
     decoder = [*model.bottleneck.parameters(), *model.decoder.parameters()]
     both = [torch.optim.AdamW(decoder, lr=2e-3), torch.optim.AdamW(model.encoder.parameters(), lr=1e-5)]
 
@@ -244,28 +245,28 @@ def reference_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batc
     return work
 
 
-def our_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int, cached: bool = False) -> Function:
-    """One step as `recontrast.training.train` makes it, its batch and normalisation included."""
-    model = copy.deepcopy(begin)
-    last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
+def our_step(run: Run, initial: ReContrast, recipe, pixels: np.ndarray, batch: int, cached: bool = False) -> Function:
+    """Return our step as in `recontrast.training.train`, including batch selection and normalisation."""
+    model = copy.deepcopy(initial)
+    channels_last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
     model.train()
     both = build_optimisers(model, recipe, run.device)
-    fed = DeviceImages(pixels, run.device)
+    device_images = DeviceImages(pixels, run.device)
 
     index = np.random.default_rng(1).permutation(len(pixels))[:batch]
     teacher = None
     if cached:
         teacher = TeacherCache(model.frozen, len(pixels), 2**34, autocast=recipe.precision == "bfloat16")
 
-    def one(moving, images, alpha):
-        known = None if teacher is None else teacher(index, images)
-        return train_step(model, moving, images, alpha, recipe, frozen_features=known)
+    def step(optimisers, images, alpha):
+        features = None if teacher is None else teacher(index, images)
+        return train_step(model, optimisers, images, alpha, recipe, frozen_features=features)
 
-    call = GraphedStep(one, batch, run.device) if recipe.graph else one
+    call = GraphedStep(step, batch, run.device) if recipe.graph else step
 
     def work():
         with convolution_precision(recipe.tf32):
-            return call(both, normalise(fed[index], model.mean, model.std, channels_last=last), 1.0)
+            return call(both, normalise(device_images[index], model.mean, model.std, channels_last=channels_last), 1.0)
 
     if recipe.graph:
         for _ in range(4):
@@ -277,16 +278,16 @@ def our_step(run: Run, begin: ReContrast, recipe, pixels: np.ndarray, batch: int
 
 
 def evaluation(run: Run) -> None:
-    """Images/s of maps and scores, network included, images decoded: ours at batch 64, the reference at batch 1."""
+    """Measure images/s from decoded images to maps and scores: ours with batch 64, the reference with batch 1."""
     backbone, size, count = ("resnet18", 64, 4) if run.tiny else ("wide_resnet50_2", 256, 256)
     batch = 2 if run.tiny else 64
     base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="eval", size=size)
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     group = f"evaluation before metrics, {backbone}, {size} px"
-    begin = build_model(base, "carpet")
-    model = upstream_from(begin, backbone).to(run.device)
+    initial = build_model(base, "carpet")
+    model = upstream_from(initial, backbone).to(run.device)
     model.eval()
-    few = normalise(images[: max(count // 16, 2)], begin.mean, begin.std)
+    few = normalise(images[: max(count // 16, 2)], initial.mean, initial.std)
 
     def one_by_one():
         with torch.no_grad():
@@ -295,7 +296,7 @@ def evaluation(run: Run) -> None:
                 upstream.anomaly_map_sum(pairs, (size, size)).max()
 
     run.measure(group, "reference, batch 1", one_by_one, images=len(few), seconds=1.0, most=5)
-    for name, way in {  # what compiles comes last: it may take all that is left
+    for name, way in {  # the compiled one comes last, since it may take all remaining time
         "ours + bfloat16 + folded": InferenceOptions(precision="bfloat16"),
         "ours, NCHW": InferenceOptions(channels_last=False, folded=False),
         "ours": InferenceOptions(folded=False),
@@ -307,7 +308,7 @@ def evaluation(run: Run) -> None:
         if run.is_out_of_time() or (way.compiled and run.tiny):
             continue
         recipe = way.apply_to(base)
-        network = way.build_network(copy.deepcopy(begin).to(run.device), recipe, base)
+        network = way.build_network(copy.deepcopy(initial).to(run.device), recipe, base)
 
         def work(network=network, recipe=recipe):
             return [scores for _, scores in infer(network, images, recipe, batch=batch)]
@@ -316,26 +317,26 @@ def evaluation(run: Run) -> None:
 
 
 def whole(run: Run) -> None:
-    """A whole evaluation from files to metrics of pixels: exact, streaming on the device, and the reference's loop."""
+    """Measure a whole evaluation from files to pixel metrics: exact, streaming on the device, and the reference."""
     backbone, size, count = ("resnet18", 64, 8) if run.tiny else ("wide_resnet50_2", 256, 256)
     base = RECIPES["mvtec"].replace(backbone=backbone, weights="random", encoder_bn="eval", size=size)
     group = f"whole evaluation, {backbone}, {size} px, {count} images in files"
     with tempfile.TemporaryDirectory() as folder:
-        samples = drawn(Path(folder), count, size)
-        few = samples[:: max(count // 8, 1) | 1]  # an odd step: of both kinds
-        begin = build_model(base, "carpet")
-        model = upstream_from(begin, backbone).to(run.device)
+        samples = draw_samples(Path(folder), count, size)
+        few = samples[:: max(count // 8, 1) | 1]  # an odd step selects good and defective images
+        initial = build_model(base, "carpet")
+        model = upstream_from(initial, backbone).to(run.device)
         model.eval()
-        images = normalise(ImageCache(few, size)[:], begin.mean, begin.std)  # decoded outside the time
+        images = normalise(ImageCache(few, size)[:], initial.mean, initial.std)  # decoding is not timed
         empty = np.zeros((size, size), bool)
         masks = [empty if s.mask is None else read_mask(s.mask, size=size) for s in few]
-        shown, labels = torch.from_numpy(np.stack(masks))[:, None], np.array([s.label for s in few])
+        truth, labels = torch.from_numpy(np.stack(masks))[:, None], np.array([s.label for s in few])
 
         def pairs(batch):
             return list(zip(*model(batch.to(run.device)), strict=True))
 
         def loop():
-            return upstream.evaluate(pairs, images, shown, labels)
+            return upstream.evaluate(pairs, images, truth, labels)
 
         run.measure(group, f"reference, {len(few)} of them", loop, images=len(few), seconds=1.0, most=1)
         for name, way, streaming in (
@@ -347,48 +348,52 @@ def whole(run: Run) -> None:
             if run.is_out_of_time():
                 return
             recipe = way.apply_to(base)
-            network = way.build_network(copy.deepcopy(begin).to(run.device), recipe, base)
+            network = way.build_network(copy.deepcopy(initial).to(run.device), recipe, base)
             work = partial(evaluate, network, samples, recipe, batch=2 if run.tiny else 64, streaming=streaming)
             run.measure(group, name, work, images=count, seconds=1.0, most=3)
 
 
-def drawn(folder: Path, count: int, size: int) -> list[Sample]:
-    """Test images of noise, every second one with a square that its mask shows."""
-    random, found = np.random.default_rng(0), []
+def draw_samples(folder: Path, count: int, size: int) -> list[Sample]:
+    """Draw test images of noise; every second one has a square and a mask of it."""
+    random, samples = np.random.default_rng(0), []
     for number in range(count):
         pixels, mask = random.integers(0, 256, (size, size, 3), dtype=np.uint8), np.zeros((size, size), np.uint8)
-        path, masked = folder / f"{number:04}.png", None
+        path, mask_path = folder / f"{number:04}.png", None
         if number % 2:
             top, left = random.integers(0, size - size // 8, 2)
             mask[top : top + size // 8, left : left + size // 8] = 255
             pixels[mask > 0] = 0
-            masked = folder / f"{number:04}_mask.png"
-            Image.fromarray(mask).save(masked, compress_level=1)
+            mask_path = folder / f"{number:04}_mask.png"
+            Image.fromarray(mask).save(mask_path, compress_level=1)
         Image.fromarray(pixels).save(path, compress_level=1)
         kind = "square" if number % 2 else "good"
-        found.append(Sample(path, masked, number % 2, "drawn", "test", kind))
-    return found
+        samples.append(Sample(path, mask_path, number % 2, "drawn", "test", kind))
+    return samples
 
 
 STAGES = {"loss": loss, "map": maps, "train": training, "evaluate": evaluation, "whole": whole}
 
 
 def main() -> None:
-    """Run one stage, or print the table."""
+    """Run one stage or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STAGES, "table"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="shapes that a CPU runs in seconds, to try every path")
-    parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=600, help="no row begins later")
-    asked = parser.parse_args()
-    run = Run(asked)
-    if asked.stage == "table":
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes that run on a CPU in seconds, to test every code path"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="measure only rows whose name contains one of these texts"
+    )
+    parser.add_argument("--seconds", type=float, default=600, help="time limit after which no row starts")
+    args = parser.parse_args()
+    run = Run(args)
+    if args.stage == "table":
         print(table(run.record))
         return
     torch.manual_seed(0)
-    STAGES[asked.stage](run)
+    STAGES[args.stage](run)
 
 
 if __name__ == "__main__":
