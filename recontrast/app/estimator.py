@@ -140,13 +140,13 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
 
         with _own_random_state():
             result = train(recipe, select(used)[np.arange(len(used))], device=device)
-            found = None
+            calibration = None
             if self.false_alarm_rate is not None:
-                found = calibrate(
+                calibration = calibrate(
                     result.model, recipe, select(held), rate=self.false_alarm_rate, batch=recipe.batch,
                     source=f"{count} of {len(good)} images given to fit",
                 )  # fmt: skip
-        self._take(replace(result.state, calibration=found), result.model)
+        self._take(replace(result.state, calibration=calibration), result.model)
         self.losses_, self.held_out_ = np.asarray(result.losses), held
         return self
 
@@ -163,9 +163,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
 
     def _take(self, state: Checkpoint, model: Any) -> None:
         self._state, self.model_ = state, model.eval()
-        found = InferenceOptions().valid_calibration(state.recipe, state.calibration)
-        self.recipe_, self.calibration_ = state.recipe, found
-        self.offset_ = math.nan if found is None else -found.threshold
+        calibration = InferenceOptions().valid_calibration(state.recipe, state.calibration)
+        self.recipe_, self.calibration_ = state.recipe, calibration
+        self.offset_ = math.nan if calibration is None else -calibration.threshold
 
     # ---- scores and decisions ------------------------------------------------------------------------------------
 
