@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(cpus)
     rates: dict[str, list[float]] = {}
     starts: list[float] = []
-    with ray_predict._cluster(ray_predict._ray(None), None):
+    with ray_predict._cluster(ray_predict._import_ray(None), None):
         for _ in range(args.rounds):
             rates.setdefault("local", []).append(local(args.checkpoint, images))
             for workers in args.workers:
