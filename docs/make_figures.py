@@ -114,7 +114,8 @@ def draw_strip(run: Path) -> None:
         image = Image.open(run.parent / path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         large = np.asarray(Image.fromarray(anomaly).resize((side, side), Image.Resampling.BICUBIC))
         low = float(np.median(np.stack(maps)))
-        pictures = (image, Image.fromarray(heat((large - low) / (highest - low))), outlined(image, large, calibration))
+        decided = outlined(image, large, calibration) if row["decision"] == "defect" else image
+        pictures = (image, Image.fromarray(heat((large - low) / (highest - low))), decided)
         for number, picture in enumerate(pictures):
             canvas.paste(picture, (left, HEAD + number * (side + GAP)))
         verdict = f"{row['decision']}, p = {row['p_value']:.3f}"
