@@ -1,6 +1,6 @@
-"""The functions of the root for people who do not write their own loop: load, train, evaluate, calibrate, find_samples.
+"""High-level functions of the package: load, train, evaluate, calibrate, find_samples.
 
-They do what the commands of the same names do, take paths or objects, and return objects.
+They work like the commands of the same names, but take paths or objects and return objects.
 """
 
 import os
@@ -50,7 +50,7 @@ def load(
         `recontrast.inference.prediction.predict`.
 
     Raises:
-        ValueError: If the file holds no detector that this version can read, or options do not fit it.
+        ValueError: If this version cannot read a detector from the file, or an option does not fit the detector.
         FileNotFoundError: If there is no such file.
 
     Examples:
@@ -82,14 +82,16 @@ def train(
             `find_samples`.
         out: Folder of the run: checkpoint.pt, log.jsonl, recipe.yaml. None: ``runs/CATEGORY``.
         recipe: Name of one of the paper's recipes, or a YAML file. None: "mvtec", with a tenth of the good images held
-            out for calibration if that is 9 or more.
-        category: Name of one category in ``data``, or "all" for one detector of all of them. None: the only one.
+            out for calibration if that is 9 images or more.
+        category: Name of one category in ``data``, or "all" for one detector of all categories. None: the only
+            category.
         device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
-        resume: Checkpoint or folder of a run to go on from, with its recipe, category and folder.
-        overwrite: Whether to replace the checkpoint of a former run in ``out``.
+        resume: Checkpoint or run folder to continue, with its recipe, category and folder.
+        overwrite: Whether to replace the checkpoint of an earlier run in ``out``.
         cache_dir: Folder for decoded images. None keeps them in memory.
         teacher_cache: GiB of device memory for features of the frozen encoder.
-        on_step: Called with steps done, steps in all, and a text with loss and speed, whenever a line is logged.
+        on_step: Called with the number of finished steps, of all steps, and a text with loss and speed, whenever a
+            line is logged.
         fields: Fields of the recipe, such as ``backbone``, ``weights``, ``steps``, ``batch``, ``size``, ``tile``.
 
     Returns:
@@ -137,7 +139,7 @@ def evaluate(
         batch: Number of images per forward pass.
         streaming: Whether to compute pixel metrics from histograms, in constant memory, with proven bounds.
         cache_dir: Folder for decoded images. None decodes them again.
-        on_progress: Called with category, images done, and images of the category.
+        on_progress: Called with the category, and the number of finished images and of all images in it.
 
     Returns:
         Metrics in [0, 1] by category, and the score of each image; printed as a table.
@@ -164,16 +166,16 @@ def calibrate(
     batch: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointDetector:
-    """Set the threshold that keeps a promised false-alarm rate (split conformal, Vovk et al., 2005), and store it.
+    """Set the threshold for a promised false-alarm rate (split conformal, Vovk et al., 2005), and store it.
 
     Args:
         detector: A detector from a checkpoint, or the path of one.
-        good: Good images that it was not trained on: paths of files or folders.
+        good: Good images that the detector was not trained on: paths of files or folders.
         false_alarm_rate: Promised share of good images called defects, at least 1 / (n + 1) for n images.
         pixel_rate: Promised share of a good image's map that is flagged.
         device: For a path: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
         batch: Number of images per forward pass.
-        on_progress: Called with images done and images in all.
+        on_progress: Called with the number of finished images and of all images.
 
     Returns:
         The calibrated detector, loaded from its checkpoint; see its ``calibration``.
@@ -185,7 +187,7 @@ def calibrate(
     """
     loaded = _checkpoint_detector("calibrate", detector, device)
     paths = list_images(good)
-    allowed_false_alarms(len(paths), false_alarm_rate)  # refuses too few images
+    allowed_false_alarms(len(paths), false_alarm_rate)  # raises if there are too few images
     stored = checkpoints.load(loaded.path, mapped=True)
     refuse_training_images("calibrate: good", paths, stored)
     calibration, unread = calibrate_detector(
@@ -209,7 +211,7 @@ def find_samples(data: PathLike | Sequence[PathLike], category: str | None = Non
         One `recontrast.data.datasets.Sample` for each image: categories, splits and files in natural order.
 
     Raises:
-        ValueError: If a folder has no such layout, or two categories have one name.
+        ValueError: If a folder has another layout, or two categories have the same name.
         FileNotFoundError: If there is no such folder, or no such category.
     """
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
@@ -218,7 +220,7 @@ def find_samples(data: PathLike | Sequence[PathLike], category: str | None = Non
 
 
 def _resolve_detector(path: PathLike) -> Path:
-    """The file of a detector: a folder stands for the checkpoint in it."""
+    """Return the file of a detector: ``path`` itself, or checkpoint.pt in the folder of a run."""
     file = Path(path)
     if not file.is_dir():
         return file
@@ -238,7 +240,7 @@ def _checkpoint_detector(function: str, detector: Detector | PathLike, device: s
 
 
 def _group(data: Data, category: str | None) -> dict[str, list[Sample]]:
-    """Samples by category."""
+    """Return the samples by category."""
     given = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not given:
         raise ValueError("data: wanted paths or samples, got none")

@@ -26,15 +26,15 @@ def calibrate_detector(
     """Score good images and set both thresholds; nothing is written.
 
     Args:
-        detector: Opened with ``inference``.
-        stored: Its checkpoint.
-        good: Paths of images that it was not trained on.
+        detector: Detector, opened with ``inference``.
+        stored: Checkpoint of the detector.
+        good: Paths of good images that the detector was not trained on.
         false_alarm_rate: Promised share of good images called defects.
         pixel_rate: Promised share of a good image's map that is flagged.
-        source: Where the images come from, in words.
-        inference: How the model is run. Where that changes scores, the calibration holds for this way alone.
+        source: Description of where the images come from.
+        inference: Inference options. If they change the scores, the calibration is valid only for them.
         batch: Number of images per forward pass.
-        on_progress: Called with images done and images in all.
+        on_progress: Called with the number of finished images and of all images.
 
     Returns:
         The calibration, and one sentence for each file that could not be read.

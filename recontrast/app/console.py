@@ -61,7 +61,7 @@ def exit_with_error(text: str, status: int = 2) -> NoReturn:
 
 
 def is_silent() -> bool:
-    """Whether this is a torchrun process other than the first, which alone prints."""
+    """Return whether this process prints nothing: under torchrun, all but the first."""
     return os.environ.get("RANK", "0") != "0"
 
 
@@ -104,7 +104,7 @@ class ProgressBar:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table on stdout, with the first column left-aligned and the last row set apart."""
+    """Print a table on stdout, with the first column left-aligned and a line above the last row."""
     rows = list(rows)
     table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):

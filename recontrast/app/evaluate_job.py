@@ -37,9 +37,10 @@ class DecisionSummary:
         good: Number of good images.
         false_alarms: Number of good images called defects.
         defects: Number of images with a defect.
-        found: Number of these that were called defects.
+        found: Number of images with a defect that were called defects.
         score_drift: Drift of the scores of the good images; None without good images.
-        appearance_drift: Drift of their appearance; None without good images, or if the calibration does not know it.
+        appearance_drift: Drift of their appearance; None without good images, or if the calibration
+            has no appearance.
     """
 
     rate: float
@@ -93,8 +94,8 @@ def measure(
         recipe: Recipe that the model was trained with.
         out: Folder for ``results.*`` and ``scores.csv``. None writes nothing.
         save_maps: Whether to write ``maps/NAME.tiff`` (uint16) and ``maps/scale.json`` as well.
-        inference: How the model is run. None: as trained, with folded BatchNorm.
-        calibration: Calibration of exactly these scores; it decides on the images as well.
+        inference: Inference options. None: as trained, with folded BatchNorm.
+        calibration: Calibration that is valid for these scores. With it, the images are also called good or defect.
         options: Options of `recontrast.evaluation.evaluate.evaluate`.
 
     Returns:
@@ -117,7 +118,7 @@ def measure_network(
     calibration: Calibration | None = None,
     **options: Any,
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:
-    """As `measure`, with a network that is ready for inference and the recipe of its maps and scores."""
+    """Do the same as `measure` for a network that is ready for inference, with the recipe of its maps and scores."""
     write_maps = None
     if save_maps and out is not None:
         write_maps = _build_map_writer(groups, out / "maps", max_map_value(network, recipe), recipe)

@@ -99,7 +99,7 @@ def check_writable(folder: Path, option: str = "--out") -> None:
         reason = "not a folder" if existing == Path(os.path.abspath(folder)) else f"{existing} is not a folder"
     else:
         try:
-            with tempfile.TemporaryFile(dir=existing):  # permission bits do not tell for root or a read-only disk
+            with tempfile.TemporaryFile(dir=existing):  # permission bits say nothing for root or a read-only disk
                 return
         except OSError as error:
             reason = (error.strerror or str(error)).lower()

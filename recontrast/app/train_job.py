@@ -21,7 +21,7 @@ from recontrast.training.train import TrainResult, train
 
 HOLDOUT = 0.1  # share of the good images held out for calibration if no recipe is given
 MIN_HOLDOUT = 9  # images; fewer cannot promise even one false alarm in ten images
-OnStep = Callable[[str, int, int, str], None]  # category, steps done, steps in all, loss and speed
+OnStep = Callable[[str, int, int, str], None]  # category, finished steps, all steps, text with loss and speed
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class TrainJob:
         groups: Samples by category.
         out: Folder of the run.
         resume: Checkpoint to continue, or None.
-        done: Number of steps that the resumed checkpoint has done.
-        few: Whether the images are too few to hold out the default share.
+        done: Number of finished steps in the resumed checkpoint.
+        few: Whether there are too few images to hold out the default share.
     """
 
     recipe: Recipe
@@ -61,7 +61,7 @@ class TrainJob:
         count = _count_good(self.groups)
         if self.recipe.holdout:
             held_out = round(self.recipe.holdout * count)
-            hint = "; --holdout 0 trains on all" if self.resume is None else ""  # a resumed run has decided
+            hint = "; --holdout 0 trains on all" if self.resume is None else ""  # a resumed run keeps its share
             return f"{held_out} of {count} good images held out for calibration{hint}"
         if self.few:
             command = f"recontrast calibrate {self.target} --good DIR"
@@ -86,7 +86,7 @@ def prepare_job(
         overwrite: Whether ``out`` may hold a checkpoint.
 
     Returns:
-        The run, which may start.
+        The checked run.
 
     Raises:
         ValueError: If an option is invalid, does not fit the others, or names something that does not exist.
@@ -114,10 +114,10 @@ def prepare_job(
     job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few)
     if job.target.exists() and resume is None and not overwrite:
         raise ValueError(
-            f"{job.target} is there already: go on with --resume {job.out}, or take --overwrite or another --out"
+            f"{job.target} exists already: continue it with --resume {job.out}, or use --overwrite or another --out"
         )
     check_size(changed)
-    if count := _count_good(groups):  # training reports that there are none
+    if count := _count_good(groups):  # without good images, training raises the error
         split_holdout(range(count), changed.holdout, changed.seed)
     check_writable(job.out)
     return job

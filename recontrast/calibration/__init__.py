@@ -1,1 +1,1 @@
-"""Decisions from good images alone: conformal thresholds, and tests that they still hold."""
+"""Decisions from good images alone: conformal thresholds, and tests of whether they still hold."""

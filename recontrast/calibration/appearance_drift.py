@@ -53,7 +53,7 @@ class AppearanceDrift:
     Attributes:
         count: Number of new good images.
         p_value: Probability of a difference at least as large if nothing has changed.
-        name: The one of `PROPERTIES` that differs most.
+        name: Name of the property (see `PROPERTIES`) that differs most.
         before: Median of this property over the calibration images.
         after: Median of this property over the new images.
     """

@@ -42,8 +42,8 @@ class Calibration:
         source: Description of the origin of the good images.
         weights: `digest` of the detector; the scores are valid for no other detector.
         appearance: `PROPERTIES` of each calibration image; empty in older calibrations.
-        views: Feature pairs of the maps, as in `Recipe`; None as trained.
-        precision: Precision of the maps, as in `Recipe`; None as trained.
+        views: Feature pairs of the maps, as in `Recipe`; None means as trained.
+        precision: Precision of the maps, as in `Recipe`; None means as trained.
 
     Raises:
         ValueError: If the scores are not finite or not in ascending order, if the rate is below 1 / (n + 1), or if the
@@ -92,9 +92,9 @@ class Calibration:
         return (1 + self._count_at_least(scores)) / (self.count + 1)
 
     def is_defect(self, scores: ArrayLike) -> NDArray[np.bool_]:
-        """Whether each image is a defect: p-value at most ``rate``, or score above ``threshold``, which is the same.
+        """Return whether each image is a defect: its p-value is at most ``rate``.
 
-        A NaN counts as a defect.
+        This is the same as a score above ``threshold``. A NaN counts as a defect.
 
         Args:
             scores: Scores of new images, (N,).
@@ -119,10 +119,10 @@ class Calibration:
         return replace(self, rate=rate, threshold=conformal_threshold(self.scores, rate))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can represent; `from_dict` is the inverse."""
+        """Return all fields as values that JSON can represent; `from_dict` is the inverse."""
         values = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
         values |= {"scores": list(self.scores), "looks": [list(numbers) for numbers in self.appearance]}
-        # A None is left out, so that versions without these fields can read the calibration.
+        # None is left out, so that versions without these fields can read the calibration.
         return {name: value for name, value in values.items() if name not in _INFERENCE_FIELDS or value is not None}
 
     @classmethod
@@ -189,7 +189,7 @@ def calibrate_maps(
     is_guaranteed = count * pixel_rate + pixel_rate >= 1
     flagged_share = ((count + 1) * pixel_rate - 1) / count if is_guaranteed else pixel_rate  # of all pixels
     scores: list[float] = []
-    # The largest map values so far. More than may be flagged are never needed, so the memory stays small.
+    # Only the largest map values, as many as may be flagged and one more, are kept in memory.
     highest = np.empty(0, np.float32)
     size: tuple[int, ...] | None = None
     is_one_size = True

@@ -54,8 +54,8 @@ def measure_score_drift(calibration: Calibration, scores: ArrayLike) -> ScoreDri
     """Compare the scores of new good images with those of the calibration images.
 
     Three tests are combined; the smallest p-value is multiplied by three (Bonferroni). Kolmogorov-Smirnov detects any
-    difference. Mann-Whitney detects a shift with fewer images. The third test counts the false alarms, which are what
-    the calibration promises and lie in a tail to which the other tests are not sensitive. If m of n calibration images
+    difference. Mann-Whitney detects a shift with fewer images. The third test counts the false alarms, whose rate the
+    calibration promises; they lie in a tail to which the other tests are not sensitive. If m of n calibration images
     may score at or above the threshold, the share of good images above it is distributed as Beta(m, n + 1 - m), and the
     number of alarms among the new images is exactly beta-binomial (Vovk, "Conditional validity of inductive conformal
     predictors", 2012).

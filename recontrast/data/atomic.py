@@ -15,7 +15,7 @@ from recontrast.data.listing import PathLike
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # for these, the message states the sizes in bytes
 _PARTIAL = ".partial"  # suffix of an unfinished file or folder
 ErrorText = Callable[[Path, str, int | None, int | None], str]
-"""Writes an error message from the path, the reason, the bytes needed and the bytes free."""
+"""Function that returns an error message for a path, the reason, the bytes needed and the bytes free."""
 
 
 def describe_write_error(path: Path, reason: str, size: int | None, free: int | None) -> str:
@@ -51,9 +51,9 @@ def replace_file(
         size: Expected size in bytes. If given, the space is checked first, and the data is synced to disk before the
             file gets its name. None skips both, for files that are cheap to write again.
         temporary_name: Name of the temporary file, in the same folder. Default: the name of the file and ".partial" if
-            ``size`` is given, so that the next run overwrites what a killed run left; otherwise a unique name, so
+            ``size`` is given, so that the next run overwrites the leftover of a killed run; otherwise a unique name, so
             that several processes can write at once.
-        describe_error: Function that writes the error message.
+        describe_error: Function that returns the error message.
 
     Yields:
         The temporary file, open for binary writing.
@@ -188,7 +188,7 @@ def _check_new_or_empty(path: Path) -> None:
 
 
 def _concerns(filename: PathLike | int | None, partial: Path, path: Path) -> bool:
-    """Whether an error with this file name is about writing ``path``; errors of open files carry no name."""
+    """Return whether an error with this file name is about writing ``path``; errors of open files have no name."""
     return not isinstance(filename, (str, os.PathLike)) or Path(filename) in (partial, path, *path.parents)
 
 

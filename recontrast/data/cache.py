@@ -214,7 +214,7 @@ class ImageCache:
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:
-    """Write all of ``data`` at ``offset``; one call can write a part, and only the next one reports the reason."""
+    """Write all of ``data`` at ``offset``. ``os.pwrite`` can write only a part; the next call then raises the error."""
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written

@@ -84,13 +84,19 @@ def _make_readers(path: Path) -> dict[str, Callable[[], list[Sample]]]:
     name = Path(os.path.abspath(path)).name
     if (path / "train").is_dir() or (path / "test").is_dir():
         return {name: partial(_read_category, path, name)}
-    # A train or a test folder makes a category, so that a missing train/good is an error and not overlooked.
+    # A train or a test folder makes a category, so that a missing train/good raises an error.
     inside = [child.name for child in _list_folders(path) if (child / "train").is_dir() or (child / "test").is_dir()]
     return {child: partial(mvtec, path, child) for child in inside} or {name: partial(folder, path)}
 
 
 def categories(root: PathLike) -> list[str]:
-    """All categories below ``root``, which are the folders with a ``train/good``, in natural order.
+    """List the categories of a data set in MVTec AD layout: the folders with a ``train/good``.
+
+    Args:
+        root: Root of the data set.
+
+    Returns:
+        Names of the categories, in natural order.
 
     Raises:
         FileNotFoundError: If ``root`` does not exist.

@@ -1,4 +1,4 @@
-"""Readers of the original downloads of the paper's five data sets: which file goes where in MVTec AD layout.
+"""Readers of the original downloads of the paper's five data sets: the target of each file in MVTec AD layout.
 
 Folders, splits and labels are those of the reference (README and prepare_data/ of its public code). The reference puts
 test images of all diagnoses into one folder ABNORMAL. Here, each diagnosis has its own folder; the labels are the same,
@@ -197,7 +197,7 @@ def read_isic2018(source: Path) -> Plan:
         table = Path(f"ISIC2018_Task3_{part}_GroundTruth.csv")
         path = (
             root / table.stem / table if (root / table.stem).is_dir() else root / table
-        )  # in the folder of its archive, or by itself
+        )  # in a folder of its own, or directly in the root
         for row in read_table(path, ("image", *ISIC_CLASSES)):
             try:
                 values = [float(row[name]) for name in ISIC_CLASSES]

@@ -1,4 +1,4 @@
-"""Fingerprints of decoded images: they tell which images a detector was trained on."""
+"""Fingerprints of decoded images, which identify the training images of a detector."""
 
 import hashlib
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def compute_fingerprint(pixels: NDArray[np.uint8]) -> str:
     """Compute the fingerprint of an image: BLAKE2b of its pixels at network input size.
 
     Args:
-        pixels: (H, W, 3) uint8, or (tiles, H, W, 3) uint8 for an image that is trained on in tiles.
+        pixels: (H, W, 3) uint8, or (tiles, H, W, 3) uint8 for an image that training cuts into tiles.
 
     Returns:
         8 bytes as 16 hexadecimal digits.

@@ -152,7 +152,13 @@ def read_pair(
 
 
 def image_size(path: PathLike) -> tuple[int, int]:
-    """Height and width of the image at ``path`` after applying its EXIF orientation, in pixels; reads only the header.
+    """Read the size of an image from the header of its file.
+
+    Args:
+        path: Path of the image.
+
+    Returns:
+        Height and width in pixels, after applying the EXIF orientation.
 
     Raises:
         OSError: If the file does not exist or cannot be opened.

@@ -14,7 +14,7 @@ from recontrast.data.atomic import replace_file
 TILE_SIDE = 256  # side of a tile of a TIFF file, pixels; a viewer reads only the tiles that it shows
 OVERLAY_PIXELS = 16_000_000  # largest overlay; larger images are reduced by an integer factor
 STRIP_PIXELS = 1 << 18  # pixels coloured at a time
-HEADER_BYTES = 1 << 16  # allowance for the file header; each tile needs another 16 bytes
+HEADER_BYTES = 1 << 16  # space allowed for the file header; each tile needs another 16 bytes
 
 
 def save_map(path: Path, anomaly: NDArray[np.float32], kind: str, top: float) -> None:

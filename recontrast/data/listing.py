@@ -63,12 +63,12 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name is that of an image; macOS puts hidden files ``._name.png`` beside real images."""
+    """Return whether a file name is that of an image; hidden files, such as ``._name.png`` of macOS, are not."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder name is hidden, or belongs to the operating system."""
+    """Return whether a file or folder name is hidden, or belongs to the operating system."""
     return name.startswith((".", "__MACOSX")) or name in ("Thumbs.db", "desktop.ini")
 
 

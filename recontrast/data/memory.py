@@ -6,13 +6,13 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_BYTES = 1 << 25  # smaller images are not worth a memory map of their own
+MIN_BYTES = 1 << 25  # a separate memory map does not pay off for smaller images
 
 
 def allocate_pixels(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Allocate an uninitialised uint8 array.
 
-    Arrays of `MIN_BYTES` or more get a memory map of their own, so that `release_rows` can return parts of it.
+    Arrays of `MIN_BYTES` or more get their own memory map, so that `release_rows` can return parts of it.
 
     Args:
         shape: Shape of the array.

@@ -2,15 +2,16 @@
 
 Pillow weights pixels by a triangle as wide as the scale (at least 2 pixels), rounds each weight to a multiple of
 2**-22, adds integers and rounds to 8 bits, first in the horizontal and then in the vertical pass (Pillow,
-src/libImaging/Resample.c). The resize operators of ONNX and OpenVINO do not, and float32 cannot represent such sums.
+src/libImaging/Resample.c). The resize operators of ONNX and OpenVINO round differently, and float32
+cannot represent such sums.
 
 Here, a weight is the ratio n / S of two integers. Its 22 binary digits come from long division in int32, which every
 runtime computes exactly (OpenVINO converts int64 to int32 and float64 to float32). The weight is split into two digits,
 hi * 2**11 + lo with lo from -1024 to 1023, and a pixel into 128 + p. These numbers, and sums up to 2**24, are exact in
 float32 and in TF32.
 
-Pillow divides in float64. Both agree, because n * 2**22 / S is never exactly half-way between two integers for
-S < 2**23, and otherwise at least 1 / (2 S) away from it. `max_exact_length` is the size up to which this holds.
+Pillow divides in float64. Both results agree, because n * 2**22 / S is never exactly half-way between two integers for
+S < 2**23, but at least 1 / (2 S) away from it. `max_exact_length` is the size up to which this holds.
 """
 
 import math
@@ -18,7 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-DIGIT = 2048  # 2**11: two digits are the 22 bits of a weight in Pillow (32 bits, less 8 for a pixel and 2)
+DIGIT = 2048  # 2**11: two digits hold the 22 bits of a weight in Pillow (32 bits, less 8 for a pixel and 2 to spare)
 STEPS = (64, 64, 32, 32)  # factors of 2**22; a remainder times 64 fits into an int32 while S < 2**25
 MAX_REDUCTION = 60  # largest exact reduction factor; beyond it, the sum of lo * p can exceed 2**24
 

@@ -32,7 +32,7 @@ from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import move_model, resolve_device
 
 __all__ = ["Result", "Row", "evaluate"]
-MEMORY = 2 << 30  # bytes of maps of a category that are kept in memory: 8192 images of 256 px
+MEMORY = 2 << 30  # bytes of maps per category that are kept in memory: 8192 images of 256 px
 OnProgress = Callable[[str, int, int], None]  # category, images done, images in the category
 OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # samples and their maps (N, H, W)
 
@@ -102,7 +102,7 @@ def evaluate(
                 _collect(category, shares[name], batches, clock, model_device, on_progress, on_maps)
                 scored += category.list_scored_images()
                 if jobs:
-                    jobs[-1].result()  # so that the maps of at most two categories are kept at once
+                    jobs[-1].result()  # waits, so that at most two categories have their maps in memory
                 if world.first:
                     jobs.append(background.submit(category.compute_row))
             rows = [job.result() for job in jobs]

@@ -92,7 +92,7 @@ class Result:
         size: Height and width of images and maps in pixels.
         score, blur, reduce, mask_rule: Fields of the recipe.
         scored: Scores of all test images.
-        decided: Summary of the decisions that a calibration makes on these images.
+        decided: Summary of the calibrated decisions on these images; None without a calibration.
         tile: Side of a tile in pixels, or None. With tiles, images and maps have the size of the files, and ``size`` is
             the size of a tile.
     """

@@ -42,11 +42,11 @@ def calibrate(
 
     Args:
         model: Trained model, on any device.
-        recipe: Recipe that it was trained with.
+        recipe: Recipe that the model was trained with.
         images: Images decoded at ``recipe.out``, (N, H, W, 3) uint8; see `recontrast.inference.infer.infer`.
         rate: Promised false-alarm rate, at least 1 / (N + 1).
         pixel_rate: Promised share of a good image's pixels above the pixel threshold.
-        source: Origin of the images, for the reader of the calibration.
+        source: Description of the origin of the images.
         batch: Number of images per batch.
 
     Returns:
@@ -113,14 +113,14 @@ def calibrate_files(
 ) -> tuple[Calibration, list[str]]:
     """Calibrate a detector with all image files that can be read.
 
-    The number of pixels that are kept depends on the number of images. If some files cannot be read, the calibration
-    is therefore computed again without them.
+    The pixel threshold depends on the number of images. If some files cannot be read, the calibration is therefore
+    computed again without them.
 
     Args:
         detector: Detector to calibrate.
         paths: Files of good images that the detector was not trained on.
         batch: Number of images per batch.
-        on_progress: Function called with the number of images done and the number of all images.
+        on_progress: Called with the number of finished images and of all images.
         **options: Passed on to `recontrast.calibration.conformal.calibrate_maps`: rates, source and digest.
 
     Returns:

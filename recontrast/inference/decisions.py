@@ -62,7 +62,7 @@ class Decision:
 
     @property
     def label(self) -> str:
-        """The decision as a word, "good" or "defect"."""
+        """Name of the decision, "good" or "defect"."""
         return "defect" if self.defect else "good"
 
 

@@ -27,8 +27,8 @@ class Detector(Protocol):
 
     To add a detector, subclass this class, set the attributes and implement `run`; `predict` is inherited. A class that
     does not inherit from this one must define every attribute and both methods. To open the detector from files, add
-    their suffix to `OPENERS`, with a function that takes a path and a device. To write the files that
-    ``recontrast predict`` writes, pass an instance to `recontrast.app.prediction.predict.predict`.
+    their suffix to `OPENERS`, with a function that takes a path and a device. To write the output files of
+    ``recontrast predict``, pass an instance to `recontrast.app.prediction.predict.predict`.
 
     `run` gets its images from `recontrast.data.image_files.ImageFiles`: `ImageFiles.resized` for a network with a fixed
     input size, `ImageFiles.read` for original images. It must yield exactly one map and one score for each file, in the
@@ -39,11 +39,10 @@ class Detector(Protocol):
     Attributes:
         recipe: Recipe that the detector was trained with. Its ``size``, ``crop`` and ``tile`` determine the part of an
             image that a map covers, its ``score`` how a map becomes a score.
-        calibration: Calibration of exactly the scores that `run` yields, or None. With None, images are scored but
-            not called good or defective. A calibration of other scores (other views, precision or tiles) must not be
-            set here.
-        calibration_note: Sentence that explains why ``calibration`` is None although the file holds a calibration.
-            None, the default, if there is nothing to explain.
+        calibration: Calibration of the scores that `run` yields, or None: images are then scored but not called good
+            or defective. It must not come from other views, another precision or other tiles.
+        calibration_note: Sentence that explains why ``calibration`` is None although the file holds a calibration;
+            otherwise None, the default.
         category: Name of the category that the detector was trained on.
         max_map_value: Largest value that a map can have. Maps are stored as integers relative to it.
         overlap: Pixels shared by neighbouring tiles. None, the default, if images are not cut into tiles.
@@ -57,7 +56,7 @@ class Detector(Protocol):
     overlap: int | None = None
 
     def run(self, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
-        """Compute the maps and scores of all files, in their order.
+        """Compute the maps and scores of all files, in the order of the files.
 
         Args:
             files: Images to score.
@@ -71,21 +70,21 @@ class Detector(Protocol):
         self, images: Any, *, false_alarm_rate: float | None = None, batch: int = 16,
         errors: Literal["raise", "keep"] = "raise",
     ) -> Predictions:  # fmt: skip
-        """Score images, and decide on them if the detector is calibrated.
+        """Score images, and call each good or a defect if the detector is calibrated.
 
         Args:
             images: One image or several: paths, folders, PIL images or arrays; see
                 `recontrast.inference.prediction.list_given`.
-            false_alarm_rate: Promised share of good images called defects, in place of the calibrated one.
+            false_alarm_rate: Promised share of good images called defects. None: the rate of the calibration.
             batch: Number of images per forward pass.
             errors: "raise" stops at an image that cannot be read; "keep" gives it a prediction with an ``error``.
 
         Returns:
-            One `recontrast.inference.prediction.Prediction` for each image, in their order.
+            One `recontrast.inference.prediction.Prediction` for each image, in the order of the images.
 
         Raises:
-            ValueError: If the images are of another kind, one cannot be read, or the rate needs a calibration that is
-                missing or too small.
+            ValueError: If an image is of another type or cannot be read, or the calibration is missing or too small for
+                the rate.
             FileNotFoundError: If a path does not exist.
         """
         return predict(self, images, false_alarm_rate=false_alarm_rate, batch=batch, errors=errors)
@@ -97,7 +96,7 @@ class CheckpointDetector(Detector):
     See `Detector` for the other attributes.
 
     Attributes:
-        model: Network in eval mode, on its device; BatchNorm is folded unless the options say otherwise.
+        model: Network in eval mode, on its device; BatchNorm is folded unless ``inference`` disables it.
         path: Path of the checkpoint.
         inference: Inference options of the model.
     """
@@ -125,8 +124,8 @@ class CheckpointDetector(Detector):
                 calibrated again.
 
         Raises:
-            ValueError: If the model was trained at the other scale, ``tile`` or ``overlap`` is invalid, or the file is
-                not a checkpoint.
+            ValueError: If tiles are requested from a model of whole images or vice versa, ``tile`` or ``overlap`` is
+                invalid, or the file is not a checkpoint.
             OSError: If the checkpoint cannot be read.
         """
         self.path = Path(path)
@@ -151,11 +150,11 @@ class CheckpointDetector(Detector):
     def __repr__(self) -> str:
         calibration = self.calibration
         decides = "no calibration" if calibration is None else f"false-alarm rate {calibration.rate:g}"
-        seen = " x ".join(map(str, self.recipe.out)) + (" px tiles" if self.recipe.tile else " px")
-        return f"CheckpointDetector({str(self.path)!r}: {self.category}, {self.recipe.backbone}, {seen}, {decides})"
+        size = " x ".join(map(str, self.recipe.out)) + (" px tiles" if self.recipe.tile else " px")
+        return f"CheckpointDetector({str(self.path)!r}: {self.category}, {self.recipe.backbone}, {size}, {decides})"
 
     def _describe_other_tiles(self, recipe: Recipe) -> str | None:
-        """Say why a calibration for the tiles of ``recipe`` is invalid for this detector; None if it is valid."""
+        """Explain why a calibration for the tiles of ``recipe`` is invalid for this detector; None if it is valid."""
         tile, overlap = recipe.out[0], tiling.resolve_overlap(recipe.out[0])
         if self.recipe == recipe and self.overlap in (None, overlap):
             return None

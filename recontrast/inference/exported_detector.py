@@ -178,7 +178,7 @@ class ExportedDetector:
 
     Args:
         path: Path of the .onnx, .pt2 or .xml file.
-        device: Must be None or the CPU.
+        device: None or the CPU; other devices are not supported.
 
     Attributes:
         program: Loaded program, for direct calls with arrays of images.
@@ -245,20 +245,20 @@ class ExportedDetector:
         self, images: Any, *, false_alarm_rate: float | None = None, batch: int = 16,
         errors: Literal["raise", "keep"] = "raise",
     ) -> Predictions:  # fmt: skip
-        """Score images, and decide on them if the detector is calibrated; see `recontrast.inference.detector.Detector`.
+        """Score images, and call each good or a defect if the detector is calibrated, see `Detector.predict`.
 
         Args:
             images: One image or several: paths, folders, PIL images or arrays.
-            false_alarm_rate: Promised share of good images called defects, in place of the calibrated one.
+            false_alarm_rate: Promised share of good images called defects. None: the rate of the calibration.
             batch: Largest number of images per call of the runtime.
             errors: "raise" stops at an image that cannot be read; "keep" gives it a prediction with an ``error``.
 
         Returns:
-            One prediction for each image, in their order.
+            One prediction for each image, in the order of the images.
 
         Raises:
-            ValueError: If the images are of another kind, one cannot be read, or the rate needs a calibration that is
-                missing or too small.
+            ValueError: If an image is of another type or cannot be read, or the calibration is missing or too small for
+                the rate.
             FileNotFoundError: If a path does not exist.
         """
         return predict(self, images, false_alarm_rate=false_alarm_rate, batch=batch, errors=errors)
@@ -304,7 +304,7 @@ def _parse_description(path: Path, text: str | None) -> Mapping[str, Any]:
 
 
 def _import_runtime(name: str) -> Any:
-    """Import an optional package, or raise an error that says how to install it."""
+    """Import an optional package; the error message gives the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

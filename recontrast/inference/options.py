@@ -24,8 +24,8 @@ class InferenceOptions:
     that it was computed from.
 
     Attributes:
-        views: Encoders whose features serve as targets of the map, as in `Recipe`. A single view takes 0.7 times as
-            long as both.
+        views: Encoders whose features serve as targets of the map, as in `Recipe`. One view takes 0.7 times as long as
+            both.
         precision: Precision of the convolutions.
         channels_last: Whether images and weights are stored channels last.
         folded: Whether each BatchNorm is folded into the convolution before it; bfloat16 weights are then rounded only
@@ -42,13 +42,13 @@ class InferenceOptions:
 
     @classmethod
     def from_calibration(cls, calibration: Calibration) -> "InferenceOptions":
-        """Return the options that a model had when it was calibrated.
+        """Return the options that a model was calibrated with.
 
         Args:
-            calibration: Calibration that stores them.
+            calibration: Calibration of the model.
 
         Returns:
-            Options with its views and precision.
+            Options with the views and precision of the calibration.
         """
         return cls(calibration.views, calibration.precision)  # type: ignore[arg-type]
 
@@ -98,7 +98,7 @@ class InferenceOptions:
         return None
 
     def describe_mismatch(self, trained: Recipe, calibration: Calibration) -> str | None:
-        """Say why a calibration is invalid for the scores of these options.
+        """Explain why a calibration is invalid for the scores of these options.
 
         Args:
             trained: Recipe of the training.

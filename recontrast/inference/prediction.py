@@ -31,7 +31,7 @@ CAPTION_HEIGHT, MARGIN = 26, 6  # pixels
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value
 class Prediction:
-    """What a detector says about one image.
+    """Prediction of a detector for one image.
 
     Attributes:
         name: Path of the image, or "image 3" for the fourth image given in memory.
@@ -74,7 +74,7 @@ class Prediction:
     def heat_map(self) -> Image.Image:
         """Return the anomaly map laid over the image.
 
-        All predictions of one call share one range of colors: with a calibration the threshold is in the middle.
+        All predictions of one call share one color range. With a calibration, its middle is the threshold.
 
         Returns:
             The overlay in the size of the original image.
@@ -141,7 +141,7 @@ class Prediction:
         return heatmaps.draw_overlay(pixels, heat)
 
     def _outlined(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The image with a line around everything above the pixel threshold; at least around each region's peak."""
+        """Return a copy of the image with a line around the pixels above the pixel threshold."""
         from scipy.ndimage import binary_dilation
 
         inside = self._map_over(pixels.shape[:2]) > (np.inf if self._pixel_threshold is None else self._pixel_threshold)
@@ -151,7 +151,7 @@ class Prediction:
         return outlined
 
     def _map_over(self, shape: Sequence[int]) -> NDArray[np.float32]:
-        """The map in an image of ``shape`` (H, W); what the detector did not see has the lowest value."""
+        """Return the map resized to an image of ``shape`` (H, W); pixels outside the crop get its minimum."""
         from recontrast.inference.detector import map_extent
 
         if self.anomaly_map is None:
@@ -187,14 +187,15 @@ class Predictions(list[Prediction]):
 
 
 class GivenImages(ImageFiles):
-    """Images of a program: paths, PIL images and arrays, mixed, as a detector reads image files.
+    """Paths, PIL images and arrays, mixed, with the interface of `ImageFiles`.
 
     Args:
-        images: See `list_given`.
+        images: One image or several, see `list_given`.
+        pool: Threads that decode, see `ImageFiles`.
 
     Attributes:
-        names: Name of each image: its path, or "image" and its index.
-        sources: The images as they were given.
+        names: Name of each image: its path, or "image N" with its index.
+        sources: Path, PIL image or array of each image.
     """
 
     def __init__(self, images: Any, pool: Any = None) -> None:
@@ -224,14 +225,14 @@ def list_given(images: Any) -> list[Any]:
     """Return images of any kind as one list.
 
     Args:
-        images: One image, or a sequence of images that may mix kinds: paths of files, paths of folders (searched to the
-            bottom), PIL images, arrays (h, w) or (h, w, 3), uint8 or floats in [0, 1]; or one array (n, h, w, 3).
+        images: One image, or a sequence of images that may mix kinds: paths of files, paths of folders (searched
+            recursively), PIL images, arrays (h, w) or (h, w, 3), uint8 or floats in [0, 1]; or one array (n, h, w, 3).
 
     Returns:
         Paths of files, PIL images and arrays.
 
     Raises:
-        ValueError: If there is no image, or something else.
+        ValueError: If there is no image, or an item of another type.
         FileNotFoundError: If a path does not exist.
     """
     if isinstance(images, np.ndarray):
@@ -262,21 +263,21 @@ def predict(
     detector: "Detector", images: Any, *, false_alarm_rate: float | None = None, batch: int = 16,
     errors: Literal["raise", "keep"] = "raise",
 ) -> Predictions:  # fmt: skip
-    """Score images, and decide on them if the detector is calibrated.
+    """Score images, and call each good or a defect if the detector is calibrated.
 
     Args:
         detector: See `recontrast.load`.
         images: One image or several, see `list_given`.
-        false_alarm_rate: Promised share of good images called defects, in place of the calibrated one.
+        false_alarm_rate: Promised share of good images called defects. None: the rate of the calibration.
         batch: Number of images per forward pass.
         errors: "raise" stops at an image that cannot be read; "keep" gives it a prediction with `Prediction.error`.
 
     Returns:
-        One prediction for each image, in their order; a folder gives one for each image in it.
+        One prediction for each image, in the order of the images; a folder gives one for each image in it.
 
     Raises:
-        ValueError: If the images are of another kind, one cannot be read, or the rate needs a calibration that is
-            missing or too small.
+        ValueError: If an image is of another type or cannot be read, or the calibration is missing or too small for
+            the rate.
         FileNotFoundError: If a path does not exist.
     """
     from recontrast.inference.decisions import decide, select_calibration
@@ -337,7 +338,7 @@ def _picture(source: Any, name: str) -> Image.Image:
 
 
 def _read_pixels(source: Any, name: str) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 of an image in its own size."""
+    """Read the pixels (H, W, 3), uint8, of an image in its own size."""
     if isinstance(source, Path):
         return read_image(source)
     return fit_picture(_picture(source, name), name=name)

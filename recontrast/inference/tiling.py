@@ -42,7 +42,7 @@ def resolve_overlap(tile: int, overlap: int | None = None) -> int:
 
 
 def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> None:
-    """Raise an error if a model cannot process such tiles, or the tiles do not cover an image.
+    """Raise an error if a model cannot process tiles of this size, or the overlap leaves no distance between tiles.
 
     Args:
         model: Model, for its stride.
@@ -63,7 +63,7 @@ def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> No
 def resolve_tiling(
     model: ReContrast | FoldedModel, trained: Recipe, tile: int | None, overlap: int | None, path: str
 ) -> tuple[Recipe, int | None]:
-    """Decide whether images are cut into tiles, and into which.
+    """Decide whether images are cut into tiles, and resolve the size and overlap of the tiles.
 
     Args:
         model: Model, for its stride.
@@ -76,7 +76,8 @@ def resolve_tiling(
         Recipe with the resolved tile, and the overlap in pixels; an overlap of None stands for whole resized images.
 
     Raises:
-        ValueError: If the model was trained at the other scale, or ``tile`` or ``overlap`` is invalid.
+        ValueError: If tiles are requested from a model of whole images or vice versa, or ``tile`` or ``overlap`` is
+            invalid.
     """
     if trained.tile is None:
         if tile or overlap is not None:
@@ -118,12 +119,12 @@ def infer_tiled(
         pixels = files.read(index)
         if pixels is None:
             pixels = np.zeros((*recipe.out, 3), np.uint8)
-        trim_memory()  # returns what decoding allocated
+        trim_memory()  # returns the memory of decoding to the system
         anomaly = compute_tiled_map(model, pixels, recipe, overlap=overlap, batch=batch, release=True)
         return anomaly[None], np.array([score_map(anomaly, recipe.score)], np.float32)
 
     for index in range(len(files)):
-        yield score_file(index)  # a function of its own, so that no image stays in memory while the next is read
+        yield score_file(index)  # a separate function, so that no image stays in memory while the next is read
         trim_memory()
 
 
@@ -245,7 +246,7 @@ def _mean_of_largest(anomaly: NDArray[np.float32], count: int) -> float:
 def _find_bin(
     anomaly: NDArray[np.float32], count: int, bins_of: Callable[[NDArray[np.uint32]], NDArray[Any]]
 ) -> tuple[int, int]:
-    """Find the bin, of 65536, with the ``count``-th largest value; also return the number of values in higher bins."""
+    """Return which of 65536 bins has the ``count``-th largest value, and the number of values in higher bins."""
     histogram = np.zeros(1 << 16, np.int64)
     for _, keys in _iterate_blocks(anomaly):
         histogram += np.bincount(bins_of(keys), minlength=1 << 16)

@@ -1,1 +1,1 @@
-"""Recipes: the settings of training runs, among them those of the paper's scripts."""
+"""Recipes: the settings of training runs, including those of the paper's scripts."""

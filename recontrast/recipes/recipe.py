@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
 
-# Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py; "chosen empirically",
-# according to the authors.
+# Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py, according to the
+# authors "chosen empirically".
 MVTEC_BN_EVAL = ("toothbrush", "leather", "grid", "tile", "wood", "screw")
 MVTEC_BN_TRAIN = ("carpet", "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "transistor", "zipper")
 VISA_BN_EVAL = ("cashew", "pcb1")
@@ -73,13 +73,13 @@ class Recipe:
             unified scripts.
         precision: Precision of the convolutions: "float32", the default, or "bfloat16" with autocast. The paper uses
             float32.
-        tf32: Whether float32 convolutions may use TF32 on GPUs that support it. Default: True, which is the default of
-            cuDNN and so that of the reference.
+        tf32: Whether float32 convolutions may use TF32 on GPUs that support it. Default: True, the default of cuDNN,
+            which the reference uses.
         channels_last: Memory format: True for channels-last, False for contiguous. None, the default, takes the faster
             one for the device.
         compile: Whether to compile the model with ``torch.compile``, which takes half a minute or more at the start.
             Default: False.
-        graph: Whether to replay training steps as a CUDA graph; ignored on other devices than CUDA. Default: False.
+        graph: Whether to replay training steps as a CUDA graph; ignored on devices other than CUDA. Default: False.
         log_every: Steps between log lines; the loss is read from the device only then. Default: 20.
         checkpoint_every: Steps between checkpoints. Default: 250.
         amsgrad: Whether AdamW uses the AMSGrad variant. Default: False; True in the unified scripts.
@@ -97,7 +97,7 @@ class Recipe:
         train_encoder: Whether one of the two encoders is trained. False uses one pretrained encoder, as RD4AD. Default:
             True.
         pairs: "cross", the default, reconstructs the features of each encoder from the other one. "self" reconstructs
-            the features of one encoder from themselves, as RD4AD.
+            the features of one encoder from its own features, as RD4AD.
         views: Pairs that make up the anomaly map, by the encoder that gives the target: "trained", "frozen" or
             "both", the default.
         holdout: Share of the good training images kept back for calibration, in [0, 1). Default: 0, as in the paper.
@@ -174,7 +174,7 @@ class Recipe:
                 raise ValueError(f"recipe {self.name!r}: {message}")
 
     def _contradictions(self) -> list[tuple[bool, str]]:
-        """Combinations of fields that are not allowed: whether each one is present, and its error message."""
+        """Return, for each combination of fields that is not allowed, whether it is present and its error message."""
         crop_exceeds = self.crop is not None and any(
             crop > size for crop, size in zip(to_pair(self.crop), to_pair(self.size), strict=True)
         )
@@ -216,7 +216,7 @@ class Recipe:
         return to_pair(self.size if self.crop is None else self.crop)
 
     def encoder_bn_for(self, category: str) -> Literal["train", "eval"]:
-        """The BatchNorm mode of the trained encoder for ``category``.
+        """Return the BatchNorm mode of the trained encoder for ``category``.
 
         With ``encoder_bn="auto"``, this is the paper's choice for its own categories and ``"eval"`` for all others,
         because the statistics of a batch from a single category are unreliable.
@@ -241,7 +241,7 @@ class Recipe:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can represent; tuples become lists."""
+        """Return all fields as values that JSON can represent; tuples become lists."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
@@ -264,7 +264,7 @@ class Recipe:
 
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of ``size``, which is a pair or one number for a square."""
+    """Return height and width of ``size``, which is a pair or one number for a square."""
     return (size, size) if isinstance(size, int) else size
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-# Function that tells whether a value is valid, and a description of valid values for error messages.
+# Function that returns whether a value is valid, and a description of valid values for error messages.
 FieldRule = tuple[Callable[[Any], bool], str]
 
 

@@ -25,7 +25,7 @@ def load_recipe(name: str) -> Recipe:
 
     Raises:
         OSError: If the file does not exist or cannot be read.
-        ValueError: If ``name`` is neither, or the file is not a valid recipe.
+        ValueError: If ``name`` is neither a recipe nor a file, or the file is not a valid recipe.
     """
     if name in RECIPES:
         return RECIPES[name]

@@ -1,1 +1,1 @@
-"""Training: the loop, its state, and what makes it fast."""
+"""Training: the loop, its state, and optimizations such as CUDA graphs and caches."""

@@ -101,7 +101,7 @@ class GraphedStep:
         return original_options
 
     def _run_eagerly(self, active: Sequence[Optimizer], images: Tensor) -> Tensor:
-        """Run the step on a side stream, as a recording requires of the steps before it."""
+        """Run the step on a side stream, which CUDA graphs require for warm-up steps."""
         if self.device.type != "cuda":
             return self.step(active, images, self.alpha)
         if self.side_stream is None:

@@ -1,4 +1,4 @@
-"""Good images held out of training, for the calibration: scores of training images are too low."""
+"""Good images held out of training for the calibration, because the scores of training images are too low."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""Interrupts between two training steps, so that the checkpoint they cause is a state of the uninterrupted run."""
+"""Deferral of Ctrl-C and SIGTERM to the end of a training step, so that the saved state is one of a full run."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Order of the training images: a new permutation each epoch, as the DataLoader of the reference's scripts draws it."""
+"""Order of the training images: a new permutation each epoch, drawn as by the DataLoader of the reference."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ class BatchSampler:
         return indices
 
     def state(self) -> dict[str, Any]:
-        """State for `restore`, from which the next batch follows."""
+        """Return the state for `restore`, which continues with the next batch."""
         return {"generator": self.generator_state, "place": self.position}
 
     def restore(self, state: dict[str, Any]) -> None:

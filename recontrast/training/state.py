@@ -34,7 +34,7 @@ class TrainingState:
         world: Rank of this process and number of processes.
         step: Number of completed steps.
         pending_losses: Losses that are still on the device.
-        losses: Losses that were read from the device, of the steps made in this process.
+        losses: Losses already read from the device, of the steps made in this process.
     """
 
     recipe: Recipe

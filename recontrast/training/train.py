@@ -151,7 +151,7 @@ def train(
 
 
 def _run(settings: RunSettings) -> TrainResult:
-    """Train within joined processes; DistributedDataParallel is freed on return, before the processes part."""
+    """Train within joined processes; on return DistributedDataParallel is freed, before the process group ends."""
     check_options(settings)
     trainer = _Trainer(settings)
     trainer.run_loop()
@@ -213,8 +213,8 @@ class _Trainer:
     def run_loop(self) -> None:
         """Make the remaining steps, with log lines and checkpoints at the recipe's intervals.
 
-        An interrupt is held back until the current step is complete, so that the checkpoint that it causes is a state
-        of the uninterrupted run.
+        An interrupt is held back until the current step is complete, so that the checkpoint holds the same state as in
+        an uninterrupted run.
         """
         state, recipe, world = self.state, self.settings.recipe, self.settings.world
         self.progress.start_interval()
@@ -237,7 +237,7 @@ class _Trainer:
                 raise
 
     def finish(self) -> TrainResult:
-        """Calibrate on the held-out images, unless the resumed run had done so, and return the result."""
+        """Calibrate on the held-out images, unless the resumed run already did, and return the result."""
         settings, state = self.settings, self.state
         calibration = self.calibration
         if settings.held_out and calibration is None and settings.world.first:
@@ -273,7 +273,7 @@ class _Trainer:
         return train_step(self.network, active, batch, alpha, self.settings.recipe, shares, frozen_features)
 
     def _is_due(self, every: int) -> bool:
-        """Whether the last step ends an interval of ``every`` steps or the run."""
+        """Return whether the last step ends an interval of ``every`` steps, or the run."""
         return self.state.step % every == 0 or self.state.step == self.settings.recipe.steps
 
     def _log(self, alpha: float) -> None:

@@ -62,7 +62,7 @@ def test_train_from_paths_and_samples_gives_the_same_weights(data, run, tmp_path
 
 
 def test_train_refuses_a_finished_run_and_resumes_one(data, run):
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is there already"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt exists already"):
         recontrast.train(data, run, device="cpu", **FIELDS)
     before = (run / "checkpoint.pt").read_bytes()
     assert recontrast.train(data, resume=run, device="cpu").category == "nut"

@@ -270,7 +270,7 @@ def test_weights_of_another_architecture(data, tmp_path):
 def test_former_run_is_not_overwritten(run, data):
     before = (run[0] / "checkpoint.pt").stat().st_mtime_ns
     message = fails("train", data, "--category", "brick", "--out", run[0], *SMALL)
-    assert "is there already" in message and (run[0] / "checkpoint.pt").stat().st_mtime_ns == before
+    assert "exists already" in message and (run[0] / "checkpoint.pt").stat().st_mtime_ns == before
 
 
 def test_disk_full_at_the_checkpoint(data, tmp_path):

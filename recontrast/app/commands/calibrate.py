@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from recontrast.inference.detector import CheckpointDetector
 
 
-def calibrate(
+def calibrate(  # 9 options and their checks; `calibrate_job` does the work
     checkpoint: CheckpointFile,
     good: Annotated[
         list[Path] | None,

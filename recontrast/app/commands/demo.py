@@ -20,7 +20,7 @@ def demo(
         bool,
         typer.Option(
             "--compare",
-            help="Also run without the trained encoder (in the map, in training), and an untrained decoder.",
+            help="Also evaluate without the trained encoder in the map, with a frozen encoder, and untrained.",
         ),
     ] = False,
     device: Device = None,

@@ -26,7 +26,7 @@ def export(
     ] = None,
     views: Views = None,
 ) -> None:
-    """Write a detector as one file with resize, network and decision, if its scores are the same."""
+    """Write a detector as one file with resize, network and decision; keep it only if the scores agree."""
     from recontrast.data.listing import list_images
     from recontrast.export.export import SUFFIXES
     from recontrast.export.export import export as write

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from recontrast.app.prediction.predict import Maps, PredictionSummary
 
 
-def predict(  # 21 options and their checks; the work is elsewhere
+def predict(  # 21 options and their checks; `recontrast.app.prediction` does the work
     checkpoint: DetectorFile,
     inputs: Annotated[
         list[Path],
@@ -70,9 +70,7 @@ def predict(  # 21 options and their checks; the work is elsewhere
     address: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster. Default: RAY_ADDRESS, or this machine.")
     ] = None,
-    part: Annotated[
-        int, typer.Option(help="Images per output file of ray; so many are repeated if a worker dies.")
-    ] = 64,
+    part: Annotated[int, typer.Option(help="Images per output file of ray, all scored again if a worker dies.")] = 64,
 ) -> None:
     """Score images and decide on them; write scores, regions, anomaly maps and heat maps."""
     if engine not in ("local", "ray"):

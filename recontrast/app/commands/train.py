@@ -10,7 +10,7 @@ from recontrast.app.console import ProgressBar, exit_with_error, is_silent
 from recontrast.app.options import Data, Device, parse_change, resolve_checkpoint
 
 
-def train(  # 26 options and what is printed; the work is elsewhere
+def train(  # 26 options and the output; `train_job` does the work
     context: typer.Context,
     data: Data,
     category: Annotated[

@@ -63,7 +63,7 @@ class MapStore:
 
 
 def result_path(out: Path, folder: str, name: Path, suffix: str) -> Path:
-    """Return the path of a result of the image ``name``."""
+    """Return the path of a result file of the image ``name``."""
     return out / folder / name.with_name(name.name + suffix)
 
 
@@ -75,7 +75,7 @@ def save_overlays(
     Args:
         stored: Maps by index.
         sources: Path and result name of each image.
-        recipe: Says which part of an image its map covers.
+        recipe: Recipe of the detector, which defines the part of an image that the map covers.
         colours: Map values of the coldest and the hottest colour.
         out: Folder for the results.
     """
@@ -107,7 +107,7 @@ def describe_maps(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
 
 
 def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float, recipe: Recipe) -> None:
-    """Write one map; of tiled detectors as tiled TIFF. See `recontrast.data.heatmaps.save_map` for the arguments."""
+    """Write one map, as a tiled TIFF for detectors of tiles. See `recontrast.data.heatmaps.save_map`."""
     (heatmaps.save_map if recipe.tile is None else large_maps.save_map)(path, anomaly, kind, top)
 
 

@@ -1,8 +1,8 @@
-"""Predictions as a folder of Parquet files, the parts. A part exists completely or not at all.
+"""Predictions as a folder of Parquet files, called parts. A part is complete or missing.
 
 The name of a part is a hash of the detector, the options and its images, which also determine its content. A worker
-that writes a part a second time, after a restart or a killed run, replaces it by the same rows. So the parts themselves
-record what is finished.
+that writes a part a second time, after a restart or a killed run, replaces it by the same rows. So the parts that exist
+are the finished ones.
 """
 
 import hashlib
@@ -86,8 +86,8 @@ def compute_identity(detector: Path, options: Mapping[str, Any]) -> str:
 def plan_parts(paths: Sequence[str], size: int, identity: str, folder: Path) -> list[Part]:
     """Return the parts that are not finished.
 
-    Finished images are removed after the images are divided into parts. So the same call gives the same names, whatever
-    an earlier call has finished or a remaining worker of it still finishes.
+    Images are divided into parts first, then finished images are removed. So a repeated call gives the same names, even
+    if a worker of an earlier call is still writing.
 
     Args:
         paths: Absolute paths of all images.
@@ -111,7 +111,7 @@ def plan_parts(paths: Sequence[str], size: int, identity: str, folder: Path) -> 
 
 
 def mark_begun(folder: Path, part: Part, tries: int) -> None:
-    """Count the workers that start a part, in a file that is removed when the part is written.
+    """Count the start of a part in a marker file, which is removed when the part is written.
 
     Raises:
         ValueError: If ``tries`` workers have started the part in this run and none has finished it.

@@ -1,7 +1,7 @@
-"""Prediction on image files: scores, decisions, anomaly maps and heat-map overlays on the disk.
+"""Prediction on image files: scores, decisions, anomaly maps and heat-map overlays on disk.
 
-The images are scored by a `recontrast.inference.detector.Detector`, which says how to add one. Decisions are made in
-`recontrast.inference.decisions`, files are written in `recontrast.app.prediction.output_files`.
+The images are scored by a `recontrast.inference.detector.Detector`; its docstring says how to add one.
+Decisions are made in `recontrast.inference.decisions`, files are written in `recontrast.app.prediction.output_files`.
 """
 
 import tempfile
@@ -87,12 +87,12 @@ def predict(
             scores.json: from the median to the largest map value of this run, or with the threshold in the middle if
             there is a threshold on the maximum.
         threshold: Images with at least this score are flagged.
-        rate: Promised false-alarm rate, in place of the calibration's.
+        rate: Promised false-alarm rate. None: the rate of the calibration.
         decide: Whether a detector without a calibration is an error. With a calibration, decisions are always made.
         tile: Side of the tiles in pixels, for a detector trained on tiles. None: as trained.
         overlap: Pixels that neighbouring tiles share. None: a quarter of the tile.
-        inference: How the model is run. None: as trained, with folded BatchNorm. Other scores than the calibrated ones
-            give no decisions.
+        inference: Inference options. None: as trained, with folded BatchNorm. If they change the scores, the
+            calibration does not apply and there are no decisions.
         workers: Number of threads that decode images. None: a few for each CPU.
         device: PyTorch device. None: the GPU, if there is one.
         batch: Number of images per batch.
@@ -102,8 +102,8 @@ def predict(
         The predictions, and the files that could not be read.
 
     Raises:
-        ValueError: If an option is invalid, no image is found or readable, or a decision is asked for without a
-            calibration that suffices for the rate.
+        ValueError: If an option is invalid, no image can be read, or ``decide`` or ``rate`` is given and the
+            calibration is missing or too small.
         OSError: If an input does not exist, or a result cannot be written.
     """
     if maps not in (*SUFFIX, "none"):
@@ -138,7 +138,7 @@ class _Writer:
     """Collects predictions in the order of the files, and writes the maps and overlays of each.
 
     Attributes:
-        position: Number of files that were handled.
+        position: Number of files handled so far.
         predictions: One entry for each image that could be read.
     """
 
@@ -202,7 +202,7 @@ def _describe_run(
     name: str, detector: Detector, calibration: Calibration | None, threshold: float | None, maps: Maps,
     colours: tuple[float, float] | None, unread: list[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what scores.json says about the run, besides the images."""
+    """Return the content of scores.json besides the images."""
     recipe, promise = detector.recipe, None
     if calibration is not None:
         stored = {key: value for key, value in calibration.to_dict().items() if key not in ("scores", "looks")}

@@ -1,6 +1,6 @@
-"""Prediction by many workers with Ray Data: each loads the detector once, scores whole parts and writes them itself.
+"""Prediction by many workers with Ray Data: each loads the detector once, scores whole parts and writes them.
 
-Only names are sent between processes. If a worker dies, Ray gives its part to another one. If the driver dies, the same
+Only paths are sent between processes. If a worker dies, Ray gives its part to another one. If the driver dies, the same
 call continues with the missing parts (`recontrast.app.prediction.parquet_parts`).
 """
 
@@ -26,8 +26,8 @@ from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector
 
 MISSING = "--engine ray needs Ray Data, which is not installed: pip install 'recontrast[ray]'"
-TRIES = 4  # workers that may die on the same part before it is an error; Ray would retry forever
-STORE = 128 << 20  # bytes of Ray's object store on this machine; only names pass through it
+TRIES = 4  # an error is raised after this many workers died on the same part; Ray would retry forever
+STORE = 128 << 20  # bytes of Ray's object store on this machine; only paths pass through it
 CPUS_EACH = 4  # CPUs per worker without GPUs; one network scales badly beyond that
 
 
@@ -49,22 +49,22 @@ def predict(
     """Score images on all workers of a Ray cluster; images that an earlier call finished are not scored again.
 
     Writes ``OUT/scores.parquet``, a folder of parts that can be read as one table
-    (`parquet_parts.build_schema`), and
-    ``OUT/predict.json``. Detector, images and ``out`` must be at the same paths on every machine.
+    (`parquet_parts.build_schema`), and ``OUT/predict.json``. Detector, images and
+    ``out`` must be at the same paths on every machine.
 
     Args:
         checkpoint: Path of a checkpoint or an exported file.
         inputs: Images, folders, or lists of images (see `parquet_parts.list_inputs`).
         out: Folder for the results.
         workers: Number of workers. None: one per GPU, or without GPUs one for every four CPUs.
-        address: Address of a running cluster (``auto``, ``host:6379``). None: that of RAY_ADDRESS, or a cluster of this
-            machine for the time of the call.
-        part: Number of images per part; at most so many are scored again for each worker that dies.
+        address: Address of a running cluster (``auto``, ``host:6379``). None: the address in RAY_ADDRESS, or a new
+            cluster on this machine that ends with the call.
+        part: Number of images per part. If a worker dies, its part is scored again.
         batch: Number of images per batch.
         threshold: Images with at least this score are flagged.
-        rate: Promised false-alarm rate, in place of the calibration's.
+        rate: Promised false-alarm rate. None: the rate of the calibration.
         must_decide: Whether a detector without a calibration is an error.
-        device: PyTorch device of the workers. None: the GPU, if Ray has one for each.
+        device: PyTorch device of the workers. None: the GPU, if Ray has one for each worker.
         on_progress: Called with the number of finished images and of all images.
 
     Returns:
@@ -119,7 +119,7 @@ class Worker:
     """Code of a Ray process: loads the detector once and uses its share of the CPUs."""
 
     def __init__(self, cpus: int, **settings: Any) -> None:
-        """Store the settings; `_load` uses them later, since an error here would look like a dead worker."""
+        """Store the settings. `_load` uses them later: Ray would take an error here for a dead worker."""
         self.cpus, self.settings, self.loaded = cpus, settings, False
 
     def __call__(self, parts: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Worker:
         self.loaded = True
 
     def _process(self, part: parquet_parts.Part) -> None:
-        if not (self.folder / part.name).exists():  # another worker may have written it and died before it reported so
+        if not (self.folder / part.name).exists():  # a worker may have died after writing it
             parquet_parts.mark_begun(self.folder, part, TRIES)
             parquet_parts.write_part(self.folder, part, self.rows(part.paths), self.metadata)
 
@@ -187,7 +187,7 @@ class Worker:
 
 
 def compute_cpus_per_worker(cpus: Sequence[int], workers: int) -> int:
-    """Return the largest number of CPUs per worker with which all workers fit on the machines; 0 if they do not fit."""
+    """Return the largest number of CPUs per worker for which all workers fit on the machines; 0 if there is none."""
     return next((each for each in range(max(cpus, default=0), 0, -1) if sum(n // each for n in cpus) >= workers), 0)
 
 
@@ -233,7 +233,7 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
         yield
         return
     logging_options = {"log_to_driver": False, "logging_level": "error"}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs plans and durations
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # hides execution plans and durations
     try:
         if address or os.environ.get("RAY_ADDRESS"):
             ray.init(address=address, **logging_options)
@@ -256,10 +256,8 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
 def _import_ray(address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # set before the import: Ray would send usage reports
     if not (address or os.environ.get("RAY_ADDRESS")):
-        os.environ.setdefault(
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-        )  # a cluster of our own listens on 127.0.0.1 only
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it prints warnings about its own Ray Data
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local cluster listens on 127.0.0.1 only
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray prints warnings about Ray Data itself
     try:
         import ray
         import ray.data
