@@ -207,6 +207,7 @@ def main(repetitions, *cases):
         for _ in range(int(repetitions)):
             codes = start(case)
             if codes is None:
+                sys.setswitchinterval(60)  # the threads of a group wait for the GIL as long as possible
                 globals()[case]()
                 if gloo_threads() and case not in KEPT_OPEN:
                     sys.exit(f"{case}: {gloo_threads()} threads of gloo outlive the process group")

@@ -7,7 +7,9 @@ call continues with the missing parts (`recontrast.app.prediction.parquet_parts`
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -232,6 +234,17 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
     if ray.is_initialized():
         yield
         return
+    sigterm_handler = signal.getsignal(signal.SIGTERM)  # ray.init replaces it, and ray.shutdown does not restore it
+    try:
+        _connect(ray, address, cpus)
+        yield
+    finally:
+        ray.shutdown()
+        if sigterm_handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, sigterm_handler)
+
+
+def _connect(ray: Any, address: str | None, cpus: int | None) -> None:
     logging_options = {"log_to_driver": False, "logging_level": "error"}
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # hides execution plans and durations
     try:
@@ -247,10 +260,6 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
         if type(error) is not Exception:
             raise
         raise OSError(f"ray could not start here: {' '.join(str(error).split())[:300]}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _import_ray(address: str | None) -> Any:
