@@ -1,7 +1,7 @@
 """anomaly_map in Triton; recontrast/reference.py defines it.
 
 The matrices of upsampling and blur are banded. A small first kernel finds the band of each tile of rows. A program of
-the second kernel computes a tile of the map from the bands of its rows and columns alone, and its maximum.
+the second kernel computes a tile of the map, from the bands of its rows and columns alone, and the tile's maximum.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def _find_bands(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Bands [start, end) of the columns with nonzeros, for each tile of BLOCK rows of each matrix."""
+    """Find the band [start, end) of the columns with nonzeros, for each tile of BLOCK rows of each matrix."""
     y = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for m in tl.static_range(len(matrices)):
         if tl.program_id(1) == m:
@@ -63,7 +63,7 @@ def _compute_tile(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,  # rows or columns of distances at a time
 ):
-    """A tile of BLOCK x BLOCK pixels of one map, and its maximum."""
+    """Compute a tile of BLOCK x BLOCK pixels of one map, and its maximum."""
     n = tl.program_id(0).to(tl.int64)
     y = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -117,7 +117,7 @@ _tuned_tile = autotuned(_compute_tile, CONFIGS, ["H", "W"])
 
 
 def _levels(distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Order of the pairs, grouped by matrices, and the number of pairs per level; 1 if the levels differ in it."""
+    """Return the pairs grouped by matrices, and the number of pairs per level; 1 if the levels differ in number."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (d, r, c) in enumerate(zip(distances, rows, cols, strict=True)):
         groups.setdefault((d.shape, r.data_ptr(), r.stride(), c.data_ptr(), c.stride()), []).append(i)

@@ -5,11 +5,11 @@ from typing import Any
 
 import triton
 
-OPTIONS = {"enable_fp_fusion": True}  # of every launch; explicit, because Triton is about to change the default
+OPTIONS = {"enable_fp_fusion": True}  # for every launch; explicit, because Triton is about to change the default
 
 
 class Untuned:
-    """A kernel that is always launched with the first of its configurations."""
+    """Kernel that is always launched with the first of its configurations."""
 
     def __init__(self, kernel: Any, configs: Sequence[triton.Config]):
         self.kernel, self.options = kernel, configs[0].all_kwargs()
@@ -19,7 +19,7 @@ class Untuned:
 
 
 def autotuned(kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> Any:
-    """``kernel`` with the fastest of ``configs`` for each value of the arguments ``key`` and each set of dtypes.
+    """Return ``kernel`` with the fastest of ``configs`` for each value of the arguments ``key`` and each set of dtypes.
 
     The configurations are timed at the first launch and the choice is kept for the life of the process. Timing runs the
     kernel many times, so it must be idempotent. The interpreter (TRITON_INTERPRET=1) takes the first configuration.

@@ -175,18 +175,18 @@ def _gradient(
         program -= programs
 
 
-PROGRAMS = 3  # per multiprocessor; if there are fewer, they split the channels, as in csrc/cosine_sums.cu
-LEAST = 128  # channels per program at least: one or two loads per thread
+PROGRAMS = 3  # per multiprocessor; with fewer, several programs split the channels, as in csrc/cosine_sums.cu
+LEAST = 128  # minimum channels per program: one or two loads per thread
 POSITIONS = 16  # per program, approximately
 
 
 def processors(device: torch.device) -> int:
-    """Number of multiprocessors of ``device``; 1 in the interpreter."""
+    """Return the number of multiprocessors of ``device``; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def parts_of(device: torch.device, features: Sequence[Tensor]) -> int:
-    """Number of programs that split the channels of a position: 1 unless there are too few positions for ``device``."""
+    """Return how many programs split the channels of a position: 1 unless ``device`` would have too few programs."""
     programs = sum(t.shape[0] * triton.cdiv(t.shape[2] * t.shape[3], POSITIONS) for t in features)
     max_parts = max((t.shape[1] for t in features), default=0) // LEAST
     return max(min(triton.cdiv(PROGRAMS * processors(device), max(programs, 1)), max_parts), 1)

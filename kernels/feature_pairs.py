@@ -1,14 +1,14 @@
-"""Groups pairs of features into Triton launches, and finds the strides to read them in place."""
+"""Group pairs of features into Triton launches, and find the strides to read them in place."""
 
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-PAIRS = 16  # pairs per launch at most: the kernel is unrolled over them
+PAIRS = 16  # maximum pairs per launch: the kernel is unrolled over them
 
 
 def strides_of(t: Tensor) -> tuple[int, int, int] | None:
-    """Strides of (image, channel, position), or None if no single stride covers all positions."""
+    """Return the strides of (image, channel, position), or None if no single stride covers all positions."""
     n, c, h, w = t.stride()
     height, width = t.shape[2:]
     if width == 1:
@@ -17,7 +17,7 @@ def strides_of(t: Tensor) -> tuple[int, int, int] | None:
 
 
 def readable(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """``t`` and its `strides_of`; a contiguous copy of ``t`` if it has none."""
+    """Return ``t`` and its strides (`strides_of`); a contiguous copy of ``t`` if there are none."""
     strides = strides_of(t)
     _, C, H, W = t.shape
     return (t, strides) if strides else (t.contiguous(), (C * H * W, H * W, 1))
@@ -39,13 +39,13 @@ def by_layout(tensors: Sequence[Sequence[Tensor]], pairs: Sequence[int]) -> Iter
 
 
 def read(tensors: Sequence[Tensor], members: Sequence[int]) -> tuple[tuple[Tensor, ...], Shapes]:
-    """`readable` of the members: tensors, and strides."""
+    """Return the tensors of the members and their strides, as `readable` does for each."""
     readable_tensors, strides = zip(*(readable(tensors[i]) for i in members), strict=True)
     return readable_tensors, strides
 
 
 def shapes(tensors: Sequence[Tensor], members: Sequence[int]) -> Shapes:
-    """Index of the first sum of each member, and its N, C and P."""
+    """Return the index of the first sum of each member, and N, C and P of each."""
     firsts, total = [], 0
     for t in tensors:
         firsts.append(total)

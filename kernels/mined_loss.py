@@ -1,6 +1,6 @@
 """mined_loss in Triton; recontrast/reference.py defines it, and csrc/mined_loss.cu has the same kernels in CUDA.
 
-Bound by the latency of launches, so one launch serves all pairs. "deviation" and "power" need two launches,
+Launch latency dominates, so one launch serves all pairs. "deviation" and "power" need two launches,
 "hardest" more (`recontrast.kernels.radix_select`). Counts are integers and all other sums have a fixed order, so
 results are reproducible bit by bit.
 """
@@ -36,7 +36,7 @@ def _summarise_pieces(
     SHIFT: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Summarises pieces of BLOCK points of one image; for "hardest", counts the first digits of their distances."""
+    """Summarise pieces of BLOCK points of one image; for "hardest", count the first digits of their distances."""
     number, images, points, first, block = _find_pair(tl.program_id(0), N, P, BLOCK, True)
     tiles = tl.cdiv(points, BLOCK)
     i = block % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -63,14 +63,14 @@ def _summarise_pieces(
 
 @triton.jit
 def _slope(xy, square, inverse):
-    """Derivative of the loss by ``square``, <x, x> or <y, y>; inverse: 1 / (norm of x * norm of y)."""
+    """Return the derivative of the loss by ``square``, <x, x> or <y, y>; inverse: 1 / (norm of x * norm of y)."""
     small = square < tl.full([], 1e-16, square.dtype)
     return tl.where(small, 0.0, xy * inverse / (2 * tl.where(small, 1.0, square)))
 
 
 @triton.jit
 def _pair_offsets(number, N, P, BLOCK: tl.constexpr):
-    """N and P of pair ``number``, and how many pieces and elements of the state come before it."""
+    """Return N and P of pair ``number``, and the number of pieces and of elements of the state before it."""
     images = tl.full([], 0, tl.int64)
     points = tl.full([], 0, tl.int64)
     pieces = tl.full([], 0, tl.int64)
@@ -85,7 +85,7 @@ def _pair_offsets(number, N, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mean_distance(fields_ptr, images, points, RULE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Mean of the distances of a pair, from the means ("power": sums) of its pieces; NaN without points."""
+    """Return the mean distance of a pair, from the means ("power": sums) of its pieces; NaN without points."""
     lanes = tl.arange(0, STEP).to(tl.int64)
     tiles = tl.cdiv(points, BLOCK)
     volume = images * points
@@ -102,7 +102,7 @@ def _mean_distance(fields_ptr, images, points, RULE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _standard_deviation(fields_ptr, mean, images, points, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Standard deviation of the distances of a pair about ``mean``, from its pieces; unbiased."""
+    """Return the unbiased standard deviation of the distances of a pair, from their ``mean`` and its pieces."""
     lanes = tl.arange(0, STEP).to(tl.int64)
     tiles = tl.cdiv(points, BLOCK)
     squares = tl.zeros([STEP], tl.float64)
@@ -122,7 +122,7 @@ def _standard_deviation(fields_ptr, mean, images, points, BLOCK: tl.constexpr, S
 
 @triton.jit
 def _combine_images(fields_ptr, slopes_ptr, images, tiles, STEP: tl.constexpr):
-    """Sum of the losses of a pair's images, from the sums of their pieces; writes the slopes (3, images)."""
+    """Return the sum of the losses of a pair's images, from the sums of their pieces; write the slopes (3, images)."""
     lanes = tl.arange(0, STEP).to(tl.int64)
     loss = tl.zeros([STEP], tl.float64)
     first = tl.full([], 0, tl.int64)
@@ -167,7 +167,7 @@ def _combine_pieces(
     STEP: tl.constexpr,
     FRACTION: tl.constexpr,
 ):
-    """One program per pair: combines the pieces into the threshold, the slopes and the loss of the pair."""
+    """Combine the pieces of a pair into its threshold, slopes and loss, with one program per pair."""
     number = tl.program_id(0)
     images, points, pieces, state = _pair_offsets(number, N, P, BLOCK)
     fields_ptr += pieces * 5
@@ -207,7 +207,7 @@ def _gradient(
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of the sums. The BLOCK points of a program belong to one pair."""
+    """Compute the gradient of the sums. The BLOCK points of a program belong to one pair."""
     number, images, points, first, block = _find_pair(tl.program_id(0), N, P, BLOCK, False)
     for i in tl.static_range(len(N)):
         state_ptr += tl.where(i < number, 1 + 3 * tl.cast(N[i], tl.int64), 0)
@@ -238,13 +238,13 @@ def _gradient(
 
 
 def _split(number: float) -> tuple[float, float]:
-    """``number`` as the sum of two float32 numbers."""
+    """Split ``number`` into two float32 numbers whose sum it is."""
     rounded = torch.tensor(number, dtype=torch.float32).item()
     return rounded, number - rounded
 
 
 def _fraction(sums: Tensor) -> int:
-    """Distances are multiples of 2^-fraction."""
+    """Return the fraction bits of the distances, which are multiples of 2^-fraction."""
     return 53 if sums.dtype == torch.float64 else 24
 
 

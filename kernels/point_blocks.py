@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _norm(square):
-    """Square root of ``square``, at least EPS."""
+    """Return the square root of ``square``, at least EPS."""
     clamped = tl.maximum(square, tl.full([], 1e-16, square.dtype), propagate_nan=tl.PropagateNan.ALL)  # EPS ** 2
     if square.dtype == tl.float64:
         return tl.sqrt(clamped)
@@ -16,7 +16,7 @@ def _norm(square):
 
 @triton.jit
 def _distance(xy, xx, yy):
-    """1 - cosine; the same bits in every kernel."""
+    """Return 1 - cosine, with the same bits in every kernel."""
     norms = _norm(xx) * _norm(yy)
     if xy.dtype == tl.float64:
         return 1 - xy / norms
@@ -26,9 +26,9 @@ def _distance(xy, xx, yy):
 
 @triton.jit
 def _find_pair(program, N, P, BLOCK: tl.constexpr, BY_IMAGE: tl.constexpr):
-    """The pair that ``program`` works on.
+    """Find the pair that ``program`` works on.
 
-    BY_IMAGE: the BLOCK points of a program belong to one image, else to one pair.
+    BY_IMAGE: the BLOCK points of a program belong to one image, otherwise to one pair.
 
     Returns the number of the pair, its N and P, the index of its first sum, and the program's index in the pair.
     """

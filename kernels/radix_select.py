@@ -15,7 +15,7 @@ BINS = 1 << DIGIT
 
 @triton.jit
 def _key(d, FRACTION: tl.constexpr):
-    """Distances from -1 to 3, multiples of 2^-FRACTION, as integers of the same order; NaN counts as largest."""
+    """Map distances from -1 to 3, multiples of 2^-FRACTION, to integers in the same order; NaN counts as largest."""
     one: tl.constexpr = 1 << FRACTION
     key = (d * one).to(tl.int64) + one
     return tl.where(d < 3, tl.where(d > -1, key, 0), 4 * one - 1)
@@ -30,7 +30,7 @@ def _select_digit(
     BINS: tl.constexpr,
     DIGIT: tl.constexpr,
 ):
-    """One program per pair: the next digit of the k-th largest distance."""
+    """Select the next digit of the k-th largest distance of a pair, with one program per pair."""
     number = tl.program_id(0)
     pair_ptr = selected_ptr + 2 * number
     rank = tl.full([], 0, tl.int64)
@@ -63,7 +63,7 @@ def _count_digits(
     BINS: tl.constexpr,
     DIGIT: tl.constexpr,
 ):
-    """Histogram of the next digit of all distances that begin with the selected digits."""
+    """Count the next digits of all distances that begin with the selected digits."""
     number, images, points, first, block = _find_pair(tl.program_id(0), N, P, BLOCK, False)
     volume = images * points
     i = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)

@@ -96,7 +96,8 @@ class AnomalyMap:
     """Compute anomaly maps at image size from (teacher, student) pairs, and image scores from maps.
 
     Guo et al. (https://arxiv.org/abs/2306.02602); upstream's utils.py: ``cal_anomaly_map`` with SciPy's
-    ``gaussian_filter`` for one model per class, ``cal_anomaly_maps`` with ``get_gaussian_kernel`` for one model of all.
+    ``gaussian_filter`` for one model per class, ``cal_anomaly_maps`` with ``get_gaussian_kernel`` for one model of all
+    classes.
 
     Args:
         sizes: Height and width of the features of each level, fine to coarse. An int means a square.
@@ -164,7 +165,7 @@ class AnomalyMap:
         return maps, maximum if how == "max" else self.score(maps, how)
 
     def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The matrices (H, h) and (W, w) of each level, float32, which combine upsampling and blur."""
+        """Return the matrices (H, h) and (W, w) of each level, float32, which combine upsampling and blur."""
         return list(self._rows), list(self._cols)
 
     def score(self, maps: Tensor, how: Score = "max") -> Tensor:

@@ -1,4 +1,4 @@
-"""Which kernels run on each device: the first available backend of `ORDER`, or the one ``RECONTRAST_BACKEND`` names.
+"""Choice of the kernels for each device: the first available backend in `ORDER`, or that of ``RECONTRAST_BACKEND``.
 
 The backends are "native" (compiled C++ and CUDA, ``csrc/``), "triton" (``kernels/``) and "torch" (``reference.py``).
 """
@@ -17,18 +17,18 @@ VARIABLE = "RECONTRAST_BACKEND"  # environment variable; ignored for a device th
 BACKEND = {"cpu": "torch", "cuda": "torch"}
 """Backend of each device: "native", "triton" or "torch"; read only."""
 WHY: dict[str, str] = {}
-"""Device -> why it does not run the first backend of its order, or who chose another; absent otherwise."""
+"""Device -> why it runs another backend than the first in `ORDER`, or who chose its backend; absent otherwise."""
 
 
 def choose(device: str, modules: Mapping[str, str]) -> None:
-    """Register the kernels of ``device``.
+    """Choose a backend for ``device`` and register its kernels.
 
     Args:
         device: "cpu" or "cuda".
         modules: operator -> the module of ``recontrast.kernels`` that implements it.
 
     Raises:
-        ValueError: ``RECONTRAST_BACKEND`` is not the name of a backend, or that backend is not available.
+        ValueError: If ``RECONTRAST_BACKEND`` is not the name of a backend, or that backend is not available.
     """
     requested = os.environ.get(VARIABLE, "")
     names = tuple(dict.fromkeys(name for order in ORDER.values() for name in order))
@@ -52,7 +52,7 @@ def choose(device: str, modules: Mapping[str, str]) -> None:
 
 
 def _register(name: str, device: str, modules: Mapping[str, str]) -> str | None:
-    """Register the kernels of backend ``name``; return why that is not possible, or None."""
+    """Register the kernels of backend ``name``; return None, or the reason why that is not possible."""
     if name == "native":
         return _native(device)
     return _triton(device, modules) if name == "triton" else None

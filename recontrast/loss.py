@@ -59,7 +59,7 @@ def point_distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
-    """Mean over (N, ...). With several processes, the mean over processes equals the mean over all their values."""
+    """Compute the mean over (N, ...), scaled so that the mean over processes equals the mean over all their values."""
     if shares is None:
         return values.mean()
     return values.sum() * (len(shares) / (sum(shares) * (values[0].numel() if len(values) else 1)))
@@ -94,7 +94,7 @@ def hard_mined_cosine(
     """Compute the global cosine distance with hard mining in the gradient (section 3.4 of the paper).
 
     The value is the mean over images of ``1 - cos(teacher, student)``, where each feature map is one long vector. In
-    the gradient, each position is multiplied by the weight that ``rule`` gives to its own (channel-wise) distance.
+    the gradient, each position is multiplied by the weight that ``rule`` computes from the point distances.
 
     If torch.distributed is initialised, the rule sees the distances of all processes, and the loss of a process is
     weighted by its share of the images. The mean over processes, which DistributedDataParallel computes, therefore does
@@ -206,7 +206,7 @@ def pairs_loss(
 ) -> Tensor:
     """Compute the loss of all pairs: summed over levels, averaged over groups (equation 5 of the paper).
 
-    Without a rule it gives the losses of the paper's ablation.
+    Without a rule, it computes the losses of the paper's ablation.
 
     Args:
         pairs: At least one (teacher, student) pair of `recontrast.ReContrast`, (N, C, H, W) each, group by group.

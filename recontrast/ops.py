@@ -126,7 +126,7 @@ def anomaly_map(
 
     Args:
         distances: Point distances of each pair, (N, h_i, w_i), float32.
-        rows: Upsample-and-blur matrix of the vertical axis for each pair, (H, h_i), float32. Kernels use that it is
+        rows: Upsample-and-blur matrix of the vertical axis for each pair, (H, h_i), float32. Kernels rely on it being
             banded.
         cols: Upsample-and-blur matrix of the horizontal axis for each pair, (W, w_i), float32. Pairs with the same
             matrices (the same tensors) are added up first.
@@ -206,7 +206,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, y = ctx.saved_tensors
     backward = torch.ops.recontrast.cosine_sums_backward
-    # <x, y> is symmetric: the gradient in x is that in y with x and y, and the two squares, swapped.
+    # By symmetry, the gradient in x is the gradient in y with x and y, and the two squares, swapped.
     grad_x = backward(torch.stack([grad[0], grad[2], grad[1]]), y, x) if ctx.needs_input_grad[0] else None
     grad_y = backward(grad, x, y) if ctx.needs_input_grad[1] else None
     return grad_x, grad_y

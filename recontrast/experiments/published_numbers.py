@@ -133,6 +133,6 @@ BACKBONES = _parse_rows(
     """,
 )
 
-# Table A6, by the features that are the target of the map: those of the frozen encoder, of the trained one, or both.
+# Table A6, by the target features of the map: those of the frozen encoder, of the trained one, or both.
 MAPS = _parse_rows("i_auroc", "frozen 99.16\ntrained 99.38\nboth 99.45")
 MAPS_APTOS = _parse_rows("i_auroc", "frozen 95.32\ntrained 97.73\nboth 97.51")

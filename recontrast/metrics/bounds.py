@@ -58,7 +58,7 @@ class Bins:
 
     @property
     def sums_above(self) -> tuple[Array, Array, Array]:
-        """T, F and H of each bin."""
+        """Good, positive and overlap sums of the bins above each bin: T, F and H."""
         t, f, h = (np.cumsum(x) - x for x in (self.positive, self.good, self.overlap))
         return t, f, h
 

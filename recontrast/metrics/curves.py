@@ -73,8 +73,8 @@ def thin(curve: Curve, columns: int = 200) -> Curve:
         columns: Number of equally wide columns, at least 1.
 
     Returns:
-        At most ``2 * columns`` points of ``curve``, ends included. Between them the new curve differs from the old one
-        by at most the rise within a column.
+        At most ``2 * columns`` points of ``curve``, including both ends. Between them, the new curve differs from the
+        old one by at most the rise within a column.
 
     Raises:
         ValueError: If ``columns`` is less than 1.

@@ -59,7 +59,7 @@ def per_image(maps: Array, masks: Array, limit: float) -> tuple[Array, Array]:
 
 
 def compute_overlap_curve(maps: Array, masks: Array) -> tuple[Array, Array] | None:
-    """Compute false positive rate and mean overlap of (N, H, W) at each corner; None if `pixels` returns None."""
+    """Compute false positive rate and mean overlap of (N, H, W) at each corner; None where `pixels` returns None."""
     if not np.isfinite(maps).all() or masks.all() or not masks.any():
         return None
     sweep = _build_sweep(maps, masks, compute_overlap_weights(regions(masks)[0][masks]))
@@ -168,7 +168,7 @@ def _compute_aupro(sweep: _Sweep, limit: float) -> float:
 
 
 def _compute_curve(sweep: _Sweep) -> tuple[Array, Array]:
-    """Number of good pixels and mean overlap at each corner; flat up to ``above``, then linear up to ``fp``."""
+    """Return good pixels and mean overlap at each corner of the curve: flat up to ``above``, linear up to ``fp``."""
     x = np.concatenate([[0], np.stack([sweep.above, sweep.fp], 1).ravel(), [sweep.negatives]])
     return x, np.concatenate([[0.0, 0.0], np.repeat(sweep.overlap, 2)])
 

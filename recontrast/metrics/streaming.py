@@ -21,7 +21,7 @@ from recontrast.metrics.bounds import UNIT, Estimate
 DETAIL = 17  # 2 ** 17 bins per octave; with fewer, the bounds of maps with a narrow range exceed 1e-4
 OCTAVES = 20  # at most 63 MB of histograms; values below a millionth of the largest share the lowest bin
 MAX_REGIONS = 1 << 22  # an int64 holds the sum of this many regions of 2 ** 40 units
-TOLERANCE = 1e-3  # of the range; rounding moves values out of the range by less than this
+TOLERANCE = 1e-3  # share of the range; rounding moves values out of the range by less than this
 WORD = 1 << 30  # per-image areas are summed in two words of 30 bits each, which is exact in any order
 IMAGES, REGIONS, HIGH_WORD, LOW_WORD, DEFINED, UNDEFINED = range(6)  # indices of `Streaming.totals`
 
@@ -143,7 +143,7 @@ class Streaming:
             tensor += other[name].to(tensor.device)
 
     def state(self) -> dict[str, Tensor]:
-        """The accumulated int64 tensors ``counts`` (3, bins) and ``totals`` (6,), not copied; states can be added."""
+        """Return the int64 tensors ``counts`` (3, bins) and ``totals`` (6,), not copied; states can be added up."""
         return {"counts": self.counts, "totals": self.totals}
 
     def reset(self) -> None:
@@ -251,7 +251,7 @@ class Streaming:
     def _compute_per_image(
         self, maps: Tensor, positive: NDArray[Any], labels: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Compute `recontrast.metrics.reference.per_image`, ranking the pixels of all images at once on the device."""
+        """Compute `reference.per_image`, with the pixels of all images ranked at once on the device."""
         areas, reasons = np.full(len(maps), np.nan), np.full(len(maps), reference.GOOD_IMAGE)
         extremes = torch.stack([maps.amin((1, 2)), maps.amax((1, 2))], 1).cpu().numpy()
         thresholds: dict[int, NDArray[Any]] = {}  # image -> thresholds, for images that have any

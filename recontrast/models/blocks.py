@@ -2,7 +2,7 @@
 
 The bottleneck and the decoder repeat the residual blocks of the encoder (Deng and Li, CVPR 2022,
 https://arxiv.org/abs/2201.10703; upstream models/resnet.py, `BasicBlock` and `Bottleneck`; models/de_resnet.py, their
-transposed twins). `RESNETS` lists the ResNets of torchvision. `build_mirror_plan` gives a plan for any other backbone.
+transposed twins). `RESNETS` lists the ResNets of torchvision. `build_mirror_plan` plans for any other backbone.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 ACTIVATIONS = ("relu", "gelu")
 MAX_BASIC_CHANNELS = 512  # bottleneck output of ResNet-34; a mirror plan with more channels uses bottleneck blocks
-MIN_WIDTH = 64  # of a mirror decoder's finest level, doubled at each coarser level, as in ResNet-18
+MIN_WIDTH = 64  # minimum channels of a mirror decoder's finest level; doubled at each coarser level, as in ResNet-18
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ RESNETS = {
 
 
 def build_mirror_plan(channels: Sequence[int], blocks: int = 2) -> ResNetPlan:
-    """Plan for a backbone that is not a ResNet: basic blocks for narrow pyramids, bottleneck blocks for wide ones."""
+    """Return the plan for a backbone other than a ResNet: basic blocks if it is narrow, else bottleneck blocks."""
     is_narrow = 2 * compute_mirror_widths(channels)[-1] <= MAX_BASIC_CHANNELS
     return ResNetPlan(1 if is_narrow else 4, (blocks,) * len(channels), fuse=blocks)
 
 
 def compute_mirror_widths(channels: Sequence[int]) -> list[int]:
-    """Channels inside a mirror decoder: those of the encoder, but at least those of ResNet-18.
+    """Return the channels inside a mirror decoder: those of the encoder, but at least those of ResNet-18.
 
     Mobile networks output narrow projections of wide layers (24, 40 and 112 channels in EfficientNet-Lite0). A decoder
     of that width cannot reconstruct them.
@@ -56,7 +56,7 @@ def compute_mirror_widths(channels: Sequence[int]) -> list[int]:
 
 
 def count_halvings(strides: Sequence[int]) -> list[int]:
-    """Number of halvings between each level and the next coarser one.
+    """Return the number of halvings between each level and the next coarser one.
 
     Raises:
         ValueError: If the strides do not grow by powers of 2.

@@ -79,11 +79,11 @@ class FoldedModel(nn.Module):
 
     @property
     def frozen(self) -> nn.Module | None:
-        """The frozen encoder, or None if the model has a single encoder."""
+        """Frozen encoder; None if the model has a single encoder."""
         return self.model.frozen
 
     def train(self, mode: bool = True) -> "FoldedModel":
-        """Accept eval mode only, because the batch statistics are gone.
+        """Accept eval mode only, because folding removes the BatchNorms that training needs.
 
         Args:
             mode: False for eval mode.
@@ -116,7 +116,7 @@ class FoldedModel(nn.Module):
         return self.model(images, views)
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """The height and width of each level's features for images of ``size``, see `ReContrast.map_sizes`."""
+        """Return height and width of each level's features for images of ``size``, see `ReContrast.map_sizes`."""
         return self.model.map_sizes(size)
 
 

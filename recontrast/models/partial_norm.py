@@ -30,7 +30,7 @@ class PartialNorm2d(nn.Module):
 
     Each channel has a minimum variance, min(pretrained running variance, ``var_thresh``). In training, a channel whose
     batch variance does not exceed it is normalised with the minimum instead. Batches of a single category leave some
-    channels almost inactive, and the paper gives them as a cause of loss spikes. In eval mode the layer equals
+    channels almost inactive, which the paper names as a cause of loss spikes. In eval mode the layer equals
     BatchNorm. The minimum is a buffer and is stored in checkpoints. Upstream computes it in the first forward pass and
     does not store it.
 

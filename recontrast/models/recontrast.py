@@ -22,7 +22,7 @@ from recontrast.models.partial_norm import convert_partial_norm
 
 __all__ = ["Bottleneck", "MirrorDecoder", "ReContrast", "ReverseResNet"]
 
-PARTIAL_NORM_EPS = 1e-6  # of the trained encoder only: upstream sets it after copying the frozen encoder
+PARTIAL_NORM_EPS = 1e-6  # for the trained encoder only: upstream sets it after copying the frozen encoder
 
 
 class ReContrast(nn.Module):
@@ -117,7 +117,7 @@ class ReContrast(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments without the weights.
+        """Arguments of the constructor without the weights.
 
         ``ReContrast(**config, weights="random")`` builds the same model, ready to load a state dict.
         """
@@ -157,7 +157,7 @@ class ReContrast(nn.Module):
             autocast. With two encoders: one pair per level with the frozen encoder's features and the output of head 0
             for the trained encoder's features, then one pair per level with the trained encoder's features and the
             output of head 1 for the frozen encoder's. ``views`` selects one of the groups. A single encoder has one
-            group. Teachers from the trained encoder carry gradient, which the loss stops.
+            group. Teachers from the trained encoder require gradients, which the loss stops.
 
         Raises:
             ValueError: If the images have another shape, or ``views`` does not fit the mode or the model.
@@ -182,7 +182,7 @@ class ReContrast(nn.Module):
         return list(zip([*frozen, *trained], students, strict=True))
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """Height and width of each level's features, fine to coarse, for images of ``size`` pixels (int or (h, w)).
+        """Return height and width of each level's features, fine to coarse, for images of ``size``, an int or (h, w).
 
         Raises:
             ValueError: If height or width is not a multiple of ``stride``.

@@ -31,7 +31,7 @@ class Clock:
             self.marks.append((name, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Total time of each stage, seconds; waits for the device."""
+        """Return the total time of each stage in seconds; waits for the device."""
         if self.is_cuda:
             self.marks[-1][1].synchronize()
         total: dict[str, float] = {}

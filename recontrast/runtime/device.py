@@ -68,14 +68,14 @@ def move_model(model: nn.Module, device: torch.device, channels_last: bool | Non
 
 
 def is_bfloat16_fast(device: torch.device) -> bool:
-    """Whether ``device`` has bfloat16 kernels; a CPU without AVX-512 is several times slower than in float32."""
+    """Return whether ``device`` has bfloat16 kernels; without them, a CPU is several times slower than in float32."""
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return True
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def trim_memory() -> None:
-    """Return freed memory to the operating system, of which glibc keeps hundreds of MB; elsewhere do nothing."""
+    """Return freed memory to the operating system; glibc would keep hundreds of MB. Without glibc, do nothing."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

@@ -50,16 +50,16 @@ class World:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true in at least one process; a collective, which all processes must call."""
+        """Return whether ``flag`` is true in at least one process; a collective, which all processes must call."""
         return any(_gather_objects(flag)) if self.size > 1 else flag
 
     def shares(self, count: int) -> list[int]:
-        """Number of items of each process out of ``count``; they differ by at most one, the first ranks have more."""
+        """Return how many of ``count`` items each process gets: equally many, or one more on the first ranks."""
         quotient, remainder = divmod(count, self.size)
         return [quotient + (rank < remainder) for rank in range(self.size)]
 
     def share(self, count: int) -> slice:
-        """Slice of this process's items out of ``count``; the slices of all ranks in order cover all items."""
+        """Return the slice of this process out of ``count`` items; the slices of all ranks cover all items in order."""
         bounds = [0, *accumulate(self.shares(count))]
         return slice(bounds[self.rank], bounds[self.rank + 1])
 
@@ -102,7 +102,7 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[W
 
 
 def current_world() -> World:
-    """World of the initialised process group, or of a single process if there is none."""
+    """Return the world of the initialised process group, or of a single process if there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(), dist.get_world_size())
@@ -152,7 +152,7 @@ def _init_process_group(backend: str) -> None:
     """Initialise the default process group from the environment, also after an earlier one was destroyed."""
     variables = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
     store, rank, size, groups = _connect_store(*map(os.environ.get, variables))
-    # Under a prefix of its own, because the store still has the addresses of earlier groups.
+    # Each group has its own prefix, because the store still has the addresses of earlier groups.
     store = dist.PrefixStore(f"group{next(groups)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
