@@ -1,4 +1,4 @@
-"""Run folder of a tiny detector for the tests of reports."""
+"""Run folder of a tiny detector for report tests."""
 
 import torch
 from tiny import tiny_set
@@ -11,7 +11,7 @@ from recontrast.training.train import build_model
 RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
 
 
-def trained(root, category="nut", **sizes):
+def make_run(root, category="nut", **sizes):
     """Create a run and its data, by default 4 good and 4 defective test images, and return both folders."""
     data = root / "data"
     tiny_set(data, category, train=2, **{"good": 4, "defects": 4, **sizes})

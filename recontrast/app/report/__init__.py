@@ -1,1 +1,1 @@
-"""The report: one HTML file with what a detector does on test images; it needs no network and no other file."""
+"""HTML report of a detector on test images: a single self-contained file."""

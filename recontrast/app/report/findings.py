@@ -1,4 +1,4 @@
-"""What a report says: one pass over test images, decisions, recall by kind of defect, curves."""
+"""Content of a report: scores, decisions, recall by defect type and curves from one pass over the test images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,15 +23,15 @@ from recontrast.recipes.recipe import Recipe
 
 MISSED, FALSE_ALARM, FOUND, PASSED, OPEN = "missed", "false alarm", "found", "passed", "no decision"
 ERRORS = (MISSED, FALSE_ALARM)
-Z = 1.959963984540054  # of 95 %, normal
+Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One test image, what was said of it, and by how much that was right or wrong."""
+    """One test image with its score and decision."""
 
     sample: Sample
-    place: int  # of its small map among all
+    index: int  # of its small map in `Findings.heats`
     score: float
     p_value: float | None
     outcome: str
@@ -40,21 +40,21 @@ class Shot:
 
 @dataclass(frozen=True)
 class Recall:
-    """How many images of one kind were called defects: recall of a kind of defect, false alarms of the good ones."""
+    """Number of images called defects: the recall of a defect type, or the false alarms among good images."""
 
     defect: str
-    label: int  # 1 anomalous
+    label: int  # 0: good, 1: anomalous
     images: int
     called: int
 
     @property
     def rate(self) -> float:
-        """Share that was called a defect."""
+        """Share of the images that were called defects, in [0, 1]."""
         return self.called / self.images
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the rate (Wilson, 1927)."""
+        """95 % confidence interval of the rate (Wilson, 1927), in [0, 1]."""
         n, p = self.images, self.rate
         centre, half = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
         return max(0.0, (centre - half) / (1 + Z**2 / n)), min(1.0, (centre + half) / (1 + Z**2 / n))
@@ -62,40 +62,40 @@ class Recall:
 
 @dataclass(frozen=True)
 class Section:
-    """One category."""
+    """Results of one category."""
 
     row: Row
     shots: list[Shot]
-    threshold: float | None  # calibrated, or of F1-max on these images; None where neither is
-    recalls: list[Recall]  # by kind of defect, the good ones last
-    heat: tuple[float, float]  # map values of the coldest and of the hottest colour
-    centred: bool  # the threshold has the middle colour
+    threshold: float | None  # calibrated, or maximizes F1 on these images; None without either
+    recalls: list[Recall]  # by defect type, good images last
+    heat: tuple[float, float]  # map values of the first and last colour
+    centred: bool  # whether the threshold has the middle colour
     roc: Curve | None
     pro: Curve | None
 
     @property
     def point(self) -> tuple[float, float] | None:
-        """Where the threshold lies on the ROC curve: false alarms and recall, in [0, 1]."""
-        sums = [[(r.called, r.images) for r in self.recalls if r.label == label] for label in (0, 1)]
-        if not all(sums):
+        """Operating point on the ROC curve: false positive rate and recall, in [0, 1]; None without both classes."""
+        counts = [[(r.called, r.images) for r in self.recalls if r.label == label] for label in (0, 1)]
+        if not all(counts):
             return None
-        alarms, found = (sum(c for c, _ in some) / sum(n for _, n in some) for some in sums)
-        return alarms, found
+        false_positive_rate, recall = (sum(c for c, _ in pairs) / sum(n for _, n in pairs) for pairs in counts)
+        return false_positive_rate, recall
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All of a report but its pictures."""
+    """Content of a report without its pictures."""
 
     result: Result
     sections: list[Section]
     calibration: Calibration | None
-    heats: list[NDArray[np.float32]] = field(repr=False)  # a small map (h, w) of each image
-    warnings: tuple[str, ...] = ()  # where the good images are not like those of the calibration
+    heats: list[NDArray[np.float32]] = field(repr=False)  # a small map (h, w) per image
+    warnings: tuple[str, ...] = ()  # if the good images differ from the calibration images
 
     @property
     def shots(self) -> list[Shot]:
-        """All images, the worst error first and the surest right decision last."""
+        """All images, from the worst error to the correct decision with the largest margin."""
         return sorted((shot for section in self.sections for shot in section.shots), key=_by_error)
 
 
@@ -104,33 +104,33 @@ def gather(
     calibration: Calibration | None = None, *,
     device: str | None = None, batch: int = 16, on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Findings:  # fmt: skip
-    """Evaluate once.
+    """Evaluate a model once and collect the content of its report.
 
     Args:
-        model: trained, or one for inference.
-        groups: samples by category; those of the train split are passed over.
-        recipe: that the model was trained with.
-        calibration: decides; None: F1-max on these very images does.
-        device: None leaves the model where it is.
-        batch: images at once.
-        on_progress: called with category, images done, and images of the category.
+        model: Trained model, or one converted for inference.
+        groups: Samples by category; those of the train split are ignored.
+        recipe: Recipe of the model.
+        calibration: Calibrated threshold; None uses the threshold that maximizes F1 on these images.
+        device: Device for the model; None does not move it.
+        batch: Batch size in images.
+        on_progress: Called with the category, the images processed and the number of images in the category.
     """
-    kept = MapSummaries(recipe, max_map_value(model, recipe))
-    result = evaluate(model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=kept.add)
-    sections, begun = [], 0
+    summaries = MapSummaries(recipe, max_map_value(model, recipe))
+    result = evaluate(model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=summaries.add)
+    sections, start = [], 0
     for row in result.rows:
-        scores = np.array([scored.score for scored in result.scored[begun : begun + row.images]])
-        sections.append(_section(row, kept, scores, begun, recipe, calibration))
-        begun += row.images
-    seen = () if calibration is None else tuple(decide_on_result(result, calibration, groups, recipe).warnings())
-    return Findings(result, sections, calibration, kept.small, seen)
+        scores = np.array([scored.score for scored in result.scored[start : start + row.images]])
+        sections.append(_section(row, summaries, scores, start, recipe, calibration))
+        start += row.images
+    warnings = () if calibration is None else tuple(decide_on_result(result, calibration, groups, recipe).warnings())
+    return Findings(result, sections, calibration, summaries.small, warnings)
 
 
 def _section(
-    row: Row, kept: MapSummaries, scores: NDArray[Any], begun: int, recipe: Recipe, calibration: Calibration | None
+    row: Row, summaries: MapSummaries, scores: NDArray[Any], start: int, recipe: Recipe, calibration: Calibration | None
 ) -> Section:  # fmt: skip
-    inside = slice(begun, begun + row.images)
-    samples = kept.samples[inside]
+    inside = slice(start, start + row.images)
+    samples = summaries.samples[inside]
     threshold = row.i_threshold if calibration is None else float(calibration.threshold)
     labels = np.array([sample.label for sample in samples])
     called = None
@@ -140,23 +140,23 @@ def _section(
     unit = float(scores.std()) or 1.0
     shots = [
         Shot(
-            sample, begun + i, score, p_values[i], _outcome(sample.label, None if called is None else bool(called[i])),
+            sample, start + i, score, p_values[i], _outcome(sample.label, None if called is None else bool(called[i])),
             abs(score - threshold) / unit if threshold is not None else -score / unit,
         )
         for i, (sample, score) in enumerate(zip(samples, scores.tolist(), strict=True))
     ]  # fmt: skip
     recalls = []
     if called is not None:
-        for label, kind in sorted({(s.label, s.defect) for s in samples}, key=lambda of: (-of[0], of[1])):
-            of = np.array([sample.defect == kind for sample in samples])
-            recalls.append(Recall(kind, label, int(of.sum()), int(called[of].sum())))
-    both = 0 < row.defects < row.images
-    shown = threshold if recipe.score == "max" else None  # the mean of a map is not one of its values
-    heat = heatmaps.colour_range(kept.medians[inside], kept.peaks[inside], shown)
+        for label, defect in sorted({(s.label, s.defect) for s in samples}, key=lambda pair: (-pair[0], pair[1])):
+            selected = np.array([sample.defect == defect for sample in samples])
+            recalls.append(Recall(defect, label, int(selected.sum()), int(called[selected].sum())))
+    has_both_classes = 0 < row.defects < row.images
+    middle = threshold if recipe.score == "max" else None  # the mean of a map is not one of its values
+    heat = heatmaps.colour_range(summaries.medians[inside], summaries.peaks[inside], middle)
     return Section(
-        row, shots, threshold, recalls, heat, shown is not None and heat[0] < shown,
-        curves.thin(curves.roc(scores, labels)) if both else None,
-        None if row.aupro is None else kept.curve(row.category),
+        row, shots, threshold, recalls, heat, middle is not None and heat[0] < middle,
+        curves.thin(curves.roc(scores, labels)) if has_both_classes else None,
+        None if row.aupro is None else summaries.curve(row.category),
     )  # fmt: skip
 
 

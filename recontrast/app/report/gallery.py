@@ -1,4 +1,4 @@
-"""The gallery: image, heat map and mask of each shot, and the controls that choose among them."""
+"""Gallery of the report: image, heat map and mask of each test image, with filters."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,35 +6,43 @@ from html import escape
 from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, OPEN, PASSED, Section, Shot
 from recontrast.app.report.thumbnails import Pictures
 
-SIGNS = {MISSED: "✕", FALSE_ALARM: "!", FOUND: "✓", PASSED: "✓", OPEN: "?"}  # beside the word, never instead of it
+SIGNS = {
+    MISSED: "✕",
+    FALSE_ALARM: "!",
+    FOUND: "✓",
+    PASSED: "✓",
+    OPEN: "?",
+}  # shown with the word
 
 
-def gallery(
+def render_gallery(
     sections: Sequence[Section], shots: Sequence[Shot], pictures: Sequence[Pictures], total: int, legend: str
 ) -> str:
-    """The section of the page.
+    """Return the HTML of the gallery section.
 
     Args:
-        sections: for the thresholds.
-        shots: those shown, in order.
-        pictures: one of each.
-        total: images that were evaluated.
-        legend: of the heat colours.
+        sections: Results by category; their thresholds are used.
+        shots: Images to show, in order.
+        pictures: Encoded pictures of each image.
+        total: Number of evaluated images.
+        legend: HTML of the colour legend.
     """
     thresholds = {section.row.category: section.threshold for section in sections}
-    cards = "".join(_card(s, p, thresholds[s.sample.category]) for s, p in zip(shots, pictures, strict=True))
-    left = "" if len(shots) == total else f" Of {total} images these {len(shots)} are shown (--images)."
-    order = "the highest score first" if all(s.outcome == OPEN for s in shots) else (
-        "the worst error first, then what was decided rightly, by the narrowest margin first"
-    )  # fmt: skip
+    cards = "".join(_render_card(s, p, thresholds[s.sample.category]) for s, p in zip(shots, pictures, strict=True))
+    subset = "" if len(shots) == total else f" The first {len(shots)} of {total} images are shown (see --images)."
+    order = (
+        "Images with the highest scores come first."
+        if all(s.outcome == OPEN for s in shots)
+        else "Errors come first, starting with the largest, then correct decisions, starting with the closest."
+    )
     return f"""<section id="gallery" aria-labelledby="gallery-title">
 <h2 id="gallery-title">Images</h2>
-<p>Sorted by error: {order}.{left} In each row: the image, the heat map, and the mask that a person drew.</p>
-<form id="controls" aria-label="Choose images">
-{_choice("category", "Category", [shot.sample.category for shot in shots])}
-{_choice("defect", "Defect type", [shot.sample.defect for shot in shots])}
-{_choice("outcome", "Outcome", [shot.outcome for shot in shots])}
-<p class="mix"><label for="mix">Middle picture</label>
+<p>{order}{subset} Each row shows the image, the heat map over the image, and the annotated mask.</p>
+<form id="controls" aria-label="Filter images">
+{_render_filter("category", "Category", [shot.sample.category for shot in shots])}
+{_render_filter("defect", "Defect type", [shot.sample.defect for shot in shots])}
+{_render_filter("outcome", "Outcome", [shot.outcome for shot in shots])}
+<p class="mix"><label for="mix">Heat map overlay</label>
 <span class="ends"><span aria-hidden="true">image</span>
 <input type="range" id="mix" min="0" max="100" step="5" value="50" aria-valuetext="image with heat map">
 <span aria-hidden="true">heat map</span></span></p>
@@ -42,29 +50,29 @@ def gallery(
 </form>
 {legend}
 <ol id="cards">{cards}</ol>
-<p id="none" hidden>No image is all of that. <button type="button" id="reset">Show all images</button></p>
+<p id="none" hidden>No images match these filters. <button type="button" id="reset">Show all images</button></p>
 </section>"""
 
 
-def _choice(key: str, label: str, values: Sequence[str]) -> str:
-    found = sorted(set(values), key=lambda value: (list(SIGNS).index(value) if value in SIGNS else 0, value))
-    options = "".join(
-        f'<option value="{escape(value)}">{escape(value)} ({values.count(value)})</option>' for value in found
+def _render_filter(key: str, label: str, values: Sequence[str]) -> str:
+    options = sorted(set(values), key=lambda value: (list(SIGNS).index(value) if value in SIGNS else 0, value))
+    items = "".join(
+        f'<option value="{escape(value)}">{escape(value)} ({values.count(value)})</option>' for value in options
     )
-    hidden = " hidden" if len(found) < 2 else ""
+    hidden = " hidden" if len(options) < 2 else ""
     return (
         f'<p{hidden}><label for="of-{key}">{label}</label>'
-        f'<select id="of-{key}" data-key="{key}"><option value="">all</option>{options}</select></p>'
+        f'<select id="of-{key}" data-key="{key}"><option value="">all</option>{items}</select></p>'
     )
 
 
-def _card(shot: Shot, pictures: Pictures, threshold: float | None) -> str:
+def _render_card(shot: Shot, pictures: Pictures, threshold: float | None) -> str:
     sample = shot.sample
     name = escape(sample.path.name)
-    what = f"{sample.category}, {sample.defect}" if sample.label else f"{sample.category}, good"
+    description = f"{sample.category}, {sample.defect}" if sample.label else f"{sample.category}, good"
     if pictures.mask is not None:
-        drawn = f'<img src="{pictures.mask}" alt="Mask of the defect" decoding="async">'
-        mask = f'<span class="pic">{drawn}</span>'
+        image = f'<img src="{pictures.mask}" alt="Mask of the defect" decoding="async">'
+        mask = f'<span class="pic">{image}</span>'
     else:
         mask = f'<span class="pic empty">{"no mask" if sample.label else "no defect"}</span>'
     times = "" if not threshold else f' <span class="dim">{shot.score / threshold:.2f} &times; threshold</span>'
@@ -79,6 +87,6 @@ def _card(shot: Shot, pictures: Pictures, threshold: float | None) -> str:
         f'alt="Heat map of {name}" decoding="async"></span>{mask}</span>'
         f'<figcaption><strong class="outcome"><span aria-hidden="true">{SIGNS[shot.outcome]}</span> {shot.outcome}'
         f'</strong> <span class="score">{shot.score:#.4g}</span>{times}{p_value}'
-        f'<span class="file">{escape(what)}<br><span title="{escape(str(sample.path))}">{name}</span></span>'
+        f'<span class="file">{escape(description)}<br><span title="{escape(str(sample.path))}">{name}</span></span>'
         f"</figcaption></figure></li>"
     )

@@ -1,4 +1,4 @@
-"""Tables of the page: metrics, recall by kind of defect, recipe, versions."""
+"""Tables of the report: metrics, recall by defect type, recipe and versions."""
 
 import json
 from collections.abc import Mapping
@@ -13,69 +13,68 @@ from recontrast.recipes.recipe import Recipe
 
 LABELS = {**METRICS, "aupro": "AUPRO, data set", "aupro_per_image": "AUPRO, per image"}
 MEANING = {
-    "i_auroc": "images: how often a defective one scores higher than a good one",
+    "i_auroc": "images: probability that a defective image scores higher than a good one",
     "i_ap": "images: average precision",
-    "i_f1": "images: largest F1 over all thresholds",
-    "i_accuracy": "images: decided rightly at the threshold of that F1",
-    "p_auroc": "pixels: how often a defective one scores higher than a good one",
+    "i_f1": "images: highest F1 over all thresholds",
+    "i_accuracy": "images: accuracy at the threshold with the highest F1",
+    "p_auroc": "pixels: probability that a defective pixel scores higher than a good one",
     "p_ap": "pixels: average precision",
-    "p_f1": "pixels: largest F1 over all thresholds",
-    "aupro": "mean overlap of all defect regions, up to 30 % false positive pixels; compares with other papers",
-    "aupro_per_image": "each image alone, as in ReContrast's own code; does not compare with the one above",
+    "p_f1": "pixels: highest F1 over all thresholds",
+    "aupro": "regions: mean overlap up to 30 % false positive pixels; comparable with other papers",
+    "aupro_per_image": "regions: the same for each image alone, as in the authors' code; not comparable with the row above",
 }
 
 
-def metrics(findings: Findings) -> str:
-    """Of one category with what each says; of several by category, with their mean."""
+def render_metrics(findings: Findings) -> str:
+    """Return the HTML of the metrics: with explanations for one category, by category and mean for several."""
     rows = [section.row for section in findings.sections]
     names = [name for name in METRICS if any(getattr(row, name) is not None for row in rows)]
-    shown = [*rows, findings.result.mean] if len(rows) > 1 else rows
-    table = _of_one(rows[0], names) if len(rows) == 1 else _of_several(shown, names)
-    notes = "".join(f"<p>{escape(row.category)}: {escape(row.note)}.</p>" for row in shown if row.note)
+    table_rows = [*rows, findings.result.mean] if len(rows) > 1 else rows
+    table = _render_one_category(rows[0], names) if len(rows) == 1 else _render_categories(table_rows, names)
+    notes = "".join(f"<p>{escape(row.category)}: {escape(row.note)}.</p>" for row in table_rows if row.note)
     result = findings.result
     size = f"{result.size[1]} &times; {result.size[0]} px"
-    size = size if result.tile is None else f"the size of the images, from tiles of {size}"
-    how = (
-        f'<p class="dim">Maps of {size}, {result.reduce} of the pairs, '
-        f"blur {result.blur}, score {result.score}, mask rule {result.mask_rule}.</p>"
+    size = size if result.tile is None else f"image size, computed in tiles of {size}"
+    settings = (
+        f'<p class="dim">Anomaly maps: {size}; reduction over the feature pairs: {result.reduce}; '
+        f"blur: {result.blur}; image score: {result.score}; mask rule: {result.mask_rule}.</p>"
     )
-    return (
-        f'<section aria-labelledby="metrics"><h2 id="metrics">Metrics, in percent</h2>{table}{notes}{how}</section>\n'
-    )
+    title = '<h2 id="metrics">Metrics, in percent</h2>'
+    return f'<section aria-labelledby="metrics">{title}{table}{notes}{settings}</section>\n'
 
 
-def _of_one(row: Row, names: list[str]) -> str:
+def _render_one_category(row: Row, names: list[str]) -> str:
     if not names:
         return ""
     lines = "".join(
-        f'<tr><th scope="row">{LABELS[name]}</th><td class="n">{cell(row, name)}</td>'
+        f'<tr><th scope="row">{LABELS[name]}</th><td class="n">{format_metric(row, name)}</td>'
         f'<td class="dim">{MEANING[name]}</td></tr>'
         for name in names
     )
     return (
-        '<table class="meaning"><thead><tr><th scope="col">Metric</th><th scope="col" class="n">percent</th>'
-        f'<th scope="col">What it says</th></tr></thead><tbody>{lines}</tbody></table>'
+        '<table class="meaning"><thead><tr><th scope="col">Metric</th><th scope="col" class="n">Percent</th>'
+        f'<th scope="col">Meaning</th></tr></thead><tbody>{lines}</tbody></table>'
     )
 
 
-def _of_several(rows: list[Row], names: list[str]) -> str:
+def _render_categories(rows: list[Row], names: list[str]) -> str:
     heads = "".join(f'<th scope="col" class="n">{LABELS[name]}</th>' for name in names)
     lines = ""
     for row in rows:
-        cells = "".join(f'<td class="n">{cell(row, name)}</td>' for name in names)
+        cells = "".join(f'<td class="n">{format_metric(row, name)}</td>' for name in names)
         kind = ' class="mean"' if row is rows[-1] else ""
         lines += f'<tr{kind}><th scope="row">{escape(row.category)}</th><td class="n">{row.images}</td>{cells}</tr>'
-    meaning = "".join(_fact(LABELS[name], MEANING[name]) for name in names)
+    meaning = "".join(_render_entry(LABELS[name], MEANING[name]) for name in names)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Metrics by category"><table><thead><tr>'
-        f'<th scope="col">Category</th><th scope="col" class="n">images</th>{heads}</tr></thead>'
+        f'<th scope="col">Category</th><th scope="col" class="n">Images</th>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
-        f'<details><summary>What the metrics say</summary><dl class="facts">{meaning}</dl></details>'
+        f'<details><summary>Meaning of the metrics</summary><dl class="facts">{meaning}</dl></details>'
     )
 
 
-def recalls(findings: Findings) -> str:
-    """Share of the images of each kind of defect that are found, and of the good ones that raise an alarm."""
+def render_recalls(findings: Findings) -> str:
+    """Return the HTML of the recall of each defect type and the false alarm rate of good images."""
     several, lines = len(findings.sections) > 1, ""
     for section in findings.sections:
         for recall in section.recalls:
@@ -91,32 +90,32 @@ def recalls(findings: Findings) -> str:
             lines += (
                 f'<tr><th scope="row">{name}{"" if recall.label else " (false alarms)"}</th>'
                 f'<td class="n">{recall.called} of {recall.images}</td><td class="n">{100 * recall.rate:.0f} %</td>'
-                f'<td class="bars">{bar}</td><td class="n dim">{interval(recall)}</td></tr>'
+                f'<td class="bars">{bar}</td><td class="n dim">{format_interval(recall)}</td></tr>'
             )
     if not lines:
         return ""
     return (
-        '<section aria-labelledby="recall"><h2 id="recall">Recall, by type of defect</h2><table class="recalls">'
-        '<thead><tr><th scope="col">Type</th><th scope="col" class="n">called a defect</th>'
-        '<th scope="col" class="n">share</th><td class="bars"></td>'
+        '<section aria-labelledby="recall"><h2 id="recall">Recall by defect type</h2><table class="recalls">'
+        '<thead><tr><th scope="col">Type</th><th scope="col" class="n">Called defects</th>'
+        '<th scope="col" class="n">Share</th><td class="bars"></td>'
         f'<th scope="col" class="n">95 % interval</th></tr></thead><tbody>{lines}</tbody></table></section>\n'
     )
 
 
-def facts(recipe: Recipe, checkpoint: Checkpoint, about: Mapping[str, str]) -> str:
-    """The run and its recipe, versions and hardware: folded."""
+def render_details(recipe: Recipe, checkpoint: Checkpoint, about: Mapping[str, str]) -> str:
+    """Return the HTML of the collapsed sections: run and recipe, versions and hardware."""
     base = RECIPES.get(recipe.name)
-    usual = {} if base is None else base.to_dict()
+    defaults = {} if base is None else base.to_dict()
     values = recipe.to_dict()
     run = {
         "trained on": checkpoint.category,
         "training images": str(checkpoint.images.get("count", "?")),
-        "steps done": str(checkpoint.step),
+        "training steps": str(checkpoint.step),
     }
-    for changed in (True, False):
+    for is_changed in (True, False):
         for key, value in values.items():
-            if (usual.get(key, value) != value) is changed:
-                run[f"{key} (changed)" if changed else key] = json.dumps(value)
+            if (defaults.get(key, value) != value) is is_changed:
+                run[f"{key} (changed)" if is_changed else key] = json.dumps(value)
     versions = {
         "trained with": f"recontrast {checkpoint.version}",
         "reported with": f"recontrast {recontrast.__version__}",
@@ -124,34 +123,34 @@ def facts(recipe: Recipe, checkpoint: Checkpoint, about: Mapping[str, str]) -> s
     }
     return "".join(
         f'<section class="folded"><details><summary><h2>{title}</h2></summary>'
-        f'<dl class="facts">{"".join(_fact(*item) for item in found.items())}</dl></details></section>\n'
-        for title, found in (("Run and recipe", run), ("Versions and hardware", versions))
+        f'<dl class="facts">{"".join(_render_entry(*item) for item in entries.items())}</dl></details></section>\n'
+        for title, entries in (("Run and recipe", run), ("Versions and hardware", versions))
     )
 
 
-def together(findings: Findings, *, defects: bool) -> Recall | None:
-    """Over all categories: of images with a defect, or of good ones; None where there is no decision or no image."""
-    found = [r for section in findings.sections for r in section.recalls if bool(r.label) is defects]
-    images = sum(recall.images for recall in found)
-    return Recall("", int(defects), images, sum(recall.called for recall in found)) if images else None
+def pool_recalls(findings: Findings, *, defects: bool) -> Recall | None:
+    """Return the recall over the defective or the good images of all categories; None without decisions or images."""
+    selected = [r for section in findings.sections for r in section.recalls if bool(r.label) is defects]
+    images = sum(recall.images for recall in selected)
+    return Recall("", int(defects), images, sum(recall.called for recall in selected)) if images else None
 
 
-def cell(row: Row, name: str) -> str:
-    """A metric in percent."""
+def format_metric(row: Row, name: str) -> str:
+    """Return a metric in percent, or "-" if it is undefined."""
     value = getattr(row, name)
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def percent(share: float) -> str:
-    """A share in percent."""
+def format_percent(share: float) -> str:
+    """Return a share in percent."""
     return f"{100 * share:.3g} %"
 
 
-def interval(recall: Recall) -> str:
-    """The confidence interval of a rate in percent."""
+def format_interval(recall: Recall) -> str:
+    """Return the confidence interval of a rate in percent."""
     low, high = recall.interval
     return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
-def _fact(name: str, value: str) -> str:
+def _render_entry(name: str, value: str) -> str:
     return f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"

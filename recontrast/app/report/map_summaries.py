@@ -1,6 +1,6 @@
-"""What a report keeps of anomaly maps: a small picture of each, how warm they are, and the overlap curve of a category.
+"""Summaries of anomaly maps for a report: a small map and value range per image, an overlap curve per category.
 
-64 kB an image at most, so that the maps of tiled detectors, which have the size of the images, need not be kept.
+A summary takes at most 64 kB per image. Full maps of tiled detectors have the size of the images and are not stored.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from recontrast.metrics.curves import Curve
 from recontrast.metrics.streaming import Streaming
 from recontrast.recipes.recipe import Recipe
 
-SIDE = 128  # of a small map, at most: a map of 256 px is blurred over 33
+SIDE = 128  # maximum side of a small map in pixels; the default blur spans 33 of 256 pixels, so little detail is lost
 LIMIT = 0.3  # false positive rate at which the overlap curve and AUPRO end
 
 
 class MapSummaries:
-    """Takes the maps of one category after the other, as `recontrast.evaluation.evaluate.evaluate` hands them on.
+    """Collector of map summaries, one category after the other, for `recontrast.evaluation.evaluate.evaluate`.
 
     Args:
-        recipe: of the detector, for its masks.
-        high: the largest value that a map can have.
+        recipe: Recipe of the detector; determines the size of the masks.
+        high: Upper bound of the map values.
     """
 
     def __init__(self, recipe: Recipe, high: float) -> None:
@@ -35,46 +35,48 @@ class MapSummaries:
         self.small: list[NDArray[np.float32]] = []  # (h, w) each
         self.medians: list[float] = []
         self.peaks: list[float] = []
-        self._streamed: Streaming | None = None
+        self._streaming: Streaming | None = None
         self._curves: dict[str, Curve] = {}
 
     def add(self, samples: Sequence[Sample], maps: NDArray[np.float32]) -> None:
-        """Maps (n, H, W) of ``samples``, which are of one category."""
+        """Add the maps (n, H, W) of ``samples``, which belong to one category."""
         if not self.samples or self.samples[-1].category != samples[0].category:
             self._close()
-            self._streamed = Streaming(self.high, LIMIT)
+            self._streaming = Streaming(self.high, LIMIT)
         for sample, anomaly in zip(samples, maps, strict=True):
-            self.small.append(small(anomaly))
+            self.small.append(shrink_map(anomaly))
             self.medians.append(float(np.median(anomaly)))
             self.peaks.append(float(anomaly.max()))
             self.samples.append(sample)
         if any(sample.label and sample.mask is None for sample in samples):
-            self._streamed = None  # the curve would be of a part of the category
-        if self._streamed is not None:
+            self._streaming = None  # without all masks the curve would describe only part of the category
+        if self._streaming is not None:
             good = np.zeros(maps.shape[1:], bool)
-            self._streamed.update(
+            self._streaming.update(
                 maps, np.stack([read_ground_truth(s, self.recipe) if s.label else good for s in samples])
             )
 
     def curve(self, category: str) -> Curve | None:
-        """Per-region-overlap curve of a category; None where a defect has no mask, or pixels are of one kind."""
+        """Return the per-region-overlap curve of a category; None if a mask is missing or all pixels have one class."""
         self._close()
         return self._curves.get(category)
 
     def _close(self) -> None:
-        if self._streamed is not None and self._streamed.has_both_classes:
-            self._curves[self.samples[-1].category] = curves.thin(self._streamed.overlap_curve(LIMIT))
-        self._streamed = None
+        if self._streaming is not None and self._streaming.has_both_classes:
+            self._curves[self.samples[-1].category] = curves.thin(self._streaming.overlap_curve(LIMIT))
+        self._streaming = None
 
 
-def small(anomaly: NDArray[Any]) -> NDArray[np.float32]:
-    """A map of at most `SIDE` pixels a side; of a large one the peak of each block, so that a small defect stays hot.
+def shrink_map(anomaly: NDArray[Any]) -> NDArray[np.float32]:
+    """Resize a map to at most `SIDE` pixels per side.
+
+    Large maps keep the peak of each block, so small defects stay visible.
 
     Args:
-        anomaly: (H, W), a map or a mask.
+        anomaly: Map or mask (H, W).
 
     Returns:
-        (h, w), of the same proportions but for rounding.
+        Map (h, w) with the same aspect ratio up to rounding.
     """
     scale = min(SIDE / max(anomaly.shape), 1)
     size = (max(round(anomaly.shape[0] * scale), 1), max(round(anomaly.shape[1] * scale), 1))

@@ -1,4 +1,4 @@
-"""The page: HTML around the findings, its style and script inside it; what was not written here is escaped."""
+"""HTML page of the report, with inline style and script. All text from outside the package is escaped."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -10,47 +10,47 @@ import numpy as np
 
 from recontrast.app.report import html_tables, svg
 from recontrast.app.report.findings import Findings, Section, Shot
-from recontrast.app.report.gallery import gallery
+from recontrast.app.report.gallery import render_gallery
 from recontrast.app.report.map_summaries import LIMIT
-from recontrast.app.report.threshold_section import decision
+from recontrast.app.report.threshold_section import render_threshold
 from recontrast.app.report.thumbnails import Pictures
 from recontrast.checkpoint import Checkpoint
 from recontrast.data import heatmaps as heat
 from recontrast.recipes.recipe import Recipe
 
-# Nothing is loaded from anywhere: the browser itself refuses what is not in the file.
+# The browser refuses to load anything from outside the file.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def page(
+def render_page(
     findings: Findings, shots: Sequence[Shot], pictures: Sequence[Pictures], recipe: Recipe, checkpoint: Checkpoint,
-    log: Sequence[Mapping[str, Any]], about: Mapping[str, str], where: str,
+    log: Sequence[Mapping[str, Any]], about: Mapping[str, str], run: str,
 ) -> str:  # fmt: skip
-    """The whole file.
+    """Return the HTML of the report.
 
     Args:
-        findings: what was measured.
-        shots: of the gallery, in order.
-        pictures: one of each.
-        recipe: of the run.
-        checkpoint: for what it was trained on, and for how long.
-        log: lines of the run's log, each with ``step`` and ``loss``; may be empty.
-        about: versions and hardware.
-        where: the run, as the user named it.
+        findings: Content of the report.
+        shots: Images of the gallery, in order.
+        pictures: Encoded pictures of each image.
+        recipe: Recipe of the run.
+        checkpoint: Checkpoint of the run; gives the training images and steps.
+        log: Log lines of the run with ``step`` and ``loss``; empty if there is no log.
+        about: Versions and hardware.
+        run: Path of the run as the user gave it.
     """
     names = [section.row.category for section in findings.sections]
-    title = f"{names[0] if len(names) == 1 else f'{len(names)} categories'}: what the detector finds"
+    title = f"{names[0] if len(names) == 1 else f'{len(names)} categories'}: detection results"
     folder = files("recontrast.app.report")
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     body = "".join((
-        _head(findings, title, recipe, where),
-        decision(findings, where),
-        html_tables.metrics(findings),
-        html_tables.recalls(findings),
-        _curves(findings),
-        gallery(findings.sections, shots, pictures, len(findings.shots), _legend(findings)),
-        _training(log, checkpoint),
-        html_tables.facts(recipe, checkpoint, about),
+        _render_header(findings, title, recipe, run),
+        render_threshold(findings, run),
+        html_tables.render_metrics(findings),
+        html_tables.render_recalls(findings),
+        _render_curves(findings),
+        render_gallery(findings.sections, shots, pictures, len(findings.shots), _render_legend(findings)),
+        _render_training(log, checkpoint),
+        html_tables.render_details(recipe, checkpoint, about),
     ))  # fmt: skip
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -75,95 +75,97 @@ patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" 
 """
 
 
-def _head(findings: Findings, title: str, recipe: Recipe, where: str) -> str:
+def _render_header(findings: Findings, title: str, recipe: Recipe, run: str) -> str:
     mean, date = findings.result.mean, datetime.now().astimezone()
     numbers = [
-        (f"{of.called} of {of.images}", label)
-        for label, of in (
-            ("defects found", html_tables.together(findings, defects=True)),
-            ("good images with a false alarm", html_tables.together(findings, defects=False)),
+        (f"{recall.called} of {recall.images}", label)
+        for label, recall in (
+            ("defects found", html_tables.pool_recalls(findings, defects=True)),
+            ("false alarms on good images", html_tables.pool_recalls(findings, defects=False)),
         )
-        if of is not None
+        if recall is not None
     ]
     numbers += [
         (f"{100 * value:.1f} %", label)
         for value, label in ((mean.i_auroc, "I-AUROC"), (mean.aupro, "AUPRO, data set"))
         if value is not None
     ]
-    seen = f"{recipe.out[1]} &times; {recipe.out[0]} px" if recipe.tile is None else (
-        f"at their own scale in tiles of {recipe.out[0]} px"
+    input_size = f"{recipe.out[1]} &times; {recipe.out[0]} px" if recipe.tile is None else (
+        f"original scale in tiles of {recipe.out[0]} px"
     )  # fmt: skip
     cells = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for value, label in numbers)
     return f"""<header>
 <p class="kind">Anomaly detection report</p>
 <h1>{escape(title)}</h1>
-<p class="dim">{escape(where)}, {mean.images} test images,
-{seen}, {escape(recipe.backbone)};
+<p class="dim">{escape(run)}, {mean.images} test images,
+{input_size}, {escape(recipe.backbone)};
 <time datetime="{date.isoformat(timespec="seconds")}">{date.day} {date:%B %Y}</time></p>
 <dl class="numbers">{cells}</dl>
 </header>
 """
 
 
-def _curves(findings: Findings) -> str:
+def _render_curves(findings: Findings) -> str:
     blocks = ""
     for section in findings.sections:
         head = f"<h3>{escape(section.row.category)}</h3>" if len(findings.sections) > 1 else ""
-        blocks += f'{head}<div class="figures">{_figures(section)}</div>'
+        blocks += f'{head}<div class="figures">{_render_figures(section)}</div>'
     return f'<section aria-labelledby="curves"><h2 id="curves">Scores and curves</h2>{blocks}</section>\n'
 
 
-def _figures(section: Section) -> str:
+def _render_figures(section: Section) -> str:
     row = section.row
     good, bad = (np.array([s.score for s in section.shots if s.sample.label == label]) for label in (0, 1))
-    said = "good images above the line, hatched; defects below it"
+    caption = "good images above the axis, hatched; defective images below"
     if section.threshold is not None:
-        said += f"; broken line: the threshold, {section.threshold:.4g}"
-    shown = _figure(svg.histogram(good, bad, section.threshold, row.category), "Scores", said)
+        caption += f"; dashed line: threshold {section.threshold:.4g}"
+    figures = _render_figure(svg.draw_histogram(good, bad, section.threshold, row.category), "Scores", caption)
     if section.roc is not None:
-        area, point = html_tables.cell(row, "i_auroc"), section.point
-        drawn = svg.curve(
-            section.roc, "good images called defects, %", "defects found, %",
+        area, point = html_tables.format_metric(row, "i_auroc"), section.point
+        drawing = svg.draw_curve(
+            section.roc, "false positive rate, %", "recall, %",
             f"{row.category}: ROC curve, area {area} percent", point,
         )  # fmt: skip
-        shown += _figure(
-            drawn, "ROC", f"of images, area {area} %" + ("" if point is None else "; circle: the threshold")
+        figures += _render_figure(
+            drawing, "ROC", f"images, area {area} %" + ("" if point is None else "; circle: threshold")
         )
     if section.pro is not None:
-        area = html_tables.cell(row, "aupro")
-        drawn = svg.curve(
+        area = html_tables.format_metric(row, "aupro")
+        drawing = svg.draw_curve(
             section.pro, "false positive pixels, %", "overlap of regions, %",
             f"{row.category}: per-region-overlap curve, area {area} percent",
         )  # fmt: skip
-        shown += _figure(drawn, "PRO", f"of all defect regions, area {area} % up to {100 * LIMIT:.0f} %")
-    return shown
+        figures += _render_figure(
+            drawing, "PRO", f"defect regions, area {area} % up to {100 * LIMIT:.0f} % false positive pixels"
+        )
+    return figures
 
 
-def _legend(findings: Findings) -> str:
-    """The scale of the heat maps: a colour's value differs by category, its place against the threshold does not."""
+def _render_legend(findings: Findings) -> str:
+    """Return the colour legend. Map values of a colour differ by category, the colour of the threshold does not."""
     stops = ", ".join(f"rgb({','.join(map(str, colour))})" for colour in heat.COLOUR_STOPS)
     ends = ["median", "highest value"]
     if all(section.centred for section in findings.sections):
-        ends = ["median", "threshold", "as far above it"]
+        ends = ["median", "threshold", "2 &times; threshold &minus; median"]
     labels = "".join(f"<span>{end}</span>" for end in ends)
     return (
-        f'<p class="legend"><span class="hide">Heat colours from dark to light: </span>'
+        f'<p class="legend"><span class="hide">Colours of the heat map from dark to light: </span>'
         f'<span class="ramp" style="background:linear-gradient(90deg, {stops})"></span>{labels}</p>'
     )
 
 
-def _training(log: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> str:
-    known = [(line["step"], line["loss"]) for line in log if isinstance(line.get("loss"), float)]
-    if len(known) > 1:
+def _render_training(log: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> str:
+    points = [(line["step"], line["loss"]) for line in log if isinstance(line.get("loss"), float)]
+    if len(points) > 1:
         text = (
-            f"over {checkpoint.images.get('count', '?')} good images; it rises where the mining turns to harder points"
+            f"{checkpoint.images.get('count', '?')} good images; the loss can rise while mining shifts to harder points"
         )
-        drawn = _figure(svg.losses([step for step, _ in known], [loss for _, loss in known]), "Loss", text)
-        shown = f'<div class="figures">{drawn}</div>'
+        drawing = svg.draw_losses([step for step, _ in points], [loss for _, loss in points])
+        content = f'<div class="figures">{_render_figure(drawing, "Loss", text)}</div>'
     else:
-        shown = "<p>There is no log.jsonl of two lines or more beside the checkpoint.</p>"
-    return f'<section aria-labelledby="training"><h2 id="training">Training</h2>{shown}</section>\n'
+        content = "<p>No loss curve: there is no log.jsonl with at least two losses next to the checkpoint.</p>"
+    return f'<section aria-labelledby="training"><h2 id="training">Training</h2>{content}</section>\n'
 
 
-def _figure(drawing: str, title: str, text: str) -> str:
+def _render_figure(drawing: str, title: str, text: str) -> str:
     return f"<figure>{drawing}<figcaption><b>{escape(title)}</b> {escape(text)}</figcaption></figure>"

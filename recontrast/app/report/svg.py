@@ -1,4 +1,4 @@
-"""Drawings in SVG: histogram of scores, ROC and overlap curve, loss. They take their colours from the page's CSS."""
+"""SVG figures of the report: score histogram, ROC and overlap curves, loss. Colours come from the CSS of the page."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from numpy.typing import ArrayLike
 
 from recontrast.metrics.curves import Curve
 
-WIDTH, HEIGHT = 360, 240  # units of the drawing; about CSS pixels on a telephone, so that its text can be read there
+WIDTH, HEIGHT = 360, 240  # about CSS pixels on a phone, so that text stays readable there
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 40  # margins
 BINS = 32
 _number = "{:.4g}".format
 
 
 class _Frame:
-    """A scale for each axis."""
+    """Conversion from data values to positions in the figure."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
         self.x0, self.x1, self.y0, self.y1 = *x, *y
@@ -30,14 +30,14 @@ class _Frame:
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def histogram(good: ArrayLike, defects: ArrayLike, threshold: float | None, name: str) -> str:
-    """Good images stand above the line, defects hang below it; the threshold is a broken line.
+def draw_histogram(good: ArrayLike, defects: ArrayLike, threshold: float | None, name: str) -> str:
+    """Draw a histogram of scores: good images above the axis, defective images below, the threshold as a dashed line.
 
     Args:
-        good: scores (n,).
-        defects: scores (m,); one of both may be empty.
-        threshold: None draws none.
-        name: of the category.
+        good: Scores (n,) of the good images.
+        defects: Scores (m,) of the defective images; one of both can be empty.
+        threshold: Threshold; None draws no line.
+        name: Name of the category.
     """
     up, down = np.asarray(good, float), np.asarray(defects, float)
     values = np.concatenate([up, down, [] if threshold is None else [threshold]])
@@ -60,20 +60,20 @@ def histogram(good: ArrayLike, defects: ArrayLike, threshold: float | None, name
         parts += [_text(LEFT - 6, frame.y(sign * tick) + 4, str(tick), "end") for sign in (1, -1)]
     parts.append(_text(LEFT - 6, frame.y(0) + 4, "0", "end"))
     parts += _ticks_x(frame, low, high)
-    parts.append(_turned(frame.y(most / 2), f"{up.size} good"))
-    parts.append(_turned(frame.y(-most / 2), f"{down.size} defective"))
+    parts.append(_rotated_text(frame.y(most / 2), f"{up.size} good"))
+    parts.append(_rotated_text(frame.y(-most / 2), f"{down.size} defective"))
     if threshold is not None:
         parts.append(_line(frame.x(threshold), TOP - 6, frame.x(threshold), HEIGHT - BOTTOM, "threshold"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "score", "middle", "name"))
-    said = f"{name}: scores of {up.size} good images and of {down.size} with a defect" + (
+    label = f"{name}: scores of {up.size} good and {down.size} defective images" + (
         "" if threshold is None else f", threshold {_number(threshold)}"
     )
-    return _svg(parts, said)
+    return _svg(parts, label)
 
 
-def curve(found: Curve, across: str, upwards: str, said: str, point: tuple[float, float] | None = None) -> str:
-    """A rising curve from (0, 0); ``point`` is where the threshold lies on it."""
-    x, y = found
+def draw_curve(points: Curve, x_label: str, y_label: str, label: str, point: tuple[float, float] | None = None) -> str:
+    """Draw a curve that rises from (0, 0), with a circle at ``point``."""
+    x, y = points
     frame = _Frame((0.0, float(x[-1])), (0.0, 1.0))
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
@@ -86,13 +86,13 @@ def curve(found: Curve, across: str, upwards: str, said: str, point: tuple[float
     parts.append(f'<polyline class="curve" points="{corners}"/>')
     if point is not None:
         parts.append(f'<circle class="point" cx="{frame.x(point[0])}" cy="{frame.y(point[1])}" r="4"/>')
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, across, "middle", "name"))
-    parts.append(_turned((TOP + HEIGHT - BOTTOM) / 2, upwards))
-    return _svg(parts, said)
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle", "name"))
+    parts.append(_rotated_text((TOP + HEIGHT - BOTTOM) / 2, y_label))
+    return _svg(parts, label)
 
 
-def losses(steps: Sequence[int], values: Sequence[float]) -> str:
-    """Training loss over steps, both axes linear."""
+def draw_losses(steps: Sequence[int], values: Sequence[float]) -> str:
+    """Draw the training loss over steps with linear axes."""
     frame = _Frame((0.0, float(steps[-1])), (0.0, max(values)))
     parts = []
     for tick in _round_numbers(0.0, max(values), 4):
@@ -101,7 +101,7 @@ def losses(steps: Sequence[int], values: Sequence[float]) -> str:
     parts += _ticks_x(frame, 0.0, float(steps[-1]))
     corners = " ".join(f"{frame.x(a)},{frame.y(b)}" for a, b in zip(steps, values, strict=True))
     parts.append(f'<polyline class="curve" points="{corners}"/>')
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "optimiser step", "middle", "name"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "training step", "middle", "name"))
     return _svg(parts, f"training loss: {_number(values[0])} at step {steps[0]}, {_number(values[-1])} at {steps[-1]}")
 
 
@@ -112,7 +112,7 @@ def _ticks_x(frame: _Frame, low: float, high: float) -> list[str]:
 
 
 def _round_numbers(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` multiples of 1, 2 or 5 times a power of ten from ``low`` to ``high``."""
+    """Return about ``count`` round numbers, multiples of 1, 2 or 5 times a power of ten, from ``low`` to ``high``."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -130,14 +130,14 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _turned(y: float, text: str) -> str:
-    """Beside the vertical axis."""
-    turn = f'transform="translate(12 {y:.1f}) rotate(-90)"'
-    return f'<text class="name" text-anchor="middle" {turn}>{escape(text)}</text>'
+def _rotated_text(y: float, text: str) -> str:
+    """Return a rotated label for the vertical axis."""
+    transform = f'transform="translate(12 {y:.1f}) rotate(-90)"'
+    return f'<text class="name" text-anchor="middle" {transform}>{escape(text)}</text>'
 
 
-def _svg(parts: Sequence[str], said: str) -> str:
+def _svg(parts: Sequence[str], label: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(said)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f"{''.join(parts)}</svg>"
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures of the gallery as data URIs: the largest and best ones that together stay within a budget of bytes."""
+"""Pictures of the gallery as data URIs, at the highest size and quality that fit a byte budget."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recontrast.app.report.findings import Findings, Shot
-from recontrast.app.report.map_summaries import SIDE, small
+from recontrast.app.report.map_summaries import SIDE, shrink_map
 from recontrast.data import heatmaps
 from recontrast.data.images import read_image
 from recontrast.evaluation.ground_truth import read_ground_truth
@@ -21,21 +21,21 @@ from recontrast.recipes.recipe import Recipe
 
 # Longest side of photographs in pixels, and WebP quality; tried in this order.
 LEVELS = ((320, 82), (256, 80), (224, 76), (192, 72), (160, 68), (128, 62), (96, 55), (64, 45), (48, 30), (32, 20))
-PROBES = 24  # pictures of which the bytes of a level are guessed
+PROBES = 24  # number of pictures used to estimate the size of a level
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Data URIs of one image."""
+    """Pictures of one image as data URIs."""
 
     image: str
-    heat: str  # with the opacity of its heat
+    heat: str  # opacity follows the map value
     mask: str | None  # white on black
-    ratio: float  # width / height of the part that the detector saw
+    ratio: float  # width / height of the part that the detector sees
 
     @property
     def bytes(self) -> int:
-        """Of all three in the file."""
+        """Total number of bytes in the file."""
         return len(self.image) + len(self.heat) + len(self.mask or "")
 
 
@@ -47,64 +47,66 @@ class _Source:
     ratio: float
 
 
-def encode(findings: Findings, shots: Sequence[Shot], recipe: Recipe, budget: int) -> list[Pictures]:
-    """Pictures of ``shots``, in their order.
+def encode_pictures(findings: Findings, shots: Sequence[Shot], recipe: Recipe, budget: int) -> list[Pictures]:
+    """Return the pictures of ``shots`` in order.
 
     Args:
-        findings: have the maps and their colours.
-        shots: of the gallery.
-        recipe: for the part of an image that the detector saw.
-        budget: bytes in the file, at most.
+        findings: Content of the report, with the maps and their colour ranges.
+        shots: Images of the gallery.
+        recipe: Recipe of the detector; determines the part of the image that it sees.
+        budget: Maximum number of bytes.
 
     Raises:
-        ValueError: not even the smallest pictures fit.
+        ValueError: If even the smallest pictures do not fit.
     """
     heats = {section.row.category: section.heat for section in findings.sections}
-    # Originals of tiled detectors may be large: one at a time.
+    # Images of tiled detectors can be large, so they are read one at a time.
     with ThreadPoolExecutor(4 if recipe.tile is None else 1) as pool:
-        sources = list(pool.map(lambda s: _source(s, findings.heats[s.place], heats[s.sample.category], recipe), shots))
+        sources = list(
+            pool.map(lambda s: _read_source(s, findings.heats[s.index], heats[s.sample.category], recipe), shots)
+        )
         for side, quality in LEVELS:
             probes = sources[:: max(1, len(sources) // PROBES)]
-            if sum(_encode(probe, side, quality).bytes for probe in probes) * len(sources) > budget * len(probes):
+            if sum(_encode_one(probe, side, quality).bytes for probe in probes) * len(sources) > budget * len(probes):
                 continue
-            found = list(pool.map(lambda s, at=(side, quality): _encode(s, *at), sources))
-            if sum(one.bytes for one in found) <= budget:
-                return found
+            pictures = list(pool.map(lambda s, at=(side, quality): _encode_one(s, *at), sources))
+            if sum(picture.bytes for picture in pictures) <= budget:
+                return pictures
     raise ValueError(f"report: wanted pictures of {len(shots)} images in {budget:,} bytes, got more: show fewer images")
 
 
-def _source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe: Recipe) -> _Source:
+def _read_source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe: Recipe) -> _Source:
     full = read_image(shot.sample.path)
     top, left, height, width = map_extent(full.shape[:2], recipe)
     image = Image.fromarray(full[top : top + height, left : left + width])
     image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
     mask = None
     if shot.sample.mask is not None:
-        mask = small(read_ground_truth(shot.sample, recipe).view(np.uint8)) > 0
+        mask = shrink_map(read_ground_truth(shot.sample, recipe).view(np.uint8)) > 0
     low, high = heat
     return _Source(image, (anomaly - low) / max(high - low, 1e-12), mask, width / height)
 
 
-def _encode(source: _Source, side: int, quality: int) -> Pictures:
+def _encode_one(source: _Source, side: int, quality: int) -> Pictures:
     image = source.image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     size = tuple(min(n, SIDE, side) for n in source.heat.shape)
-    warm = np.clip(heatmaps.resize_map(source.heat, (size[0], size[1])), 0, 1)
-    opacity = np.rint(255 * np.sqrt(warm)).astype(np.uint8)
-    heat = Image.fromarray(np.dstack([heatmaps.colourise(warm), opacity]))
+    values = np.clip(heatmaps.resize_map(source.heat, (size[0], size[1])), 0, 1)
+    opacity = np.rint(255 * np.sqrt(values)).astype(np.uint8)
+    heat = Image.fromarray(np.dstack([heatmaps.colourise(values), opacity]))
     mask = None
     if source.mask is not None:
         white = heatmaps.resize_map(source.mask.astype(np.float32), (size[0], size[1])) > 0
-        mask = _uri(Image.fromarray(white), "PNG", optimize=True)
+        mask = _encode_uri(Image.fromarray(white), "PNG", optimize=True)
     return Pictures(
-        _uri(image, "WEBP", quality=quality, method=4),
-        _uri(heat, "WEBP", quality=60, alpha_quality=60, method=4),
+        _encode_uri(image, "WEBP", quality=quality, method=4),
+        _encode_uri(heat, "WEBP", quality=60, alpha_quality=60, method=4),
         mask,
         source.ratio,
     )
 
 
-def _uri(image: Image.Image, kind: str, **options: Any) -> str:
+def _encode_uri(image: Image.Image, kind: str, **options: Any) -> str:
     content = io.BytesIO()
     image.save(content, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"

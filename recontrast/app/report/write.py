@@ -1,4 +1,4 @@
-"""``recontrast report``: a run becomes one HTML file to look at."""
+"""Writer of the HTML report of a run (``recontrast report``)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,46 +10,46 @@ from recontrast.app.options import resolve_checkpoint
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
 
-BUDGET = 7_000_000  # bytes of all pictures in the file; what else is in it takes some 100 kB
+BUDGET = 7_000_000  # bytes of all pictures; the rest of the file takes about 100 kB
 ALL = "all"
-OnProgress = Callable[[str, int, int], None]  # category, images done, images of the category
+OnProgress = Callable[[str, int, int], None]  # category, images processed, images in the category
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """What was made."""
+    """Path and size of a written report."""
 
     path: Path
     bytes: int
-    images: int  # evaluated
-    shown: int  # in the gallery
+    images: int  # number of evaluated images
+    shown: int  # number of images in the gallery
 
 
 def write_report(
     run: Path, data: list[Path], out: Path | None = None, *, category: str | None = None, images: int = 300,
     batch: int = 16, device: str | None = None, budget: int = BUDGET, on_progress: OnProgress | None = None,
 ) -> WrittenReport:  # fmt: skip
-    """Evaluate the detector of ``run`` once more and write what it does as one HTML file.
+    """Evaluate the detector of ``run`` and write the results as one HTML file.
 
     Args:
-        run: folder of a run, or its checkpoint.
-        data: data sets or categories; none: those whose images stand in the ``scores.csv`` of the run.
-        out: the file; None: ``report.html`` beside the checkpoint.
-        category: one, "all", or None for what the run was trained on, where that is in ``data``, else all.
-        images: in the gallery, at most.
-        batch: images at once in the network.
-        device: None: the GPU where there is one.
-        budget: bytes of the pictures in the file, at most.
-        on_progress: called with category, images done, and images of the category.
+        run: Folder of a run, or its checkpoint.
+        data: Folders of data sets or categories; if empty, the categories listed in the ``scores.csv`` of the run.
+        out: Output file; None writes ``report.html`` next to the checkpoint.
+        category: Name of a category, or "all"; None selects the training category if ``data`` has it, else all.
+        images: Maximum number of images in the gallery.
+        batch: Batch size in images.
+        device: Device for the model; None uses the GPU if one is available.
+        budget: Maximum number of bytes of all pictures.
+        on_progress: Called with the category, the images processed and the number of images in the category.
 
     Raises:
-        ValueError: no test images, or images that are gone.
-        OSError: the file cannot be written; known before the network runs.
+        ValueError: If there are no test images, or recorded images no longer exist.
+        OSError: If the file cannot be written; raised before the evaluation.
     """
     from recontrast import checkpoint as checkpoints
     from recontrast.app.environment import describe_environment
     from recontrast.app.report import findings, thumbnails
-    from recontrast.app.report.page import page
+    from recontrast.app.report.page import render_page
     from recontrast.data import datasets
     from recontrast.data.atomic import replace_file
     from recontrast.inference.options import InferenceOptions
@@ -62,36 +62,38 @@ def write_report(
     if images < 1:
         raise ValueError(f"report: images: wanted at least 1, got {images}")
     model, recipe, checkpoint = checkpoints.load_model(file, device)
-    found = datasets.load(data or _recorded(file.parent / "scores.csv"))
-    groups = _chosen(found, category, checkpoint.category)
-    # The file is opened first: one that cannot be written costs no evaluation.
+    categories = datasets.load(data or _read_evaluated_folders(file.parent / "scores.csv"))
+    groups = _select_categories(categories, category, checkpoint.category)
+    # Open the file first: if it cannot be written, no time is spent on the evaluation.
     with replace_file(out, size=budget) as target:
-        how = InferenceOptions()
-        network = how.build_network(model, recipe, recipe)  # as evaluate and predict run it: their very scores
-        decides = how.valid_calibration(recipe, checkpoint.calibration)
-        seen = findings.gather(network, groups, recipe, decides, batch=batch, on_progress=on_progress)
-        shots = seen.shots[:images]
-        pictures = thumbnails.encode(seen, shots, recipe, budget)
+        options = InferenceOptions()
+        network = options.build_network(model, recipe, recipe)  # same scores as evaluate and predict
+        calibration = options.valid_calibration(recipe, checkpoint.calibration)
+        results = findings.gather(network, groups, recipe, calibration, batch=batch, on_progress=on_progress)
+        shots = results.shots[:images]
+        pictures = thumbnails.encode_pictures(results, shots, recipe, budget)
         lines = json_log.read_log(file.parent / "log.jsonl")
-        text = page(seen, shots, pictures, recipe, checkpoint, lines, describe_environment(), str(run))
-        content = text.encode(errors="backslashreplace")  # names that are no UTF-8
+        text = render_page(results, shots, pictures, recipe, checkpoint, lines, describe_environment(), str(run))
+        content = text.encode(errors="backslashreplace")  # file names that are not UTF-8
         target.write(content)
-        total = len(seen.shots)
+        total = len(results.shots)
     return WrittenReport(out, len(content), total, len(shots))
 
 
-def _chosen(found: "dict[str, list[Sample]]", category: str | None, trained_on: str) -> "dict[str, list[Sample]]":
+def _select_categories(
+    categories: "dict[str, list[Sample]]", category: str | None, trained_on: str
+) -> "dict[str, list[Sample]]":
     if category is None:
-        category = trained_on if trained_on in found else ALL
+        category = trained_on if trained_on in categories else ALL
     if category == ALL:
-        return found
-    if category not in found:
-        raise ValueError(f"--category: wanted one of {', '.join(found)} or all, got {category!r}")
-    return {category: found[category]}
+        return categories
+    if category not in categories:
+        raise ValueError(f"--category: wanted one of {', '.join(categories)} or all, got {category!r}")
+    return {category: categories[category]}
 
 
-def _recorded(scores: Path) -> list[Path]:
-    """Folders of the categories whose test images ``scores.csv`` names."""
+def _read_evaluated_folders(scores: Path) -> list[Path]:
+    """Return the folders of the categories whose test images are listed in ``scores.csv``."""
     from recontrast.data.csv_table import read_table
 
     if not scores.is_file():
@@ -101,8 +103,8 @@ def _recorded(scores: Path) -> list[Path]:
         path = Path(line["path"])
         if not path.is_file():
             raise ValueError(f"{scores}: wanted the image {path} that the run was evaluated on, it is gone: name DATA")
-        place = next((up for up in path.parents if up.name == line["category"] and (up / "test").is_dir()), None)
-        if place is None:
+        folder = next((up for up in path.parents if up.name == line["category"] and (up / "test").is_dir()), None)
+        if folder is None:
             raise ValueError(f"{scores}: wanted {path} below {line['category']}/test, got it elsewhere: name DATA")
-        folders[place] = None
+        folders[folder] = None
     return list(folders)

@@ -1,10 +1,10 @@
-"""The report as a browser shows it: run in headless Chromium."""
+"""Report page in headless Chromium."""
 
 import json
 
 import pytest
 from browser import browser, open_page
-from report_run import trained
+from report_run import make_run
 
 from recontrast.app.report.write import write_report
 
@@ -12,65 +12,67 @@ from recontrast.app.report.write import write_report
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
-    run, data = trained(root)
+    run, data = make_run(root)
     return write_report(run, [data], root / "report.html", device="cpu").path
 
 
 @pytest.fixture(scope="module")
-def here():
-    with browser() as driver:
-        yield driver
+def driver():
+    with browser() as window:
+        yield window
 
 
-def visible(here):
-    return here.execute_script(
+def count_visible(driver):
+    return driver.execute_script(
         "return [...document.querySelectorAll('#cards > li')].filter(c => c.offsetParent).length"
     )
 
 
-def test_it_opens_from_disk_without_an_error_or_a_request(here, page):
-    open_page(here, page)
-    here.get_log("performance")
-    open_page(here, page)
-    assert [line["message"] for line in here.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
-    events = [json.loads(line["message"])["message"] for line in here.get_log("performance")]
-    asked = {e["params"]["request"]["url"].split(":")[0] for e in events if e["method"] == "Network.requestWillBeSent"}
-    assert asked <= {"file", "data"}
-    broken = here.execute_script("return [...document.images].filter(i => i.complete && !i.naturalWidth).length")
-    assert len(here.find_elements("css selector", "#cards img")) > 12 and broken == 0
+def test_page_opens_without_errors_or_requests(driver, page):
+    open_page(driver, page)
+    driver.get_log("performance")
+    open_page(driver, page)
+    assert [line["message"] for line in driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
+    events = [json.loads(line["message"])["message"] for line in driver.get_log("performance")]
+    schemes = {
+        e["params"]["request"]["url"].split(":")[0] for e in events if e["method"] == "Network.requestWillBeSent"
+    }
+    assert schemes <= {"file", "data"}
+    broken = driver.execute_script("return [...document.images].filter(i => i.complete && !i.naturalWidth).length")
+    assert len(driver.find_elements("css selector", "#cards img")) > 12 and broken == 0
 
 
-def test_the_gallery_is_filtered(here, page):
+def test_gallery_filters(driver, page):
     from selenium.webdriver.support.select import Select
 
-    open_page(here, page)
-    everything = visible(here)
-    assert everything == 8
-    Select(here.find_element("id", "of-defect")).select_by_value("square")
-    assert visible(here) == 4 and here.find_element("id", "count").text == "4 of 8 images"
-    cards = here.find_elements("css selector", "#cards > li:not([hidden])")
+    open_page(driver, page)
+    total = count_visible(driver)
+    assert total == 8
+    Select(driver.find_element("id", "of-defect")).select_by_value("square")
+    assert count_visible(driver) == 4 and driver.find_element("id", "count").text == "4 of 8 images"
+    cards = driver.find_elements("css selector", "#cards > li:not([hidden])")
     assert {card.get_attribute("data-defect") for card in cards} == {"square"}
-    outcome = Select(here.find_element("id", "of-outcome"))
+    outcome = Select(driver.find_element("id", "of-outcome"))
     for option in [o.get_attribute("value") for o in outcome.options][1:]:
         outcome.select_by_value(option)
-        shown = here.find_elements("css selector", "#cards > li:not([hidden])")
-        assert all(c.get_attribute("data-outcome") == option for c in shown)
+        cards = driver.find_elements("css selector", "#cards > li:not([hidden])")
+        assert all(c.get_attribute("data-outcome") == option for c in cards)
     outcome.select_by_value("passed" if "passed" in [o.get_attribute("value") for o in outcome.options] else "")
-    if visible(here) == 0:  # a defect is never "passed": all are hidden, and the way back is offered
-        here.find_element("id", "reset").click()
-        assert visible(here) == everything
+    if count_visible(driver) == 0:  # defects are never "passed", so all cards are hidden and the reset button appears
+        driver.find_element("id", "reset").click()
+        assert count_visible(driver) == total
 
 
-def test_the_slider_obeys_the_keyboard(here, page):
+def test_slider_responds_to_the_keyboard(driver, page):
     from selenium.webdriver.common.keys import Keys
 
-    open_page(here, page)
-    slider = here.find_element("id", "mix")
-    here.execute_script("arguments[0].focus()", slider)
+    open_page(driver, page)
+    slider = driver.find_element("id", "mix")
+    driver.execute_script("arguments[0].focus()", slider)
 
     def opacities():
         at = "getComputedStyle(document.querySelector('.mixed %s')).opacity"
-        return [float(here.execute_script("return " + at % part)) for part in ("img", ".heat")]
+        return [float(driver.execute_script("return " + at % part)) for part in ("img", ".heat")]
 
     assert opacities() == [1, 1]
     slider.send_keys(Keys.HOME)
@@ -81,29 +83,29 @@ def test_the_slider_obeys_the_keyboard(here, page):
     assert opacities() == pytest.approx([0.1, 1])
 
 
-def test_the_keyboard_reaches_the_gallery_and_focus_is_seen(here, page):
+def test_keyboard_navigation_shows_focus(driver, page):
     from selenium.webdriver.common.keys import Keys
 
-    open_page(here, page)
-    here.find_element("tag name", "body").send_keys(Keys.TAB)
-    link = here.switch_to.active_element
+    open_page(driver, page)
+    driver.find_element("tag name", "body").send_keys(Keys.TAB)
+    link = driver.switch_to.active_element
     assert link.text == "Skip to the images" and link.get_attribute("href").endswith("#gallery")
-    assert here.execute_script("return arguments[0].getBoundingClientRect().top", link) >= 0
+    assert driver.execute_script("return arguments[0].getBoundingClientRect().top", link) >= 0
     style = "const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth]"
-    assert here.execute_script(style) == ["solid", "3px"]
-    for control in here.find_elements("css selector", "#controls select, #controls input, summary"):
-        assert here.execute_script("return arguments[0].tabIndex", control) == 0
+    assert driver.execute_script(style) == ["solid", "3px"]
+    for control in driver.find_elements("css selector", "#controls select, #controls input, summary"):
+        assert driver.execute_script("return arguments[0].tabIndex", control) == 0
 
 
 @pytest.mark.parametrize("width", [360, 700, 1200])
-def test_nothing_sticks_out(here, page, width):
-    open_page(here, page, width=width)
-    assert here.execute_script("return document.documentElement.scrollWidth") <= width
-    here.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert here.execute_script("return document.documentElement.scrollWidth") <= width
+def test_page_does_not_scroll_sideways(driver, page, width):
+    open_page(driver, page, width=width)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-# The contrast of each element with text of its own, as WCAG 2.2 defines it, against the next painted background.
+# WCAG 2.2 contrast of each element with its own text against the nearest painted background.
 CONTRAST = """
 const parse = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
 const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255)
@@ -119,19 +121,19 @@ return [...document.querySelectorAll('main *')].filter(e => !['OPTION', 'SCRIPT'
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out(here, page, scheme):
-    open_page(here, page, scheme=scheme)
-    found = here.execute_script(CONTRAST)
-    paper = here.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
+def test_text_contrast(driver, page, scheme):
+    open_page(driver, page, scheme=scheme)
+    contrasts = driver.execute_script(CONTRAST)
+    paper = driver.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
     assert (max(map(int, paper[4:-1].split(","))) < 60) is (scheme == "dark")
-    assert len(found) > 60
-    assert [row for row in found if row[0] < 4.5] == []
+    assert len(contrasts) > 60
+    assert [row for row in contrasts if row[0] < 4.5] == []
 
 
-def test_it_prints(here, page):
-    open_page(here, page)
-    printed = here.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
+def test_page_prints(driver, page):
+    open_page(driver, page)
+    printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
     assert len(printed["data"]) > 10_000
-    here.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     hidden = "return getComputedStyle(document.getElementById('controls')).display"
-    assert here.execute_script(hidden) == "none"
+    assert driver.execute_script(hidden) == "none"
