@@ -21,7 +21,7 @@ MEANING = {
     "p_ap": "pixels: average precision",
     "p_f1": "pixels: highest F1 over all thresholds",
     "aupro": "regions: mean overlap up to 30 % false positive pixels; comparable with other papers",
-    "aupro_per_image": "regions: the same for each image alone, as in the authors' code; not comparable with the row above",
+    "aupro_per_image": "regions: the same per image, as in the authors' code; not comparable with the row above",
 }
 
 
