@@ -96,7 +96,7 @@ class Findings:
     @property
     def shots(self) -> list[Shot]:
         """All images, from the worst error to the correct decision with the largest margin."""
-        return sorted((shot for section in self.sections for shot in section.shots), key=_by_error)
+        return sorted((shot for section in self.sections for shot in section.shots), key=_error_order)
 
 
 def gather(
@@ -120,13 +120,13 @@ def gather(
     sections, start = [], 0
     for row in result.rows:
         scores = np.array([scored.score for scored in result.scored[start : start + row.images]])
-        sections.append(_section(row, summaries, scores, start, recipe, calibration))
+        sections.append(_build_section(row, summaries, scores, start, recipe, calibration))
         start += row.images
     warnings = () if calibration is None else tuple(decide_on_result(result, calibration, groups, recipe).warnings())
     return Findings(result, sections, calibration, summaries.small, warnings)
 
 
-def _section(
+def _build_section(
     row: Row, summaries: MapSummaries, scores: NDArray[Any], start: int, recipe: Recipe, calibration: Calibration | None
 ) -> Section:  # fmt: skip
     inside = slice(start, start + row.images)
@@ -140,7 +140,7 @@ def _section(
     unit = float(scores.std()) or 1.0
     shots = [
         Shot(
-            sample, start + i, score, p_values[i], _outcome(sample.label, None if called is None else bool(called[i])),
+            sample, start + i, score, p_values[i], _classify(sample.label, None if called is None else bool(called[i])),
             abs(score - threshold) / unit if threshold is not None else -score / unit,
         )
         for i, (sample, score) in enumerate(zip(samples, scores.tolist(), strict=True))
@@ -160,12 +160,12 @@ def _section(
     )  # fmt: skip
 
 
-def _outcome(label: int, called: bool | None) -> str:
+def _classify(label: int, called: bool | None) -> str:
     if called is None:
         return OPEN
     return (FOUND if called else MISSED) if label else (FALSE_ALARM if called else PASSED)
 
 
-def _by_error(shot: Shot) -> tuple[bool, float]:
+def _error_order(shot: Shot) -> tuple[bool, float]:
     wrong = shot.outcome in ERRORS
     return not wrong, -shot.margin if wrong else shot.margin

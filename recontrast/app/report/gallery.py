@@ -6,13 +6,8 @@ from html import escape
 from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, OPEN, PASSED, Section, Shot
 from recontrast.app.report.thumbnails import Pictures
 
-SIGNS = {
-    MISSED: "✕",
-    FALSE_ALARM: "!",
-    FOUND: "✓",
-    PASSED: "✓",
-    OPEN: "?",
-}  # shown with the word
+# Shown next to the word, so that no meaning depends on the sign alone.
+SIGNS = {MISSED: "✕", FALSE_ALARM: "!", FOUND: "✓", PASSED: "✓", OPEN: "?"}
 
 
 def render_gallery(
@@ -33,7 +28,7 @@ def render_gallery(
     order = (
         "Images with the highest scores come first."
         if all(s.outcome == OPEN for s in shots)
-        else "Errors come first, starting with the largest, then correct decisions, starting with the closest."
+        else "Errors come first, the largest on top. Correct decisions follow, the closest to the threshold first."
     )
     return f"""<section id="gallery" aria-labelledby="gallery-title">
 <h2 id="gallery-title">Images</h2>

@@ -72,7 +72,7 @@ def draw_histogram(good: ArrayLike, defects: ArrayLike, threshold: float | None,
 
 
 def draw_curve(points: Curve, x_label: str, y_label: str, label: str, point: tuple[float, float] | None = None) -> str:
-    """Draw a curve that rises from (0, 0), with a circle at ``point``."""
+    """Draw a curve that rises from (0, 0), with a circle at ``point`` if given."""
     x, y = points
     frame = _Frame((0.0, float(x[-1])), (0.0, 1.0))
     parts = []
