@@ -116,7 +116,9 @@ CONFIGS = [
 _tuned_tile = autotuned(_compute_tile, CONFIGS, ["H", "W"])
 
 
-def _levels(distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor]) -> tuple[list[int], int]:
+def _group_by_level(
+    distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor]
+) -> tuple[list[int], int]:
     """Return the pairs grouped by matrices, and the number of pairs per level; 1 if the levels differ in number."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, (d, r, c) in enumerate(zip(distances, rows, cols, strict=True)):
@@ -134,7 +136,7 @@ def anomaly_map(
     maps = rows[0].new_empty(N, H, W)
     if maps.numel() == 0:
         return maps, maps.new_zeros(N)
-    order, pairs = _levels(distances, rows, cols)
+    order, pairs = _group_by_level(distances, rows, cols)
     d = tuple(distances[i].contiguous() for i in order)
     r = tuple(rows[i].contiguous() for i in order[::pairs])
     c = tuple(cols[i].contiguous() for i in order[::pairs])

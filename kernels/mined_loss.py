@@ -237,13 +237,13 @@ def _gradient(
         tl.store(out_ptr + index + q * volume, value, mask=inside)
 
 
-def _split(number: float) -> tuple[float, float]:
+def _split_number(number: float) -> tuple[float, float]:
     """Split ``number`` into two float32 numbers whose sum it is."""
     rounded = torch.tensor(number, dtype=torch.float32).item()
     return rounded, number - rounded
 
 
-def _fraction(sums: Tensor) -> int:
+def _count_fraction_bits(sums: Tensor) -> int:
     """Return the fraction bits of the distances, which are multiples of 2^-fraction."""
     return 53 if sums.dtype == torch.float64 else 24
 
@@ -260,7 +260,7 @@ def mined_loss(
     """`reference.mined_loss`: flat sums -> the loss, and the state that the backward pass needs."""
     sums = sums.contiguous()
     N, P = tuple(images), tuple(points)
-    pairs, fraction = len(N), _fraction(sums)
+    pairs, fraction = len(N), _count_fraction_bits(sums)
     programs = sum(n * triton.cdiv(p, PIECE) for n, p in zip(N, P, strict=True))
     fields = sums.new_empty(programs, FIELDS)
     state, losses = sums.new_empty(pairs + 3 * sum(N)), sums.new_empty(pairs)
@@ -286,7 +286,7 @@ def mined_loss(
             fields,
             selected,
             alpha,
-            *_split(parameter),
+            *_split_number(parameter),
             state,
             losses,
             N,
@@ -315,7 +315,7 @@ def mined_loss_backward(
     out = torch.empty_like(sums)
     tiles = sum(triton.cdiv(n * p, PIECE) for n, p in zip(N, P, strict=True))
     if tiles:
-        arguments = (*_split(parameter), *_split(factor))
+        arguments = (*_split_number(parameter), *_split_number(factor))
         with torch.cuda.device_of(sums):
             _gradient[(tiles,)](grad, sums, state, out, N, P, *arguments, RULES[rule], PIECE, **OPTIONS)
     return out

@@ -37,7 +37,7 @@ def choose(device: str, modules: Mapping[str, str]) -> None:
     if requested in ORDER[device]:
         if reason := _register(requested, device, modules):
             raise ValueError(f"{VARIABLE}: wanted {requested} kernels on {device}, but {reason}")
-        BACKEND[device], WHY[device] = requested, f"asked for by {VARIABLE}"
+        BACKEND[device], WHY[device] = requested, f"chosen by {VARIABLE}"
         return
     reasons = []
     for name in ORDER[device]:

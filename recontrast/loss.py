@@ -58,7 +58,7 @@ def point_distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [1 - cosine(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
+def _compute_mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
     """Compute the mean over (N, ...), scaled so that the mean over processes equals the mean over all their values."""
     if shares is None:
         return values.mean()
@@ -79,8 +79,8 @@ def _compute_sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tens
     return cosine_sums(teacher.detach() if stop_gradient else teacher, student)
 
 
-def _global_distance(sums: Tensor, shares: Sequence[int] | None) -> Tensor:
-    return _mean(1 - cosine(sums.sum(dim=(-2, -1))), shares)
+def _compute_global_distance(sums: Tensor, shares: Sequence[int] | None) -> Tensor:
+    return _compute_mean(1 - cosine(sums.sum(dim=(-2, -1))), shares)
 
 
 def hard_mined_cosine(
@@ -126,7 +126,7 @@ def hard_mined_cosine(
             points = 1 - cosine(sums)  # (N, H, W)
             weight = rule(points, gather_shares(points, shares))  # (N, H, W)
         sums = sums.detach() + weight * (sums - sums.detach())  # same value, weighted gradient
-        losses.append(_global_distance(sums, shares))
+        losses.append(_compute_global_distance(sums, shares))
     return torch.stack(losses).sum()
 
 
@@ -170,7 +170,7 @@ def global_cosine(
     """
     pairs = _build_pairs("global_cosine", teacher, student)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    return torch.stack([_global_distance(_compute_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
+    return torch.stack([_compute_global_distance(_compute_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
 
 
 def point_cosine(
@@ -192,7 +192,7 @@ def point_cosine(
     """
     pairs = _build_pairs("point_cosine", teacher, student)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    return torch.stack([_mean(1 - cosine(_compute_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
+    return torch.stack([_compute_mean(1 - cosine(_compute_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
 
 
 def pairs_loss(

@@ -21,7 +21,7 @@ def run(code, **environment):
 
 @pytest.mark.parametrize(
     "requested, report",
-    [("torch", "torch asked for by RECONTRAST_BACKEND"), ("triton", "native None"), ("", "native None")],
+    [("torch", "torch chosen by RECONTRAST_BACKEND"), ("triton", "native None"), ("", "native None")],
 )
 def test_environment_variable_chooses_the_backend(requested, report):
     assert run(SHOW, RECONTRAST_BACKEND=requested).stdout.strip() == report

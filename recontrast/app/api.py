@@ -102,7 +102,7 @@ def train(
         OSError: If a file cannot be read or written.
         KeyboardInterrupt: On Ctrl-C, after the current step is complete and a checkpoint is written.
     """
-    groups = _group(data, category)
+    groups = _group_samples(data, category)
     file = None if resume is None else _resolve_detector(resume)
     job = train_job.prepare_job(
         groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
@@ -148,8 +148,8 @@ def evaluate(
         ValueError: If there are no test images, a mask does not fit its image, or the detector is an exported file.
         OSError: If a file cannot be read or written.
     """
-    loaded = _checkpoint_detector("evaluate", detector, device)
-    groups = _group(data, category)
+    loaded = _open_checkpoint_detector("evaluate", detector, device)
+    groups = _group_samples(data, category)
     return evaluate_job.measure_network(
         loaded.model, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
         batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress,
@@ -185,13 +185,13 @@ def calibrate(
             is an exported file.
         OSError: If the checkpoint cannot be written.
     """
-    loaded = _checkpoint_detector("calibrate", detector, device)
+    loaded = _open_checkpoint_detector("calibrate", detector, device)
     paths = list_images(good)
     allowed_false_alarms(len(paths), false_alarm_rate)  # raises if there are too few images
     stored = checkpoints.load(loaded.path, mapped=True)
     refuse_training_images("calibrate: good", paths, stored)
     calibration, unread = calibrate_detector(
-        loaded, stored, paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe(good),
+        loaded, stored, paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
         inference=loaded.inference, batch=batch, on_progress=on_progress or (lambda done, total: None),
     )  # fmt: skip
     if unread:
@@ -231,7 +231,7 @@ def _resolve_detector(path: PathLike) -> Path:
     return file / CHECKPOINT
 
 
-def _checkpoint_detector(function: str, detector: Detector | PathLike, device: str | None) -> CheckpointDetector:
+def _open_checkpoint_detector(function: str, detector: Detector | PathLike, device: str | None) -> CheckpointDetector:
     if isinstance(detector, str | os.PathLike):
         detector = load(detector, device)
     if not isinstance(detector, CheckpointDetector):
@@ -239,7 +239,7 @@ def _checkpoint_detector(function: str, detector: Detector | PathLike, device: s
     return detector
 
 
-def _group(data: Data, category: str | None) -> dict[str, list[Sample]]:
+def _group_samples(data: Data, category: str | None) -> dict[str, list[Sample]]:
     """Return the samples by category."""
     given = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not given:
@@ -259,6 +259,6 @@ def _group(data: Data, category: str | None) -> dict[str, list[Sample]]:
     return {category: groups[category]}
 
 
-def _describe(good: PathLike | Sequence[PathLike]) -> str:
+def _describe_paths(good: PathLike | Sequence[PathLike]) -> str:
     paths = [good] if isinstance(good, str | os.PathLike) else list(good)
     return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

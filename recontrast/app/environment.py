@@ -18,10 +18,10 @@ def describe_environment() -> dict[str, str]:
         "recontrast": recontrast.__version__,
         "python": f"{platform.python_version()} ({platform.platform()})",
     }
-    environment |= {name: _version(name) for name in PACKAGES}
-    environment["demo weights"] = _version(WEIGHTS)
+    environment |= {name: _find_version(name) for name in PACKAGES}
+    environment["demo weights"] = _find_version(WEIGHTS)
     environment["threads"] = str(torch.get_num_threads())
-    environment["device cpu"] = _cpu()
+    environment["device cpu"] = _describe_cpu()
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         name = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
@@ -39,14 +39,14 @@ def describe_environment() -> dict[str, str]:
     return environment
 
 
-def _version(package: str) -> str:
+def _find_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
 
 
-def _cpu() -> str:
+def _describe_cpu() -> str:
     """Return the processor, and the instruction sets that PyTorch and the kernels use."""
     capability = getattr(ops, "cpu_capability", None)
     ours = f", our kernels use {capability()}" if capability else ""

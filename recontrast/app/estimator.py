@@ -127,7 +127,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         """
         recipe = self._recipe()
         images = as_image_list(X)
-        good = np.arange(len(images)) if y is None else np.flatnonzero(_labels(images, y) == 1)
+        good = np.arange(len(images)) if y is None else np.flatnonzero(_check_labels(images, y) == 1)
         if not len(good):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
         count = resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)
@@ -138,7 +138,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         def select(indices: NDArray[np.int64]) -> InMemoryImages:
             return InMemoryImages([images[index] for index in indices], recipe.size, recipe.crop)
 
-        with _own_random_state():
+        with _isolate_random_state():
             result = train(recipe, select(used)[np.arange(len(used))], device=device)
             calibration = None
             if self.false_alarm_rate is not None:
@@ -156,9 +156,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             raise ValueError(f"recipe: wanted a Recipe, a name or a YAML file, got {type(self.recipe).__name__}")
         base = yaml_file.load_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
         names = ("backbone", "weights", "steps", "batch", "size", "encoder_lr", "decoder_lr")
-        changes = {name: _plain(value) for name in names if (value := getattr(self, name)) is not None}
+        changes = {name: _to_python_number(value) for name in names if (value := getattr(self, name)) is not None}
         if self.random_state is not None:
-            changes["seed"] = _plain(self.random_state)
+            changes["seed"] = _to_python_number(self.random_state)
         return _refuse_tiles(base.replace(**changes, holdout=0.0), "recipe")  # held out here, from X
 
     def _take(self, state: Checkpoint, model: Any) -> None:
@@ -314,7 +314,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     def _restore(self, state: Checkpoint, path: str | Path) -> None:
         _refuse_tiles(state.recipe, f"{path}")
         checkpoints.check_calibration(state, path)
-        with _own_random_state():
+        with _isolate_random_state():
             model = checkpoints.build(state, path)
         self._take(replace(state, model=model.state_dict(), optimisers=[], rng={}), model)
 
@@ -350,7 +350,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return tags
 
 
-def _labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
+def _check_labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
     labels = np.asarray(y)
     check_consistent_length(images, labels)
     if labels.ndim != 1 or not np.isin(labels, (1, -1)).all():
@@ -367,13 +367,13 @@ def _refuse_tiles(recipe: Recipe, source: str) -> Recipe:
     return recipe
 
 
-def _plain(value: Any) -> Any:
+def _to_python_number(value: Any) -> Any:
     """Convert NumPy integers, which a parameter grid may hold, to Python integers."""
     return operator.index(value) if isinstance(value, np.integer) else value
 
 
 @contextmanager
-def _own_random_state() -> Iterator[None]:
+def _isolate_random_state() -> Iterator[None]:
     """Restore PyTorch's global random states after the block."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield

@@ -140,8 +140,10 @@ def decide_on_result(
     workers: int | None = None, cache_dir: str | Path | None = None,
 ) -> DecisionSummary:  # fmt: skip
     """Decide on the images of ``result``; the good images in ``groups`` are read again for their appearance."""
-    good, bad = ([image.score for image in result.scored if bool(image.label) == which] for which in (False, True))
-    alarms, found = (int(calibration.is_defect(scores).sum()) for scores in (good, bad))
+    good, bad = (
+        [image.score for image in result.scored if bool(image.label) == is_defect] for is_defect in (False, True)
+    )
+    false_alarms, detected = (int(calibration.is_defect(scores).sum()) for scores in (good, bad))
     samples = [s for group in groups.values() for s in group if s.split == "test" and not s.label]
     appearance_drift = None
     if samples and calibration.appearance:
@@ -150,7 +152,7 @@ def decide_on_result(
             images = ImageCache(samples, recipe.size, recipe.crop, directory=cache_dir, workers=workers)
         appearance_drift = measure_appearance_drift(np.array(calibration.appearance), describe_appearance(images))
     score_drift = measure_score_drift(calibration, good) if good else None
-    return DecisionSummary(calibration.rate, len(good), alarms, len(bad), found, score_drift, appearance_drift)
+    return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)
 
 
 def _build_map_writer(

@@ -1,4 +1,4 @@
-"""A training run of the command line and of `recontrast.train`: checking its options, then running it."""
+"""Training for the command line and for `recontrast.train`: check the options, then run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ OnStep = Callable[[str, int, int, str], None]  # category, finished steps, all s
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A checked training run.
+    """Training run whose options have been checked.
 
     Attributes:
         recipe: Recipe of the run.

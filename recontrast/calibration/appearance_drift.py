@@ -66,7 +66,7 @@ class AppearanceDrift:
 
     @property
     def is_significant(self) -> bool:
-        """Whether to warn: ``p_value`` is below `ALARM_LEVEL`."""
+        """Whether the drift deserves a warning: ``p_value`` is below `ALARM_LEVEL`."""
         return self.p_value < ALARM_LEVEL
 
     def describe(self) -> str:

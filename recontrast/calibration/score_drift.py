@@ -34,7 +34,7 @@ class ScoreDrift:
 
     @property
     def is_significant(self) -> bool:
-        """Whether to warn: ``p_value`` is below `recontrast.calibration.appearance_drift.ALARM_LEVEL`."""
+        """Whether the drift deserves a warning: ``p_value`` is below `ALARM_LEVEL`."""
         return self.p_value < ALARM_LEVEL
 
     def describe(self) -> str:

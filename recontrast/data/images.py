@@ -198,14 +198,14 @@ def normalise(
         raise ValueError(f"normalise: batch must be uint8 (N, H, W, 3), got {batch.dtype} {tuple(batch.shape)}")
     n, height, width, _ = batch.shape
     rows = batch.to(device or batch.device).to(torch.float32, memory_format=torch.contiguous_format)
-    full, centre, scale = _statistics(tuple(mean), tuple(std), width, rows.device)
+    full, centre, scale = _build_normalisation(tuple(mean), tuple(std), width, rows.device)
     rows = rows.view(n * height, width * 3).div_(full).sub_(centre).div_(scale)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return rows.view(n, height, width, 3).permute(0, 3, 1, 2).to(dtype, memory_format=layout)
 
 
 @lru_cache(maxsize=16)  # copying them to the device for each batch would block
-def _statistics(
+def _build_normalisation(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
     """Return 255, mean and std repeated for each value of a row of pixels, each (width * 3,) float32.

@@ -25,7 +25,7 @@ TRANSFER_METHODS = ("hard links", "symbolic links", "copies", "pictures written"
 
 @dataclass(frozen=True)
 class Counts:
-    """Number of images of a category.
+    """Numbers of images of a category.
 
     Attributes:
         train: Training images.

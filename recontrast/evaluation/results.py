@@ -163,10 +163,10 @@ class Result:
         """Return a Markdown table in percent, with "-" for undefined metrics, followed by settings and notes."""
         names = [name for name in METRICS if any(getattr(row, name) is not None for row in self.rows)] or ["i_auroc"]
         head = ["category", "images", *(METRICS[name] for name in names), "seconds"]
-        lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+        lines = [_format_line(head), _format_line(["---", *["---:"] * (len(head) - 1)])]
         for row in (*self.rows, *([self.mean] if len(self.rows) > 1 else [])):
             cells = ("-" if (value := getattr(row, name)) is None else f"{100 * value:.2f}" for name in names)
-            lines.append(_line([row.category, str(row.images), *cells, f"{sum(row.seconds.values()):.1f}"]))
+            lines.append(_format_line([row.category, str(row.images), *cells, f"{sum(row.seconds.values()):.1f}"]))
         lines.append("")
         lines.append(
             f"Percent. Maps of {'the size of the images, from tiles of ' if self.tile else ''}"
@@ -214,5 +214,5 @@ class Result:
         return paths
 
 
-def _line(cells: Iterable[str]) -> str:
+def _format_line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"

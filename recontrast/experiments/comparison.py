@@ -70,9 +70,9 @@ class Comparison:
             header += [METRICS[metric], "paper", "diff"]
         rows: dict[tuple[str, str], list[str]] = {}
         for line in self.lines:
-            ours = _percent(line.ours) + ("" if line.spread is None else f" ± {100 * line.spread:.2f}")
+            ours = _format_percent(line.ours) + ("" if line.spread is None else f" ± {100 * line.spread:.2f}")
             row = rows.setdefault((line.entry, line.category), [line.entry, line.category])
-            row += [ours, _percent(line.paper), _percent(line.difference, "+.2f")]
+            row += [ours, _format_percent(line.paper), _format_percent(line.difference, "+.2f")]
         return header, list(rows.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,5 +117,5 @@ class Comparison:
         return paths
 
 
-def _percent(value: float | None, form: str = ".2f") -> str:
+def _format_percent(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(100 * value, form)

@@ -231,13 +231,15 @@ def _compare_entry(table: Table, entry: Entry, by_seed: Mapping[int, Sequence[Ro
                 defined = [value for value in of_rows if value is not None]
                 if 0 < len(defined) == len(of_rows):
                     values.append(math.fsum(defined) / len(defined))
-            paper = _published_numbers(table, entry, category, categories).get(metric)
+            paper = _find_published_numbers(table, entry, category, categories).get(metric)
             ours = statistics.fmean(values) if values else None
             spread = statistics.stdev(values) if len(values) > 1 else None
             yield Line(entry.name, category, metric, len(values), ours, spread, paper)
 
 
-def _published_numbers(table: Table, entry: Entry, category: str, categories: Sequence[str]) -> Mapping[str, float]:
+def _find_published_numbers(
+    table: Table, entry: Entry, category: str, categories: Sequence[str]
+) -> Mapping[str, float]:
     """Return the published numbers of a category, or their mean over exactly the given categories."""
     if category != "mean":
         return entry.numbers.get(category, {})

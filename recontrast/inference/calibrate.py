@@ -163,7 +163,8 @@ def score_files(
 
     Returns:
         Scores of the N images that could be read; their appearance, (N, 4) float64, see
-        `recontrast.calibration.appearance_drift.describe_appearance`; and one sentence for each other file.
+        `recontrast.calibration.appearance_drift.describe_appearance`; and one sentence for each file that could not be
+        read.
     """
     with ThreadPoolExecutor() as pool:
         files = ImageFiles(paths, pool)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from recontrast.inference.decisions import Region
     from recontrast.inference.detector import Detector
 
-WANTED = (
+ACCEPTED = (
     "an image or a list of images: paths, folders, PIL images, arrays (h, w) or (h, w, 3), or one array (n, h, w, 3)"
 )
 DISPLAY_SIDE = 320  # pixels of a drawn image's longer side: three of them fit beside each other in a notebook
@@ -82,7 +82,7 @@ class Prediction:
         Raises:
             ValueError: If the image could not be read.
         """
-        return Image.fromarray(self._overlay(np.asarray(self.image())))
+        return Image.fromarray(self._draw_overlay(np.asarray(self.image())))
 
     def draw(self) -> Image.Image:
         """Draw the image, its heat map, and the image with the regions outlined, side by side.
@@ -95,9 +95,9 @@ class Prediction:
         """
         image = self.image()
         pixels = np.asarray(_fit_for_display(image))
-        panels = [pixels, self._overlay(pixels)]
+        panels = [pixels, self._draw_overlay(pixels)]
         if self.regions:
-            panels.append(self._outlined(pixels))
+            panels.append(self._draw_outlines(pixels))
         width = sum(panel.shape[1] for panel in panels) + MARGIN * (len(panels) - 1)
         picture = Image.new("RGB", (width, pixels.shape[0] + CAPTION_HEIGHT), "white")
         left = 0
@@ -105,7 +105,7 @@ class Prediction:
             picture.paste(Image.fromarray(panel), (left, CAPTION_HEIGHT))
             left += panel.shape[1] + MARGIN
         text = ImageDraw.Draw(picture)
-        text.text((2, 4), self._caption(), fill="black", font=ImageFont.load_default(15))
+        text.text((2, 4), self._build_caption(), fill="black", font=ImageFont.load_default(15))
         return picture
 
     def show(self) -> None:
@@ -128,29 +128,29 @@ class Prediction:
         self.draw().save(png, "PNG")
         return png.getvalue()
 
-    def _caption(self) -> str:
+    def _build_caption(self) -> str:
         parts: list[str] = [] if self.decision is None else [self.decision]
         parts.append(f"score {self.score:.4g}")
         if self.p_value is not None:
             parts.append(f"p = {self.p_value:.3g}")
         return "   ".join(parts)
 
-    def _overlay(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _draw_overlay(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         low, high = self._colors
-        heat = (self._map_over(pixels.shape[:2]) - low) / max(high - low, 1e-12)
+        heat = (self._fit_map(pixels.shape[:2]) - low) / max(high - low, 1e-12)
         return heatmaps.draw_overlay(pixels, heat)
 
-    def _outlined(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _draw_outlines(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return a copy of the image with a line around the pixels above the pixel threshold."""
         from scipy.ndimage import binary_dilation
 
-        inside = self._map_over(pixels.shape[:2]) > (np.inf if self._pixel_threshold is None else self._pixel_threshold)
+        inside = self._fit_map(pixels.shape[:2]) > (np.inf if self._pixel_threshold is None else self._pixel_threshold)
         line = binary_dilation(inside, iterations=2) & ~inside
         outlined = pixels.copy()
         outlined[line] = OUTLINE
         return outlined
 
-    def _map_over(self, shape: Sequence[int]) -> NDArray[np.float32]:
+    def _fit_map(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """Return the map resized to an image of ``shape`` (H, W); pixels outside the crop get its minimum."""
         from recontrast.inference.detector import map_extent
 
@@ -163,16 +163,16 @@ class Prediction:
 
 
 class Predictions(list[Prediction]):
-    """The predictions of one call, a list in the order of the images."""
+    """List of the predictions of one call, in the order of the images."""
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """The scores (n,), float64; NaN for images that could not be read."""
+        """Scores (n,), float64; NaN for images that could not be read."""
         return np.array([prediction.score for prediction in self], np.float64)
 
     @property
     def defects(self) -> "Predictions":
-        """The predictions whose decision is "defect"."""
+        """Predictions whose decision is "defect"."""
         return Predictions(prediction for prediction in self if prediction.decision == "defect")
 
     def show(self, most: int = 8) -> None:
@@ -210,14 +210,14 @@ class GivenImages(ImageFiles):
         source = self.sources[index]
         if isinstance(source, Path):
             return read_image(source, size=size, crop=crop)
-        return fit_picture(_picture(source, self.names[index]), size=size, crop=crop, name=self.names[index])
+        return fit_picture(_to_picture(source, self.names[index]), size=size, crop=crop, name=self.names[index])
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Height and width of an image in pixels, upright."""
+        """Return height and width of an image in pixels, after applying its EXIF orientation."""
         source = self.sources[index]
         if isinstance(source, Path):
             return image_size(source)
-        picture = _picture(source, self.names[index])
+        picture = _to_picture(source, self.names[index])
         return picture.height, picture.width
 
 
@@ -240,12 +240,12 @@ def list_given(images: Any) -> list[Any]:
             images = [images]
         elif images.ndim != 4 and images.dtype.kind not in "OU":
             raise ValueError(
-                f"images: wanted {WANTED}, got an array {images.shape}: pass list(images) for a stack of grey images"
+                f"images: wanted {ACCEPTED}, got an array {images.shape}: pass list(images) for a stack of grey images"
             )
     elif isinstance(images, str | Path | Image.Image) or hasattr(images, "__fspath__"):
         images = [images]
     elif not hasattr(images, "__iter__") or isinstance(images, dict | bytes):
-        raise ValueError(f"images: wanted {WANTED}, got {type(images).__name__}")
+        raise ValueError(f"images: wanted {ACCEPTED}, got {type(images).__name__}")
     listed: list[Any] = []
     for index, image in enumerate(images):
         if isinstance(image, str) or hasattr(image, "__fspath__"):
@@ -253,9 +253,9 @@ def list_given(images: Any) -> list[Any]:
         elif isinstance(image, Image.Image | np.ndarray):
             listed.append(image)
         else:
-            raise ValueError(f"images: wanted {WANTED}, got {type(image).__name__} at index {index}")
+            raise ValueError(f"images: wanted {ACCEPTED}, got {type(image).__name__} at index {index}")
     if not listed:
-        raise ValueError(f"images: wanted {WANTED}, got none")
+        raise ValueError(f"images: wanted {ACCEPTED}, got none")
     return listed
 
 
@@ -333,7 +333,7 @@ def _fit_for_display(image: Image.Image) -> Image.Image:
     return image if scale == 1 else image.resize(size, Image.Resampling.BILINEAR)
 
 
-def _picture(source: Any, name: str) -> Image.Image:
+def _to_picture(source: Any, name: str) -> Image.Image:
     return apply_orientation(source) if isinstance(source, Image.Image) else Image.fromarray(to_uint8(source, name))
 
 
@@ -341,4 +341,4 @@ def _read_pixels(source: Any, name: str) -> NDArray[np.uint8]:
     """Read the pixels (H, W, 3), uint8, of an image in its own size."""
     if isinstance(source, Path):
         return read_image(source)
-    return fit_picture(_picture(source, name), name=name)
+    return fit_picture(_to_picture(source, name), name=name)

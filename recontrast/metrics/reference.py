@@ -1,8 +1,8 @@
 """NumPy implementation of the metrics: the oracle of ``recontrast._metrics``, and its fallback if not compiled.
 
 The public functions have the names, arguments and results of the compiled ones. A sample is called anomalous at
-threshold t if its score is at least t, so that equal scores share one threshold. Between a distinct score of the
-positives and the next lower one, only negatives are added: the ROC and the overlap curve are flat there, and precision
+threshold t if its score is at least t, so that equal scores share one threshold. Between two
+successive scores of positives, only negatives are added, so that the ROC and the overlap curve are flat, and precision
 and F1 decrease. The distinct scores of the positives are therefore the only thresholds needed, and one sort of the
 negatives gives the number of negatives above each.
 """

@@ -9,7 +9,7 @@ FieldRule = tuple[Callable[[Any], bool], str]
 
 
 def _is_integer(value: Any) -> bool:
-    """Whether ``value`` is an integer; bool is not."""
+    """Return whether ``value`` is an integer; a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -31,14 +31,14 @@ def _one_of(*choices: Any) -> FieldRule:
 
 
 def _is_size(value: Any) -> bool:
-    """Whether ``value`` is a positive integer or a pair of them."""
+    """Return whether ``value`` is a positive integer or a pair of them."""
     if isinstance(value, tuple):
         return len(value) == 2 and all(_is_integer(v) and v >= 1 for v in value)
     return _is_integer(value) and value >= 1
 
 
 def _is_names(value: Any) -> bool:
-    """Whether ``value`` is a tuple of strings."""
+    """Return whether ``value`` is a tuple of strings."""
     return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
 

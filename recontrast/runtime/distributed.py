@@ -34,7 +34,7 @@ TIMEOUT = timedelta(minutes=30)  # the others wait while a process decodes its i
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as seen from one of them.
+    """Rank of this process and number of processes of a run.
 
     Attributes:
         rank: Rank of this process.

@@ -73,20 +73,21 @@ def resolve_holdout_count(count: int, rate: float | None, holdout: float | int |
         raise ValueError(f"false_alarm_rate: wanted None or a share above 0 and below 1, got {rate!r}")
     needed = math.ceil(1 / rate - 1e-9) - 1
     if holdout is None:
-        wanted = max(needed, math.ceil(SHARE * count))
-        most, condition = count // 2, "half of them are left for training"
+        requested = max(needed, math.ceil(SHARE * count))
+        limit, condition = count // 2, "half of them are left for training"
     elif isinstance(holdout, numbers.Integral) and not isinstance(holdout, bool):
-        wanted, most, condition = int(holdout), count - 1, "one is left for training"
+        requested, limit, condition = int(holdout), count - 1, "one is left for training"
     elif isinstance(holdout, numbers.Real) and 0 < holdout < 1:
-        wanted, most, condition = math.ceil(float(holdout) * count - 1e-9), count - 1, "one is left for training"
+        requested, limit = math.ceil(float(holdout) * count - 1e-9), count - 1
+        condition = "one is left for training"
     else:
         raise ValueError(f"holdout: wanted None, a number of images or a share in (0, 1), got {holdout!r}")
-    if not needed <= wanted <= most:
+    if not needed <= requested <= limit:
         raise ValueError(
             f"false_alarm_rate: for a rate of {rate:g} wanted at least {needed} images held out while {condition}, got "
-            f"{wanted} held out of {count} good images"
+            f"{requested} held out of {count} good images"
         )
-    return wanted
+    return requested
 
 
 def calibrate_holdout(

@@ -1,4 +1,4 @@
-"""The training loop of the reference (`train` in `recontrast_mvtec.py`), for any number of steps and resumable.
+"""Training loop of the reference (`train` in `recontrast_mvtec.py`), for any number of steps and with resume.
 
 There is no augmentation: each image is decoded once and enters every epoch as the same tensor. The loss stays on the
 device and is read only for log lines and checkpoints, so that the host never waits for the device between them.
@@ -380,7 +380,7 @@ def build_model(recipe: Recipe, category: str) -> ReContrast:
         An untrained model on the CPU, in training mode.
 
     Raises:
-        ValueError: If `ReContrast` refuses an argument.
+        ValueError: If `ReContrast` rejects an argument.
         OSError: If the weights cannot be read.
     """
     return ReContrast(

@@ -106,7 +106,7 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
             threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=inference,
             workers=workers, device=device, batch=batch, on_progress=progress,
         )  # fmt: skip
-    typer.echo(f"{len(summary.predictions)} images scored{_count(summary, threshold)}: {out / 'scores.csv'}")
+    typer.echo(f"{len(summary.predictions)} images scored{_describe_counts(summary, threshold)}: {out / 'scores.csv'}")
     if summary.calibration_note is not None:
         print_error(f"warning: {summary.calibration_note}")
     for text in summary.unread:
@@ -115,7 +115,7 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
         raise typer.Exit(2)
 
 
-def _count(summary: "PredictionSummary", threshold: float | None) -> str:
+def _describe_counts(summary: "PredictionSummary", threshold: float | None) -> str:
     """Describe how many images were flagged, and how many were called defects."""
     parts = []
     if threshold is not None:
@@ -128,7 +128,7 @@ def _count(summary: "PredictionSummary", threshold: float | None) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-SHOWN = 20  # messages about unreadable images that are printed
+MAX_PRINTED_ERRORS = 20  # messages about unreadable images that are printed
 
 
 def _predict_with_ray(
@@ -144,9 +144,9 @@ def _predict_with_ray(
     counts = f", {summary.defects} defects" if summary.decided else ""
     counts += "" if options["threshold"] is None else f", {summary.flagged} flagged at {options['threshold']:g}"
     typer.echo(f"{summary.scored} images scored{counts}: {out / parquet_parts.FOLDER}")
-    for text in summary.unread[:SHOWN]:
+    for text in summary.unread[:MAX_PRINTED_ERRORS]:
         print_error(text)
-    if len(summary.unread) > SHOWN:
-        print_error(f"and {len(summary.unread) - SHOWN} more: column error")
+    if len(summary.unread) > MAX_PRINTED_ERRORS:
+        print_error(f"and {len(summary.unread) - MAX_PRINTED_ERRORS} more: column error")
     if summary.unread:
         raise typer.Exit(2)

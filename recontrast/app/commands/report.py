@@ -38,5 +38,5 @@ def report(
             run, data or [], out, category=category, images=images, batch=batch, device=device,
             on_progress=lambda name, done, total: progress(done, total, name),
         )  # fmt: skip
-    shown = "" if written.shown == written.images else f", {written.shown} of them shown"
-    typer.echo(f"report of {written.images} images{shown}, {written.bytes / 1e6:.1f} MB: {written.path}")
+    limited = "" if written.shown == written.images else f", {written.shown} of them shown"
+    typer.echo(f"report of {written.images} images{limited}, {written.bytes / 1e6:.1f} MB: {written.path}")

@@ -59,7 +59,7 @@ def list_inputs(inputs: Sequence[Path]) -> list[str]:
     images: dict[str, None] = {}
     for path in inputs:
         if path.suffix.lower() in LISTS and path.is_file():
-            listed = _parquet_paths(path) if path.suffix.lower() == ".parquet" else _text_paths(path)
+            listed = _read_parquet_paths(path) if path.suffix.lower() == ".parquet" else _read_text_paths(path)
             if not listed:
                 raise ValueError(f"{path}: wanted a list of images, got an empty one")
             images.update((os.path.abspath(path.parent / name), None) for name in listed)
@@ -167,16 +167,16 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
     Raises:
         ValueError: If an image is missing or occurs twice.
     """
-    requested, seen = set(paths), set()
+    requested, counted = set(paths), set()
     scored = decided = defects = flagged = 0
     unread: list[tuple[str, str]] = []
     for file in _list_parts(folder):
         columns = _read(file, ["path", "decision", "flagged", "error"])
         for path, decision, flag, error in zip(*(columns[name].to_pylist() for name in columns.column_names),
                                                strict=True):  # fmt: skip
-            if path in seen:
+            if path in counted:
                 raise ValueError(f"{folder}: wanted each image once, got {path} twice")
-            seen.add(path)
+            counted.add(path)
             if path not in requested:
                 continue
             scored += error is None
@@ -185,8 +185,8 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
             flagged += bool(flag)
             if error is not None:
                 unread.append((path, error))
-    if requested - seen:
-        raise ValueError(f"{folder}: wanted {len(requested)} images, {len(requested - seen)} are missing")
+    if requested - counted:
+        raise ValueError(f"{folder}: wanted {len(requested)} images, {len(requested - counted)} are missing")
     return Summary(scored, decided, defects, flagged, [error for _, error in sorted(unread)])
 
 
@@ -229,12 +229,12 @@ def _name_part(identity: str, paths: Sequence[str]) -> str:
     return f"part-{hashlib.sha256(chr(0).join([identity, *paths]).encode()).hexdigest()[:24]}.parquet"
 
 
-def _text_paths(path: Path) -> list[str]:
+def _read_text_paths(path: Path) -> list[str]:
     lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
     return [name for line in lines if (name := line.rstrip("\r")).strip()]
 
 
-def _parquet_paths(path: Path) -> list[str]:
+def _read_parquet_paths(path: Path) -> list[str]:
     pa, pq = _import_arrow()
     try:
         columns = pq.read_schema(path)
