@@ -128,7 +128,7 @@ def _open(path: PathLike, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Read the EXIF orientation, 1 to 8; 1 if there is none."""
+    """Read the EXIF orientation, from 1 to 8; return 1 if there is none."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged EXIF data does not affect the pixels

@@ -1,4 +1,4 @@
-"""Readers of the original downloads of the paper's five data sets: the target of each file in MVTec AD layout.
+"""Readers of the original downloads of the paper's five data sets, with the target of each file in MVTec AD layout.
 
 Folders, splits and labels are those of the reference (README and prepare_data/ of its public code). The reference puts
 test images of all diagnoses into one folder ABNORMAL. Here, each diagnosis has its own folder; the labels are the same,

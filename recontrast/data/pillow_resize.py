@@ -40,8 +40,8 @@ def compute_coefficients(length: int, out: int, device: torch.device | None = No
     Returns:
         digits: (2 out, length) float32, integers: hi of all rows, then lo of all rows; a weight is
             ``hi * DIGIT + lo``.
-        offset: (out, 2) float32: constants to add to the sums of hi * p and of lo * p, for the 128 in 128 + p and
-            for rounding.
+        offset: (out, 2) float32: constants added to the sums of hi * p and of lo * p, to account for the 128 in 128 + p
+            and for rounding.
     """
     at = torch.arange(out, dtype=torch.int32, device=device).unsqueeze(1)
     pixel = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)

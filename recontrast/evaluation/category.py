@@ -159,7 +159,7 @@ class Category:
         return Row(self.name, count, self.defect_count, **values, seconds=seconds, bounds=bounds, note="; ".join(notes))
 
     def cancel(self) -> None:
-        """Cancel the reading of masks."""
+        """Cancel the pending reads of masks."""
         for mask in self.masks.values():
             mask.cancel()
 

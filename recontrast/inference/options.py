@@ -53,7 +53,7 @@ class InferenceOptions:
         return cls(calibration.views, calibration.precision)  # type: ignore[arg-type]
 
     def apply_to(self, trained: Recipe) -> Recipe:
-        """Return a recipe with these options in place of its own values.
+        """Return a copy of a recipe with the values of these options.
 
         Args:
             trained: Recipe of the training.

@@ -182,7 +182,7 @@ def _release_process_groups() -> None:
 
 @cache
 def _settle_at_exit() -> None:
-    """Let the threads of all process groups finish before the interpreter shuts down, whoever created the groups."""
+    """Let the threads of all process groups finish before the interpreter shuts down, also of groups created by the caller."""
 
     def settle() -> None:
         _release_process_groups()

@@ -1,4 +1,4 @@
-"""Deferral of Ctrl-C and SIGTERM to the end of a training step, so that the saved state is one of a full run."""
+"""Deferral of Ctrl-C and SIGTERM to the end of a training step, so that the checkpoint never holds half a step."""
 
 import signal
 import threading

@@ -155,7 +155,7 @@ class _Writer:
         self._readable: list[int] = []  # positions of the files that could be read
 
     def add(self, maps: np.ndarray, scores: np.ndarray) -> None:
-        """Handle the maps (n, H, W) and scores (n,) of the next files."""
+        """Process the maps (n, H, W) and scores (n,) of the next files."""
         for anomaly, score in zip(maps, scores.tolist(), strict=True):
             if self.position not in self.files.errors:
                 self._readable.append(self.position)
