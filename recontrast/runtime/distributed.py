@@ -182,7 +182,7 @@ def _release_process_groups() -> None:
 
 @cache
 def _settle_at_exit() -> None:
-    """Let the threads of all process groups finish before the interpreter shuts down, also of groups created by the caller."""
+    """Let the threads of all process groups finish at exit, also those of groups that the caller created."""
 
     def settle() -> None:
         _release_process_groups()

@@ -320,7 +320,7 @@ def _open_images(settings: RunSettings) -> Images:
 
 
 def _build_state(settings: RunSettings, model: ReContrast, images: Images) -> TrainingState:
-    """Return the state before the first step, after a check that all processes were given the same run."""
+    """Check that all processes have the same settings and images, and return the state before the first step."""
     recipe, category, device, world = settings.recipe, settings.category, settings.device, settings.world
     sampler = BatchSampler(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     description = describe_images(images)

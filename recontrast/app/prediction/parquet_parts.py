@@ -24,7 +24,7 @@ LISTS = (".txt", ".parquet")  # lists of images: one path per line, or a column 
 
 @dataclass(frozen=True)
 class Part:
-    """Images that are scored and written together: file name of the part, and absolute paths."""
+    """Part of the output: its file name, and the absolute paths of the images that are scored and written together."""
 
     name: str
     paths: tuple[str, ...]
