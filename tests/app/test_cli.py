@@ -351,7 +351,7 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
 def test_errors_of_ours_are_not_hidden(monkeypatch):
     from recontrast.app import environment
 
-    monkeypatch.setattr(environment, "about", lambda: {}["missing"])
+    monkeypatch.setattr(environment, "describe_environment", lambda: {}["missing"])
     assert isinstance(call("info").exception, KeyError)
 
 

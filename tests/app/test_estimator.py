@@ -159,7 +159,7 @@ def test_refuses_what_is_no_image(fitted, X, sentence):
 @pytest.mark.parametrize("changes, sentence", [
     ({"false_alarm_rate": 0.01}, "at least 99 images .* half of them are left .* got 99 held out of 12"),
     ({"false_alarm_rate": 1.0}, "false_alarm_rate: wanted None or a share above 0 and below 1, got 1.0"),
-    ({"holdout": 2}, "at least 3 images held out, and that one is left for training, got 2 held out of 12"),
+    ({"holdout": 2}, "at least 3 images held out while one is left for training, got 2 held out of 12"),
     ({"holdout": 12}, "got 12 held out of 12"),
     ({"holdout": 1.5}, "holdout: wanted None, a number of images or a share in"),
     ({"recipe": "mvtc"}, "mvtc"),
