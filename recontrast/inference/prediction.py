@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,7 +199,7 @@ class GivenImages(ImageFiles):
         sources: Path, PIL image or array of each image.
     """
 
-    def __init__(self, images: Any, pool: Any = None) -> None:
+    def __init__(self, images: Any, pool: ThreadPoolExecutor | None = None) -> None:
         super().__init__([], pool)
         self.sources = list_given(images)
         self.names = [
@@ -213,7 +214,14 @@ class GivenImages(ImageFiles):
         return fit_picture(_to_picture(source, self.names[index]), size=size, crop=crop, name=self.names[index])
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Return height and width of an image in pixels, after applying its EXIF orientation."""
+        """Return the height and width of an image in pixels, after applying its EXIF orientation.
+
+        Args:
+            index: Index of the image.
+
+        Returns:
+            Height and width.
+        """
         source = self.sources[index]
         if isinstance(source, Path):
             return image_size(source)
