@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from recontrast.app.console import ProgressBar, print_error
@@ -116,6 +115,8 @@ def _compare(
     detector: "CheckpointDetector", calibration: "Calibration", paths: "Sequence[Path]", batch: int
 ) -> list[str]:
     """Print whether other good images are like the calibration images; return one message per unreadable file."""
+    import numpy as np
+
     from recontrast.calibration.appearance_drift import measure_appearance_drift
     from recontrast.calibration.score_drift import measure_score_drift
     from recontrast.inference.calibrate import score_files
