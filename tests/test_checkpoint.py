@@ -218,7 +218,7 @@ except OSError as error:
 def run(path, how):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", WRITE, str(path), how]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_file_size_limit_leaves_the_last_checkpoint(tmp_path, state):

@@ -41,7 +41,7 @@ def test_example_runs(path, data, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert process.returncode == 0 and not process.stderr, process.stdout + process.stderr
     assert re.search(OUTPUTS.get(path.stem, r"\S"), process.stdout), process.stdout

@@ -66,7 +66,7 @@ def module(sanitized, tmp_path_factory):
 
 
 def python(sanitized, *arguments):
-    return subprocess.run([sys.executable, *arguments], env=sanitized, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *arguments], env=sanitized, capture_output=True, text=True, timeout=600)
 
 
 def test_sanitizer_detects_errors(sanitized):

@@ -173,10 +173,11 @@ def test_interrupt_stops_decoding_and_leaves_no_file(tmp_path, samples, decoded)
         if done == 2:
             raise KeyboardInterrupt
 
+    earlier = set(threading.enumerate())  # other tests of this process may have left threads
     with pytest.raises(KeyboardInterrupt):
         ImageCache(samples * 50, 32, directory=tmp_path / "c", workers=1, on_progress=interrupt)
     assert list_names(tmp_path / "c") == [] and len(decoded) < N * 50
-    assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
+    assert not [t for t in set(threading.enumerate()) - earlier if "ThreadPool" in t.name]
 
 
 def check_write_error(directory, samples, reason, code):
@@ -243,7 +244,7 @@ def test_two_processes_can_build_one_cache(tmp_path, samples):
     )
     run = [sys.executable, "-c", code, str(samples[0].path.parent), str(tmp_path / "c")]
     both = [subprocess.Popen(run, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    sums = [int(process.communicate(timeout=120)[0]) for process in both]
+    sums = [int(process.communicate(timeout=600)[0]) for process in both]
     assert sums == [20 * int(read_images(samples).sum())] * 2 and len(list_names(tmp_path / "c")) == 1
 
 

@@ -42,7 +42,7 @@ def test_detector_is_loaded_once_and_without_the_optimisers(tmp_path):
         1, "nut", RECIPE, model.config, preprocessing, {"count": 1, "digest": ""}, weights, states
     ))  # fmt: skip
     megabytes = sum(value.numel() * value.element_size() for value in weights.values()) / 2**20
-    process = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=300)
+    process = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     before, peak, now = map(float, process.stdout.split())
     assert peak - before < 2 * megabytes + 60, f"{peak - before:.0f} MB for {megabytes:.0f} MB of weights"

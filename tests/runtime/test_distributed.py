@@ -35,7 +35,7 @@ def outputs(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("outputs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, WORKER, data, out], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, WORKER, data, out], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -105,7 +105,7 @@ def test_example_prints_the_same_with_two_processes():
     losses = []
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
         command = [sys.executable, *launcher, example]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         losses.append([float(line.split()[-1]) for line in done.stdout.splitlines()])
     assert len(losses[0]) == 6 and losses[0][-1] < losses[0][0]
@@ -117,7 +117,7 @@ def exit_codes():
     """Exit codes of the processes that end in each way, by case."""
     command = [sys.executable, process_endings.__file__, str(REPETITIONS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300 * REPETITIONS)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600 + 60 * REPETITIONS)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout), result.stderr
 

@@ -255,7 +255,7 @@ def test_killed_run_resumes(samples, tmp_path):
     root = samples[0].path.parents[3]
     arguments = [*SOURCE, KILLED, str(root), str(tmp_path / "out"), repr(recipe.to_dict())]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **threads}, timeout=120)
+    done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **threads}, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr
     path = tmp_path / "out" / "checkpoint.pt"
     assert checkpoint.load(path).step == 3
