@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import upstream
+from half_gradient import compute_gradient_of_half
 
 from recontrast import (
     alpha_at,
@@ -242,14 +242,6 @@ def test_pairs_loss_raises_on_invalid_arguments():
     for rule in (None, deviation(1.0)):
         with pytest.raises(ValueError, match=r"^pairs_loss: form: wanted 'global' or 'point', got 'mean'$"):
             pairs_loss([pair], rule, form="mean")
-
-
-def compute_gradient_of_half(rank, file, teacher, student, gradients):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    half = student.chunk(2)[rank].clone().requires_grad_()
-    hard_mined_cosine(teacher.chunk(2)[rank], half, deviation(1.0)).backward()
-    gradients[rank] = half.grad / 2  # DistributedDataParallel averages over processes
-    dist.destroy_process_group()
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
