@@ -56,8 +56,8 @@ def compare_scores(
         Number of images, and the largest relative difference of their scores.
 
     Raises:
-        ValueError: If a score differs by more than ``tolerance``, the p-values or decisions of the file are not those
-            that the calibration gives for its scores, or an image cannot be read.
+        ValueError: If a score differs by more than ``tolerance``, if p-values or decisions in the file do not match its
+            scores, or if an image cannot be read.
     """
     with ThreadPoolExecutor() as pool:
         files = ImageFiles(paths, pool)
