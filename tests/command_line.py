@@ -27,7 +27,7 @@ def fails(*arguments, status=2):
 # Weights are random throughout: what is tested is what the commands do, not how well.
 SMALL = [
     "--backbone",
-    "resnet10t",
+    "test_resnet",
     "--weights",
     "random",
     "--size",

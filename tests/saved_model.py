@@ -8,7 +8,7 @@ from recontrast import checkpoint as checkpoints
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model
 
-RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
+RECIPE = Recipe(backbone="test_resnet", weights="random", size=64, encoder_bn="eval")
 
 
 def save(path, recipe):

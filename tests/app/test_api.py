@@ -85,7 +85,7 @@ def test_calibrate_stores_what_the_command_stores(calibrated, tmp_path):
     stored = checkpoints.load(tmp_path / "checkpoint.pt").calibration
     assert detector.calibration.scores == stored.scores and detector.calibration.threshold == stored.threshold
     assert recontrast.load(detector.path, "cpu").calibration == detector.calibration
-    assert repr(detector).endswith("checkpoint.pt': tile, resnet10t, 64 x 64 px, false-alarm rate 0.1)")
+    assert repr(detector).endswith("checkpoint.pt': tile, test_resnet, 64 x 64 px, false-alarm rate 0.1)")
 
 
 def test_prediction_is_that_of_the_command(calibrated, tmp_path):

@@ -264,7 +264,7 @@ def test_loss_is_not_a_number(data, tmp_path):
 def test_weights_of_another_architecture(data, tmp_path):
     torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     message = train_fails(data, tmp_path, "--category", "brick", "--weights", tmp_path / "other.pth")
-    assert str(tmp_path / "other.pth") in message and "resnet10t" in message
+    assert str(tmp_path / "other.pth") in message and "test_resnet" in message
 
 
 def test_former_run_is_not_overwritten(run, data):

@@ -19,7 +19,7 @@ from recontrast.inference.calibrate import calibrate
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model
 
-RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
+RECIPE = Recipe(backbone="test_resnet", weights="random", size=64, encoder_bn="eval")
 
 
 def build_calibration(scores, rate=0.1, **changes):

@@ -361,7 +361,7 @@ def test_command_with_the_published_counts(download, tmp_path, monkeypatch):
     assert all(text in help_text for text in ("NAME", "--source", "--out", "--copy", "--workers", "one per CPU"))
 
 
-SMALL = ["--backbone", "resnet10t", "--weights", "random", "--size", "64", "--batch", "2", "--steps", "1"]
+SMALL = ["--backbone", "test_resnet", "--weights", "random", "--size", "64", "--batch", "2", "--steps", "1"]
 
 
 @pytest.mark.parametrize("name", ["aptos", "isic2018"])

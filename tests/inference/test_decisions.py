@@ -11,7 +11,7 @@ from recontrast.inference.decisions import Region, find_regions
 from recontrast.inference.detector import Detector
 from recontrast.recipes.recipe import Recipe
 
-RECIPE = Recipe(backbone="resnet10t", weights="random", size=64, encoder_bn="eval")
+RECIPE = Recipe(backbone="test_resnet", weights="random", size=64, encoder_bn="eval")
 
 
 class BrightnessDetector(Detector):

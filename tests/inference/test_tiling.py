@@ -23,7 +23,7 @@ from recontrast.inference.tiling import compute_tiled_map, score_map
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model, train
 
-RECIPE = Recipe(backbone="resnet10t", weights="random", tile=64, encoder_bn="eval", steps=2, batch=4)
+RECIPE = Recipe(backbone="test_resnet", weights="random", tile=64, encoder_bn="eval", steps=2, batch=4)
 
 
 def noise(*shape, seed=0):

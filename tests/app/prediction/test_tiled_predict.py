@@ -24,7 +24,7 @@ from recontrast.inference.tiling import compute_tiled_map, score_map
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model
 
-RECIPE = Recipe(backbone="resnet10t", weights="random", tile=64, encoder_bn="eval", score=0.01)
+RECIPE = Recipe(backbone="test_resnet", weights="random", tile=64, encoder_bn="eval", score=0.01)
 
 
 def save(path, recipe):
