@@ -2,32 +2,22 @@
 
 import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from recontrast.data import heatmaps
-from recontrast.data.decode import apply_orientation
-from recontrast.data.image_files import ImageFiles
-from recontrast.data.images import fit_picture, image_size, read_image
-from recontrast.data.in_memory import to_uint8
-from recontrast.data.listing import list_images
+from recontrast.inference import drawing
+from recontrast.inference.given_images import GivenImages, list_given, read_pixels
 
 if TYPE_CHECKING:
     from recontrast.inference.decisions import Region
     from recontrast.inference.detector import Detector
 
-ACCEPTED = (
-    "an image or a list of images: paths, folders, PIL images, arrays (h, w) or (h, w, 3), or one array (n, h, w, 3)"
-)
-DISPLAY_SIDE = 320  # pixels of a drawn image's longer side: three of them fit beside each other in a notebook
-OUTLINE = (0, 220, 120)  # green stands out on grey and on every heat color
-CAPTION_HEIGHT, MARGIN = 26, 6  # pixels
+__all__ = ["GivenImages", "Prediction", "Predictions", "list_given", "predict"]
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value
@@ -70,7 +60,7 @@ class Prediction:
         """
         if self.error is not None:
             raise ValueError(self.error)
-        return Image.fromarray(_read_pixels(self._source, self.name))
+        return Image.fromarray(read_pixels(self._source, self.name))
 
     def heat_map(self) -> Image.Image:
         """Return the anomaly map laid over the image.
@@ -83,7 +73,8 @@ class Prediction:
         Raises:
             ValueError: If the image could not be read.
         """
-        return Image.fromarray(self._draw_overlay(np.asarray(self.image())))
+        pixels = np.asarray(self.image())
+        return Image.fromarray(drawing.draw_heat(pixels, self._fit_map(pixels.shape[:2]), self._colors))
 
     def draw(self) -> Image.Image:
         """Draw the image, its heat map, and the image with the regions outlined, side by side.
@@ -94,20 +85,12 @@ class Prediction:
         Raises:
             ValueError: If the image could not be read.
         """
-        image = self.image()
-        pixels = np.asarray(_fit_for_display(image))
-        panels = [pixels, self._draw_overlay(pixels)]
-        if self.regions:
-            panels.append(self._draw_outlines(pixels))
-        width = sum(panel.shape[1] for panel in panels) + MARGIN * (len(panels) - 1)
-        picture = Image.new("RGB", (width, pixels.shape[0] + CAPTION_HEIGHT), "white")
-        left = 0
-        for panel in panels:
-            picture.paste(Image.fromarray(panel), (left, CAPTION_HEIGHT))
-            left += panel.shape[1] + MARGIN
-        text = ImageDraw.Draw(picture)
-        text.text((2, 4), self._build_caption(), fill="black", font=ImageFont.load_default(15))
-        return picture
+        pixels = drawing.fit_for_display(self.image())
+        anomaly = self._fit_map(pixels.shape[:2])
+        panels = [pixels, drawing.draw_heat(pixels, anomaly, self._colors)]
+        if self.regions and self._pixel_threshold is not None:
+            panels.append(drawing.draw_outlines(pixels, anomaly > self._pixel_threshold))
+        return drawing.join_panels(panels, self._build_caption())
 
     def show(self) -> None:
         """Show the drawing: in a notebook below the cell, elsewhere in the system's image viewer."""
@@ -135,21 +118,6 @@ class Prediction:
         if self.p_value is not None:
             parts.append(f"p = {self.p_value:.3g}")
         return "   ".join(parts)
-
-    def _draw_overlay(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        low, high = self._colors
-        heat = (self._fit_map(pixels.shape[:2]) - low) / max(high - low, 1e-12)
-        return heatmaps.draw_overlay(pixels, heat)
-
-    def _draw_outlines(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return a copy of the image with a line around the pixels above the pixel threshold."""
-        from scipy.ndimage import binary_dilation
-
-        inside = self._fit_map(pixels.shape[:2]) > (np.inf if self._pixel_threshold is None else self._pixel_threshold)
-        line = binary_dilation(inside, iterations=2) & ~inside
-        outlined = pixels.copy()
-        outlined[line] = OUTLINE
-        return outlined
 
     def _fit_map(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """Return the map resized to an image of ``shape`` (H, W); pixels outside the crop get its minimum."""
@@ -185,86 +153,6 @@ class Predictions(list[Prediction]):
         for prediction in self[:most]:
             if prediction.error is None:
                 prediction.show()
-
-
-class GivenImages(ImageFiles):
-    """Paths, PIL images and arrays, mixed, with the interface of `ImageFiles`.
-
-    Args:
-        images: One image or several, see `list_given`.
-        pool: Threads that decode, see `ImageFiles`.
-
-    Attributes:
-        names: Name of each image: its path, or "image N" with its index.
-        sources: Path, PIL image or array of each image.
-    """
-
-    def __init__(self, images: Any, pool: ThreadPoolExecutor | None = None) -> None:
-        super().__init__([], pool)
-        self.sources = list_given(images)
-        self.names = [
-            str(source) if isinstance(source, Path) else f"image {index}" for index, source in enumerate(self.sources)
-        ]
-        self.paths = [Path(name) for name in self.names]
-
-    def _decode(self, index: int, size: Any, crop: Any) -> NDArray[np.uint8]:
-        source = self.sources[index]
-        if isinstance(source, Path):
-            return read_image(source, size=size, crop=crop)
-        return fit_picture(_to_picture(source, self.names[index]), size=size, crop=crop, name=self.names[index])
-
-    def shape(self, index: int) -> tuple[int, int]:
-        """Return the height and width of an image in pixels, after applying its EXIF orientation.
-
-        Args:
-            index: Index of the image.
-
-        Returns:
-            Height and width.
-        """
-        source = self.sources[index]
-        if isinstance(source, Path):
-            return image_size(source)
-        picture = _to_picture(source, self.names[index])
-        return picture.height, picture.width
-
-
-def list_given(images: Any) -> list[Any]:
-    """Return images of any kind as one list.
-
-    Args:
-        images: One image, or a sequence of images that may mix kinds: paths of files, paths of folders (searched
-            recursively), PIL images, arrays (h, w) or (h, w, 3), uint8 or floats in [0, 1]; or one array (n, h, w, 3).
-
-    Returns:
-        Paths of files, PIL images and arrays.
-
-    Raises:
-        ValueError: If there is no image, or an item of another type.
-        FileNotFoundError: If a path does not exist.
-    """
-    if isinstance(images, np.ndarray):
-        if images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3):
-            images = [images]
-        elif images.ndim != 4 and images.dtype.kind not in "OU":
-            raise ValueError(
-                f"images: wanted {ACCEPTED}, got an array {images.shape}: pass list(images) for a stack of grey images"
-            )
-    elif isinstance(images, str | Path | Image.Image) or hasattr(images, "__fspath__"):
-        images = [images]
-    elif not hasattr(images, "__iter__") or isinstance(images, dict | bytes):
-        raise ValueError(f"images: wanted {ACCEPTED}, got {type(images).__name__}")
-    listed: list[Any] = []
-    for index, image in enumerate(images):
-        if isinstance(image, str) or hasattr(image, "__fspath__"):
-            listed += list_images(image)
-        elif isinstance(image, Image.Image | np.ndarray):
-            listed.append(image)
-        else:
-            raise ValueError(f"images: wanted {ACCEPTED}, got {type(image).__name__} at index {index}")
-    if not listed:
-        raise ValueError(f"images: wanted {ACCEPTED}, got none")
-    return listed
 
 
 def predict(
@@ -329,24 +217,3 @@ def predict(
             colors,
         ))  # fmt: skip
     return predictions
-
-
-def _fit_for_display(image: Image.Image) -> Image.Image:
-    """Shrink an image to `DISPLAY_SIDE`, or enlarge it by a whole factor up to that side."""
-    factor = DISPLAY_SIDE // max(image.size)
-    if factor > 1:
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    scale = min(1.0, DISPLAY_SIDE / max(image.size))
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    return image if scale == 1 else image.resize(size, Image.Resampling.BILINEAR)
-
-
-def _to_picture(source: Any, name: str) -> Image.Image:
-    return apply_orientation(source) if isinstance(source, Image.Image) else Image.fromarray(to_uint8(source, name))
-
-
-def _read_pixels(source: Any, name: str) -> NDArray[np.uint8]:
-    """Read the pixels (H, W, 3), uint8, of an image in its own size."""
-    if isinstance(source, Path):
-        return read_image(source)
-    return fit_picture(_to_picture(source, name), name=name)

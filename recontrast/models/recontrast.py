@@ -7,6 +7,7 @@ other (upstream models/recontrast.py).
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal
@@ -141,6 +142,8 @@ class ReContrast(nn.Module):
         images: Tensor,
         views: Literal["both", "trained", "frozen"] = "both",
         frozen_features: Sequence[Tensor] | None = None,
+        *,
+        known: Sequence[Tensor] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Compute the encoders' features (teachers) and their reconstructions (students).
 
@@ -151,6 +154,7 @@ class ReContrast(nn.Module):
                 their features share the batch statistics of bottleneck and decoder.
             frozen_features: Cached features of the frozen encoder for these images, (N, C, h, w) of each level. None
                 computes them.
+            known: Deprecated name of ``frozen_features``.
 
         Returns:
             Pairs (teacher, student) of features (N, C, h, w), fine to coarse, in the dtype of the weights or of
@@ -162,6 +166,10 @@ class ReContrast(nn.Module):
         Raises:
             ValueError: If the images have another shape, or ``views`` does not fit the mode or the model.
         """
+        if known is not None:
+            caller = 4  # frames: forward, two of nn.Module.__call__, the caller
+            warnings.warn("ReContrast: known is deprecated: use frozen_features", DeprecationWarning, stacklevel=caller)
+            frozen_features = known if frozen_features is None else frozen_features
         _check_choice("views", views, ("both", "trained", "frozen"))
         if views != "both" and (self.training or self.frozen is None):
             wanted = "'both' in training mode and where pairs is 'self'"

@@ -355,3 +355,15 @@ def test_unknown_options_raise():
     with pytest.raises(ValueError, match="partial_norm: wanted a backbone with BatchNorm2d, got 'convnext_atto'"):
         build("convnext_atto", partial_norm=True)
     assert build().map_sizes(256) == [(64, 64), (32, 32), (16, 16)]
+
+
+def test_old_name_of_the_cached_features():
+    model = ReContrast("test_resnet", weights="random").eval()
+    images = torch.randn(2, 3, 32, 32)
+    features = [feature * 2 for feature in model.frozen(images)]
+    with pytest.warns(DeprecationWarning, match="use frozen_features") as caught:
+        by_old_name = model(images, known=features)
+    assert caught[0].filename == __file__
+    by_name = model(images, frozen_features=features)
+    for (teacher, student), (same_teacher, same_student) in zip(by_old_name, by_name, strict=True):
+        assert torch.equal(teacher, same_teacher) and torch.equal(student, same_student)

@@ -1,0 +1,85 @@
+"""Drawing of a prediction: image, heat map and outlined regions beside each other, with a caption."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from recontrast.data import heatmaps
+
+DISPLAY_SIDE = 320  # pixels of a drawn image's longer side: three of them fit beside each other in a notebook
+OUTLINE = (0, 220, 120)  # green stands out on grey and on every heat color
+CAPTION_HEIGHT, MARGIN = 26, 6  # pixels
+
+
+def fit_for_display(image: Image.Image) -> NDArray[np.uint8]:
+    """Shrink an image to `DISPLAY_SIDE`, or enlarge it by an integer factor up to that side.
+
+    Args:
+        image: RGB image.
+
+    Returns:
+        Pixels (H, W, 3), uint8.
+    """
+    factor = DISPLAY_SIDE // max(image.size)
+    if factor > 1:
+        return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
+    scale = min(1.0, DISPLAY_SIDE / max(image.size))
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return np.asarray(image if scale == 1 else image.resize(size, Image.Resampling.BILINEAR))
+
+
+def draw_heat(
+    pixels: NDArray[np.uint8], anomaly: NDArray[np.float32], colors: tuple[float, float]
+) -> NDArray[np.uint8]:
+    """Draw an anomaly map over an image.
+
+    Args:
+        pixels: Image (H, W, 3), uint8.
+        anomaly: Anomaly map (H, W).
+        colors: Map values of the coldest and the hottest color.
+
+    Returns:
+        Overlay (H, W, 3), uint8.
+    """
+    low, high = colors
+    return heatmaps.draw_overlay(pixels, (anomaly - low) / max(high - low, 1e-12))
+
+
+def draw_outlines(pixels: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Draw a line around regions of an image.
+
+    Args:
+        pixels: Image (H, W, 3), uint8.
+        inside: Pixels that belong to the regions, (H, W).
+
+    Returns:
+        Copy of the image with the line, (H, W, 3) uint8.
+    """
+    from scipy.ndimage import binary_dilation
+
+    outlined = pixels.copy()
+    outlined[binary_dilation(inside, iterations=2) & ~inside] = OUTLINE
+    return outlined
+
+
+def join_panels(panels: Sequence[NDArray[np.uint8]], caption: str) -> Image.Image:
+    """Join images of one height side by side, below a caption.
+
+    Args:
+        panels: Images (H, W, 3), uint8.
+        caption: Text above the images.
+
+    Returns:
+        RGB picture.
+    """
+    width = sum(panel.shape[1] for panel in panels) + MARGIN * (len(panels) - 1)
+    picture = Image.new("RGB", (width, panels[0].shape[0] + CAPTION_HEIGHT), "white")
+    left = 0
+    for panel in panels:
+        picture.paste(Image.fromarray(panel), (left, CAPTION_HEIGHT))
+        left += panel.shape[1] + MARGIN
+    text = ImageDraw.Draw(picture)
+    text.text((2, 4), caption, fill="black", font=ImageFont.load_default(15))
+    return picture

@@ -1,0 +1,121 @@
+"""Images given as paths, folders, PIL images and arrays, as one list."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from recontrast.data.decode import apply_orientation
+from recontrast.data.image_files import ImageFiles
+from recontrast.data.images import fit_picture, image_size, read_image
+from recontrast.data.in_memory import to_uint8
+from recontrast.data.listing import list_images
+
+ACCEPTED = (
+    "an image or a list of images: paths, folders, PIL images, arrays (h, w) or (h, w, 3), or one array (n, h, w, 3)"
+)
+
+
+class GivenImages(ImageFiles):
+    """Paths, PIL images and arrays, mixed, with the interface of `ImageFiles`.
+
+    Args:
+        images: One image or several, see `list_given`.
+        pool: Threads that decode, see `ImageFiles`.
+
+    Attributes:
+        names: Name of each image: its path, or "image N" with its index.
+        sources: Path, PIL image or array of each image.
+    """
+
+    def __init__(self, images: Any, pool: ThreadPoolExecutor | None = None) -> None:
+        super().__init__([], pool)
+        self.sources = list_given(images)
+        self.names = [
+            str(source) if isinstance(source, Path) else f"image {index}" for index, source in enumerate(self.sources)
+        ]
+        self.paths = [Path(name) for name in self.names]
+
+    def _decode(self, index: int, size: Any, crop: Any) -> NDArray[np.uint8]:
+        source = self.sources[index]
+        if isinstance(source, Path):
+            return read_image(source, size=size, crop=crop)
+        return fit_picture(_to_picture(source, self.names[index]), size=size, crop=crop, name=self.names[index])
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Return the height and width of an image in pixels, after applying its EXIF orientation.
+
+        Args:
+            index: Index of the image.
+
+        Returns:
+            Height and width.
+        """
+        source = self.sources[index]
+        if isinstance(source, Path):
+            return image_size(source)
+        picture = _to_picture(source, self.names[index])
+        return picture.height, picture.width
+
+
+def list_given(images: Any) -> list[Any]:
+    """Return images of any kind as one list.
+
+    Args:
+        images: One image, or a sequence of images that may mix kinds: paths of files, paths of folders (searched
+            recursively), PIL images, arrays (h, w) or (h, w, 3), uint8 or floats in [0, 1]; or one array (n, h, w, 3).
+
+    Returns:
+        Paths of files, PIL images and arrays.
+
+    Raises:
+        ValueError: If there is no image, or an item of another type.
+        FileNotFoundError: If a path does not exist.
+    """
+    if isinstance(images, np.ndarray):
+        if images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3):
+            images = [images]
+        elif images.ndim != 4 and images.dtype.kind not in "OU":
+            raise ValueError(
+                f"images: wanted {ACCEPTED}, got an array {images.shape}: pass list(images) for a stack of grey images"
+            )
+    elif isinstance(images, str | Path | Image.Image) or hasattr(images, "__fspath__"):
+        images = [images]
+    elif not hasattr(images, "__iter__") or isinstance(images, dict | bytes):
+        raise ValueError(f"images: wanted {ACCEPTED}, got {type(images).__name__}")
+    listed: list[Any] = []
+    for index, image in enumerate(images):
+        if isinstance(image, str) or hasattr(image, "__fspath__"):
+            listed += list_images(image)
+        elif isinstance(image, Image.Image | np.ndarray):
+            listed.append(image)
+        else:
+            raise ValueError(f"images: wanted {ACCEPTED}, got {type(image).__name__} at index {index}")
+    if not listed:
+        raise ValueError(f"images: wanted {ACCEPTED}, got none")
+    return listed
+
+
+def read_pixels(source: Any, name: str) -> NDArray[np.uint8]:
+    """Read an image in its own size.
+
+    Args:
+        source: Path, PIL image or array.
+        name: Name of the image in error messages.
+
+    Returns:
+        Pixels (H, W, 3), uint8.
+
+    Raises:
+        ValueError: If the image cannot be read.
+    """
+    if isinstance(source, Path):
+        return read_image(source)
+    return fit_picture(_to_picture(source, name), name=name)
+
+
+def _to_picture(source: Any, name: str) -> Image.Image:
+    return apply_orientation(source) if isinstance(source, Image.Image) else Image.fromarray(to_uint8(source, name))
