@@ -1,19 +1,27 @@
 """Atomic writes: a file or folder appears under its final name when it is complete, or not at all."""
 
 import errno
-import fcntl
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from recontrast.data.listing import PathLike
+from recontrast.data.locks import LOCK_NAME, lock_file, lock_folder
+from recontrast.data.temporary import (
+    apply_commit,
+    create_file,
+    is_temporary,
+    sweep,
+    temporary_folder,
+    undo_commit,
+    undo_commits,
+    write_commit,
+)
 
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # for these, the message states the sizes in bytes
-_PARTIAL = ".partial"  # suffix of an unfinished file or folder
 ErrorText = Callable[[Path, str, int | None, int | None], str]
 """Function that returns an error message for a path, the reason, the bytes needed and the bytes free."""
 
@@ -38,21 +46,17 @@ def describe_write_error(path: Path, reason: str, size: int | None, free: int | 
 
 @contextmanager
 def replace_file(
-    path: PathLike,
-    size: int | None = None,
-    *,
-    temporary_name: str | None = None,
-    describe_error: ErrorText = describe_write_error,
+    path: PathLike, size: int | None = None, *, describe_error: ErrorText = describe_write_error
 ) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces ``path`` when the block ends, and is deleted if the block fails.
+
+    The temporary file has a unique name, so several processes can write the same file; the last one wins. A link at
+    ``path`` is replaced, not followed. Temporary files that killed processes left in the folder are removed.
 
     Args:
         path: File to create or replace. Missing parent folders are created.
         size: Expected size in bytes. If given, the space is checked first, and the data is synced to disk before the
             file gets its name. None skips both, for files that are cheap to write again.
-        temporary_name: Name of the temporary file, in the same folder. Default: the name of the file and ".partial" if
-            ``size`` is given, so that the next run overwrites the leftover of a killed run; otherwise a unique name, so
-            that several processes can write at once.
         describe_error: Function that returns the error message.
 
     Yields:
@@ -62,23 +66,25 @@ def replace_file(
         OSError: If the file cannot be written. The message names the path and the reason; an existing file is kept.
     """
     path = Path(path)
-    unique = temporary_name is not None or size is None
-    partial = path.with_name(temporary_name or (f".{uuid.uuid4().hex[:12]}.tmp" if unique else path.name + _PARTIAL))
+    partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, once=size is None)  # cheap files are many
         if size is not None and size > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        try:
-            with partial.open("xb" if unique else "wb") as file:
+        partial, file = create_file(path.parent)
+        with file:  # open, and therefore locked, until it has its name
+            try:
                 yield file
+                file.flush()
                 if size is not None:
-                    file.flush()
                     os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:  # includes Ctrl-C
-            with suppress(OSError):  # the file may not exist yet
-                partial.unlink()
-            raise
+                os.close(os.dup(file.fileno()))  # network file systems report write errors on closing
+                os.replace(partial, path)
+            except BaseException:  # includes Ctrl-C
+                with suppress(OSError):
+                    partial.unlink()
+                raise
         if size is not None:
             _sync_folder(path.parent)  # makes the rename durable
     except (OSError, RuntimeError) as error:
@@ -95,12 +101,49 @@ def replace_file(
 
 
 @contextmanager
+def replace_files(folder: PathLike, *, remove: Sequence[str] = ()) -> Iterator[Path]:
+    """Replace several files of a folder together: after a crash at any point, all of them are old or all are new.
+
+    The files are written to a temporary folder. A list of them is the commit: a process that is killed before leaves
+    the old files, and what a process killed after it has not moved yet is moved by the next process that writes there
+    (`recontrast.data.temporary.sweep`) or reads there (`recontrast.data.temporary.complete_commits`).
+
+    Args:
+        folder: Folder of the files; created if missing.
+        remove: Names of files in ``folder`` to remove with the replacement.
+
+    Yields:
+        The temporary folder. Files written there replace those of the same name.
+
+    Raises:
+        OSError: If a file cannot be written. The message names the folder and the reason.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        with temporary_folder(folder) as staging:
+            yield staging
+            names = sorted(child.name for child in staging.iterdir())
+            for name in names:
+                _sync_file(staging / name)
+            write_commit(staging, names, remove)
+            apply_commit(staging)
+            _sync_folder(folder)
+    except OSError as error:
+        if error.errno is None or not _concerns(error.filename, None, folder / "file"):
+            raise
+        failure = OSError(f"cannot write {folder}: {error.strerror or error}")
+        failure.errno = error.errno
+        raise failure from error
+
+
+@contextmanager
 def create_folder(path: PathLike) -> Iterator[Path]:
     """Create a temporary folder whose content moves to ``path`` when the block ends, and is deleted if it fails.
 
-    The temporary folder is ``.NAME.partial`` beside ``path``. If ``path`` is an existing empty folder, which may be a
-    mount point or the working directory, it is ``.partial`` inside ``path``. It is locked while in use, and content
-    left by a killed run is removed.
+    The temporary folder is beside ``path``, or inside if ``path`` is an existing empty folder, which may be a mount
+    point or the working directory. What a killed run left there is removed.
 
     Args:
         path: Folder that does not exist or is empty. Missing parent folders are created.
@@ -112,84 +155,61 @@ def create_folder(path: PathLike) -> Iterator[Path]:
         ValueError: If ``path`` is a file or a folder with content, or if another process is filling it.
     """
     path = Path(os.path.abspath(path))
-    _check_new_or_empty(path)
-    inside = path.is_dir()
-    partial = path / _PARTIAL if inside else path.with_name(f".{path.name}{_PARTIAL}")
-    with lock_folder(partial, path):
-        try:
-            for leftover in partial.iterdir():
-                _remove(leftover)
-            yield partial
+    with ExitStack() as stack:
+        inside = path.is_dir()
+        if inside:
+            stack.enter_context(lock_folder(path, undo_commits))
+        elif os.path.lexists(path):
+            _check_new_or_empty(path)
+        else:
+            stack.enter_context(lock_file(path))
+        _check_new_or_empty(path)
+        with temporary_folder(path if inside else path.parent) as staging:
+            yield staging
             _check_new_or_empty(path)  # another process may have written there in the meantime
             if inside:
-                _move_content(partial, path)
+                _move_content(staging)
             else:
-                os.replace(partial, path)
-        except BaseException:  # includes Ctrl-C
-            _remove(partial)
-            raise
+                os.replace(staging, path)
 
 
-@contextmanager
-def lock_folder(folder: Path, reported_path: PathLike | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on a folder for the length of the block.
-
-    Args:
-        folder: Folder to lock; created if missing.
-        reported_path: Path to name in the error message. Default: ``folder``.
-
-    Raises:
-        ValueError: If another process holds the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+def _move_content(staging: Path) -> None:
+    """Move everything in a temporary folder to its parent; if one move fails, remove what was moved."""
+    write_commit(staging, sorted(child.name for child in staging.iterdir()), [])
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{reported_path or folder}: wanted a folder that no other process writes to, got one in use"
-            ) from None
-        yield
-    finally:
-        os.close(lock)
-
-
-def _move_content(source: Path, target: Path) -> None:
-    """Move everything in ``source`` to ``target``; if one move fails, remove what was moved."""
-    moved = []
-    try:
-        for child in sorted(source.iterdir()):
-            moved.append(target / child.name)
-            os.replace(child, moved[-1])
-        source.rmdir()
-    except BaseException:
-        for child in moved:
-            _remove(child)
+        apply_commit(staging)
+    except BaseException:  # includes Ctrl-C
+        undo_commit(staging)
         raise
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _check_new_or_empty(path: Path) -> None:
-    """Raise ValueError if ``path`` is a file or a folder with content; a leftover ``.partial`` does not count."""
+    """Raise ValueError if ``path`` is a file or a folder with content; locks and temporary folders do not count."""
     if path.is_dir():
-        first = min((child.name for child in path.iterdir() if child.name != _PARTIAL), default=None)
+        first = min(
+            (child.name for child in path.iterdir() if child.name != LOCK_NAME and not is_temporary(child.name)),
+            default=None,
+        )
         if first is not None:
             raise ValueError(f"{path}: wanted a new or an empty folder, got one that holds {first}")
     elif os.path.lexists(path):
         raise ValueError(f"{path}: wanted a new or an empty folder, got a file")
 
 
-def _concerns(filename: PathLike | int | None, partial: Path, path: Path) -> bool:
+def _concerns(filename: PathLike | int | None, partial: Path | None, path: Path) -> bool:
     """Return whether an error with this file name is about writing ``path``; errors of open files have no name."""
-    return not isinstance(filename, (str, os.PathLike)) or Path(filename) in (partial, path, *path.parents)
+    if not isinstance(filename, (str, os.PathLike)):
+        return True
+    return Path(filename) in (partial, path, *path.parents) or is_temporary(Path(filename).name)
+
+
+def _sync_file(path: Path) -> None:
+    """Sync the content of a file to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

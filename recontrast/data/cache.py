@@ -10,12 +10,9 @@ damaged file is built again. Outdated cache files are not deleted.
 import hashlib
 import json
 import os
-import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,6 @@ from recontrast.data.tiles import Tiles, count_tiles
 FORMAT = 2  # increase when the pixels or the layout change; 2 resizes horizontally, then vertically
 _PREFIX = "images-"
 _HEADER_BYTES = 4096  # one page, so that the images are page-aligned in the memory map
-_STALE_SECONDS = 3600  # a temporary file not written to for this long was left by a killed process
 
 
 class ImageCache:
@@ -178,16 +174,10 @@ class ImageCache:
             yield from (tiles[[i]][0] for i in range(len(tiles)))
 
     def _build(self, path: Path) -> None:
-        """Write the cache file atomically, and delete temporary files of killed processes."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{_PREFIX}*.tmp"):
-            with suppress(FileNotFoundError):  # another process can delete it first
-                if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                    leftover.unlink()
+        """Write the cache file atomically."""
         total = _HEADER_BYTES + len(self) * self._image_bytes
         checksums = np.zeros(len(self), "<u4")
-        temporary = f".{path.name}.{uuid.uuid4().hex}.tmp"  # unique, because several processes can build the same file
-        with replace_file(path, size=total, temporary_name=temporary, describe_error=_describe_write_error) as file:
+        with replace_file(path, size=total, describe_error=_describe_write_error) as file:
 
             def store(i: int, pixels: np.ndarray) -> None:
                 checksums[i] = zlib.crc32(pixels.data)

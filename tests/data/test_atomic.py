@@ -1,14 +1,14 @@
 """recontrast.data.atomic: unfinished files and folders never have their final name."""
 
 import errno
-import fcntl
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 
-from recontrast.data.atomic import create_folder, replace_file
+from recontrast.data import temporary
+from recontrast.data.atomic import create_folder, replace_file, replace_files
+from recontrast.data.locks import LOCK_NAME, lock_folder
 
 
 def list_names(folder):
@@ -47,7 +47,9 @@ def test_folder_appears_when_complete(tmp_path, exists):
     with create_folder(path) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file").write_text("x")
-        assert list_names(path) == [".partial"] if exists else not path.exists()
+        assert not path.exists() or (
+            exists and all(name == LOCK_NAME or temporary.is_temporary(name) for name in list_names(path))
+        )
     assert list_names(path) == ["deep"] and list_names(path / "deep") == ["file"] and list_names(path.parent) == ["out"]
 
 
@@ -64,7 +66,7 @@ def test_failed_move_leaves_nothing(tmp_path, monkeypatch):
     original_replace = os.replace
 
     def replace(*arguments):
-        if len(list_names(tmp_path)) == 2:
+        if (tmp_path / "a").exists():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         original_replace(*arguments)
 
@@ -102,31 +104,124 @@ def test_existing_content_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
 def test_leftovers_of_a_killed_run_are_removed(tmp_path, exists):
-    code = (
-        "import os, sys; from recontrast.data.atomic import create_folder\n"
-        "with create_folder(sys.argv[1]) as folder:\n"
-        "    (folder / 'left' / 'deep').mkdir(parents=True); (folder / 'link').symlink_to('left')\n"
-        "    os.kill(os.getpid(), 9)"
-    )
+    def fill():
+        with create_folder(tmp_path / "out") as folder:
+            (folder / "left" / "deep").mkdir(parents=True)
+            (folder / "link").symlink_to("left")
+            os.kill(os.getpid(), signal.SIGKILL)
+
     if exists:
         (tmp_path / "out").mkdir()
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -9
-    assert list_names(tmp_path / "out" if exists else tmp_path) == [".partial" if exists else ".out.partial"]
+    kill_during(fill)
+    holder = tmp_path / "out" if exists else tmp_path
+    assert any(temporary.is_temporary(name) for name in list_names(holder))
     with create_folder(tmp_path / "out") as folder:
         assert list_names(folder) == []
     assert list_names(tmp_path) == ["out"] and list_names(tmp_path / "out") == []
 
 
-def test_only_one_process_can_fill_a_folder(tmp_path):
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    (partial / "theirs").write_text("x")
-    other = os.open(partial, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(ValueError, match=r"out: wanted a folder that no other process writes to, got one in use$"):
-            with create_folder(tmp_path / "out"):
-                raise AssertionError("the block must not run")
-        assert list_names(partial) == ["theirs"]
-    finally:
-        os.close(other)
+def test_a_move_that_was_killed_is_undone(tmp_path):
+    """An empty folder is filled by several renames: the next run starts anew, a reader completes them."""
+
+    def fill(name):
+        moves = []
+
+        def replace(source, target):
+            if moves:
+                os.kill(os.getpid(), signal.SIGKILL)
+            moves.append(target)
+            os.rename(source, target)
+
+        os.replace = replace
+        with create_folder(tmp_path / name) as folder:
+            for child in "abc":
+                (folder / child).write_text("old")
+
+    for name in ("again", "read"):
+        (tmp_path / name).mkdir()
+        kill_during(lambda name=name: fill(name))
+        assert len(list_names(tmp_path / name)) == 3  # one file, the lock and the temporary folder
+    with create_folder(tmp_path / "again") as folder:
+        (folder / "d").write_text("new")
+    assert list_names(tmp_path / "again") == ["d"]
+    temporary.complete_commits(tmp_path / "read")
+    assert [name for name in list_names(tmp_path / "read") if name != LOCK_NAME] == ["a", "b", "c"]
+
+
+def test_several_files_are_replaced_together(tmp_path):
+    """Killed at any rename, the files are all old, or all new after the next process came by."""
+    for fatal in range(1, 6):
+        out = tmp_path / str(fatal)
+        out.mkdir()
+        for name in ("a", "b", "gone"):
+            (out / name).write_text("old")
+
+        def write(fatal=fatal, out=out):
+            renames = []
+
+            def rename(source, target, original=os.rename):
+                renames.append(target)
+                if len(renames) == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                original(source, target)
+
+            os.rename = os.replace = rename
+            with replace_files(out, remove=["gone"]) as staging:
+                for name in ("a", "b", "c"):
+                    (staging / name).write_text("new")
+            os._exit(0)
+
+        kill_during(write, may_end=fatal == 5)
+        temporary.sweep(out)
+        content = {path.name: path.read_text() for path in out.iterdir()}
+        new = dict.fromkeys("abc", "new")
+        assert content == ({"a": "old", "b": "old", "gone": "old"} if fatal == 1 else new)
+
+
+def test_a_failed_replacement_keeps_the_old_files(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match=f"^cannot write {tmp_path}: No space left on device$"), replace_files(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list_names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_planted_links_are_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    for name in ("a", "a.partial", LOCK_NAME):
+        (tmp_path / name).symlink_to("precious")
+    with replace_file(tmp_path / "a", size=3) as file:
+        file.write(b"new")
+    with pytest.raises(ValueError, match=r"wanted a lock file, got a link: remove it$"), lock_folder(tmp_path):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "a").is_symlink()
+
+
+def test_only_our_own_leftovers_are_removed(tmp_path):
+    """Files of users, files in use and links stay; what a killed process left goes."""
+    theirs = [".abc.tmp", ".export-notes", "checkpoint.pt.partial", ".recontrast-notes.tmp", ".mine.partial"]
+    for name in theirs:
+        (tmp_path / name).write_text("x")
+    link = ".recontrast-0123456789abcdef.tmp"
+    (tmp_path / link).symlink_to(".abc.tmp")
+    recent = [".0123456789ab.tmp", ".export-abcdefgh"]  # of an earlier version, which may still write them
+    for name in recent:
+        (tmp_path / name).write_text("x")
+    with replace_file(tmp_path / "used") as file:
+        used = file.name
+        kill_during(lambda: (temporary.create_file(tmp_path), os.kill(os.getpid(), signal.SIGKILL)))
+        temporary.sweep(tmp_path)
+        assert list_names(tmp_path) == sorted([*theirs, link, *recent, os.path.basename(used)])
+    for name in recent:
+        os.utime(tmp_path / name, (0, 0))
+    temporary.sweep(tmp_path)
+    assert list_names(tmp_path) == sorted([*theirs, link, "used"])
+
+
+def kill_during(action, may_end=False):
+    """Run a function in a forked process, which is killed in it."""
+    child = os.fork()
+    if not child:
+        action()
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == -signal.SIGKILL or (may_end and code == 0)

@@ -226,7 +226,8 @@ def test_partial_writes(tmp_path, samples, monkeypatch):
 
 
 def test_temporary_files_of_killed_processes_are_removed(tmp_path, samples):
-    old, new, other = (tmp_path / "c" / name for name in (".images-0.u8.1.tmp", ".images-0.u8.2.tmp", "mine.tmp"))
+    names = (f".images-{'0' * 32}.u8.{'1' * 32}.tmp", f".images-{'0' * 32}.u8.{'2' * 32}.tmp", "mine.tmp")
+    old, new, other = (tmp_path / "c" / name for name in names)
     (tmp_path / "c").mkdir()
     for path in (old, new, other):
         path.write_bytes(b"x")

@@ -117,7 +117,7 @@ def mark_begun(folder: Path, part: Part, tries: int) -> None:
         ValueError: If ``tries`` workers have started the part in this run and none has finished it.
     """
     marker = folder / f".{part.name}.begun"
-    handle = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    handle = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
     try:
         if os.fstat(handle).st_size >= tries:
             raise ValueError(f"{tries} workers died over the same {len(part.paths)} images, from {part.paths[0]} on")
@@ -140,8 +140,7 @@ def write_part(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], meta
     sink = pa.BufferOutputStream()  # a part is small
     pq.write_table(table, sink)
     data = sink.getvalue()
-    temporary = f".{part.name}.{os.uname().nodename}.{os.getpid()}"
-    with replace_file(folder / part.name, size=data.size, temporary_name=temporary) as file:
+    with replace_file(folder / part.name, size=data.size) as file:
         file.write(data)
     (folder / f".{part.name}.begun").unlink(missing_ok=True)
 

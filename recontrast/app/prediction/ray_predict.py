@@ -21,9 +21,10 @@ import numpy as np
 import recontrast
 from recontrast.app.console import describe_error
 from recontrast.app.prediction import parquet_parts
-from recontrast.data.atomic import lock_folder, replace_file
+from recontrast.data.atomic import replace_file
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size
+from recontrast.data.locks import lock_folder
 from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector
 

@@ -1,0 +1,263 @@
+"""Temporary files and folders with names of this package, and the removal of those that killed processes left.
+
+The process that creates one holds a lock on it for as long as it exists. The lock ends with the process, so a temporary
+file without a lock was left by a killed process, and the next process that writes to the folder removes it.
+"""
+
+import json
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from filelock import lock_descriptor
+
+_LOCKED_NAME = re.compile(r"\.recontrast-[0-9a-f]{16}\.tmp")
+_OLD_NAME = re.compile(  # of earlier versions
+    r"\.[0-9a-f]{12}\.tmp|\.images-[0-9a-f]{32}\.u8\.[0-9a-f]{32}\.tmp|\.export-[a-z0-9_]{8}|\.partial"
+)
+_OLD_SECONDS = 3600  # earlier versions held no locks: what they wrote to in the last hour may be in use
+COMMIT = "commit.json"  # list of the replacements that a temporary folder is ready for; see `apply_commit`
+_swept: set[tuple[int, str]] = set()  # process and folder of each `sweep`
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a name is that of a temporary file or folder of this package, of this version or an earlier one.
+
+    Args:
+        name: Name without its folder.
+    """
+    return (_LOCKED_NAME.fullmatch(name) or _OLD_NAME.fullmatch(name)) is not None
+
+
+def create_file(folder: Path) -> tuple[Path, BinaryIO]:
+    """Create a temporary file and lock it. Links are not followed.
+
+    Args:
+        folder: Existing folder.
+
+    Returns:
+        Path of the file, and the file, open for writing. Closing it ends the lock.
+
+    Raises:
+        OSError: If the file cannot be created.
+    """
+    while True:
+        path = folder / f".recontrast-{uuid.uuid4().hex[:16]}.tmp"
+        file = cast(BinaryIO, path.open("xb"))
+        if try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
+            return path, file
+        file.close()  # removed as a leftover before it was locked
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Create a temporary folder, lock it, and remove it when the block ends.
+
+    Args:
+        folder: Existing folder in which the temporary one is created.
+
+    Yields:
+        Path of the temporary folder.
+
+    Raises:
+        OSError: If the folder cannot be created.
+    """
+    path, handle = _create_locked_folder(folder)
+    try:
+        yield path
+    finally:
+        try:
+            if not (path / COMMIT).exists():  # a failed commit is completed by the next process
+                remove(path)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: Path, *, once: bool = False) -> None:
+    """Remove temporary files and folders that killed processes left in a folder, and complete their commits.
+
+    Files that another process still uses, and files with other names, are kept. Subfolders are not searched.
+
+    Args:
+        folder: Folder to search; it need not exist.
+        once: Whether a folder that this process has searched before is not searched again.
+
+    Raises:
+        OSError: If a commit cannot be completed.
+    """
+    key = (os.getpid(), str(folder))
+    if once and key in _swept:
+        return
+    _swept.add(key)
+    try:
+        with os.scandir(folder) as entries:
+            leftovers = [folder / entry.name for entry in entries if is_temporary(entry.name)]
+    except OSError:  # no such folder, or one that cannot be read
+        return
+    for path in leftovers:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # a link, which is never one of ours, or removed by another process
+            continue
+        try:
+            _remove_unused(path, handle)
+        finally:
+            os.close(handle)
+
+
+def write_commit(staging: Path, names: Sequence[str], removed: Sequence[str]) -> None:
+    """Record that the files of a temporary folder are complete; from here on `apply_commit` must follow.
+
+    Args:
+        staging: Temporary folder, in the folder whose files are replaced.
+        names: Names of the files in ``staging`` that replace those of the same name.
+        removed: Names of files to remove.
+
+    Raises:
+        OSError: If the record cannot be written.
+    """
+    content = json.dumps({"replace": list(names), "remove": list(removed)}).encode()
+    draft = staging / f"{COMMIT}.draft"
+    with draft.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(draft, staging / COMMIT)
+
+
+def apply_commit(staging: Path) -> None:
+    """Make the replacements that `write_commit` recorded; a second call makes those that the first one did not.
+
+    Args:
+        staging: Temporary folder with a record.
+
+    Raises:
+        OSError: If a file cannot be replaced.
+    """
+    commit = json.loads((staging / COMMIT).read_bytes())
+    for name in commit["remove"]:
+        if Path(name).name == name:
+            (staging.parent / name).unlink(missing_ok=True)
+    for name in commit["replace"]:
+        if Path(name).name == name and os.path.lexists(staging / name):
+            os.replace(staging / name, staging.parent / name)
+    (staging / COMMIT).unlink()
+
+
+def complete_commits(folder: Path) -> None:
+    """Complete the commits that killed processes left in a folder that is about to be read.
+
+    Args:
+        folder: Folder to read.
+
+    Raises:
+        ValueError: If a commit is under way or cannot be completed.
+    """
+    if not any(_find_commits(folder)):
+        return
+    with suppress(OSError):
+        sweep(folder)
+    for staging in _find_commits(folder):
+        raise ValueError(f"{folder}: wanted a complete folder, got one that a killed command left half replaced "
+                         f"({staging.name}): run the command again")  # fmt: skip
+
+
+def undo_commits(folder: Path) -> None:
+    """Remove what killed processes left in a folder that was empty before, including the files of their commits.
+
+    Args:
+        folder: Folder that the caller has locked.
+    """
+    for staging in _find_commits(folder):
+        undo_commit(staging)
+    sweep(folder)
+
+
+def undo_commit(staging: Path) -> None:
+    """Remove the files of a commit that were new, whether they were moved yet or not.
+
+    Args:
+        staging: Temporary folder with a record of `write_commit`.
+    """
+    for name in json.loads((staging / COMMIT).read_bytes())["replace"]:
+        if Path(name).name == name and not os.path.lexists(staging / name):
+            remove(staging.parent / name)
+    (staging / COMMIT).unlink()
+
+
+def _find_commits(folder: Path) -> list[Path]:
+    """Return the temporary folders in ``folder`` with a commit."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _LOCKED_NAME.fullmatch(entry.name) and entry.is_dir(
+                follow_symlinks=False)]  # fmt: skip
+    except OSError:
+        return []
+    return [folder / name for name in names if (folder / name / COMMIT).is_file()]
+
+
+def try_lock(handle: int) -> bool:
+    """Lock an open file or folder, without waiting.
+
+    Args:
+        handle: File descriptor. Closing it, or the end of the process, ends the lock.
+
+    Returns:
+        Whether the lock was obtained; also True on a file system without locks.
+    """
+    try:
+        return lock_descriptor(handle, blocking=False)
+    except OSError:
+        return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it exists.
+
+    Args:
+        path: Path of the file or folder; a link is removed, not followed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _create_locked_folder(folder: Path) -> tuple[Path, int]:
+    """Create a temporary folder; return its path and the descriptor that locks it."""
+    while True:
+        path = folder / f".recontrast-{uuid.uuid4().hex[:16]}.tmp"
+        path.mkdir()
+        with suppress(FileNotFoundError):  # removed as a leftover before it was locked
+            handle = os.open(path, os.O_RDONLY)
+            if try_lock(handle) and os.fstat(handle).st_nlink:
+                return path, handle
+            os.close(handle)
+
+
+def _remove_unused(path: Path, handle: int) -> None:
+    """Remove an opened leftover unless a process uses it."""
+    status = os.fstat(handle)
+    is_folder = stat.S_ISDIR(status.st_mode)
+    if not (is_folder or stat.S_ISREG(status.st_mode)):
+        return
+    is_old = time.time() - status.st_mtime > _OLD_SECONDS
+    if not _LOCKED_NAME.fullmatch(path.name) and not is_old:
+        return
+    try:
+        if not lock_descriptor(handle, blocking=False):
+            return
+    except OSError:  # no locks on this file system: only age tells
+        if not is_old:
+            return
+    if is_folder and (path / COMMIT).is_file():
+        apply_commit(path)
+    with suppress(OSError):
+        remove(path)
