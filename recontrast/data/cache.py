@@ -26,7 +26,7 @@ from recontrast.data.images import Size, image_size, parse_size, read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.tiles import Tiles, count_tiles
 
-FORMAT = 2  # increase when the pixels or the layout change; 2 resizes horizontally, then vertically
+FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
 _PREFIX = "images-"
 _HEADER_BYTES = 4096  # one page, so that the images are page-aligned in the memory map
 

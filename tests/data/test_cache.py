@@ -252,9 +252,9 @@ def test_two_processes_can_build_one_cache(tmp_path, samples):
 def test_invalid_arguments(tmp_path, samples):
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         ImageCache(samples, 32, workers=0)
-    with pytest.raises(ValueError, match="size must be a positive number of pixels"):
+    with pytest.raises(ValueError, match="size: wanted a positive number of pixels"):
         ImageCache(samples, None)
-    with pytest.raises(ValueError, match=r"0\.png: crop must fit into the image, wanted 33 x 33 of 32 x 32"):
+    with pytest.raises(ValueError, match=r"0\.png: crop: wanted at most the size of the image, 32 x 32, got 33 x 33"):
         ImageCache(samples, 32, 33)
 
 

@@ -281,7 +281,7 @@ def test_any_grows_the_mask_and_half_does_not(tmp_path):
     assert not images.read_mask(save(tmp_path / "0.png", mask * 0)).any()
     deep = np.array([[65535, 100, 0]], np.uint16)
     assert images.read_mask(save(tmp_path / "d.png", deep)).tolist() == [[True, True, False]]
-    with pytest.raises(ValueError, match=r"rule must be 'any' or 'half', got 'all'"):
+    with pytest.raises(ValueError, match=r"rule: wanted 'any' or 'half', got 'all'"):
         images.read_mask(path, rule="all")
 
 
@@ -322,7 +322,8 @@ def test_truncated_and_damaged(tmp_path, suffix):
             images.read_image(path)
     path.write_bytes(b"\0" * len(content))
     with pytest.raises(
-        ValueError, match=r"wanted a PNG, JPEG, BMP, TIFF or WebP image, got a file that starts with b'"
+        ValueError,
+        match=r"wanted a PNG, .* or AVIF image, got a file that starts with b'",
     ):
         images.image_size(path)
 
@@ -330,7 +331,10 @@ def test_truncated_and_damaged(tmp_path, suffix):
 def test_samples_of_unknown_scale(tmp_path):
     path = save(tmp_path / "f.tif", random_pixels(4, 4).astype(np.float32))
     for read in (images.read_image, images.read_mask):
-        with pytest.raises(ValueError, match=rf"^{path}: wanted integer samples of 8 or 16 bits, got floats"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{path}: wanted unsigned .* of 1 to 16 bits, got (32-bit )?floating-point samples",
+        ):
             read(path)
     deep = save(tmp_path / "i.tif", np.array([[0, 70000]], np.int32))
     with pytest.raises(ValueError, match=r"wanted samples from 0 to 65535 \(16 bits\), got 0 to 70000"):
@@ -359,11 +363,11 @@ def test_pixel_limit_is_independent_of_pil(tmp_path, monkeypatch, suffix):
 @pytest.mark.parametrize("bad", [0, -3, 2.5, "256", (4,), (4, 0), (4, 4, 3), True])
 def test_sizes_are_checked(tmp_path, bad):
     path = save(tmp_path / "x.png", random_pixels(8, 8))
-    with pytest.raises(ValueError, match="size must be a positive number of pixels or two of them"):
+    with pytest.raises(ValueError, match="size: wanted a positive number of pixels or two of them"):
         images.read_image(path, size=bad)
-    with pytest.raises(ValueError, match="crop must be a positive number"):
+    with pytest.raises(ValueError, match="crop: wanted a positive number"):
         images.read_image(path, crop=bad)
-    with pytest.raises(ValueError, match=r"x\.png: crop must fit into the image, wanted 9 x 9 of 8 x 8"):
+    with pytest.raises(ValueError, match=r"x\.png: crop: wanted at most the size of the image, 8 x 8, got 9 x 9"):
         images.read_image(path, crop=9)
 
 
@@ -390,5 +394,5 @@ def test_normalise_views_and_invalid_batches():
     assert torch.equal(images.normalise(array[::2, 1:4], MEAN, STD), expected[::2, :, 1:4])
     assert images.normalise(array[:0], MEAN, STD).shape == (0, 3, 6, 6)
     for bad in (array.astype(np.float32), array[0], array[..., :2]):
-        with pytest.raises(ValueError, match=r"batch must be uint8 \(N, H, W, 3\), got "):
+        with pytest.raises(ValueError, match=r"batch: wanted uint8 \(N, H, W, 3\), got "):
             images.normalise(bad, MEAN, STD)

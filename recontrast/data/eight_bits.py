@@ -1,0 +1,91 @@
+"""Convert PIL images of any mode to 8 bits, and masks to levels."""
+
+import numpy as np
+from PIL import Image
+
+from recontrast.data.decode import convert_decoder_errors
+from recontrast.data.listing import PathLike
+from recontrast.data.notices import warn_once
+from recontrast.data.samples import FULL_SCALE_KEY, scale_to_eight_bits
+
+LARGEST_OF_FEWER_BITS = 16383  # 14 bits: an image of 16 bits whose brightest sample is below is unusually dark
+
+
+def read_deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | None:
+    """Read the samples of an image with more than 8 bits.
+
+    Args:
+        path: Name of the image in error messages.
+        image: Decoded image.
+
+    Returns:
+        The samples, (H, W) uint16 or int32, and their full scale; None for images of 8 bits.
+
+    Raises:
+        ValueError: If the samples are floating-point numbers.
+    """
+    if image.mode == "F":
+        got = "floating-point samples, whose scale is unknown"
+        raise ValueError(f"{path}: wanted unsigned integer samples of 1 to 16 bits, got {got}")
+    if not image.mode.startswith("I"):
+        return None
+    values = np.asarray(image)
+    if values.dtype.byteorder == ">":
+        values = values.astype(values.dtype.newbyteorder("="))
+    if FULL_SCALE_KEY in image.info:
+        return values, int(image.info[FULL_SCALE_KEY])
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file that a caller opened by Pillow
+    full = 4095 if image.mode != "I" and tags.get(258) == (12,) else 65535
+    return (full - values if image.mode != "I" and tags.get(262) == 0 else values), full  # tag 262, value 0: white is 0
+
+
+def to_eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
+    """Convert an image to 8 bits.
+
+    Args:
+        path: Name of the image in error messages and warnings.
+        image: Decoded image of any mode.
+
+    Returns:
+        Image of mode "L" or "RGB".
+
+    Raises:
+        ValueError: If the samples have no known scale, or exceed it.
+    """
+    deep = read_deep(path, image)
+    if deep is not None:
+        values, full = deep
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > full:
+            raise ValueError(f"{path}: wanted samples from 0 to {full} ({full.bit_length()} bits), got {low} to {high}")
+        if full == 65535 and 0 < high <= LARGEST_OF_FEWER_BITS:
+            warn_once(
+                "bits",
+                path,
+                f"has 16-bit samples of at most {high}, which leaves {high // 257 + 1} grey levels of 256: give the "
+                "bits of the camera (bits=12) if it has fewer than 16",
+            )
+        return Image.fromarray(scale_to_eight_bits(values, full))
+    with convert_decoder_errors(path):
+        if "transparency" in image.info:  # PIL would warn, or replace the transparent colour
+            image = image.copy()  # the image can belong to the caller
+            del image.info["transparency"]
+        if image.mode == "La":
+            image = image.convert("LA")
+        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        return image if image.mode == mode else image.convert(mode)  # convert() always copies
+
+
+def to_mask_levels(path: PathLike, image: Image.Image) -> np.ndarray:
+    """Return a mask as (H, W) uint8, from 0 (normal) to 255 (anomalous)."""
+    values, full = read_deep(path, image) or (np.asarray(to_eight_bits(path, image)), 255)
+    coloured = False
+    if values.ndim == 3:
+        coloured = bool((values != values[:, :, :1]).any())
+        values = values.max(axis=2)
+    low, high = int(values.min()), int(values.max())
+    if coloured or 2 * high < full or high > full or low < 0:
+        return np.where(values != 0, np.uint8(255), np.uint8(0))
+    if full == 255:
+        return values
+    return np.maximum(scale_to_eight_bits(values, full), values != 0).astype(np.uint8)  # anomalous pixels stay above 0

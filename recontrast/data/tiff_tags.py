@@ -1,0 +1,166 @@
+"""Read the tags of TIFF and BigTIFF files: the layout of their first page."""
+
+import io
+import struct
+from dataclasses import dataclass
+from typing import IO
+
+PHOTOMETRICS = {0: "white is zero", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK"}
+COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "ZSTD"}
+_TYPES = {
+    1: "B",
+    3: "H",
+    4: "L",
+    6: "b",
+    8: "h",
+    9: "l",
+    13: "L",
+    16: "Q",
+    17: "q",
+    18: "Q",
+}  # integer types, by number
+_MAX_VALUES = 1 << 24  # values of one tag: twice the strips of an image of 1 pixel per strip and 8 megapixels
+_MAX_ENTRIES = 4096
+
+
+@dataclass(frozen=True)
+class TiffPage:
+    """Layout of the first page of a TIFF file.
+
+    Attributes:
+        order: Byte order, "<" or ">".
+        big: Whether the file is a BigTIFF.
+        tags: Values of the integer tags by number.
+        pages: Number of pages, at most 2: the chain is not followed further.
+    """
+
+    order: str
+    big: bool
+    tags: dict[int, tuple[int, ...]]
+    pages: int
+
+    def get(self, tag: int, default: int) -> int:
+        """Return the first value of a tag, or ``default``."""
+        return self.tags.get(tag, (default,))[0]
+
+    @property
+    def height(self) -> int:
+        """Height of the stored image, in pixels."""
+        return self.get(257, 0)
+
+    @property
+    def width(self) -> int:
+        """Width of the stored image, in pixels."""
+        return self.get(256, 0)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of a pixel."""
+        return self.get(277, 1)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Bits of each sample."""
+        bits = self.tags.get(258, (1,))
+        return bits * self.samples if len(bits) == 1 else bits
+
+    @property
+    def sample_format(self) -> int:
+        """Format of all samples: 1 for unsigned integers; 0 if the samples differ."""
+        formats = set(self.tags.get(339, (1,))[: self.samples])
+        return formats.pop() if len(formats) == 1 else 0
+
+    @property
+    def planar(self) -> bool:
+        """Whether each sample has a plane of its own."""
+        return self.samples > 1 and self.get(284, 1) == 2
+
+    @property
+    def orientation(self) -> int:
+        """Orientation of the image, from 1 to 8."""
+        return self.get(274, 1)
+
+    @property
+    def needs_own_reader(self) -> bool:
+        """Whether Pillow misreads or refuses the page, and `read_page` can read it or name the reason."""
+        if self.sample_format != 1:
+            return self.sample_format != 4 or max(self.bits) > 8
+        if self.get(259, 1) not in COMPRESSIONS or self.get(262, 1) not in PHOTOMETRICS:
+            return self.big and self.order == ">"
+        widest = max(self.bits)
+        return (
+            len(set(self.bits)) > 1
+            or (widest != 8 and (widest not in (1, 2, 4) or self.samples > 1))
+            or (self.planar or (self.big and self.order == ">"))
+        )
+
+
+def read_tags(file: IO[bytes]) -> TiffPage:
+    """Read the tags of the first page.
+
+    Args:
+        file: TIFF file, at its start.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: If the file has no page, or a tag lies outside the file.
+    """
+    head = file.read(16)
+    order = "<" if head[:2] == b"II" else ">"
+    big = head[2:4] in (b"+\0", b"\0+")
+    word, entry_size, inline = ("Q", 20, 8) if big else ("L", 12, 4)
+    start = struct.unpack_from(order + word, head, 8 if big else 4)[0]
+    size = file.seek(0, io.SEEK_END)
+    count = _unpack(file, start, order + ("Q" if big else "H"))[0]
+    if not 0 < count <= _MAX_ENTRIES:
+        raise ValueError(f"{count} tags")
+    first = start + (8 if big else 2)
+    entries = read_at(file, first, count * entry_size)
+    tags: dict[int, tuple[int, ...]] = {}
+    for at in range(0, len(entries), entry_size):
+        tag, kind, number = struct.unpack_from(order + "HH" + word, entries, at)
+        code = _TYPES.get(kind)
+        if code is None or not 0 < number <= _MAX_VALUES:
+            continue
+        length = number * struct.calcsize(order + code)
+        where = at + entry_size - inline
+        if length > inline:
+            offset = struct.unpack_from(order + word, entries, where)[0]
+            if offset + length > size:
+                raise ValueError(f"tag {tag} lies outside the file")
+            data = read_at(file, offset, length)
+        else:
+            data = entries[where : where + length]
+        tags.setdefault(tag, struct.unpack(f"{order}{number}{code}", data))
+    following = (
+        _unpack(file, first + count * entry_size, order + word)[0] if first + len(entries) < size - inline else 0
+    )
+    return TiffPage(order, big, tags, 2 if following else 1)
+
+
+def read_at(file: IO[bytes], offset: int, length: int) -> bytes:
+    """Read bytes at an offset.
+
+    Args:
+        file: File opened for reading bytes.
+        offset: Position of the first byte.
+        length: Number of bytes.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        ValueError: If the file ends before.
+    """
+    file.seek(offset)
+    data = file.read(length)
+    if len(data) < length:
+        raise ValueError(f"the file ends {length - len(data)} bytes early")
+    return data
+
+
+def _unpack(file: IO[bytes], offset: int, code: str) -> tuple[int, ...]:
+    """Read integers at ``offset``."""
+    return struct.unpack(code, read_at(file, offset, struct.calcsize(code)))
