@@ -19,6 +19,7 @@ from torch import Tensor
 import recontrast
 from recontrast.calibration.conformal import Calibration
 from recontrast.data.atomic import replace_file
+from recontrast.data.locks import lock_checkpoint
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
@@ -219,9 +220,10 @@ def write_calibration(path: str | Path, calibration: Calibration) -> Path:
         ValueError: If the file is not a valid checkpoint, or the calibration belongs to other weights.
         OSError: If the file cannot be read or written.
     """
-    checkpoint = replace(load(path), calibration=calibration)
-    check_calibration(checkpoint, path)
-    return save(path, checkpoint)
+    with lock_checkpoint(path):
+        checkpoint = replace(load(path), calibration=calibration)
+        check_calibration(checkpoint, path)
+        return save(path, checkpoint)
 
 
 def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.image_files import assign_result_names
+from recontrast.data.locks import lock_folder
 from recontrast.data.sources import Images
+from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinished, name_mark, remove_files
 from recontrast.evaluation.category import SampleImages
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import Result
@@ -26,6 +29,9 @@ from recontrast.models.fold import FoldedModel
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
+
+COMMAND = "evaluate"  # in the name of the mark of unfinished results
+SCALE = "maps/scale.json"
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,31 @@ def measure_network(
     **options: Any,
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:
     """Do the same as `measure` for a network that is ready for inference, with the recipe of its maps and scores."""
-    write_maps = None
-    if save_maps and out is not None:
-        write_maps = _build_map_writer(groups, out / "maps", max_map_value(network, recipe), recipe)
+    is_writer = out is not None and distributed.current_world().first
+    with lock_folder(out) if out is not None and is_writer else nullcontext():
+        return _measure_and_write(network, groups, recipe, out, save_maps, calibration, options)
+
+
+def _measure_and_write(
+    network: ReContrast | FoldedModel, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, out: Path | None,
+    save_maps: bool, calibration: Calibration | None, options: dict[str, Any],
+) -> tuple[Result, DecisionSummary | None, list[Path]]:  # fmt: skip
+    """Compute metrics and write them to a folder that is locked."""
+    is_first, write_maps, earlier = distributed.current_world().first, None, set[str]()
+    names = _name_maps(groups) if save_maps and out is not None else {}
+    if out is not None and is_first:
+        earlier = _list_earlier_maps(out)
+        if earlier or names:
+            mark_unfinished(out, COMMAND, earlier.union(names.values()), _list_own_tables(out))
+    if out is not None and names:  # every process writes the maps of its images
+        write_maps = _build_map_writer(names, out, max_map_value(network, recipe), recipe)
     result = evaluate(network, groups, recipe, on_maps=write_maps, **options)
-    if not distributed.current_world().first:
+    if not is_first:
         return result, None, []
-    written = result.write(out) if out is not None else []  # before anything else can fail
+    written = []
+    if out is not None:  # before anything else can fail
+        remove_files(out, earlier.difference(names.values(), [] if not names else [SCALE]))
+        written = result.write(out, [name_mark(COMMAND)])
     decisions = None
     if calibration is not None:
         reading = {name: options.get(name) for name in ("workers", "cache_dir")}
@@ -155,18 +179,42 @@ def decide_on_result(
     return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)
 
 
-def _build_map_writer(
-    groups: Mapping[str, Sequence[Sample]], folder: Path, top: float, recipe: Recipe
-) -> Callable[[Sequence[Sample], Any], None]:
-    """Write the scale of the maps, and return a function that writes maps of samples."""
+def _name_maps(groups: Mapping[str, Sequence[Sample]]) -> dict[Path, str]:
+    """Return the path of the map of each test image, relative to the folder of the results."""
     paths = [s.path for group in groups.values() for s in group if s.split == "test"]
-    names = dict(zip(paths, assign_result_names(paths), strict=True))
-    with replace_file(folder / "scale.json") as file:
-        file.write((json.dumps(describe_maps("tiff16", top, recipe), indent=1) + "\n").encode())
+    return {path: f"maps/{name.as_posix()}.tiff" for path, name in zip(paths, assign_result_names(paths), strict=True)}
+
+
+def _list_earlier_maps(out: Path) -> set[str]:
+    """List the maps of earlier evaluations, finished or not, and the file of their scale."""
+    names = list_unfinished(out, COMMAND) or set()
+    try:
+        listed = json.loads((out / SCALE).read_bytes())["files"]
+        names |= {SCALE, *(name for name in listed if isinstance(name, str))}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no maps, or those of an older version
+        pass
+    return {name for name in names if name.startswith("maps/") and is_inside(name)}
+
+
+def _list_own_tables(out: Path) -> list[str]:
+    """List the tables of a finished evaluation in a folder."""
+    try:
+        is_ours = "rows" in json.loads((out / "results.json").read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        is_ours = False
+    return ["results.json", "results.csv", "results.md", "scores.csv"] if is_ours else []
+
+
+def _build_map_writer(
+    names: Mapping[Path, str], out: Path, top: float, recipe: Recipe
+) -> Callable[[Sequence[Sample], Any], None]:
+    """Write the scale and the list of the maps, and return a function that writes maps of samples."""
+    description = {**describe_maps("tiff16", top, recipe), "files": list(names.values())}
+    with replace_file(out / SCALE) as file:
+        file.write((json.dumps(description, indent=1) + "\n").encode())
 
     def write(samples: Sequence[Sample], maps: Any) -> None:
         for sample, anomaly in zip(samples, maps, strict=True):
-            name = names[sample.path]
-            save_map(folder / name.with_name(name.name + ".tiff"), anomaly, "tiff16", top, recipe)
+            save_map(out / names[sample.path], anomaly, "tiff16", top, recipe)
 
     return write

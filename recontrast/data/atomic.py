@@ -200,7 +200,7 @@ def _concerns(filename: PathLike | int | None, partial: Path | None, path: Path)
     """Return whether an error with this file name is about writing ``path``; errors of open files have no name."""
     if not isinstance(filename, (str, os.PathLike)):
         return True
-    return Path(filename) in (partial, path, *path.parents) or is_temporary(Path(filename).name)
+    return Path(filename) in (partial, path, *path.parents) or any(map(is_temporary, Path(filename).parts[-2:]))
 
 
 def _sync_file(path: Path) -> None:

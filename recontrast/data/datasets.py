@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from recontrast.data.listing import PathLike, find_images, is_hidden, is_image, list_images, natural_sort_key
+from recontrast.data.temporary import complete_commits
 
 GOOD = "good"  # name of the folders of normal images, and `Sample.defect` of normal samples
 
@@ -213,6 +214,7 @@ def _check_folder(path: Path, description: str) -> None:
         raise FileNotFoundError(f"{path}: wanted {description}, got no such folder")
     if not path.is_dir():
         raise ValueError(f"{path}: wanted {description}, got a file")
+    complete_commits(path)  # of `recontrast prepare`, if it was killed
 
 
 def _list_names(missing: str, names: list[str]) -> str:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,19 @@ def lock_file(path: PathLike) -> Iterator[None]:
         for parent in created:
             with suppress(OSError):  # holds results
                 parent.rmdir()
+
+
+def lock_checkpoint(path: PathLike) -> AbstractContextManager[None]:
+    """Hold an exclusive lock on a checkpoint that is to be changed.
+
+    Args:
+        path: Path of the checkpoint. A file ``checkpoint.pt`` belongs to a run, whose folder is locked.
+
+    Returns:
+        The context in which the lock is held; see `lock_folder` for its errors.
+    """
+    path = Path(os.path.abspath(path))
+    return lock_folder(path.parent) if path.name == "checkpoint.pt" else lock_file(path)
 
 
 def describe_process() -> dict[str, Any]:

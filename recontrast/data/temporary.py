@@ -139,15 +139,20 @@ def apply_commit(staging: Path) -> None:
         staging: Temporary folder with a record.
 
     Raises:
-        OSError: If a file cannot be replaced.
+        OSError: If a file cannot be replaced. If it is the first one, the record is withdrawn.
     """
     commit = json.loads((staging / COMMIT).read_bytes())
-    for name in commit["remove"]:
-        if Path(name).name == name:
-            (staging.parent / name).unlink(missing_ok=True)
-    for name in commit["replace"]:
-        if Path(name).name == name and os.path.lexists(staging / name):
+    names, removed = ([name for name in commit[key] if Path(name).name == name] for key in ("replace", "remove"))
+    waiting = [name for name in names if os.path.lexists(staging / name)]
+    try:
+        for name in waiting:
             os.replace(staging / name, staging.parent / name)
+    except OSError:
+        if len(waiting) == len(names) and os.path.lexists(staging / names[0]):
+            (staging / COMMIT).unlink()
+        raise
+    for name in removed:
+        (staging.parent / name).unlink(missing_ok=True)
     (staging / COMMIT).unlink()
 
 

@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from recontrast.data.atomic import replace_file
+from recontrast.data.atomic import replace_files
 
 # Field of `Row` -> heading in tables. The two forms of AUPRO are not comparable, see `recontrast.metrics.aupro`.
 METRICS = {
@@ -188,17 +188,18 @@ class Result:
         writer.writerows([*astuple(scored)[:-1], f"{scored.score:.9g}"] for scored in self.scored)
         return text.getvalue()
 
-    def write(self, folder: str | Path) -> list[Path]:
-        """Write ``results.json``, ``results.csv``, ``results.md`` and ``scores.csv``.
+    def write(self, folder: str | Path, remove: Sequence[str] = ()) -> list[Path]:
+        """Write ``results.json``, ``results.csv``, ``results.md`` and ``scores.csv``, all at once.
 
         Args:
             folder: Folder of the files, created if necessary.
+            remove: Names of other files in ``folder`` to remove at the same moment.
 
         Returns:
             Paths of the four files.
 
         Raises:
-            OSError: If a file cannot be written; an existing file of that name is then unchanged.
+            OSError: If a file cannot be written; existing files are then unchanged.
         """
         texts = {
             "results.json": json.dumps(self.to_dict(), indent=1) + "\n",
@@ -206,12 +207,10 @@ class Result:
             "results.md": self.to_markdown(),
             "scores.csv": self.scores_csv(),
         }
-        paths = []
-        for name, text in texts.items():
-            paths.append(Path(folder) / name)
-            with replace_file(paths[-1], size=len(text)) as file:
-                file.write(text.encode(errors="surrogateescape"))
-        return paths
+        with replace_files(folder, remove=remove) as staging:
+            for name, text in texts.items():
+                (staging / name).write_bytes(text.encode(errors="surrogateescape"))
+        return [Path(folder) / name for name in texts]
 
 
 def _format_line(cells: Iterable[str]) -> str:

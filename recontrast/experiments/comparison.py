@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recontrast.data.atomic import replace_file
+from recontrast.data.atomic import replace_files
 from recontrast.evaluation.results import METRICS
 
 
@@ -106,15 +106,13 @@ class Comparison:
             Paths of the three files.
 
         Raises:
-            OSError: If a file cannot be written; an existing file of that name is then unchanged.
+            OSError: If a file cannot be written; existing files are then unchanged.
         """
-        paths = []
         texts = {"json": json.dumps(self.to_dict(), indent=1) + "\n", "csv": self.to_csv(), "md": self.to_markdown()}
-        for suffix, text in texts.items():
-            paths.append(folder / f"comparison.{suffix}")
-            with replace_file(paths[-1], size=len(text.encode())) as file:
-                file.write(text.encode())
-        return paths
+        with replace_files(folder) as staging:
+            for suffix, text in texts.items():
+                (staging / f"comparison.{suffix}").write_bytes(text.encode())
+        return [folder / f"comparison.{suffix}" for suffix in texts]
 
 
 def _format_percent(value: float | None, form: str = ".2f") -> str:

@@ -8,10 +8,9 @@ import importlib.util
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,7 +19,10 @@ import torch
 
 import recontrast
 from recontrast.checkpoint import digest
+from recontrast.data.atomic import replace_files
+from recontrast.data.locks import lock_file
 from recontrast.data.pillow_resize import max_exact_length
+from recontrast.data.temporary import temporary_folder
 from recontrast.export.detector_graph import DetectorGraph
 from recontrast.export.verify import TOLERANCE, compare_scores, draw_images
 from recontrast.inference.detector import CheckpointDetector
@@ -105,7 +107,7 @@ def export(
     notes += _convert_to_float32(detector)
     description = json.dumps(describe_detector(detector))
     graph = DetectorGraph(cast(ReContrast, detector.model), detector.recipe, detector.calibration)
-    with _temporary_folder(out) as folder:
+    with lock_file(out), _temporary_folder(out) as folder:
         draft = folder / out.name
         try:
             with _silence_exporters():
@@ -221,23 +223,20 @@ def _require(kind: str) -> None:
 @contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """Create a temporary folder on the same disk as ``out``, so that files can be moved there by renaming."""
-    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    try:
-        temporary = tempfile.TemporaryDirectory(dir=parent, prefix=".export-")
-    except OSError as error:
-        raise OSError(f"cannot write {out}: {error.strerror or error}") from error
-    with temporary as folder:
-        yield Path(folder)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_folder(out.absolute().parent))
+        except OSError as error:
+            raise OSError(f"cannot write {out}: {error.strerror or error}") from error
+        yield folder
 
 
 def _move_files(folder: Path, names: Sequence[str], target: Path) -> None:
-    """Move the files to their destination. The first one is moved last, when its weights are already there."""
+    """Move the files to their destination, all or none: weights must not be loaded with another graph."""
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        if len(names) > 1:
-            (target / names[0]).unlink(missing_ok=True)  # an old file must not be loaded with the new weights
-        for name in reversed(names):
-            os.replace(folder / name, target / name)
+        with replace_files(target) as staging:
+            for name in names:
+                os.rename(folder / name, staging / name)
     except OSError as error:
         raise OSError(f"cannot write {target / names[0]}: {error.strerror or error}") from error
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(  # 9 options and their checks; `calibrate_job` does the work
+    context: typer.Context,
     checkpoint: CheckpointFile,
     good: Annotated[
         list[Path] | None,
@@ -60,12 +61,14 @@ def calibrate(  # 9 options and their checks; `calibrate_job` does the work
     from recontrast.app.calibrate_job import calibrate_detector
     from recontrast.calibration.conformal import allowed_false_alarms
     from recontrast.data.listing import list_images
+    from recontrast.data.locks import lock_checkpoint
     from recontrast.inference.calibrate import refuse_training_images
     from recontrast.inference.detector import CheckpointDetector
 
     file = resolve_checkpoint(checkpoint)
     if good and file.is_file():  # a missing file has its own message
         check_writable(file.parent, "CHECKPOINT")
+        context.with_resource(lock_checkpoint(file))
     good_paths, check_paths = list_images(good or []), list_images(check or [])
     if shared := {os.path.realpath(path) for path in good_paths} & {os.path.realpath(path) for path in check_paths}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")

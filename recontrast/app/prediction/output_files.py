@@ -4,9 +4,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from recontrast.data import heatmaps, images, large_maps
-from recontrast.data.atomic import replace_file
+from recontrast.data.atomic import replace_files
+from recontrast.data.unfinished import list_unfinished, mark_unfinished, name_mark, remove_files
 from recontrast.inference.decisions import REGION_COLUMNS, Decision
 from recontrast.inference.detector import map_extent
 from recontrast.recipes.recipe import Recipe
 
+COMMAND = "predict"  # in the name of the mark of unfinished results
 SUFFIX = {"tiff16": ".tiff", "tiff32": ".tiff", "npy": ".npy"}
 
 
@@ -122,16 +123,19 @@ def to_json_row(prediction: Prediction) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def save_scores(out: Path, predictions: Sequence[Prediction], description: dict[str, Any]) -> None:
-    """Write ``scores.csv``, ``scores.json`` and, with decisions, ``regions.csv``.
+def save_scores(
+    out: Path, predictions: Sequence[Prediction], description: dict[str, Any], earlier: Collection[str] = ()
+) -> None:
+    """Write ``scores.csv``, ``scores.json`` and, with decisions, ``regions.csv``, all at once.
 
-    Maps, overlays and regions of an earlier finished run that this run does not write are removed at the end, so that
-    every file belongs to the scores beside it.
+    Files of an earlier run that this run does not write are removed, so that every file belongs to the scores beside
+    it.
 
     Args:
-        out: Folder for the results.
+        out: Folder for the results, locked by the caller.
         predictions: Predictions in order.
         description: Further content of scores.json; "threshold" and "calibration" determine the columns.
+        earlier: Files of an earlier run, see `list_earlier_results`.
     """
     flags, decided = description["threshold"] is not None, description["calibration"] is not None
     lines = [
@@ -145,38 +149,60 @@ def save_scores(out: Path, predictions: Sequence[Prediction], description: dict[
             for number, region in enumerate(decision.regions or (), 1):
                 regions.append([prediction.path, number, *region.to_dict().values()])
         lines.append(line)
-    stale = _list_earlier_results(out / "scores.json")
-    stale -= {name for prediction in predictions for name in (prediction.map, prediction.overlay) if name is not None}
-    _save_csv(out / "scores.csv", lines)
-    if decided:
-        stale -= {"regions.csv"}
-        _save_csv(out / "regions.csv", regions)
-    with replace_file(out / "scores.json") as file:
+    written = {name for prediction in predictions for name in (prediction.map, prediction.overlay) if name is not None}
+    if stale := set(earlier) - written - {"regions.csv"}:
+        if list_unfinished(out, COMMAND) is None:
+            begin(out, earlier)
+        remove_files(out, stale)
+    removed = [name_mark(COMMAND), *(["regions.csv"] if "regions.csv" in earlier else [])]
+    with replace_files(out, remove=removed) as staging:
+        _save_csv(staging / "scores.csv", lines)
+        if decided:
+            _save_csv(staging / "regions.csv", regions)
         content = {**description, "images": [to_json_row(prediction) for prediction in predictions]}
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-    for name in stale:
-        with suppress(OSError, ValueError):  # already gone, or not a file
-            (out / name).unlink()
-        for folder in (out / name).parents[: len(Path(name).parents) - 1]:
-            with suppress(OSError, ValueError):  # not empty
-                folder.rmdir()
+        (staging / "scores.json").write_bytes((json.dumps(content, indent=1) + "\n").encode())
 
 
-def _list_earlier_results(scores: Path) -> set[str]:
-    """Return the result files listed in the scores.json of an earlier run, relative to its folder."""
+def begin(out: Path, files: Collection[str]) -> None:
+    """Mark the results as unfinished, and remove the tables of an earlier run.
+
+    Args:
+        out: Folder for the results.
+        files: Files that this run may write, and those of an earlier one.
+    """
+    is_ours = _read_earlier_images(out) is not None
+    tables = ["scores.csv", "scores.json", *(["regions.csv"] if "regions.csv" in files else [])] if is_ours else []
+    mark_unfinished(out, COMMAND, files, tables)
+
+
+def list_earlier_results(out: Path) -> set[str]:
+    """List the maps, overlays and regions of earlier runs, finished or not, relative to their folder.
+
+    Args:
+        out: Folder of the results.
+
+    Returns:
+        The files; an empty set if no earlier run wrote to the folder.
+    """
+    listed = list_unfinished(out, COMMAND) or set()
+    images = _read_earlier_images(out) or []
+    names = [image[key] for image in images for key in ("map", "overlay") if key in image]
+    if any("decision" in image for image in images):
+        names.append("regions.csv")
+    listed |= {name for name in names if isinstance(name, str)}
+    return {name for name in listed if PurePosixPath(name).parts[:1] in (("maps",), ("overlays",), ("regions.csv",))}
+
+
+def _read_earlier_images(out: Path) -> list[dict[str, Any]] | None:
+    """Return the images listed in the scores.json of a finished run; None if there is none, or another tool's."""
     try:
-        images = json.loads(scores.read_bytes())["images"]
-        names = [image[key] for image in images for key in ("map", "overlay") if key in image]
-        parts = {name: PurePosixPath(name).parts for name in names}
-        decided = any("decision" in image for image in images)
-    except (OSError, ValueError, KeyError, TypeError):  # no such file, or another tool's
-        return set()
-    listed = {name for name, path in parts.items() if path[:1] in (("maps",), ("overlays",)) and ".." not in path}
-    return listed | ({"regions.csv"} if decided else set())
+        images = json.loads((out / "scores.json").read_bytes())["images"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return images if isinstance(images, list) and all(isinstance(image, dict) for image in images) else None
 
 
 def _save_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    with replace_file(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
+    path.write_bytes(text.getvalue().encode(errors="surrogateescape"))

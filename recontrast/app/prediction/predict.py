@@ -18,7 +18,9 @@ from recontrast.app.prediction.output_files import (
     SUFFIX,
     MapStore,
     Prediction,
+    begin,
     describe_maps,
+    list_earlier_results,
     result_path,
     save_map,
     save_overlays,
@@ -27,6 +29,7 @@ from recontrast.app.prediction.output_files import (
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.image_files import ImageFiles, assign_result_names
+from recontrast.data.locks import lock_folder
 from recontrast.inference.decisions import decide as decide_on
 from recontrast.inference.decisions import select_calibration
 from recontrast.inference.detector import Detector, open_detector
@@ -111,11 +114,21 @@ def predict(
     if batch < 1:
         raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
     paths = images.list_images(inputs)
-    detector = checkpoint
-    if isinstance(detector, Path):
-        detector = open_detector(detector, device, tile, overlap, inference)
-    calibration = select_calibration(detector, rate, decide, checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out):
+        detector = checkpoint
+        if isinstance(detector, Path):
+            detector = open_detector(detector, device, tile, overlap, inference)
+        calibration = select_calibration(detector, rate, decide, checkpoint)
+        name = str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__
+        return _run(detector, name, paths, out, calibration, threshold, maps, overlays, workers, batch, on_progress)
+
+
+def _run(
+    detector: Detector, name: str, paths: Sequence[Path], out: Path, calibration: Calibration | None,
+    threshold: float | None, maps: Maps, overlays: bool, workers: int | None, batch: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> PredictionSummary:  # fmt: skip
+    """Score images and write all results to a folder that is locked."""
     with ThreadPoolExecutor(workers) as pool, tempfile.TemporaryFile(dir=out) as file:
         files = ImageFiles(paths, pool)
         writer = _Writer(files, out, detector, calibration, threshold, maps, MapStore(file, out) if overlays else None)
@@ -128,8 +141,8 @@ def predict(
         if not writer.predictions:
             raise ValueError(f"none of {len(files)} images could be read: {unread[0]}")
         colours = writer.write_overlays()
-    name = str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__
-    save_scores(out, writer.predictions, _describe_run(name, detector, calibration, threshold, maps, colours, unread))
+    description = _describe_run(name, detector, calibration, threshold, maps, colours, unread)
+    save_scores(out, writer.predictions, description, writer.earlier)
     used_rate = None if calibration is None else calibration.rate
     return PredictionSummary(writer.predictions, unread, used_rate, detector.calibration_note)
 
@@ -140,6 +153,7 @@ class _Writer:
     Attributes:
         position: Number of files handled so far.
         predictions: One entry for each image that could be read.
+        earlier: Files of earlier runs in the folder.
     """
 
     def __init__(
@@ -152,12 +166,16 @@ class _Writer:
         self.names = assign_result_names(files.paths)
         self.position = 0
         self.predictions: list[Prediction] = []
+        self.earlier = list_earlier_results(out)
         self._readable: list[int] = []  # positions of the files that could be read
 
     def add(self, maps: np.ndarray, scores: np.ndarray) -> None:
         """Process the maps (n, H, W) and scores (n,) of the next files."""
         for anomaly, score in zip(maps, scores.tolist(), strict=True):
             if self.position not in self.files.errors:
+                if not self._readable and (self.maps != "none" or self.waiting is not None):
+                    planned = {result for name in self.names for result in self._name_results(name) if result}
+                    begin(self.out, self.earlier | planned)
                 self._readable.append(self.position)
                 self.predictions.append(self._predict_one(anomaly, score))
             self.position += 1
@@ -181,8 +199,7 @@ class _Writer:
     def _predict_one(self, anomaly: np.ndarray, score: float) -> Prediction:
         path, name = self.files.paths[self.position], self.names[self.position]
         recipe = self.detector.recipe
-        map_name = None if self.maps == "none" else result_path(Path(), "maps", name, SUFFIX[self.maps])
-        overlay_name = None if self.waiting is None else result_path(Path(), "overlays", name, ".png")
+        map_name, overlay_name = self._name_results(name)
         if map_name is not None:
             save_map(self.out / map_name, anomaly, self.maps, self.detector.max_map_value, recipe)
         if self.waiting is not None:
@@ -193,9 +210,14 @@ class _Writer:
             decision = decide_on(self.calibration, anomaly, score, images.image_size(path), recipe)
         return Prediction(
             str(path), score, None if self.threshold is None else score >= self.threshold,
-            None if map_name is None else map_name.as_posix(),
-            None if overlay_name is None else overlay_name.as_posix(), decision,
+            map_name, overlay_name, decision,
         )  # fmt: skip
+
+    def _name_results(self, name: Path) -> tuple[str | None, str | None]:
+        """Return the paths of the map and the overlay of an image, relative to the folder; None if not written."""
+        map_name = result_path(Path(), "maps", name, SUFFIX[self.maps]).as_posix() if self.maps != "none" else None
+        overlay_name = result_path(Path(), "overlays", name, ".png").as_posix() if self.waiting is not None else None
+        return map_name, overlay_name
 
 
 def _describe_run(

@@ -52,6 +52,8 @@ def write_report(
     from recontrast.app.report.page import render_page
     from recontrast.data import datasets
     from recontrast.data.atomic import replace_file
+    from recontrast.data.locks import lock_file
+    from recontrast.data.unfinished import check_finished
     from recontrast.inference.options import InferenceOptions
     from recontrast.training import json_log
 
@@ -61,11 +63,12 @@ def write_report(
         raise ValueError(f"{out}: wanted a file to write the report to, got a folder")
     if images < 1:
         raise ValueError(f"report: images: wanted at least 1, got {images}")
+    check_finished(file.parent, "evaluate")
     model, recipe, checkpoint = checkpoints.load_model(file, device)
     categories = datasets.load(data or _read_evaluated_folders(file.parent / "scores.csv"))
     groups = _select_categories(categories, category, checkpoint.category)
     # Open the file first: if it cannot be written, no time is spent on the evaluation.
-    with replace_file(out, size=budget) as target:
+    with lock_file(out), replace_file(out, size=budget) as target:
         options = InferenceOptions()
         network = options.build_network(model, recipe, recipe)  # same scores as evaluate and predict
         calibration = options.valid_calibration(recipe, checkpoint.calibration)
