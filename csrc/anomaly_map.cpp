@@ -51,9 +51,26 @@ VERSIONED void add_scaled(const float* from, float weight, int64_t n, float* to)
   for (; i < n; ++i) to[i] += weight * from[i];
 }
 
-// Writes one row of the map, sum_i weights[i] * rows[i], and returns its maximum.
-VERSIONED float blend_rows(const float* const* rows, const float* weights, int64_t count, int64_t n, float* out) {
+// The larger of two maxima; NaN if one of them is.
+inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+// Maximum of many values, in separate lanes; NaN if a value is not finite.
+struct Maximum {
   Float32 top = Float32{} - std::numeric_limits<float>::infinity();
+  Float32 finite{};  // zeros while all values are finite: 0 * infinity and 0 * NaN are NaN
+  float rest = -std::numeric_limits<float>::infinity();  // of the values that fill no vector
+
+  float value() const {
+    float maximum = rest;
+    for (int64_t i = 0; i < kLanes; ++i) maximum = larger(maximum, finite[i] == 0 ? top[i] : finite[i]);
+    return maximum;
+  }
+};
+
+// Writes one row of the map, sum_i weights[i] * rows[i], and adds its values to `maximum`.
+VERSIONED void blend_rows(const float* const* rows, const float* weights, int64_t count, int64_t n, float* out,
+                          Maximum& maximum) {
+  Float32 top = maximum.top, finite = maximum.finite;
   int64_t x = 0;
   for (; x + 2 * kLanes <= n; x += 2 * kLanes) {
     Float32 a{}, b{};
@@ -65,16 +82,17 @@ VERSIONED float blend_rows(const float* const* rows, const float* weights, int64
     store(out + x + kLanes, b);
     top = a > top ? a : top;
     top = b > top ? b : top;
+    finite += 0.0f * a;
+    finite += 0.0f * b;
   }
-  float maximum = -std::numeric_limits<float>::infinity();
+  maximum.top = top;
+  maximum.finite = finite;
   for (; x < n; ++x) {
     float a = 0;
     for (int64_t i = 0; i < count; ++i) a += weights[i] * rows[i][x];
     out[x] = a;
-    maximum = a > maximum ? a : maximum;
+    maximum.rest = larger(maximum.rest, a - a == 0 ? a : std::numeric_limits<float>::quiet_NaN());
   }
-  for (int64_t i = 0; i < kLanes; ++i) maximum = top[i] > maximum ? top[i] : maximum;
-  return maximum;
 }
 
 // Checks the arguments and groups the pairs by their matrices.
@@ -88,7 +106,7 @@ std::vector<Level> group_levels(const std::vector<Tensor>& distances, const std:
                       distances[i].size(0) == distances[0].size(0) && rows[i].size(0) == rows[0].size(0) &&
                       cols[i].size(0) == cols[0].size(0) && rows[i].size(1) == distances[i].size(1) &&
                       cols[i].size(1) == distances[i].size(2);
-    STD_TORCH_CHECK(is_float && fits, "anomaly_map: pair ", i, " must be float32 (N, h, w), (H, h) and (W, w), got ",
+    STD_TORCH_CHECK(is_float && fits, "anomaly_map: pair ", i, ": wanted float32 (N, h, w), (H, h) and (W, w), got ",
                     shape(distances[i]), ", ", shape(rows[i]), " and ", shape(cols[i]));
     const Tensor r = torch::stable::contiguous(rows[i]), c = torch::stable::contiguous(cols[i]);
     const auto same = std::find_if(levels.begin(), levels.end(), [&](const Level& level) {
@@ -163,14 +181,14 @@ void multiply_by_cols(const std::vector<Level>& levels, const StripProducts& pla
   }
 }
 
-// Writes rows [first, last) of the map of image n and returns their maximum. `products`, `sum`: memory to reuse.
+// Writes rows [first, last) of the map of image n and returns their maximum; NaN if a value is not finite. `products`, `sum`: memory to reuse.
 float map_strip(const std::vector<Level>& levels, int64_t n, int64_t first, int64_t last, int64_t W, float scale,
                 std::vector<float>& products, std::vector<float>& sum, float* map) {
   const StripProducts plan = plan_products(levels, first, last, W);
   multiply_by_cols(levels, plan, n, W, scale, products, sum);
   std::vector<const float*> rows(plan.taps);
   std::vector<float> weights(plan.taps);
-  float maximum = -std::numeric_limits<float>::infinity();
+  Maximum maximum;
   for (int64_t y = first; y < last; ++y) {
     int64_t count = 0;
     for (size_t l = 0; l < levels.size(); ++l) {
@@ -181,15 +199,15 @@ float map_strip(const std::vector<Level>& levels, int64_t n, int64_t first, int6
         weights[count] = row[i];
       }
     }
-    maximum = std::max(maximum, blend_rows(rows.data(), weights.data(), count, W, map + y * W));
+    blend_rows(rows.data(), weights.data(), count, W, map + y * W, maximum);
   }
-  return maximum;
+  return maximum.value();
 }
 
 std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vector<Tensor> rows,
                                        std::vector<Tensor> cols, double scale) {
   STD_TORCH_CHECK(!distances.empty() && distances.size() == rows.size() && rows.size() == cols.size(),
-                  "anomaly_map: distances, rows and cols must be lists of one length > 0, got ", distances.size(), ", ",
+                  "anomaly_map: distances, rows and cols: wanted lists of one length > 0, got ", distances.size(), ", ",
                   rows.size(), " and ", cols.size());
   const std::vector<Level> levels = group_levels(distances, rows, cols);
   const int64_t N = distances[0].size(0), H = rows[0].size(0), W = cols[0].size(0);
@@ -207,8 +225,11 @@ std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vecto
                              out + n * H * W);
     }
   });
-  for (int64_t n = 0; n < N; ++n)
-    maximum.mutable_data_ptr<float>()[n] = *std::max_element(&tops[n * strips], &tops[n * strips] + strips);
+  for (int64_t n = 0; n < N; ++n) {
+    float top = tops[n * strips];
+    for (int64_t strip = 1; strip < strips; ++strip) top = larger(top, tops[n * strips + strip]);
+    maximum.mutable_data_ptr<float>()[n] = top;
+  }
   return {maps, maximum};
 }
 

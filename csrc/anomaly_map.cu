@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, images == 1 ? 4 : 2)
       if (n0 + m >= arguments.N || y >= arguments.H || x >= arguments.W) continue;
       const float value = sum[s][m] * arguments.scale;
       maps[(static_cast<int64_t>(n0 + m) * arguments.H + y) * arguments.W + x] = value;
-      top = larger(top, value);
+      top = larger(top, value - value == 0 ? value : NAN);  // infinity as well: the score of such a map is NaN
     }
     for (int other = kWarp / 2; other; other /= 2) top = larger(top, __shfl_xor_sync(~0u, top, other));
     if (lane == 0) tops[m][warp] = top;
@@ -218,7 +218,7 @@ void check(size_t i, const Tensor& d, const Tensor& r, const Tensor& c, const Te
   const bool fits = d.dim() == 3 && r.dim() == 2 && c.dim() == 2 && d.size(0) == d0.size(0) &&
                     r.size(0) == r0.size(0) && c.size(0) == c0.size(0) && r.size(1) == d.size(1) &&
                     c.size(1) == d.size(2);
-  STD_TORCH_CHECK(is_float && fits, "anomaly_map: pair ", i, " must be float32 (N, h, w), (H, h) and (W, w), got ",
+  STD_TORCH_CHECK(is_float && fits, "anomaly_map: pair ", i, ": wanted float32 (N, h, w), (H, h) and (W, w), got ",
                   shape(d), ", ", shape(r), " and ", shape(c));
   for (const auto& [name, t] : {std::pair{"distances", &d}, {"rows", &r}, {"cols", &c}})
     check_device("anomaly_map", name, *t, d0);
@@ -259,16 +259,16 @@ std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vecto
                                        std::vector<Tensor> cols, double scale) {
   const size_t pairs = distances.size();
   STD_TORCH_CHECK(pairs > 0 && pairs == rows.size() && pairs == cols.size(),
-                  "anomaly_map: distances, rows and cols must be lists of one length > 0, got ", pairs, ", ",
+                  "anomaly_map: distances, rows and cols: wanted lists of one length > 0, got ", pairs, ", ",
                   rows.size(), " and ", cols.size());
-  STD_TORCH_CHECK(pairs <= kPairs, "anomaly_map: at most ", kPairs, " pairs on CUDA, got ", pairs);
+  STD_TORCH_CHECK(pairs <= kPairs, "anomaly_map: distances: wanted at most ", kPairs, " pairs on CUDA, got ", pairs);
   for (size_t i = 0; i < pairs; ++i) check(i, distances[i], rows[i], cols[i], distances[0], rows[0], cols[0]);
   const DeviceGuard guard(distances[0].get_device());
   for (auto* list : {&distances, &rows, &cols})
     for (Tensor& t : *list) t = torch::stable::contiguous(t);
 
   const int64_t N = distances[0].size(0), H = rows[0].size(0), W = cols[0].size(0);
-  STD_TORCH_CHECK(std::max({N, H, W}) < 1 << 20, "anomaly_map: N, H and W must be less than 1048576 on CUDA, got ", N,
+  STD_TORCH_CHECK(std::max({N, H, W}) < 1 << 20, "anomaly_map: N, H and W: wanted less than 1048576 on CUDA, got ", N,
                   ", ", H, " and ", W);
   Tensor maps = torch::stable::new_empty(distances[0], std::array<int64_t, 3>{N, H, W});
   if (maps.numel() == 0) return {maps, torch::stable::new_zeros(maps, std::array<int64_t, 1>{N})};

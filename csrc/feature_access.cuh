@@ -46,7 +46,7 @@ inline FeatureView view_of(const Tensor& t) {
 inline FeatureSize size_of(const char* op, const Tensor& t) {
   const int64_t C = t.size(1), P = t.size(2) * t.size(3), count = t.size(0) * P;
   STD_TORCH_CHECK(C < 1 << 22 && count <= 1 << 30, op,
-                  ": C must be less than 2^22 and N * H * W at most 2^30 on CUDA, got ", shape(t));
+                  ": x and y: wanted C below 2^22 and N * H * W at most 2^30 on CUDA, got ", shape(t));
   return {static_cast<unsigned>(count), static_cast<unsigned>(P), static_cast<unsigned>(t.size(3)),
           static_cast<int>(C)};
 }

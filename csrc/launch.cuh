@@ -43,7 +43,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, co
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == first.get_device(), op, ": ", name, " must be on CUDA device ",
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device() == first.get_device(), op, ": ", name, ": wanted CUDA device ",
                   static_cast<int>(first.get_device()), " like the first argument");
 }
 

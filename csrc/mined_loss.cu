@@ -240,7 +240,7 @@ Tensor mined_loss_backward(const Tensor& grad, const Tensor& sums_, const Tensor
   const int64_t length = check_mined("mined_loss_backward", sums_, images, points);
   check_flat("mined_loss_backward", "state", state_, length, sums_.scalar_type());
   STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == sums_.scalar_type(),
-                  "mined_loss_backward: grad must be one number of the dtype of sums, got ", shape(grad));
+                  "mined_loss_backward: grad: wanted one number of the dtype of sums, got ", shape(grad));
   check_device("mined_loss_backward", "grad", grad, sums_);
   check_device("mined_loss_backward", "state", state_, sums_);
   const DeviceGuard guard(sums_.get_device());

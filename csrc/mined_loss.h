@@ -21,7 +21,7 @@ enum class Rule { deviation, hardest, power };
 inline Rule rule_of(const char* op, const std::string& name) {
   if (name == "deviation") return Rule::deviation;
   if (name == "hardest") return Rule::hardest;
-  STD_TORCH_CHECK(name == "power", op, ": rule must be deviation, hardest or power, got ", name);
+  STD_TORCH_CHECK(name == "power", op, ": rule: wanted deviation, hardest or power, got ", name);
   return Rule::power;
 }
 
@@ -32,16 +32,16 @@ inline int64_t state_length(int64_t images) { return 1 + 3 * images; }
 inline int64_t check_mined(const char* op, const Tensor& sums, const std::vector<int64_t>& images,
                            const std::vector<int64_t>& points) {
   STD_TORCH_CHECK(!images.empty() && images.size() == points.size(), op,
-                  ": images and points must be lists of one length > 0, got ", images.size(), " and ", points.size());
+                  ": images and points: wanted lists of one length > 0, got ", images.size(), " and ", points.size());
   int64_t total = 0, state = 0;
   for (size_t i = 0; i < images.size(); ++i) {
-    STD_TORCH_CHECK(images[i] >= 0 && points[i] >= 0, op, ": images and points must not be negative");
+    STD_TORCH_CHECK(images[i] >= 0 && points[i] >= 0, op, ": images and points: wanted at least 0 each, got fewer");
     total += 3 * images[i] * points[i];
     state += state_length(images[i]);
   }
   const ScalarType type = sums.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op,
-                  ": sums must be float32 or float64, got ", torch::headeronly::toString(type));
+                  ": sums: wanted float32 or float64, got ", torch::headeronly::toString(type));
   check_flat(op, "sums", sums, total, type);
   return state;
 }
@@ -50,7 +50,7 @@ inline void check_alpha(const char* op, const std::optional<Tensor>& alpha) {
   if (!alpha.has_value()) return;
   const ScalarType type = alpha->scalar_type();
   STD_TORCH_CHECK(alpha->numel() == 1 && (type == ScalarType::Float || type == ScalarType::Double), op,
-                  ": alpha must be one float32 or float64, got ", torch::headeronly::toString(type), " ",
+                  ": alpha: wanted one float32 or float64, got ", torch::headeronly::toString(type), " ",
                   shape(*alpha));
 }
 
@@ -67,16 +67,23 @@ HOST_DEVICE A norm_of(A square) {
   return std::sqrt(square < smallest ? smallest : square);
 }
 
+// Product of both norms. NaN if a square overflowed to infinity: the cosine is unknown, not 0.
+template <typename A>
+HOST_DEVICE A norms_of(A xx, A yy) {
+  const A norms = norm_of(xx) * norm_of(yy);
+  return norms == static_cast<A>(INFINITY) ? static_cast<A>(NAN) : norms;
+}
+
 // 1 - cosine. The backward pass computes it again and gets the same bits: nothing here can become a fused multiply-add.
 template <typename A>
 HOST_DEVICE A distance_of(A xy, A xx, A yy) {
-  return 1 - xy / (norm_of(xx) * norm_of(yy));
+  return 1 - xy / norms_of(xx, yy);
 }
 
 // Loss of one image from the sums <x, y>, <x, x> and <y, y> of the whole image. slope [3]: its derivatives by the sums.
 template <typename A>
 HOST_DEVICE A slopes_of(A xy, A xx, A yy, A* slope) {
-  const A inverse = 1 / (norm_of(xx) * norm_of(yy)), smallest = static_cast<A>(kEps * kEps);
+  const A inverse = 1 / norms_of(xx, yy), smallest = static_cast<A>(kEps * kEps);
   slope[0] = -inverse;
   slope[1] = xx < smallest ? 0 : xy * inverse / (2 * xx);
   slope[2] = yy < smallest ? 0 : xy * inverse / (2 * yy);

@@ -30,16 +30,25 @@ inline std::string shape(const Tensor& t) {
   return s + ")";
 }
 
+// The dtypes of `dispatch`.
+inline bool has_kernel(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
 inline void check_pair(const char* op, const Tensor& x, const Tensor& y) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be (N, C, H, W), got ", shape(x));
-  STD_TORCH_CHECK(x.sizes().equals(y.sizes()), op, ": x ", shape(x), " and y ", shape(y), " differ");
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x: wanted (N, C, H, W), got ", shape(x));
+  STD_TORCH_CHECK(x.sizes().equals(y.sizes()), op, ": y: wanted the shape of x, ", shape(x), ", got ", shape(y));
+  STD_TORCH_CHECK(has_kernel(x.scalar_type()) && has_kernel(y.scalar_type()), op,
+                  ": x and y: wanted float16, bfloat16, float32 or float64, got ",
+                  torch::headeronly::toString(x.scalar_type()), " and ", torch::headeronly::toString(y.scalar_type()));
 }
 
 inline void check_gradient(const char* op, const Tensor& grad, const Tensor& y, ScalarType acc) {
   const bool fits = grad.dim() == 4 && grad.size(0) == 3 && grad.size(1) == y.size(0) && grad.size(2) == y.size(2) &&
                     grad.size(3) == y.size(3);
-  STD_TORCH_CHECK(fits, op, ": grad must be (3, N, H, W) for y ", shape(y), ", got ", shape(grad));
-  STD_TORCH_CHECK(grad.scalar_type() == acc, op, ": grad must be ", torch::headeronly::toString(acc), ", got ",
+  STD_TORCH_CHECK(fits, op, ": grad: wanted (3, N, H, W) for y ", shape(y), ", got ", shape(grad));
+  STD_TORCH_CHECK(grad.scalar_type() == acc, op, ": grad: wanted ", torch::headeronly::toString(acc), ", got ",
                   torch::headeronly::toString(grad.scalar_type()));
 }
 
@@ -55,7 +64,7 @@ inline int64_t sums_length(const Tensor& x) { return 3 * x.size(0) * x.size(2) *
 // Checks a group of pairs. Returns its accumulation dtype and the length of its flat sums.
 inline std::pair<ScalarType, int64_t> check_group(const char* op, const std::vector<Tensor>& x,
                                                   const std::vector<Tensor>& y) {
-  STD_TORCH_CHECK(!x.empty() && x.size() == y.size(), op, ": x and y must be lists of one length > 0, got ", x.size(),
+  STD_TORCH_CHECK(!x.empty() && x.size() == y.size(), op, ": x and y: wanted lists of one length > 0, got ", x.size(),
                   " and ", y.size());
   ScalarType acc = ScalarType::Float;
   int64_t total = 0;
@@ -68,7 +77,7 @@ inline std::pair<ScalarType, int64_t> check_group(const char* op, const std::vec
 }
 
 inline void check_flat(const char* op, const char* name, const Tensor& t, int64_t length, ScalarType type) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.numel() == length && t.scalar_type() == type, op, ": ", name, " must be ",
+  STD_TORCH_CHECK(t.dim() == 1 && t.numel() == length && t.scalar_type() == type, op, ": ", name, ": wanted ",
                   torch::headeronly::toString(type), " (", length, "), got ",
                   torch::headeronly::toString(t.scalar_type()), " ", shape(t));
 }

@@ -63,7 +63,7 @@ def _compute_tile(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,  # rows or columns of distances at a time
 ):
-    """Compute a tile of BLOCK x BLOCK pixels of one map, and its maximum."""
+    """Compute a tile of BLOCK x BLOCK pixels of one map, and its maximum: NaN if a pixel is not finite."""
     n = tl.program_id(0).to(tl.int64)
     y = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -100,9 +100,10 @@ def _compute_tile(
     inside = (y < H)[:, None] & (x < W)[None, :]
     tl.store(maps_ptr + (n * H + y[:, None]) * W + x[None, :], total, mask=inside)
     largest = tl.max(tl.where(inside, total, float("-inf")))
-    has_nan = tl.max((inside & (total != total)).to(tl.int32))  # tl.max ignores NaN, unlike torch
+    is_finite = tl.abs(total) < float("inf")  # False for NaN, which tl.max ignores
+    has_nonfinite = tl.max((inside & (is_finite == 0)).to(tl.int32))
     tile = (n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
-    tl.store(tops_ptr + tile, tl.where(has_nan > 0, float("nan"), largest))
+    tl.store(tops_ptr + tile, tl.where(has_nonfinite > 0, float("nan"), largest))
 
 
 def _config(step: int, warps: int) -> triton.Config:

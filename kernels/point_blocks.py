@@ -15,9 +15,16 @@ def _norm(square):
 
 
 @triton.jit
+def _norms(xx, yy):
+    """Return the product of both norms; NaN if a square overflowed to infinity: the cosine is unknown, not 0."""
+    norms = _norm(xx) * _norm(yy)
+    return tl.where(norms == float("inf"), float("nan"), norms)
+
+
+@triton.jit
 def _distance(xy, xx, yy):
     """Return 1 - cosine, with the same bits in every kernel."""
-    norms = _norm(xx) * _norm(yy)
+    norms = _norms(xx, yy)
     if xy.dtype == tl.float64:
         return 1 - xy / norms
     else:

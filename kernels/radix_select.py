@@ -17,7 +17,8 @@ BINS = 1 << DIGIT
 def _key(d, FRACTION: tl.constexpr):
     """Map distances from -1 to 3, multiples of 2^-FRACTION, to integers in the same order; NaN counts as largest."""
     one: tl.constexpr = 1 << FRACTION
-    key = (d * one).to(tl.int64) + one
+    in_range = tl.where(d < 3, tl.where(d > -1, d, 0.0), 0.0)  # NaN cannot be converted
+    key = (in_range * one).to(tl.int64) + one
     return tl.where(d < 3, tl.where(d > -1, key, 0), 4 * one - 1)
 
 

@@ -68,7 +68,12 @@ def build_blur_matrix(size: int, blur: str | None) -> Tensor:
 
 def _check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"AnomalyMap: {argument} must be one of {allowed}, got {value!r}")
+        raise ValueError(f"AnomalyMap: {argument}: wanted one of {allowed}, got {value!r}")
+
+
+def _check_dtype(argument: str, values: Tensor) -> None:
+    if values.dtype not in ops.DTYPES:
+        raise ValueError(f"{argument}: wanted float16, bfloat16, float32 or float64, got {values.dtype}")
 
 
 def _to_height_width(size: Size) -> tuple[int, int]:
@@ -127,7 +132,7 @@ class AnomalyMap:
         self.sizes = [_to_height_width(size) for size in sizes]
         self.out = _to_height_width(out)
         if not self.sizes or min(min(size) for size in [*self.sizes, self.out]) < 1:
-            raise ValueError(f"AnomalyMap: sizes and out must be at least 1 px, got {self.sizes} and {self.out}")
+            raise ValueError(f"AnomalyMap: sizes and out: wanted at least 1 px, got {self.sizes} and {self.out}")
         self.blur, self.reduce, self.method = blur, reduce, method
         blur_y, blur_x = (build_blur_matrix(size, blur) for size in self.out)
         self._rows = [(blur_y @ build_upsampling_matrix(self.out[0], h)).float() for h, _ in self.sizes]  # each (H, h)
@@ -169,10 +174,10 @@ class AnomalyMap:
         return list(self._rows), list(self._cols)
 
     def score(self, maps: Tensor, how: Score = "max") -> Tensor:
-        """Compute the image scores of maps.
+        """Compute the image scores of maps. The score of a map that holds a NaN or an infinity is NaN.
 
         Args:
-            maps: Anomaly maps (N, H, W), floating point.
+            maps: Anomaly maps (N, H, W), float16, bfloat16, float32 or float64.
             how: "max" (upstream's default), "mean" (upstream for ISIC 2018), or a fraction in (0, 1]: the mean of this
                 share of the pixels with the largest values, rounded down but at least one (0.01 in upstream's unified
                 protocol).
@@ -181,16 +186,18 @@ class AnomalyMap:
             Scores (N,), in the dtype of ``maps``.
 
         Raises:
-            ValueError: If ``how`` is unknown.
+            ValueError: If ``how`` is unknown, or the maps have another dtype.
         """
+        if how not in ("max", "mean") and (isinstance(how, str) or not 0 < how <= 1):
+            raise ValueError(f"AnomalyMap.score: how: wanted 'max', 'mean' or a fraction in (0, 1], got {how!r}")
+        _check_dtype("AnomalyMap.score: maps", maps)
         if how == "max":
-            return maps.amax(dim=(1, 2))
+            return ops.compute_maximum(maps)
         if how == "mean":
-            return maps.mean(dim=(1, 2))
-        if isinstance(how, str) or not 0 < how <= 1:
-            raise ValueError(f"AnomalyMap.score: how must be 'max', 'mean' or a fraction in (0, 1], got {how!r}")
+            return ops.void_unless_finite(maps.mean(dim=(1, 2)), maps)
         pixels = maps.flatten(1)
-        return pixels.topk(max(math.floor(pixels.shape[1] * how), 1), sorted=False).values.mean(dim=1)
+        largest = pixels.topk(max(math.floor(pixels.shape[1] * how), 1), sorted=False).values
+        return ops.void_unless_finite(largest.mean(dim=1), maps)
 
     def from_distances(self, distances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Compute anomaly maps from point distances.
@@ -201,21 +208,22 @@ class AnomalyMap:
 
         Returns:
             maps: Anomaly maps (N, H, W), float32.
-            maximum: Largest value of each map, (N,), float32.
+            maximum: Largest value of each map, (N,), float32; NaN if a value of the map is NaN or infinite.
 
         Raises:
-            ValueError: If the number or the sizes of the distances do not fit ``sizes``.
+            ValueError: If the number, the sizes or the dtypes of the distances do not fit.
         """
         levels = len(self.sizes)
         if not distances or len(distances) % levels:
             raise ValueError(
                 f"AnomalyMap: wanted a multiple of {levels} pairs, one for each level, got {len(distances)}"
             )
-        distances = [d.float() for d in distances]
         for i, d in enumerate(distances):
+            _check_dtype(f"AnomalyMap: pair {i}", d)
             if tuple(d.shape[1:]) != self.sizes[i % levels]:
                 wanted, got = self.sizes[i % levels], tuple(d.shape[1:])
-                raise ValueError(f"AnomalyMap: pair {i} must have features of size {wanted}, got {got}")
+                raise ValueError(f"AnomalyMap: pair {i}: wanted features of size {wanted}, got {got}")
+        distances = [d.float() for d in distances]
         self._move_to(distances[0].device)
         scale = 1 / len(distances) if self.reduce == "mean" else 1.0
         needs_gradient = torch.is_grad_enabled() and any(d.requires_grad for d in distances)
@@ -232,7 +240,7 @@ class AnomalyMap:
         with torch.autocast(distances[0].device.type, enabled=False), _full_float32():
             products = torch.cat([d @ cols.mT for d, cols in zip(by_level, self._cols, strict=True)], dim=1)
             maps = torch.cat(self._rows, dim=1) @ products * scale
-        return maps, maps.amax(dim=(1, 2)) if len(maps) else maps.new_zeros(0)
+        return maps, ops.compute_maximum(maps)
 
     def _move_to(self, device: torch.device) -> None:
         if self._rows[0].device != device:

@@ -44,6 +44,8 @@ class deviation:
         """Check both arguments without reading the value of a tensor, which would wait for the device."""
         if not isinstance(self.alpha, Tensor):
             _check_number("deviation: alpha", self.alpha, "a number or a 0-dim tensor")
+        elif self.alpha.is_complex():
+            raise ValueError(f"deviation: alpha: wanted a real number, got a tensor of {self.alpha.dtype}")
         elif self.alpha.dim():
             raise ValueError(
                 f"deviation: alpha: wanted a number or a 0-dim tensor, got a tensor of shape {tuple(self.alpha.shape)}"
@@ -87,7 +89,7 @@ class hardest:
         """Check both arguments."""
         _check_number("hardest: fraction", self.fraction)
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"hardest: fraction must lie in (0, 1], got {self.fraction}")
+            raise ValueError(f"hardest: fraction: wanted a number in (0, 1], got {self.fraction}")
         _check_number("hardest: factor", self.factor)
 
     def __call__(self, distances: Tensor, all_distances: Tensor) -> Tensor:

@@ -7,13 +7,35 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from recontrast import backend, reference
 from recontrast.backend import BACKEND, WHY
-from recontrast.reference import EPS, RULES, cosine, group_dtype, sum_dtype
+from recontrast.reference import (
+    EPS,
+    RULES,
+    compute_maximum,
+    cosine,
+    group_dtype,
+    sum_dtype,
+    void_unless_finite,
+)
 
-__all__ = ["BACKEND", "EPS", "WHY", "anomaly_map", "cosine", "cosine_sums", "cosine_sums_group", "mined_cosine"]
+__all__ = [
+    "BACKEND",
+    "DTYPES",
+    "EPS",
+    "WHY",
+    "anomaly_map",
+    "compute_maximum",
+    "cosine",
+    "cosine_sums",
+    "cosine_sums_group",
+    "mined_cosine",
+    "void_unless_finite",
+]
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the features
 SCHEMAS = {
     "cosine_sums": "(Tensor x, Tensor y) -> Tensor",
     "cosine_sums_backward": "(Tensor grad, Tensor x, Tensor y) -> Tensor",
@@ -50,6 +72,7 @@ def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         ValueError: If the shapes, devices or dtypes do not match.
+        RuntimeError: In forward-mode differentiation.
     """
     _check_features("cosine_sums", x, y)
     return torch.ops.recontrast.cosine_sums(x, y)
@@ -67,13 +90,14 @@ def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 
     Raises:
         ValueError: If the lists differ in length, or the shapes, devices or dtypes do not match.
+        RuntimeError: In forward-mode differentiation.
     """
     if not 0 < len(x) == len(y):
-        raise ValueError(f"cosine_sums_group: x and y must be lists of one length > 0, got {len(x)} and {len(y)}")
+        raise ValueError(f"cosine_sums_group: x and y: wanted lists of one length > 0, got {len(x)} and {len(y)}")
     for a, b in zip(x, y, strict=True):
         _check_features("cosine_sums_group", a, b)
         if a.device != x[0].device:
-            raise ValueError(f"cosine_sums_group: all pairs must be on {x[0].device}, got one on {a.device}")
+            raise ValueError(f"cosine_sums_group: x and y: wanted all pairs on {x[0].device}, got one on {a.device}")
     return torch.ops.recontrast.cosine_sums_group(list(x), list(y))
 
 
@@ -92,17 +116,24 @@ def mined_cosine(
         y: Features of each pair, in the shapes of ``x``.
         rule: One of `RULES`.
         parameter: Alpha of "deviation", fraction of "hardest", or exponent of "power".
-        alpha: 0-dim tensor on the features' device that replaces ``parameter`` in "deviation".
+        alpha: Tensor with one number, floating point, on the features' device. It replaces ``parameter`` in
+            "deviation".
         factor: Weight of the easy points.
 
     Returns:
         Scalar, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: If the rule is unknown or the features do not match.
+        ValueError: If the rule is unknown, the features do not match, or ``alpha`` is not one floating-point number.
+        RuntimeError: In forward-mode differentiation.
     """
     if rule not in RULES:
-        raise ValueError(f"mined_cosine: rule must be one of {RULES}, got {rule!r}")
+        raise ValueError(f"mined_cosine: rule: wanted one of {', '.join(RULES)}, got {rule!r}")
+    if alpha is not None and not (alpha.is_floating_point() and alpha.numel() == 1):
+        got = f"{_dtype_name(alpha.dtype)} {tuple(alpha.shape)}"
+        raise ValueError(f"mined_cosine: alpha: wanted one floating-point number, got {got}")
+    if alpha is not None and alpha.dtype not in (torch.float32, torch.float64):  # the dtypes that the kernels read
+        alpha = alpha.float()
     sums = cosine_sums_group(x, y)
     images, points = [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y]
     return torch.ops.recontrast.mined_loss(sums, images, points, rule, parameter, alpha, factor)[0]
@@ -110,13 +141,27 @@ def mined_cosine(
 
 def _check_features(op: str, x: Tensor, y: Tensor) -> None:
     if x.dim() != 4:
-        raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"{op}: x: wanted (N, C, H, W), got {tuple(x.shape)}")
     if x.shape != y.shape:
-        raise ValueError(f"{op}: x {tuple(x.shape)} and y {tuple(y.shape)} differ")
-    if not (x.is_floating_point() and y.is_floating_point()):
-        raise ValueError(f"{op}: x and y must be floating point, got {x.dtype} and {y.dtype}")
+        raise ValueError(f"{op}: y: wanted the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
+    if x.dtype not in DTYPES or y.dtype not in DTYPES:
+        dtypes = f"{_dtype_name(x.dtype)} and {_dtype_name(y.dtype)}"
+        raise ValueError(f"{op}: x and y: wanted float16, bfloat16, float32 or float64, got {dtypes}")
     if x.device != y.device:
-        raise ValueError(f"{op}: x is on {x.device} and y on {y.device}")
+        raise ValueError(f"{op}: y: wanted the device of x, {x.device}, got {y.device}")
+    _refuse_forward_mode(op, x, y)
+
+
+def _refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """Raise an error in forward-mode differentiation: PyTorch would drop the tangents, as if they were zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"recontrast::{op} has no forward-mode derivative: use backward mode")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def anomaly_map(
@@ -134,25 +179,28 @@ def anomaly_map(
 
     Returns:
         maps: Anomaly maps (N, H, W), float32.
-        maximum: Largest value of each map, (N,), float32.
+        maximum: Largest value of each map, (N,), float32; NaN if a value of the map is NaN or infinite.
 
     Raises:
         ValueError: If the lists differ in length, or the shapes or dtypes do not match.
+        RuntimeError: In forward-mode differentiation.
     """
     if not 0 < len(distances) == len(rows) == len(cols):
         lengths = f"{len(distances)}, {len(rows)} and {len(cols)}"
-        raise ValueError(f"anomaly_map: distances, rows and cols must be lists of one length > 0, got {lengths}")
+        raise ValueError(f"anomaly_map: distances, rows and cols: wanted lists of one length > 0, got {lengths}")
     out = (rows[0].shape[0], cols[0].shape[0])
     for i, (d, r, c) in enumerate(zip(distances, rows, cols, strict=True)):
         if d.dim() != 3 or d.shape[0] != distances[0].shape[0]:
             wanted = f"({distances[0].shape[0]}, h, w)"
-            raise ValueError(f"anomaly_map: distances[{i}] must be {wanted}, got {tuple(d.shape)}")
+            raise ValueError(f"anomaly_map: distances[{i}]: wanted {wanted}, got {tuple(d.shape)}")
         if r.shape != (out[0], d.shape[1]) or c.shape != (out[1], d.shape[2]):
             wanted = f"({out[0]}, {d.shape[1]}) and ({out[1]}, {d.shape[2]})"
             got = f"{tuple(r.shape)} and {tuple(c.shape)}"
-            raise ValueError(f"anomaly_map: rows[{i}] and cols[{i}] must be {wanted}, got {got}")
+            raise ValueError(f"anomaly_map: rows[{i}] and cols[{i}]: wanted {wanted}, got {got}")
         if any(t.dtype != torch.float32 for t in (d, r, c)):
-            raise ValueError(f"anomaly_map: pair {i} must be float32, got {d.dtype}, {r.dtype} and {c.dtype}")
+            dtypes = f"{_dtype_name(d.dtype)}, {_dtype_name(r.dtype)} and {_dtype_name(c.dtype)}"
+            raise ValueError(f"anomaly_map: pair {i}: wanted float32, got {dtypes}")
+    _refuse_forward_mode("anomaly_map", *distances)
     return torch.ops.recontrast.anomaly_map(list(distances), list(rows), list(cols), scale)
 
 
@@ -244,6 +292,18 @@ def _backward_mined(ctx, grad, _):
     return grad_sums, None, None, None, None, None, None
 
 
+def _refuse_gradient(name: str, advice: str) -> None:
+    """Register an error as the gradient of an operator; without it, its gradient would silently be zero."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"recontrast::{name} has no gradient: {advice}")
+
+    torch.library.register_autograd(f"recontrast::{name}", backward)
+
+
+for _operator in ("cosine_sums_backward", "cosine_sums_group_backward", "mined_loss_backward"):
+    _refuse_gradient(_operator, "the losses can be differentiated once, not twice")
+_refuse_gradient("anomaly_map", 'AnomalyMap(method="matmul") is differentiable')
 torch.library.register_autograd("recontrast::cosine_sums", _backward, setup_context=_setup_context)
 torch.library.register_autograd("recontrast::cosine_sums_group", _backward_group, setup_context=_setup_group)
 torch.library.register_autograd("recontrast::mined_loss", _backward_mined, setup_context=_setup_mined)

@@ -28,15 +28,30 @@ def group_dtype(x: Sequence[Tensor], y: Sequence[Tensor]) -> torch.dtype:
 def cosine(sums: Tensor) -> Tensor:
     """Compute the cosine from `cosine_sums` as torch.nn.CosineSimilarity does; norms below `EPS` count as `EPS`.
 
+    A sum of squares that overflows to infinity makes the cosine NaN: its value is not known. In float32 this begins
+    with features of about 1e19.
+
     Args:
         sums: <x, y>, <x, x> and <y, y>, (3, ...), floating point.
 
     Returns:
         Cosine in [-1, 1] (up to rounding), flat or (N, H, W): the shape of ``sums`` without its first axis, in the same
-        dtype.
+        dtype. NaN where a sum is NaN or infinite.
     """
-    xy, xx, yy = sums
-    return xy / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
+    return sums[0] / multiply_norms(sums)
+
+
+def multiply_norms(sums: Tensor) -> Tensor:
+    """Compute the product of the norms of x and y, each at least `EPS`; NaN where a sum of squares is infinite.
+
+    Args:
+        sums: <x, y>, <x, x> and <y, y>, (3, ...), floating point.
+
+    Returns:
+        Products in the shape of ``sums`` without its first axis, in the same dtype.
+    """
+    x_norm, y_norm = sums[1:].clamp_min(EPS**2).sqrt()
+    return torch.nan_to_num(x_norm * y_norm, nan=torch.nan, posinf=torch.nan)
 
 
 def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +139,7 @@ def mined_loss(
     for part in split_pairs(sums, images, points):  # (3, N, P)
         whole = part.sum(2)
         xy, xx, yy = whole
-        inverse = 1 / (xx.clamp_min(EPS**2).sqrt() * yy.clamp_min(EPS**2).sqrt())
+        inverse = 1 / multiply_norms(whole)
         losses.append((1 - xy * inverse).mean())
         slope = torch.stack([-inverse, *(torch.where(s < EPS**2, 0, xy * inverse / (2 * s)) for s in (xx, yy))])
         threshold = _compute_threshold(1 - cosine(part), rule, parameter, alpha)
@@ -205,7 +220,34 @@ def anomaly_map(
 
     Returns:
         maps: ``scale * sum_i rows_i @ distances_i @ cols_i^T``, (N, H, W), in the dtype of ``rows``.
-        maximum: Largest value of each map, (N,).
+        maximum: Largest value of each map, (N,); NaN if a value is NaN or infinite.
     """
     maps = torch.stack([r @ d.to(r.dtype) @ c.mT for d, r, c in zip(distances, rows, cols, strict=True)]).sum(0) * scale
-    return maps, maps.amax(dim=(1, 2)) if maps.numel() else maps.new_zeros(maps.shape[0])
+    return maps, compute_maximum(maps)
+
+
+def compute_maximum(maps: Tensor) -> Tensor:
+    """Compute the largest value of each map.
+
+    Args:
+        maps: Anomaly maps (N, H, W), floating point.
+
+    Returns:
+        Maxima (N,), in the same dtype: NaN if a value is NaN or infinite, 0 for maps without pixels.
+    """
+    if not maps.numel():
+        return maps.new_zeros(maps.shape[0])
+    return void_unless_finite(maps.amax(dim=(1, 2)), maps)
+
+
+def void_unless_finite(scores: Tensor, maps: Tensor) -> Tensor:
+    """Replace the score of each map that holds a NaN or an infinity by NaN.
+
+    Args:
+        scores: Scores (N,), floating point.
+        maps: Anomaly maps (N, H, W), floating point.
+
+    Returns:
+        Scores (N,), in the same dtype.
+    """
+    return torch.where(torch.isfinite(maps).flatten(1).all(dim=1), scores, torch.nan)

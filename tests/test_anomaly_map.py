@@ -94,9 +94,9 @@ def test_maps_of_bfloat16_features_and_in_autocast_are_float32():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"blur": "gauss"}, "blur must be one of .* got 'gauss'"),
-        ({"reduce": "max"}, "reduce must be one of .* got 'max'"),
-        ({"method": "fast"}, "method must be one of .* got 'fast'"),
+        ({"blur": "gauss"}, "blur: wanted one of .* got 'gauss'"),
+        ({"reduce": "max"}, "reduce: wanted one of .* got 'max'"),
+        ({"method": "fast"}, "method: wanted one of .* got 'fast'"),
         ({"sizes": []}, "at least 1 px"),
         ({"out": 0}, "at least 1 px"),
     ],
@@ -110,8 +110,8 @@ def test_invalid_pairs_and_scores_raise():
     amap = AnomalyMap(SIZES, OUT)
     with pytest.raises(ValueError, match="multiple of 3 pairs, one for each level, got 4"):
         amap(make_pairs(SIZES)[:4])
-    with pytest.raises(ValueError, match=r"pair 0 must have features of size \(16, 16\), got \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"pair 0: wanted features of size \(16, 16\), got \(8, 8\)"):
         amap(make_pairs(SIZES)[1:4])
     for how in ("min", 0, 1.5):
-        with pytest.raises(ValueError, match="how must be 'max', 'mean' or a fraction"):
+        with pytest.raises(ValueError, match="how: wanted 'max', 'mean' or a fraction"):
             amap.score(torch.rand(1, 4, 4), how)

@@ -91,10 +91,10 @@ MATRIX = torch.ones(5, 3)
         (([POINTS], [MATRIX], [MATRIX, MATRIX]), "lists of one length > 0, got 1, 1 and 2"),
         (
             ([POINTS, POINTS[:1]], [MATRIX] * 2, [MATRIX] * 2),
-            r"distances\[1\] must be \(2, h, w\), got \(1, 3, 3\)",
+            r"distances\[1\]: wanted \(2, h, w\), got \(1, 3, 3\)",
         ),
-        (([POINTS], [MATRIX], [torch.ones(5, 4)]), r"must be \(5, 3\) and \(5, 3\), got \(5, 3\) and \(5, 4\)"),
-        (([POINTS.double()], [MATRIX], [MATRIX]), "pair 0 must be float32, got torch.float64"),
+        (([POINTS], [MATRIX], [torch.ones(5, 4)]), r"wanted \(5, 3\) and \(5, 3\), got \(5, 3\) and \(5, 4\)"),
+        (([POINTS.double()], [MATRIX], [MATRIX]), "pair 0: wanted float32, got float64"),
     ],
 )
 def test_invalid_arguments_raise(arguments, message):

@@ -124,10 +124,10 @@ def test_empty_features(device):
 @pytest.mark.parametrize(
     "x, y, message",
     [
-        (torch.ones(2, 3), torch.ones(2, 3), r"x must be \(N, C, H, W\), got \(2, 3\)"),
-        (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5), r"x \(1, 2, 3, 4\) and y \(1, 2, 3, 5\) differ"),
-        (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).int(), r"floating point, got torch.float32 and torch.int32"),
-        (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4, device="meta"), r"x is on cpu and y on meta"),
+        (torch.ones(2, 3), torch.ones(2, 3), r"x: wanted \(N, C, H, W\), got \(2, 3\)"),
+        (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5), r"y: wanted the shape of x, .*, got \(1, 2, 3, 5\)"),
+        (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).int(), "or float64, got float32 and int32"),
+        (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4, device="meta"), "y: wanted the device of x, cpu, got meta"),
     ],
 )
 def test_invalid_arguments_raise(x, y, message):
@@ -138,5 +138,5 @@ def test_invalid_arguments_raise(x, y, message):
 def test_kernel_checks_the_size_of_the_gradient(device):
     x, y = make_pair((1, 2, 3, 4), device=device)
     if ops.BACKEND[device] == "native":
-        with pytest.raises(RuntimeError, match=r"grad must be \(3, N, H, W\)"):
+        with pytest.raises(RuntimeError, match=r"grad: wanted \(3, N, H, W\)"):
             backward(torch.ones(3, 1, 3, 5, device=device), x, y)

@@ -141,7 +141,7 @@ def test_rules_are_hashable_and_picklable():
     for rule in (deviation(1.0, 0.3), hardest(0.1), power(3)):
         assert pickle.loads(pickle.dumps(rule)) == rule
         assert hash(rule) == hash(pickle.loads(pickle.dumps(rule)))
-    with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match=r"fraction: wanted a number in \(0, 1\], got 0"):
         hardest(0)
 
 

@@ -237,13 +237,13 @@ def test_opcheck(rule, device):
 
 def test_invalid_arguments_raise(device):
     one = torch.ones(1, 2, 3, 4, device=device)
-    with pytest.raises(ValueError, match="cosine_sums_group: x and y must be lists of one length > 0, got 1 and 0"):
+    with pytest.raises(ValueError, match="cosine_sums_group: x and y: wanted lists of one length > 0, got 1 and 0"):
         cosine_sums_group([one], [])
-    with pytest.raises(ValueError, match=r"cosine_sums_group: x \(1, 2, 3, 4\) and y \(2, 3, 4\) differ"):
+    with pytest.raises(ValueError, match=r"y: wanted the shape of x, \(1, 2, 3, 4\), got \(2, 3, 4\)"):
         cosine_sums_group([one], [one[0]])
-    with pytest.raises(ValueError, match="all pairs must be on"):
+    with pytest.raises(ValueError, match="wanted all pairs on"):
         cosine_sums_group([one, one.to("meta")], [one, one.to("meta")])
-    with pytest.raises(ValueError, match=r"mined_cosine: rule must be one of .*, got 'easy'"):
+    with pytest.raises(ValueError, match=r"mined_cosine: rule: wanted one of .*, got 'easy'"):
         mined_cosine([one], [one], "easy", 1.0)
 
 
@@ -251,10 +251,10 @@ def test_kernels_check_the_sizes_of_their_arguments(device):
     if ops.BACKEND[device] != "native":
         return
     sums, _ = make_sums([2], [30], torch.float32, device)
-    with pytest.raises(RuntimeError, match=r"sums must be Float \(186\), got Float \(180\)"):
+    with pytest.raises(RuntimeError, match=r"sums: wanted Float \(186\), got Float \(180\)"):
         torch.ops.recontrast.mined_loss(sums, [2], [31], "deviation", 1.0, None, 0.0)
-    with pytest.raises(RuntimeError, match="state must be"):
+    with pytest.raises(RuntimeError, match="state: wanted"):
         torch.ops.recontrast.mined_loss_backward(sums[0], sums, sums[:3], [2], [30], "deviation", 1.0, 0.0)
     x, y = make_features([(2, 3, 5, 6)], device=device)
-    with pytest.raises(RuntimeError, match=r"grad must be Float \(180\)"):
+    with pytest.raises(RuntimeError, match=r"grad: wanted Float \(180\)"):
         group_backward(sums[:9], x, y)

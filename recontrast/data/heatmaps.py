@@ -160,7 +160,7 @@ def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float) -> None:
     elif kind == "tiff16":
         _write(path, _encode(Image.fromarray(to_uint16(anomaly, top)), "TIFF"))
     else:
-        raise ValueError(f"maps must be tiff16, tiff32, npy or none, got {kind!r}")
+        raise ValueError(f"maps: wanted tiff16, tiff32 or npy, got {kind!r}")
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:

@@ -33,7 +33,7 @@ def save_map(path: Path, anomaly: NDArray[np.float32], kind: str, top: float) ->
         OSError: If the file cannot be written.
     """
     if kind not in ("tiff16", "tiff32", "npy"):
-        raise ValueError(f"maps must be tiff16, tiff32, npy or none, got {kind!r}")
+        raise ValueError(f"maps: wanted tiff16, tiff32 or npy, got {kind!r}")
     height, width = anomaly.shape
     if kind == "npy":
         with replace_file(path, size=anomaly.nbytes + HEADER_BYTES) as file:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from op_cases import GROUPS, RULES, find_far_points, make_sums
@@ -191,6 +192,28 @@ def test_mining(rule, dtype, group):
     torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
 
 
+@pytest.mark.parametrize("rule", [RULES[1], RULES[3], RULES[6]], ids=str)
+def test_no_kernel_reads_memory_that_none_wrote(rule, monkeypatch):
+    """New memory holds infinities and signalling NaN, from which NumPy computes only with a warning, an error here."""
+    name, parameter, factor = rule
+    sums, _ = make_sums([3, 1, 2], [91, 1, 1300], F32, DEVICE)
+    expected = mined_loss.mined_loss(sums, [3, 1, 2], [91, 1, 1300], name, parameter, None, factor)
+    garbage = torch.tensor([0x7F800000, 0x7FA00000, -0x00800000, 0x7FA00000], dtype=torch.int32, device=DEVICE)
+    new_empty = torch.Tensor.new_empty
+
+    def new_garbage(self, *args, **kwargs):
+        memory = new_empty(self, *args, **kwargs)
+        if memory.dtype == F32:
+            bits = memory.view(-1).view(torch.int32)
+            bits.copy_(garbage.repeat(bits.numel() // 4 + 1)[: bits.numel()])
+        return memory
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_garbage)
+    results = mined_loss.mined_loss(sums, [3, 1, 2], [91, 1, 1300], name, parameter, None, factor)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("points", [1, 37, 1025])
 def test_number_of_hard_points(points):
     sums, _ = make_sums([2], [points], F32, DEVICE)
@@ -248,11 +271,13 @@ def test_map_of_unusual_values(kind):
     check_map([distances], rows, cols)
 
 
-def test_maximum_of_nan_is_nan():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_maximum_of_a_map_that_is_not_finite_is_nan(value):
     rows, cols = matrices((8, 8), [(4, 4)])
     distances = torch.rand(2, 4, 4, device=DEVICE)
-    distances[1, 2, 2] = math.nan
-    _, maximum = anomaly_map.anomaly_map([distances], rows, cols, 1.0)
+    distances[1, 2, 2] = value
+    with np.errstate(invalid="ignore"):  # the interpreter computes 0 * infinity
+        _, maximum = anomaly_map.anomaly_map([distances], rows, cols, 1.0)
     assert maximum.isnan().tolist() == [False, True]
 
 
