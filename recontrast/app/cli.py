@@ -1,5 +1,6 @@
 """The ``recontrast`` command: registers the commands, which import heavy packages only when they run."""
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -31,6 +32,9 @@ def main() -> None:
     """Run the command line."""
     if is_silent():
         sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may have characters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="recontrast")
 
 

@@ -1,11 +1,15 @@
 """Options shared by several commands, and how their values are parsed."""
 
 import ast
+import functools
+import inspect
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
@@ -14,33 +18,124 @@ from recontrast.app.console import print_error
 if TYPE_CHECKING:
     from recontrast.inference.options import InferenceOptions
 
+
+def parse_path(text: str | Path) -> Path:
+    """Parse a path of the command line: ``~`` stands for the home folder, also in ``--out=~/runs``.
+
+    Args:
+        text: Argument, or the default of an option.
+
+    Returns:
+        The path.
+
+    Raises:
+        typer.BadParameter: If the text is empty or holds a null byte.
+    """
+    if not str(text):
+        raise typer.BadParameter("wanted a path, got an empty text")
+    if "\0" in str(text):
+        raise typer.BadParameter(f"wanted a path, got a null byte in {text}")
+    return Path(os.path.expanduser(text))
+
+
+def expand_home(text: str | None) -> str | None:
+    """Replace ``~`` at the start of a text that may be a path or a name; None stays None."""
+    return None if text is None else os.path.expanduser(text)
+
+
+def path_option(*names: str, help: str) -> Any:
+    """Declare an option whose value is a path, see `parse_path`."""
+    return typer.Option(*names, parser=parse_path, metavar="PATH", help=help)
+
+
+def path_argument(metavar: str, help: str) -> Any:
+    """Declare an argument whose value is a path, see `parse_path`."""
+    return typer.Argument(parser=parse_path, metavar=metavar, help=help)
+
+
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU, if there is one.")]
 Batch = Annotated[int, typer.Option(help="Number of images per batch.")]
 Data = Annotated[
     list[Path],
-    typer.Argument(
-        metavar="DATA", help="Data sets or categories in MVTec AD layout; train also takes folders of good images."
-    ),
+    path_argument("DATA", "Data sets or categories in MVTec AD layout; train also takes folders of good images."),
 ]
 CheckpointFile = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint.pt, or the folder of the run that contains it.")
+    Path, path_argument("CHECKPOINT", "checkpoint.pt, or the folder of the run that contains it.")
 ]
-
 DetectorFile = Annotated[
-    Path,
-    typer.Argument(metavar="DETECTOR", help="checkpoint.pt, the folder of its run, or an exported .onnx, .pt2, .xml."),
+    Path, path_argument("DETECTOR", "checkpoint.pt, the folder of its run, or an exported .onnx, .pt2, .xml.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files in the way that recontrast did not write.")]
 Views = Annotated[
     str | None,
     typer.Option(help="Features that make up the map: both, trained or frozen (0.7 of the time). Default: as trained."),
 ]
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as trained.")]
-NoFold = Annotated[
-    bool, typer.Option("--no-fold", help="Do not fold BatchNorm into the convolutions (equal up to rounding).")
-]
-Compile = Annotated[bool, typer.Option("--compile", help="Use torch.compile: the first batch takes a minute or more.")]
-Layout = Annotated[str | None, typer.Option(help="channels_last or nchw. Default: as trained.")]
-Workers = Annotated[int | None, typer.Option(help="Threads that decode images. Default: by the number of CPUs.")]
+
+
+@dataclass(frozen=True)
+class InferenceArguments:
+    """Options of commands that score images; `add_inference_arguments` adds them to a command."""
+
+    views: Views = None
+    precision: Precision = None
+    layout: Annotated[str | None, typer.Option(help="channels_last or nchw. Default: as trained.")] = None
+    no_fold: Annotated[
+        bool, typer.Option("--no-fold", help="Do not fold BatchNorm into the convolutions (equal up to rounding).")
+    ] = False
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile: the first batch takes a minute or more.")
+    ] = False
+    batch: Batch = 16
+    workers: Annotated[int | None, typer.Option(help="Threads that decode images. Default: by the number of CPUs.")] = (
+        None
+    )
+    device: Device = None
+
+    def build(self) -> "InferenceOptions":
+        """Check the options, and return those that concern the network."""
+        if self.batch < 1:
+            raise ValueError(f"--batch: wanted at least 1 image, got {self.batch}")
+        return build_inference_options(
+            self.device, self.views, self.precision, self.layout, self.no_fold, self.compiled, self.workers
+        )
+
+
+def add_inference_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `InferenceArguments` to a command, which receives them as its argument ``inference``.
+
+    Args:
+        command: Function with the keyword ``inference``. An option that it declares itself, with help of its own, is
+            not added, but is passed in ``inference`` as well.
+
+    Returns:
+        The command, with these options in place of ``inference``.
+    """
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+    shared = get_type_hints(InferenceArguments, include_extras=True)
+    added = [field for field in fields(InferenceArguments) if field.name not in signature.parameters]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        arguments = {field.name: values.get(field.name, field.default) for field in fields(InferenceArguments)}
+        for field in added:
+            values.pop(field.name, None)
+        command(**values, inference=InferenceArguments(**arguments))
+
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name == "inference":
+            parameters += [
+                inspect.Parameter(
+                    field.name, parameter.KEYWORD_ONLY, default=field.default, annotation=shared[field.name]
+                )
+                for field in added
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def build_inference_options(
@@ -62,6 +157,8 @@ def build_inference_options(
     ):  # fmt: skip
         if value not in (None, *choices):
             raise ValueError(f"--{name}: wanted {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+    if device is not None:
+        resolve_device(device)  # raises an error if this machine does not have it
     if workers is not None and workers < 1:
         raise ValueError(f"--workers: wanted at least 1, got {workers}")
     compiler = os.environ.get("CXX", "g++")
@@ -116,8 +213,8 @@ def parse_change(text: str) -> tuple[str, Any]:
         return key, constants[value.lower()]
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two for deeply nested brackets
+        return key, os.path.expanduser(value) if key == "weights" else value
 
 
 def parse_list(text: str | None) -> list[str]:

@@ -21,6 +21,7 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.data.pillow_resize import max_exact_length
 from recontrast.inference.prediction import Predictions, predict
 from recontrast.recipes.recipe import Recipe, to_pair
+from recontrast.runtime.device import resolve_device
 
 FORMAT = 1  # increased when inputs, outputs or the description change their meaning
 KEY = "recontrast"  # metadata key of the description
@@ -192,7 +193,7 @@ class ExportedDetector:
     """
 
     def __init__(self, path: Path, device: str | torch.device | None = None) -> None:
-        if device is not None and torch.device(device).type != "cpu":
+        if device is not None and resolve_device(device).type != "cpu":
             raise ValueError(f"{path}: wanted the CPU for an exported detector, got device {str(device)!r}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: wanted an exported detector, got no such file")

@@ -29,11 +29,31 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'device: wanted "cpu", "cuda" or "cuda:1", got {device!r}') from error
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: wanted one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'device: wanted "cpu", "cuda" or "cuda:1", got {str(device)!r}') from error
+    count = _count_devices(resolved.type)
+    if count is None:
+        raise ValueError(f'device: wanted "cpu", "cuda" or "cuda:1", got {str(device)!r}, which cannot run this model')
+    if (resolved.index or 0) >= count:
+        raise ValueError(f"device: wanted one of this machine's devices ({_list_devices()}), got {str(device)!r}")
     return resolved
+
+
+def _list_devices() -> str:
+    names = [f"{kind}:{index}" for kind in ("cuda", "mps", "xpu") for index in range(_count_devices(kind) or 0)]
+    return ", ".join(["cpu", *names])
+
+
+def _count_devices(kind: str) -> int | None:
+    """Return the number of devices of a type on this machine; None for types that do not compute, such as "meta"."""
+    if kind == "cpu":
+        return 1
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind not in ("mps", "xpu"):
+        return None
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.accelerator.device_count() if accelerator is not None and accelerator.type == kind else 0
 
 
 def resolve_memory_format(device: torch.device, channels_last: bool | None) -> torch.memory_format:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error
+from recontrast.app.console import ProgressBar, print_error, print_line
 from recontrast.app.options import (
     Batch,
     CheckpointFile,
@@ -15,6 +15,7 @@ from recontrast.app.options import (
     Views,
     build_inference_options,
     check_writable,
+    path_option,
     resolve_checkpoint,
 )
 
@@ -32,7 +33,7 @@ def calibrate(  # 9 options and their checks; `calibrate_job` does the work
     checkpoint: CheckpointFile,
     good: Annotated[
         list[Path] | None,
-        typer.Option(
+        path_option(
             help="Good images that were not trained on, or a folder of them; several: --good A --good B. "
             "Not needed for --check alone."
         ),
@@ -43,7 +44,7 @@ def calibrate(  # 9 options and their checks; `calibrate_job` does the work
     pixel_rate: Annotated[float, typer.Option(help="Promised share of a good image's map that is flagged.")] = 0.01,
     check: Annotated[
         list[Path] | None,
-        typer.Option(
+        path_option(
             help="Other good images or a folder, compared with the calibration images; several: --check A --check B."
         ),
     ] = None,
@@ -106,12 +107,12 @@ def _print_calibration(file: Path, calibration: "Calibration", former_count: int
     from recontrast.calibration.conformal import describe_promise
 
     for line in describe_promise(calibration):
-        typer.echo(line)
+        print_line(line)
     replaced = f", replaces one from {former_count} images" if former_count > calibration.count else ""
-    typer.echo(f"calibration: {file}{replaced}")
+    print_line(f"calibration: {file}{replaced}")
     if calibration.views is not None:
         options = f"--views {calibration.views} --precision {calibration.precision}"
-        typer.echo(f"it is valid for {options} only: pass them to predict and evaluate as well")
+        print_line(f"it is valid for {options} only: pass them to predict and evaluate as well")
 
 
 def _compare(
@@ -132,5 +133,5 @@ def _compare(
         if drift.is_significant:
             print_error(f"warning: {drift.describe()}")
         else:
-            typer.echo(drift.describe())
+            print_line(drift.describe())
     return errors

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_result
-from recontrast.app.options import Device, check_writable
+from recontrast.app.console import ProgressBar, print_line, print_result
+from recontrast.app.options import Device, check_writable, path_option
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for images, checkpoint, results and heat maps.")] = Path("demo"),
+    out: Annotated[Path, path_option(help="Folder for images, checkpoint, results and heat maps.")] = Path("demo"),
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: 150, or 20 with --short.")] = None,
     short: Annotated[
         bool, typer.Option("--short", help="Less than a minute; shows that it works, not how well.")
@@ -37,7 +37,7 @@ def demo(
         )  # fmt: skip
     for variant, metrics in result.results.items():
         print_result(metrics, variant)
-    typer.echo(f"trained in {result.seconds:.0f} s; heat maps: {', '.join(map(str, result.sheets))}")
-    typer.echo(
+    print_line(f"trained in {result.seconds:.0f} s; heat maps: {', '.join(map(str, result.sheets))}")
+    print_line(
         f"try: recontrast predict {result.checkpoint} {out / 'data' / 'brick' / 'test'} --out {out / 'predicted'}"
     )

@@ -5,20 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error, print_result
+from recontrast.app.console import ProgressBar, print_error, print_line, print_result
 from recontrast.app.options import (
-    Batch,
     CheckpointFile,
-    Compile,
     Data,
-    Device,
-    Layout,
-    NoFold,
-    Precision,
-    Views,
-    Workers,
-    build_inference_options,
+    InferenceArguments,
+    add_inference_arguments,
     check_writable,
+    path_option,
     resolve_checkpoint,
 )
 
@@ -28,13 +22,15 @@ if TYPE_CHECKING:
     from recontrast.recipes.recipe import Recipe
 
 
+@add_inference_arguments
 def evaluate(
     context: typer.Context,
     checkpoint: CheckpointFile,
     data: Data,
+    *,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results.json, .csv and .md. Default: write nothing.")
+        Path | None, path_option(help="Folder for results.json, .csv and .md. Default: write nothing.")
     ] = None,
     save_maps: Annotated[
         bool, typer.Option("--save-maps", help="Also write 16-bit TIFF maps to OUT/maps; results.md has their scale.")
@@ -43,16 +39,9 @@ def evaluate(
         bool,
         typer.Option("--streaming", help="Pixel metrics from histograms, in constant memory, with proven bounds."),
     ] = False,
-    views: Views = None,
-    precision: Precision = None,
-    layout: Layout = None,
-    no_fold: NoFold = False,
-    compiled: Compile = False,
-    batch: Batch = 16,
-    workers: Workers = None,
-    device: Device = None,
+    inference: InferenceArguments,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder for decoded images. Default: decode them each time.")
+        Path | None, path_option(help="Folder for decoded images. Default: decode them each time.")
     ] = None,
 ) -> None:
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
@@ -64,19 +53,19 @@ def evaluate(
         raise ValueError("--save-maps: wanted --out DIR with it, got none")
     if out is not None:
         check_writable(out)
-    inference = build_inference_options(device, views, precision, layout, no_fold, compiled, workers)
+    options = inference.build()
     file = resolve_checkpoint(checkpoint)
-    _, world_device = context.with_resource(distributed.join_processes(device))
+    _, world_device = context.with_resource(distributed.join_processes(inference.device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
     model, recipe, stored = checkpoints.load_model(file, world_device)
     if stored.calibration is not None:
-        mismatch = inference.describe_mismatch(recipe, stored.calibration)
+        mismatch = options.describe_mismatch(recipe, stored.calibration)
         if mismatch is not None:
             print_error(f"warning: {file}: {mismatch}")
     show_metrics(
-        model, groups, recipe, out, inference.valid_calibration(recipe, stored.calibration),
-        inference=inference, workers=workers, device=world_device, batch=batch, cache_dir=cache, streaming=streaming,
-        save_maps=save_maps,
+        model, groups, recipe, out, options.valid_calibration(recipe, stored.calibration),
+        inference=options, workers=inference.workers, device=world_device, batch=inference.batch, cache_dir=cache,
+        streaming=streaming, save_maps=save_maps,
     )  # fmt: skip
 
 
@@ -94,8 +83,8 @@ def show_metrics(
         )  # fmt: skip
     print_result(result)
     if decisions is not None:
-        typer.echo(decisions.describe())
+        print_line(decisions.describe())
         for warning in decisions.warnings():
             print_error(f"warning: {warning}")
     if written:
-        typer.echo(f"results: {', '.join(map(str, written))}")
+        print_line(f"results: {', '.join(map(str, written))}")

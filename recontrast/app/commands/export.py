@@ -5,8 +5,15 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import print_error
-from recontrast.app.options import CheckpointFile, Views, build_inference_options, check_writable, resolve_checkpoint
+from recontrast.app.console import print_error, print_line
+from recontrast.app.options import (
+    CheckpointFile,
+    Views,
+    build_inference_options,
+    check_writable,
+    path_option,
+    resolve_checkpoint,
+)
 
 
 def export(
@@ -14,13 +21,13 @@ def export(
     format: Annotated[str, typer.Option("--format", help="onnx, pt2 (torch.export) or openvino.")],
     out: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="Path of the .onnx, .pt2 or .xml file (.xml with weights in .bin). Default: detector.* in RUN."
         ),
     ] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(
+        path_option(
             help="Images or folders on which the scores are compared, besides generated ones; may be repeated."
         ),
     ] = None,
@@ -37,13 +44,13 @@ def export(
     if out is None:
         out = file.with_name("detector" + SUFFIXES.get(format, ""))
     inference = build_inference_options("cpu", views)
-    typer.echo("tracing, writing, reopening and comparing takes a minute or two")
+    print_line("tracing, writing, reopening and comparing takes a minute or two")
     result = write(file, format, out, images=list_images(images) if images else [], views=inference.views)
-    typer.echo(
+    print_line(
         f"scores of {result.images} images of many sizes differ by at most {result.difference:.1e} (relative) from the "
         f"checkpoint's"
     )
     for note in result.notes:
         print_error(f"warning: {note}")
     size = sum(path.stat().st_size for path in result.files) / 1e6
-    typer.echo(f"outputs {', '.join(result.outputs)}, {size:.1f} MB: {', '.join(map(str, result.files))}")
+    print_line(f"outputs {', '.join(result.outputs)}, {size:.1f} MB: {', '.join(map(str, result.files))}")

@@ -1,6 +1,6 @@
 """``recontrast info``: versions, devices, and the kernels in use."""
 
-import typer
+from recontrast.app.console import print_line
 
 
 def info() -> None:
@@ -8,4 +8,4 @@ def info() -> None:
     from recontrast.app.environment import describe_environment
 
     for name, value in describe_environment().items():
-        typer.echo(f"{name:<18} {value}")
+        print_line(f"{name:<18} {value}")

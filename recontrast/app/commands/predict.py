@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error
+from recontrast.app.console import ProgressBar, print_error, print_line
 from recontrast.app.options import (
-    Batch,
-    Compile,
     DetectorFile,
-    Device,
-    Layout,
-    NoFold,
-    Precision,
-    Views,
-    build_inference_options,
+    InferenceArguments,
+    add_inference_arguments,
     check_writable,
+    path_argument,
+    path_option,
     resolve_checkpoint,
 )
 
@@ -26,13 +22,14 @@ if TYPE_CHECKING:
     from recontrast.app.prediction.predict import Maps, PredictionSummary
 
 
+@add_inference_arguments
 def predict(  # 21 options and their checks; `recontrast.app.prediction` does the work
     checkpoint: DetectorFile,
     inputs: Annotated[
-        list[Path],
-        typer.Argument(metavar="INPUT", help="Images, or folders that are searched for images at any depth."),
+        list[Path], path_argument("INPUT", "Images, or folders that are searched for images at any depth.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json, regions.csv, maps/, overlays/.")],
+    *,
+    out: Annotated[Path, path_option(help="Folder for scores.csv, scores.json, regions.csv, maps/, overlays/.")],
     maps: Annotated[
         str, typer.Option(help="tiff16 (uint16, scale in scores.json), tiff32 or npy (float32), or none.")
     ] = "none",
@@ -53,13 +50,7 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     overlap: Annotated[
         int | None, typer.Option(help="Overlap of the tiles in pixels. Default: a quarter of the tile.")
     ] = None,
-    views: Views = None,
-    precision: Precision = None,
-    layout: Layout = None,
-    no_fold: NoFold = False,
-    compiled: Compile = False,
-    batch: Batch = 16,
-    device: Device = None,
+    inference: InferenceArguments,
     engine: Annotated[
         str, typer.Option(help="local, or ray for many workers and lists (.txt, .parquet); ray writes only a table.")
     ] = "local",
@@ -78,16 +69,17 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"--threshold: wanted a finite number, got {threshold:g}")
     check_writable(out)
-    inference = build_inference_options(device, views, precision, layout, no_fold, compiled, workers)
+    options = inference.build()
     if engine == "ray":
         if tile is not None or overlap is not None:
             raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
-        if inference != build_inference_options(device):
+        if options != InferenceArguments(device=inference.device).build():
             raise ValueError("--views, --precision, --layout, --no-fold, --compile: wanted none of them with "
                              "--engine ray, which scores as trained")  # fmt: skip
         return _predict_with_ray(
             resolve_checkpoint(checkpoint), inputs, out, maps=maps, workers=workers, address=address, part=part,
-            batch=batch, threshold=threshold, rate=false_alarm_rate, must_decide=decide, device=device,
+            batch=inference.batch, threshold=threshold, rate=false_alarm_rate, must_decide=decide,
+            device=inference.device,
         )  # fmt: skip
     if address:
         raise ValueError("--address: wanted --engine ray with it, got --engine local")
@@ -103,10 +95,10 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     with ProgressBar("predict") as progress:
         summary = run(
             resolve_checkpoint(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,
-            threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=inference,
-            workers=workers, device=device, batch=batch, on_progress=progress,
+            threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=options,
+            workers=workers, device=inference.device, batch=inference.batch, on_progress=progress,
         )  # fmt: skip
-    typer.echo(f"{len(summary.predictions)} images scored{_describe_counts(summary, threshold)}: {out / 'scores.csv'}")
+    print_line(f"{len(summary.predictions)} images scored{_describe_counts(summary, threshold)}: {out / 'scores.csv'}")
     if summary.calibration_note is not None:
         print_error(f"warning: {summary.calibration_note}")
     for text in summary.unread:
@@ -143,7 +135,7 @@ def _predict_with_ray(
         summary = ray_predict.predict(checkpoint, inputs, out, on_progress=progress, **options)
     counts = f", {summary.defects} defects" if summary.decided else ""
     counts += "" if options["threshold"] is None else f", {summary.flagged} flagged at {options['threshold']:g}"
-    typer.echo(f"{summary.scored} images scored{counts}: {out / parquet_parts.FOLDER}")
+    print_line(f"{summary.scored} images scored{counts}: {out / parquet_parts.FOLDER}")
     for text in summary.unread[:MAX_PRINTED_ERRORS]:
         print_error(text)
     if len(summary.unread) > MAX_PRINTED_ERRORS:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error, print_table
-from recontrast.app.options import check_writable
+from recontrast.app.console import ProgressBar, print_error, print_line, print_table
+from recontrast.app.options import check_writable, path_option
 
 if TYPE_CHECKING:
     from recontrast.data.prepare import Counts
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="mvtec, visa, aptos, oct2017 or isic2018.")],
-    source: Annotated[Path, typer.Option(help="Folder of the unpacked original download.")],
+    source: Annotated[Path, path_option(help="Folder of the unpacked original download.")],
     out: Annotated[
-        Path | None, typer.Option(help="New folder in MVTec AD layout. Default: only check and count.")
+        Path | None, path_option(help="New folder in MVTec AD layout. Default: only check and count.")
     ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy every file. Default: hard or symbolic links where possible.")
@@ -39,9 +39,9 @@ def prepare(
     for text in prepared.warnings:
         print_error(f"warning: {text}")
     if not prepared.warnings:
-        typer.echo("all counts match the published ones")
+        print_line("all counts match the published ones")
     if out is not None:
-        typer.echo(f"{', '.join(f'{number} {way}' for way, number in prepared.files.items())}: {out}")
+        print_line(f"{', '.join(f'{number} {way}' for way, number in prepared.files.items())}: {out}")
 
 
 def _row(name: str, counts: "Counts", published: "Counts | None") -> list[str]:

@@ -5,8 +5,16 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar
-from recontrast.app.options import Batch, CheckpointFile, Device, check_writable, resolve_checkpoint
+from recontrast.app.console import ProgressBar, print_line
+from recontrast.app.options import (
+    Batch,
+    CheckpointFile,
+    Device,
+    check_writable,
+    path_argument,
+    path_option,
+    resolve_checkpoint,
+)
 from recontrast.app.report.write import write_report
 
 
@@ -14,12 +22,10 @@ def report(
     run: CheckpointFile,
     data: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="[DATA]", help="Data sets or categories in MVTec AD layout. Default: what it was last evaluated on."
-        ),
+        path_argument("[DATA]", "Data sets or categories in MVTec AD layout. Default: what it was last evaluated on."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Path of the file. Default: report.html in the folder of the run.")
+        Path | None, path_option(help="Path of the file. Default: report.html in the folder of the run.")
     ] = None,
     category: Annotated[
         str | None, typer.Option(help="Name of a category, or all. Default: what it was trained on, if DATA has it.")
@@ -39,4 +45,4 @@ def report(
             on_progress=lambda name, done, total: progress(done, total, name),
         )  # fmt: skip
     limited = "" if written.shown == written.images else f", {written.shown} of them shown"
-    typer.echo(f"report of {written.images} images{limited}, {written.bytes / 1e6:.1f} MB: {written.path}")
+    print_line(f"report of {written.images} images{limited}, {written.bytes / 1e6:.1f} MB: {written.path}")

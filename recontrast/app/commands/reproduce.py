@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, exit_with_error, print_table
-from recontrast.app.options import Device, check_writable, parse_change, parse_list, parse_numbers
+from recontrast.app.console import ProgressBar, exit_with_error, print_line, print_table
+from recontrast.app.options import Device, check_writable, parse_change, parse_list, parse_numbers, path_option
 
 
 def reproduce(
@@ -14,8 +14,8 @@ def reproduce(
         str,
         typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... See the guide."),
     ],
-    data: Annotated[Path, typer.Option(help="Data set in MVTec AD layout, or the folder of one category.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/TABLE.")] = None,
+    data: Annotated[Path, path_option(help="Data set in MVTec AD layout, or the folder of one category.")],
+    out: Annotated[Path | None, path_option(help="Folder of the runs. Default: runs/TABLE.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, such as 1,11,111. Default: the recipe's.")] = None,
     categories: Annotated[
         str | None, typer.Option(help="Categories, such as screw,grid. Default: all in DATA.")
@@ -26,7 +26,7 @@ def reproduce(
     ] = None,
     device: Device = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder for decoded images. Default: decode them for each run.")
+        Path | None, path_option(help="Folder for decoded images. Default: decode them for each run.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints of finished runs.")] = False,
 ) -> None:
@@ -49,5 +49,5 @@ def reproduce(
     head, cells = comparison.cells()
     print_table(comparison.title, head, cells)
     for note in comparison.notes:
-        typer.echo(note)
-    typer.echo(f"comparison: {out / 'comparison.md'}, .csv, .json")
+        print_line(note)
+    print_line(f"comparison: {out / 'comparison.md'}, .csv, .json")

@@ -1,13 +1,14 @@
 """``recontrast train``: options and output; `recontrast.app.train_job` does the work."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from recontrast.app.commands.evaluate import show_metrics
-from recontrast.app.console import ProgressBar, exit_with_error, is_silent
-from recontrast.app.options import Data, Device, parse_change, resolve_checkpoint
+from recontrast.app.console import ProgressBar, exit_with_error, is_silent, print_line
+from recontrast.app.options import Data, Device, expand_home, parse_change, path_option, resolve_checkpoint
 
 
 def train(  # 26 options and the output; `train_job` does the work
@@ -17,7 +18,7 @@ def train(  # 26 options and the output; `train_job` does the work
         str | None,
         typer.Option(help="Name of a category in DATA, or all for one detector of all. Default: the only one."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
+    out: Annotated[Path | None, path_option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -57,9 +58,9 @@ def train(  # 26 options and the output; `train_job` does the work
     ] = None,
     device: Device = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue this checkpoint with its recipe, category and folder.")
+        Path | None, path_option(help="Continue this checkpoint with its recipe, category and folder.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for decoded images. Default: keep them in memory.")] = None,
+    cache: Annotated[Path | None, path_option(help="Folder for decoded images. Default: keep them in memory.")] = None,
     teacher_cache: Annotated[
         float, typer.Option(help="Cache for features of the frozen encoder, in GiB on the device.")
     ] = 0,
@@ -74,6 +75,7 @@ def train(  # 26 options and the output; `train_job` does the work
     from recontrast.calibration.conformal import describe_promise
     from recontrast.runtime import distributed
 
+    recipe, weights = expand_home(recipe), expand_home(weights)
     values: dict[str, Any] = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size}
     values |= {"tile": tile, "seed": seed, "encoder_bn": encoder_bn, "precision": precision}
     values |= {"channels_last": channels_last, "holdout": holdout}
@@ -82,9 +84,8 @@ def train(  # 26 options and the output; `train_job` does the work
     )
     resume = None if resume is None else resolve_checkpoint(resume)
     job = application.prepare_job(data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite)
-    folders = " ".join(map(str, data))
     if (holdout_note := job.describe_holdout()) is not None:
-        typer.echo(holdout_note)
+        print_line(holdout_note)
     _, world_device = context.with_resource(distributed.join_processes(device))
     try:
         with ProgressBar(f"train {job.category}") as progress:
@@ -94,12 +95,12 @@ def train(  # 26 options and the output; `train_job` does the work
                 on_step=lambda category, step, steps, note: progress(step, steps, note),
             )  # fmt: skip
     except KeyboardInterrupt:
-        resume_command = f"continue with: recontrast train {folders} --resume {job.target}"
+        resume_command = f"continue with: recontrast train {shlex.join([*map(str, data), '--resume', str(job.target)])}"
         next_step = resume_command if job.target.exists() else "no checkpoint yet"
         exit_with_error(f"interrupted; {next_step}", status=130)
-    typer.echo(f"{job.recipe.steps} steps in {result.seconds:.1f} s: {job.target}")
+    print_line(f"{job.recipe.steps} steps in {result.seconds:.1f} s: {job.target}")
     for line in () if result.calibration is None else describe_promise(result.calibration):
-        typer.echo(line)
+        print_line(line)
     if evaluate and any(sample.split == "test" for sample in job.samples):
         show_metrics(
             result.model, job.groups, job.recipe, job.out, result.calibration, batch=job.recipe.batch, cache_dir=cache
