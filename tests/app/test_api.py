@@ -17,9 +17,7 @@ import recontrast
 from recontrast import checkpoint as checkpoints
 
 # The random weights of this network score the bright squares of `draw` higher than good images.
-RECIPE = SMALL.replace(
-    backbone="resnet10t"
-)
+RECIPE = SMALL.replace(backbone="resnet10t")
 FIELDS = {"backbone": "test_resnet", "weights": "random", "size": 32, "batch": 4, "steps": 2, "precision": "float32"}
 
 

@@ -1,0 +1,206 @@
+"""PaDiM: a Gaussian of good images' features at each point, and Mahalanobis distances to it (Defard et al., 2020).
+
+https://arxiv.org/abs/2011.08785. No weight is trained: one pass over the good images estimates the Gaussians.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recontrast.models.backbone import Backbone
+
+REGULARISATION = 0.01  # added to the diagonal of each covariance (section III-B of the paper)
+BLOCK = 256  # points whose covariances are inverted at a time
+
+
+class PaDiM(nn.Module):
+    """PaDiM: Mahalanobis distances to a Gaussian for each point of the feature map.
+
+    `observe` collects first and second moments of the features of good images, and `fit_gaussians` inverts the
+    covariances. Memory is (points) x (features)^2 floats and does not depend on the number of images.
+
+    Args:
+        backbone: Model name in timm.
+        weights: Pretrained weights: None (timm's hub), a file, "package" or "random", see `Backbone`.
+        levels: Number of feature levels from stride 4 on, joined at the size of the first one. The paper uses 3.
+        features: Number of channels, drawn at random from those of all levels. The paper uses 100 for a ResNet-18 and
+            550 for a WideResNet-50-2.
+        seed: Seed of the draw.
+        points: Height and width of the feature map, to load the state dict of a fitted model. (0, 0) for a new model.
+
+    Attributes:
+        encoder: Frozen backbone.
+        channels: Indices of the drawn channels, (features,), int64.
+        centres: Mean of each point, (points, features), float32.
+        whitening: Inverse Cholesky factor of each covariance, lower triangle row by row,
+            (points, features * (features + 1) / 2), float32.
+        mean: Channel means to subtract from images in [0, 1].
+        std: Channel standard deviations to divide by.
+        stride: Height and width of images must be multiples of it, in pixels.
+
+    Raises:
+        ValueError: If an argument is out of range, the backbone is unknown, or the weights do not fit it.
+        OSError: If the weight file or the hub cannot be read.
+    """
+
+    channels: Tensor
+    centres: Tensor
+    whitening: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        *,
+        weights: str | os.PathLike | None = None,
+        levels: int = 3,
+        features: int = 100,
+        seed: int = 0,
+        points: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__()
+        self.encoder = Backbone(backbone, levels=levels, weights=weights, frozen=True)
+        total = sum(self.encoder.channels)
+        if not 1 <= features <= total:
+            wanted = f"1 to {total} (the channels of {levels} levels of {backbone})"
+            raise ValueError(f"PaDiM: features: wanted {wanted}, got {features}")
+        self._arguments = {"backbone": backbone, "levels": levels, "features": features, "seed": seed}
+        self.points = (int(points[0]), int(points[1]))
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:features]
+        self.register_buffer("channels", drawn.sort().values)
+        count = self.points[0] * self.points[1]
+        self.register_buffer("centres", torch.zeros(count, features))
+        self.register_buffer("whitening", torch.zeros(count, features * (features + 1) // 2))
+        self.mean, self.std = self.encoder.mean, self.encoder.std
+        self.stride = self.encoder.strides[-1]
+        self._moments: _Moments | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the constructor without the weights, see `ReContrast.config`."""
+        return {**self._arguments, "points": self.points}
+
+    def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
+        """Return height and width of the distances for images of ``size``, an int or (h, w), as a list of one.
+
+        Raises:
+            ValueError: If height or width is not a multiple of ``stride``, or a fitted model has another size.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
+            wanted = f"height and width of at least {self.stride} px and multiples of it"
+            raise ValueError(f"PaDiM: images: wanted {wanted}, got {height}x{width}")
+        finest = self.encoder.strides[0]
+        points = (height // finest, width // finest)
+        if self.points not in ((0, 0), points):
+            wanted = f"{self.points[0] * finest}x{self.points[1] * finest} px, the size that the model was fitted for"
+            raise ValueError(f"PaDiM: images: wanted {wanted}, got {height}x{width}")
+        return [points]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the drawn channels of all levels, coarse levels repeated to the size of the first one.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+
+        Returns:
+            Features (N, features, h, w), float32.
+        """
+        levels = self.encoder(images)
+        size = levels[0].shape[-2:]
+        resized = [levels[0], *(F.interpolate(level, size=size, mode="nearest") for level in levels[1:])]
+        return torch.cat(resized, dim=1).index_select(1, self.channels).float()
+
+    @torch.no_grad()
+    def observe(self, images: Tensor) -> None:
+        """Add the features of a batch of good images to the moments of `fit_gaussians`.
+
+        Args:
+            images: Normalised images (N, 3, H, W), of one size in all calls.
+        """
+        features = self.embed(images)
+        vectors = features.flatten(2).permute(2, 0, 1)  # (points, N, features)
+        if self._moments is None:
+            self._moments = _Moments(vectors, (features.shape[2], features.shape[3]))
+        self._moments.add(vectors)
+
+    @torch.no_grad()
+    def fit_gaussians(self) -> None:
+        """Compute mean and inverse Cholesky factor of each point from the observed images, and forget the moments.
+
+        Raises:
+            ValueError: If fewer than two images were observed, or a feature is not finite.
+        """
+        moments, self._moments = self._moments, None
+        if moments is None or moments.count < 2:
+            got = 0 if moments is None else moments.count
+            raise ValueError(f"PaDiM: fit_gaussians: wanted at least 2 observed images, got {got}")
+        width = len(self.channels)
+        rows, cols = torch.tril_indices(width, width)
+        identity = torch.eye(width, dtype=torch.float64, device=moments.products.device)
+        centres = moments.shift + moments.sums / moments.count
+        if not bool(moments.products.isfinite().all()):
+            raise ValueError("PaDiM: features: wanted finite values, got NaN, infinity or values above 1e19")
+        packed = []
+        for begin in range(0, len(centres), BLOCK):
+            means = moments.sums[begin : begin + BLOCK].double() / moments.count
+            products = moments.products[begin : begin + BLOCK].double()
+            covariance = (products - moments.count * means.unsqueeze(2) * means.unsqueeze(1)) / (moments.count - 1)
+            factor = torch.linalg.cholesky(covariance + REGULARISATION * identity)
+            inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+            packed.append(inverse[:, rows, cols].float())
+        self.points = moments.size
+        self.centres, self.whitening = centres, torch.cat(packed)
+
+    def distances(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Compute the Mahalanobis distance of each point, and image scores.
+
+        Args:
+            images: Normalised images (N, 3, H, W), of the size that the model was fitted for.
+
+        Returns:
+            distances: A list of one tensor (N, h, w), float32.
+            scores: Largest distance of each image, (N,), float32.
+
+        Raises:
+            ValueError: If the model is not fitted, or the images have another size.
+        """
+        if self.points == (0, 0):
+            raise ValueError("PaDiM: wanted a fitted model, got one without Gaussians")
+        self.map_sizes((images.shape[2], images.shape[3]))
+        differences = self.embed(images).flatten(2).permute(2, 1, 0) - self.centres.unsqueeze(2)  # (points, d, N)
+        width = len(self.channels)
+        rows, cols = torch.tril_indices(width, width, device=self.whitening.device)
+        squared = []
+        for begin in range(0, len(differences), BLOCK):
+            packed = self.whitening[begin : begin + BLOCK]
+            inverse = packed.new_zeros(len(packed), width, width)
+            inverse[:, rows, cols] = packed
+            squared.append((inverse @ differences[begin : begin + BLOCK]).square().sum(1))
+        distances = torch.cat(squared).sqrt().T.reshape(len(images), *self.points)
+        return [distances], distances.amax(dim=(1, 2))
+
+
+class _Moments:
+    """Sums of the features of each point and of their products, relative to the first batch's means.
+
+    The shift keeps the digits that ``E[x^2] - E[x]^2`` would lose.
+    """
+
+    def __init__(self, vectors: Tensor, size: tuple[int, int]) -> None:
+        points, _, width = vectors.shape
+        self.size, self.count = size, 0
+        self.shift = vectors.mean(1)
+        self.sums = vectors.new_zeros(points, width)
+        self.products = vectors.new_zeros(points, width, width)
+
+    def add(self, vectors: Tensor) -> None:
+        """Add the vectors (points, N, features) of N images."""
+        if len(vectors) != len(self.sums):
+            raise ValueError(f"PaDiM: observe: wanted {len(self.sums)} points as before, got {len(vectors)}")
+        centred = vectors - self.shift.unsqueeze(1)
+        self.sums += centred.sum(1)
+        self.products.baddbmm_(centred.mT, centred)
+        self.count += vectors.shape[1]

@@ -1,0 +1,209 @@
+"""PatchCore: a bank of features of good images, and distances to it (Roth et al., CVPR 2022).
+
+https://arxiv.org/abs/2106.08265. No weight is trained: one pass over the good images fills the bank.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recontrast.models.backbone import Backbone
+from recontrast.models.coreset import find_nearest, project_randomly, select_coreset
+
+PROJECTION = 128  # dimensions of the random projection in which the bank is selected
+
+
+class PatchCore(nn.Module):
+    """PatchCore: distances of local features to the nearest features of good images.
+
+    `observe` collects the features of good images, and `build_bank` keeps a coreset of them. The bank is stored in
+    float16, and distances are computed in float32.
+
+    Args:
+        backbone: Model name in timm. The paper uses "wide_resnet50_2.tv_in1k".
+        weights: Pretrained weights: None (timm's hub), a file, "package" or "random", see `Backbone`.
+        levels: Feature levels, counted from 1 at stride 4. The paper uses (2, 3).
+        embedding: How a point's 3 x 3 neighbourhood becomes one vector. "average" takes its mean in each level and
+            joins the levels, as anomalib does. "unfold" joins the nine vectors and averages them down to
+            ``dimension`` values in each level and again over the levels, as the authors' code does.
+        dimension: Values per vector with ``embedding="unfold"``. Default: 1024, as in the paper.
+        neighbours: Vectors of the bank around the nearest one that weigh the image score (equation 7 of the paper).
+            1 disables the weighting.
+        bank_size: Number of vectors in the bank, to load the state dict of a fitted model. 0 for a new model.
+
+    Attributes:
+        encoder: Frozen backbone.
+        bank: Vectors of the bank, (bank_size, d), float16.
+        mean: Channel means to subtract from images in [0, 1].
+        std: Channel standard deviations to divide by.
+        stride: Height and width of images must be multiples of it, in pixels.
+
+    Raises:
+        ValueError: If an argument is out of range, the backbone is unknown, or the weights do not fit it.
+        OSError: If the weight file or the hub cannot be read.
+    """
+
+    bank: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        *,
+        weights: str | os.PathLike | None = None,
+        levels: Sequence[int] = (2, 3),
+        embedding: Literal["average", "unfold"] = "average",
+        dimension: int = 1024,
+        neighbours: int = 1,
+        bank_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1:
+            raise ValueError(f"PatchCore: levels: wanted ascending numbers from 1 on, got {tuple(levels)}")
+        if embedding not in ("average", "unfold"):
+            raise ValueError(f"PatchCore: embedding: wanted 'average' or 'unfold', got {embedding!r}")
+        if dimension < 1 or neighbours < 1:
+            name, value = ("dimension", dimension) if dimension < 1 else ("neighbours", neighbours)
+            raise ValueError(f"PatchCore: {name}: wanted at least 1, got {value}")
+        self.encoder = Backbone(backbone, levels=levels[-1], weights=weights, frozen=True)
+        self.levels, self.embedding, self.dimension, self.neighbours = tuple(levels), embedding, dimension, neighbours
+        channels = [self.encoder.channels[level - 1] for level in levels]
+        self.width = sum(channels) if embedding == "average" else dimension
+        self.register_buffer("bank", torch.zeros(bank_size, self.width, dtype=torch.float16))
+        self.mean, self.std = self.encoder.mean, self.encoder.std
+        self.stride = self.encoder.strides[-1]
+        self._observed: list[Tensor] = []
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the constructor without the weights, see `ReContrast.config`."""
+        return {
+            "backbone": self.encoder.name,
+            "levels": self.levels,
+            "embedding": self.embedding,
+            "dimension": self.dimension,
+            "neighbours": self.neighbours,
+            "bank_size": len(self.bank),
+        }
+
+    def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
+        """Return height and width of the distances for images of ``size``, an int or (h, w), as a list of one.
+
+        Raises:
+            ValueError: If height or width is not a multiple of ``stride``.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
+            wanted = f"height and width of at least {self.stride} px and multiples of it"
+            raise ValueError(f"PatchCore: images: wanted {wanted}, got {height}x{width}")
+        finest = self.encoder.strides[self.levels[0] - 1]
+        return [(height // finest, width // finest)]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the feature vectors of images.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+
+        Returns:
+            Vectors (N, d, h, w), in the size of the finest level, float32.
+        """
+        features = self.encoder(images)
+        chosen = [features[level - 1].float() for level in self.levels]
+        size = chosen[0].shape[-2:]
+        if self.embedding == "average":
+            pooled = [F.avg_pool2d(feature, 3, 1, 1) for feature in chosen]
+            return torch.cat([pooled[0], *(_resize(feature, size) for feature in pooled[1:])], dim=1)
+        # Averaging over channels and resizing commute, so that the small tensor is resized.
+        averaged = [_average_channels(_unfold(feature), self.dimension) for feature in chosen]
+        return _average_channels(
+            torch.cat([averaged[0], *(_resize(feature, size) for feature in averaged[1:])], dim=1), self.dimension
+        )
+
+    def observe(self, images: Tensor) -> None:
+        """Collect the feature vectors of a batch of good images for `build_bank`.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+        """
+        vectors = self.embed(images).permute(0, 2, 3, 1).flatten(0, 2)
+        self._observed.append(vectors.half())
+
+    def build_bank(self, share: float = 0.1, *, seed: int = 0) -> None:
+        """Select the bank from the observed vectors and the present bank, and forget them.
+
+        Args:
+            share: Share of the vectors to keep, in (0, 1]; at least one is kept. The paper uses 0.1 and 0.01.
+            seed: Seed of the random projection and of the first vector.
+
+        Raises:
+            ValueError: If ``share`` is out of range, no image was observed, or a feature is not finite in float16.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"PatchCore: share: wanted a value in (0, 1], got {share}")
+        if not self._observed:
+            raise ValueError("PatchCore: build_bank: wanted observed images, got none")
+        added = torch.cat(self._observed)
+        count = max(int(len(added) * share), 1)
+        vectors = torch.cat([self.bank.to(added.device), added])
+        if not bool(vectors.isfinite().all()):
+            raise ValueError("PatchCore: features: wanted values that fit into float16, got NaN or values above 65504")
+        count = min(len(self.bank) + count, len(vectors))
+        start = int(torch.randint(len(vectors), (1,), generator=torch.Generator().manual_seed(seed)))
+        if count < len(vectors):
+            vectors = vectors[select_coreset(project_randomly(vectors, PROJECTION, seed), count, start=start)]
+        self.bank = vectors
+        self._observed = []
+
+    def distances(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Compute the distance of each point to the bank, and image scores.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+
+        Returns:
+            distances: A list of one tensor (N, h, w), float32: Euclidean distances to the nearest vector of the bank.
+            scores: Largest distance of each image, (N,), float32, weighted if ``neighbours`` exceeds 1.
+
+        Raises:
+            ValueError: If the bank is empty.
+        """
+        if not len(self.bank):
+            raise ValueError("PatchCore: bank: wanted a fitted model, got an empty bank")
+        embedded = self.embed(images)
+        batch, _, height, width = embedded.shape
+        vectors = embedded.permute(0, 2, 3, 1).reshape(batch * height * width, -1)
+        bank = self.bank.float()
+        nearest, indices = (result.view(batch, -1) for result in find_nearest(vectors, bank))
+        scores, point = nearest.max(1)
+        if self.neighbours > 1:
+            worst = vectors.view(batch, height * width, -1)[torch.arange(batch), point]
+            scores = scores * self._weigh(worst, indices.gather(1, point[:, None])[:, 0], bank)
+        return [nearest.view(batch, height, width)], scores
+
+    def _weigh(self, worst: Tensor, nearest: Tensor, bank: Tensor) -> Tensor:
+        """Compute the weights of equation 7: small where the bank around the nearest vector is as far away."""
+        count = min(self.neighbours, len(bank))
+        around = find_nearest(bank[nearest], bank, count)[1]  # the nearest vector itself comes first
+        distances = (worst.unsqueeze(1) - bank[around]).square().sum(2).sqrt()
+        return 1 - distances.softmax(1)[:, 0]
+
+
+def _resize(feature: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(feature, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _unfold(feature: Tensor) -> Tensor:
+    """Join the vectors of each 3 x 3 neighbourhood, with zeros outside: (N, C, h, w) -> (N, 9 C, h, w)."""
+    return F.unfold(feature, 3, padding=1).view(len(feature), -1, *feature.shape[-2:])
+
+
+def _average_channels(feature: Tensor, count: int) -> Tensor:
+    """Average neighbouring channels down, or repeat them up, to ``count``: (N, C, h, w) -> (N, count, h, w)."""
+    batch, _, height, width = feature.shape
+    channels = feature.permute(0, 2, 3, 1).reshape(batch * height * width, 1, -1)
+    averaged = F.adaptive_avg_pool1d(channels, count)
+    return averaged.view(batch, height, width, count).permute(0, 3, 1, 2)
