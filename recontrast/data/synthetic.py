@@ -5,7 +5,7 @@ mirroring. Most defects are detectable, but not all, so that scores can differ.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from recontrast.data.atomic import replace_file
 from recontrast.data.heatmaps import save_png
+from recontrast.data.temporary import sweep, temporary_folder
 
 NAMES = ("brick", "grass", "gravel")
 KINDS = ("scratch", "stain", "hole", "misplaced")
@@ -74,7 +75,21 @@ def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 
             raise ValueError(f"{root} is not empty and was not made by the demo: name another folder")
         if json.loads((root / MARKER_FILE).read_text()) == arguments:
             return root
-        shutil.rmtree(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    sweep(root.parent)
+    with temporary_folder(root.parent) as draft:
+        _draw_all(draft, train, test, size, seed)
+        with replace_file(draft / MARKER_FILE) as file:
+            file.write(json.dumps(arguments).encode())
+        with temporary_folder(root.parent) as replaced:
+            if root.exists():
+                os.replace(root, replaced / "data")
+            os.replace(draft, root)
+    return root
+
+
+def _draw_all(root: Path, train: int, test: int, size: int, seed: int) -> None:
+    """Write the images of all categories."""
     for category, (name, photo) in enumerate(photographs().items()):
         rng = np.random.default_rng((seed, category))
         border = int(photo.shape[1] * TRAIN_SHARE)
@@ -86,9 +101,6 @@ def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 
             picture, mask = draw_defect(_cut(photo[:, border:], size, rng), kind, rng)
             save_png(root / name / "test" / kind / f"{index:03}.png", picture)
             save_png(root / name / "ground_truth" / kind / f"{index:03}_mask.png", mask.astype(np.uint8) * 255)
-    with replace_file(root / MARKER_FILE) as file:  # written last, so an interrupted run leaves no marker
-        file.write(json.dumps(arguments).encode())
-    return root
 
 
 def draw_defect(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

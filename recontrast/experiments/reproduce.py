@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
+from recontrast.data.locks import lock_folder
+from recontrast.data.temporary import complete_commits
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import Result, Row
 from recontrast.experiments.comparison import Comparison, Line
@@ -117,7 +120,10 @@ def reproduce(
     seeds = list(seeds) or [RECIPES[table.recipe].seed]
     rows: dict[str, dict[int, list[Row]]] = {entry: {} for entry in entries or names}
     runs = _plan_runs(table, list(rows), groups, seeds, changes)
-    with distributed.join_processes(device) as (world, resolved_device):
+    with ExitStack() as stack:
+        world, resolved_device = stack.enter_context(distributed.join_processes(device))
+        if world.first:
+            stack.enter_context(lock_folder(out))
         for run in runs:
             results = _complete_run(run, out, world, resolved_device, cache_dir, keep, on_step or (lambda *_: None))
             for entry, entry_rows in results.items():
@@ -200,6 +206,7 @@ def _write_results(folder: Path, recipe: Recipe, result: Result) -> None:
 def _read_rows(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:
     """Read the rows in ``folder``, None if there are none; raise an error if they are of another recipe or data set."""
     path, written = folder / "results.json", folder / yaml_file.FILE_NAME
+    complete_commits(folder)
     if written.exists() and (differ := list_differences(yaml_file.read_recipe(written), recipe, ignore=FREE_ON_RESUME)):
         raise ValueError(
             f"{written}: wanted the recipe of this call, got another ({'; '.join(differ)}): choose another --out"

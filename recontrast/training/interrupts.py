@@ -1,4 +1,4 @@
-"""Deferral of Ctrl-C and SIGTERM to the end of a training step, so that the checkpoint never holds half a step."""
+"""Deferral of Ctrl-C, SIGTERM and SIGHUP to the end of a training step, so that no checkpoint holds half a step."""
 
 import signal
 import threading
@@ -6,26 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from recontrast.runtime.termination import SIGNALS, interrupt
+
 
 @contextmanager
 def defer_interrupts(is_single_process: bool = True) -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C or SIGTERM, so that the current step is completed; the second acts at once.
+    """Hold back the first Ctrl-C, SIGTERM or SIGHUP, so that the current step is completed; the second acts at once.
 
-    Only default handlers are replaced, and only in the main thread; they are restored when the block ends.
+    Only default handlers and those of `recontrast.runtime.termination` are replaced, and only in the main thread; they
+    are restored when the block ends. SIGHUP is sent when a terminal or a connection closes.
 
     Args:
-        is_single_process: Whether SIGTERM is held back as well. With several processes it is not: torchrun sends it to
-            all of them when one has failed, and none could complete a step without the failed one.
+        is_single_process: Whether SIGTERM and SIGHUP are held back as well. With several processes they are not:
+            torchrun sends them to all processes when one has failed, and none could complete a step without the failed
+            one.
 
     Yields:
         A function that returns whether an interrupt has arrived.
     """
-    default_handlers: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+    defaults: dict[int, tuple[Any, ...]] = {signal.SIGINT: (signal.default_int_handler,)}
     if is_single_process:
-        default_handlers[signal.SIGTERM] = signal.SIG_DFL
+        defaults |= {number: (signal.SIG_DFL, interrupt) for number in SIGNALS}
     if threading.current_thread() is not threading.main_thread():
-        default_handlers = {}
-    replaced = [number for number, handler in default_handlers.items() if signal.getsignal(number) is handler]
+        defaults = {}
+    former = {number: signal.getsignal(number) for number in defaults}
+    replaced = [number for number, handlers in defaults.items() if former[number] in handlers]
     arrived = threading.Event()
 
     def record_interrupt(number: int, frame: Any) -> None:
@@ -39,4 +44,4 @@ def defer_interrupts(is_single_process: bool = True) -> Iterator[Callable[[], bo
         yield arrived.is_set
     finally:
         for number in replaced:
-            signal.signal(number, default_handlers[number])
+            signal.signal(number, former[number])

@@ -128,9 +128,9 @@ def test_resume_takes_recipe_category_and_folder_from_the_checkpoint(data, tmp_p
 
 
 def test_ctrl_c_says_where_the_checkpoint_is(data, tmp_path, monkeypatch):
-    from recontrast.training import train as training
+    from recontrast.training import trainer
 
-    real, calls = training.train_step, []
+    real, calls = trainer.train_step, []
 
     def step(*arguments):
         calls.append(1)
@@ -138,7 +138,7 @@ def test_ctrl_c_says_where_the_checkpoint_is(data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(trainer, "train_step", step)
     arguments = ["train", data, "--category", "brick", *SMALL, "--steps", "9"]
     message = fails(*arguments, "--out", tmp_path / "a", "--set", "checkpoint_every=2", status=130)
     assert message.endswith(f"continue with: recontrast train {data} --resume {tmp_path / 'a' / 'checkpoint.pt'}")

@@ -1,5 +1,6 @@
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from tiny import tiny_set
 
 from recontrast import checkpoint
 from recontrast.data.fingerprint import compute_fingerprint, describe_images, read_fingerprints
-from recontrast.training import train as training
+from recontrast.data.locks import lock_folder
+from recontrast.recipes.yaml_file import read_recipe
+from recontrast.training import trainer
 from recontrast.training.sampler import BatchSampler
-from recontrast.training.train import train
+from recontrast.training.train import build_model, train
 
 SOURCE = (sys.executable, "-c")
 
@@ -119,7 +122,7 @@ def test_category_sets_the_batch_norm_mode(samples):
 
 
 def test_a_given_model_is_trained_in_place(samples):
-    model = training.build_model(RECIPE, "nut")
+    model = build_model(RECIPE, "nut")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert train(RECIPE, samples, model=model, device="cpu").model is model
     after = model.state_dict()
@@ -166,8 +169,8 @@ def test_loss_that_is_not_finite_raises(samples, tmp_path, monkeypatch):
         broken.calls += 1
         return loss * float("nan") if broken.calls == 5 else loss
 
-    step, broken.calls = training.train_step, 0
-    monkeypatch.setattr(training, "train_step", broken)
+    step, broken.calls = trainer.train_step, 0
+    monkeypatch.setattr(trainer, "train_step", broken)
     with pytest.raises(ValueError, match=r"the loss of nut is nan at step 5: lower decoder_lr \(0.002\)") as error:
         train(RECIPE, samples, out=tmp_path, device="cpu")
     assert "\n" not in str(error.value)
@@ -189,8 +192,8 @@ def test_weights_that_are_not_finite_are_not_saved(samples, tmp_path, monkeypatc
         next(model.decoder_parameters()).data[0] = float("inf")
         return loss
 
-    step = training.train_step
-    monkeypatch.setattr(training, "train_step", broken)
+    step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", broken)
     with pytest.raises(ValueError, match="is not finite at step 1: lower decoder_lr"):
         train(RECIPE.replace(checkpoint_every=1), samples, out=tmp_path, device="cpu")
     assert not (tmp_path / "checkpoint.pt").exists()
@@ -199,7 +202,7 @@ def test_weights_that_are_not_finite_are_not_saved(samples, tmp_path, monkeypatc
 # ---- interrupted, killed, resumed ---------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_waits_for_the_end_of_the_step(number, samples, uninterrupted, tmp_path, monkeypatch):
     def interrupted(*args):
         interrupted.calls += 1
@@ -207,20 +210,57 @@ def test_interrupt_waits_for_the_end_of_the_step(number, samples, uninterrupted,
             signal.raise_signal(number)  # in the middle of the step
         return step(*args)
 
-    step, interrupted.calls = training.train_step, 0
-    monkeypatch.setattr(training, "train_step", interrupted)
+    step, interrupted.calls = trainer.train_step, 0
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             train(RECIPE, samples, out=tmp_path, device="cpu")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert {signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
     finally:
         signal.signal(signal.SIGINT, before)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 4
     result = train(RECIPE, samples, out=tmp_path, resume=tmp_path / "checkpoint.pt", device="cpu")
     assert result.losses == uninterrupted.losses[4:]
     assert same_weights(result.model, uninterrupted.model)
+
+
+def test_a_replaced_run_is_kept_until_the_first_checkpoint(samples, uninterrupted, tmp_path):
+    """Killed before its first checkpoint, a new run leaves the earlier one whole; after it, nothing of the earlier."""
+    shutil.copytree(uninterrupted.checkpoint.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results.json").write_text('{"rows": []}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = RECIPE.replace(seed=2, log_every=1)
+
+    def stop_at(fatal):
+        def on_log(step, *rest):
+            if step == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        child = os.fork()
+        if not child:
+            train(other, samples, out=tmp_path, device="cpu", on_log=on_log)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+    stop_at(2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name[0] != "."} == before
+    stop_at(4)
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {*before} - {"results.json"}
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
+    assert checkpoint.load(tmp_path / "checkpoint.pt").recipe == read_recipe(tmp_path / "recipe.yaml") == other
+
+
+def test_second_run_in_a_folder_is_refused(samples, tmp_path):
+    with lock_folder(tmp_path):
+        child = os.fork()
+        if not child:
+            try:
+                train(RECIPE, samples, out=tmp_path, device="cpu")
+            except ValueError as error:
+                os._exit(0 if "got one in use since" in str(error) else 1)
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_interrupt_between_steps_and_within(samples, tmp_path, monkeypatch):
@@ -230,7 +270,7 @@ def test_interrupt_between_steps_and_within(samples, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, samples, out=tmp_path, device="cpu", on_log=interrupted)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2
-    monkeypatch.setattr(training, "train_step", interrupted)  # the state within a step is not saved
+    monkeypatch.setattr(trainer, "train_step", interrupted)  # the state within a step is not saved
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, samples, out=tmp_path, device="cpu", resume=tmp_path / "checkpoint.pt")
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 2

@@ -73,6 +73,7 @@ def train(  # 26 options and the output; `train_job` does the work
     """Train a detector on good images, and evaluate it if there are test images."""
     from recontrast.app import train_job as application
     from recontrast.calibration.conformal import describe_promise
+    from recontrast.data.locks import lock_folder
     from recontrast.runtime import distributed
 
     recipe, weights = expand_home(recipe), expand_home(weights)
@@ -86,6 +87,8 @@ def train(  # 26 options and the output; `train_job` does the work
     job = application.prepare_job(data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite)
     if (holdout_note := job.describe_holdout()) is not None:
         print_line(holdout_note)
+    if not is_silent():
+        context.with_resource(lock_folder(job.out))  # also while the run is evaluated
     _, world_device = context.with_resource(distributed.join_processes(device))
     try:
         with ProgressBar(f"train {job.category}") as progress:

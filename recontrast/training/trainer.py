@@ -1,0 +1,214 @@
+"""Training loop: steps, log lines and checkpoints of one run.
+
+The loss stays on the device and is read only for log lines and checkpoints, so that the host never waits for the device
+between them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import AdamW
+
+from recontrast import checkpoint
+from recontrast.calibration.conformal import Calibration
+from recontrast.checkpoint import Checkpoint
+from recontrast.data.cache import ImageCache
+from recontrast.data.fingerprint import describe_images
+from recontrast.data.images import normalise
+from recontrast.data.sources import Images
+from recontrast.mining import alpha_at
+from recontrast.models.recontrast import ReContrast
+from recontrast.runtime import distributed
+from recontrast.runtime.device import move_model
+from recontrast.training import interrupts
+from recontrast.training.cuda_graph import GraphedStep
+from recontrast.training.device_images import DeviceImages
+from recontrast.training.holdout import calibrate_holdout
+from recontrast.training.optimisers import build_optimisers, schedule_optimisers
+from recontrast.training.progress import ProgressMeter
+from recontrast.training.run_files import CHECKPOINT, RunFiles
+from recontrast.training.sampler import BatchSampler
+from recontrast.training.settings import RunSettings
+from recontrast.training.state import TrainingState, check_resume, read_losses, restore, snapshot
+from recontrast.training.step import build_model, train_step
+from recontrast.training.teacher_cache import TeacherCache
+
+
+class Trainer:
+    """One training run: the constructor sets it up, `run_loop` makes the steps, `calibrate` sets the threshold.
+
+    Args:
+        settings: Settings of the run.
+        files: Files of the run; None writes nothing.
+
+    Attributes:
+        state: State of the run.
+        progress: Duration of the steps.
+    """
+
+    def __init__(self, settings: RunSettings, files: RunFiles | None) -> None:
+        recipe = settings.recipe
+        self.settings, self.files = settings, files
+        resumed = checkpoint.load(settings.resume) if settings.resume is not None else None
+        if resumed is not None:
+            check_resume(resumed, f"{settings.resume}", recipe, settings.category)
+        torch.manual_seed(recipe.seed)
+        model = _prepare_model(settings, resumed)
+        self.channels_last = move_model(model, settings.device, recipe.channels_last) == torch.channels_last
+        model.train()
+        self.dtype = next(model.parameters()).dtype
+        images = _open_images(settings)
+        self.state = _build_state(settings, model, images)
+        self.calibration: Calibration | None = None
+        if resumed is not None:
+            restore(self.state, resumed, f"{settings.resume}")
+            self.calibration = resumed.calibration if resumed.step >= recipe.steps else None
+        if files is not None:
+            files.start(self.state.step)
+        self.saved_step = self.state.step
+        self._prepare_step(images)
+        self.is_between_steps = True  # only then the state may be saved
+        self.progress = ProgressMeter()
+
+    def _prepare_step(self, images: Images) -> None:
+        """Wrap the model for several processes, compile it, and set up caches and the CUDA graph."""
+        recipe, world, device, model = self.settings.recipe, self.settings.world, self.settings.device, self.state.model
+        self.network: Any = distributed.wrap_model(model, world, device)  # shares the parameters of ``model``
+        if recipe.compile:
+            self.network = torch.compile(self.network, dynamic=False)
+        self.teacher: TeacherCache | None = None
+        if self.settings.teacher_cache and model.frozen is not None:
+            autocast = recipe.precision == "bfloat16"
+            self.teacher = TeacherCache(model.frozen, len(images), self.settings.teacher_cache, autocast=autocast)
+        self.images = DeviceImages(images, device)
+        self.graphed_step: GraphedStep | None = None
+        if recipe.graph and device.type == "cuda":
+            batch, network = self.state.sampler.batch, self.network  # a reference to self would delay freeing the GPU
+            self.graphed_step = GraphedStep(
+                lambda active, x, alpha: train_step(network, active, x, alpha, recipe, [batch]), batch, device
+            )
+
+    def run_loop(self) -> None:
+        """Make the remaining steps, with log lines and checkpoints at the recipe's intervals.
+
+        An interrupt is held back until the current step is complete, so that the checkpoint holds the same state as in
+        an uninterrupted run.
+        """
+        state, recipe, world = self.state, self.settings.recipe, self.settings.world
+        self.progress.start_interval()
+        with interrupts.defer_interrupts(world.size == 1) as is_interrupted:
+            try:
+                while state.step < recipe.steps:
+                    alpha = self._make_step()
+                    is_logged = self._is_due(recipe.log_every)
+                    if is_logged:
+                        self._log(alpha)
+                    # Several processes agree at log lines only, so that all stop after the same step.
+                    if is_interrupted() if world.size == 1 else is_logged and world.any(is_interrupted()):
+                        raise KeyboardInterrupt
+                    if self._is_due(recipe.checkpoint_every):
+                        with self.progress.paused():
+                            self._save()
+            except KeyboardInterrupt:
+                if self.is_between_steps:
+                    self._save()
+                raise
+
+    def calibrate(self) -> Checkpoint:
+        """Calibrate on the held-out images, unless the resumed run already did.
+
+        Returns:
+            The final checkpoint, without optimiser and random states.
+        """
+        settings, calibration = self.settings, self.calibration
+        if settings.held_out and calibration is None and settings.world.first:
+            path = None if self.files is None else self.files.folder / CHECKPOINT
+            calibration = calibrate_holdout(self.state, settings.held_out, path, settings.cache_dir)
+        return replace(snapshot(self.state), optimisers=[], rng={}, calibration=calibration)
+
+    def _make_step(self) -> float:
+        """Train on the next batch and return the alpha of the step."""
+        state, recipe, world, model = self.state, self.settings.recipe, self.settings.world, self.state.model
+        self.is_between_steps = False
+        indices = next(state.sampler)
+        own, shares = indices[world.share(len(indices))], world.shares(len(indices))
+        batch = normalise(self.images[own], model.mean, model.std, dtype=self.dtype, channels_last=self.channels_last)
+        alpha = alpha_at(state.step, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
+        active = schedule_optimisers(state.optimisers, recipe, state.step)
+        state.pending_losses.append(self._update(active, batch, alpha, own, shares))
+        state.step += 1
+        self.progress.count(len(indices))
+        self.is_between_steps = True
+        return alpha
+
+    def _update(
+        self, active: list[AdamW], batch: Tensor, alpha: float, indices: NDArray[np.int64], shares: list[int]
+    ) -> Tensor:
+        """Run or replay `train_step` on this process's images of the batch."""
+        if self.graphed_step is not None:
+            return self.graphed_step(active, batch, alpha)
+        frozen_features = self.teacher(indices, batch) if self.teacher is not None and len(indices) else None
+        return train_step(self.network, active, batch, alpha, self.settings.recipe, shares, frozen_features)
+
+    def _is_due(self, every: int) -> bool:
+        """Return whether the last step ends an interval of ``every`` steps, or the run."""
+        return self.state.step % every == 0 or self.state.step == self.settings.recipe.steps
+
+    def _log(self, alpha: float) -> None:
+        """Read the losses from the device and report them, and begin a new interval."""
+        state, on_log = self.state, self.settings.on_log
+        read_losses(state)
+        loss, rate = self.progress.end_interval(state.losses)
+        if self.files is not None:
+            seconds = self.progress.seconds
+            self.files.log(step=state.step, loss=loss, alpha=alpha, images_per_second=rate, seconds=seconds)
+        if on_log is not None and self.settings.world.first:
+            on_log(state.step, loss, rate, alpha)
+        self.progress.start_interval()
+
+    def _save(self) -> None:
+        """Check that losses and weights are finite, and write a checkpoint unless the current step has one."""
+        content = snapshot(self.state)
+        if self.saved_step < self.state.step:
+            if self.files is not None:
+                self.files.save(content)
+            self.saved_step = self.state.step
+
+
+def _prepare_model(settings: RunSettings, resumed: Checkpoint | None) -> ReContrast:
+    """Return the given model, or a new one, or the one of the checkpoint; check that it takes images of this size."""
+    if settings.model is not None:
+        model = settings.model
+    elif resumed is None:
+        model = build_model(settings.recipe, settings.category)
+    else:
+        model = checkpoint.build(resumed, f"{settings.resume}")
+    model.map_sizes(settings.recipe.out)  # raises for a size that its strides do not divide
+    return model
+
+
+def _open_images(settings: RunSettings) -> Images:
+    """Return the decoded training images, from memory or from the cache."""
+    if settings.images is not None:
+        return settings.images
+    recipe, folder = settings.recipe, settings.cache_dir
+    return ImageCache(
+        settings.samples, recipe.size, recipe.crop, directory=folder, tile=recipe.tile, stride=recipe.stride
+    )
+
+
+def _build_state(settings: RunSettings, model: ReContrast, images: Images) -> TrainingState:
+    """Check that all processes have the same settings and images, and return the state before the first step."""
+    recipe, category, device, world = settings.recipe, settings.category, settings.device, settings.world
+    sampler = BatchSampler(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    description = describe_images(images)
+    compared = {name: description[name] for name in ("count", "digest")}
+    distributed.check_agreement(
+        world, {"recipe": recipe.to_dict(), "category": category, "training images": compared}, "train"
+    )
+    optimisers = build_optimisers(model, recipe, device)
+    return TrainingState(recipe, category, device, model, optimisers, sampler, description, world)
