@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -138,7 +139,7 @@ def print_error(text: str) -> None:
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 4 :]}"
     rank = f"process {os.environ['RANK']}: " if is_silent() else ""
-    sys.stderr.write(f"recontrast: {rank}{make_printable(' '.join(text.splitlines()))}\n")
+    _write_stderr(f"recontrast: {rank}{make_printable(' '.join(text.splitlines()))}\n")
 
 
 def print_image_errors(errors: Sequence[str], source: str) -> None:
@@ -165,6 +166,12 @@ def is_silent() -> bool:
     return os.environ.get("RANK", "0") != "0"
 
 
+def _write_stderr(text: str) -> None:
+    """Write to stderr, also after its terminal was closed: the checkpoint of a run must still be written."""
+    with suppress(OSError):
+        sys.stderr.write(text)
+
+
 class ProgressBar:
     """Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
@@ -182,7 +189,7 @@ class ProgressBar:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif done == total or time.monotonic() >= self._next:
             self._next = time.monotonic() + PLAIN_EVERY
-            sys.stderr.write(f"{self._description} {done}/{total} {note}".rstrip() + "\n")
+            _write_stderr(f"{self._description} {done}/{total} {note}".rstrip() + "\n")
 
     def __enter__(self) -> "ProgressBar":
         """Show the bar if stderr is a terminal."""
@@ -201,7 +208,8 @@ class ProgressBar:
     def __exit__(self, *error: Any) -> None:
         """Stop updating the bar; it stays on the screen."""
         if self._bar:
-            self._bar.__exit__(*error)
+            with suppress(OSError):  # the terminal was closed
+                self._bar.__exit__(*error)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
