@@ -17,7 +17,7 @@ from recontrast.app.commands.prepare import prepare
 from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
 from recontrast.app.commands.train import train
-from recontrast.app.console import CommandGroup, is_silent
+from recontrast.app.console import Command, CommandGroup, is_silent
 from recontrast.runtime.termination import interrupt_on_termination
 
 app = typer.Typer(
@@ -58,4 +58,4 @@ def _root(
 
 
 for command in (train, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info):
-    app.command()(command)
+    app.command(cls=Command)(command)

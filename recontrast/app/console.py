@@ -42,6 +42,14 @@ _MEMORY_TEXTS = re.compile(
 )
 
 
+class Command(typer.core.TyperCommand):
+    """Command whose help shows switches such as ``--overwrite`` without a value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the arguments and options of the command, ``--help`` included."""
+        return hide_values_of_switches(super().get_params(ctx))
+
+
 class CommandGroup(typer.core.TyperGroup):
     """Command group that prints user errors as one sentence on stderr and exits with status 2."""
 
@@ -53,6 +61,10 @@ class CommandGroup(typer.core.TyperGroup):
             if type(error).__name__ == "NoArgsIsHelpError":
                 raise
             exit_with_error(describe_usage_error(error))
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options of the group, ``--help`` included."""
+        return hide_values_of_switches(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command named in ``ctx``."""
@@ -86,6 +98,14 @@ def is_memory_error(error: BaseException) -> bool:
         return True
     # torch and ONNX Runtime have error types of their own; importing them only for this would cost seconds.
     return not isinstance(error, USER_ERRORS) and _MEMORY_TEXTS.search(f"{type(error).__name__} {error}") is not None
+
+
+def hide_values_of_switches(parameters: list[Any]) -> list[Any]:
+    """Keep the help from showing ``<bool>`` behind options that take no value, as some versions of Typer do."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
 
 
 def describe_error(error: BaseException) -> str:

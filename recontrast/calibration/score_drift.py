@@ -39,7 +39,7 @@ class ScoreDrift:
 
     def describe(self) -> str:
         """Return a sentence with the result and its consequence."""
-        counts = f"{self.count} new good images, {self.alarms} called defects where {self.expected:.3g} were promised"
+        counts = f"{self.count} new good images, {self.alarms} called defects, {self.expected:.3g} expected"
         test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; p-value {self.p_value:.2g}"
         if self.is_significant:
             return (

@@ -42,7 +42,9 @@ def save_map(path: Path, anomaly: NDArray[np.float32], kind: str, top: float) ->
     try:
         import tifffile
     except ImportError as error:
-        raise ImportError("maps as tiled TIFF need tifffile: pip install 'recontrast[tiles]'") from error
+        raise ImportError(
+            "maps as tiled TIFF: wanted the package tifffile, got none installed: pip install tifffile"
+        ) from error
     dtype = np.dtype(np.uint16 if kind == "tiff16" else np.float32)
     tiles = math.ceil(height / TILE_SIDE) * math.ceil(width / TILE_SIDE)
     with replace_file(path, size=tiles * (TILE_SIDE * TILE_SIDE * dtype.itemsize + 16) + HEADER_BYTES) as file:

@@ -37,9 +37,7 @@ def photographs() -> dict[str, np.ndarray]:
     """
     spec = find_spec("skimage")  # located, not imported: the import takes a second
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "the photographs come with scikit-image, which is not installed: pip install 'recontrast[demo]'"
-        )
+        raise ImportError("photographs: wanted the package scikit-image, got none installed: pip install scikit-image")
     folder = Path(spec.submodule_search_locations[0]) / "data"
     return {name: np.asarray(Image.open(folder / f"{name}.png").convert("L")) for name in NAMES}
 

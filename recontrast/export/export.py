@@ -28,7 +28,6 @@ from recontrast.export.verify import TOLERANCE, compare_scores, draw_images
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.exported_detector import (
     FORMAT,
-    INSTALL_HINT,
     KEY,
     OUTPUTS,
     WEIGHTS_KEY,
@@ -217,7 +216,10 @@ def _require(kind: str) -> None:
     """Raise an error if a package that the format ``kind`` needs is not installed."""
     missing = [name for name in NEEDS[kind] if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"export to {kind} needs {', '.join(missing)}: {INSTALL_HINT}")
+        names = " ".join(missing)
+        raise ImportError(
+            f"export to {kind}: wanted {', '.join(NEEDS[kind])}, got no {', '.join(missing)}: pip install {names}"
+        )
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from recontrast.runtime.device import resolve_device
 FORMAT = 1  # increased when inputs, outputs or the description change their meaning
 KEY = "recontrast"  # metadata key of the description
 WEIGHTS_KEY = "recontrast_weights"  # metadata key of the SHA-256 of the .bin file, in OpenVINO files
-INSTALL_HINT = "pip install 'recontrast[export]'"
 OUTPUTS = ("map", "score", "p_value", "defect")  # the last two only with a calibration
 DECODED_AHEAD = 4  # images in memory at their original size
 PIXELS_PER_CALL = 2**23  # the graph holds several float copies of its input; a single image may be larger
@@ -309,4 +308,6 @@ def _import_runtime(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"this needs {name}: {INSTALL_HINT}") from error
+        raise ImportError(
+            f"exported detector: wanted the package {name}, got none installed: pip install {name}"
+        ) from error

@@ -32,7 +32,7 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "tensorboard: wanted the package, which is not installed: pip install 'recontrast[tensorboard]'"
+                "tensorboard: wanted the package tensorboard, got none installed: pip install tensorboard"
             ) from error
         self.writer = SummaryWriter(str(folder), purge_step=keep + 1 if keep else None)
 

@@ -92,7 +92,9 @@ def test_darker_images_cause_a_warning(tmp_path):
     for path in draw(tmp_path / "new", 16, seed=1).iterdir():
         Image.fromarray((np.asarray(Image.open(path)) * 0.93).astype(np.uint8)).save(dark / path.name)
     options = ["calibrate", tmp_path / "run", "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu", "--check"]
-    assert "they look like the calibration images (brightness, contrast" in works(*options, tmp_path / "new")
+    assert "the new good images look like the calibration images (brightness, contrast" in works(
+        *options, tmp_path / "new"
+    )
     result = call(*options, dark)
     assert result.exit_code == 0 and "16 new good images do not look like the calibration images" in result.stderr
     found = checkpoints.load(tmp_path / "run" / "checkpoint.pt").calibration

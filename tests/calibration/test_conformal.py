@@ -45,7 +45,7 @@ def test_decisions_follow_from_the_p_values(count, rate):
     random = np.random.default_rng(count)
     scores = random.integers(0, 40, count) / 4  # ties
     if rate * (count + 1) < 1 - 1e-9:
-        with pytest.raises(ValueError, match=rf"with {count} calibration images"):
+        with pytest.raises(ValueError, match=rf"the lowest that {count} calibration images can promise"):
             build_calibration(scores, rate)
         return
     calibration = build_calibration(scores, rate)
@@ -78,7 +78,9 @@ def test_lowest_possible_rates():
         and allowed_false_alarms(99, 0.29) == 29
         and allowed_false_alarms(100, 0.01) == 1
     )
-    with pytest.raises(ValueError, match=r"with 98 calibration images 0\.0101, got 0\.01, which needs 99 good images"):
+    with pytest.raises(
+        ValueError, match=r"0\.0101, the lowest that 98 calibration images can promise, got 0\.01, which needs 99"
+    ):
         allowed_false_alarms(98, 0.01)
     for rate in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="wanted a share above 0 and below 1"):

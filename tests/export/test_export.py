@@ -350,7 +350,7 @@ def test_wrong_options_are_refused(run, tmp_path, monkeypatch):
     tiled = save(tmp_path / "tiled.pt", RECIPE.replace(tile=32, size=32, crop=None))
     assert "wanted a detector of whole images to export, got one of tiles" in fails("export", tiled, "--format", "pt2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "onnx needs onnx, onnxscript, onnxruntime: pip install 'recontrast[export]'" in fails(
+    assert "got no onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime" in fails(
         "export", run, "--format", "onnx"
     )
 

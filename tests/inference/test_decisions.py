@@ -79,7 +79,9 @@ def test_rate_replaces_that_of_the_calibration(calibration, folder, tmp_path):
     predict(BrightnessDetector(calibration), [folder / "good.png"], tmp_path, rate=0.1)
     about = json.loads((tmp_path / "scores.json").read_text())["calibration"]
     assert about["rate"] == 0.1 and about["threshold"] == calibration.with_rate(0.1).threshold < calibration.threshold
-    with pytest.raises(ValueError, match=r"with 19 calibration images 0\.05, got 0\.01, which needs 99"):
+    with pytest.raises(
+        ValueError, match=r"0\.05, the lowest that 19 calibration images can promise, got 0\.01, which needs 99"
+    ):
         predict(BrightnessDetector(calibration), [folder], tmp_path / "out", rate=0.01)
     assert not (tmp_path / "out").exists()
 

@@ -39,7 +39,11 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     ] = False,
     threshold: Annotated[float | None, typer.Option(help="Flag images whose score is at least this.")] = None,
     decide: Annotated[
-        bool, typer.Option("--decide", help="Stop if there is no calibration to decide good or defect by.")
+        bool,
+        typer.Option(
+            "--decide",
+            help="Fail if no decisions can be made. Without it, a detector that is not calibrated only gives scores.",
+        ),
     ] = False,
     false_alarm_rate: Annotated[
         float | None, typer.Option(help="Decide at this rate instead of the calibrated one.")

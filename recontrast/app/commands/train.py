@@ -22,11 +22,12 @@ def train(  # 26 options and the output; `train_job` does the work
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A recipe of the paper or a YAML file; other options override it. Default: mvtec with holdout."
+            help="A recipe of the paper or a YAML file; other options override it. Default: mvtec, with --holdout 0.1."
         ),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Name of a timm model. In mvtec: wide_resnet50_2.tv_in1k.")
+        str | None,
+        typer.Option(help="Name of a timm model. Default: as in the recipe; in mvtec: wide_resnet50_2.tv_in1k."),
     ] = None,
     weights: Annotated[
         str | None,
@@ -34,22 +35,34 @@ def train(  # 26 options and the output; `train_job` does the work
             help="Backbone weights: a .pth, .pt or .safetensors file, package, or random. Default: timm's hub."
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. In mvtec: 2000.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per step. In mvtec: 16.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the resized images in pixels. In mvtec: 256.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps. Default: as in the recipe; in mvtec: 2000.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step. Default: as in the recipe; in mvtec: 16.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the resized images in pixels. Default: as in the recipe; in mvtec: 256.")
+    ] = None,
     tile: Annotated[
         int | None, typer.Option(help="Train on tiles of this side in pixels at full resolution, instead of --size.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed. In mvtec: 111.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed. Default: as in the recipe; in mvtec: 111.")] = None,
     holdout: Annotated[
         float | None,
-        typer.Option(help="Share of the good images held out for calibration. Default: 0.1; in recipes: 0."),
+        typer.Option(
+            help="Share of the good images that are held out for calibration. "
+            "Default: 0.1; with --recipe: as in the recipe (0 in those of the paper)."
+        ),
     ] = None,
     encoder_bn: Annotated[
         str | None,
-        typer.Option(help="BatchNorm of the trained encoder: train, eval or auto. In mvtec: auto (by category)."),
+        typer.Option(
+            help="BatchNorm of the trained encoder: train, eval or auto. "
+            "Default: as in the recipe; in mvtec: auto, chosen by category."
+        ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). In mvtec: float32.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16 (autocast). Default: as in the recipe; in mvtec: float32.")
+    ] = None,
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--no-channels-last", help="Memory layout. Default: the faster one.")
     ] = None,
@@ -58,7 +71,7 @@ def train(  # 26 options and the output; `train_job` does the work
     ] = None,
     device: Device = None,
     resume: Annotated[
-        Path | None, path_option(help="Continue this checkpoint with its recipe, category and folder.")
+        Path | None, path_option(help="Run or checkpoint to continue, with its recipe, category and folder.")
     ] = None,
     cache: Annotated[Path | None, path_option(help="Folder for decoded images. Default: keep them in memory.")] = None,
     teacher_cache: Annotated[

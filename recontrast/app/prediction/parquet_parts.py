@@ -18,7 +18,7 @@ from recontrast.data.images import list_images
 from recontrast.inference.decisions import REGION_COLUMNS
 
 FOLDER = "scores.parquet"  # pandas, polars, DuckDB, Spark and pyarrow read a folder of parts as one table
-MISSING = "Parquet needs pyarrow, which is not installed: pip install 'recontrast[ray]'"
+MISSING = "Parquet: wanted the package pyarrow, got none installed: pip install pyarrow"
 LISTS = (".txt", ".parquet")  # lists of images: one path per line, or a column named path
 
 

@@ -28,7 +28,7 @@ from recontrast.data.locks import lock_folder
 from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector
 
-MISSING = "--engine ray needs Ray Data, which is not installed: pip install 'recontrast[ray]'"
+MISSING = "--engine ray: wanted the package ray[data], got none installed: pip install 'ray[data]' pyarrow"
 TRIES = 4  # an error is raised after this many workers died on the same part; Ray would retry forever
 STORE = 128 << 20  # bytes of Ray's object store on this machine; only paths pass through it
 CPUS_EACH = 4  # CPUs per worker without GPUs; one network scales badly beyond that

@@ -70,8 +70,10 @@ def _render_card(shot: Shot, pictures: Pictures, threshold: float | None) -> str
         mask = f'<span class="pic">{image}</span>'
     else:
         mask = f'<span class="pic empty">{"no mask" if sample.label else "no defect"}</span>'
-    times = "" if not threshold else f' <span class="dim">{shot.score / threshold:.2f} &times; threshold</span>'
-    p_value = "" if shot.p_value is None else f' <span class="dim">p = {shot.p_value:.3g}</span>'
+    details = [f"{shot.score / threshold:.2f} &times; threshold"] if threshold else []
+    if shot.p_value is not None:
+        details.append(f"p&nbsp;=&nbsp;{shot.p_value:.3g}")
+    detail = f' <span class="dim">{", ".join(details)}</span>' if details else ""
     wrong = " wrong" if shot.outcome in (MISSED, FALSE_ALARM) else ""
     return (
         f'<li class="card{wrong}" data-category="{escape(sample.category)}" data-defect="{escape(sample.defect)}" '
@@ -81,7 +83,7 @@ def _render_card(shot: Shot, pictures: Pictures, threshold: float | None) -> str
         f'<span class="pic mixed"><img class="heat" src="{pictures.heat}" '
         f'alt="Heat map of {name}" decoding="async"></span>{mask}</span>'
         f'<figcaption><strong class="outcome"><span aria-hidden="true">{SIGNS[shot.outcome]}</span> {shot.outcome}'
-        f'</strong> <span class="score">{shot.score:#.4g}</span>{times}{p_value}'
+        f'</strong> <span class="score">{shot.score:#.4g}</span>{detail}'
         f'<span class="file">{escape(description)}<br><span title="{escape(str(sample.path))}">{name}</span></span>'
         f"</figcaption></figure></li>"
     )

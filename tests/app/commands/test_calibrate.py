@@ -96,8 +96,9 @@ def test_unreadable_images_are_named_and_left_out(run, good, tmp_path):
 
 def test_what_cannot_be_promised_is_refused(run, good, tmp_path):
     before = (run / "checkpoint.pt").read_bytes()
-    assert "with 24 calibration images 0.04, got 0.01, which needs 99 good images" in fails(
-        "calibrate", run, "--good", good
+    assert (
+        "1/25 = 0.04, the lowest that 24 calibration images can promise, got 0.01, which needs 99 good images"
+        in fails("calibrate", run, "--good", good)
     )
     assert "above 0 and below 1, got 1.5" in fails("calibrate", run, "--good", good, "--false-alarm-rate", 1.5)
     rate = ["--false-alarm-rate", 0.1]
