@@ -305,7 +305,7 @@ def _count_bytes(value: Any) -> int:
 
 
 # Recipe fields that scores depend on, besides the weights and the image.
-SCORE_FIELDS = ("size", "crop", "blur", "reduce", "score", "views", "tile")
+SCORE_FIELDS = ("bits", "size", "crop", "blur", "reduce", "score", "views", "tile")
 
 
 def digest(weights: Mapping[str, Tensor], recipe: Recipe) -> str:

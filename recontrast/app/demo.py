@@ -131,7 +131,9 @@ def _draw_sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Re
     tests = [sample for sample in samples if sample.split == "test"]
     kinds = list(dict.fromkeys(sample.defect for sample in tests))
     examples = [s for kind in kinds for s in [s for s in tests if s.defect == kind][:EXAMPLES]]
-    batch = np.stack([images.read_image(sample.path, size=recipe.size, crop=recipe.crop) for sample in examples])
+    batch = np.stack(
+        [images.read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits) for sample in examples]
+    )
     batches = [(maps.cpu().numpy(), scores.cpu()) for maps, scores in infer(model, batch, recipe)]
     maps, scores = (np.concatenate(part) for part in zip(*batches, strict=True))
     low, high = float(np.median(maps)), float(maps.max())

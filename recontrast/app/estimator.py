@@ -8,6 +8,7 @@ their scores, so that a new good image is called a defect with probability at mo
 import io
 import math
 import operator
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from recontrast.inference.options import InferenceOptions
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
+from recontrast.training.camera_bits import fix_bits
 from recontrast.training.holdout import resolve_holdout_count
 from recontrast.training.train import train
 
@@ -132,11 +134,12 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
         count = resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)
         order = np.random.default_rng(recipe.seed).permutation(good)
+        recipe = fix_bits(recipe, [images[index] for index in good if isinstance(images[index], str | os.PathLike)])
         held, used = np.sort(order[:count]), np.sort(order[count:])
         device = resolve_device(self.device)
 
         def select(indices: NDArray[np.int64]) -> InMemoryImages:
-            return InMemoryImages([images[index] for index in indices], recipe.size, recipe.crop)
+            return InMemoryImages([images[index] for index in indices], recipe.size, recipe.crop, recipe.bits)
 
         with _isolate_random_state():
             result = train(recipe, select(used)[np.arange(len(used))], device=device)
@@ -257,7 +260,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     def _run(self, X: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
         check_is_fitted(self)
         recipe = self.recipe_
-        images = InMemoryImages(X, recipe.size, recipe.crop)
+        images = InMemoryImages(X, recipe.size, recipe.crop, recipe.bits)
         move_model(self.model_, resolve_device(self.device), recipe.channels_last)
         for maps, scores in infer(self.model_, images, recipe, batch=self.batch or recipe.batch):
             yield maps.float().cpu().numpy(), scores.double().cpu().numpy()

@@ -173,7 +173,9 @@ def decide_on_result(
     if samples and calibration.appearance:
         images: Images = SampleImages(samples, recipe, workers)
         if cache_dir is not None and recipe.tile is None:
-            images = ImageCache(samples, recipe.size, recipe.crop, directory=cache_dir, workers=workers)
+            images = ImageCache(
+                samples, recipe.size, recipe.crop, directory=cache_dir, bits=recipe.bits, workers=workers
+            )
         appearance_drift = measure_appearance_drift(np.array(calibration.appearance), describe_appearance(images))
     score_drift = measure_score_drift(calibration, good) if good else None
     return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)

@@ -164,7 +164,7 @@ def run_job(
             cache_dir=cache, on_log=log, teacher_cache=int(teacher_cache * 2**30),
         )  # fmt: skip
         if board is not None:
-            board.images(total, result.model, samples, job.recipe)
+            board.images(total, result.model, samples, result.recipe)
         for path in replaced:  # of the earlier run
             path.unlink(missing_ok=True)
     return result

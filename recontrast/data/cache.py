@@ -42,6 +42,7 @@ class ImageCache:
         tile: Side of a tile, in pixels. If given, ``size`` and ``crop`` are ignored: images keep their original scale
             and are cut into tiles, the tiles of one file in sequence. See `recontrast.data.tiles`.
         stride: Distance from one tile to the next, in pixels. None uses ``tile``, without overlap.
+        bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
         workers: Number of decoding threads. None uses one per available CPU.
         on_progress: Called with (files done, all files) while decoding; not called if the cache file exists.
 
@@ -65,6 +66,7 @@ class ImageCache:
         *,
         tile: int | None = None,
         stride: int | None = None,
+        bits: int | None = None,
         workers: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class ImageCache:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)
+        self._bits = bits
         self.offsets = [*accumulate((self._count_images(path) for path in self._files), initial=0)]
         side = (self._crop or self._size) if tile is None else (tile, tile)
         self.shape = (self.offsets[-1], *side, 3)
@@ -141,7 +144,7 @@ class ImageCache:
                 raise FileNotFoundError(f"{path}: wanted an image, got no such file") from None
             files.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
         layout = ["bilinear", self._size, self._crop] if self._tile is None else ["tiles", *self._tile]
-        content = [FORMAT, PIL.__version__, *layout, files]
+        content = [FORMAT, PIL.__version__, *layout, self._bits, files]
         return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _decode(self, store: Callable[[int, np.ndarray], Any]) -> None:
@@ -168,9 +171,9 @@ class ImageCache:
     def _read(self, path: Path) -> Iterator[np.ndarray]:
         """Yield the image, or the tiles, of a file."""
         if self._tile is None:
-            yield read_image(path, size=self._size, crop=self._crop)
+            yield read_image(path, size=self._size, crop=self._crop, bits=self._bits)
         else:
-            tiles = Tiles(read_image(path), *self._tile)
+            tiles = Tiles(read_image(path, bits=self._bits), *self._tile)
             yield from (tiles[[i]][0] for i in range(len(tiles)))
 
     def _build(self, path: Path) -> None:

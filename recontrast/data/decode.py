@@ -28,7 +28,7 @@ from recontrast.data.listing import PathLike
 from recontrast.data.notices import warn_once
 from recontrast.data.pillow_warnings import ignore_pillow_warnings
 from recontrast.data.regular_file import open_regular
-from recontrast.data.samples import FULL_SCALE_KEY, SampleError
+from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, SampleError
 
 # The plugins are called directly, because Image.open has a process-wide limit: it warns above 89 megapixels and fails
 # above 179.
@@ -52,6 +52,9 @@ _TRANSPOSE_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+LARGEST_OF_FEWER_BITS = 16383
+"""Largest sample of 14 bits: an image of 16 bits without larger samples is dark, or its camera has fewer bits."""
+
 _JPEG_2000_HEAD = 1 << 20  # bytes before the codestream: metadata
 
 
@@ -65,6 +68,7 @@ class _OpenImage:
         orientation: Orientation of the stored image, from 1 to 8.
         load: Decodes the image and applies the orientation.
         several: Returns whether the file has further images; called after ``load``.
+        bits: Bits of a sample: 16 if `decode` can scale them by another full scale, else 8.
     """
 
     width: int
@@ -72,6 +76,7 @@ class _OpenImage:
     orientation: int
     load: Callable[[], Image.Image]
     several: Callable[[], bool]
+    bits: int = 8
 
 
 def decode(path: PathLike, max_pixels: int, full: int | None = None) -> Image.Image:
@@ -80,7 +85,8 @@ def decode(path: PathLike, max_pixels: int, full: int | None = None) -> Image.Im
     Args:
         path: File of one of `recontrast.data.formats.FORMATS`.
         max_pixels: Largest number of pixels.
-        full: Largest sample value of the camera, for files with 16 bits per sample. None is 65535.
+        full: Sample value that becomes white in colour files of 16 bits, in which larger values become white too. None
+            is 65535. Grey samples are not scaled.
 
     Returns:
         The image, loaded, in the mode of the file. For grey samples of other full scale than 255 or 65535, ``info``
@@ -95,6 +101,8 @@ def decode(path: PathLike, max_pixels: int, full: int | None = None) -> Image.Im
         with convert_decoder_errors(path):
             picture = image.load()
         _warn_of_unused_parts(path, image, picture)
+        if LARGEST_KEY in picture.info:
+            warn_of_range(path, picture.info[LARGEST_KEY], full)
         return picture
 
 
@@ -127,6 +135,45 @@ def read_upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:
     with _open(path, max_pixels) as image:
         turned = image.orientation in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def read_bits(path: PathLike, max_pixels: int) -> int:
+    """Read the bits of the samples of an image, from the header of the file.
+
+    Args:
+        path: File of one of `recontrast.data.formats.FORMATS`.
+        max_pixels: Largest number of pixels.
+
+    Returns:
+        16 if the samples have 16 bits and the camera may have used fewer; else 8.
+
+    Raises:
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not an image of these formats, or has too many pixels.
+    """
+    with _open(path, max_pixels) as image:
+        return image.bits
+
+
+def warn_of_range(path: PathLike, largest: int, full: int | None) -> None:
+    """Warn if the samples of a 16-bit image use little of the scale, or exceed it.
+
+    Args:
+        path: Name of the image.
+        largest: Its largest sample.
+        full: Full scale of its detector; None is that of 16 bits.
+    """
+    if full is None and 0 < largest <= LARGEST_OF_FEWER_BITS:
+        levels = largest // 257 + 1
+        warn_once(
+            "bits",
+            path,
+            f"has 16-bit samples of at most {largest}, which leaves {levels} of 256 grey levels: if the camera has "
+            "fewer bits, say so by the recipe field bits (--set bits=12) or the argument bits",
+        )
+    elif full is not None and largest > full:
+        text = f"has samples of up to {largest}, more than the {full} of {full.bit_length()} bits: they become white"
+        warn_once("range", path, f"{text}, here and in other files")
 
 
 @contextmanager
@@ -197,7 +244,8 @@ def _read_header(file: IO[bytes], image_format: str, full: int | None) -> _OpenI
     """Read the header of a file, and choose its decoder."""
     if image_format == "Netpbm":
         header = netpbm.read_header(file)
-        return _OpenImage(header.width, header.height, 1, partial(netpbm.read_picture, file, header, full), bool)
+        read = partial(netpbm.read_picture, file, header, full)
+        return _OpenImage(header.width, header.height, 1, read, bool, 16 if header.full == 65535 else 8)
     if image_format == "TIFF":
         page = tiff_tags.read_tags(file)
         file.seek(0)
@@ -206,12 +254,15 @@ def _read_header(file: IO[bytes], image_format: str, full: int | None) -> _OpenI
             load: Callable[[], Image.Image] = partial(_load_unusual_tiff, file, page, full)
         else:
             load = partial(_load, TiffImagePlugin.TiffImageFile(file, ""))
-        return _OpenImage(page.width, page.height, page.orientation, load, partial(bool, page.pages > 1))
+        several = partial(bool, page.pages > 1)
+        return _OpenImage(page.width, page.height, page.orientation, load, several, 16 if page.bits[0] == 16 else 8)
     scale = _read_jpeg_2000_scale(file) if image_format == "JPEG 2000" else None
     # Without a file name, PIL does not memory-map the file, which could be truncated later.
     image = _PLUGINS[image_format](file, "")
     load = partial(_load, image, scale, full)
-    return _OpenImage(*image.size, _read_orientation(image), load, lambda: bool(getattr(image, "is_animated", False)))
+    several = partial(_is_animated, image)
+    bits = 16 if image.mode.startswith("I") and scale in (None, 65535) else 8
+    return _OpenImage(*image.size, _read_orientation(image), load, several, bits)
 
 
 def _load(image: ImageFile.ImageFile, scale: int | None = None, full: int | None = None) -> Image.Image:
@@ -220,15 +271,23 @@ def _load(image: ImageFile.ImageFile, scale: int | None = None, full: int | None
     Args:
         image: Image whose header has been read.
         scale: Full scale of its grey samples, if it is not that of the mode.
-        full: Largest sample value of the camera, for files with 16 bits per sample.
+        full: Sample value that should become white in colour files of 16 bits.
     """
-    if full is not None and any(";16" in str(tile[3]) for tile in image.tile) and image.mode != "I;16":
+    deep_colour = any(";16" in str(tile[3]) for tile in image.tile) and not image.mode.startswith("I")
+    if deep_colour and full is not None:
         raise SampleError("16-bit colour in PNG, of which only the high bytes can be read: use grey or TIFF")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         # load() enforces PIL's pixel limit, but only if it allocates the memory itself
         image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
     image.load()
-    return _turn(image, _read_orientation(image), full if scale in (None, 65535) and image.mode == "I;16" else scale)
+    if deep_colour:
+        image.info[LARGEST_KEY] = max(high for _, high in image.getextrema()) << 8 | 255  # type: ignore[misc]
+    return _turn(image, _read_orientation(image), scale)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Return whether an image opened by Pillow has several frames."""
+    return bool(getattr(image, "is_animated", False))
 
 
 def _load_unusual_tiff(file: IO[bytes], page: tiff_tags.TiffPage, full: int | None) -> Image.Image:

@@ -3,12 +3,9 @@
 import numpy as np
 from PIL import Image
 
-from recontrast.data.decode import convert_decoder_errors
+from recontrast.data.decode import convert_decoder_errors, warn_of_range
 from recontrast.data.listing import PathLike
-from recontrast.data.notices import warn_once
-from recontrast.data.samples import FULL_SCALE_KEY, scale_to_eight_bits
-
-LARGEST_OF_FEWER_BITS = 16383  # 14 bits: an image of 16 bits whose brightest sample is below is unusually dark
+from recontrast.data.samples import FULL_SCALE_KEY, scale_to_eight_bits, to_full_scale
 
 
 def read_deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | None:
@@ -39,12 +36,13 @@ def read_deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | No
     return (full - values if image.mode != "I" and tags.get(262) == 0 else values), full  # tag 262, value 0: white is 0
 
 
-def to_eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
+def to_eight_bits(path: PathLike, image: Image.Image, bits: int | None = None) -> Image.Image:
     """Convert an image to 8 bits.
 
     Args:
         path: Name of the image in error messages and warnings.
         image: Decoded image of any mode.
+        bits: Bits that the camera uses of 16-bit samples; larger samples become white. None is 16.
 
     Returns:
         Image of mode "L" or "RGB".
@@ -58,13 +56,10 @@ def to_eight_bits(path: PathLike, image: Image.Image) -> Image.Image:
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > full:
             raise ValueError(f"{path}: wanted samples from 0 to {full} ({full.bit_length()} bits), got {low} to {high}")
-        if full == 65535 and 0 < high <= LARGEST_OF_FEWER_BITS:
-            warn_once(
-                "bits",
-                path,
-                f"has 16-bit samples of at most {high}, which leaves {high // 257 + 1} grey levels of 256: give the "
-                "bits of the camera (bits=12) if it has fewer than 16",
-            )
+        if full == 65535:
+            scale = to_full_scale(bits)
+            warn_of_range(path, high, scale)
+            full = scale or full
         return Image.fromarray(scale_to_eight_bits(values, full))
     with convert_decoder_errors(path):
         if "transparency" in image.info:  # PIL would warn, or replace the transparent colour

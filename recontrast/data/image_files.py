@@ -33,51 +33,56 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def resized(self, size: Size, crop: Size | None = None) -> "ResizedImages":
+    def resized(self, size: Size, crop: Size | None = None, bits: int | None = None) -> "ResizedImages":
         """Return all images resized to one size, for `recontrast.inference.infer.infer`.
 
         Args:
             size: Size after resizing, in pixels.
             crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+            bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
 
         Returns:
             The images; they are read on access.
         """
-        return ResizedImages(self, size, crop)
+        return ResizedImages(self, size, crop, bits)
 
-    def read(self, position: int, size: Size | None = None, crop: Size | None = None) -> np.ndarray | None:
+    def read(
+        self, position: int, size: Size | None = None, crop: Size | None = None, bits: int | None = None
+    ) -> np.ndarray | None:
         """Read one image. If it fails, store the reason in ``errors``.
 
         Args:
             position: Position of the file in ``paths``.
             size: Size after resizing, in pixels. None keeps the size.
             crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+            bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
 
         Returns:
             (H, W, 3) uint8; None if the file cannot be read.
         """
         try:
-            return self._decode(position, size, crop)
+            return self._decode(position, size, crop, bits)
         except OSError as error:
             self.errors[position] = f"{self.paths[position]}: {error.strerror or error}"
         except ValueError as error:
             self.errors[position] = str(error)
         return None
 
-    def read_many(self, positions: Sequence[int]) -> list[np.ndarray | None]:
+    def read_many(self, positions: Sequence[int], bits: int | None = None) -> list[np.ndarray | None]:
         """Read several images at their original sizes.
 
         Args:
             positions: Positions of the files in ``paths``.
+            bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
 
         Returns:
             The result of `read` for each position.
         """
-        return list(self._map(self.read, positions))
+        return list(self._map(lambda position: self.read(position, bits=bits), positions))
 
-    def _decode(self, position: int, size: Size | None, crop: Size | None) -> np.ndarray:
+    def _decode(self, position: int, size: Size | None, crop: Size | None, bits: int | None = None) -> np.ndarray:
         """Decode one image; subclasses override this to read from other sources."""
-        return read_image(self.paths[position], size=size, crop=crop)
+        return read_image(self.paths[position], size=size, crop=crop, bits=bits)
 
 
 class ResizedImages:
@@ -87,10 +92,11 @@ class ResizedImages:
         files: Image files.
         size: Size after resizing, in pixels.
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+        bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
     """
 
-    def __init__(self, files: ImageFiles, size: Size, crop: Size | None) -> None:
-        self.files, self.size, self.crop = files, size, crop
+    def __init__(self, files: ImageFiles, size: Size, crop: Size | None, bits: int | None = None) -> None:
+        self.files, self.size, self.crop, self.bits = files, size, crop, bits
         self.out = parse_size(size if crop is None else crop, "size")
 
     def __len__(self) -> int:
@@ -102,7 +108,7 @@ class ResizedImages:
 
     def _read(self, position: int) -> np.ndarray:
         """Read one image, (H, W, 3) uint8; black if the file cannot be read."""
-        pixels = self.files.read(position, self.size, self.crop)
+        pixels = self.files.read(position, self.size, self.crop, self.bits)
         return np.zeros((*self.out, 3), np.uint8) if pixels is None else pixels
 
 

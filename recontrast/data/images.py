@@ -23,6 +23,7 @@ from recontrast.data.eight_bits import to_eight_bits, to_mask_levels
 from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
 from recontrast.data.normalise import normalise
 from recontrast.data.resize import Size, crop_centre, parse_size, resize, to_rgb_array
+from recontrast.data.samples import to_full_scale
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -41,7 +42,9 @@ MAX_PIXELS = 512_000_000
 """Largest number of pixels of an image, 1.5 GB as RGB; a header that states more is damaged or malicious."""
 
 
-def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = None) -> np.ndarray:
+def read_image(
+    path: PathLike, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None
+) -> np.ndarray:
     """Decode an image file.
 
     Args:
@@ -49,6 +52,8 @@ def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = 
         size: Size after resizing, in pixels: (height, width), or one number for a square. The aspect ratio is not
             kept, as upstream. None keeps the size.
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+        bits: Bits that the camera uses of 16-bit samples, from 8 to 16; larger samples become white. None is 16. Files
+            with fewer than 16 bits are scaled by their own.
 
     Returns:
         (H, W, 3) uint8, RGB.
@@ -58,11 +63,17 @@ def read_image(path: PathLike, *, size: Size | None = None, crop: Size | None = 
         ValueError: If the file is not a complete image of these formats, has more than `MAX_PIXELS` pixels or samples
             of unknown scale, or if ``size`` or ``crop`` is invalid.
     """
-    return fit_picture(decode(path, MAX_PIXELS), size=size, crop=crop, name=path)
+    picture = decode(path, MAX_PIXELS, to_full_scale(bits))
+    return fit_picture(picture, size=size, crop=crop, bits=bits, name=path)
 
 
 def fit_picture(
-    picture: Image.Image, *, size: Size | None = None, crop: Size | None = None, name: PathLike = "image"
+    picture: Image.Image,
+    *,
+    size: Size | None = None,
+    crop: Size | None = None,
+    bits: int | None = None,
+    name: PathLike = "image",
 ) -> np.ndarray:
     """Convert a decoded image to the pixels that `read_image` returns for its file.
 
@@ -70,6 +81,7 @@ def fit_picture(
         picture: PIL image of any mode, with its EXIF orientation applied.
         size: Size after resizing, as in `read_image`.
         crop: Size of the centre crop, as in `read_image`.
+        bits: Bits that the camera uses of 16-bit samples, as in `read_image`.
         name: Name of the image in error messages.
 
     Returns:
@@ -78,7 +90,7 @@ def fit_picture(
     Raises:
         ValueError: If the samples have no known scale, or if ``size`` or ``crop`` is invalid.
     """
-    return to_rgb_array(crop_centre(name, resize(to_eight_bits(name, picture), size), crop))
+    return to_rgb_array(crop_centre(name, resize(to_eight_bits(name, picture, bits), size), crop))
 
 
 def read_mask(

@@ -26,6 +26,7 @@ class InMemoryImages:
             in [0, 1]; floats are rounded to 256 levels before resizing.
         size: Size after resizing, in pixels: (height, width), or one number for a square.
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
+        bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
 
     Attributes:
         shape: (n, H, W, 3).
@@ -34,9 +35,10 @@ class InMemoryImages:
         ValueError: If ``images`` is empty or of another kind, or if ``size`` or ``crop`` is invalid.
     """
 
-    def __init__(self, images: Any, size: Size, crop: Size | None = None) -> None:
+    def __init__(self, images: Any, size: Size, crop: Size | None = None, bits: int | None = None) -> None:
         self._items = as_image_list(images)
         self._size, self._crop = parse_size(size, "size"), None if crop is None else parse_size(crop, "crop")
+        self._bits = bits
         self.shape = (len(self._items), *(self._crop or self._size), 3)
 
     def __len__(self) -> int:
@@ -67,10 +69,10 @@ class InMemoryImages:
         """Decode one image."""
         item = self._items[position]
         if isinstance(item, str | os.PathLike):
-            return read_image(item, size=self._size, crop=self._crop)
+            return read_image(item, size=self._size, crop=self._crop, bits=self._bits)
         name = f"image {position}"
         picture = apply_orientation(item) if isinstance(item, Image.Image) else Image.fromarray(to_uint8(item, name))
-        return fit_picture(picture, size=self._size, crop=self._crop, name=name)
+        return fit_picture(picture, size=self._size, crop=self._crop, bits=self._bits, name=name)
 
 
 def as_image_list(images: Any) -> list[Any]:

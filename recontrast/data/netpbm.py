@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from recontrast.data.samples import FULL_SCALE_KEY, scale_to_eight_bits
+from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, scale_to_eight_bits
 
 _SPACE = b" \t\n\v\f\r"
 _MAX_HEADER_BYTES = 1 << 16  # comments may be long
@@ -83,7 +83,7 @@ def read_picture(file: IO[bytes], header: NetpbmHeader, full: int | None = None)
     Args:
         file: Netpbm file.
         header: Its header.
-        full: Largest sample value of the camera, for files of 16 bits; None is that of the header.
+        full: Sample value that becomes white in colour files of 16 bits; None is 65535.
 
     Returns:
         Image of mode "L", "RGB", or "I;16" with its full scale in ``info``.
@@ -102,13 +102,16 @@ def read_picture(file: IO[bytes], header: NetpbmHeader, full: int | None = None)
     scale = full if full is not None and header.full == 65535 else header.full
     if channels == 1 and header.full > 255:
         image = Image.fromarray(values.astype(np.uint16, copy=False))
-        image.info[FULL_SCALE_KEY] = scale
+        image.info[FULL_SCALE_KEY] = header.full
         return image
     if header.full == 65535 and full is None:
         levels = (values >> 8).astype(np.uint8)  # as 16-bit colour in PNG and TIFF
     else:
         levels = scale_to_eight_bits(values, scale)
-    return Image.fromarray(levels.reshape(header.height, header.width, 3) if channels == 3 else levels)
+    image = Image.fromarray(levels.reshape(header.height, header.width, 3) if channels == 3 else levels)
+    if header.full == 65535:
+        image.info[LARGEST_KEY] = int(values.max())
+    return image
 
 
 def _read_binary(file: IO[bytes], header: NetpbmHeader, shape: tuple[int, int]) -> np.ndarray:

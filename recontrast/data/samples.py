@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LARGEST_KEY = "largest_sample"  # in Image.info: largest sample of 16-bit colour, which the image itself no longer has
 FULL_SCALE_KEY = "full_scale"  # in Image.info: largest value of a grey sample, if it is not that of the mode
 _BLOCK_SAMPLES = 1 << 22  # samples that are scaled at a time
 
@@ -20,21 +21,6 @@ class SampleError(ValueError):
     def __init__(self, got: str, wanted: str = "unsigned integer samples of 1 to 16 bits") -> None:
         super().__init__(got)
         self.wanted = wanted
-
-
-def check_range(planes: list[NDArray[Any]], full: int) -> None:
-    """Raise an error if a sample exceeds the full scale.
-
-    Args:
-        planes: Samples.
-        full: Value of the brightest sample.
-
-    Raises:
-        SampleError: If a sample is larger.
-    """
-    largest = max(int(plane.max()) for plane in planes)
-    if largest > full:
-        raise SampleError(f"a sample of {largest}", f"samples from 0 to {full} ({full.bit_length()} bits)")
 
 
 def scale_to_eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
@@ -58,3 +44,22 @@ def scale_to_eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
         block //= full
         result[top : top + step] = block
     return result
+
+
+def to_full_scale(bits: int | None) -> int | None:
+    """Convert the bits of a camera to its full scale.
+
+    Args:
+        bits: Bits that the camera uses of 16-bit samples, from 8 to 16; None is 16.
+
+    Returns:
+        Value of its brightest sample; None for 16 bits.
+
+    Raises:
+        ValueError: If ``bits`` is out of range.
+    """
+    if bits is None or bits == 16:
+        return None
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 8 <= bits <= 16:
+        raise ValueError(f"bits: wanted None or a whole number from 8 to 16, got {bits!r}")
+    return (1 << bits) - 1

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
-from recontrast.data.samples import FULL_SCALE_KEY, SampleError, check_range, scale_to_eight_bits
+from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, SampleError, scale_to_eight_bits
 from recontrast.data.tiff_tags import COMPRESSIONS, PHOTOMETRICS, TiffPage, read_at
 
 _FORMATS = {2: "signed integer", 3: "floating-point", 4: "undefined", 5: "complex integer", 6: "complex"}
@@ -29,7 +29,7 @@ def read_page(file: IO[bytes], page: TiffPage, full: int | None = None) -> Image
     Args:
         file: TIFF file.
         page: Its layout.
-        full: Largest sample value of the camera, for 16-bit files; None is that of the file's bits.
+        full: Sample value that becomes white in 16-bit colour; None is 65535.
 
     Returns:
         A grey image of mode "L", "I;16" or "I" with its full scale in ``info``, or an image of mode "RGB", "RGBA" or
@@ -48,18 +48,21 @@ def read_page(file: IO[bytes], page: TiffPage, full: int | None = None) -> Image
     if photometric == 3:
         return Image.fromarray(_read_colours(page)[values[0]])
     if needed == 1:
-        return _make_grey(values[0], bits, photometric == 0, full)
+        return _make_grey(values[0], bits, photometric == 0)
     scale = full if bits == 16 and full is not None else (1 << bits) - 1
-    check_range(values, scale)
     if bits == 16 and full is None:
         levels = [(plane >> 8).astype(np.uint8) for plane in values]
     else:
         levels = [scale_to_eight_bits(plane, scale) for plane in values]
     pixels = np.stack(levels, axis=2)
-    height, width = pixels.shape[:2]
+    size = (page.width, page.height)
     if alpha:
-        return Image.frombytes("RGBA", (width, height), pixels.tobytes(), "raw", "RGBa")
-    return Image.frombytes("CMYK" if needed == 4 else "RGB", (width, height), pixels.tobytes())
+        image = Image.frombytes("RGBA", size, pixels.tobytes(), "raw", "RGBa")
+    else:
+        image = Image.frombytes("CMYK" if needed == 4 else "RGB", size, pixels.tobytes())
+    if bits == 16:
+        image.info[LARGEST_KEY] = max(int(plane.max()) for plane in values)
+    return image
 
 
 def check_layout(page: TiffPage) -> None:
@@ -94,7 +97,7 @@ def check_layout(page: TiffPage) -> None:
         raise SampleError(f"predictor {page.get(317, 1)} with {bits[0]} bits")
 
 
-def _make_grey(values: NDArray[Any], bits: int, white_is_zero: bool, full: int | None) -> Image.Image:
+def _make_grey(values: NDArray[Any], bits: int, white_is_zero: bool) -> Image.Image:
     """Return one plane as a grey image with its full scale."""
     scale = 65535 if bits == 32 else (1 << bits) - 1
     if white_is_zero:
@@ -104,7 +107,7 @@ def _make_grey(values: NDArray[Any], bits: int, white_is_zero: bool, full: int |
     if bits == 32:
         return Image.fromarray(values.clip(-(1 << 31), (1 << 31) - 1).astype(np.int32))
     image = Image.fromarray(values)
-    image.info[FULL_SCALE_KEY] = full if bits == 16 and full else scale
+    image.info[FULL_SCALE_KEY] = scale
     return image
 
 

@@ -45,7 +45,8 @@ class SampleImages:
             Images (N, H, W, 3), uint8.
         """
         samples = [self.samples[i] for i in index]
-        return ImageCache(samples, self.recipe.size, self.recipe.crop, workers=self.workers)[:]
+        recipe = self.recipe
+        return ImageCache(samples, recipe.size, recipe.crop, bits=recipe.bits, workers=self.workers)[:]
 
 
 class Category:

@@ -143,7 +143,7 @@ def _infer_samples(
     images: list[Images] = [
         SampleImages(group, recipe, workers)
         if cache_dir is None
-        else ImageCache(group, recipe.size, recipe.crop, cache_dir, workers=workers)
+        else ImageCache(group, recipe.size, recipe.crop, cache_dir, bits=recipe.bits, workers=workers)
         for group in groups
     ]
     return infer(model, ConcatImages(images), recipe, batch=batch, clock=clock)

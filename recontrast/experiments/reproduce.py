@@ -186,7 +186,7 @@ def _complete_run(
     for entry, recipe in recipes.items():
         if entry not in rows:
             result = evaluate(
-                trained.model, samples, recipe, cache_dir=cache_dir,
+                trained.model, samples, recipe.replace(bits=trained.recipe.bits), cache_dir=cache_dir,
                 on_progress=lambda category, done, count: on_step(f"evaluate {title}", done, count, category),
             )  # fmt: skip
             rows[entry] = result.rows

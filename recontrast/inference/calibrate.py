@@ -85,9 +85,9 @@ def refuse_training_images(option: str, paths: Sequence[Path], checkpoint: Check
 
     def was_trained_on(index: int) -> bool:
         if recipe.tile is None:
-            pixels = files.read(index, recipe.size, recipe.crop)
+            pixels = files.read(index, recipe.size, recipe.crop, recipe.bits)
             return pixels is not None and compute_fingerprint(pixels) in trained
-        pixels = files.read(index)
+        pixels = files.read(index, bits=recipe.bits)
         if pixels is None:  # reported later, when the image is scored
             return False
         tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
@@ -177,4 +177,5 @@ def score_files(
 
 def _describe_files(detector: CheckpointDetector, files: ImageFiles) -> NDArray[np.float64]:
     """Read each file again, at the size of the recipe, and describe its appearance."""
-    return describe_appearance(files.resized(detector.recipe.size, detector.recipe.crop))
+    recipe = detector.recipe
+    return describe_appearance(files.resized(recipe.size, recipe.crop, recipe.bits))

@@ -178,7 +178,7 @@ class CheckpointDetector(Detector):
         if self.overlap is not None:
             yield from tiling.infer_tiled(self.model, files, self.recipe, self.overlap, batch)
             return
-        images = files.resized(self.recipe.size, self.recipe.crop)
+        images = files.resized(self.recipe.size, self.recipe.crop, self.recipe.bits)
         for maps, scores in infer(self.model, images, self.recipe, batch=batch):
             yield maps.cpu().numpy(), scores.cpu().numpy()
 

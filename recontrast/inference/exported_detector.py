@@ -231,7 +231,7 @@ class ExportedDetector:
         group: list[NDArray[np.uint8]] = []
         for start in range(0, len(files), DECODED_AHEAD):
             indices = range(start, min(start + DECODED_AHEAD, len(files)))
-            for index, decoded in zip(indices, files.read_many(indices), strict=True):
+            for index, decoded in zip(indices, files.read_many(indices, self.recipe.bits), strict=True):
                 image = self._replace_unusable(files, index, decoded)
                 limit = min(batch, max(PIXELS_PER_CALL // (image.shape[0] * image.shape[1]), 1))
                 if group and (len(group) >= limit or group[0].shape != image.shape):

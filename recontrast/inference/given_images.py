@@ -39,11 +39,12 @@ class GivenImages(ImageFiles):
         ]
         self.paths = [Path(name) for name in self.names]
 
-    def _decode(self, index: int, size: Any, crop: Any) -> NDArray[np.uint8]:
+    def _decode(self, index: int, size: Any, crop: Any, bits: int | None = None) -> NDArray[np.uint8]:
         source = self.sources[index]
         if isinstance(source, Path):
-            return read_image(source, size=size, crop=crop)
-        return fit_picture(_to_picture(source, self.names[index]), size=size, crop=crop, name=self.names[index])
+            return read_image(source, size=size, crop=crop, bits=bits)
+        picture = _to_picture(source, self.names[index])
+        return fit_picture(picture, size=size, crop=crop, bits=bits, name=self.names[index])
 
     def shape(self, index: int) -> tuple[int, int]:
         """Return the height and width of an image in pixels, after applying its EXIF orientation.
@@ -99,12 +100,13 @@ def list_given(images: Any) -> list[Any]:
     return listed
 
 
-def read_pixels(source: Any, name: str) -> NDArray[np.uint8]:
+def read_pixels(source: Any, name: str, bits: int | None = None) -> NDArray[np.uint8]:
     """Read an image in its own size.
 
     Args:
         source: Path, PIL image or array.
         name: Name of the image in error messages.
+        bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
 
     Returns:
         Pixels (H, W, 3), uint8.
@@ -113,8 +115,8 @@ def read_pixels(source: Any, name: str) -> NDArray[np.uint8]:
         ValueError: If the image cannot be read.
     """
     if isinstance(source, Path):
-        return read_image(source)
-    return fit_picture(_to_picture(source, name), name=name)
+        return read_image(source, bits=bits)
+    return fit_picture(_to_picture(source, name), bits=bits, name=name)
 
 
 def _to_picture(source: Any, name: str) -> Image.Image:

@@ -60,7 +60,8 @@ class Prediction:
         """
         if self.error is not None:
             raise ValueError(self.error)
-        return Image.fromarray(read_pixels(self._source, self.name))
+        bits = None if self._recipe is None else self._recipe.bits
+        return Image.fromarray(read_pixels(self._source, self.name, bits))
 
     def heat_map(self) -> Image.Image:
         """Return the anomaly map laid over the image.

@@ -116,7 +116,7 @@ def infer_tiled(
     """
 
     def score_file(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        pixels = files.read(index)
+        pixels = files.read(index, bits=recipe.bits)
         if pixels is None:
             pixels = np.zeros((*recipe.out, 3), np.uint8)
         trim_memory()  # returns the memory of decoding to the system
@@ -201,7 +201,7 @@ def infer_files(
         OSError: If an image file cannot be read.
     """
     for path in paths:
-        anomaly = compute_tiled_map(model, read_image(path), recipe, batch=batch, clock=clock)
+        anomaly = compute_tiled_map(model, read_image(path, bits=recipe.bits), recipe, batch=batch, clock=clock)
         yield torch.from_numpy(anomaly)[None], torch.tensor([score_map(anomaly, recipe.score)])
 
 

@@ -101,6 +101,8 @@ class Recipe:
         views: Pairs that make up the anomaly map, by the encoder that gives the target: "trained", "frozen" or
             "both", the default.
         holdout: Share of the good training images kept back for calibration, in [0, 1). Default: 0, as in the paper.
+        bits: Bits that the camera uses of 16-bit samples, from 8 to 16. None, the default: in training, those of the
+            brightest sample of all training images (8, 10, 12, 14 or 16), which the detector keeps; 16 otherwise.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -154,6 +156,7 @@ class Recipe:
     pairs: Literal["cross", "self"] = "cross"
     views: Literal["both", "trained", "frozen"] = "both"
     holdout: float = 0.0
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -241,8 +244,11 @@ class Recipe:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as values that JSON can represent; tuples become lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return all fields as values that JSON can represent; tuples become lists. ``bits`` is left out if unset."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.bits is None:
+            del values["bits"]  # so that files of detectors of 8-bit images stay as they were
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -280,7 +286,8 @@ def list_differences(recipe: Recipe, other: Recipe, ignore: tuple[str, ...] = ()
         Texts such as ``"batch: 16 and 8"``.
     """
     a, b = recipe.to_dict(), other.to_dict()
-    return [f"{key}: {a[key]!r} and {b[key]!r}" for key in a if key not in ignore and a[key] != b[key]]
+    keys = [key for key in {**a, **b} if key not in ignore and a.get(key) != b.get(key)]
+    return [f"{key}: {a.get(key)!r} and {b.get(key)!r}" for key in keys]
 
 
 def _check_names(values: Mapping[str, Any], name: str) -> None:

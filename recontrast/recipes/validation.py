@@ -82,6 +82,7 @@ FIELD_RULES: dict[str, FieldRule] = {
         lambda v: v in ("max", "mean") if isinstance(v, str) else isinstance(v, float) and 0 < v <= 1,
         '"max", "mean" or a share above 0 and up to 1',
     ),
+    "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,
     "lr_drop": _float(lambda v: v > 0, "a number above 0"),

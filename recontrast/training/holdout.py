@@ -108,7 +108,8 @@ def calibrate_holdout(
     """
     recipe, model = state.recipe, state.model
     options: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(held_out) + 1)), "source": "held out of training"}
-    images = ImageCache(held_out, recipe.size, recipe.crop, directory=None if recipe.tile else cache_dir)
+    folder = None if recipe.tile else cache_dir
+    images = ImageCache(held_out, recipe.size, recipe.crop, directory=folder, bits=recipe.bits)
     if recipe.tile is None:
         calibration = calibrate(model, recipe, images, **options, batch=recipe.batch)
     else:  # tiles of whole images at full scale, as in prediction

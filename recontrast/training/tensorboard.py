@@ -78,8 +78,8 @@ class TensorBoardLogger:
 def _read_input(sample: Sample, recipe: Recipe) -> np.ndarray:
     """Return the network's input for an image, (H, W, 3) uint8: the resized image, or its middle tile."""
     if recipe.tile is None:
-        return read_image(sample.path, size=recipe.size, crop=recipe.crop)
-    tiles = Tiles(read_image(sample.path), recipe.tile, recipe.tile)
+        return read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits)
+    tiles = Tiles(read_image(sample.path, bits=recipe.bits), recipe.tile, recipe.tile)
     return tiles[[len(tiles) // 2]][0]
 
 

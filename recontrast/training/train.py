@@ -6,7 +6,7 @@ There is no augmentation: each image is decoded once and enters every epoch as t
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.device import convolution_precision
+from recontrast.training.camera_bits import fix_bits
 from recontrast.training.holdout import split_holdout
 from recontrast.training.run_files import CHECKPOINT, RunFiles
 from recontrast.training.settings import OnLog, RunSettings, check_options
@@ -141,6 +142,9 @@ def train(
 def _run(settings: RunSettings) -> TrainResult:
     """Train within joined processes; on return DistributedDataParallel is freed, before the process group ends."""
     check_options(settings)
+    if settings.resume is None:
+        paths = [sample.path for sample in (*settings.samples, *settings.held_out)]
+        settings = replace(settings, recipe=fix_bits(settings.recipe, paths))
     out, world = settings.out, settings.world
     with ExitStack() as stack:
         files = stack.enter_context(RunFiles(out, settings.recipe)) if out is not None and world.first else None
@@ -149,7 +153,7 @@ def _run(settings: RunSettings) -> TrainResult:
         final = trainer.calibrate()
     state, path = trainer.state, None if out is None else out / CHECKPOINT
     seconds = trainer.progress.seconds
-    return TrainResult(state.model.eval(), settings.recipe, settings.category, path, state.losses, seconds, final)
+    return TrainResult(state.model.eval(), state.recipe, settings.category, path, state.losses, seconds, final)
 
 
 def _select_good(samples: Sequence[Sample]) -> list[Sample]:

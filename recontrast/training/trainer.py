@@ -51,9 +51,13 @@ class Trainer:
     """
 
     def __init__(self, settings: RunSettings, files: RunFiles | None) -> None:
+        resumed = checkpoint.load(settings.resume) if settings.resume is not None else None
+        if resumed is not None and settings.recipe.bits is None:  # the run has detected them when it was started
+            settings = replace(settings, recipe=settings.recipe.replace(bits=resumed.recipe.bits))
+            if files is not None:
+                files.recipe = settings.recipe
         recipe = settings.recipe
         self.settings, self.files = settings, files
-        resumed = checkpoint.load(settings.resume) if settings.resume is not None else None
         if resumed is not None:
             check_resume(resumed, f"{settings.resume}", recipe, settings.category)
         torch.manual_seed(recipe.seed)
@@ -197,8 +201,9 @@ def _open_images(settings: RunSettings) -> Images:
         return settings.images
     recipe, folder = settings.recipe, settings.cache_dir
     return ImageCache(
-        settings.samples, recipe.size, recipe.crop, directory=folder, tile=recipe.tile, stride=recipe.stride
-    )
+        settings.samples, recipe.size, recipe.crop, directory=folder, tile=recipe.tile, stride=recipe.stride,
+        bits=recipe.bits,
+    )  # fmt: skip
 
 
 def _build_state(settings: RunSettings, model: ReContrast, images: Images) -> TrainingState:

@@ -119,5 +119,11 @@ def train(  # 26 options and the output; `train_job` does the work
         print_line(line)
     if evaluate and any(sample.split == "test" for sample in job.samples):
         show_metrics(
-            result.model, job.groups, job.recipe, job.out, result.calibration, batch=job.recipe.batch, cache_dir=cache
+            result.model,
+            job.groups,
+            result.recipe,
+            job.out,
+            result.calibration,
+            batch=result.recipe.batch,
+            cache_dir=cache,
         )

@@ -76,7 +76,7 @@ def encode_pictures(findings: Findings, shots: Sequence[Shot], recipe: Recipe, b
 
 
 def _read_source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe: Recipe) -> _Source:
-    full = read_image(shot.sample.path)
+    full = read_image(shot.sample.path, bits=recipe.bits)
     top, left, height, width = map_extent(full.shape[:2], recipe)
     image = Image.fromarray(full[top : top + height, left : left + width])
     image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
