@@ -91,7 +91,7 @@ class TiffPage:
         return (
             len(set(self.bits)) > 1
             or (widest != 8 and (widest not in (1, 2, 4) or self.samples > 1))
-            or (self.planar or (self.big and self.order == ">"))
+            or (self.planar or (self.big and self.order == ">") or self.get(266, 1) == 2)
         )
 
 
