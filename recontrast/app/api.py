@@ -15,8 +15,9 @@ from recontrast.app import evaluate_job, train_job
 from recontrast.app.calibrate_job import calibrate_detector
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, allowed_false_alarms
 from recontrast.data import datasets
+from recontrast.data.class_folders import list_good_images
 from recontrast.data.datasets import Sample
-from recontrast.data.listing import PathLike, list_images
+from recontrast.data.listing import PathLike
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import refuse_training_images
 from recontrast.inference.detector import CheckpointDetector, Detector, open_detector
@@ -70,6 +71,7 @@ def train(
     device: str | None = None,
     resume: PathLike | None = None,
     overwrite: bool = False,
+    all_good: bool = False,
     cache_dir: PathLike | None = None,
     teacher_cache: float = 0.0,
     on_step: Callable[[int, int, str], None] | None = None,
@@ -88,6 +90,8 @@ def train(
         device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
         resume: Checkpoint or run folder to continue, with its recipe, category and folder.
         overwrite: Whether to replace the checkpoint of an earlier run in ``out``.
+        all_good: Whether all images in a plain folder are good. Otherwise its subfolders may be classes, such as
+            ``good`` and ``crack``, of which only the good one is used.
         cache_dir: Folder for decoded images. None keeps them in memory.
         teacher_cache: GiB of device memory for features of the frozen encoder.
         on_step: Called with the number of finished steps, of all steps, and a text with loss and speed, whenever a
@@ -102,7 +106,7 @@ def train(
         OSError: If a file cannot be read or written.
         KeyboardInterrupt: On Ctrl-C, after the current step is complete and a checkpoint is written.
     """
-    groups = _group_samples(data, category)
+    groups = _group_samples(data, category, all_good)
     file = None if resume is None else _resolve_detector(resume)
     job = train_job.prepare_job(
         groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
@@ -162,6 +166,7 @@ def calibrate(
     *,
     false_alarm_rate: float = DEFAULT_RATE,
     pixel_rate: float = DEFAULT_PIXEL_RATE,
+    all_good: bool = False,
     device: str | None = None,
     batch: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
@@ -173,6 +178,7 @@ def calibrate(
         good: Good images that the detector was not trained on: paths of files or folders.
         false_alarm_rate: Promised share of good images called defects, at least 1 / (n + 1) for n images.
         pixel_rate: Promised share of a good image's map that is flagged.
+        all_good: Whether all images in a folder are good, whatever the names of its subfolders.
         device: For a path: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
         batch: Number of images per forward pass.
         on_progress: Called with the number of finished images and of all images.
@@ -186,7 +192,7 @@ def calibrate(
         OSError: If the checkpoint cannot be written.
     """
     loaded = _open_checkpoint_detector("calibrate", detector, device)
-    paths = list_images(good)
+    paths = list_good_images(good, all_good)
     allowed_false_alarms(len(paths), false_alarm_rate)  # raises if there are too few images
     stored = checkpoints.load(loaded.path, mapped=True)
     refuse_training_images("calibrate: good", paths, stored)
@@ -200,12 +206,15 @@ def calibrate(
     return CheckpointDetector(loaded.path, next(loaded.model.parameters()).device, inference=loaded.inference)
 
 
-def find_samples(data: PathLike | Sequence[PathLike], category: str | None = None) -> list[Sample]:
+def find_samples(
+    data: PathLike | Sequence[PathLike], category: str | None = None, *, all_good: bool = False
+) -> list[Sample]:
     """List the images of data sets with their labels, masks and splits.
 
     Args:
         data: Data sets or categories in MVTec AD layout (the paper's section 4.1), or folders of good images.
         category: Name of one category, or "all". None: all.
+        all_good: Whether all images in a plain folder are good, see `train`.
 
     Returns:
         One `recontrast.data.datasets.Sample` for each image: categories, splits and files in natural order.
@@ -215,7 +224,7 @@ def find_samples(data: PathLike | Sequence[PathLike], category: str | None = Non
         FileNotFoundError: If there is no such folder, or no such category.
     """
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    groups = datasets.load(paths, None if category in (None, "all") else [category])
+    groups = datasets.load(paths, None if category in (None, "all") else [category], all_good=all_good)
     return [sample for group in groups.values() for sample in group]
 
 
@@ -239,7 +248,7 @@ def _open_checkpoint_detector(function: str, detector: Detector | PathLike, devi
     return detector
 
 
-def _group_samples(data: Data, category: str | None) -> dict[str, list[Sample]]:
+def _group_samples(data: Data, category: str | None, all_good: bool = False) -> dict[str, list[Sample]]:
     """Return the samples by category."""
     given = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not given:
@@ -248,7 +257,7 @@ def _group_samples(data: Data, category: str | None) -> dict[str, list[Sample]]:
     if samples and len(samples) < len(given):
         raise ValueError("data: wanted either paths or samples, got both")
     if not samples:
-        samples = find_samples([item for item in given if not isinstance(item, Sample)], category)
+        samples = find_samples([item for item in given if not isinstance(item, Sample)], category, all_good=all_good)
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.category, []).append(sample)

@@ -5,8 +5,9 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -69,7 +70,8 @@ class CommandGroup(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command named in ``ctx``."""
         try:
-            return super().invoke(ctx)
+            with print_warnings():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise  # `recontrast ... | head`: click exits quietly
         except KeyboardInterrupt:
@@ -106,6 +108,27 @@ def hide_values_of_switches(parameters: list[Any]) -> list[Any]:
         if getattr(parameter, "is_flag", False) and parameter.metavar is None:
             parameter.metavar = ""
     return parameters
+
+
+@contextmanager
+def print_warnings() -> Iterator[None]:
+    """Print each warning about the data as one line on stderr; other warnings are shown as before."""
+    from recontrast.data.listing import DataWarning
+    from recontrast.data.notices import ImageWarning
+
+    with warnings.catch_warnings():
+        for category in (DataWarning, ImageWarning):
+            warnings.filterwarnings("always", category=category)
+        show = warnings.showwarning
+
+        def print_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+            if not issubclass(category, (DataWarning, ImageWarning)):
+                show(message, category, *where, **options)
+            elif not is_silent():
+                print_error(f"warning: {message}")
+
+        warnings.showwarning = print_warning
+        yield
 
 
 def describe_error(error: BaseException) -> str:
@@ -230,6 +253,13 @@ class ProgressBar:
         if self._bar:
             with suppress(OSError):  # the terminal was closed
                 self._bar.__exit__(*error)
+
+
+def print_data(lines: Iterable[str]) -> None:
+    """Print which images are used, as `recontrast.data.datasets.describe` describes them."""
+    if not is_silent():
+        for line in lines:
+            print_line(line)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -59,6 +59,10 @@ Data = Annotated[
     list[Path],
     path_argument("DATA", "Data sets or categories in MVTec AD layout; train also takes folders of good images."),
 ]
+AllGood = Annotated[
+    bool,
+    typer.Option("--all-good", help="All images in a plain folder are good, whatever the names of its subfolders."),
+]
 CheckpointFile = Annotated[
     Path, path_argument("CHECKPOINT", "checkpoint.pt, or the folder of the run that contains it.")
 ]

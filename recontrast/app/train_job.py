@@ -75,7 +75,7 @@ class TrainJob:
 
 def prepare_job(
     data: Sequence[Path] | Mapping[str, list[Sample]], recipe: str | None, changes: Mapping[str, Any], *,
-    category: str | None, out: Path | None, resume: Path | None, overwrite: bool,
+    category: str | None, out: Path | None, resume: Path | None, overwrite: bool, all_good: bool = False,
 ) -> TrainJob:  # fmt: skip
     """Check the options of a run, and load its recipe and data.
 
@@ -88,6 +88,7 @@ def prepare_job(
         out: Folder of the run. None: ``runs/CATEGORY``.
         resume: Checkpoint to continue, with its recipe, category and folder.
         overwrite: Whether ``out`` may hold a checkpoint.
+        all_good: Whether all images in plain folders are good, see `recontrast.data.datasets.load`.
 
     Returns:
         The checked run.
@@ -105,7 +106,7 @@ def prepare_job(
     if isinstance(data, Mapping):
         groups, where = dict(data), "data"
     else:
-        groups = datasets.load(data, None if category in (None, "all") else [category])
+        groups = datasets.load(data, None if category in (None, "all") else [category], all_good=all_good)
         where = " ".join(map(str, data))
     if category is None and len(groups) > 1:
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "

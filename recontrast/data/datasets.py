@@ -7,19 +7,35 @@
     CATEGORY/test/DEFECT/NAME.png                 label 1
     CATEGORY/ground_truth/DEFECT/NAME_mask.png    or NAME.png, any image suffix; for every defect image or for none
 
-Only file names are read, no pixels. Samples are in natural order, the same on every machine; upstream uses the order of
+Folders of good images can have any usual name (`recontrast.data.class_names`), and case does not matter. Only file
+names are read, no pixels. Samples are in natural order, the same on every machine; upstream uses the order of
 ``os.listdir``.
 """
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from recontrast.data.listing import PathLike, find_images, is_hidden, is_image, list_images, natural_sort_key
+from recontrast.data.class_folders import select_good_images
+from recontrast.data.class_names import classify_folder, resembles_good
+from recontrast.data.listing import (
+    DataWarning,
+    Folder,
+    PathLike,
+    count_images,
+    is_image,
+    is_system_folder,
+    list_folder,
+    list_names,
+    natural_sort_key,
+    scan_folder,
+    warn_of_unread,
+)
 from recontrast.data.temporary import complete_commits
 
 GOOD = "good"  # name of the folders of normal images, and `Sample.defect` of normal samples
@@ -46,27 +62,32 @@ class Sample:
     defect: str
 
 
-def load(path: PathLike | Sequence[PathLike], categories: Sequence[str] | None = None) -> dict[str, list[Sample]]:
+def load(
+    path: PathLike | Sequence[PathLike], categories: Sequence[str] | None = None, *, all_good: bool = False
+) -> dict[str, list[Sample]]:
     """Read the samples of a data set, a category or a plain folder.
 
     Args:
         path: Root of a data set in MVTec AD layout, folder of one category, or plain folder of good images. Several
             paths give one data set with all their categories.
         categories: Names of the categories to read, in this order. None reads all, in natural order for each path.
+        all_good: Whether all images in plain folders are good. Otherwise, if their subfolders are classes, only the
+            good class is read.
 
     Returns:
         Samples by category, train before test. A plain folder gives training samples, and its name is the category.
+        Pictures that are not used are named in a `recontrast.data.listing.DataWarning`.
 
     Raises:
         FileNotFoundError: If a folder does not exist.
         ValueError: If a path is a file, a category is missing or occurs twice, a folder contains no images, images lie
-            directly in ``test``, or masks and images do not match.
+            directly in ``test``, masks and images do not match, or it is unclear which images are good.
     """
     paths = [Path(p) for p in ([path] if isinstance(path, (str, os.PathLike)) else path)]
     readers: dict[str, Callable[[], list[Sample]]] = {}
     sources: dict[str, Path] = {}
     for source in paths:
-        for name, reader in _make_readers(source).items():
+        for name, reader in _make_readers(source, all_good).items():
             if name in readers:
                 raise ValueError(
                     f"{source}: wanted categories with different names, got {name!r} again, as in {sources[name]}"
@@ -79,15 +100,18 @@ def load(path: PathLike | Sequence[PathLike], categories: Sequence[str] | None =
     return {category: readers[category]() for category in categories or readers}
 
 
-def _make_readers(path: Path) -> dict[str, Callable[[], list[Sample]]]:
+def _make_readers(path: Path, all_good: bool) -> dict[str, Callable[[], list[Sample]]]:
     """Return a function that reads the samples, for each category at ``path``."""
     _check_folder(path, "the folder of a data set")
     name = Path(os.path.abspath(path)).name
-    if (path / "train").is_dir() or (path / "test").is_dir():
+    if _is_category(path):
         return {name: partial(_read_category, path, name)}
     # A train or a test folder makes a category, so that a missing train/good raises an error.
-    inside = [child.name for child in _list_folders(path) if (child / "train").is_dir() or (child / "test").is_dir()]
-    return {child: partial(mvtec, path, child) for child in inside} or {name: partial(folder, path)}
+    inside = [child for child in _list_folders(path) if _is_category(child)]
+    if not inside:
+        return {name: partial(folder, path, all_good=all_good)}
+    _warn_of_unused(path, [child for child in _list_folders(path) if child not in inside])
+    return {child.name: partial(mvtec, path, child.name) for child in inside}
 
 
 def categories(root: PathLike) -> list[str]:
@@ -105,7 +129,35 @@ def categories(root: PathLike) -> list[str]:
     """
     root = Path(root)
     _check_folder(root, "the root of a data set")
-    return [child.name for child in _list_folders(root) if (child / "train" / GOOD).is_dir()]
+    return [child.name for child in _list_folders(root) if any(_list_good(split) for split in _find(child, "train"))]
+
+
+def describe(groups: Mapping[str, Sequence[Sample]]) -> list[str]:
+    """Describe which images were taken from which folders, as a tree with counts.
+
+    Args:
+        groups: Samples by category, as `load` returns them.
+
+    Returns:
+        One line for each category, and one for each of its folders.
+    """
+    lines = []
+    for name, samples in groups.items():
+        parents: dict[tuple[str, str, int, Path], list[Sample]] = {}
+        for sample in samples:
+            parents.setdefault((sample.split, sample.defect, sample.label, sample.path.parent), []).append(sample)
+        folders: dict[tuple[str, str, int, Path], list[Sample]] = {}
+        for (split, defect, label, _), inside in parents.items():
+            folders.setdefault((split, defect, label, _class_folder(inside[0])), []).extend(inside)
+        paths = [path.absolute() for *_, path in folders]
+        root = Path(os.path.commonpath(paths)) if len(set(paths)) > 1 else paths[0].parent
+        lines.append(f"{name}: {root}")
+        for (split, defect, label, path), inside in folders.items():
+            masks = sum(sample.mask is not None for sample in inside)
+            use = "good, to train on" if split == "train" and not label else f"{split}, {defect}"
+            use += f", {count_images(masks, 'mask')}" if masks else ""
+            lines.append(f"  {path.absolute().relative_to(root)}: {count_images(len(inside))} ({use})")
+    return lines
 
 
 def mvtec(root: PathLike, category: str) -> list[Sample]:
@@ -131,69 +183,152 @@ def mvtec(root: PathLike, category: str) -> list[Sample]:
 
 
 def folder(
-    path: PathLike, *, split: Literal["train", "test"] = "train", label: int = 0, category: str | None = None
+    path: PathLike,
+    *,
+    split: Literal["train", "test"] = "train",
+    label: int = 0,
+    category: str | None = None,
+    all_good: bool = False,
 ) -> list[Sample]:
     """Read a plain folder of images and its subfolders.
+
+    If the subfolders are classes, such as ``good`` and ``crack``, only good images are read (for label 0).
 
     Args:
         path: Folder of images.
         split: Split of all samples.
         label: Label of all samples, 0 or 1.
         category: Category of all samples. None uses the name of the folder.
+        all_good: Whether all images are good, whatever the names of the subfolders.
 
     Returns:
         Samples without masks, in natural order.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If ``path`` is a file or contains no images.
+        ValueError: If ``path`` is a file or contains no images, or it is unclear which of them are good.
     """
     path = Path(path)
     _check_folder(path, "a folder of images")
     category = Path(os.path.abspath(path)).name if category is None else category
-    defect = "defect" if label else GOOD
-    return [Sample(image, None, label, category, split, defect) for image in list_images(path)]
+    found = scan_folder(path)
+    images = list_folder(found) if label else select_good_images(found, all_good)
+    return [Sample(image, None, label, category, split, "defect" if label else GOOD) for image in images]
 
 
 def _read_category(path: Path, name: str) -> list[Sample]:
     """Read the samples of the category in the folder ``path``."""
-    good = path / "train" / GOOD
-    _check_folder(good, "the folder of good training images")
-    samples = [Sample(image, None, 0, name, "train", GOOD) for image in list_images(good)]
-    test = path / "test"
-    loose = sorted(p.name for p in test.iterdir() if p.is_file() and is_image(p.name)) if test.is_dir() else []
-    if loose:
-        raise ValueError(
-            f"{test / loose[0]}: wanted test images in test/{GOOD} and test/DEFECT, got one directly in test"
-        )
-    masks = _find_masks(path / "ground_truth")
+    training = [Sample(image, None, 0, name, "train", GOOD) for image in _read_training_images(path)]
+    tests = [split for folder in _find(path, "test") for split in [scan_folder(folder)]]
+    mask_folder = _find_mask_folder(path)
+    masks = {} if mask_folder is None else _find_masks(mask_folder)
     unused = dict(masks)
-    for defect in _list_folders(test) if test.is_dir() else []:
-        for image in list_images(defect):
-            mask = None
-            if defect.name != GOOD and masks:
-                stem = image.relative_to(test).with_suffix("").as_posix()
-                key = next((key for key in (f"{stem}_mask", stem) if key in masks), None)
-                if key is None:
-                    expected = path / "ground_truth" / f"{stem}_mask.png"
-                    raise ValueError(
-                        f"{image}: wanted its mask {expected}, got none, although {name} has {len(masks)} masks"
-                    )
-                mask = masks[key]
-                unused.pop(key, None)
-            samples.append(Sample(image, mask, int(defect.name != GOOD), name, "test", defect.name))
+    samples = []
+    for test in tests:
+        _refuse_loose_tests(test)
+        for child in test.folders:
+            label = _label_test_folder(test, child)
+            if label is None:
+                continue
+            defect = child.path.name if label else GOOD
+            for image in list_folder(child):
+                mask = None
+                if label and masks:
+                    stem = image.relative_to(test.path).with_suffix("").as_posix()
+                    key = next((key for key in (f"{stem}_mask", stem) if key in masks), None)
+                    if key is None:
+                        expected = path / "ground_truth" / f"{stem}_mask.png"
+                        raise ValueError(
+                            f"{image}: wanted its mask {expected}, got none, although {name} has {len(masks)} masks"
+                        )
+                    mask = masks[key]
+                    unused.pop(key, None)
+                samples.append(Sample(image, mask, label, name, "test", defect))
     if unused:
         mask = next(iter(unused.values()))
-        raise ValueError(f"{mask}: wanted an image in {test} for this mask, got none of its name")
-    return samples
+        raise ValueError(f"{mask}: wanted an image in {path / 'test'} for this mask, got none of its name")
+    used = {test.path for test in tests} | set(_find(path, "train")) | ({mask_folder} if mask_folder else set())
+    _warn_of_unused(path, [child for child in _list_folders(path) if child not in used])
+    return training + samples
+
+
+def _read_training_images(path: Path) -> list[Path]:
+    """Return the good training images of a category."""
+    splits = _find(path, "train") or [path / "train"]
+    if not any(_list_good(split) for split in splits):
+        _check_folder(splits[0] / GOOD, "the folder of good training images")
+    images = []
+    for split in splits:
+        if good := _list_good(split):
+            unused = [child for child in _list_folders(split) if child not in good]
+            _warn_of_unused(split, unused)
+            images += [image for folder in good for image in select_good_images(scan_folder(folder))]
+        elif count := scan_folder(split).count():
+            got = count_images(count)
+            raise ValueError(f"{split}: wanted good images in {split / GOOD}, got {got} elsewhere in it")
+    return images
+
+
+def _label_test_folder(test: Folder, child: Folder) -> int | None:
+    """Return the label of a folder below ``test``: 0 for good images, 1 for a kind of defect, None to leave it out."""
+    kind, name = classify_folder(child.path.name), child.path.name
+    if kind == "good":
+        if inside := [f.path for f in child.walk() if f is not child and f.count() and _is_suspect(f)]:
+            raise ValueError(
+                f"{child.path}: wanted a folder of good images, got {list_names(child.path, inside)} in it, whose "
+                "name is not that of good images"
+            )
+        return 0
+    if kind == "mask":
+        if child.count():
+            warnings.warn(
+                f"{child.path}: {count_images(child.count(), 'picture')} not used, because the name is that of masks: "
+                "masks lie in ground_truth", DataWarning, stacklevel=2,
+            )  # fmt: skip
+        return None
+    below = [f for f in child.walk() if f is not child and f.count() and classify_folder(f.path.name) == "good"]
+    is_plain_word = kind == "neutral" and not any(char.isdigit() for char in name) and len(name) > 1
+    is_unclear = kind in ("unclear", "train", "test") or is_plain_word or (kind == "other" and resembles_good(name))
+    if below or (is_unclear and child.count()):
+        inner = f", and {list_names(child.path, [f.path for f in below])} in it" if below else ""
+        raise ValueError(
+            f"{child.path}: wanted a folder of good images ({test.path / GOOD}) or of one kind of defect "
+            f"({test.path / 'DEFECT'}), got a name that does not say which{inner}: rename it"
+        )
+    return 1
+
+
+def _is_suspect(folder: Folder) -> bool:
+    return classify_folder(folder.path.name) in ("bad", "mask", "unclear")
+
+
+def _refuse_loose_tests(test: Folder) -> None:
+    """Raise an error if images lie directly in ``test``."""
+    if test.images:
+        first = min(test.images)
+        raise ValueError(
+            f"{test.path / first}: wanted test images in test/{GOOD} and test/DEFECT, got one directly in test"
+        )
+
+
+def _find_mask_folder(path: Path) -> Path | None:
+    """Return the folder of the masks of a category, or None."""
+    if (path / "ground_truth").is_dir():
+        return path / "ground_truth"
+    folders = [child for child in _list_folders(path) if classify_folder(child.name) == "mask"]
+    if len(folders) > 1:
+        raise ValueError(f"{path}: wanted one folder of masks, ground_truth, got {list_names(path, folders)}")
+    return folders[0] if folders else None
 
 
 def _find_masks(ground_truth: Path) -> dict[str, Path]:
     """Return mask files by relative path without suffix, except masks of good images, which are always black."""
     masks: dict[str, Path] = {}
-    for path in find_images(ground_truth):
+    folder = scan_folder(ground_truth)
+    warn_of_unread(folder)
+    for path in folder.list_images():
         relative = path.relative_to(ground_truth)
-        if relative.parts[0] == GOOD:
+        if len(relative.parts) > 1 and classify_folder(relative.parts[0]) == "good":
             continue
         key = relative.with_suffix("").as_posix()
         if key in masks:
@@ -202,10 +337,55 @@ def _find_masks(ground_truth: Path) -> dict[str, Path]:
     return masks
 
 
+def _warn_of_unused(path: Path, folders: Sequence[Path]) -> None:
+    """Warn of images directly in ``path``, and of folders with images that are not used."""
+    with os.scandir(path) as entries:
+        loose = [path / entry.name for entry in entries if is_image(entry.name) and entry.is_file()]
+    counts = {folder: scan_folder(folder).count() for folder in folders}
+    parts = [f"{count_images(count)} in {folder.name}" for folder, count in counts.items() if count]
+    if loose:
+        loose.sort(key=lambda file: natural_sort_key(file.name))
+        parts.insert(0, f"{count_images(len(loose))} directly in it ({list_names(path, loose)})")
+    if parts:
+        warnings.warn(f"{path}: not used: {', '.join(parts)}", DataWarning, stacklevel=2)
+
+
+def _is_category(path: Path) -> bool:
+    return bool(_find(path, "train") or _find(path, "test"))
+
+
+def _find(path: Path, split: Literal["train", "test"]) -> list[Path]:
+    """Return the folders of a split: ``train`` or ``test`` in any case; only if there is none, other words for it."""
+    exact = path / split
+    if exact.is_dir():
+        return [exact]
+    if not path.is_dir():
+        return []
+    names = (split, f"{split}ing", f"{split}s")
+    return [child for child in _list_folders(path) if child.name.lower() in names]
+
+
+def _list_good(split: Path) -> list[Path]:
+    """Return the folders of good images directly in a split."""
+    folders = _list_folders(split) if split.is_dir() else []
+    return [child for child in folders if classify_folder(child.name) == "good"]
+
+
+def _class_folder(sample: Sample) -> Path:
+    """Return the folder of a sample that names its class, or else the folder that contains it."""
+    for parent in sample.path.parents:
+        if parent.name == sample.defect or (not sample.label and classify_folder(parent.name) == "good"):
+            return parent
+        if parent.name == sample.category:
+            return parent
+    return sample.path.parent
+
+
 def _list_folders(path: Path) -> list[Path]:
     """Return the visible folders directly below ``path``, in natural order."""
-    folders = (child for child in path.iterdir() if child.is_dir() and not is_hidden(child.name))
-    return sorted(folders, key=lambda child: natural_sort_key(child.name))
+    with os.scandir(path) as entries:
+        names = [entry.name for entry in entries if not is_system_folder(entry.name) and entry.is_dir()]
+    return [path / name for name in sorted(names, key=natural_sort_key)]
 
 
 def _check_folder(path: Path, description: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from recontrast.app.console import ProgressBar, print_error, print_line
 from recontrast.app.options import (
+    AllGood,
     Batch,
     CheckpointFile,
     Device,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from recontrast.inference.detector import CheckpointDetector
 
 
-def calibrate(  # 9 options and their checks; `calibrate_job` does the work
+def calibrate(  # 10 options and their checks; `calibrate_job` does the work
     context: typer.Context,
     checkpoint: CheckpointFile,
     good: Annotated[
@@ -48,6 +49,7 @@ def calibrate(  # 9 options and their checks; `calibrate_job` does the work
             help="Other good images or a folder, compared with the calibration images; several: --check A --check B."
         ),
     ] = None,
+    all_good: AllGood = False,
     views: Views = None,
     precision: Precision = None,
     batch: Batch = 16,
@@ -61,7 +63,7 @@ def calibrate(  # 9 options and their checks; `calibrate_job` does the work
     from recontrast import checkpoint as checkpoints
     from recontrast.app.calibrate_job import calibrate_detector
     from recontrast.calibration.conformal import allowed_false_alarms
-    from recontrast.data.listing import list_images
+    from recontrast.data.class_folders import list_good_images
     from recontrast.data.locks import lock_checkpoint
     from recontrast.inference.calibrate import refuse_training_images
     from recontrast.inference.detector import CheckpointDetector
@@ -70,7 +72,7 @@ def calibrate(  # 9 options and their checks; `calibrate_job` does the work
     if good and file.is_file():  # a missing file has its own message
         check_writable(file.parent, "CHECKPOINT")
         context.with_resource(lock_checkpoint(file))
-    good_paths, check_paths = list_images(good or []), list_images(check or [])
+    good_paths, check_paths = (list_good_images(folders or [], all_good) for folders in (good, check))
     if shared := {os.path.realpath(path) for path in good_paths} & {os.path.realpath(path) for path in check_paths}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     if good:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error, print_line, print_result
+from recontrast.app.console import ProgressBar, print_data, print_error, print_line, print_result
 from recontrast.app.options import (
     CheckpointFile,
     Data,
@@ -57,6 +57,7 @@ def evaluate(
     file = resolve_checkpoint(checkpoint)
     _, world_device = context.with_resource(distributed.join_processes(inference.device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
+    print_data(datasets.describe(groups))
     model, recipe, stored = checkpoints.load_model(file, world_device)
     if stored.calibration is not None:
         mismatch = options.describe_mismatch(recipe, stored.calibration)

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from recontrast.app.commands.evaluate import show_metrics
-from recontrast.app.console import ProgressBar, exit_with_error, is_silent, print_line
-from recontrast.app.options import Data, Device, expand_home, parse_change, path_option, resolve_checkpoint
+from recontrast.app.console import ProgressBar, exit_with_error, is_silent, print_data, print_line
+from recontrast.app.options import AllGood, Data, Device, expand_home, parse_change, path_option, resolve_checkpoint
 
 
-def train(  # 26 options and the output; `train_job` does the work
+def train(  # 27 options and the output; `train_job` does the work
     context: typer.Context,
     data: Data,
     category: Annotated[
         str | None,
         typer.Option(help="Name of a category in DATA, or all for one detector of all. Default: the only one."),
     ] = None,
+    all_good: AllGood = False,
     out: Annotated[Path | None, path_option(help="Folder of the run. Default: runs/CATEGORY.")] = None,
     recipe: Annotated[
         str | None,
@@ -86,6 +87,7 @@ def train(  # 26 options and the output; `train_job` does the work
     """Train a detector on good images, and evaluate it if there are test images."""
     from recontrast.app import train_job as application
     from recontrast.calibration.conformal import describe_promise
+    from recontrast.data import datasets
     from recontrast.data.locks import lock_folder
     from recontrast.runtime import distributed
 
@@ -97,7 +99,10 @@ def train(  # 26 options and the output; `train_job` does the work
         map(parse_change, changes or [])
     )
     resume = None if resume is None else resolve_checkpoint(resume)
-    job = application.prepare_job(data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite)
+    job = application.prepare_job(
+        data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite, all_good=all_good
+    )
+    print_data(datasets.describe(job.groups))
     if (holdout_note := job.describe_holdout()) is not None:
         print_line(holdout_note)
     if not is_silent():
