@@ -1,6 +1,7 @@
 """Images from a caller (paths, PIL images or arrays), converted to the same pixels as from a file."""
 
 import os
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -85,19 +86,86 @@ def as_image_list(images: Any) -> list[Any]:
         One item for each image.
 
     Raises:
-        ValueError: If ``images`` is empty or of another kind.
+        ValueError: If ``images`` is empty, of another kind, or one image instead of several.
     """
+    refuse_container(images)
     if isinstance(images, str | os.PathLike | Image.Image) or not hasattr(images, "__len__"):
         raise ValueError(f"images: wanted {ACCEPTED}, got {_describe_kind(images)}")
-    if isinstance(images, np.ndarray) and images.dtype.kind not in "OU" and images.ndim not in (3, 4):
-        raise ValueError(f"images: wanted {ACCEPTED}, got an array {images.shape} of {images.dtype}")
+    if isinstance(images, np.ndarray):
+        _check_array(images)
     items = list(images)
     if not items:
         raise ValueError(f"images: wanted {ACCEPTED}, got an empty one")
     for position, item in enumerate(items):
-        if not isinstance(item, str | os.PathLike | Image.Image | np.ndarray):
-            raise ValueError(f"images: wanted {ACCEPTED}, got {_describe_kind(item)} at position {position}")
+        check_item(item, position)
     return items
+
+
+def refuse_container(images: Any) -> None:
+    """Raise an error if ``images`` holds images in a way that leaves open which they are, or in what order.
+
+    Iterating over a table gives the names of its columns, over a dictionary its keys, and over a set any order.
+
+    Args:
+        images: Argument of a caller.
+
+    Raises:
+        ValueError: If it is a table, a dictionary, a set, a tensor or bytes.
+    """
+    got = None
+    if hasattr(images, "columns") and hasattr(images, "shape"):
+        got = f"a table ({type(images).__name__}): pass the column of the paths, as in list(table['path'])"
+    elif isinstance(images, Mapping):
+        got = "a dictionary: pass list(images.values())"
+    elif isinstance(images, Set):
+        got = "a set, which has no order: pass a sorted list"
+    elif _is_tensor(images):
+        got = _describe_tensor(images.ndim)
+    elif isinstance(images, bytes | bytearray | memoryview):
+        got = "bytes: pass paths, or images opened with PIL.Image.open"
+    if got is not None:
+        raise ValueError(f"images: wanted {ACCEPTED}, got {got}")
+
+
+def check_item(item: Any, position: int) -> None:
+    """Raise an error if an item of a sequence is not an image.
+
+    Args:
+        item: Item of a sequence of images.
+        position: Position of the item, for the error message.
+
+    Raises:
+        ValueError: If it is not a path, a PIL image or an array of numbers of the shape of an image.
+    """
+    if not isinstance(item, str | os.PathLike | Image.Image | np.ndarray):
+        got = _describe_tensor(item.ndim) if _is_tensor(item) else type(item).__name__
+        raise ValueError(f"images: wanted {ACCEPTED}, got {got} at position {position}")
+    if isinstance(item, np.ndarray):
+        check_shape(item, f"image {position}")
+
+
+def check_shape(pixels: np.ndarray, name: str) -> None:
+    """Raise an error if an array does not have the shape of one image.
+
+    Args:
+        pixels: Array of a caller.
+        name: Name of the image in error messages.
+
+    Raises:
+        ValueError: If the shape is not (h, w, 3) or (h, w), or a side is 0. The message names the conversion.
+    """
+    if pixels.ndim in (2, 3) and pixels.shape[2:] in ((), (3,)) and 0 not in pixels.shape:
+        return
+    hint = ""
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        hint = ": pass image[:, :, :3] to drop the alpha channel"
+    elif pixels.ndim == 3 and pixels.shape[2] == 1:
+        hint = ": pass image[:, :, 0] for a grey image"
+    elif pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
+        hint = ": pass image.transpose(1, 2, 0) if channels come first" if pixels.shape[0] > 1 else ": pass image[0]"
+    elif pixels.ndim == 4:
+        hint = ": pass a list of images, or one array of them all"
+    raise ValueError(f"{name}: wanted an array (h, w, 3) or (h, w), got {pixels.shape}{hint}")
 
 
 def to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
@@ -113,12 +181,11 @@ def to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
     Raises:
         ValueError: If the shape, the dtype or a value is invalid.
     """
-    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)) or 0 in pixels.shape:
-        raise ValueError(f"{name}: wanted an array (h, w, 3) or (h, w), got {pixels.shape}")
+    check_shape(pixels, name)
     if pixels.dtype == np.uint8:
         return np.ascontiguousarray(pixels)
     if pixels.dtype.kind != "f":
-        raise ValueError(f"{name}: wanted uint8, or floats in [0, 1], got {pixels.dtype}")
+        raise ValueError(f"{name}: wanted uint8, or floats in [0, 1], got {pixels.dtype}{_explain_dtype(pixels)}")
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also catches NaN
         got = f"{low:g} to {high:g}" if np.isfinite([low, high]).all() else "NaN or infinity"
@@ -126,8 +193,65 @@ def to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
     return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
 
 
+def _check_array(images: np.ndarray) -> None:
+    """Raise an error if an array cannot hold several images."""
+    hint = ""
+    if images.dtype.kind in "OU":
+        if images.ndim == 1:
+            return
+        hint = ": pass one column of it"
+    elif images.ndim == 4 and images.shape[3] == 3:
+        return
+    elif images.ndim == 4 and images.shape[1] in (3, 4) and images.shape[3] not in (1, 4):
+        hint = ": pass images.transpose(0, 2, 3, 1) if channels come first"
+    elif images.ndim == 4 and images.shape[3] == 4:
+        hint = ": pass images[..., :3] to drop the alpha channel"
+    elif images.ndim == 4 and images.shape[3] == 1:
+        hint = ": pass images[..., 0] for grey images"
+    elif images.ndim == 4 and images.shape[1] == 1:
+        hint = ": pass images[:, 0] for grey images"
+    elif images.ndim == 3 and images.shape[2] in (1, 3, 4):
+        hint = ", which is one image: pass [image]; for grey images of that width pass list(images)"
+    elif images.ndim == 3 and images.shape[0] == 3 and min(images.shape[1:]) > 3:
+        hint = (
+            ", which is one image with its channels first or three grey images: pass [image.transpose(1, 2, 0)] or "
+            "list(images)"
+        )
+    elif images.ndim == 2:
+        hint = ", which is one grey image: pass [image]"
+    elif images.ndim == 3:
+        return
+    raise ValueError(f"images: wanted {ACCEPTED}, got an array {images.shape} of {images.dtype}{hint}")
+
+
+def _explain_dtype(pixels: np.ndarray) -> str:
+    """Return the conversion to uint8 for an error message."""
+    if pixels.dtype == bool:
+        return ": pass image.astype(np.uint8) * 255"
+    if pixels.dtype.kind in "iu":
+        low, high = int(pixels.min()), int(pixels.max())
+        if low >= 0 and high <= 255:
+            return ": pass image.astype(np.uint8)"
+        return f" with values from {low} to {high}: divide by the largest possible value"
+    return ""
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in ("torch", "tensorflow", "jax", "jaxlib", "cupy")
+
+
+def _describe_tensor(dimensions: int) -> str:
+    """Describe a tensor for an error message, with its conversion to an array."""
+    order = {3: ".permute(1, 2, 0)", 4: ".permute(0, 2, 3, 1)"}.get(dimensions, "")
+    return f"a tensor: pass an array with the channels last, as in tensor.cpu(){order}.numpy()"
+
+
 def _describe_kind(value: Any) -> str:
     """Describe a wrong argument for an error message."""
     if isinstance(value, str | os.PathLike):
         return f"one path, {os.fspath(value)[:80]!r}: put it into a list"
-    return "one PIL image: put it into a list" if isinstance(value, Image.Image) else type(value).__name__
+    if isinstance(value, Image.Image):
+        return "one PIL image: put it into a list"
+    if isinstance(value, Iterable):
+        return f"an iterator ({type(value).__name__}): pass list(images)"
+    return type(value).__name__

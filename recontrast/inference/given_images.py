@@ -11,7 +11,7 @@ from PIL import Image
 from recontrast.data.decode import apply_orientation
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import fit_picture, image_size, read_image
-from recontrast.data.in_memory import to_uint8
+from recontrast.data.in_memory import check_item, check_shape, refuse_container, to_uint8
 from recontrast.data.listing import list_images
 
 ACCEPTED = (
@@ -76,25 +76,31 @@ def list_given(images: Any) -> list[Any]:
         ValueError: If there is no image, or an item of another type.
         FileNotFoundError: If a path does not exist.
     """
+    refuse_container(images)
     if isinstance(images, np.ndarray):
-        if images.ndim == 2 or (images.ndim == 3 and images.shape[2] == 3):
+        if images.dtype.kind in "OU" and images.ndim != 1:
+            raise ValueError(f"images: wanted {ACCEPTED}, got an array {images.shape} of {images.dtype}")
+        if images.ndim == 2:
+            images = [images]
+        elif images.ndim == 3:
+            if 4 < images.shape[0] and 4 < images.shape[2]:
+                got = f"an array {images.shape}: pass list(images) for a stack of grey images"
+                raise ValueError(f"images: wanted {ACCEPTED}, got {got}")
+            check_shape(images, "images")
             images = [images]
         elif images.ndim != 4 and images.dtype.kind not in "OU":
-            raise ValueError(
-                f"images: wanted {ACCEPTED}, got an array {images.shape}: pass list(images) for a stack of grey images"
-            )
+            raise ValueError(f"images: wanted {ACCEPTED}, got an array {images.shape}")
     elif isinstance(images, str | Path | Image.Image) or hasattr(images, "__fspath__"):
         images = [images]
-    elif not hasattr(images, "__iter__") or isinstance(images, dict | bytes):
+    elif not hasattr(images, "__iter__"):
         raise ValueError(f"images: wanted {ACCEPTED}, got {type(images).__name__}")
     listed: list[Any] = []
     for index, image in enumerate(images):
+        check_item(image, index)
         if isinstance(image, str) or hasattr(image, "__fspath__"):
             listed += list_images(image)
-        elif isinstance(image, Image.Image | np.ndarray):
-            listed.append(image)
         else:
-            raise ValueError(f"images: wanted {ACCEPTED}, got {type(image).__name__} at index {index}")
+            listed.append(image)
     if not listed:
         raise ValueError(f"images: wanted {ACCEPTED}, got none")
     return listed
