@@ -1,14 +1,14 @@
 """Results of an evaluation, and their tables in JSON, CSV and Markdown."""
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from recontrast.data.atomic import replace_files
+from recontrast.data.csv_table import Rounded, format_table
+from recontrast.data.markdown import escape_markdown, format_row
 
 # Field of `Row` -> heading in tables. The two forms of AUPRO are not comparable, see `recontrast.metrics.aupro`.
 METRICS = {
@@ -135,14 +135,12 @@ class Result:
 
     def to_csv(self) -> str:
         """Return a CSV table with one line for each category and one for the mean; undefined metrics are empty."""
-        text = io.StringIO()
         names = [f.name for f in fields(Row) if f.name not in ("seconds", "bounds")]
         times = list(self.mean.seconds)
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*names, *(f"seconds_{name}" for name in times)])
+        table: list[list[Any]] = [[*names, *(f"seconds_{name}" for name in times)]]
         for row in (*self.rows, self.mean):
-            writer.writerow([*(getattr(row, name) for name in names), *(row.seconds.get(name, "") for name in times)])
-        return text.getvalue()
+            table.append([*(getattr(row, name) for name in names), *(row.seconds.get(name) for name in times)])
+        return format_table(table).decode(errors="surrogateescape")
 
     def _bounds(self) -> list[tuple[str, float]]:
         """Return the largest bound of each streamed metric over the categories."""
@@ -163,10 +161,11 @@ class Result:
         """Return a Markdown table in percent, with "-" for undefined metrics, followed by settings and notes."""
         names = [name for name in METRICS if any(getattr(row, name) is not None for row in self.rows)] or ["i_auroc"]
         head = ["category", "images", *(METRICS[name] for name in names), "seconds"]
-        lines = [_format_line(head), _format_line(["---", *["---:"] * (len(head) - 1)])]
+        lines = [format_row(head), format_row(["---", *["---:"] * (len(head) - 1)])]
         for row in (*self.rows, *([self.mean] if len(self.rows) > 1 else [])):
             cells = ("-" if (value := getattr(row, name)) is None else f"{100 * value:.2f}" for name in names)
-            lines.append(_format_line([row.category, str(row.images), *cells, f"{sum(row.seconds.values()):.1f}"]))
+            name = escape_markdown(row.category)
+            lines.append(format_row([name, str(row.images), *cells, f"{sum(row.seconds.values()):.1f}"]))
         lines.append("")
         lines.append(
             f"Percent. Maps of {'the size of the images, from tiles of ' if self.tile else ''}"
@@ -177,16 +176,18 @@ class Result:
             f"{METRICS[name]}: from histograms, within {bound:.1e} of the exact value."
             for name, bound in self._bounds()
         ]
-        lines += [f"{row.category}: {row.note}." for row in (*self.rows, self.mean) if row.note]
+        lines += [
+            f"{escape_markdown(row.category)}: {escape_markdown(row.note)}."
+            for row in (*self.rows, self.mean)
+            if row.note
+        ]
         return "\n".join(lines) + "\n"
 
     def scores_csv(self) -> str:
         """Return a CSV table with path, category, defect, label and score of each image."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([f.name for f in fields(ScoredImage)])
-        writer.writerows([*astuple(scored)[:-1], f"{scored.score:.9g}"] for scored in self.scored)
-        return text.getvalue()
+        table: list[list[Any]] = [[f.name for f in fields(ScoredImage)]]
+        table += [[*astuple(scored)[:-1], Rounded(scored.score)] for scored in self.scored]
+        return format_table(table).decode(errors="surrogateescape")
 
     def write(self, folder: str | Path, remove: Sequence[str] = ()) -> list[Path]:
         """Write ``results.json``, ``results.csv``, ``results.md`` and ``scores.csv``, all at once.
@@ -211,7 +212,3 @@ class Result:
             for name, text in texts.items():
                 (staging / name).write_bytes(text.encode(errors="surrogateescape"))
         return [Path(folder) / name for name in texts]
-
-
-def _format_line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

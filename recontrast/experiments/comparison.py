@@ -1,13 +1,13 @@
 """Comparison of our results with the paper's, as tables in JSON, CSV and Markdown."""
 
-import csv
-import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from recontrast.data.atomic import replace_files
+from recontrast.data.csv_table import format_table
+from recontrast.data.markdown import escape_markdown, format_row
 from recontrast.evaluation.results import METRICS
 
 
@@ -82,19 +82,17 @@ class Comparison:
 
     def to_csv(self) -> str:
         """Return a CSV table with one line for each entry, category and metric; missing values are empty."""
-        text = io.StringIO()
         rows = self.to_dict()["lines"]
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return format_table([list(rows[0]), *(row.values() for row in rows)]).decode(errors="surrogateescape")
 
     def to_markdown(self) -> str:
         """Return a Markdown table in percent, with "-" for missing values, followed by the notes."""
         header, rows = self.cells()
         align = ["---", "---", *["---:"] * (len(header) - 2)]
-        lines = [f"# {self.title}", "", *(f"| {' | '.join(cells)} |" for cells in (header, align, *rows)), ""]
-        return "\n".join([*lines, "Percent; ± is the standard deviation over seeds.", *self.notes]) + "\n"
+        escaped = [[*map(escape_markdown, row[:2]), *row[2:]] for row in rows]
+        lines = [f"# {self.title}", "", *(format_row(cells) for cells in (header, align, *escaped)), ""]
+        notes = map(escape_markdown, self.notes)
+        return "\n".join([*lines, "Percent; ± is the standard deviation over seeds.", *notes]) + "\n"
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``comparison.json``, ``comparison.csv`` and ``comparison.md``.

@@ -139,7 +139,7 @@ def test_two_files_with_one_target(error_for):
     [
         (b"", "wanted the columns id_code, diagnosis, got an empty file: id_code is missing"),
         (b"id_code,diagnosis\n\n", "wanted a CSV table with at least one line below its header, got none"),
-        (b"\xff\xfe\x00", "wanted a CSV table in UTF-8, got a file of another kind (invalid start byte)"),
+        (b"\xff\xfe\x00", "wanted text in UTF-16-LE, got truncated data"),
         (b'id_code,diagnosis\n"' + b"x" * 200_000, "wanted a CSV table, got one that cannot be read (field larger"),
     ],
     ids=["empty", "header", "binary", "quote"],

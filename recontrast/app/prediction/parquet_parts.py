@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from recontrast.data.atomic import replace_file
+from recontrast.data.csv_table import decode_text
 from recontrast.data.images import list_images
+from recontrast.data.regular_file import read_bytes
 from recontrast.inference.decisions import REGION_COLUMNS
 
 FOLDER = "scores.parquet"  # pandas, polars, DuckDB, Spark and pyarrow read a folder of parts as one table
@@ -229,7 +231,7 @@ def _name_part(identity: str, paths: Sequence[str]) -> str:
 
 
 def _read_text_paths(path: Path) -> list[str]:
-    lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
+    lines = decode_text(path, read_bytes(path, "a list of images", 2**30)).split("\n")
     return [name for line in lines if (name := line.rstrip("\r")).strip()]
 
 

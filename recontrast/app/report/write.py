@@ -102,7 +102,7 @@ def _read_evaluated_folders(scores: Path) -> list[Path]:
     if not scores.is_file():
         raise ValueError(f"{scores}: wanted the images that the run was evaluated on, got no such file: name DATA")
     folders: dict[Path, None] = {}
-    for line in read_table(scores, ["path", "category"]):
+    for line in read_table(scores, ["path", "category"], own=True):
         path = Path(line["path"])
         if not path.is_file():
             raise ValueError(f"{scores}: wanted the image {path} that the run was evaluated on, it is gone: name DATA")
