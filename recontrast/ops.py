@@ -11,15 +11,7 @@ from torch.autograd import forward_ad
 
 from recontrast import backend, reference
 from recontrast.backend import BACKEND, WHY
-from recontrast.reference import (
-    EPS,
-    RULES,
-    compute_maximum,
-    cosine,
-    group_dtype,
-    sum_dtype,
-    void_unless_finite,
-)
+from recontrast.reference import EPS, RULES, compute_maximum, cosine, group_dtype, sum_dtype, void_unless_finite
 
 __all__ = [
     "BACKEND",
@@ -35,7 +27,8 @@ __all__ = [
     "void_unless_finite",
 ]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of the features
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of features that the operators accept."""
 SCHEMAS = {
     "cosine_sums": "(Tensor x, Tensor y) -> Tensor",
     "cosine_sums_backward": "(Tensor grad, Tensor x, Tensor y) -> Tensor",

@@ -9,6 +9,7 @@ import io
 import math
 import operator
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.in_memory import InMemoryImages, as_image_list
 from recontrast.inference.calibrate import calibrate
+from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.infer import infer
 from recontrast.inference.options import InferenceOptions
 from recontrast.recipes import yaml_file
@@ -210,6 +212,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     def predict(self, X: Any) -> NDArray[np.int64]:
         """Return +1 for good images and -1 for defects, whose p-value is at most ``false_alarm_rate``.
 
+        An image whose anomaly map is not finite has the score NaN and is undecided: 0, and a warning names its index.
+
         Args:
             X: Images, see the class.
 
@@ -222,7 +226,13 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             OSError: If a file cannot be read.
         """
         calibration = self._calibrated("predict")
-        return np.where(calibration.is_defect(-self.score_samples(X)), -1, 1)
+        scores = -self.score_samples(X)
+        undecided = np.flatnonzero(np.isnan(scores))
+        for index in undecided.tolist():
+            warnings.warn(describe_undecided(f"image {index} (counted from 0)"), stacklevel=2)
+        labels = np.where(calibration.is_defect(scores), -1, 1)
+        labels[undecided] = 0
+        return labels
 
     def p_values(self, X: Any) -> NDArray[np.float64]:
         """Compute conformal p-values; images with small values are unlike the good images.

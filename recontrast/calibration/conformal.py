@@ -11,7 +11,7 @@ flagged share of a good image's map is a loss that is at most 1 and falls as the
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -87,14 +87,16 @@ class Calibration:
             scores: Scores of new images, (N,).
 
         Returns:
-            (N,) float64 in [1 / (n + 1), 1].
+            (N,) float64 in [1 / (n + 1), 1]; NaN for a score that is not finite.
         """
-        return (1 + self._count_at_least(scores)) / (self.count + 1)
+        p_values = (1 + self._count_at_least(scores)) / (self.count + 1)
+        return np.where(np.isfinite(np.asarray(scores, np.float64)), p_values, np.nan)
 
     def is_defect(self, scores: ArrayLike) -> NDArray[np.bool_]:
         """Return whether each image is a defect: its p-value is at most ``rate``.
 
-        This is the same as a score above ``threshold``. A NaN counts as a defect.
+        This is the same as a score above ``threshold``. A NaN counts as a defect, so that it never passes as good;
+        `recontrast.inference.decisions.decide` calls such an image undecided.
 
         Args:
             scores: Scores of new images, (N,).
@@ -160,6 +162,7 @@ def calibrate_maps(
     source: str,
     weights: str,
     appearance: ArrayLike = (),
+    names: Sequence[str] = (),
 ) -> Calibration:
     """Compute both thresholds from the maps and scores of any detector.
 
@@ -175,13 +178,14 @@ def calibrate_maps(
         weights: `digest` of the detector.
         appearance: Result of `recontrast.calibration.appearance_drift.describe_appearance` for the images, (count, 4),
             in any order; without it, the appearance of later images cannot be compared.
+        names: Name of each image, for error messages. Without them, images are counted from 0.
 
     Returns:
         The calibration.
 
     Raises:
         ValueError: If there are too few images for the rate, a rate is not in (0, 1), the number of scores is not
-            ``count``, or scores or maps are not finite.
+            ``count``, or the score or the map of an image is not finite.
     """
     allowed_false_alarms(count, rate)
     if not 0 < pixel_rate < 1:
@@ -194,6 +198,7 @@ def calibrate_maps(
     size: tuple[int, ...] | None = None
     is_one_size = True
     for maps, batch_scores in batches:
+        _refuse_not_finite(maps, batch_scores, len(scores), names)
         scores += batch_scores.astype(np.float64).tolist()
         is_one_size = is_one_size and maps.shape[1:] == (size := size or maps.shape[1:])
         if not is_one_size:
@@ -206,8 +211,6 @@ def calibrate_maps(
             highest = np.partition(highest, highest.size - keep)[-keep:]
     if len(scores) != count:
         raise ValueError(f"calibration: scores: wanted those of {count} images, got {len(scores)}")
-    if not np.isfinite(scores).all() or not np.isfinite(highest).all():
-        raise ValueError("calibration: scores: wanted finite numbers, got others: the detector is not well trained")
     ordered = tuple(sorted(scores))
     return Calibration(
         scores=ordered,
@@ -220,6 +223,21 @@ def calibrate_maps(
         weights=weights,
         appearance=tuple(map(tuple, np.asarray(appearance, np.float64).tolist())),
     )
+
+
+def _refuse_not_finite(maps: NDArray[Any], scores: NDArray[Any], start: int, names: Sequence[str]) -> None:
+    """Raise an error that names the first image whose score or map is not finite; ``start`` is the first index."""
+    pixels = np.asarray(maps).reshape(len(scores), -1)
+    is_finite = np.isfinite(scores)
+    if pixels.size:
+        is_finite = is_finite & np.isfinite(pixels.min(axis=1)) & np.isfinite(pixels.max(axis=1))
+    if not is_finite.all():
+        index = start + int(np.argmin(is_finite))
+        name = names[index] if names else f"image {index} (counted from 0)"
+        raise ValueError(
+            f"{name}: wanted a finite anomaly map of a good image, got NaN or infinite values: the detector cannot be "
+            "calibrated with it"
+        )
 
 
 def allowed_false_alarms(count: int, rate: float) -> int:

@@ -34,12 +34,13 @@ def colourise(values: np.ndarray) -> np.ndarray:
     """Convert values to heat-map colours.
 
     Args:
-        values: Array of any shape (...), values in [0, 1]. Values outside are clipped, and NaN counts as 0.
+        values: Array of any shape (...), values in [0, 1]. Values outside are clipped; one that is not finite counts
+            as 1, so that it is seen.
 
     Returns:
         RGB colours, (..., 3) uint8.
     """
-    index = np.rint(np.clip(np.nan_to_num(values), 0, 1) * 255).astype(np.intp)
+    index = np.rint(np.clip(_replace_not_finite(values, 1), 0, 1) * 255).astype(np.intp)
     return np.rint(COLOUR_TABLE.T[index]).astype(np.uint8)
 
 
@@ -70,13 +71,14 @@ def draw_overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
     Args:
         image: (H, W, 3) uint8.
-        heat: (H, W), values in [0, 1]. Values outside are clipped, and NaN counts as 0.
+        heat: (H, W), values in [0, 1]. Values outside are clipped; one that is not finite counts as 1, so that it is
+            seen.
 
     Returns:
         (H, W, 3) uint8.
     """
     grey = image.astype(np.float32).mean(-1, keepdims=True)  # only the heat map has colour
-    heat = np.clip(np.nan_to_num(heat), 0, 1).astype(np.float32)
+    heat = np.clip(_replace_not_finite(heat, 1), 0, 1).astype(np.float32)
     opacity = MAX_OPACITY * np.sqrt(heat)[..., None]  # the square root makes weak heat visible
     return np.rint(grey * (1 - opacity) + colourise(heat) * opacity).astype(np.uint8)
 
@@ -115,13 +117,18 @@ def to_uint16(anomaly: np.ndarray, top: float) -> np.ndarray:
     """Scale a map to 16-bit integers.
 
     Args:
-        anomaly: (H, W), values in [0, top]. Values outside are clipped.
+        anomaly: (H, W), values in [0, top]. Values outside are clipped; one that is not finite becomes 65535, because
+            16 bits cannot hold it.
         top: Value that becomes 65535.
 
     Returns:
         (H, W) uint16.
     """
-    return np.rint(np.clip(anomaly / top, 0, 1) * 65535).astype(np.uint16)
+    return np.rint(np.clip(_replace_not_finite(anomaly / top, 1), 0, 1) * 65535).astype(np.uint16)
+
+
+def _replace_not_finite(values: np.ndarray, replacement: float) -> np.ndarray:
+    return np.nan_to_num(values, nan=replacement, posinf=replacement, neginf=replacement)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:

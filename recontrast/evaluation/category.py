@@ -77,7 +77,7 @@ class Category:
     ) -> None:
         self.name, self.tests, self.recipe, self.world, self.streaming = name, tests, recipe, world, streaming
         self.shares = world.shares(len(tests))
-        own = tests[world.share(len(tests))]
+        own = self.own = tests[world.share(len(tests))]
         self.seconds: dict[str, float] = {}
         self.streaming_seconds = 0.0
         self.defect_count = sum(sample.label for sample in tests)
@@ -100,9 +100,16 @@ class Category:
             start: Index of the first image in the share.
             maps: Anomaly maps (N, H, W), float32.
             scores: Scores (N,), float32.
+
+        Raises:
+            ValueError: If a score is not finite, because the map is not; the message names the image.
         """
         stop = start + len(scores)
         self.scores[start:stop] = scores.cpu()
+        is_finite = self.scores[start:stop].isfinite()
+        if not is_finite.all():
+            path = self.own[start + int(is_finite.int().argmin())].path
+            raise ValueError(f"{path}: wanted a finite anomaly map, got NaN or infinite values: it has no score")
         if self.has_masks and self.streaming is not None:
             masks = self._read_masks(start, stop, tuple(maps.shape[1:]))
             begin = time.perf_counter()

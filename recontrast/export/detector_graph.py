@@ -62,8 +62,8 @@ class DetectorGraph(nn.Module):
 
         Returns:
             Maps (N, height, width), float32, at the size of the network's input, and scores (N,), float32. With a
-            calibration also p-values (N,), float32, and decisions (N,), bool, True for a defect; a NaN score is a
-            defect.
+            calibration also p-values (N,), float32, and decisions (N,), bool, True for a defect. The score and the
+            p-value of a map that is not finite are NaN, and its decision is True, so that it never passes as good.
         """
         pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
         pairs = self.network((pixels / 255 - self.means) / self.stds, self.views)
@@ -73,7 +73,7 @@ class DetectorGraph(nn.Module):
             return maps, score
         above = (self.good >= score.unsqueeze(1)).float().sum(1)
         p_value = (1 + above) / (1 + self.good.shape[0])
-        return maps, score, p_value, ~(score <= self.threshold)
+        return maps, score, torch.where(score == score, p_value, torch.nan), ~(score <= self.threshold)
 
     def _build_map(self, distances: list[Tensor]) -> Tensor:
         """Upsample, blur and sum the distances by the two matrix products of `AnomalyMap`."""

@@ -1,5 +1,6 @@
 """Calibration: run a detector on good images and compute its thresholds."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +23,8 @@ from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.sources import Images
 from recontrast.data.tiles import Tiles
-from recontrast.inference.detector import CheckpointDetector, MapsAndScores
+from recontrast.inference.decisions import describe_undecided
+from recontrast.inference.detector import CheckpointDetector, MapsAndScores, run_checked
 from recontrast.inference.infer import infer
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
@@ -53,7 +55,8 @@ def calibrate(
         Calibration for the weights of the model and the recipe.
 
     Raises:
-        ValueError: If there are too few images for the rate, or a rate is not in (0, 1).
+        ValueError: If there are too few images for the rate, a rate is not in (0, 1), or the map of an image is not
+            finite.
     """
     allowed_false_alarms(len(images), rate)
     batches = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
@@ -127,7 +130,8 @@ def calibrate_files(
         The calibration, and one sentence for each file that could not be read.
 
     Raises:
-        ValueError: If no image can be read, there are too few for the rate, or a rate is not in (0, 1).
+        ValueError: If no image can be read, there are too few for the rate, a rate is not in (0, 1), or the map of an
+            image is not finite.
     """
     unread: list[str] = []
     with ThreadPoolExecutor() as pool:
@@ -136,12 +140,13 @@ def calibrate_files(
 
             def run(files: ImageFiles = files) -> Iterator[MapsAndScores]:
                 done = 0
-                for maps, scores in detector.run(files, batch):
+                for maps, scores in run_checked(detector, files, batch):
                     yield maps, scores
                     done += len(scores)
                     on_progress(done, len(files))
 
-            calibration = calibrate_maps(run(), len(files), **options)
+            names = [str(path) for path in files.paths]
+            calibration = calibrate_maps(run(), len(files), names=names, **options)
             appearance = _describe_files(detector, files)  # reads each file again, which can fail
             if not files.errors:
                 return replace(calibration, appearance=tuple(map(tuple, appearance.tolist()))), unread
@@ -165,12 +170,18 @@ def score_files(
         Scores of the N images that could be read; their appearance, (N, 4) float64, see
         `recontrast.calibration.appearance_drift.describe_appearance`; and one sentence for each file that could not be
         read.
+
+    Raises:
+        ValueError: If the map of an image is not finite.
     """
     with ThreadPoolExecutor() as pool:
         files = ImageFiles(paths, pool)
-        scores = [score for _, batch_scores in detector.run(files, batch) for score in batch_scores.tolist()]
+        scores = [score for _, batch_scores in run_checked(detector, files, batch) for score in batch_scores.tolist()]
         appearance = _describe_files(detector, files)
     read = [index for index in range(len(scores)) if index not in files.errors]
+    for index in read:
+        if not math.isfinite(scores[index]):
+            raise ValueError(describe_undecided(str(files.paths[index])))
     unread = [files.errors[index] for index in sorted(files.errors)]
     return [scores[index] for index in read], appearance[read], unread
 

@@ -1,9 +1,13 @@
-"""Decisions from a score and a map: p-value, good or defect, and the defective regions of the original image."""
+"""Decisions from a score and a map: p-value, good or defect, and the defective regions of the original image.
 
+An image whose score is NaN, because its map is not finite, is undecided.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,19 +55,20 @@ class Decision:
     """Decision about one image.
 
     Attributes:
-        p_value: Conformal p-value of the score.
-        defect: Whether the score is above the threshold.
-        regions: Defective regions, highest peak first; None for a good image, or without a pixel threshold.
+        p_value: Conformal p-value of the score; NaN if the score is.
+        defect: Whether the score is above the threshold; None if the score is NaN.
+        regions: Defective regions, highest peak first; None for a good or an undecided image, or without a pixel
+            threshold.
     """
 
     p_value: float
-    defect: bool
+    defect: bool | None
     regions: tuple[Region, ...] | None
 
     @property
-    def label(self) -> str:
-        """Name of the decision, "good" or "defect"."""
-        return "defect" if self.defect else "good"
+    def label(self) -> Literal["good", "defect", "undecided"]:
+        """Name of the decision, "good", "defect" or "undecided"."""
+        return "undecided" if self.defect is None else "defect" if self.defect else "good"
 
 
 def select_calibration(
@@ -96,6 +101,18 @@ def select_calibration(
     raise ValueError(f"predict: decisions: wanted a detector with a calibration, got one without: run {command} first")
 
 
+def describe_undecided(name: str) -> str:
+    """Describe in a sentence why an image has no score.
+
+    Args:
+        name: Name of the image.
+
+    Returns:
+        The sentence.
+    """
+    return f"{name}: wanted a finite anomaly map, got NaN or infinite values: it has no score and is undecided"
+
+
 def decide(
     calibration: Calibration, anomaly: np.ndarray, score: float, shape: Sequence[int], recipe: Recipe
 ) -> Decision:
@@ -109,8 +126,11 @@ def decide(
         recipe: Recipe of the detector; it says which part of the image the map covers.
 
     Returns:
-        The decision, with the defective regions if there is a pixel threshold.
+        The decision, with the defective regions if there is a pixel threshold. If the score is not finite, the image is
+        undecided.
     """
+    if not math.isfinite(score):
+        return Decision(math.nan, None, None)
     defect = bool(calibration.is_defect([score])[0])
     regions = None
     if defect and calibration.pixel_threshold is not None:

@@ -90,6 +90,27 @@ class Detector(Protocol):
         return predict(self, images, false_alarm_rate=false_alarm_rate, batch=batch, errors=errors)
 
 
+def run_checked(detector: Detector, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
+    """Run a detector, and replace the score of each map that is not finite by NaN, whatever the detector computed.
+
+    The kernels do the same. Detectors of other origin, such as files exported by earlier versions, may ignore NaN.
+
+    Args:
+        detector: Detector that scores the images.
+        files: Images to score.
+        batch: Number of images per batch.
+
+    Yields:
+        Maps (N, H, W) and scores (N,), float32.
+    """
+    for maps, scores in detector.run(files, batch):
+        is_finite = [tiling.is_finite(anomaly) for anomaly in maps]
+        if not all(is_finite):
+            scores = np.where(is_finite, scores, np.float32(np.nan))
+        yield maps, scores
+        del maps  # a map may be large, and should not stay in memory beside the next image
+
+
 class CheckpointDetector(Detector):
     """Detector in a checkpoint. If it was trained on tiles, images are cut into tiles.
 

@@ -1,6 +1,8 @@
 """Predictions as Python objects: score, decision, regions and anomaly map of each image, drawn on request."""
 
 import io
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,10 +28,11 @@ class Prediction:
 
     Attributes:
         name: Path of the image, or "image 3" for the fourth image given in memory.
-        score: Anomaly score; larger is more anomalous. NaN if the image could not be read.
-        p_value: Share of good images that score at least as high, in (0, 1] (split conformal, Vovk et al., 2005).
-            None without a calibration.
-        decision: "good" or "defect"; None without a calibration, or if the image could not be read.
+        score: Anomaly score; larger is more anomalous. NaN if the image could not be read or its map is not finite.
+        p_value: Share of good images that score at least as high, in (0, 1] (split conformal, Vovk et al., 2005); NaN
+            if the score is. None without a calibration.
+        decision: "good" or "defect", or "undecided" if the score is NaN because the map is not finite; None without a
+            calibration, or if the image could not be read.
         regions: Anomalous regions of a defect in pixels of the original image, the highest peak first. Empty for
             good images. None without a calibration or without a pixel threshold.
         anomaly_map: Anomaly map (h, w), float32, in the resolution of the detector. It covers the part of the image
@@ -40,7 +43,7 @@ class Prediction:
     name: str
     score: float
     p_value: float | None
-    decision: Literal["good", "defect"] | None
+    decision: Literal["good", "defect", "undecided"] | None
     regions: "tuple[Region, ...] | None"
     anomaly_map: NDArray[np.float32] | None = field(repr=False)
     error: str | None = None
@@ -116,7 +119,7 @@ class Prediction:
     def _build_caption(self) -> str:
         parts: list[str] = [] if self.decision is None else [self.decision]
         parts.append(f"score {self.score:.4g}")
-        if self.p_value is not None:
+        if self.p_value is not None and math.isfinite(self.p_value):
             parts.append(f"p = {self.p_value:.3g}")
         return "   ".join(parts)
 
@@ -127,7 +130,8 @@ class Prediction:
         if self.anomaly_map is None:
             raise ValueError(self.error)
         top, left, height, width = map_extent(shape, self._recipe)
-        whole = np.full(tuple(shape), float(self.anomaly_map.min()), np.float32)
+        finite = self.anomaly_map[np.isfinite(self.anomaly_map)]
+        whole = np.full(tuple(shape), float(finite.min()) if finite.size else np.nan, np.float32)
         whole[top : top + height, left : left + width] = heatmaps.resize_map(self.anomaly_map, (height, width))
         return whole
 
@@ -137,13 +141,18 @@ class Predictions(list[Prediction]):
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """Scores (n,), float64; NaN for images that could not be read."""
+        """Scores (n,), float64; NaN for images that could not be read, or whose map is not finite."""
         return np.array([prediction.score for prediction in self], np.float64)
 
     @property
     def defects(self) -> "Predictions":
         """Predictions whose decision is "defect"."""
         return Predictions(prediction for prediction in self if prediction.decision == "defect")
+
+    @property
+    def undecided(self) -> "Predictions":
+        """Predictions of images that could be read, but whose map is not finite."""
+        return Predictions(prediction for prediction in self if prediction.error is None and np.isnan(prediction.score))
 
     def show(self, most: int = 8) -> None:
         """Show the first ``most`` predictions, see `Prediction.show`.
@@ -162,6 +171,8 @@ def predict(
 ) -> Predictions:  # fmt: skip
     """Score images, and call each good or a defect if the detector is calibrated.
 
+    An image whose map is not finite has the score NaN and the decision "undecided"; a warning names it.
+
     Args:
         detector: See `recontrast.load`.
         images: One image or several, see `list_given`.
@@ -177,7 +188,8 @@ def predict(
             the rate.
         FileNotFoundError: If a path does not exist.
     """
-    from recontrast.inference.decisions import decide, select_calibration
+    from recontrast.inference.decisions import decide, describe_undecided, select_calibration
+    from recontrast.inference.detector import run_checked
 
     if errors not in ("raise", "keep"):
         raise ValueError(f"predict: errors: wanted 'raise' or 'keep', got {errors!r}")
@@ -187,18 +199,19 @@ def predict(
     files = GivenImages(images)
     maps: list[NDArray[np.float32]] = []
     scores: list[float] = []
-    for batch_maps, batch_scores in detector.run(files, batch):
+    for batch_maps, batch_scores in run_checked(detector, files, batch):
         maps += list(np.asarray(batch_maps, np.float32))
         scores += batch_scores.tolist()
         if files.errors and errors == "raise":
             raise ValueError(files.errors[min(files.errors)])
-    readable = [anomaly for index, anomaly in enumerate(maps) if index not in files.errors]
+    usable = [index for index, score in enumerate(scores) if index not in files.errors and math.isfinite(score)]
+    scored = [maps[index] for index in usable]
     middle = None if calibration is None or detector.recipe.score != "max" else calibration.threshold
     colors = (
         heatmaps.colour_range(
-            [float(np.median(anomaly)) for anomaly in readable], (float(anomaly.max()) for anomaly in readable), middle
+            [float(np.median(anomaly)) for anomaly in scored], (float(anomaly.max()) for anomaly in scored), middle
         )
-        if readable
+        if scored
         else (0.0, 1.0)
     )
     predictions = Predictions()
@@ -207,14 +220,16 @@ def predict(
             predictions.append(Prediction(name, float("nan"), None, None, None, None, files.errors[index]))
             continue
         p_value, regions = None, None
-        decision: Literal["good", "defect"] | None = None
+        decision: Literal["good", "defect", "undecided"] | None = None
         if calibration is not None:
             decided = decide(calibration, maps[index], scores[index], files.shape(index), detector.recipe)
-            p_value, decision = decided.p_value, "defect" if decided.defect else "good"
-            regions = () if calibration.pixel_threshold is not None and not decided.defect else decided.regions
+            p_value, decision = decided.p_value, decided.label
+            regions = () if calibration.pixel_threshold is not None and decision == "good" else decided.regions
         threshold = None if calibration is None else calibration.pixel_threshold
         predictions.append(Prediction(
             name, scores[index], p_value, decision, regions, maps[index], None, source, detector.recipe, threshold,
             colors,
         ))  # fmt: skip
+    for prediction in predictions.undecided:
+        warnings.warn(describe_undecided(prediction.name), stacklevel=3)  # the caller of `Detector.predict`
     return predictions

@@ -205,6 +205,18 @@ def infer_files(
         yield torch.from_numpy(anomaly)[None], torch.tensor([score_map(anomaly, recipe.score)])
 
 
+def is_finite(anomaly: NDArray[Any]) -> bool:
+    """Return whether all values of a map are finite, without a copy of the map.
+
+    Args:
+        anomaly: Anomaly map (H, W), floating point.
+
+    Returns:
+        False if a value is NaN or infinite. True for a map without pixels.
+    """
+    return not anomaly.size or bool(np.isfinite(anomaly.min()) and np.isfinite(anomaly.max()))
+
+
 def score_map(anomaly: NDArray[np.float32], how: str | float) -> float:
     """Compute the score of a whole map as `recontrast.AnomalyMap.score` does, without copying the map.
 
@@ -213,8 +225,10 @@ def score_map(anomaly: NDArray[np.float32], how: str | float) -> float:
         how: "max", "mean", or a share of the pixels: the score is then the mean of that share of largest values.
 
     Returns:
-        The score.
+        The score; NaN if a value of the map is NaN or infinite.
     """
+    if not is_finite(anomaly):
+        return math.nan
     if how == "max":
         return float(anomaly.max())
     if how == "mean":

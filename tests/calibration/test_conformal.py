@@ -137,8 +137,15 @@ def test_pixel_threshold_without_guarantee():
 
 def test_scores_that_are_not_finite_raise():
     all_maps = maps(20)
-    with pytest.raises(ValueError, match="scores: wanted finite numbers"):
-        calibrate_maps([(all_maps, np.full(20, np.nan))], 20, rate=0.1, pixel_rate=0.1, source="", weights="")
+    options = {"rate": 0.1, "pixel_rate": 0.1, "source": "", "weights": ""}
+    scores = all_maps.max((1, 2))
+    scores[3] = np.nan
+    with pytest.raises(ValueError, match=r"^image 3 \(counted from 0\): wanted a finite anomaly map of a good image"):
+        calibrate_maps([(all_maps, scores)], 20, **options)
+    all_maps[17, 0, 0] = -np.inf
+    batches = [(all_maps[:16], all_maps[:16].max((1, 2))), (all_maps[16:], all_maps[16:].max((1, 2)))]
+    with pytest.raises(ValueError, match=r"^17\.png: wanted a finite anomaly map of a good image"):
+        calibrate_maps(batches, 20, names=[f"{index}.png" for index in range(20)], **options)
 
 
 def test_maps_of_two_sizes_or_too_few():

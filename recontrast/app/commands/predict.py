@@ -105,9 +105,9 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     print_line(f"{len(summary.predictions)} images scored{_describe_counts(summary, threshold)}: {out / 'scores.csv'}")
     if summary.calibration_note is not None:
         print_error(f"warning: {summary.calibration_note}")
-    for text in summary.unread:
+    for text in (*summary.unread, *summary.undecided):
         print_error(text)
-    if summary.unread:
+    if summary.unread or summary.undecided:
         raise typer.Exit(2)
 
 
@@ -118,9 +118,11 @@ def _describe_counts(summary: "PredictionSummary", threshold: float | None) -> s
         parts.append(f"{sum(bool(prediction.flagged) for prediction in summary.predictions)} flagged at {threshold:g}")
     if summary.rate is not None:
         defects = sum(
-            prediction.decision is not None and prediction.decision.defect for prediction in summary.predictions
+            prediction.decision is not None and bool(prediction.decision.defect) for prediction in summary.predictions
         )
         parts.append(f"{defects} called defects at a false-alarm rate of {summary.rate:g}")
+    if summary.undecided:
+        parts.append(f"{len(summary.undecided)} undecided")
     return "".join(f", {part}" for part in parts)
 
 
@@ -139,10 +141,12 @@ def _predict_with_ray(
         summary = ray_predict.predict(checkpoint, inputs, out, on_progress=progress, **options)
     counts = f", {summary.defects} defects" if summary.decided else ""
     counts += "" if options["threshold"] is None else f", {summary.flagged} flagged at {options['threshold']:g}"
+    counts += f", {len(summary.undecided)} undecided" if summary.undecided else ""
     print_line(f"{summary.scored} images scored{counts}: {out / parquet_parts.FOLDER}")
-    for text in summary.unread[:MAX_PRINTED_ERRORS]:
-        print_error(text)
-    if len(summary.unread) > MAX_PRINTED_ERRORS:
-        print_error(f"and {len(summary.unread) - MAX_PRINTED_ERRORS} more: column error")
-    if summary.unread:
+    for sentences, column in ((summary.unread, "error"), (summary.undecided, "score")):
+        for text in sentences[:MAX_PRINTED_ERRORS]:
+            print_error(text)
+        if len(sentences) > MAX_PRINTED_ERRORS:
+            print_error(f"and {len(sentences) - MAX_PRINTED_ERRORS} more: column {column}")
+    if summary.unread or summary.undecided:
         raise typer.Exit(2)

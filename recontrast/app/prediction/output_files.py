@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +29,8 @@ class Prediction:
     """Scores and decision of one image. Paths of its map and overlay are relative to the output folder, or None."""
 
     path: str
-    score: float
-    flagged: bool | None  # None without a threshold
+    score: float  # NaN if the map is not finite
+    flagged: bool | None  # None without a threshold or a score
     map: str | None
     overlay: str | None
     decision: Decision | None = None  # None without a calibration
@@ -113,14 +114,16 @@ def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float, recipe: Rec
 
 
 def to_json_row(prediction: Prediction) -> dict[str, Any]:
-    """Return the entry of one image in scores.json."""
-    values: dict[str, Any] = {"path": prediction.path, "score": float(f"{prediction.score:.9g}")}
-    values["flagged"] = prediction.flagged
+    """Return the entry of one image in scores.json; score and p-value of an undecided image are null."""
+    has_score = math.isfinite(prediction.score)  # JSON has no NaN
+    values: dict[str, Any] = {"path": prediction.path}
+    values |= {"score": float(f"{prediction.score:.9g}") if has_score else None, "flagged": prediction.flagged}
     if (decision := prediction.decision) is not None:
-        values |= {"p_value": decision.p_value, "decision": decision.label}
+        values |= {"p_value": decision.p_value if has_score else None, "decision": decision.label}
         values["regions"] = None if decision.regions is None else [region.to_dict() for region in decision.regions]
     values |= {"map": prediction.map, "overlay": prediction.overlay}
-    return {key: value for key, value in values.items() if value is not None}
+    always = () if has_score else ("score", "p_value")
+    return {key: value for key, value in values.items() if value is not None or key in always}
 
 
 def save_scores(
@@ -143,9 +146,10 @@ def save_scores(
     ]
     regions: list[list[Any]] = [["path", "region", *REGION_COLUMNS]]
     for prediction in predictions:
-        line = [prediction.path, f"{prediction.score:.9g}", *([str(int(bool(prediction.flagged)))] if flags else [])]
+        line = [prediction.path, f"{prediction.score:.9g}", *([_to_cell(prediction.flagged)] if flags else [])]
         if (decision := prediction.decision) is not None:
-            line += [f"{decision.p_value:.9g}", decision.label, str(len(decision.regions or ()))]
+            line += [f"{decision.p_value:.9g}", decision.label]
+            line.append("" if decision.defect is None else str(len(decision.regions or ())))
             for number, region in enumerate(decision.regions or (), 1):
                 regions.append([prediction.path, number, *region.to_dict().values()])
         lines.append(line)
@@ -161,6 +165,10 @@ def save_scores(
             _save_csv(staging / "regions.csv", regions)
         content = {**description, "images": [to_json_row(prediction) for prediction in predictions]}
         (staging / "scores.json").write_bytes((json.dumps(content, indent=1) + "\n").encode())
+
+
+def _to_cell(flag: bool | None) -> str:
+    return "" if flag is None else str(int(flag))
 
 
 def begin(out: Path, files: Collection[str]) -> None:

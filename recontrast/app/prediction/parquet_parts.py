@@ -7,9 +7,10 @@ are the finished ones.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from recontrast.data.atomic import replace_file
 from recontrast.data.csv_table import decode_text
 from recontrast.data.images import list_images
 from recontrast.data.regular_file import read_bytes
-from recontrast.inference.decisions import REGION_COLUMNS
+from recontrast.inference.decisions import REGION_COLUMNS, describe_undecided
 
 FOLDER = "scores.parquet"  # pandas, polars, DuckDB, Spark and pyarrow read a folder of parts as one table
 MISSING = "Parquet: wanted the package pyarrow, got none installed: pip install pyarrow"
@@ -34,13 +35,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts over all requested images, and one sentence for each unreadable one."""
+    """Counts over all requested images, and one sentence for each unreadable and each undecided one."""
 
     scored: int
     decided: int
     defects: int
     flagged: int
     unread: list[str]
+    undecided: list[str] = field(default_factory=list)
 
 
 def list_inputs(inputs: Sequence[Path]) -> list[str]:
@@ -148,7 +150,10 @@ def write_part(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], meta
 
 
 def build_schema() -> Any:
-    """Return the columns: path; score, p_value, decision, regions, flagged (null if unknown); error (else null)."""
+    """Return the columns: path; score, p_value, decision, regions, flagged (null if unknown); error (else null).
+
+    Score and p-value are NaN, and the decision is "undecided", if the map is not finite.
+    """
     pa, _ = _import_arrow()
     region = {name: pa.float64() if name == "peak" else pa.int64() for name in REGION_COLUMNS}
     return pa.schema([
@@ -171,24 +176,27 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
     requested, counted = set(paths), set()
     scored = decided = defects = flagged = 0
     unread: list[tuple[str, str]] = []
+    undecided: list[str] = []
     for file in _list_parts(folder):
-        columns = _read(file, ["path", "decision", "flagged", "error"])
-        for path, decision, flag, error in zip(*(columns[name].to_pylist() for name in columns.column_names),
-                                               strict=True):  # fmt: skip
+        names = ["path", "score", "decision", "flagged", "error"]
+        columns = _read(file, names)
+        for path, score, decision, flag, error in zip(*(columns[name].to_pylist() for name in names), strict=True):
             if path in counted:
                 raise ValueError(f"{folder}: wanted each image once, got {path} twice")
             counted.add(path)
             if path not in requested:
                 continue
             scored += error is None
-            decided += decision is not None
+            decided += decision in ("good", "defect")
             defects += decision == "defect"
             flagged += bool(flag)
             if error is not None:
                 unread.append((path, error))
+            elif score is None or math.isnan(score):
+                undecided.append(describe_undecided(path))
     if requested - counted:
         raise ValueError(f"{folder}: wanted {len(requested)} images, {len(requested - counted)} are missing")
-    return Summary(scored, decided, defects, flagged, [error for _, error in sorted(unread)])
+    return Summary(scored, decided, defects, flagged, [error for _, error in sorted(unread)], sorted(undecided))
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -4,10 +4,11 @@ The images are scored by a `recontrast.inference.detector.Detector`; its docstri
 Decisions are made in `recontrast.inference.decisions`, files are written in `recontrast.app.prediction.output_files`.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +32,8 @@ from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.image_files import ImageFiles, assign_result_names
 from recontrast.data.locks import lock_folder
 from recontrast.inference.decisions import decide as decide_on
-from recontrast.inference.decisions import select_calibration
-from recontrast.inference.detector import Detector, open_detector
+from recontrast.inference.decisions import describe_undecided, select_calibration
+from recontrast.inference.detector import Detector, open_detector, run_checked
 from recontrast.inference.options import InferenceOptions
 
 Maps = Literal["tiff16", "tiff32", "npy", "none"]
@@ -45,6 +46,7 @@ class PredictionSummary:
     Attributes:
         predictions: One entry for each image that could be read.
         unread: One sentence for each file that could not be read.
+        undecided: One sentence for each image whose map is not finite: it has no score and no decision.
         rate: Promised false-alarm rate of the decisions; None without decisions.
         calibration_note: Why there are no decisions although the checkpoint has a calibration; else None.
     """
@@ -53,6 +55,7 @@ class PredictionSummary:
     unread: list[str]
     rate: float | None = None
     calibration_note: str | None = None
+    undecided: list[str] = field(default_factory=list)
 
 
 def predict(
@@ -132,7 +135,7 @@ def _run(
     with ThreadPoolExecutor(workers) as pool, tempfile.TemporaryFile(dir=out) as file:
         files = ImageFiles(paths, pool)
         writer = _Writer(files, out, detector, calibration, threshold, maps, MapStore(file, out) if overlays else None)
-        for batch_maps, scores in detector.run(files, batch):
+        for batch_maps, scores in run_checked(detector, files, batch):
             writer.add(batch_maps, scores)
             del batch_maps  # a map may be large, and should not stay in memory beside the next image
             if on_progress is not None:
@@ -144,7 +147,10 @@ def _run(
     description = _describe_run(name, detector, calibration, threshold, maps, colours, unread)
     save_scores(out, writer.predictions, description, writer.earlier)
     used_rate = None if calibration is None else calibration.rate
-    return PredictionSummary(writer.predictions, unread, used_rate, detector.calibration_note)
+    undecided = [
+        describe_undecided(prediction.path) for prediction in writer.predictions if math.isnan(prediction.score)
+    ]
+    return PredictionSummary(writer.predictions, unread, used_rate, detector.calibration_note, undecided)
 
 
 class _Writer:
@@ -187,11 +193,14 @@ class _Writer:
         recipe, middle = self.detector.recipe, self.threshold
         if middle is None and self.calibration is not None:
             middle = self.calibration.threshold
-        colours = heatmaps.colour_range(
-            [np.median(self.waiting[index]) for index in range(len(self.waiting))],
-            (float(self.waiting[index].max()) for index in range(len(self.waiting))),
-            middle if recipe.score == "max" else None,
-        )
+        usable = [index for index, prediction in enumerate(self.predictions) if math.isfinite(prediction.score)]
+        colours = (0.0, 1.0)
+        if usable:
+            colours = heatmaps.colour_range(
+                [np.median(self.waiting[index]) for index in usable],
+                (float(self.waiting[index].max()) for index in usable),
+                middle if recipe.score == "max" else None,
+            )
         sources = [(self.files.paths[position], self.names[position]) for position in self._readable]
         save_overlays(self.waiting, sources, recipe, colours, self.out)
         return colours
@@ -209,7 +218,7 @@ class _Writer:
         if self.calibration is not None:
             decision = decide_on(self.calibration, anomaly, score, images.image_size(path), recipe)
         return Prediction(
-            str(path), score, None if self.threshold is None else score >= self.threshold,
+            str(path), score, None if self.threshold is None or math.isnan(score) else score >= self.threshold,
             map_name, overlay_name, decision,
         )  # fmt: skip
 

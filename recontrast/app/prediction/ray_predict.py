@@ -6,6 +6,7 @@ call continues with the missing parts (`recontrast.app.prediction.parquet_parts`
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size
 from recontrast.data.locks import lock_folder
 from recontrast.inference.decisions import decide, select_calibration
-from recontrast.inference.detector import open_detector
+from recontrast.inference.detector import open_detector, run_checked
 
 MISSING = "--engine ray: wanted the package ray[data], got none installed: pip install 'ray[data]' pyarrow"
 TRIES = 4  # an error is raised after this many workers died on the same part; Ray would retry forever
@@ -113,6 +114,7 @@ def predict(
             "trained_on": detector.category,
         }
         description |= {"identity": identity, **options, "images": len(paths), "unread": len(summary.unread)}
+        description["undecided"] = len(summary.undecided)
         with replace_file(out / "predict.json") as file:
             file.write((json.dumps(description, indent=1) + "\n").encode())
     return summary
@@ -170,7 +172,7 @@ class Worker:
         """Yield the row of each image, in order."""
         files = ImageFiles([Path(path) for path in paths], self.pool)
         position = 0
-        for maps, scores in self.detector.run(files, self.batch):
+        for maps, scores in run_checked(self.detector, files, self.batch):
             for anomaly, score in zip(maps, scores.tolist(), strict=True):
                 yield self._row(files, position, anomaly, score)
                 position += 1
@@ -180,7 +182,7 @@ class Worker:
         if position in files.errors:
             return {"path": str(path), "error": files.errors[position]}
         row: dict[str, Any] = {"path": str(path), "score": score}
-        if self.threshold is not None:
+        if self.threshold is not None and not math.isnan(score):
             row["flagged"] = score >= self.threshold
         if self.calibration is not None:
             decision = decide(self.calibration, anomaly, score, image_size(path), self.detector.recipe)

@@ -186,7 +186,7 @@ def test_colours_rise_evenly_in_lightness():
     lightness = np.where(y > 0.008856, 116 * np.cbrt(y) - 16, 903.3 * y)
     assert lightness[0] < 5 and lightness[-1] > 95
     assert (np.diff(lightness[::16]) > 2).all()
-    np.testing.assert_array_equal(heatmaps.colourise(np.array([-1, np.nan, 2])), table[[0, 0, 255]])
+    np.testing.assert_array_equal(heatmaps.colourise(np.array([-1, np.nan, 2])), table[[0, 255, 255]])
 
 
 def test_overlay_leaves_the_cold_and_covers_the_hot():
