@@ -1,4 +1,4 @@
-"""Convert PIL images of any mode to 8 bits, and masks to levels."""
+"""Convert PIL images of any mode to 8 bits."""
 
 import numpy as np
 from PIL import Image
@@ -69,18 +69,3 @@ def to_eight_bits(path: PathLike, image: Image.Image, bits: int | None = None) -
             image = image.convert("LA")
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         return image if image.mode == mode else image.convert(mode)  # convert() always copies
-
-
-def to_mask_levels(path: PathLike, image: Image.Image) -> np.ndarray:
-    """Return a mask as (H, W) uint8, from 0 (normal) to 255 (anomalous)."""
-    values, full = read_deep(path, image) or (np.asarray(to_eight_bits(path, image)), 255)
-    coloured = False
-    if values.ndim == 3:
-        coloured = bool((values != values[:, :, :1]).any())
-        values = values.max(axis=2)
-    low, high = int(values.min()), int(values.max())
-    if coloured or 2 * high < full or high > full or low < 0:
-        return np.where(values != 0, np.uint8(255), np.uint8(0))
-    if full == 255:
-        return values
-    return np.maximum(scale_to_eight_bits(values, full), values != 0).astype(np.uint8)  # anomalous pixels stay above 0

@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from recontrast.data.decode import decode, read_upright_size
-from recontrast.data.eight_bits import to_eight_bits, to_mask_levels
+from recontrast.data.eight_bits import to_eight_bits
 from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
+from recontrast.data.masks import MaskNotes, is_compressed_with_loss, to_mask_levels
 from recontrast.data.normalise import normalise
 from recontrast.data.resize import Size, crop_centre, parse_size, resize, to_rgb_array
 from recontrast.data.samples import to_full_scale
@@ -100,11 +101,14 @@ def read_mask(
     crop: Size | None = None,
     rule: str = "any",
     image: PathLike | None = None,
+    notes: MaskNotes | None = None,
 ) -> np.ndarray:
     """Decode a mask file; pixels that are not black are anomalous.
 
     Grey values pass through PIL's bilinear resize, as upstream. A mask in colour, or one whose maximum is below half of
     full scale (0/1 or class numbers), contains class labels: all its pixels other than black count as full scale.
+    Traces of lossy compression, masks drawn by transparency and a background that is not black are repaired with a
+    note, see `recontrast.data.masks`.
 
     Args:
         path: PNG, JPEG, BMP, TIFF or WebP file of any bit depth.
@@ -113,13 +117,15 @@ def read_mask(
         rule: Pixels that are anomalous after resizing. "any": above 0, as upstream, which grows the mask by about one
             pixel. "half": at least half of full scale.
         image: Image of the mask; its upright size must be the same. None skips the check.
+        notes: Collects notes on unusual masks. None warns of the first of each kind.
 
     Returns:
         (H, W) bool.
 
     Raises:
         OSError: If the file does not exist or cannot be opened.
-        ValueError: If ``rule`` is unknown, the mask and its image differ in size, or for the reasons of `read_image`.
+        ValueError: If ``rule`` is unknown, the picture cannot be a mask, the mask and its image differ in size, or for
+            the reasons of `read_image`.
     """
     if rule not in ("any", "half"):
         raise ValueError(f"read_mask: rule: wanted 'any' or 'half', got {rule!r}")
@@ -131,7 +137,8 @@ def read_mask(
                 f"{path}: wanted a mask of the size of its image {image}, {height} x {width} (height x width, "
                 f"upright), got {decoded.height} x {decoded.width}"
             )
-    levels = crop_centre(path, resize(Image.fromarray(to_mask_levels(path, decoded)), size), crop)
+    decoded_levels = to_mask_levels(path, decoded, is_compressed_with_loss(path), notes)
+    levels = crop_centre(path, resize(Image.fromarray(decoded_levels), size), crop)
     return np.asarray(levels) >= (1 if rule == "any" else 128)  # 128 is the first level above 255 / 2
 
 

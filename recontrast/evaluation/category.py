@@ -15,6 +15,7 @@ from torch import Tensor
 from recontrast import metrics
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
+from recontrast.data.masks import MaskNotes
 from recontrast.evaluation.ground_truth import read_ground_truth
 from recontrast.evaluation.results import Row, ScoredImage
 from recontrast.recipes.recipe import Recipe
@@ -89,9 +90,12 @@ class Category:
         # The first process computes exact metrics of all images; each process streams the maps of its own images.
         masked = [] if not self.has_masks else own if streaming is not None else tests if world.first else []
         self.defective = {index: sample for index, sample in enumerate(masked) if sample.label}
+        self.notes = MaskNotes()
         # Masks at their original scale may need any amount of memory, so they are read only when they are needed.
         in_advance = {} if recipe.tile is not None else self.defective
-        self.masks = {i: readers.submit(read_ground_truth, sample, recipe) for i, sample in in_advance.items()}
+        self.masks = {
+            i: readers.submit(read_ground_truth, sample, recipe, self.notes) for i, sample in in_advance.items()
+        }
 
     def add(self, start: int, maps: Tensor, scores: Tensor) -> None:
         """Add maps and scores of consecutive images in the share of this process.
@@ -163,6 +167,7 @@ class Category:
             notes.append(
                 f"no pixel metrics: {self.maskless_count} of {self.defect_count} defective images have no mask"
             )
+        self.notes.warn()
         seconds = {**self.seconds, "metrics": self.streaming_seconds + time.perf_counter() - begin}
         return Row(self.name, count, self.defect_count, **values, seconds=seconds, bounds=bounds, note="; ".join(notes))
 
@@ -178,7 +183,7 @@ class Category:
             if index in self.masks:
                 masks[index - start] = self.masks.pop(index).result()
             elif index in self.defective:
-                masks[index - start] = read_ground_truth(self.defective[index], self.recipe)
+                masks[index - start] = read_ground_truth(self.defective[index], self.recipe, self.notes)
         return masks
 
     def _exact_pixel_metrics(self) -> tuple[dict[str, float], dict[str, float]] | None:

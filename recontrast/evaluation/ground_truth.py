@@ -5,15 +5,17 @@ from numpy.typing import NDArray
 
 from recontrast.data.datasets import Sample
 from recontrast.data.images import read_mask
+from recontrast.data.masks import MaskNotes, note_mask
 from recontrast.recipes.recipe import Recipe
 
 
-def read_ground_truth(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:
+def read_ground_truth(sample: Sample, recipe: Recipe, notes: MaskNotes | None = None) -> NDArray[np.bool_]:
     """Read the mask of a defective image at the size of its map.
 
     Args:
         sample: Sample with a mask.
         recipe: Recipe, for size, crop and mask rule. With ``tile``, the mask keeps its original size.
+        notes: Collects notes on unusual masks. None warns of the first of each kind.
 
     Returns:
         Mask (H, W), bool, True where the image is defective.
@@ -24,4 +26,7 @@ def read_ground_truth(sample: Sample, recipe: Recipe) -> NDArray[np.bool_]:
     if sample.mask is None:
         raise ValueError(f"{sample.path}: wanted an image with a mask, got one without")
     size = None if recipe.tile is not None else recipe.size
-    return read_mask(sample.mask, size=size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path)
+    mask = read_mask(sample.mask, size=size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path, notes=notes)
+    if not mask.any():
+        note_mask("empty", sample.mask, notes)
+    return mask
