@@ -132,7 +132,7 @@ def bar_chart(groups: dict[str, dict[str, float]], title: str, highlight: str) -
     Returns:
         Height and elements for `save_svg`.
     """
-    left, right, row_height = 200, WIDTH - 150, 26
+    left, right, row_height = 212, WIDTH - 150, 26
     values = [value for rows in groups.values() for value in rows.values()]
     low, high = math.log(min(values) / 2), math.log(max(values))
     elements, y = [text(16, 28, title, weight="bold")], 40

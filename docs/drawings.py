@@ -65,13 +65,13 @@ def three_sums() -> tuple[int, list[str]]:
         *(text(140 + 120 * i, 150, name, "middle", "bold") for i, name in enumerate(sums)),
     ]
     for i, label in enumerate(results):
-        x, y = 20 + (i % 2) * 250, 200 + (i // 2) * 76
-        elements.append(box(x, y, 230, 60, label))
+        x, y = 14 + (i % 2) * 268, 200 + (i // 2) * 76
+        elements.append(box(x, y, 224, 60, label))
     elements += [
         arrow((190, 166), (150, 198)),
         arrow((330, 166), (370, 198)),
-        arrow((260, 166), (260, 306), (248, 306)),
-        arrow((260, 306), (272, 306)),
+        arrow((260, 166), (260, 306), (240, 306)),
+        arrow((260, 306), (280, 306)),
     ]
     return 350, elements
 

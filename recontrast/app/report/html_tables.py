@@ -109,7 +109,7 @@ def render_details(recipe: Recipe, checkpoint: Checkpoint, about: Mapping[str, s
     values = recipe.to_dict()
     run = {
         "trained on": checkpoint.category,
-        "training images": str(checkpoint.images.get("count", "?")),
+        "training tiles" if recipe.tile else "training images": str(checkpoint.images.get("count", "?")),
         "training steps": str(checkpoint.step),
     }
     for is_changed in (True, False):

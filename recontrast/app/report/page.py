@@ -157,9 +157,9 @@ def _render_legend(findings: Findings) -> str:
 def _render_training(log: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> str:
     points = [(line["step"], line["loss"]) for line in log if isinstance(line.get("loss"), float)]
     if len(points) > 1:
-        text = (
-            f"{checkpoint.images.get('count', '?')} good images; the loss can rise while mining shifts to harder points"
-        )
+        unit = "tiles of good images" if checkpoint.recipe.tile else "good images"
+        count = checkpoint.images.get("count", "?")
+        text = f"{count} {unit}; the loss can rise while mining shifts to harder points"
         drawing = svg.draw_losses([step for step, _ in points], [loss for _, loss in points])
         content = f'<div class="figures">{_render_figure(drawing, "Loss", text)}</div>'
     else:
