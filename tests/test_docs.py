@@ -7,6 +7,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,3 +159,12 @@ def named_files():
 @pytest.mark.parametrize("path", named_files())
 def test_file_that_is_named_exists(path):
     assert (ROOT / path).exists()
+
+
+def test_benchmarks_are_collected():
+    """`pytest benchmarks` is documented, but the tests do not run it; an import that broke would go unnoticed."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    for path in (ROOT / "benchmarks").glob("bench_*.py"):
+        assert f"benchmarks/{path.name}::" in result.stdout

@@ -248,6 +248,7 @@ def test_tiled_detector_shows_whole_images(tmp_path):
     assert np.trapezoid(y, x) / x[-1] == pytest.approx(section.row.aupro, abs=2e-3)  # thinned to a few corners
     page = Page(write_report(run, [data], device="cpu").path.read_text())
     assert "tiles of 64 px" in page.text and len(page.find_all("li")) == 4
+    assert "training tiles" in page.text and "training images" not in page.text
     assert {f["style"] for f in page.find_all("figure") if "style" in f} == {
         f"--ratio:{width / height:.4f}" for width, height in shapes.values()
     }
