@@ -32,7 +32,8 @@ std::string shape_of(const py::array& array) { return py::str(array.attr("shape"
 void refuse(const std::string& op, const std::string& name, const std::string& wanted, const py::array& array) {
   throw py::value_error(op + ": " + name + ": wanted C-contiguous " + wanted + ", got " +
                         py::str(array.dtype()).cast<std::string>() + " of shape " + shape_of(array) +
-                        ((array.flags() & py::array::c_style) == 0 ? ", not C-contiguous" : ""));
+                        ((array.flags() & py::array::c_style) == 0 ? ", not C-contiguous" : "") +
+                        ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0 ? ", not aligned" : ""));
 }
 
 // Whether the array has dtype T in native byte order, and is aligned and C-contiguous.

@@ -17,25 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.metrics import inputs, reference
-from recontrast.metrics.inputs import regions
-from recontrast.metrics.streaming import Estimate, StreamedMetrics, Streaming
-
-__all__ = [
-    "REGIONS_BACKEND",
-    "Estimate",
-    "ImageMetrics",
-    "PixelMetrics",
-    "StreamedMetrics",
-    "Streaming",
-    "accuracy",
-    "ap",
-    "aupro",
-    "auroc",
-    "f1_max",
-    "image_metrics",
-    "pixel_metrics",
-    "regions",
-]
 
 REGIONS_BACKEND = "native" if inputs.native else "scipy"
 """Implementation of metrics and regions: "native" (csrc/), or "scipy" (with NumPy) if that is not compiled."""

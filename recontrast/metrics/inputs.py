@@ -37,6 +37,14 @@ def as_array(x: Any) -> Array:
     return np.asarray(x)
 
 
+def make_plain(array: Array) -> Array:
+    """Copy an array unless it is C-contiguous and aligned, as the compiled kernels read it.
+
+    A memory map of a file with a header can be unaligned.
+    """
+    return np.require(np.ascontiguousarray(array), requirements=["C_CONTIGUOUS", "ALIGNED"])
+
+
 def as_bool(labels: Any, name: str) -> Array:
     """Convert bool, 0/1 or 0/255 to bool.
 
@@ -78,7 +86,7 @@ def check_scores_and_labels(scores: Any, labels: Any) -> tuple[Array, Array]:
     values, positive = as_scores(scores, "scores"), as_bool(labels, "labels")
     if values.shape != positive.shape:
         raise ValueError(f"labels: wanted the shape of scores, {values.shape}, got {positive.shape}")
-    return np.ascontiguousarray(values), np.ascontiguousarray(positive)
+    return make_plain(values), make_plain(positive)
 
 
 def check_maps_and_masks(maps: Any, masks: Any, labels: Any = None) -> tuple[Array, Array]:
@@ -94,7 +102,7 @@ def check_maps_and_masks(maps: Any, masks: Any, labels: Any = None) -> tuple[Arr
     """
     scores = as_scores(maps, "maps")
     positive = check_masks(scores.shape, masks, labels)
-    return np.ascontiguousarray(stack_images(scores)), positive
+    return make_plain(stack_images(scores)), positive
 
 
 def check_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
@@ -110,7 +118,7 @@ def check_masks(shape: Sequence[int], masks: Any, labels: Any = None) -> Array:
         raise ValueError(f"maps: wanted (..., H, W), got shape {tuple(shape)}")
     if positive.size == 0:
         raise ValueError(f"maps: wanted at least one pixel of one image, got shape {tuple(shape)}")
-    positive = np.ascontiguousarray(stack_images(positive))
+    positive = make_plain(stack_images(positive))
     if labels is not None:
         check_labels_match_masks(positive, as_bool(labels, "labels"))
     return positive
@@ -189,5 +197,5 @@ def regions(masks: Any) -> tuple[NDArray[np.int32], int]:
     positive = as_bool(masks, "masks")
     if positive.ndim < 2:
         raise ValueError(f"masks: wanted (..., H, W), got shape {positive.shape}")
-    labels, counts = get_kernels().regions(stack_images(np.ascontiguousarray(positive)))
+    labels, counts = get_kernels().regions(make_plain(stack_images(positive)))
     return labels.reshape(positive.shape), int(np.sum(counts))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recontrast.metrics import bounds, inputs, reference
 from recontrast.metrics.bounds import UNIT, Estimate
+from recontrast.metrics.curves import end_curve
 
 DETAIL = 17  # 2 ** 17 bins per octave; with fewer, the bounds of maps with a narrow range exceed 1e-4
 OCTAVES = 20  # at most 63 MB of histograms; values below a millionth of the largest share the lowest bin
@@ -106,7 +107,7 @@ class Streaming:
             scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
             self._check_range(float(scores.min()), float(scores.max()), scores)
             areas, reasons = inputs.native.per_image(scores, positive, self.limit)
-            rounded = scores.astype(np.float32, copy=False)  # keeps the order, although values may become equal
+            rounded = _round_down(scores)  # keeps the order, although values may become equal
             regions = inputs.native.histogram(rounded, positive, self.counts.numpy(), self._shift, self._base)
         else:
             tensor = maps if isinstance(maps, Tensor) else torch.from_numpy(np.array(inputs.as_scores(maps, "maps")))
@@ -198,8 +199,7 @@ class Streaming:
         bins, _, _ = self._select_bins()
         x = np.append(0.0, np.cumsum(bins.good) / bins.good.sum())
         y = np.append(0.0, np.cumsum(bins.overlap))
-        inside = x < stop
-        return np.append(x[inside], stop), np.append(y[inside], np.interp(stop, x, y))
+        return end_curve((x, y), stop)
 
     def _select_bins(self) -> tuple[bounds.Bins, NDArray[Any], list[int]]:
         """Return the non-empty bins, their indices, and the totals."""
@@ -238,7 +238,11 @@ class Streaming:
         label = labels[positive] - 1
         shares = ((2 << UNIT) // np.bincount(label) + 1) // 2  # rounded to nearest
         areas, reasons = self._compute_per_image(maps, positive, labels)
-        bits = maps.float().contiguous().view(torch.int32)
+        rounded = maps.float()
+        if maps.dtype == torch.float64:  # as in _round_down
+            below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+            rounded = torch.where(rounded.double() > maps, below, rounded)
+        bits = rounded.contiguous().view(torch.int32)
         last = self.counts.shape[1] - 1
         bins = torch.where(bits > 0, (bits >> self._shift) - self._base, 0).clamp(0, last).flatten().long()
         mask = torch.tensor(positive, device=maps.device).flatten()
@@ -273,6 +277,14 @@ class Streaming:
             image_called = called[row, : thresholds[n].size + 1]
             areas[n], reasons[n] = reference.compute_image_area(image_called, image_passed, weight, self.limit)
         return areas, reasons
+
+
+def _round_down(scores: NDArray[Any]) -> NDArray[np.float32]:
+    """Round to float32, downwards: a float64 score just below the edge of a bin, a threshold, must stay below it."""
+    rounded = scores.astype(np.float32, copy=False)
+    if scores.dtype == np.float64 and (is_above := rounded > scores).any():
+        rounded[is_above] = np.nextafter(rounded[is_above], np.float32(-np.inf))
+    return rounded
 
 
 def _float_bits(value: float) -> int:

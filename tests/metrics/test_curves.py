@@ -61,3 +61,19 @@ def test_invalid_input_raises():
         curves.pro(maps, masks, 0)
     with pytest.raises(ValueError, match="columns"):
         curves.thin(curves.roc([1.0, 2.0], [0, 1]), 0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_area_is_aupro_where_the_curve_jumps_at_the_limit(seed):
+    """With few good pixels and few values, the curve jumps at multiples of 1 / (number of good pixels)."""
+    random = np.random.default_rng(seed)
+    masks = random.random((2, 4, 5)) < 0.5
+    masks[0, 0, 0], masks[0, 0, 1] = True, False
+    maps = random.integers(0, 4, masks.shape).astype(np.float32)
+    good = np.count_nonzero(~masks)
+    streaming = metrics.Streaming(4.0)
+    streaming.update(maps, masks)
+    for limit in {*(np.arange(1, good + 1) / good).tolist(), 0.3}:
+        for x, y in (curves.pro(maps, masks, limit), streaming.overlap_curve(limit)):
+            assert (x[0], y[0], x[-1]) == (0, 0, limit)
+            assert np.trapezoid(y, x) / limit == pytest.approx(metrics.aupro(maps, masks, limit), abs=1e-9)

@@ -175,3 +175,37 @@ def test_error_names_the_image_without_a_per_image_aupro():
     maps[3, 0, :2] = -3e38, 3e38
     with pytest.raises(ValueError, match=r"image 3 \(counted from 0\) has a range of values beyond float32"):
         metrics.aupro(maps, masks, mode="per-image")
+
+
+def make_unaligned(array):
+    """The same numbers one byte beyond an aligned address, as a memory map of a file with a header of one byte."""
+    memory = np.zeros(array.nbytes + 1, np.uint8)
+    shifted = memory[1:].view(array.dtype).reshape(array.shape)
+    shifted[...] = array
+    assert not shifted.flags.aligned
+    return shifted
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
+def test_unaligned_arrays_give_the_same_metrics(dtype):
+    random = np.random.default_rng(0)
+    masks = np.zeros((2, 9, 8), bool)
+    masks[0, 2:5, 3:6] = True
+    maps = (random.random(masks.shape) + masks).astype(dtype)
+    assert metrics.pixel_metrics(make_unaligned(maps), masks) == metrics.pixel_metrics(maps, masks)
+    labels = masks.any((1, 2)).astype(np.int32)
+    expected = metrics.image_metrics(maps.max((1, 2)), labels)
+    assert metrics.image_metrics(make_unaligned(maps.max((1, 2))), make_unaligned(labels)) == expected
+    ours, theirs = metrics.Streaming(4.0), metrics.Streaming(4.0)
+    ours.update(make_unaligned(maps), masks)
+    theirs.update(maps, masks)
+    assert torch.equal(ours.counts, theirs.counts) and torch.equal(ours.totals, theirs.totals)
+
+
+def test_memory_maps_at_any_offset(tmp_path):
+    masks = np.zeros((2, 9, 8), bool)
+    masks[0, 2:5, 3:6] = True
+    maps = np.random.default_rng(0).random(masks.shape, np.float32)
+    (tmp_path / "maps").write_bytes(b"h" + maps.tobytes())
+    mapped = np.memmap(tmp_path / "maps", np.float32, "r", 1, maps.shape)
+    assert metrics.pixel_metrics(mapped, masks) == metrics.pixel_metrics(maps, masks)

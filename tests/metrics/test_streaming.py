@@ -279,3 +279,21 @@ def test_bounds_of_bins_by_hand():
     rounding = 2.0**-41 * 3 / 2
     assert bounds.aupro(bins, 0.5) == pytest.approx((0.75, 0.25 + rounding))
     assert bounds.aupro(bins, 1.0) == pytest.approx(((3 * 0.75 + 1) / 4, 3 * 0.25 / 4 + rounding))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_f1_threshold_of_float64_maps_reaches_the_promised_f1(on_device, monkeypatch):
+    """Values within a float32 rounding of the lower edge of a bin, on both sides."""
+    if on_device:
+        monkeypatch.setattr(inputs, "native", None)
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        masks = random.random((1, 6, 7)) < 0.4
+        masks[0, 0, :2] = True, False
+        edges = (1 + random.integers(0, 3, masks.shape) * 2.0**-17).astype(np.float32)
+        maps = edges.astype(np.float64) + random.integers(-2, 3, masks.shape) * 2.0**-27
+        streaming = accumulate(maps, masks, high=4.0)
+        result = streaming.compute()
+        called = maps >= result.f1_threshold
+        f1 = 2 * (called & masks).sum() / (called.sum() + masks.sum())
+        assert f1 == pytest.approx(result.f1_max.value - result.f1_max.bound, abs=1e-12)
