@@ -125,7 +125,7 @@ def test_code_in_the_file_is_never_executed(tmp_path):
 
 
 def test_other_format_is_refused(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    monkeypatch.setattr(checkpoint.file, "FORMAT", 99)
     path = checkpoint.save(tmp_path / "checkpoint.pt", replace(state, version="9.9"))
     monkeypatch.undo()
     refused(path, "wanted a checkpoint of format 1, got format 99, written by recontrast 9.9")

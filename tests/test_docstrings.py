@@ -38,7 +38,7 @@ FOLDERS = {
     "evaluation.": "evaluate",
     "export.": "export verify",
     "app.": "api",
-    "inference.": "prediction calibrate detector exported_detector infer options",
+    "inference.": "prediction calibrate detector exported_detector infer options programs protocol",
     "metrics.": "exact streaming curves",
     "models.": "recontrast fold",
     "recipes.": "recipe paper",

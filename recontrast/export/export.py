@@ -25,16 +25,19 @@ from recontrast.data.pillow_resize import max_exact_length
 from recontrast.data.temporary import temporary_folder
 from recontrast.export.detector_graph import DetectorGraph
 from recontrast.export.verify import TOLERANCE, compare_scores, draw_images
+from recontrast.inference import onnx_file, openvino_file
 from recontrast.inference.detector import CheckpointDetector
-from recontrast.inference.exported_detector import (
+from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.inference.file_checks import (
+    CHECKSUM_KEY,
     FORMAT,
     KEY,
-    OUTPUTS,
-    WEIGHTS_KEY,
-    ExportedDetector,
+    NO_CHECKSUM,
     compute_sha256,
+    write_checksum,
 )
 from recontrast.inference.options import InferenceOptions
+from recontrast.inference.programs import OUTPUTS
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import to_pair
 
@@ -104,7 +107,8 @@ def export(
         raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
     notes += _convert_to_float32(detector)
-    description = json.dumps(describe_detector(detector))
+    has_checksum = kind != "pt2"  # in which the archive has its own checksums
+    description = json.dumps(describe_detector(detector) | ({"checksum": CHECKSUM_KEY} if has_checksum else {}))
     graph = DetectorGraph(cast(ReContrast, detector.model), detector.recipe, detector.calibration)
     with lock_file(out), _temporary_folder(out) as folder:
         draft = folder / out.name
@@ -199,7 +203,9 @@ def _write(
     onnx = cast(torch.onnx.ONNXProgram, exported)  # None is returned only without dynamo
     if kind == "onnx":
         onnx.model.metadata_props[KEY] = description
+        onnx.model.metadata_props[CHECKSUM_KEY] = NO_CHECKSUM
         onnx.save(path)
+        write_checksum(path, onnx_file.CHECKSUM_PREFIX)
         return
     import openvino
 
@@ -208,8 +214,11 @@ def _write(
     model = openvino.convert_model(intermediate)
     model.set_rt_info(description, KEY)
     openvino.save_model(model, path, compress_to_fp16=False)
-    model.set_rt_info(compute_sha256(path.with_suffix(".bin")), WEIGHTS_KEY)  # ties the .xml file to its .bin file
+    # Ties the .xml file to its .bin file.
+    model.set_rt_info(compute_sha256(path.with_suffix(".bin")), openvino_file.WEIGHTS_KEY)
+    model.set_rt_info(NO_CHECKSUM, CHECKSUM_KEY)
     openvino.save_model(model, path, compress_to_fp16=False)
+    write_checksum(path, openvino_file.CHECKSUM_PREFIX)
 
 
 def _require(kind: str) -> None:

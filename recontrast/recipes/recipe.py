@@ -5,10 +5,12 @@ public code.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from recontrast.recipes.describe import describe_value
 from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
 
 # Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py, according to the
@@ -165,12 +167,13 @@ class Recipe:
             if isinstance(value, list):
                 value = tuple(value)
             if field.name in FLOAT_FIELDS and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
+                value = float(value) if abs(value) < 2**1023 else math.inf
             if field.name == "betas" and isinstance(value, tuple) and all(type(v) is int for v in value):
-                value = tuple(float(v) for v in value)
+                value = tuple(float(v) if abs(v) < 2**1023 else math.inf for v in value)
             is_valid, wanted = FIELD_RULES[field.name]
             if not is_valid(value):
-                raise ValueError(f"recipe {self.name!r}: {field.name} must be {wanted}, got {value!r}")
+                name = describe_value(self.name)
+                raise ValueError(f"recipe {name}: {field.name}: wanted {wanted}, got {describe_value(value)}")
             object.__setattr__(self, field.name, value)
         for contradicts, message in self._contradictions():
             if contradicts:
@@ -183,31 +186,31 @@ class Recipe:
         )
         in_both = sorted(set(self.bn_train_categories) & set(self.bn_eval_categories))
         return [
-            (crop_exceeds, f"crop must not be larger than size {self.size!r}, got {self.crop!r}"),
+            (crop_exceeds, f"crop: wanted at most size {self.size!r}, got {self.crop!r}"),
             (
                 bool(in_both),
-                f"bn_eval_categories must hold no category of bn_train_categories, got {in_both} in both",
+                f"bn_eval_categories: wanted no category of bn_train_categories, got {describe_value(in_both)} in both",
             ),
             (
                 self.tile is not None and self.crop is not None,
-                f"crop must be none if tile is given ({self.tile}), got {self.crop!r}",
+                f"crop: wanted none if tile is given ({self.tile}), got {self.crop!r}",
             ),
             (
                 self.stride is not None and self.stride > (self.tile or 0),
-                f"stride must be at most tile ({self.tile}), got {self.stride}",
+                f"stride: wanted at most tile ({self.tile}), got {self.stride}",
             ),
-            (self.mining and self.loss == "point", "mining must be false if loss is 'point', got true"),
+            (self.mining and self.loss == "point", "mining: wanted false if loss is 'point', got true"),
             (
                 self.pairs == "cross" and not self.train_encoder,
-                "pairs must be 'self' if train_encoder is false, got 'cross' of two equal encoders",
+                "pairs: wanted 'self' if train_encoder is false, got 'cross' of two equal encoders",
             ),
             (
                 self.pairs == "self" and self.views != "both",
-                f"views must be 'both' if pairs is 'self', which has one target, got {self.views!r}",
+                f"views: wanted 'both' if pairs is 'self', which has one target, got {self.views!r}",
             ),
             (
                 self.rest > (self.wipe_every or 0),
-                f"rest must be at most wipe_every ({self.wipe_every}), got {self.rest}",
+                f"rest: wanted at most wipe_every ({self.wipe_every}), got {self.rest}",
             ),
         ]
 
@@ -265,7 +268,7 @@ class Recipe:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"recipe: wanted a mapping of field names to values, got {type(values).__name__}")
-        _check_names(values, str(values.get("name", "mvtec")))
+        _check_names(values, values.get("name", "mvtec"))
         return cls(**values)
 
 
@@ -290,11 +293,14 @@ def list_differences(recipe: Recipe, other: Recipe, ignore: tuple[str, ...] = ()
     return [f"{key}: {a.get(key)!r} and {b.get(key)!r}" for key in keys]
 
 
-def _check_names(values: Mapping[str, Any], name: str) -> None:
+def _check_names(values: Mapping[str, Any], name: Any) -> None:
     """Raise ValueError if ``values`` contains a name that is not a field; suggest the closest one."""
     names = [field.name for field in fields(Recipe)]
     for key in values:
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
+            close = difflib.get_close_matches(key[:80], names, n=1) if isinstance(key, str) else []
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(f"recipe {name!r}: there is no field {key!r}{hint}; fields are {', '.join(names)}")
+            raise ValueError(
+                f"recipe {describe_value(name)}: there is no field {describe_value(key)}{hint}; fields are "
+                f"{', '.join(names)}"
+            )

@@ -9,8 +9,8 @@ FieldRule = tuple[Callable[[Any], bool], str]
 
 
 def _is_integer(value: Any) -> bool:
-    """Return whether ``value`` is an integer; a bool is not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Return whether ``value`` is an integer of at most 63 bits; a bool is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _integer(minimum: int) -> FieldRule:

@@ -1,11 +1,16 @@
 """Log of a training run: a text file with one JSON object per line."""
 
 import json
+import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from recontrast.data.atomic import replace_file
+from recontrast.data.regular_file import read_bytes
+
+LARGEST = 2**30  # bytes of a log; ten million lines
 
 
 class JsonLog:
@@ -47,21 +52,52 @@ class JsonLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the complete lines of a log.
 
+    A last line without its end is left out: the run was killed while it wrote this line. Any other line that is damaged
+    is left out with a warning that names the file.
+
     Args:
         path: Path of the file.
 
     Returns:
-        The lines before the first damaged one; an empty list if there is no file.
+        The valid lines, in the order of the file; an empty list if there is no file. Each has a ``step``, and its other
+        numbers are finite or None.
+
+    Raises:
+        ValueError: If the path is that of a pipe or a device, or the file has more than `LARGEST` bytes.
+        OSError: If the file cannot be read.
     """
-    if not path.is_file():
+    try:
+        rows = read_bytes(path, "a log of a training run", LARGEST).split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            break
-        lines.append(line)
+    lines, damaged = [], []
+    for number, row in enumerate(rows, 1):
+        if (line := _parse_line(row)) is not None:
+            lines.append(line)
+        elif row.strip() and number < len(rows):
+            damaged.append(number)
+    if damaged:
+        others = f" and {len(damaged) - 1} others" if len(damaged) > 1 else ""
+        warnings.warn(
+            f"{path}, line {damaged[0]}{others}: wanted a JSON object with a step, got a damaged line: left out",
+            stacklevel=2,
+        )
     return lines
+
+
+def _parse_line(row: bytes) -> dict[str, Any] | None:
+    """Parse one line of a log; None if it is damaged."""
+    try:
+        line = json.loads(row)
+    except (ValueError, RecursionError):  # among them bytes that are not UTF-8
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**63:
+        return None
+    return line if all(map(_is_plain, line.values())) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value of a log line is None, a text, or a number below 2**63."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**63)

@@ -24,10 +24,11 @@ from recontrast.export import export as exporting
 from recontrast.export.detector_graph import DetectorGraph
 from recontrast.export.export import describe_detector, export
 from recontrast.export.verify import compare_scores, draw_images
-from recontrast.inference import exported_detector
+from recontrast.inference import file_checks
 from recontrast.inference.detector import CheckpointDetector, open_detector
-from recontrast.inference.exported_detector import ExportedDetector, OnnxProgram
+from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
+from recontrast.inference.programs import OnnxProgram
 from recontrast.recipes.recipe import Recipe
 
 # A crop and a score from the largest values: the branches of the graph with the most operators.
@@ -283,10 +284,10 @@ def copy_with_description(path, files, **changes):
     import onnx
 
     model = onnx.load(files["onnx"].path)
-    about = json.loads(next(prop.value for prop in model.metadata_props if prop.key == exported_detector.KEY))
+    about = json.loads(next(prop.value for prop in model.metadata_props if prop.key == file_checks.KEY))
     del model.metadata_props[:]
     if changes:
-        onnx.helper.set_model_props(model, {exported_detector.KEY: json.dumps({**about, **changes})})
+        onnx.helper.set_model_props(model, {file_checks.KEY: json.dumps({**about, **changes})})
     onnx.save(model, path)
     return path
 

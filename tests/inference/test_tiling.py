@@ -212,7 +212,7 @@ def test_overlay_by_strips(monkeypatch):
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"crop": 32}, r"crop must be none if tile is given \(64\), got 32"),
+    ({"crop": 32}, r"crop: wanted none if tile is given \(64\), got 32"),
     ({"stride": 65}, r"stride must be at most tile \(64\), got 65"),
     ({"tile": None, "stride": 8}, r"stride must be at most tile \(None\), got 8"),
     ({"tile": 0}, "tile must be none or a whole number of pixels, got 0"),

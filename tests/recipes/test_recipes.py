@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -54,7 +55,7 @@ INVALID = {
 
 @pytest.mark.parametrize("field, value", [(f, v) for f, values in INVALID.items() for v in values])
 def test_invalid_values(field, value):
-    with pytest.raises(ValueError, match=rf"^recipe .*: {field} must .*, got ") as error:
+    with pytest.raises(ValueError, match=rf"^recipe .*: {field}: wanted .*, got ") as error:
         Recipe(**{field: value})
     assert "\n" not in str(error.value)
 
@@ -146,10 +147,10 @@ def test_encoder_bn_on_visa():
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"loss": "point"}, "mining must be false if loss is 'point', got true"),
-        ({"train_encoder": False}, "pairs must be 'self' if train_encoder is false, got 'cross'"),
-        ({"pairs": "self", "views": "trained"}, "views must be 'both' if pairs is 'self', .*got 'trained'"),
-        ({"wipe_every": 5, "rest": 6}, r"rest must be at most wipe_every \(5\), got 6"),
+        ({"loss": "point"}, "mining: wanted false if loss is 'point', got true"),
+        ({"train_encoder": False}, "pairs: wanted 'self' if train_encoder is false, got 'cross'"),
+        ({"pairs": "self", "views": "trained"}, "views: wanted 'both' if pairs is 'self', .*got 'trained'"),
+        ({"wipe_every": 5, "rest": 6}, r"rest: wanted at most wipe_every \(5\), got 6"),
     ],
 )
 def test_contradicting_fields(changes, text):
@@ -181,6 +182,17 @@ def test_yaml_with_some_fields(tmp_path):
     assert yaml_file.read_recipe(path) == RECIPES["mvtec"].replace(steps=7)
 
 
+def bomb(first, following):
+    """Return YAML whose aliases repeat 9 times what is before them, 11 times over."""
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{i}: &a{i} " + following.format(", ".join([f"*a{i - 1}"] * 9)) for i in range(1, 12)]
+    return "\n".join(lines).encode()
+
+
+ALIAS_BOMB = bomb("[1]", "[{}]")
+MERGE_BOMB = bomb("{b: 1}", "{{<<: [{}]}}")
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -194,9 +206,20 @@ def test_yaml_with_some_fields(tmp_path):
         (b"", "wanted a mapping of recipe fields to values, got an empty file"),
         (b"step: 3", r"recipe 'mvtec': there is no field 'step' \(did you mean steps\?\)"),
         (b"3: 3", "recipe 'mvtec': there is no field '3'"),
-        (b"steps: many", "recipe 'mvtec': steps must be a whole number of at least 1, got 'many'"),
+        (b"steps: many", "recipe 'mvtec': steps: wanted a whole number of at least 1, got 'many'"),
         (b"base: mvtek", "base: wanted one of mvtec, visa, .*, got 'mvtek'"),
         (b"base: [mvtec]", r"base: wanted one of .*, got \['mvtec'\]"),
+        (b"[" * 5000, "got lists or mappings that are nested too deeply"),
+        (b"steps: " + b"[" * 300 + b"]" * 300, "steps: wanted a whole number of at least 1, got "),
+        (b"a: &a [1]\nsteps: &b [*a, *b]", "line 1: wanted a recipe in YAML, got aliases that multiply its content"),
+        (ALIAS_BOMB, "wanted a recipe in YAML, got aliases that multiply its content"),
+        (MERGE_BOMB, "wanted a recipe in YAML, got aliases that multiply its content"),
+        (b"steps: " + b"9" * 5000, "wanted a recipe in YAML, got Exceeds the limit"),
+        (b"steps: 2024-99-99", "wanted a recipe in YAML, got month must be in 1..12"),
+        (b"decoder_lr: " + b"9" * 400, "decoder_lr: wanted a number of at least 0, got inf"),
+        (b"steps: 99999999999999999999", "steps: wanted a whole number of at least 1, got 99999999999999999999"),
+        (b"name: " + b"x" * 2**20, "wanted a recipe in YAML of at most 1,048,576 bytes, got a larger file"),
+        (b"steps: " + b"x" * 9999, r"steps: wanted a whole number of at least 1, got 'x+\.\.\.x+'$"),
     ],
 )
 def test_invalid_yaml(tmp_path, text, expected):
@@ -205,6 +228,19 @@ def test_invalid_yaml(tmp_path, text, expected):
     with pytest.raises(ValueError, match=expected) as error:
         yaml_file.read_recipe(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_yaml_in_utf_16_and_with_aliases(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("size: &size [64, 32]\ncrop: *size\nname: größe\n", encoding="utf-16")
+    assert yaml_file.read_recipe(path) == RECIPES["mvtec"].replace(size=(64, 32), crop=(64, 32), name="größe")
+
+
+@pytest.mark.parametrize("name", ["pipe.yaml", "pipe"])
+def test_named_pipe_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: wanted a recipe in YAML, got a named pipe"):
+        yaml_file.load_recipe(str(tmp_path / name))
 
 
 def test_load_missing_recipe(tmp_path):

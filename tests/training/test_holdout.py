@@ -43,7 +43,7 @@ def test_split_holdout():
         with pytest.raises(ValueError, match="holdout: wanted at least 1 image held out and 1 to train on"):
             split_holdout(range(count), share, 0)
     assert all(recipe.holdout == 0 for recipe in RECIPES.values())
-    with pytest.raises(ValueError, match="holdout must be a share of at least 0 and below 1, got 1"):
+    with pytest.raises(ValueError, match="holdout: wanted a share of at least 0 and below 1, got 1"):
         Recipe(holdout=1)
 
 
@@ -96,7 +96,7 @@ def test_command_line_holds_out_a_tenth_by_default(root, tmp_path):
         output = works("train", root, "--out", tmp_path / "b", "--overwrite", "--no-evaluate", *SMALL, *options)
         assert "held out" not in output
         assert checkpoint.load(tmp_path / "b" / "checkpoint.pt").calibration is None
-    assert "holdout must be a share" in fails("train", root, "--out", tmp_path / "c", *SMALL, "--holdout", 1)
+    assert "holdout: wanted a share" in fails("train", root, "--out", tmp_path / "c", *SMALL, "--holdout", 1)
     result = call("train", root, "--out", tmp_path / "d", "--no-evaluate", *SMALL)
     assert result.exit_code == 0 and "20 good images are too few to hold any out" in result.stdout
     few = tiny_set(tmp_path / "few", train=3) and tmp_path / "few"

@@ -1,0 +1,168 @@
+"""Programs in exported files: checked, loaded and run by ONNX Runtime, OpenVINO or torch.export.
+
+There is one class for each file format. It checks the file before its runtime reads it, and maps a batch of images to
+named output arrays. Everything runs on the CPU in float32.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from recontrast.inference.onnx_file import read_onnx
+from recontrast.inference.openvino_file import read_openvino
+from recontrast.inference.pt2_file import read_pt2
+
+OUTPUTS = ("map", "score", "p_value", "defect")  # the last two only with a calibration
+
+NamedArrays = dict[str, NDArray[Any]]
+
+
+class Program(Protocol):
+    """Interface of a loaded file of any format.
+
+    Attributes:
+        description: Content of the description that `recontrast.export.export` stored in the file.
+    """
+
+    description: Mapping[str, Any]
+
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network on a batch of images.
+
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
+
+        Returns:
+            Arrays named as in `OUTPUTS`: map (N, height, width) and score (N,), float32, and with a calibration
+            p_value (N,), float32, and defect (N,), bool.
+        """
+
+
+class OnnxProgram:
+    """Program in an .onnx file, run by ONNX Runtime.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        ValueError: If the file is damaged, or `recontrast export` did not write it.
+        ImportError: If ONNX Runtime is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        onnxruntime = _import_runtime("onnxruntime")
+        content, self.description = read_onnx(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network, see `Program`.
+
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
+
+        Returns:
+            Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
+        """
+        return dict(zip(self._names, self._session.run(None, {"image": images}), strict=True))
+
+
+class OpenVinoProgram:
+    """Program in an .xml file, with its weights in the .bin file beside it, run by OpenVINO.
+
+    Args:
+        path: Path of the .xml file.
+
+    Raises:
+        ValueError: If the file is damaged, `recontrast export` did not write it, or the .bin file holds other weights
+            than those that were exported.
+        ImportError: If OpenVINO is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        openvino = _import_runtime("openvino")
+        content, self._weights, self.description = read_openvino(path)
+        core = openvino.Core()
+        model = core.read_model(content, openvino.Tensor(self._weights) if len(self._weights) else b"")
+        # Without the hint, OpenVINO computes in bfloat16 on processors that support it.
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self._model = core.compile_model(model, "CPU", settings)
+
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network, see `Program`.
+
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
+
+        Returns:
+            Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
+        """
+        results = self._model(images)
+        return {output.get_any_name(): np.array(results[output]) for output in self._model.outputs}
+
+
+class TorchExportProgram:
+    """Program in a .pt2 file, run by torch.export.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        ValueError: If the file is damaged, or `recontrast export` did not write it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        archive, self.description = read_pt2(path)
+        with _silence_torch():
+            program = torch.export.load(archive)
+        self._module = program.module()
+
+    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+        """Run the network, see `Program`.
+
+        Args:
+            images: Images (N, H, W, 3), uint8, RGB.
+
+        Returns:
+            Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
+        """
+        with torch.inference_mode():
+            results = self._module(torch.from_numpy(images))
+        return {name: value.numpy() for name, value in zip(OUTPUTS, results, strict=False)}
+
+
+# File suffix -> class that loads such a file.
+PROGRAMS: dict[str, Any] = {".onnx": OnnxProgram, ".xml": OpenVinoProgram, ".pt2": TorchExportProgram}
+
+
+def _import_runtime(name: str) -> Any:
+    """Import an optional package; the error message gives the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"exported detector: wanted the package {name}, got none installed: pip install {name}"
+        ) from error
+
+
+@contextmanager
+def _silence_torch() -> Iterator[None]:
+    """Suppress log lines of torch.export, which hold tracebacks; its exceptions are reported."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
