@@ -72,7 +72,7 @@ def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
-    """Compute `reference.cosine_sums_group`, the sums of many pairs in one call; differentiable in all.
+    """Compute `reference.cosine_sums_group`, the sums of many pairs in one call; differentiable in all inputs.
 
     Args:
         x: Features of each pair, (N_i, C_i, H_i, W_i), floating point, any strides.

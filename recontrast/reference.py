@@ -133,7 +133,7 @@ def mined_loss(
     Returns:
         loss: Scalar, the sum over the pairs of the mean over images of ``1 - cosine`` of the whole map.
         state: Flat tensor with, for each pair, its threshold (points with a smaller distance are easy; for "power" the
-            mean distance), then the derivative of the loss by the three sums of each image, (3, N).
+            mean distance), then the derivatives of the loss with respect to the three sums of each image, (3, N).
     """
     losses, state = [], []
     for part in split_pairs(sums, images, points):  # (3, N, P)

@@ -74,7 +74,7 @@ class ImageCache:
         self._size = parse_size(size, "size")
         self._crop = None if crop is None else parse_size(crop, "crop")
         if workers is not None and workers < 1:
-            raise ValueError(f"ImageCache: workers must be at least 1, got {workers}")
+            raise ValueError(f"ImageCache: workers: wanted at least 1, got {workers}")
         self._workers = workers or len(os.sched_getaffinity(0))
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)

@@ -103,7 +103,7 @@ class ResizedImages:
         return len(self.files)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Read the images at the positions ``index``: (n, H, W, 3) uint8."""
+        """Return the images at the indices ``index``, (n, H, W, 3) uint8."""
         return np.stack(list(self.files._map(self._read, index)))
 
     def _read(self, position: int) -> np.ndarray:

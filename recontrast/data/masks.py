@@ -58,7 +58,7 @@ class MaskNotes:
                 paths.append(Path(path))
 
     def warn(self, most: int = 5) -> None:
-        """Warn once of each kind, with the number of masks and the first paths.
+        """Give one warning for each kind of note, with the number of masks and the first paths.
 
         Args:
             most: Number of paths to name.

@@ -158,7 +158,7 @@ class Predictions(list[Prediction]):
         """Show the first ``most`` predictions, see `Prediction.show`.
 
         Args:
-            most: Number of predictions to show.
+            most: Largest number of predictions to show.
         """
         for prediction in self[:most]:
             if prediction.error is None:

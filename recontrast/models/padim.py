@@ -100,7 +100,7 @@ class PaDiM(nn.Module):
         return [points]
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute the drawn channels of all levels, coarse levels repeated to the size of the first one.
+        """Compute the randomly selected channels of all levels, with coarse levels repeated to the size of the first.
 
         Args:
             images: Normalised images (N, 3, H, W).

@@ -43,7 +43,7 @@ def split_holdout(items: Sequence[Item], share: float, seed: int) -> tuple[list[
     if not 0 < count < len(items):
         raise ValueError(
             f"holdout: wanted at least 1 image held out and 1 to train on, got {count} of {len(items)} good images "
-            f"held out (holdout {share:g}): give more images, or 0"
+            f"held out (holdout {share:g}): give more images, or set holdout to 0"
         )
     # A separate generator: the order of the training batches does not depend on the split.
     held_out = set(np.random.default_rng([seed, len(items)]).permutation(len(items))[:count].tolist())

@@ -250,7 +250,7 @@ def test_two_processes_can_build_one_cache(tmp_path, samples):
 
 
 def test_invalid_arguments(tmp_path, samples):
-    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="workers: wanted at least 1, got 0"):
         ImageCache(samples, 32, workers=0)
     with pytest.raises(ValueError, match="size: wanted a positive number of pixels"):
         ImageCache(samples, None)
