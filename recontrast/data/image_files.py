@@ -2,14 +2,15 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recontrast.data.images import Size, parse_size, read_image
+from recontrast.data.decode_budget import BYTES_IN_FLIGHT
+from recontrast.data.images import Size, image_size, parse_size, read_image
 
 
 class ImageFiles:
@@ -79,6 +80,34 @@ class ImageFiles:
             The result of `read` for each position.
         """
         return list(self._map(lambda position: self.read(position, bits=bits), positions))
+
+    def group(self, count: int) -> Iterator[range]:
+        """Divide the files into groups that can be in memory together at their original sizes.
+
+        Args:
+            count: Largest number of images in a group.
+
+        Yields:
+            Positions of consecutive images, at most `recontrast.data.decode_budget.BYTES_IN_FLIGHT` bytes as RGB; or
+            the position of one larger image.
+        """
+        start, total = 0, 0
+        for position in range(len(self)):
+            size = 3 * self._count_pixels(position)
+            if position > start and (position - start >= count or total + size > BYTES_IN_FLIGHT):
+                yield range(start, position)
+                start, total = position, 0
+            total += size
+        if start < len(self):
+            yield range(start, len(self))
+
+    def _count_pixels(self, position: int) -> int:
+        """Return the number of pixels of an image; 0 if its file cannot be read, which `read` reports."""
+        try:
+            height, width = image_size(self.paths[position])
+        except (OSError, ValueError):
+            return 0
+        return height * width
 
     def _decode(self, position: int, size: Size | None, crop: Size | None, bits: int | None = None) -> np.ndarray:
         """Decode one image; subclasses override this to read from other sources."""

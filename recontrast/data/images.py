@@ -13,12 +13,15 @@ same picture gives the same array in every file format:
 * `MAX_PIXELS` replaces PIL's pixel limit, without changing it; only PIL's WebP decoder still enforces its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from recontrast.data.decode import decode, read_upright_size
+from recontrast.data.decode import decoded, read_upright_size
+from recontrast.data.decode_budget import BUDGET
 from recontrast.data.eight_bits import to_eight_bits
 from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
 from recontrast.data.masks import MaskNotes, is_compressed_with_loss, to_mask_levels
@@ -37,10 +40,13 @@ __all__ = [
     "read_image",
     "read_mask",
     "read_pair",
+    "reserve_memory",
 ]
 
 MAX_PIXELS = 512_000_000
 """Largest number of pixels of an image, 1.5 GB as RGB; a header that states more is damaged or malicious."""
+
+_FULL_SIZE_BYTES = 12  # of a pixel: the decoded image, its RGB copy and what a caller derives from it
 
 
 def read_image(
@@ -64,8 +70,8 @@ def read_image(
         ValueError: If the file is not a complete image of these formats, has more than `MAX_PIXELS` pixels or samples
             of unknown scale, or if ``size`` or ``crop`` is invalid.
     """
-    picture = decode(path, MAX_PIXELS, to_full_scale(bits))
-    return fit_picture(picture, size=size, crop=crop, bits=bits, name=path)
+    with decoded(path, MAX_PIXELS, to_full_scale(bits)) as picture:
+        return fit_picture(picture, size=size, crop=crop, bits=bits, name=path)
 
 
 def fit_picture(
@@ -92,6 +98,25 @@ def fit_picture(
         ValueError: If the samples have no known scale, or if ``size`` or ``crop`` is invalid.
     """
     return to_rgb_array(crop_centre(name, resize(to_eight_bits(name, picture, bits), size), crop))
+
+
+@contextmanager
+def reserve_memory(path: PathLike) -> Iterator[None]:
+    """Hold the memory of an image at its original size within a ``with`` block.
+
+    Threads that keep such images after `read_image` then hold no more together than
+    `recontrast.data.decode_budget.BYTES_IN_FLIGHT`, or one larger image.
+
+    Args:
+        path: Path of the image.
+
+    Raises:
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not an image, or has more than `MAX_PIXELS` pixels.
+    """
+    height, width = image_size(path)
+    with BUDGET.reserve(height * width * _FULL_SIZE_BYTES):
+        yield
 
 
 def read_mask(
@@ -129,16 +154,16 @@ def read_mask(
     """
     if rule not in ("any", "half"):
         raise ValueError(f"read_mask: rule: wanted 'any' or 'half', got {rule!r}")
-    decoded = decode(path, MAX_PIXELS)
-    if image is not None:
-        height, width = image_size(image)
-        if (height, width) != (decoded.height, decoded.width):
-            raise ValueError(
-                f"{path}: wanted a mask of the size of its image {image}, {height} x {width} (height x width, "
-                f"upright), got {decoded.height} x {decoded.width}"
-            )
-    decoded_levels = to_mask_levels(path, decoded, is_compressed_with_loss(path), notes)
-    levels = crop_centre(path, resize(Image.fromarray(decoded_levels), size), crop)
+    with decoded(path, MAX_PIXELS) as picture:
+        if image is not None:
+            height, width = image_size(image)
+            if (height, width) != (picture.height, picture.width):
+                raise ValueError(
+                    f"{path}: wanted a mask of the size of its image {image}, {height} x {width} (height x width, "
+                    f"upright), got {picture.height} x {picture.width}"
+                )
+        full_levels = to_mask_levels(path, picture, is_compressed_with_loss(path), notes)
+        levels = crop_centre(path, resize(Image.fromarray(full_levels), size), crop)
     return np.asarray(levels) >= (1 if rule == "any" else 128)  # 128 is the first level above 255 / 2
 
 

@@ -1,7 +1,9 @@
-"""Arrays for large images whose memory can be returned row by row while the rest is still in use."""
+"""Memory of large images: arrays that return it row by row while the rest is in use, and the allocator's reserve."""
 
+import ctypes
 import math
 import mmap
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,3 +46,12 @@ def release_rows(pixels: NDArray[np.uint8], rows: int) -> None:
     size = rows * pixels.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0:
         base.madvise(mmap.MADV_DONTNEED, 0, size)
+
+
+def trim_memory() -> None:
+    """Return the memory that the allocator of glibc keeps for later to the system; elsewhere, do nothing.
+
+    Each thread has an arena of its own, which would keep the memory of the largest image that the thread has decoded.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

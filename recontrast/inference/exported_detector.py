@@ -74,8 +74,7 @@ class ExportedDetector(Detector):
             ValueError: If the network fails, or its outputs are not those of a detector.
         """
         group: list[NDArray[np.uint8]] = []
-        for start in range(0, len(files), DECODED_AHEAD):
-            indices = range(start, min(start + DECODED_AHEAD, len(files)))
+        for indices in files.group(DECODED_AHEAD):
             for index, decoded in zip(indices, files.read_many(indices, self.recipe.bits), strict=True):
                 image = self._replace_unusable(files, index, decoded)
                 limit = min(batch, max(PIXELS_PER_CALL // (image.shape[0] * image.shape[1]), 1))

@@ -46,6 +46,13 @@ class GivenImages(ImageFiles):
         picture = _to_picture(source, self.names[index])
         return fit_picture(picture, size=size, crop=crop, bits=bits, name=self.names[index])
 
+    def _count_pixels(self, index: int) -> int:
+        try:
+            height, width = self.shape(index)
+        except (OSError, ValueError):
+            return 0
+        return height * width
+
     def shape(self, index: int) -> tuple[int, int]:
         """Return the height and width of an image in pixels, after applying its EXIF orientation.
 

@@ -154,7 +154,7 @@ def make_encoded_tiff(rng, folder):
     if kind == "lab":
         from skimage.color import lab2rgb
 
-        lab = np.stack([rng.integers(0, 256, (6, 7)), *rng.integers(-20, 20, (2, 6, 7))], 2)
+        lab = np.stack([rng.integers(60, 200, (6, 7)), *rng.integers(-10, 10, (2, 6, 7))], 2)
         expected = np.rint(255 * lab2rgb(lab * [100 / 255, 1, 1])).astype(np.uint8)
         write_tiff(path, lab.astype(np.uint8), 8, photometric=8)
         return Picture(path, expected, "TIFF Lab", tolerance=10)  # scikit-image has another white point

@@ -85,8 +85,9 @@ def save_overlays(
 
     def save(index: int) -> None:
         path, name = sources[index]
-        image = images.read_image(path, bits=recipe.bits)
-        image = large_maps.reduce_blocks(image, large_maps.find_reduction(image.shape[:2]), "mean")
+        with images.reserve_memory(path):
+            image = images.read_image(path, bits=recipe.bits)
+            image = large_maps.reduce_blocks(image, large_maps.find_reduction(image.shape[:2]), "mean")
         top, left, height, width = map_extent(image.shape[:2], recipe)
         heat = np.zeros(image.shape[:2], np.float32)
         scaled = (stored[index] - low) / max(high - low, 1e-12)

@@ -23,6 +23,7 @@ import recontrast
 from recontrast.app.console import describe_error
 from recontrast.app.prediction import parquet_parts
 from recontrast.data.atomic import replace_file
+from recontrast.data.decode_budget import BUDGET, BYTES_IN_FLIGHT
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size
 from recontrast.data.locks import lock_folder
@@ -155,6 +156,8 @@ class Worker:
         import torch
 
         torch.set_num_threads(self.cpus)
+        # The workers of a machine share its memory.
+        BUDGET.limit = max(BYTES_IN_FLIGHT * self.cpus // (os.cpu_count() or 1), 1)
         self.detector = open_detector(checkpoint, device)
         self.calibration = select_calibration(self.detector, rate, False)
         self.pool = ThreadPoolExecutor(self.cpus)

@@ -14,7 +14,7 @@ from PIL import Image
 from recontrast.app.report.findings import Findings, Shot
 from recontrast.app.report.map_summaries import SIDE, shrink_map
 from recontrast.data import heatmaps
-from recontrast.data.images import read_image
+from recontrast.data.images import read_image, reserve_memory
 from recontrast.evaluation.ground_truth import read_ground_truth
 from recontrast.inference.detector import map_extent
 from recontrast.recipes.recipe import Recipe
@@ -76,10 +76,12 @@ def encode_pictures(findings: Findings, shots: Sequence[Shot], recipe: Recipe, b
 
 
 def _read_source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe: Recipe) -> _Source:
-    full = read_image(shot.sample.path, bits=recipe.bits)
-    top, left, height, width = map_extent(full.shape[:2], recipe)
-    image = Image.fromarray(full[top : top + height, left : left + width])
-    image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
+    with reserve_memory(shot.sample.path):
+        full = read_image(shot.sample.path, bits=recipe.bits)
+        top, left, height, width = map_extent(full.shape[:2], recipe)
+        image = Image.fromarray(full[top : top + height, left : left + width])
+        del full
+        image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
     mask = None
     if shot.sample.mask is not None:
         mask = shrink_map(read_ground_truth(shot.sample, recipe).view(np.uint8)) > 0
