@@ -59,23 +59,9 @@ def pro(maps: Any, masks: Any, limit: float = 0.3) -> Curve:
     if curve is None:
         inputs.check_metrics_defined(scores, positive, "maps", "masks")
         raise ValueError("masks: wanted positive and negative pixels, got one kind")
-    return end_curve(curve, stop)
-
-
-def end_curve(curve: Curve, stop: float) -> Curve:
-    """Cut a curve off at ``stop``, with a point there.
-
-    Args:
-        curve: x and y, both non-decreasing; x starts at 0 and reaches ``stop``.
-        stop: Last x of the result.
-
-    Returns:
-        Points of ``curve`` up to ``stop``. If none lies there, the last one is interpolated. A jump at ``stop`` is
-        kept: it adds nothing to the area.
-    """
     x, y = curve
     count = int(np.searchsorted(x, stop, side="right"))
-    if x[count - 1] == stop:
+    if x[count - 1] == stop:  # a jump at the limit is kept: it adds nothing to the area
         return x[:count], y[:count]
     return np.append(x[:count], stop), np.append(y[:count], np.interp(stop, x, y))
 

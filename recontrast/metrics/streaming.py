@@ -17,7 +17,6 @@ from torch import Tensor
 
 from recontrast.metrics import bounds, inputs, reference
 from recontrast.metrics.bounds import UNIT, Estimate
-from recontrast.metrics.curves import end_curve
 
 DETAIL = 17  # 2 ** 17 bins per octave; with fewer, the bounds of maps with a narrow range exceed 1e-4
 OCTAVES = 20  # at most 63 MB of histograms; values below a millionth of the largest share the lowest bin
@@ -188,8 +187,9 @@ class Streaming:
 
         Returns:
             False positive rate and mean overlap, float64, from (0, 0) to ``limit``, with a corner for each non-empty
-            bin. Corners lie on the exact curve (up to the rounding of region shares), and the area below them divided
-            by ``limit`` is the AUPRO of `compute`.
+            bin. Corners lie on the exact curve (up to the rounding of region shares). The last point has the overlap of
+            the whole bin in which the limit lies, so that the area below the curve divided by ``limit`` is the AUPRO of
+            `compute`.
 
         Raises:
             ValueError: If positive or negative pixels are missing, there are too many regions, or the limit is not in
@@ -199,7 +199,10 @@ class Streaming:
         bins, _, _ = self._select_bins()
         x = np.append(0.0, np.cumsum(bins.good) / bins.good.sum())
         y = np.append(0.0, np.cumsum(bins.overlap))
-        return end_curve((x, y), stop)
+        count = int(np.searchsorted(x, stop, side="right"))
+        if x[count - 1] == stop:
+            return x[:count], y[:count]
+        return np.append(x[:count], stop), y[: count + 1]
 
     def _select_bins(self) -> tuple[bounds.Bins, NDArray[Any], list[int]]:
         """Return the non-empty bins, their indices, and the totals."""
