@@ -1,0 +1,189 @@
+"""Commands that write, each with a folder that an earlier run of it filled, for the campaigns of faults."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from command_line import works
+from downloads import DOWNLOADS
+from saved_model import RECIPE, draw, save
+from tiny import tiny_set
+
+from recontrast import checkpoint as checkpoints
+
+TIMES = ("seconds", "since", "pid", "host", "images_per_second")  # differ from run to run
+TINY = ["--backbone", "test_resnet", "--weights", "random", "--size", "32", "--batch", "2", "--device", "cpu"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and the folder that it writes to.
+
+    Attributes:
+        arguments: Arguments of the command; OUT stands for the folder.
+        former: Folder as an earlier run left it; None for a new folder.
+        setup: Function that the forked process calls first, or None.
+    """
+
+    arguments: tuple[str, ...]
+    former: Path | None = None
+    setup: Any = None
+
+    def fill(self, out):
+        """Return the arguments with the folder."""
+        return [argument.replace("OUT", str(out)) for argument in self.arguments]
+
+
+def normalise(name, content):
+    """Return the content of a result file without durations and times."""
+    if name.endswith(".pt"):
+        stored = checkpoints.read(io.BytesIO(content), name)
+        calibration = None if stored.calibration is None else sorted(stored.calibration.to_dict().items())
+        return stored.step, checkpoints.digest(stored.model, stored.recipe), stored.recipe, repr(calibration)
+    if name.endswith(".jsonl"):
+        return [(line["step"], line["loss"]) for line in map(json.loads, content.splitlines())]
+    if name.endswith(".json"):
+        return json.dumps(_drop_times(json.loads(content)), sort_keys=True)
+    if name.endswith("results.csv"):
+        rows = csv.DictReader(content.decode().splitlines())
+        return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    if name.endswith(("results.md", ".html")):  # with times
+        return re.sub(r"[0-9.]+", "0", content.decode())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _drop_times(value):
+    if isinstance(value, dict):
+        return {key: _drop_times(entry) for key, entry in value.items() if key not in TIMES}
+    return [_drop_times(entry) for entry in value] if isinstance(value, list) else value
+
+
+def train(root, is_new):
+    tiny_set(root / "data", train=6, good=2, defects=2)
+    arguments = ["train", str(root / "data"), "--out", "OUT", *TINY, "--steps", "4", "--holdout", "0"]
+    arguments += ["--set", "checkpoint_every=2", "--set", "log_every=1"]
+    if is_new:
+        return Scenario((*arguments, "--seed", "2"))
+    works(*(argument.replace("OUT", str(root / "former")) for argument in arguments), "--seed", "1")
+    return Scenario((*arguments, "--seed", "2", "--overwrite"), root / "former")
+
+
+def predict(root, is_new):
+    file = save(root / "checkpoint.pt", RECIPE)
+    draw(root / "before", 5, seed=1)
+    draw(root / "after", 3, seed=2)
+    options = ["--maps", "npy", "--device", "cpu", "--threshold", "1"]
+    arguments = ("predict", str(file), str(root / "after"), "--out", "OUT", *options)
+    if is_new:
+        return Scenario(arguments)
+    works("predict", file, root / "before", "--out", root / "former", *options)
+    return Scenario(arguments, root / "former")
+
+
+def evaluate(root, is_new):
+    file = save(root / "checkpoint.pt", RECIPE)
+    tiny_set(root / "before", train=1, good=3, defects=2)
+    tiny_set(root / "after", train=1, good=2, defects=2, seed=1)
+    options = ["--save-maps", "--device", "cpu"]
+    arguments = ("evaluate", str(file), str(root / "after"), "--out", "OUT", *options, "--cache", "OUT/cache")
+    if is_new:
+        return Scenario(arguments)
+    works("evaluate", file, root / "before", "--out", root / "former", *options)
+    return Scenario(arguments, root / "former")
+
+
+def calibrate(root, is_new):
+    save(root / "former" / "checkpoint.pt", RECIPE)
+    draw(root / "good", 6, seed=1)
+    options = ["--good", root / "good", "--device", "cpu", "--false-alarm-rate"]
+    if not is_new:
+        works("calibrate", root / "former", *options, "0.5")
+    return Scenario(("calibrate", "OUT", *map(str, options), "0.2"), root / "former")
+
+
+def export(root, is_new):
+    """Write stand-ins for the two files of OpenVINO: tracing would take a minute for each trial."""
+    file = save(root / "checkpoint.pt", RECIPE)
+
+    def setup():
+        from recontrast.export import export as module
+
+        def write(program, graph, kind, path, description):
+            path.write_bytes(b"new graph" * 1000)
+            path.with_suffix(".bin").write_bytes(b"new weights" * 1000)
+
+        module._write, module.trace, module._require = write, lambda graph: None, lambda kind: None
+        module.draw_images = lambda folder, size: []
+        module.compare_scores = lambda *arguments: (3, 0.0)
+        module.ExportedDetector = lambda path: None
+
+    arguments = ("export", str(file), "--format", "openvino", "--out", "OUT/detector.xml")
+    if is_new:
+        return Scenario(arguments, setup=setup)
+    (root / "former").mkdir()
+    (root / "former/detector.xml").write_bytes(b"old graph" * 1000)
+    (root / "former/detector.bin").write_bytes(b"old weights" * 1000)
+    return Scenario(arguments, root / "former", setup)
+
+
+def report(root, is_new):
+    file = save(root / "checkpoint.pt", RECIPE)
+    tiny_set(root / "before", train=1, good=2, defects=1)
+    tiny_set(root / "after", train=1, good=1, defects=2, seed=1)
+    arguments = ["report", str(file), "--device", "cpu", "--out", "OUT/page.html", "--category", "nut"]
+    if not is_new:
+        works(*(a.replace("OUT", str(root / "former")) for a in arguments), root / "before")
+    return Scenario((*arguments, str(root / "after")), None if is_new else root / "former")
+
+
+def prepare(root, is_new):
+    DOWNLOADS["mvtec"](root / "download")
+    former = None if is_new else root / "former"  # a folder that exists and is empty
+    if former is not None:
+        former.mkdir()
+    return Scenario(("prepare", "mvtec", "--source", str(root / "download"), "--out", "OUT"), former)
+
+
+def reproduce(root, is_new):
+    tiny_set(root / "data", "grid", train=4, good=2, defects=2)
+    arguments = ["reproduce", "mvtec", "--data", str(root / "data"), "--out", "OUT", "--device", "cpu"]
+    for change in ("backbone=test_resnet", "weights=random", "size=32", "batch=4", "steps=2"):
+        arguments += ["--set", change]
+    if is_new:
+        return Scenario((*arguments, "--cache", "OUT/cache"))
+    works(*(argument.replace("OUT", str(root / "former")) for argument in arguments))
+    return Scenario((*arguments, "--seeds", "111,2"), root / "former")  # the first is finished
+
+
+def demo(root, is_new):
+    from recontrast.app import demo as module
+
+    recipe = module.RECIPE.replace(backbone="test_resnet", weights="random", size=32)
+
+    def setup():
+        module.RECIPE = recipe
+        make_demo = module.synthetic.make_demo
+        module.synthetic.make_demo = lambda *args, **sizes: make_demo(*args, **{**sizes, "train": 2, "test": 4})
+
+    arguments = ("demo", "--out", "OUT", "--steps", "2", "--device", "cpu", "--seed")
+    if is_new:
+        return Scenario((*arguments, "1"), setup=setup)
+    from faults import run_command, start, wait
+
+    report = root / "report"
+    arguments_before = [argument.replace("OUT", str(root / "former")) for argument in arguments]
+    assert wait(start(run_command([*arguments_before, "0"], setup=setup), report), report)["code"] == 0
+    return Scenario((*arguments, "1"), root / "former", setup)
+
+
+SCENARIOS = {
+    function.__name__: function
+    for function in (train, predict, evaluate, calibrate, export, report, prepare, reproduce, demo)
+}
+torch.set_num_threads(1)

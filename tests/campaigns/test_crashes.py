@@ -1,0 +1,156 @@
+"""Commands that are killed at any of their file operations: old or new results, and the next run works."""
+
+import json
+import os
+import random
+import time
+
+import pytest
+from campaigns.scenarios import SCENARIOS, normalise
+from command_line import works
+from faults import copy, kill, list_hidden, read_folder, run_command, start, wait
+
+from recontrast import checkpoint
+from recontrast.recipes.yaml_file import read_recipe
+
+RESUMED = ("train", "reproduce")  # what a killed run leaves is neither old nor new, and is continued
+
+
+def build(name, root):
+    """Return both scenarios of a command, each with the number of its operations and the results of a whole run."""
+    built = []
+    for is_new in (True, False):
+        folder = root / ("new" if is_new else "again")
+        (folder / "work").mkdir(parents=True)
+        scenario = SCENARIOS[name](folder, is_new)
+        if is_new and scenario.setup is None:  # imports everything once, before processes are forked
+            copy(scenario.former, folder / "warm")
+            works(*scenario.fill(folder / "warm"))
+        copy(scenario.former, folder / "work" / "out")
+        action = run_command(scenario.fill(folder / "work" / "out"), folder / "work", setup=scenario.setup)
+        whole = wait(start(action, folder / "report"), folder / "report")
+        assert whole["code"] == 0, whole["text"]
+        assert not list_hidden(folder / "work"), list_hidden(folder / "work")
+        former = {} if scenario.former is None else read_folder(scenario.former, normalise)
+        built.append((folder, scenario, whole["operations"], former, read_folder(folder / "work" / "out", normalise)))
+    return built
+
+
+def check_run(name, folder, former, whole):
+    """Return what is wrong with a folder after a crash; None if nothing is."""
+    content = read_folder(folder, normalise)
+    if any(path.startswith("unfinished-") for path in content) or content in ({}, former, whole):
+        return None
+    if name == "prepare":
+        return f"a part of the data set: {sorted(content)}"
+    if name == "train":
+        return check_training(folder, content, former, whole)
+    if name in RESUMED:
+        return None
+    changed = [path for path in {*content, *former, *whole} if content.get(path) not in (former.get(path),)]
+    return f"neither old nor new: {changed} of {sorted(content)}"
+
+
+def check_training(folder, content, former, whole):
+    """Return whether checkpoint, log, recipe and results are of one run."""
+    runs = [run for run in (former, whole) if run.get("recipe.yaml") == content.get("recipe.yaml")]
+    if not runs:
+        return None if set(content) <= {"log.jsonl"} else f"no recipe beside {sorted(content)}"
+    log = content.get("log.jsonl", [])
+    if log != runs[0]["log.jsonl"][: len(log)]:
+        return "a log of another run"
+    if "checkpoint.pt" in content:
+        if checkpoint.load(folder / "checkpoint.pt").recipe != read_recipe(folder / "recipe.yaml"):
+            return "a checkpoint of another run"
+        if len(log) < content["checkpoint.pt"][0]:
+            return "a log without lines of the checkpoint"
+    if "results.json" in content and content["results.json"] != runs[0]["results.json"]:
+        return "results of another run"
+    return None
+
+
+def continue_run(name, scenario, out):
+    """Return the arguments with which a user continues."""
+    arguments = scenario.fill(out)
+    if name == "train" and "--overwrite" not in arguments and (out / "checkpoint.pt").exists():
+        return [*arguments[:2], "--resume", str(out), "--device", "cpu"]
+    return arguments
+
+
+def try_crash(name, folder, scenario, number, former, whole):
+    """Kill a command at an operation, look at the folder, and run the command again; return what is wrong or None."""
+    out, report = folder / "work" / "out", folder / "report"
+    copy(scenario.former, out)
+    action = run_command(scenario.fill(out), out.parent, kill, number, scenario.setup)
+    result = wait(start(action, report), report)
+    if result["code"] == 0:
+        return None  # fewer operations than in the whole run
+    if result["code"] != -9:
+        return f"ended with {result['code']}: {result['text'][-300:]}"
+    if out.exists() and (wrong := check_run(name, out, former, whole)) is not None:
+        return wrong
+    if name == "prepare" and out.exists() and read_folder(out, normalise) == whole:
+        return None  # complete: a second call refuses to fill it again
+    action = run_command(continue_run(name, scenario, out), setup=scenario.setup)
+    result = wait(start(action, report), report)
+    if result["code"] != 0:
+        return f"the next run ended with {result['code']}: {result['text'][-300:]}"
+    content = read_folder(out, normalise)
+    if content != whole:
+        names = [path for path in {*content, *whole} if content.get(path) != whole.get(path)]
+        return f"the next run differs in {names}"
+    if hidden := list_hidden(out.parent):
+        return f"the next run leaves {hidden}"
+    return None
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_at_a_file_operation(campaign, tmp_path, name):
+    tries = campaign.tries(2, 100)
+    built = build(name, tmp_path)
+    for trial in range(tries):
+        folder, scenario, operations, former, whole = built[trial % 2]
+        points = len(operations)
+        number = 1 + (trial // 2 * max(points // (tries // 2), 1) + trial // 2 // points) % points
+        wrong = try_crash(name, folder, scenario, number, former, whole)
+        if wrong is None:
+            campaign.passed()
+        else:
+            where = f"{'again' if trial % 2 else 'new'}, operation {number} of {points} ({operations[number - 1]})"
+            campaign.failed(f"{name}, {where}: {wrong}")
+
+
+def test_training_killed_at_random_moments(campaign, tmp_path):
+    """SIGKILL at a random moment or at a file operation, once or twice; the resumed run ends bit-identically."""
+    tries = campaign.tries(2, 200)
+    built = build("train", tmp_path)
+    folder, scenario, operations, former, whole = built[0]
+    out, report = folder / "work" / "out", folder / "report"
+    started = time.monotonic()
+    copy(None, out)
+    wait(start(run_command(scenario.fill(out)), report), report)
+    duration = time.monotonic() - started
+    for seed in range(tries):
+        chance = random.Random(seed)
+        copy(None, out)
+        wrong = None
+        for _ in range(chance.choice([1, 1, 2])):
+            number = chance.randrange(1, len(operations) + 1) if chance.random() < 0.5 else 0
+            child = start(run_command(continue_run("train", scenario, out), out.parent, kill, number), report)
+            if not number:
+                time.sleep(chance.uniform(0, duration))
+                os.kill(child, 9)
+            result = wait(child, report)
+            if result["code"] not in (-9, 0):
+                wrong = f"ended with {result['code']}: {json.dumps(result)[-300:]}"
+            elif out.exists():
+                wrong = wrong or check_run("train", out, former, whole)
+        result = wait(start(run_command(continue_run("train", scenario, out)), report), report)
+        if wrong is None and result["code"] != 0:
+            wrong = f"the resumed run ended with {result['code']}: {result['text'][-300:]}"
+        if wrong is None and read_folder(out, normalise) != whole:
+            wrong = "the resumed run ends otherwise"
+        if wrong is None:
+            campaign.passed()
+        else:
+            campaign.failed(f"seed {seed}: {wrong}")
