@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from command_line import works
 from downloads import DOWNLOADS
+from faults import copy, list_hidden, read_folder, run_command, start, wait
 from saved_model import RECIPE, draw, save
 from tiny import tiny_set
 
 from recontrast import checkpoint as checkpoints
+from recontrast.recipes.yaml_file import read_recipe
 
 TIMES = ("seconds", "since", "pid", "host", "images_per_second")  # differ from run to run
 TINY = ["--backbone", "test_resnet", "--weights", "random", "--size", "32", "--batch", "2", "--device", "cpu"]
@@ -174,8 +176,6 @@ def demo(root, is_new):
     arguments = ("demo", "--out", "OUT", "--steps", "2", "--device", "cpu", "--seed")
     if is_new:
         return Scenario((*arguments, "1"), setup=setup)
-    from faults import run_command, start, wait
-
     report = root / "report"
     arguments_before = [argument.replace("OUT", str(root / "former")) for argument in arguments]
     assert wait(start(run_command([*arguments_before, "0"], setup=setup), report), report)["code"] == 0
@@ -186,4 +186,71 @@ SCENARIOS = {
     function.__name__: function
     for function in (train, predict, evaluate, calibrate, export, report, prepare, reproduce, demo)
 }
+RESUMED = ("train", "reproduce")  # what a killed run leaves is neither old nor new, and is continued
 torch.set_num_threads(1)
+
+
+def select_scenarios(config):
+    """Return the names of the commands to try: two in an ordinary run of the tests, all in the whole campaign."""
+    return list(SCENARIOS) if config.option.markexpr == "campaign" else ["predict", "prepare"]
+
+
+def build(name, root):
+    """Return both scenarios of a command, each with the number of its operations and the results of a whole run."""
+    built = []
+    for is_new in (True, False):
+        folder = root / ("new" if is_new else "again")
+        (folder / "work").mkdir(parents=True)
+        scenario = SCENARIOS[name](folder, is_new)
+        if is_new and scenario.setup is None:  # imports everything once, before processes are forked
+            copy(scenario.former, folder / "warm")
+            works(*scenario.fill(folder / "warm"))
+        copy(scenario.former, folder / "work" / "out")
+        action = run_command(scenario.fill(folder / "work" / "out"), folder / "work", setup=scenario.setup)
+        whole = wait(start(action, folder / "report"), folder / "report")
+        assert whole["code"] == 0, whole["text"]
+        assert not list_hidden(folder / "work"), list_hidden(folder / "work")
+        former = {} if scenario.former is None else read_folder(scenario.former, normalise)
+        built.append((folder, scenario, whole["operations"], former, read_folder(folder / "work" / "out", normalise)))
+    return built
+
+
+def check_run(name, folder, former, whole):
+    """Return what is wrong with a folder after a crash; None if nothing is."""
+    content = read_folder(folder, normalise)
+    if any(path.startswith("unfinished-") for path in content) or content in ({}, former, whole):
+        return None
+    if name == "prepare":
+        return f"a part of the data set: {sorted(content)}"
+    if name == "train":
+        return check_training(folder, content, former, whole)
+    if name in RESUMED:
+        return None
+    changed = [path for path in {*content, *former, *whole} if content.get(path) not in (former.get(path),)]
+    return f"neither old nor new: {changed} of {sorted(content)}"
+
+
+def check_training(folder, content, former, whole):
+    """Return whether checkpoint, log, recipe and results are of one run."""
+    runs = [run for run in (former, whole) if run.get("recipe.yaml") == content.get("recipe.yaml")]
+    if not runs:
+        return None if set(content) <= {"log.jsonl"} else f"no recipe beside {sorted(content)}"
+    log = content.get("log.jsonl", [])
+    if log != runs[0]["log.jsonl"][: len(log)]:
+        return "a log of another run"
+    if "checkpoint.pt" in content:
+        if checkpoints.load(folder / "checkpoint.pt").recipe != read_recipe(folder / "recipe.yaml"):
+            return "a checkpoint of another run"
+        if len(log) < content["checkpoint.pt"][0]:
+            return "a log without lines of the checkpoint"
+    if "results.json" in content and content["results.json"] != runs[0]["results.json"]:
+        return "results of another run"
+    return None
+
+
+def continue_run(name, scenario, out):
+    """Return the arguments with which a user continues."""
+    arguments = scenario.fill(out)
+    if name == "train" and "--overwrite" not in arguments and (out / "checkpoint.pt").exists():
+        return [*arguments[:2], "--resume", str(out), "--device", "cpu"]
+    return arguments

@@ -5,76 +5,8 @@ import os
 import random
 import time
 
-import pytest
-from campaigns.scenarios import SCENARIOS, normalise
-from command_line import works
+from campaigns.scenarios import build, check_run, continue_run, normalise, select_scenarios
 from faults import copy, kill, list_hidden, read_folder, run_command, start, wait
-
-from recontrast import checkpoint
-from recontrast.recipes.yaml_file import read_recipe
-
-RESUMED = ("train", "reproduce")  # what a killed run leaves is neither old nor new, and is continued
-
-
-def build(name, root):
-    """Return both scenarios of a command, each with the number of its operations and the results of a whole run."""
-    built = []
-    for is_new in (True, False):
-        folder = root / ("new" if is_new else "again")
-        (folder / "work").mkdir(parents=True)
-        scenario = SCENARIOS[name](folder, is_new)
-        if is_new and scenario.setup is None:  # imports everything once, before processes are forked
-            copy(scenario.former, folder / "warm")
-            works(*scenario.fill(folder / "warm"))
-        copy(scenario.former, folder / "work" / "out")
-        action = run_command(scenario.fill(folder / "work" / "out"), folder / "work", setup=scenario.setup)
-        whole = wait(start(action, folder / "report"), folder / "report")
-        assert whole["code"] == 0, whole["text"]
-        assert not list_hidden(folder / "work"), list_hidden(folder / "work")
-        former = {} if scenario.former is None else read_folder(scenario.former, normalise)
-        built.append((folder, scenario, whole["operations"], former, read_folder(folder / "work" / "out", normalise)))
-    return built
-
-
-def check_run(name, folder, former, whole):
-    """Return what is wrong with a folder after a crash; None if nothing is."""
-    content = read_folder(folder, normalise)
-    if any(path.startswith("unfinished-") for path in content) or content in ({}, former, whole):
-        return None
-    if name == "prepare":
-        return f"a part of the data set: {sorted(content)}"
-    if name == "train":
-        return check_training(folder, content, former, whole)
-    if name in RESUMED:
-        return None
-    changed = [path for path in {*content, *former, *whole} if content.get(path) not in (former.get(path),)]
-    return f"neither old nor new: {changed} of {sorted(content)}"
-
-
-def check_training(folder, content, former, whole):
-    """Return whether checkpoint, log, recipe and results are of one run."""
-    runs = [run for run in (former, whole) if run.get("recipe.yaml") == content.get("recipe.yaml")]
-    if not runs:
-        return None if set(content) <= {"log.jsonl"} else f"no recipe beside {sorted(content)}"
-    log = content.get("log.jsonl", [])
-    if log != runs[0]["log.jsonl"][: len(log)]:
-        return "a log of another run"
-    if "checkpoint.pt" in content:
-        if checkpoint.load(folder / "checkpoint.pt").recipe != read_recipe(folder / "recipe.yaml"):
-            return "a checkpoint of another run"
-        if len(log) < content["checkpoint.pt"][0]:
-            return "a log without lines of the checkpoint"
-    if "results.json" in content and content["results.json"] != runs[0]["results.json"]:
-        return "results of another run"
-    return None
-
-
-def continue_run(name, scenario, out):
-    """Return the arguments with which a user continues."""
-    arguments = scenario.fill(out)
-    if name == "train" and "--overwrite" not in arguments and (out / "checkpoint.pt").exists():
-        return [*arguments[:2], "--resume", str(out), "--device", "cpu"]
-    return arguments
 
 
 def try_crash(name, folder, scenario, number, former, whole):
@@ -104,7 +36,11 @@ def try_crash(name, folder, scenario, number, former, whole):
     return None
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", select_scenarios(metafunc.config))
+
+
 def test_killed_at_a_file_operation(campaign, tmp_path, name):
     tries = campaign.tries(2, 100)
     built = build(name, tmp_path)

@@ -1,0 +1,65 @@
+"""Commands to which the system refuses a file operation: a full disk, a failing one, a read-only one, a size limit."""
+
+import errno
+import random
+import resource
+
+from campaigns.scenarios import build, check_run, continue_run, normalise, select_scenarios
+from faults import copy, list_hidden, read_folder, refuse, run_command, start, wait
+
+CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("name", select_scenarios(metafunc.config))
+
+
+def limit(size, setup):
+    """Return a setup under which no file can grow beyond ``size`` bytes."""
+
+    def limited():
+        if setup is not None:
+            setup()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return limited
+
+
+def try_refusal(name, folder, scenario, points, former, whole, chance):
+    """Refuse an operation or the size of a file, look at the folder, and run again; return what is wrong or None."""
+    out, report = folder / "work" / "out", folder / "report"
+    copy(scenario.former, out)
+    if chance.random() < 0.3:
+        kind = f"size limit {(size := int(10 ** chance.uniform(1, 6)))}"
+        action = run_command(scenario.fill(out), setup=limit(size, scenario.setup))
+    else:
+        number, code = chance.randrange(1, points + 1), chance.choice(CODES)
+        kind = f"{errno.errorcode[code]} at operation {number} of {points}"
+        action = run_command(scenario.fill(out), out.parent, refuse(code), number, scenario.setup)
+    result = wait(start(action, report), report)
+    if result["code"] not in (0, 2) or "Traceback" in result["text"]:
+        return f"{kind}: ended with {result['code']}: {result['text'][-800:]}"
+    if result["code"] == 0 and read_folder(out, normalise) != whole:
+        return f"{kind}: exit status 0 without all results"
+    if out.exists() and (wrong := check_run(name, out, former, whole)) is not None:
+        return f"{kind}: {wrong}"
+    if name == "prepare" and out.exists() and read_folder(out, normalise) == whole:
+        return None
+    result = wait(start(run_command(continue_run(name, scenario, out), setup=scenario.setup), report), report)
+    if result["code"] != 0:
+        return f"{kind}: the next run ended with {result['code']}: {result['text'][-300:]}"
+    if (content := read_folder(out, normalise)) != whole:
+        names = [path for path in {*content, *whole} if content.get(path) != whole.get(path)]
+        return f"{kind}: the next run differs in {names}"
+    return f"{kind}: the next run leaves {hidden}" if (hidden := list_hidden(out.parent)) else None
+
+
+def test_refused_file_operation(campaign, tmp_path, name):
+    built = build(name, tmp_path)
+    for seed in range(campaign.tries(2, 40)):
+        folder, scenario, operations, former, whole = built[seed % 2]
+        wrong = try_refusal(name, folder, scenario, len(operations), former, whole, random.Random(seed))
+        if wrong is None:
+            campaign.passed()
+        else:
+            campaign.failed(f"{name}, seed {seed}: {wrong}")
