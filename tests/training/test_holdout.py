@@ -14,7 +14,7 @@ from recontrast.checkpoint import digest
 from recontrast.evaluation.results import Result, ScoredImage
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
-from recontrast.training import train as training
+from recontrast.training import trainer
 from recontrast.training.holdout import split_holdout
 from recontrast.training.train import train
 
@@ -65,7 +65,7 @@ def test_resumed_finished_run_is_calibrated_if_it_was_not(samples, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "calibrate_holdout", stop)
+        patch.setattr(trainer, "calibrate_holdout", stop)
         train(SHARED, samples, out=tmp_path, device="cpu")
     path = tmp_path / "checkpoint.pt"
     before = checkpoint.load(path)
