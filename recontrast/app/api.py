@@ -19,7 +19,7 @@ from recontrast.data.class_folders import list_good_images
 from recontrast.data.datasets import Sample
 from recontrast.data.listing import PathLike
 from recontrast.evaluation.results import Result
-from recontrast.inference.calibrate import refuse_training_images
+from recontrast.inference.calibrate import select_new_images
 from recontrast.inference.detector import CheckpointDetector, Detector, open_detector
 from recontrast.inference.options import InferenceOptions
 
@@ -195,7 +195,8 @@ def calibrate(
     paths = list_good_images(good, all_good)
     allowed_false_alarms(len(paths), false_alarm_rate)  # raises if there are too few images
     stored = checkpoints.load(loaded.path, mapped=True)
-    refuse_training_images("calibrate: good", paths, stored)
+    paths = select_new_images("calibrate: good", paths, stored)
+    allowed_false_alarms(len(paths), false_alarm_rate)  # again, without copies
     calibration, unread = calibrate_detector(
         loaded, stored, paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
         inference=loaded.inference, batch=batch, on_progress=on_progress or (lambda done, total: None),

@@ -7,22 +7,26 @@ their scores, so that a new good image is called a defect with probability at mo
 
 import io
 import math
-import operator
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 
 from recontrast import checkpoint as checkpoints
+from recontrast.app.estimator_fit import (
+    ImageSelection,
+    check_labels,
+    isolate_random_state,
+    refuse_tiles,
+    split_images,
+    to_python_number,
+)
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.in_memory import InMemoryImages, as_image_list
@@ -33,7 +37,6 @@ from recontrast.inference.options import InferenceOptions
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
-from recontrast.training.camera_bits import fix_bits
 from recontrast.training.holdout import resolve_holdout_count
 from recontrast.training.train import train
 
@@ -118,7 +121,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         """Train on good images, and calibrate on those held out.
 
         Args:
-            X: Images, see the class. All but the held-out ones are decoded once and kept in memory.
+            X: Images, see the class. They are decoded once and kept in memory. Copies of one image count once in the
+                calibration, and are never divided between training and calibration.
             y: Labels (n,), +1 for good and -1 for a defect; only the good images are used, as in a cross-validation
                 with labels. None: all images are good.
 
@@ -131,28 +135,23 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         """
         recipe = self._recipe()
         images = as_image_list(X)
-        good = np.arange(len(images)) if y is None else np.flatnonzero(_check_labels(images, y) == 1)
+        good = np.arange(len(images)) if y is None else np.flatnonzero(check_labels(images, y) == 1)
         if not len(good):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
-        count = resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)
-        order = np.random.default_rng(recipe.seed).permutation(good)
-        recipe = fix_bits(recipe, [images[index] for index in good if isinstance(images[index], str | os.PathLike)])
-        held, used = np.sort(order[:count]), np.sort(order[count:])
+        resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)  # before any image is decoded
+        decoded = InMemoryImages([images[index] for index in good], recipe.size, recipe.crop)[np.arange(len(good))]
+        split = split_images(decoded, self.false_alarm_rate, self.holdout, recipe.seed)
         device = resolve_device(self.device)
-
-        def select(indices: NDArray[np.int64]) -> InMemoryImages:
-            return InMemoryImages([images[index] for index in indices], recipe.size, recipe.crop, recipe.bits)
-
-        with _isolate_random_state():
-            result = train(recipe, select(used)[np.arange(len(used))], device=device)
+        with isolate_random_state():
+            result = train(recipe, ImageSelection(decoded, split.training), device=device)
             calibration = None
             if self.false_alarm_rate is not None:
                 calibration = calibrate(
-                    result.model, recipe, select(held), rate=self.false_alarm_rate, batch=recipe.batch,
-                    source=f"{count} of {len(good)} images given to fit",
+                    result.model, recipe, ImageSelection(decoded, split.held_out), rate=self.false_alarm_rate,
+                    batch=recipe.batch, source=f"{len(split.held_out)} of {len(good)} images given to fit",
                 )  # fmt: skip
         self._take(replace(result.state, calibration=calibration), result.model)
-        self.losses_, self.held_out_ = np.asarray(result.losses), held
+        self.losses_, self.held_out_ = np.asarray(result.losses), good[split.held_out]
         return self
 
     def _recipe(self) -> Recipe:
@@ -161,10 +160,10 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             raise ValueError(f"recipe: wanted a Recipe, a name or a YAML file, got {type(self.recipe).__name__}")
         base = yaml_file.load_recipe(self.recipe) if isinstance(self.recipe, str) else self.recipe
         names = ("backbone", "weights", "steps", "batch", "size", "encoder_lr", "decoder_lr")
-        changes = {name: _to_python_number(value) for name in names if (value := getattr(self, name)) is not None}
+        changes = {name: to_python_number(value) for name in names if (value := getattr(self, name)) is not None}
         if self.random_state is not None:
-            changes["seed"] = _to_python_number(self.random_state)
-        return _refuse_tiles(base.replace(**changes, holdout=0.0), "recipe")  # held out here, from X
+            changes["seed"] = to_python_number(self.random_state)
+        return refuse_tiles(base.replace(**changes, holdout=0.0), "recipe")  # held out here, from X
 
     def _take(self, state: Checkpoint, model: Any) -> None:
         self._state, self.model_ = state, model.eval()
@@ -325,9 +324,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return detector
 
     def _restore(self, state: Checkpoint, path: str | Path) -> None:
-        _refuse_tiles(state.recipe, f"{path}")
+        refuse_tiles(state.recipe, f"{path}")
         checkpoints.check_calibration(state, path)
-        with _isolate_random_state():
+        with isolate_random_state():
             model = checkpoints.build(state, path)
         self._take(replace(state, model=model.state_dict(), optimisers=[], rng={}), model)
 
@@ -361,32 +360,3 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         tags.input_tags.three_d_array = True
         tags.input_tags.string = True
         return tags
-
-
-def _check_labels(images: list[Any], y: ArrayLike) -> NDArray[Any]:
-    labels = np.asarray(y)
-    check_consistent_length(images, labels)
-    if labels.ndim != 1 or not np.isin(labels, (1, -1)).all():
-        got = sorted(set(labels.ravel().tolist()))[:5] if labels.ndim == 1 else f"shape {labels.shape}"
-        raise ValueError(f"fit: y: wanted +1 (good) and -1 (defect), one for each image, got {got}")
-    return labels
-
-
-def _refuse_tiles(recipe: Recipe, source: str) -> Recipe:
-    """Return the recipe, or raise if it trains on tiles; the error message names ``source``."""
-    if recipe.tile is not None:
-        raise ValueError(f"{source}: wanted a detector of whole images, got one of tiles ({recipe.tile} px): use "
-                         "recontrast train and recontrast predict")  # fmt: skip
-    return recipe
-
-
-def _to_python_number(value: Any) -> Any:
-    """Convert NumPy integers, which a parameter grid may hold, to Python integers."""
-    return operator.index(value) if isinstance(value, np.integer) else value
-
-
-@contextmanager
-def _isolate_random_state() -> Iterator[None]:
-    """Restore PyTorch's global random states after the block."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield

@@ -12,6 +12,7 @@ from recontrast import checkpoint
 from recontrast.app.console import is_silent
 from recontrast.app.options import check_writable
 from recontrast.data import datasets
+from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
 from recontrast.models.backbone import get_strides
@@ -38,6 +39,7 @@ class TrainJob:
         resume: Checkpoint to continue, or None.
         done: Number of finished steps in the resumed checkpoint.
         few: Whether there are too few images to hold out the default share.
+        different: Number of good training images, without copies if some are held out; 0 counts all.
         overwrite: Whether the checkpoint of an earlier run may be replaced.
     """
 
@@ -49,6 +51,7 @@ class TrainJob:
     done: int
     few: bool = False
     overwrite: bool = False
+    different: int = 0
 
     @property
     def target(self) -> Path:
@@ -64,9 +67,11 @@ class TrainJob:
         """Describe the images held out for calibration; None if the recipe holds out none."""
         count = _count_good(self.groups)
         if self.recipe.holdout:
-            held_out = round(self.recipe.holdout * count)
+            different = self.different or count
+            held_out = round(self.recipe.holdout * different)
             hint = "; --holdout 0 trains on all" if self.resume is None else ""  # a resumed run keeps its share
-            return f"{held_out} of {count} good images held out for calibration{hint}"
+            kind = "good images" if different == count else f"different images ({count - different} are copies)"
+            return f"{held_out} of {different} {kind} held out for calibration{hint}"
         if self.few:
             command = f"recontrast calibrate {self.target} --good DIR"
             return f"{count} good images are too few to hold any out for calibration; to calibrate, run {command}"
@@ -113,14 +118,17 @@ def prepare_job(
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     few = False
-    if recipe is None and resume is None and "holdout" not in changes:
-        few = round(HOLDOUT * _count_good(groups)) < MIN_HOLDOUT
+    is_default = recipe is None and resume is None and "holdout" not in changes
+    copies = _group_copies(groups) if is_default or changed.holdout else list(range(_count_good(groups)))
+    different = len(set(copies))
+    if is_default:
+        few = round(HOLDOUT * different) < MIN_HOLDOUT
         changed = changed if few else changed.replace(holdout=HOLDOUT)
-    job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few, overwrite)
+    job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few, overwrite, different)
     _check_target(job)
     check_size(changed)
-    if count := _count_good(groups):  # without good images, training raises the error
-        split_holdout(range(count), changed.holdout, changed.seed)
+    if copies:  # without good images, training raises the error
+        split_holdout(copies, changed.holdout, changed.seed, copies)
     check_writable(job.out)
     return job
 
@@ -177,6 +185,12 @@ def _check_target(job: TrainJob) -> None:
         raise ValueError(
             f"{job.target} exists already: continue it with --resume {job.out}, or use --overwrite or another --out"
         )
+
+
+def _group_copies(groups: Mapping[str, Sequence[Sample]]) -> list[int]:
+    """Return for each good training image the position of the first one with the same content."""
+    good = [s.path for group in groups.values() for s in group if s.split == "train" and s.label == 0]
+    return group_equal_files(good)
 
 
 def _count_good(groups: Mapping[str, Sequence[Sample]]) -> int:

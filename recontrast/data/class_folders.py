@@ -6,7 +6,8 @@ defects. The subfolders are told apart by their names (`recontrast.data.class_na
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,23 @@ def list_good_images(paths: PathLike | Iterable[PathLike], all_good: bool = Fals
     for path in map(Path, [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else paths):
         images += select_good_images(scan_folder(path), all_good) if path.is_dir() else list_images(path)
     return images
+
+
+def describe_files(name: str, paths: Sequence[Path]) -> list[str]:
+    """Describe which images were taken from which folders, as a tree with counts.
+
+    Args:
+        name: Name of the images, such as that of an option.
+        paths: Image files.
+
+    Returns:
+        One line for the root, and one for each folder that contains images.
+    """
+    counts = Counter(os.path.dirname(os.path.abspath(path)) for path in paths)
+    if not counts:
+        return []
+    root = os.path.commonpath(counts) if len(counts) > 1 else os.path.dirname(next(iter(counts)))
+    return [f"{name}: {root}", *(f"  {os.path.relpath(f, root)}: {count_images(n)}" for f, n in counts.items())]
 
 
 def select_good_images(folder: Folder, all_good: bool = False) -> list[Path]:

@@ -1,6 +1,7 @@
 """Calibration: run a detector on good images and compute its thresholds."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,8 +20,16 @@ from recontrast.calibration.conformal import (
     calibrate_maps,
 )
 from recontrast.checkpoint import Checkpoint, digest
+from recontrast.data.copies import (
+    MOST_SKETCHES,
+    describe_copies,
+    describe_near_copies,
+    find_near_copies,
+    sketch_image,
+)
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.listing import DataWarning
 from recontrast.data.sources import Images
 from recontrast.data.tiles import Tiles
 from recontrast.inference.decisions import describe_undecided
@@ -67,44 +76,72 @@ def calibrate(
     )  # fmt: skip
 
 
-def refuse_training_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint) -> None:
-    """Raise an error if a detector was trained on any of the given images.
+def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint) -> list[Path]:
+    """Return the different images among the given ones, or raise an error if a detector was trained on any of them.
 
     A detector scores its training images lower than new images, and a threshold computed from them would be too low.
-    Checkpoints of older versions do not store the fingerprints of their training images; for them nothing is checked.
+    Copies of one picture are one image: counted several times, they would promise more than they can keep. Warns
+    (`recontrast.data.listing.DataWarning`) of copies, and of pictures that were saved again.
+
+    Checkpoints of older versions do not store the fingerprints of their training images; for them only copies are
+    found.
 
     Args:
-        option: Name of the command-line option that gave the images, for the error message.
+        option: Name of the command-line option that gave the images, for messages.
         paths: Image files.
         checkpoint: Checkpoint of the detector.
+
+    Returns:
+        The files without copies, in their order; files that cannot be read are among them.
 
     Raises:
         ValueError: If at least one of the images was used in training.
     """
     recipe, trained = checkpoint.recipe, read_fingerprints(checkpoint.images)
-    if not trained:
-        return
     files = ImageFiles(paths)
 
-    def was_trained_on(index: int) -> bool:
-        if recipe.tile is None:
-            pixels = files.read(index, recipe.size, recipe.crop, recipe.bits)
-            return pixels is not None and compute_fingerprint(pixels) in trained
-        pixels = files.read(index, bits=recipe.bits)
+    def read(index: int) -> tuple[str, NDArray[np.float32]] | None:
+        size, crop = (None, None) if recipe.tile is not None else (recipe.size, recipe.crop)
+        pixels = files.read(index, size, crop, recipe.bits)
         if pixels is None:  # reported later, when the image is scored
-            return False
+            return None
+        if recipe.tile is None:
+            return compute_fingerprint(pixels), sketch_image(pixels)
         tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
-        return compute_fingerprint(tiles[range(len(tiles))]) in trained
+        return compute_fingerprint(tiles[range(len(tiles))]), sketch_image(pixels)
 
+    first: dict[str, int] = {}  # position of the first image with each fingerprint
+    owners = list(range(len(files)))
+    used: list[Path] = []
+    sketches: list[NDArray[np.float32]] = []
     # With tiles, images are decoded at their original size: one at a time keeps the memory small.
     with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:
-        used = [path for path, trained_on in zip(files.paths, pool.map(was_trained_on, range(len(files))), strict=True)
-                if trained_on]  # fmt: skip
+        for index, result in enumerate(pool.map(read, range(len(files)))):
+            if result is None:
+                continue
+            fingerprint, sketch = result
+            if fingerprint in trained:
+                used.append(files.paths[index])
+            owners[index] = first.setdefault(fingerprint, index)
+            if owners[index] == index and len(sketches) <= MOST_SKETCHES:
+                sketches.append(sketch)
     if used:
         raise ValueError(
             f"{option}: wanted good images that were not trained on, got {len(used)} of {len(files)} that were "
             f"(first: {used[0]})"
         )
+    names = [files.paths[index] for index in first.values()]
+    for text in (describe_copies(files.paths, owners), _describe_near_copies(names, sketches)):
+        if text is not None:
+            warnings.warn(f"{option}: {text}", DataWarning, stacklevel=2)
+    return [path for index, path in enumerate(files.paths) if owners[index] == index]
+
+
+def _describe_near_copies(paths: Sequence[Path], sketches: Sequence[NDArray[np.float32]]) -> str | None:
+    """Describe the near-copies among images of which sketches were made."""
+    if len({len(sketch) for sketch in sketches}) != 1:  # none, or tiles of images smaller than a sketch
+        return None
+    return describe_near_copies(paths, find_near_copies(np.stack(sketches)))
 
 
 def calibrate_files(

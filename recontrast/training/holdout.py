@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,11 @@ from recontrast.calibration.appearance_drift import describe_appearance
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, Calibration, calibrate_maps
 from recontrast.checkpoint import digest
 from recontrast.data.cache import ImageCache
+from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
+from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
+from recontrast.data.images import read_image
+from recontrast.data.listing import DataWarning
 from recontrast.inference import tiling
 from recontrast.inference.calibrate import calibrate
 from recontrast.training.state import TrainingState, snapshot
@@ -23,13 +28,17 @@ Item = TypeVar("Item")
 SHARE = 0.2  # of the good images, if a false-alarm rate is given without a number of images to hold out
 
 
-def split_holdout(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+def split_holdout(
+    items: Sequence[Item], share: float, seed: int, copies: Sequence[int] | None = None
+) -> tuple[list[Item], list[Item]]:
     """Split the good training images at random, in the same way for the same seed.
 
     Args:
         items: Images in the order of the data set.
         share: Share to hold out, in [0, 1); rounded to whole images.
         seed: Seed of the split.
+        copies: For each image the position of the first image with the same content, see
+            `recontrast.data.copies.group_equal_files`; copies stay on one side. None: all images are different.
 
     Returns:
         The images to train on and the held-out images, both in their original order.
@@ -39,17 +48,21 @@ def split_holdout(items: Sequence[Item], share: float, seed: int) -> tuple[list[
     """
     if not share:
         return list(items), []
-    count = round(share * len(items))
-    if not 0 < count < len(items):
+    owners = list(range(len(items))) if copies is None else list(copies)
+    different = sorted(set(owners))
+    count = round(share * len(different))
+    if not 0 < count < len(different):
+        kind = "good images" if len(different) == len(items) else "different good images"
         raise ValueError(
-            f"holdout: wanted at least 1 image held out and 1 to train on, got {count} of {len(items)} good images "
+            f"holdout: wanted at least 1 image held out and 1 to train on, got {count} of {len(different)} {kind} "
             f"held out (holdout {share:g}): give more images, or set holdout to 0"
         )
     # A separate generator: the order of the training batches does not depend on the split.
-    held_out = set(np.random.default_rng([seed, len(items)]).permutation(len(items))[:count].tolist())
+    drawn = np.random.default_rng([seed, len(different)]).permutation(len(different))[:count]
+    held_out = {different[index] for index in drawn.tolist()}
     return (
-        [item for i, item in enumerate(items) if i not in held_out],
-        [item for i, item in enumerate(items) if i in held_out],
+        [item for item, owner in zip(items, owners, strict=True) if owner not in held_out],
+        [item for item, owner in zip(items, owners, strict=True) if owner in held_out],
     )
 
 
@@ -107,6 +120,7 @@ def calibrate_holdout(
         The calibration.
     """
     recipe, model = state.recipe, state.model
+    held_out = _select_different(state, held_out)
     options: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(held_out) + 1)), "source": "held out of training"}
     folder = None if recipe.tile else cache_dir
     images = ImageCache(held_out, recipe.size, recipe.crop, directory=folder, bits=recipe.bits)
@@ -125,3 +139,27 @@ def calibrate_holdout(
     if path is not None:
         checkpoint.save(path, replace(snapshot(state), calibration=calibration))
     return calibration
+
+
+def _select_different(state: TrainingState, held_out: Sequence[Sample]) -> list[Sample]:
+    """Return the held-out images without copies of each other and of training images, and warn of those left out."""
+    recipe = state.recipe
+    owners = group_equal_files([sample.path for sample in held_out])
+    different = [sample for index, sample in enumerate(held_out) if owners[index] == index]
+    if recipe.tile is None:
+        known = set(read_fingerprints(state.images))
+        candidates, different = different, []
+        for sample in candidates:  # the same pixels, in files of different formats
+            pixels = read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits)
+            fingerprint = compute_fingerprint(pixels)
+            if fingerprint not in known:
+                known.add(fingerprint)
+                different.append(sample)
+    if not different:
+        raise ValueError("holdout: wanted images to calibrate with, got only copies of training images held out")
+    if len(different) < len(held_out):
+        warnings.warn(
+            f"holdout: {len(held_out) - len(different)} of {len(held_out)} held-out images are copies of others: the "
+            f"calibration counts {len(different)}", DataWarning, stacklevel=3,
+        )  # fmt: skip
+    return different

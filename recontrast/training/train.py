@@ -13,6 +13,7 @@ import torch
 
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
+from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.sources import Images
 from recontrast.inference.options import InferenceOptions
@@ -115,7 +116,8 @@ def train(
     category = category or "+".join(dict.fromkeys(sample.category for sample in good)) or "images"
     if images is not None and recipe.holdout:
         raise ValueError(f"train: holdout: wanted 0 for images that are decoded already, got {recipe.holdout:g}")
-    training, held_out = split_holdout(good, recipe.holdout, recipe.seed)
+    copies = group_equal_files([sample.path for sample in good]) if recipe.holdout else None
+    training, held_out = split_holdout(good, recipe.holdout, recipe.seed, copies)
     count -= len(held_out)
     if recipe.drop_last and count < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {count} training images, got {recipe.batch}")

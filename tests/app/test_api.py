@@ -193,7 +193,7 @@ def test_exported_file_predicts_as_the_checkpoint(calibrated, tmp_path):
     ("images", "message"),
     [
         ([], "got none"),
-        (np.zeros((4, 5, 6), np.uint8), r"got an array \(4, 5, 6\)"),
+        (np.zeros((4, 5, 6), np.uint8), r"got \(4, 5, 6\): pass image\.transpose\(1, 2, 0\)"),
         (np.zeros((2, 4, 5, 4), np.uint8), r"wanted an array \(h, w, 3\) or \(h, w\)"),
         (np.full((4, 4, 3), 7.0), r"wanted floats in \[0, 1\]"),
         ([3], "got int at position 0"),

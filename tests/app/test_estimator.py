@@ -18,7 +18,9 @@ from sklearn.utils import estimator_checks
 from tiny import tiny_set
 
 from recontrast import Recipe, ReContrastDetector, checkpoint
+from recontrast.app.estimator_fit import split_images
 from recontrast.app.prediction.predict import predict
+from recontrast.data.listing import DataWarning
 from recontrast.training.train import train
 
 RECIPE = Recipe(backbone="test_resnet", weights="random", steps=2, batch=4, size=32, seed=1)
@@ -140,7 +142,7 @@ def test_every_kind_of_picture_scores_as_its_file(fitted, tests, tmp_path):
     (3, "got int"),
     ([b"a.png"], "got bytes at position 0"),
     (np.zeros((4, 6)), r"got an array \(4, 6\) of float64"),
-    (np.zeros((2, 8, 8, 4), np.uint8), r"image 0: wanted an array \(h, w, 3\) or \(h, w\), got \(8, 8, 4\)"),
+    (np.zeros((2, 8, 8, 4), np.uint8), r"got an array \(2, 8, 8, 4\) of uint8: pass images\[\.\.\., :3\]"),
     (np.zeros((2, 8, 8, 3), np.int64), r"wanted uint8, or floats in \[0, 1\], got int64"),
     (np.full((1, 8, 8, 3), 200.0), r"wanted floats in \[0, 1\] \(divide by 255, or pass uint8\), got 200 to 200"),
     (np.full((1, 8, 8, 3), np.nan), "got NaN or infinity"),
@@ -327,3 +329,16 @@ def test_refuses_checkpoints_of_tiles_and_of_others_calibration(fitted, samples,
     other = checkpoint.save(tmp_path / "other.pt", replace(state, recipe=RECIPE.replace(score="mean")))
     with pytest.raises(ValueError, match="wanted a calibration of these weights and this recipe"):
         ReContrastDetector.from_checkpoint(other)
+
+
+def test_copies_count_once_and_stay_together(good):
+    pixels = np.stack([np.asarray(Image.open(path)) for path in good])
+    images = [*good, *pixels[:5], *(Image.open(path) for path in good[:2])]
+    with pytest.warns(DataWarning, match=r"^fit: 19 images are 12 different images"):
+        copied = detector(false_alarm_rate=0.3).fit(images)
+    owners = [*range(12), *range(5), *range(2)]
+    assert copied.calibration_.count == len({owners[index] for index in copied.held_out_}) == len(copied.held_out_) == 3
+    split = split_images(np.stack([pixels[owner] for owner in owners])[:, ::2, ::2], None, None, 1)
+    assert len(split.training) == 19 and not len(split.held_out)
+    with pytest.warns(DataWarning), pytest.raises(ValueError, match="got 1 held out of 1 good images"):
+        detector(false_alarm_rate=0.5).fit([good[0]] * 19)

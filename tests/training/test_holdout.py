@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 from command_line import SMALL, call, fails, works
+from PIL import Image
 from small_run import RECIPE, same_weights
 from tiny import tiny_set
 
@@ -11,6 +12,10 @@ from recontrast import checkpoint
 from recontrast.app.evaluate_job import decide_on_result
 from recontrast.calibration.conformal import Calibration, conformal_threshold
 from recontrast.checkpoint import digest
+from recontrast.data.copies import group_equal_files
+from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
+from recontrast.data.images import read_image
+from recontrast.data.listing import DataWarning
 from recontrast.evaluation.results import Result, ScoredImage
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
@@ -121,3 +126,30 @@ def test_decided():
     decision = decide_on_result(result(np.linspace(80, 140, 20), []), found, {}, RECIPE)
     assert "defect images found" not in decision.describe() and "far from uniform" in decision.warnings()[0]
     assert decide_on_result(result([], [5.0]), found, {}, RECIPE).warnings() == []
+
+
+def test_copies_stay_on_one_side_and_count_once(samples, tmp_path):
+    good = [sample for sample in samples if sample.split == "train"]
+    copies = []
+    for index, sample in enumerate(good):  # every image twice: byte by byte, or as a BMP with the same pixels
+        path = tmp_path / f"{index}{'.png' if index % 2 else '.bmp'}"
+        if index % 2:
+            path.symlink_to(sample.path)
+        else:
+            Image.open(sample.path).save(path)
+        copies.append(dataclasses.replace(sample, path=path))
+    paths = [sample.path for sample in good + copies]
+    owners = group_equal_files(paths)
+    assert owners == [*range(20), *(index if index % 2 else index + 20 for index in range(20))]
+    for seed in range(20):
+        used, held_out = split_holdout(range(40), 0.3, seed, owners)
+        assert sorted(used + held_out) == list(range(40))
+        assert not {owners[index] for index in used} & {owners[index] for index in held_out}
+    with pytest.warns(DataWarning, match=r"held-out images are copies of others: the calibration counts"):
+        result = train(SHARED, good + copies, device="cpu")
+    trained = read_fingerprints(result.state.images)
+    _, held_out = split_holdout(good + copies, 0.3, SHARED.seed, owners)
+    fingerprints = {compute_fingerprint(read_image(sample.path, size=SHARED.size)) for sample in held_out}
+    assert result.calibration.count == len(fingerprints - trained)
+    with pytest.raises(ValueError, match="got 0 of 1 different good images held out"):
+        split_holdout(range(5), 0.5, 0, [0] * 5)

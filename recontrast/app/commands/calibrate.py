@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error, print_line
+from recontrast.app.console import ProgressBar, print_data, print_error, print_line
 from recontrast.app.options import (
     AllGood,
     Batch,
@@ -63,9 +63,9 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
     from recontrast import checkpoint as checkpoints
     from recontrast.app.calibrate_job import calibrate_detector
     from recontrast.calibration.conformal import allowed_false_alarms
-    from recontrast.data.class_folders import list_good_images
+    from recontrast.data.class_folders import describe_files, list_good_images
     from recontrast.data.locks import lock_checkpoint
-    from recontrast.inference.calibrate import refuse_training_images
+    from recontrast.inference.calibrate import select_new_images
     from recontrast.inference.detector import CheckpointDetector
 
     file = resolve_checkpoint(checkpoint)
@@ -73,14 +73,17 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
         check_writable(file.parent, "CHECKPOINT")
         context.with_resource(lock_checkpoint(file))
     good_paths, check_paths = (list_good_images(folders or [], all_good) for folders in (good, check))
+    print_data([*describe_files("--good", good_paths), *describe_files("--check", check_paths)])
     if shared := {os.path.realpath(path) for path in good_paths} & {os.path.realpath(path) for path in check_paths}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     if good:
         allowed_false_alarms(len(good_paths), false_alarm_rate)  # checked before the model is built
     inference = build_inference_options(device, views, precision)
     stored = checkpoints.load(file, mapped=True)
-    for option, paths in (("--good", good_paths), ("--check", check_paths)):
-        refuse_training_images(option, paths, stored)
+    good_paths = select_new_images("--good", good_paths, stored)
+    if good:
+        allowed_false_alarms(len(good_paths), false_alarm_rate)  # again, without copies
+    check_paths = select_new_images("--check", check_paths, stored)
     errors: list[str] = []
     detector = CheckpointDetector(file, device, inference=inference, calibrated=not good)
     calibration = detector.calibration

@@ -9,8 +9,10 @@ from PIL import Image
 from saved_model import RECIPE, draw, save
 
 from recontrast import checkpoint as checkpoints
+from recontrast.app import api
 from recontrast.data.datasets import Sample
 from recontrast.data.images import read_image
+from recontrast.data.listing import DataWarning
 from recontrast.training import train as training
 
 
@@ -184,3 +186,37 @@ def test_evaluate_says_what_it_takes_to_decide(run, good, tmp_path):
     decided = call(*words, "--views", "trained")
     assert decided.exit_code == 0 and "decisions" not in decided.stderr
     assert "at the promised false-alarm rate of 0.1" in decided.stdout and "promised" not in result.stdout
+
+
+def test_copies_are_one_image(run, good, tmp_path):
+    """Links, copies and files of another format with the same pixels count once."""
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for index, path in enumerate(sorted(good.iterdir())[:9]):
+        (copies / f"{index}.png").write_bytes(path.read_bytes())
+        (copies / f"link{index}.png").symlink_to(path)
+        Image.open(path).save(copies / f"{index}.bmp")
+    options = ["--false-alarm-rate", 0.05, "--device", "cpu"]
+    result = call("calibrate", run, "--good", copies, *options)
+    message = result.stderr
+    assert result.exit_code == 2 and "Traceback" not in message
+    assert "warning: --good: 27 images are 9 different images, for example " in message
+    assert "the lowest that 9 calibration images can promise" in message
+    with pytest.warns(DataWarning, match="9 different images"):
+        detector = api.calibrate(run, copies, false_alarm_rate=0.1, device="cpu")
+    assert detector.calibration.count == 9
+
+
+def test_folder_of_classes(run, good, tmp_path):
+    """Only the good class sets the threshold."""
+    draw(tmp_path / "parts" / "OK", 24, seed=0)
+    draw(tmp_path / "parts" / "NG", 3, seed=5)
+    options = ["--false-alarm-rate", 0.1, "--device", "cpu"]
+    output = works("calibrate", run, "--good", tmp_path / "parts", *options)
+    assert f"--good: {tmp_path / 'parts'}\n  OK: 24 images\n" in output
+    assert checkpoints.load(run / "checkpoint.pt").calibration.count == 24
+    draw(tmp_path / "unclear" / "a", 3, seed=6)
+    draw(tmp_path / "unclear" / "b", 3, seed=7)
+    message = fails("calibrate", run, "--good", tmp_path / "unclear", *options)
+    assert "name the folder of good images itself, or use --all-good" in message
+    assert "6 calibration images" in fails("calibrate", run, "--good", tmp_path / "unclear", "--all-good", *options)

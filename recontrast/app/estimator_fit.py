@@ -1,0 +1,137 @@
+"""Parts of `recontrast.app.estimator`: how the images given to `fit` are divided, and checks of its arguments."""
+
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.utils.validation import check_consistent_length
+
+from recontrast.data.copies import describe_copies, describe_near_copies, find_near_copies, sketch_image
+from recontrast.data.fingerprint import compute_fingerprint
+from recontrast.data.listing import DataWarning
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.holdout import resolve_holdout_count
+
+
+@dataclass(frozen=True)
+class FitSplit:
+    """Positions of the images to train on and to calibrate with, both ascending int64.
+
+    Attributes:
+        training: Images to train on, (n,).
+        held_out: Images held out, (m,), all different and none a copy of a training image.
+    """
+
+    training: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+
+
+class ImageSelection:
+    """Some of the images of an array, by position, without a copy of the array.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        positions: Positions of the images, (n,).
+    """
+
+    def __init__(self, images: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:
+        self.images, self.positions = images, positions
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> NDArray[np.uint8]:
+        """Return the images at the positions ``index`` of the selection, (n, H, W, 3) uint8."""
+        return self.images[self.positions[index]]
+
+
+def split_images(images: NDArray[np.uint8], rate: float | None, holdout: float | int | None, seed: int) -> FitSplit:
+    """Divide good images at random into those to train on and those to calibrate with; copies stay on one side.
+
+    Warns (`recontrast.data.listing.DataWarning`) of copies and of pictures that were saved again.
+
+    Args:
+        images: Good images, (n, H, W, 3) uint8.
+        rate: False-alarm rate to promise; None holds out no images.
+        holdout: Number of images to hold out, or their share, see `resolve_holdout_count`.
+        seed: Seed of the division.
+
+    Returns:
+        The positions.
+
+    Raises:
+        ValueError: If there are too few different images for the rate.
+    """
+    first: dict[str, int] = {}
+    owners = np.array([first.setdefault(compute_fingerprint(image), index) for index, image in enumerate(images)])
+    different = np.unique(owners)
+    if rate is not None:
+        names = [f"image {index}" for index in range(len(images))]
+        near = find_near_copies(np.stack([sketch_image(images[index]) for index in different]))
+        for text in (
+            describe_copies(names, owners.tolist()), describe_near_copies([names[i] for i in different], near),
+        ):  # fmt: skip
+            if text is not None:
+                warnings.warn(f"fit: {text}", DataWarning, stacklevel=3)
+    count = resolve_holdout_count(len(different), rate, holdout)
+    held_out = np.sort(np.random.default_rng(seed).permutation(different)[:count])
+    return FitSplit(np.flatnonzero(~np.isin(owners, held_out)), held_out)
+
+
+def check_labels(images: Sequence[Any], y: ArrayLike) -> NDArray[Any]:
+    """Return the labels, one for each image.
+
+    Args:
+        images: Images of the caller.
+        y: Labels (n,), +1 for good and -1 for a defect.
+
+    Returns:
+        (n,) array.
+
+    Raises:
+        ValueError: If a label is another value, or their number is not that of the images.
+    """
+    labels = np.asarray(y)
+    check_consistent_length(images, labels)
+    if labels.ndim != 1 or not np.isin(labels, (1, -1)).all():
+        got = sorted(set(labels.ravel().tolist()))[:5] if labels.ndim == 1 else f"shape {labels.shape}"
+        raise ValueError(f"fit: y: wanted +1 (good) and -1 (defect), one for each image, got {got}")
+    return labels
+
+
+def refuse_tiles(recipe: Recipe, source: str) -> Recipe:
+    """Return the recipe, or raise an error if it trains on tiles.
+
+    Args:
+        recipe: Recipe of a detector.
+        source: Name of the recipe or file in the error message.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If it trains on tiles.
+    """
+    if recipe.tile is not None:
+        raise ValueError(f"{source}: wanted a detector of whole images, got one of tiles ({recipe.tile} px): use "
+                         "recontrast train and recontrast predict")  # fmt: skip
+    return recipe
+
+
+def to_python_number(value: Any) -> Any:
+    """Return a Python integer for a NumPy integer, which a parameter grid may hold, and other values as they are."""
+    return operator.index(value) if isinstance(value, np.integer) else value
+
+
+@contextmanager
+def isolate_random_state() -> Iterator[None]:
+    """Restore PyTorch's global random states after the block."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
