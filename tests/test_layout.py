@@ -17,7 +17,7 @@ ALLOWED = {
     "data": "",
     "metrics": "",
     "ops": "reference backend",
-    "models": "ops",
+    "models": "data ops",
     "runtime": "models",
     "mining": "",
     "loss": "ops mining runtime",

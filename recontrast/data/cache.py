@@ -24,6 +24,7 @@ import torch
 from recontrast.data.atomic import replace_file
 from recontrast.data.images import Size, image_size, parse_size, read_image
 from recontrast.data.listing import PathLike
+from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.tiles import Tiles, count_tiles
 
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
@@ -191,9 +192,9 @@ class ImageCache:
 
     def _map(self, path: Path) -> np.ndarray | None:
         """Map the images of the cache file, read-only; None if it is missing, of the wrong length or damaged."""
-        if not path.is_file() or path.stat().st_size != _HEADER_BYTES + len(self) * self._image_bytes:
+        if not is_regular(path) or path.stat().st_size != _HEADER_BYTES + len(self) * self._image_bytes:
             return None
-        with open(path, "rb") as file:
+        with open_regular(path, "decoded images") as file:
             header = file.read(_HEADER_BYTES)
             images = np.asarray(np.memmap(file, np.uint8, "r", _HEADER_BYTES, self.shape))
         with ThreadPoolExecutor(self._workers) as pool:

@@ -4,6 +4,7 @@ The paper's encoder is torchvision's WideResNet-50-2 with its first ImageNet wei
 `model_urls`). timm provides them as ``wide_resnet50_2.tv_in1k``, torchvision as ``wide_resnet50_2-95faca4d.pth``.
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -12,14 +13,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
+from recontrast.data.archive import Archive
+from recontrast.data.regular_file import is_regular, open_regular
+
 SUFFIXES = (".pth", ".pt", ".safetensors")
+_MAX_WRAPPERS = 8
 WRAPPER_KEYS = ("state_dict", "model", "model_state_dict")  # where training scripts store the weights in a checkpoint
 # Written by DataParallel, torch.compile, wrapper modules and `Backbone`.
 PREFIXES = ("module.", "_orig_mod.", "model.", "extractor.")
@@ -58,7 +63,9 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
     else:
         path = _find_package_file(name) if weights == "package" else Path(weights)
         source = f"file {str(path)!r}"
-        state = _rename_to_timm(read_weights(path), extractor, name, source)
+        tensors = read_weights(path)
+        _check_published_hash(path, extractor, name)
+        state = _rename_to_timm(tensors, extractor, name, source)
     matched = {}
     for key, target in extractor.state_dict().items():
         head, _, tail = key.partition(".")
@@ -70,6 +77,8 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
         if not key.endswith(BATCH_COUNTER) and (state_key is None or state[state_key].shape != target.shape):
             got = "none" if state_key is None else f"one of shape {tuple(state[state_key].shape)}"
             raise ValueError(f"weights {source}: wanted {_describe(key, target, name)}, got {got}")
+        if state_key is not None and not state[state_key].isfinite().all():
+            raise ValueError(f"weights {source}: wanted finite values, got NaN or infinity in {state_key}")
     extractor.load_state_dict(matched, strict=False)
 
 
@@ -134,37 +143,72 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: If the suffix is not one of `SUFFIXES`, or the file is damaged or holds no tensors.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_regular(path) and (path.is_dir() or not os.path.lexists(path)):
         wanted = f"a file ({', '.join(SUFFIXES)}), 'package', 'random' or None for timm's hub"
         raise FileNotFoundError(f"weights: wanted {wanted}, got {str(path)!r}, which is no file")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"weights: wanted a file that ends in {', '.join(SUFFIXES)}, got {str(path)!r}")
     try:
-        with warnings.catch_warnings():
+        with open_regular(path, "a file of tensors") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle version of files in other formats
-            if path.suffix == ".safetensors":
-                state: Any = load_file(path)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read_tensors(file, path)
     except PermissionError:
         raise
     except Exception as error:  # both readers raise many types of exceptions for a damaged file
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         raise ValueError(
             f"weights: wanted a file of tensors, got {str(path)!r}, which cannot be read: {reason}"
         ) from error
-    while isinstance(state, Mapping) and (
-        inner := next((k for k in WRAPPER_KEYS if isinstance(state.get(k), Mapping)), "")
-    ):
-        state = state[inner]
+    for _ in range(_MAX_WRAPPERS):  # not without an end: a dictionary in the file may hold itself
+        names = WRAPPER_KEYS if isinstance(state, Mapping) else ()
+        inner = next((state[name] for name in names if isinstance(state.get(name), Mapping)), None)
+        if inner is None:
+            break
+        state = inner
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
             f"weights: wanted a file of tensors by name, got {str(path)!r}, which holds {type(state).__name__}"
         )
-    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor) and isinstance(k, str | int)}
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
+
+
+def _read_tensors(file: BinaryIO, path: Path) -> Any:
+    """Read the content of a weight file without running code from it; archives are compared with their checksums."""
+    if path.suffix == ".safetensors":
+        try:
+            os.fsencode(path).decode()
+        except UnicodeDecodeError:  # its reader takes no such path
+            return load(file.read())
+        return load_file(path)
+    is_archive = file.read(4) == b"PK\3\4"
+    if is_archive:
+        archive = Archive(file)
+        archive.verify(archive.members)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_published_hash(path: Path, extractor: nn.Module, name: str) -> None:
+    """Raise ValueError if a file with the name of published weights is not that file.
+
+    The file names of torchvision and timm end in the first digits of the file's SHA-256.
+    """
+    published = Path(str(getattr(extractor, "pretrained_cfg", {}).get("url") or "")).name
+    match = re.search(r"-([0-9a-f]{8,64})\.pth$", published)
+    if match is None or path.name != published:
+        return
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if not digest.hexdigest().startswith(match[1]):
+        raise ValueError(
+            f"weights file {str(path)!r}: wanted the published weights of {name!r}, whose SHA-256 starts with "
+            f"{match[1]}, got {digest.hexdigest()[: len(match[1])]}: the file is damaged"
+        )
 
 
 def _load_from_hub(name: str) -> dict[str, Tensor]:
