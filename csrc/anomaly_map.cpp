@@ -181,7 +181,8 @@ void multiply_by_cols(const std::vector<Level>& levels, const StripProducts& pla
   }
 }
 
-// Writes rows [first, last) of the map of image n and returns their maximum; NaN if a value is not finite. `products`, `sum`: memory to reuse.
+// Writes rows [first, last) of the map of image n and returns their maximum; NaN if a value is not finite. `products`,
+// `sum`: memory to reuse.
 float map_strip(const std::vector<Level>& levels, int64_t n, int64_t first, int64_t last, int64_t W, float scale,
                 std::vector<float>& products, std::vector<float>& sum, float* map) {
   const StripProducts plan = plan_products(levels, first, last, W);

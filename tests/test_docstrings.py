@@ -40,7 +40,7 @@ FOLDERS = {
     "app.": "api",
     "inference.": "prediction calibrate detector exported_detector infer options programs protocol",
     "metrics.": "exact streaming curves",
-    "models.": "recontrast fold",
+    "models.": "recontrast fold patchcore padim uniad coreset",
     "recipes.": "recipe paper",
     "training.": "train",
 }
@@ -159,10 +159,10 @@ def faults_of_function(function, owner=None, value_only=False):
     if invented := entries(parts.get("Args")) - names:
         faults.append(f"Args names {', '.join(sorted(invented))}, which it does not take")
     own = list(walk_body(node))
-    yields = any(isinstance(n, ast.Yield | ast.YieldFrom) for n in own)
+    yields = any(isinstance(n, ast.YieldFrom) or (isinstance(n, ast.Yield) and n.value is not None) for n in own)
     returns = any(isinstance(n, ast.Return) and n.value is not None and ast.unparse(n.value) != "None" for n in own)
     annotation = "" if node.returns is None else ast.unparse(node.returns)
-    returns = returns or annotation not in ("", "None")
+    returns = returns or annotation not in ("", "None", "Iterator[None]")
     exempt = value_only or (alone and (first.split()[0] in NOUNS or first.startswith("``")))
     if (returns or yields) and not exempt and not ({"Returns", "Yields"} & set(parts)):
         faults.append("has no Returns")

@@ -113,7 +113,7 @@ class UniAD(nn.Module):
             images: Normalised images (N, 3, H, W).
 
         Returns:
-            Features (N, C, h, w).
+            Features (N, C, h, w), in the dtype of the images.
         """
         levels = self.encoder(images)
         size = levels[-1].shape[-2:]
@@ -127,7 +127,7 @@ class UniAD(nn.Module):
             images: Normalised images (N, 3, H, W).
 
         Returns:
-            Targets and reconstructions, both (N, C, h, w).
+            Targets and reconstructions, both (N, C, h, w), in the dtype of the images.
         """
         target = self.align(images)
         tokens = target.flatten(2).transpose(1, 2)  # (N, points, C)
@@ -153,7 +153,14 @@ class UniAD(nn.Module):
         return target, reconstruction.transpose(1, 2).reshape(target.shape)
 
     def loss(self, images: Tensor) -> Tensor:
-        """Compute the mean squared error between targets and reconstructions of normalised images (N, 3, H, W)."""
+        """Compute the mean squared error between targets and reconstructions.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+
+        Returns:
+            The loss, a scalar in the dtype of the images.
+        """
         target, reconstruction = self(images)
         return F.mse_loss(reconstruction, target)
 
