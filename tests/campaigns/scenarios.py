@@ -76,6 +76,12 @@ def train(root, is_new):
     return Scenario((*arguments, "--seed", "2", "--overwrite"), root / "former")
 
 
+def train_only(root, is_new):
+    """Training without the evaluation at its end, in a new folder."""
+    scenario = train(root, is_new)
+    return Scenario((*scenario.arguments, "--no-evaluate"), scenario.former)
+
+
 def predict(root, is_new):
     file = save(root / "checkpoint.pt", RECIPE)
     draw(root / "before", 5, seed=1)
@@ -195,13 +201,17 @@ def select_scenarios(config):
     return list(SCENARIOS) if config.option.markexpr == "campaign" else ["predict", "prepare"]
 
 
-def build(name, root):
-    """Return both scenarios of a command, each with the number of its operations and the results of a whole run."""
+def build(name, root, variants=(True, False)):
+    """Return the scenarios of a command in a new folder and over an earlier run.
+
+    Each is a tuple of its folder, the scenario, the file operations of a whole run, and its results before
+    and after.
+    """
     built = []
-    for is_new in (True, False):
+    for is_new in variants:
         folder = root / ("new" if is_new else "again")
         (folder / "work").mkdir(parents=True)
-        scenario = SCENARIOS[name](folder, is_new)
+        scenario = (train_only if name == "train_only" else SCENARIOS[name])(folder, is_new)
         if is_new and scenario.setup is None:  # imports everything once, before processes are forked
             copy(scenario.former, folder / "warm")
             works(*scenario.fill(folder / "warm"))
@@ -252,5 +262,6 @@ def continue_run(name, scenario, out):
     """Return the arguments with which a user continues."""
     arguments = scenario.fill(out)
     if name == "train" and "--overwrite" not in arguments and (out / "checkpoint.pt").exists():
-        return [*arguments[:2], "--resume", str(out), "--device", "cpu"]
+        evaluation = [option for option in arguments if option == "--no-evaluate"]
+        return [*arguments[:2], "--resume", str(out), "--device", "cpu", *evaluation]
     return arguments
