@@ -113,7 +113,10 @@ def run_command(arguments, folder=None, strike=None, number=0, setup=None):
 
 def read_folder(folder, normalise):
     """Return the content of all files that are not hidden, as a reader finds them, by name."""
-    complete_commits(folder)
+    try:
+        complete_commits(folder)
+    except ValueError as error:
+        return {"unfinished-replacement": str(error)}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: normalise(name, (folder / name).read_bytes()) for name in names if "/." not in f"/{name}"}
 

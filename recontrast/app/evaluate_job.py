@@ -18,6 +18,7 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.image_files import assign_result_names
 from recontrast.data.locks import lock_folder
+from recontrast.data.regular_file import read_bytes
 from recontrast.data.sources import Images
 from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinished, name_mark, remove_files
 from recontrast.evaluation.category import SampleImages
@@ -191,7 +192,7 @@ def _list_earlier_maps(out: Path) -> set[str]:
     """List the maps of earlier evaluations, finished or not, and the file of their scale."""
     names = list_unfinished(out, COMMAND) or set()
     try:
-        listed = json.loads((out / SCALE).read_bytes())["files"]
+        listed = json.loads(read_bytes(out / SCALE))["files"]
         names |= {SCALE, *(name for name in listed if isinstance(name, str))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no maps, or those of an older version
         pass
@@ -201,7 +202,7 @@ def _list_earlier_maps(out: Path) -> set[str]:
 def _list_own_tables(out: Path) -> list[str]:
     """List the tables of a finished evaluation in a folder."""
     try:
-        is_ours = "rows" in json.loads((out / "results.json").read_bytes())
+        is_ours = "rows" in json.loads(read_bytes(out / "results.json"))
     except (OSError, ValueError, TypeError, RecursionError):
         is_ours = False
     return ["results.json", "results.csv", "results.md", "scores.csv"] if is_ours else []

@@ -189,9 +189,11 @@ def _open(path: Path) -> tuple[int, bool]:
             raise
         kind = "a link" if error.errno == errno.ELOOP else "a folder"
         raise ValueError(f"{path}: wanted a lock file, got {kind}: remove it") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # another name may be that of a file to keep
         os.close(handle)
-        raise ValueError(f"{path}: wanted a lock file, got a special file: remove it")
+        kind = "a file with several names" if stat.S_ISREG(status.st_mode) else "a special file"
+        raise ValueError(f"{path}: wanted a lock file, got {kind}: remove it")
     return handle, is_writable
 
 

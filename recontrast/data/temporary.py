@@ -11,12 +11,14 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from filelock import lock_descriptor
+
+from recontrast.data.regular_file import read_bytes
 
 _LOCKED_NAME = re.compile(r"\.recontrast-[0-9a-f]{16}\.tmp")
 _OLD_NAME = re.compile(  # of earlier versions
@@ -80,7 +82,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def sweep(folder: Path, *, once: bool = False) -> None:
+def sweep(folder: Path, *, once: bool = False, keep: Collection[Path] = ()) -> None:
     """Remove temporary files and folders that killed processes left in a folder, and complete their commits.
 
     Files that another process still uses, and files with other names, are kept. Subfolders are not searched.
@@ -88,6 +90,7 @@ def sweep(folder: Path, *, once: bool = False) -> None:
     Args:
         folder: Folder to search; it need not exist.
         once: Whether a folder that this process has searched before is not searched again.
+        keep: Temporary folders that are left as they are.
 
     Raises:
         OSError: If a commit cannot be completed.
@@ -101,7 +104,7 @@ def sweep(folder: Path, *, once: bool = False) -> None:
             leftovers = [folder / entry.name for entry in entries if is_temporary(entry.name)]
     except OSError:  # no such folder, or one that cannot be read
         return
-    for path in leftovers:
+    for path in set(leftovers).difference(keep):
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:  # a link, which is never one of ours, or removed by another process
@@ -123,7 +126,7 @@ def write_commit(staging: Path, names: Sequence[str], removed: Sequence[str]) ->
     Raises:
         OSError: If the record cannot be written.
     """
-    content = json.dumps({"replace": list(names), "remove": list(removed)}).encode()
+    content = json.dumps({"replace": list(names), "remove": [name for name in removed if name not in names]}).encode()
     draft = staging / f"{COMMIT}.draft"
     with draft.open("xb") as file:
         file.write(content)
@@ -141,14 +144,13 @@ def apply_commit(staging: Path) -> None:
     Raises:
         OSError: If a file cannot be replaced. If it is the first one, the record is withdrawn.
     """
-    commit = json.loads((staging / COMMIT).read_bytes())
-    names, removed = ([name for name in commit[key] if Path(name).name == name] for key in ("replace", "remove"))
+    names, removed = _read_commit(staging) or ([], [])
     waiting = [name for name in names if os.path.lexists(staging / name)]
     try:
         for name in waiting:
             os.replace(staging / name, staging.parent / name)
     except OSError:
-        if len(waiting) == len(names) and os.path.lexists(staging / names[0]):
+        if names and len(waiting) == len(names) and os.path.lexists(staging / names[0]):
             (staging / COMMIT).unlink()
         raise
     for name in removed:
@@ -159,16 +161,19 @@ def apply_commit(staging: Path) -> None:
 def complete_commits(folder: Path) -> None:
     """Complete the commits that killed processes left in a folder that is about to be read.
 
+    A commit that would remove files is left to the next process that writes there: reading a folder, which may come
+    from somebody else, removes nothing.
+
     Args:
         folder: Folder to read.
 
     Raises:
         ValueError: If a commit is under way or cannot be completed.
     """
-    if not any(_find_commits(folder)):
-        return
-    with suppress(OSError):
-        sweep(folder)
+    commits = {staging: _read_commit(staging) for staging in _find_commits(folder)}
+    if any(commit is not None and not commit[1] for commit in commits.values()):
+        with suppress(OSError):
+            sweep(folder, keep=[staging for staging, commit in commits.items() if commit is None or commit[1]])
     for staging in _find_commits(folder):
         raise ValueError(f"{folder}: wanted a complete folder, got one that a killed command left half replaced "
                          f"({staging.name}): run the command again")  # fmt: skip
@@ -191,10 +196,25 @@ def undo_commit(staging: Path) -> None:
     Args:
         staging: Temporary folder with a record of `write_commit`.
     """
-    for name in json.loads((staging / COMMIT).read_bytes())["replace"]:
-        if Path(name).name == name and not os.path.lexists(staging / name):
+    names, _ = _read_commit(staging) or ([], [])
+    for name in names:
+        if not os.path.lexists(staging / name):
             remove(staging.parent / name)
     (staging / COMMIT).unlink()
+
+
+def _read_commit(staging: Path) -> tuple[list[str], list[str]] | None:
+    """Return the names to replace and to remove; None if the record is not one that `write_commit` wrote."""
+    try:
+        commit = json.loads(read_bytes(staging / COMMIT))
+        names, removed = commit["replace"], commit["remove"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(names, list) or not isinstance(removed, list):
+        return None
+    is_valid = all(isinstance(name, str) and name not in ("", "..") and Path(name).name == name and "\0" not in name
+                   for name in [*names, *removed])  # fmt: skip
+    return (names, removed) if is_valid else None
 
 
 def _find_commits(folder: Path) -> list[Path]:

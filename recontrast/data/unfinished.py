@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from recontrast.data.atomic import replace_files
 from recontrast.data.locks import describe_process
+from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import complete_commits
 
 
@@ -49,7 +50,7 @@ def list_unfinished(folder: Path, command: str) -> set[str] | None:
         The files, relative to ``folder``; None if the folder has no mark.
     """
     try:
-        content = json.loads((folder / name_mark(command)).read_bytes())
+        content = json.loads(read_bytes(folder / name_mark(command)))
         return {name for name in content["files"] if is_inside(name)}
     except FileNotFoundError:
         return None

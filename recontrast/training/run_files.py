@@ -11,6 +11,7 @@ from recontrast import checkpoint
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.atomic import replace_files
 from recontrast.data.locks import lock_folder
+from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import temporary_folder
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
@@ -89,6 +90,6 @@ class RunFiles:
     def _has_results(self) -> bool:
         """Return whether the folder holds results that an evaluation of the earlier run wrote."""
         try:
-            return "rows" in json.loads((self.folder / RESULTS[0]).read_bytes())
+            return "rows" in json.loads(read_bytes(self.folder / RESULTS[0]))
         except (OSError, ValueError, TypeError, RecursionError):
             return False

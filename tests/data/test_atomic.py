@@ -217,6 +217,32 @@ def test_only_our_own_leftovers_are_removed(tmp_path):
     assert list_names(tmp_path) == sorted([*theirs, link, "used"])
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"replace": ["a"], "remove": ["precious"]}',
+        '{"replace": ["../precious"], "remove": []}',
+        '{"replace": [".."], "remove": []}',
+        '{"replace": 3, "remove": []}',
+        '{"replace": [3], "remove": []}',
+        "[" * 100_000,
+        "\0",
+        "{}",
+    ],
+)
+def test_a_record_from_somebody_else_removes_nothing(tmp_path, record):
+    """A data set may bring a folder with the name of a temporary one."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/precious").write_text("mine")
+    (tmp_path / "precious").write_text("mine")
+    staging = tmp_path / "data" / ".recontrast-0123456789abcdef.tmp"
+    staging.mkdir()
+    (staging / temporary.COMMIT).write_text(record)
+    with pytest.raises(ValueError, match="wanted a complete folder, got one that a killed command left half replaced"):
+        temporary.complete_commits(tmp_path / "data")
+    assert (tmp_path / "data/precious").read_text() == (tmp_path / "precious").read_text() == "mine"
+
+
 def kill_during(action, may_end=False):
     """Run a function in a forked process, which is killed in it."""
     child = os.fork()

@@ -121,13 +121,19 @@ def test_a_strange_holder_is_described_in_one_line(tmp_path, start_holder):
     assert str(error.value).isprintable() and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe", "hard link"])
 def test_a_lock_file_of_another_kind_is_named(tmp_path, kind):
-    {"link": lambda path: path.symlink_to("x"), "folder": lambda path: path.mkdir(), "pipe": os.mkfifo}[kind](
-        tmp_path / LOCK_NAME
-    )
+    (tmp_path / "precious").write_text("mine")
+    make = {
+        "link": lambda path: path.symlink_to("precious"),
+        "folder": lambda path: path.mkdir(),
+        "pipe": os.mkfifo,
+        "hard link": lambda path: path.hardlink_to(tmp_path / "precious"),
+    }
+    make[kind](tmp_path / LOCK_NAME)
     with pytest.raises(ValueError, match=f"{LOCK_NAME}: wanted a lock file, got a "), lock_folder(tmp_path):
         raise AssertionError("the block must not run")
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_many_processes_take_turns(tmp_path):
