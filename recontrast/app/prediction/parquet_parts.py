@@ -18,6 +18,7 @@ from recontrast.data.atomic import replace_file
 from recontrast.data.csv_table import decode_text
 from recontrast.data.images import list_images
 from recontrast.data.regular_file import read_bytes
+from recontrast.data.temporary import sweep
 from recontrast.inference.decisions import REGION_COLUMNS, describe_undecided
 
 FOLDER = "scores.parquet"  # pandas, polars, DuckDB, Spark and pyarrow read a folder of parts as one table
@@ -134,6 +135,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove markers and unfinished parts of a killed run."""
     for leftover in folder.glob(".part-*"):
         leftover.unlink(missing_ok=True)
+    sweep(folder)
 
 
 def write_part(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], metadata: Mapping[str, str]) -> None:

@@ -22,15 +22,17 @@ import numpy as np
 import recontrast
 from recontrast.app.console import describe_error
 from recontrast.app.prediction import parquet_parts
-from recontrast.data.atomic import replace_file
+from recontrast.data.atomic import replace_files
 from recontrast.data.decode_budget import BUDGET, BYTES_IN_FLIGHT
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size
 from recontrast.data.locks import lock_folder
+from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector, run_checked
 
 MISSING = "--engine ray: wanted the package ray[data], got none installed: pip install 'ray[data]' pyarrow"
+COMMAND = "predict-ray"  # in the name of the mark of unfinished results
 TRIES = 4  # an error is raised after this many workers died on the same part; Ray would retry forever
 STORE = 128 << 20  # bytes of Ray's object store on this machine; only paths pass through it
 CPUS_EACH = 4  # CPUs per worker without GPUs; one network scales badly beyond that
@@ -98,6 +100,7 @@ def predict(
         folder.mkdir(parents=True, exist_ok=True)
         parquet_parts.remove_leftovers(folder)
         if parts:
+            mark_unfinished(out, COMMAND, [], ["predict.json"])  # which describes the parts of the earlier call
             with _cluster(ray, address):
                 settings = {"checkpoint": checkpoint, "folder": folder, "batch": batch, "device": device}
                 for count in _run_workers(ray, parts, workers, {**settings, "identity": identity, **options}):
@@ -116,8 +119,8 @@ def predict(
         }
         description |= {"identity": identity, **options, "images": len(paths), "unread": len(summary.unread)}
         description["undecided"] = len(summary.undecided)
-        with replace_file(out / "predict.json") as file:
-            file.write((json.dumps(description, indent=1) + "\n").encode())
+        with replace_files(out, remove=[name_mark(COMMAND)]) as staging:
+            (staging / "predict.json").write_bytes((json.dumps(description, indent=1) + "\n").encode())
     return summary
 
 
