@@ -242,9 +242,11 @@ def check_run(name, folder, former, whole):
 
 def check_training(folder, content, former, whole):
     """Return whether checkpoint, log, recipe and results are of one run."""
-    runs = [run for run in (former, whole) if run.get("recipe.yaml") == content.get("recipe.yaml")]
-    if not runs:
+    if "recipe.yaml" not in content:
         return None if set(content) <= {"log.jsonl"} else f"no recipe beside {sorted(content)}"
+    runs = [run for run in (former, whole) if run.get("recipe.yaml") == content["recipe.yaml"]]
+    if not runs:
+        return "a recipe of another run"
     log = content.get("log.jsonl", [])
     if log != runs[0]["log.jsonl"][: len(log)]:
         return "a log of another run"
