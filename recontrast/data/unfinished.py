@@ -79,9 +79,12 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
     Args:
         folder: Folder of the results.
         names: Files to remove, relative to ``folder``. Those outside, and those that do not exist, are passed over.
+
+    Raises:
+        OSError: If a file cannot be removed.
     """
     for name in filter(is_inside, names):
-        with suppress(OSError, ValueError):  # already gone, or not a file
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):  # already gone, or not ours
             (folder / name).unlink()
         for parent in (folder / name).parents[: len(PurePosixPath(name).parents) - 1]:
             with suppress(OSError, ValueError):  # not empty
