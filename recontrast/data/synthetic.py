@@ -64,9 +64,9 @@ def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 
     """
     root = Path(root)
     if not 32 <= size <= 256:
-        raise ValueError(f"synthetic pictures: size must be 32 to 256 pixels, got {size}")
+        raise ValueError(f"synthetic images: size: wanted 32 to 256 pixels, got {size}")
     if train < 1 or test < len(KINDS):
-        raise ValueError(f"synthetic pictures: wanted train >= 1 and test >= {len(KINDS)}, got {train} and {test}")
+        raise ValueError(f"synthetic images: wanted train >= 1 and test >= {len(KINDS)}, got {train} and {test}")
     arguments = {"train": train, "test": test, "size": size, "seed": seed, "version": 1}
     if root.exists() and any(root.iterdir()):
         if not (root / MARKER_FILE).is_file():
@@ -116,10 +116,10 @@ def draw_defect(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple
         ValueError: If ``kind`` is unknown, or ``image`` has another shape or dtype.
     """
     if kind not in DRAW:
-        raise ValueError(f"draw_defect: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(f"draw_defect: kind: wanted one of {', '.join(KINDS)}, got {kind!r}")
     if image.ndim != 2 or image.dtype != np.uint8 or min(image.shape) < 32:
         raise ValueError(
-            f"draw_defect: image must be (H, W) uint8 of at least 32 x 32, got {image.dtype} {image.shape}"
+            f"draw_defect: image: wanted (H, W) uint8 of at least 32 x 32, got {image.dtype} {image.shape}"
         )
     for _ in range(MAX_TRIES):
         opacity, drawn = DRAW[kind](image.astype(np.float64), rng)

@@ -105,7 +105,7 @@ def test_uniform_image(tmp_path):
 @pytest.mark.parametrize(
     "image, kind, message",
     [
-        (PHOTO, "dent", "kind must be one of scratch, stain, hole, misplaced, got 'dent'"),
+        (PHOTO, "dent", "kind: wanted one of scratch, stain, hole, misplaced, got 'dent'"),
         (PHOTO[:31], "hole", r"at least 32 x 32, got uint8 \(31, 512\)"),
         (PHOTO.astype(float), "hole", "uint8 .* got float64"),
         (np.stack([PHOTO] * 3, -1), "hole", r"got uint8 \(512, 512, 3\)"),
