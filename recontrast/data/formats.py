@@ -49,6 +49,8 @@ FORMATS = (
 SUFFIXES = tuple(sorted(suffix for image_format in FORMATS for suffix in image_format.suffixes))
 """All suffixes, in lower case."""
 
+_STARTS = [(offset, value, image_format.name) for image_format in FORMATS for offset, value in image_format.starts]
+
 HEAD_BYTES = 16
 """Bytes at the start of a file that `detect_format` needs."""
 
@@ -65,7 +67,7 @@ def detect_format(head: bytes) -> str | None:
     Returns:
         The name of one of `FORMATS`; None for other files.
     """
-    for image_format in FORMATS:
-        if any(head[offset:].startswith(value) for offset, value in image_format.starts):
-            return image_format.name
+    for offset, value, name in _STARTS:
+        if head.startswith(value, offset):
+            return name
     return None

@@ -4,15 +4,15 @@ What they say is covered otherwise: the pixel limit is `recontrast.data.images.M
 damaged EXIF data is reported with the name of its file.
 """
 
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 _LOCK = threading.Lock()
 _active = 0  # decoders at work
-_entry: Any = None  # their filter
+_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as `warnings.filterwarnings` builds it
 
 
 @contextmanager
@@ -22,11 +22,11 @@ def ignore_pillow_warnings() -> Iterator[None]:
     `warnings.catch_warnings` is not made for threads: of two that overlap, the later one restores the filter of the
     earlier one.
     """
-    global _active, _entry
+    global _active
     with _LOCK:
-        if _active == 0 or not any(entry is _entry for entry in warnings.filters):
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            _entry = warnings.filters[0]
+        if not any(entry is _FILTER for entry in warnings.filters):  # a test may have replaced the filters
+            # Inserted directly: `warnings.filterwarnings` makes every other warning of the process appear again.
+            warnings.filters.insert(0, _FILTER)  # type: ignore[attr-defined]
         _active += 1
     try:
         yield
@@ -34,5 +34,5 @@ def ignore_pillow_warnings() -> Iterator[None]:
         with _LOCK:
             _active -= 1
             if _active == 0:
-                with suppress(ValueError, AttributeError):  # someone may have replaced the filters
-                    warnings.filters.remove(_entry)  # type: ignore[attr-defined]
+                with suppress(ValueError):
+                    warnings.filters.remove(_FILTER)  # type: ignore[attr-defined]
