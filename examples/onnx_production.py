@@ -11,7 +11,6 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP")  # Pillow misreads some TIFF files
 
 

@@ -32,7 +32,7 @@ def test_photographs():
 
 def test_photographs_without_scikit_image(monkeypatch):
     monkeypatch.setattr(synthetic, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'recontrast\[demo\]'"):
+    with pytest.raises(ImportError, match=r"wanted the package scikit-image, got none .*: pip install scikit-image"):
         synthetic.photographs()
 
 
