@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recontrast.data.listing import PathLike
-from recontrast.data.temporary import sweep, try_lock
+from recontrast.data.temporary import is_lockable, sweep, try_lock
 
 LOCK_NAME = ".recontrast.lock"
 _COMMAND_LENGTH = 120  # characters of a command in an error message
@@ -160,7 +160,7 @@ def _acquire(path: Path, reported: Path, kind: str) -> int:
                 continue
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         try:
-            if try_lock(handle):
+            if try_lock(handle) and not _is_held_without_lock(handle):
                 if _is_current(path, handle):
                     if is_writable:
                         _write_holder(handle)
@@ -203,6 +203,26 @@ def _is_current(path: Path, handle: int) -> bool:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(handle))
     except FileNotFoundError:
         return False
+
+
+def _is_held_without_lock(handle: int) -> bool:
+    """Return whether another running process of this machine is named as the holder of a file that we locked.
+
+    That happens only on file systems without locks, or if the holder has died and its number was given again.
+    """
+    if is_lockable(handle):
+        return False
+    holder = _read_holder(handle) or {}
+    pid = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1 or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def _write_holder(handle: int) -> None:

@@ -243,6 +243,19 @@ def try_lock(handle: int) -> bool:
         return True
 
 
+def is_lockable(handle: int) -> bool:
+    """Return whether the file system of an open file has locks.
+
+    Args:
+        handle: File descriptor that this process has locked, if it can be.
+    """
+    try:
+        lock_descriptor(handle, blocking=False)  # again: the lock belongs to the open file
+    except OSError:
+        return False
+    return True
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder if it exists.
 

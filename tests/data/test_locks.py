@@ -1,5 +1,7 @@
 """recontrast.data.locks: one writer for each folder, and the others are told who it is."""
 
+import errno
+import json
 import os
 import re
 import signal
@@ -9,7 +11,7 @@ import time
 
 import pytest
 
-from recontrast.data import locks
+from recontrast.data import locks, temporary
 from recontrast.data.locks import LOCK_NAME, lock_file, lock_folder
 
 
@@ -134,6 +136,27 @@ def test_a_lock_file_of_another_kind_is_named(tmp_path, kind):
     with pytest.raises(ValueError, match=f"{LOCK_NAME}: wanted a lock file, got a "), lock_folder(tmp_path):
         raise AssertionError("the block must not run")
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_without_locks_a_running_process_of_this_machine_is_found(tmp_path, monkeypatch):
+    """On a file system without locks, the lock file says who holds the folder; the dead do not count."""
+
+    def refuse(handle, *, blocking):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(temporary, "lock_descriptor", refuse)
+    child = os.fork()
+    if not child:
+        signal.pause()
+    holder = {"pid": child, "host": socket.gethostname(), "command": "recontrast train", "since": "now"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(holder))
+    with pytest.raises(ValueError, match=f"got one in use since now by process {child} on "), lock_folder(tmp_path):
+        raise AssertionError("the block must not run")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with lock_folder(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_many_processes_take_turns(tmp_path):
