@@ -138,7 +138,7 @@ def _read_plain(file: IO[bytes], header: NetpbmHeader, shape: tuple[int, int]) -
     else:
         if text.translate(None, b"0123456789" + _SPACE):
             raise ValueError("samples that are not decimal numbers")
-        values = np.fromstring(text, np.int64, sep=" ", count=count)
+        values = np.fromstring(text, np.int64, sep=" ")[:count]  # given a count, NumPy leaves missing numbers undefined
     if len(values) < count:
         raise ValueError(f"{len(values)} samples instead of {count}")
     if values.min() < 0 or values.max() > header.full:
