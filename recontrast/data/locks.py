@@ -117,10 +117,12 @@ def lock_checkpoint(path: PathLike) -> AbstractContextManager[None]:
 
 def describe_process() -> dict[str, Any]:
     """Describe this process for those that wait for its lock: pid, host, command and time."""
+    program = Path(sys.argv[0] if sys.argv else "python")
+    name = program.parent.name if program.name == "__main__.py" else program.name  # python -m recontrast
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else ["python"])[:1000],
+        "command": shlex.join([name, *sys.argv[1:]])[:1000],
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

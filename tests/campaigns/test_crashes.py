@@ -38,7 +38,7 @@ def try_crash(name, folder, scenario, number, former, whole):
 
 def pytest_generate_tests(metafunc):
     if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", select_scenarios(metafunc.config))
+        metafunc.parametrize("name", select_scenarios(metafunc.config, "predict"))
 
 
 def test_killed_at_a_file_operation(campaign, tmp_path, name):

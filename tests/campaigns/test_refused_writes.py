@@ -11,7 +11,7 @@ CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("name", select_scenarios(metafunc.config))
+    metafunc.parametrize("name", select_scenarios(metafunc.config, "prepare"))
 
 
 def limit(size, setup):

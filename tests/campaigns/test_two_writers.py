@@ -33,7 +33,7 @@ def change(arguments, name):
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("name", select_scenarios(metafunc.config))
+    metafunc.parametrize("name", select_scenarios(metafunc.config, "prepare"))
 
 
 def test_two_processes_in_one_folder(campaign, tmp_path, name):
