@@ -21,9 +21,7 @@ from filelock import lock_descriptor
 from recontrast.data.regular_file import read_bytes
 
 _LOCKED_NAME = re.compile(r"\.recontrast-[0-9a-f]{16}\.tmp")
-_OLD_NAME = re.compile(  # of earlier versions
-    r"\.[0-9a-f]{12}\.tmp|\.images-[0-9a-f]{32}\.u8\.[0-9a-f]{32}\.tmp|\.export-[a-z0-9_]{8}|\.partial"
-)
+_OLD_NAME = re.compile(r"\.([0-9a-f]{12}|images-[0-9a-f]{32}\.u8\.[0-9a-f]{32})\.tmp")  # files of earlier versions
 _OLD_SECONDS = 3600  # earlier versions held no locks: what they wrote to in the last hour may be in use
 COMMIT = "commit.json"  # list of the replacements that a temporary folder is ready for; see `apply_commit`
 _swept: set[tuple[int, str]] = set()  # process and folder of each `sweep`
@@ -284,10 +282,11 @@ def _remove_unused(path: Path, handle: int) -> None:
     """Remove an opened leftover unless a process uses it."""
     status = os.fstat(handle)
     is_folder = stat.S_ISDIR(status.st_mode)
-    if not (is_folder or stat.S_ISREG(status.st_mode)):
+    is_ours = bool(_LOCKED_NAME.fullmatch(path.name))
+    if not (stat.S_ISREG(status.st_mode) or (is_folder and is_ours)):
         return
     is_old = time.time() - status.st_mtime > _OLD_SECONDS
-    if not _LOCKED_NAME.fullmatch(path.name) and not is_old:
+    if not is_ours and not is_old:
         return
     try:
         if not lock_descriptor(handle, blocking=False):

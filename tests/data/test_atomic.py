@@ -198,12 +198,19 @@ def test_planted_links_are_not_followed(tmp_path):
 
 def test_only_our_own_leftovers_are_removed(tmp_path):
     """Files of users, files in use and links stay; what a killed process left goes."""
-    theirs = [".abc.tmp", ".export-notes", "checkpoint.pt.partial", ".recontrast-notes.tmp", ".mine.partial"]
+    theirs = [
+        ".abc.tmp",
+        ".export-settings",
+        ".partial",
+        "checkpoint.pt.partial",
+        ".recontrast-notes.tmp",
+        ".mine.partial",
+    ]
     for name in theirs:
         (tmp_path / name).write_text("x")
     link = ".recontrast-0123456789abcdef.tmp"
     (tmp_path / link).symlink_to(".abc.tmp")
-    recent = [".0123456789ab.tmp", ".export-abcdefgh"]  # of an earlier version, which may still write them
+    recent = [".0123456789ab.tmp"]  # of an earlier version, which may still write them
     for name in recent:
         (tmp_path / name).write_text("x")
     with replace_file(tmp_path / "used") as file:
