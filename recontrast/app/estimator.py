@@ -37,6 +37,7 @@ from recontrast.inference.options import InferenceOptions
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
+from recontrast.training.camera_bits import fix_bits
 from recontrast.training.holdout import resolve_holdout_count
 from recontrast.training.train import train
 
@@ -139,7 +140,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         if not len(good):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
         resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)  # before any image is decoded
-        decoded = InMemoryImages([images[index] for index in good], recipe.size, recipe.crop)[np.arange(len(good))]
+        images = [images[index] for index in good]
+        recipe = fix_bits(recipe, images)
+        decoded = InMemoryImages(images, recipe.size, recipe.crop, recipe.bits)[np.arange(len(good))]
         split = split_images(decoded, self.false_alarm_rate, self.holdout, recipe.seed)
         device = resolve_device(self.device)
         with isolate_random_state():

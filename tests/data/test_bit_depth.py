@@ -133,3 +133,14 @@ def test_training_and_prediction_of_a_detector_use_one_scale(tmp_path):
         out=tmp_path / "run deep", resume=tmp_path / "run deep/checkpoint.pt", device="cpu",
     )  # fmt: skip
     assert resumed.recipe.bits == 12
+
+
+@pytest.mark.parametrize("kind", ["paths", "pictures"])
+def test_estimator_scales_like_the_command_line(tmp_path, kind):
+    deep, plain = save_set(tmp_path, 12)
+    items = deep if kind == "paths" else [Image.open(path) for path in deep]
+    options = {"recipe": replace(RECIPE, steps=1), "false_alarm_rate": None, "device": "cpu"}
+    with pytest.warns(notices.ImageWarning, match=r"16-bit samples of 12 bits, like all 5 images"):
+        fitted = recontrast.ReContrastDetector(**options).fit(items)
+    other = recontrast.ReContrastDetector(**options).fit(plain)
+    assert fitted.recipe_.bits == 12 and np.array_equal(fitted.score_samples(items[:2]), other.score_samples(plain[:2]))
