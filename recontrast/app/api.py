@@ -17,6 +17,7 @@ from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, a
 from recontrast.data import datasets
 from recontrast.data.class_folders import list_good_images
 from recontrast.data.datasets import Sample
+from recontrast.data.fingerprint import read_fingerprints
 from recontrast.data.listing import PathLike
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_images
@@ -157,6 +158,7 @@ def evaluate(
     return evaluate_job.measure_network(
         loaded.model, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
         batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress,
+        trained=read_fingerprints(checkpoints.load(loaded.path, mapped=True).images),
     )[0]  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def _sharpen(sketches: NDArray[np.float32]) -> NDArray[np.float32]:
     for top in range(5):
         for left in range(5):
             total += padded[:, top : top + side, left : left + side]
-    return (images - total / 25).reshape(len(sketches), -1)
+    return (images - total / np.float32(25)).reshape(len(sketches), -1)
 
 
 def _normalise(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ if they exceed a limit; streaming metrics put them into histograms batch by batc
 process runs the network on its share of every category.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from recontrast.data.datasets import Sample
 from recontrast.data.sources import ConcatImages, Images
 from recontrast.evaluation.category import Category, SampleImages
 from recontrast.evaluation.results import Result, Row, ScoredImage
+from recontrast.evaluation.training_images import TrainingImageChecks
 from recontrast.inference import tiling
 from recontrast.inference.infer import infer, max_map_value
 from recontrast.models.fold import FoldedModel
@@ -50,6 +51,7 @@ def evaluate(
     cache_dir: str | Path | None = None,
     streaming: bool = False,
     memory: int = MEMORY,
+    trained: Collection[str] = (),
 ) -> Result:
     """Compute the metrics of a model on test images, by category.
 
@@ -71,6 +73,8 @@ def evaluate(
         streaming: Whether to compute pixel metrics from histograms, in constant memory and with proven error bounds,
             instead of exactly.
         memory: Number of bytes; if the maps of a category have more, they are kept in a temporary file.
+        trained: Fingerprints of the training images (`recontrast.data.fingerprint.read_fingerprints`). Test images
+            among them are named in a `recontrast.data.listing.DataWarning`. Not used with tiles.
 
     Returns:
         One row for each category in the given order, their mean, and the score of each image.
@@ -89,7 +93,8 @@ def evaluate(
     model_device, world = next(model.parameters()).device, distributed.current_world()
     shares = {name: tests[world.share(len(tests))] for name, tests in groups.items()}
     clock = Clock(model_device)
-    batches = _Batches(_infer_samples(model, list(shares.values()), recipe, batch, workers, cache_dir, clock))
+    checks = TrainingImageChecks(trained)
+    batches = _Batches(_infer_samples(model, list(shares.values()), recipe, batch, workers, cache_dir, clock, checks))
     streaming = streaming or recipe.tile is not None  # images at their original scale have too many pixels to sort
     jobs: list[Future[Row]] = []
     scored: list[ScoredImage] = []
@@ -112,6 +117,7 @@ def evaluate(
                 category.cancel()
     rows = distributed.broadcast_from_first(world, rows)
     settings = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
+    checks.warn(sum(map(len, groups.values())))
     return Result(rows, *settings, scored=scored, tile=recipe.tile)
 
 
@@ -135,6 +141,7 @@ def _infer_samples(
     workers: int | None,
     cache_dir: str | Path | None,
     clock: Clock,
+    checks: TrainingImageChecks,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return an iterator over maps and scores of the samples of all groups, one group after the other."""
     if recipe.tile is not None:
@@ -146,6 +153,7 @@ def _infer_samples(
         else ImageCache(group, recipe.size, recipe.crop, cache_dir, bits=recipe.bits, workers=workers)
         for group in groups
     ]
+    images = checks.wrap(images, groups)
     return infer(model, ConcatImages(images), recipe, batch=batch, clock=clock)
 
 

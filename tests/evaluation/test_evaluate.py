@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 import tempfile
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ from tiny import tiny_set
 
 from recontrast import metrics
 from recontrast.data.cache import ImageCache
-from recontrast.data.images import normalise, read_mask
+from recontrast.data.fingerprint import compute_fingerprint
+from recontrast.data.images import normalise, read_image, read_mask
 from recontrast.data.listing import DataWarning
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import METRICS, Result, Row
@@ -328,3 +330,15 @@ def test_written_files(tmp_path):
     assert written["mask_rule"] == "any"
     with pytest.raises(OSError, match=r"^cannot write .*results\.json: (Not a directory|File exists)$"):
         RESULT.write(paths[0])
+
+
+def test_test_images_that_were_trained_on_are_named(model, samples, tmp_path):
+    tests = [sample for sample in samples if sample.split == "test"]
+    trained = {compute_fingerprint(read_image(tests[index].path, size=RECIPE.size)) for index in (0, 2)}
+    names = re.escape(f"{tests[0].path}, {tests[2].path}")
+    for folder in (None, tmp_path):
+        with pytest.warns(DataWarning, match=rf"^2 of {len(tests)} test images were trained on, .*: {names}$"):
+            checked = evaluate(model, samples, RECIPE, trained=trained, cache_dir=folder)
+    assert [image.score for image in checked.scored] == [
+        image.score for image in evaluate(model, samples, RECIPE).scored
+    ]

@@ -47,6 +47,7 @@ def evaluate(
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast import checkpoint as checkpoints
     from recontrast.data import datasets
+    from recontrast.data.fingerprint import read_fingerprints
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -66,7 +67,7 @@ def evaluate(
     show_metrics(
         model, groups, recipe, out, options.valid_calibration(recipe, stored.calibration),
         inference=options, workers=inference.workers, device=world_device, batch=inference.batch, cache_dir=cache,
-        streaming=streaming, save_maps=save_maps,
+        streaming=streaming, save_maps=save_maps, trained=read_fingerprints(stored.images),
     )  # fmt: skip
 
 

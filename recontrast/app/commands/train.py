@@ -88,6 +88,7 @@ def train(  # 27 options and the output; `train_job` does the work
     from recontrast.app import train_job as application
     from recontrast.calibration.conformal import describe_promise
     from recontrast.data import datasets
+    from recontrast.data.fingerprint import read_fingerprints
     from recontrast.data.locks import lock_folder
     from recontrast.runtime import distributed
 
@@ -129,6 +130,7 @@ def train(  # 27 options and the output; `train_job` does the work
             result.recipe,
             job.out,
             result.calibration,
+            trained=read_fingerprints(result.state.images),
             batch=result.recipe.batch,
             cache_dir=cache,
         )
