@@ -11,6 +11,7 @@ import pytest
 from recontrast.data import images
 from recontrast.data.notices import ImageWarning
 
+pytestmark = pytest.mark.filterwarnings("ignore::recontrast.data.notices.ImageWarning")
 ROUND = 100  # files that one process decodes; a crash ends its process alone
 MAX_BYTES = 1 << 30  # memory that a process may add
 PROCESS_SECONDS = 300
