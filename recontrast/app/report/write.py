@@ -53,7 +53,7 @@ def write_report(
     from recontrast.data import datasets
     from recontrast.data.atomic import replace_file
     from recontrast.data.locks import lock_file
-    from recontrast.data.unfinished import check_finished
+    from recontrast.data.temporary import complete_commits
     from recontrast.inference.options import InferenceOptions
     from recontrast.training import json_log
 
@@ -63,7 +63,7 @@ def write_report(
         raise ValueError(f"{out}: wanted a file to write the report to, got a folder")
     if images < 1:
         raise ValueError(f"report: images: wanted at least 1, got {images}")
-    check_finished(file.parent, "evaluate")
+    complete_commits(file.parent)  # checkpoint and log are then of one run
     model, recipe, checkpoint = checkpoints.load_model(file, device)
     categories = datasets.load(data or _read_evaluated_folders(file.parent / "scores.csv"))
     groups = _select_categories(categories, category, checkpoint.category)
@@ -98,7 +98,9 @@ def _select_categories(
 def _read_evaluated_folders(scores: Path) -> list[Path]:
     """Return the folders of the categories whose test images are listed in ``scores.csv``."""
     from recontrast.data.csv_table import read_table
+    from recontrast.data.unfinished import check_finished
 
+    check_finished(scores.parent, "evaluate")
     if not scores.is_file():
         raise ValueError(f"{scores}: wanted the images that the run was evaluated on, got no such file: name DATA")
     folders: dict[Path, None] = {}
