@@ -148,7 +148,8 @@ def scan_folder(path: Path) -> Folder:
     """Find the images, and the pictures that cannot be read, in a folder and its subfolders.
 
     Symbolic links are followed, but each folder is entered once. Hidden files and folders are skipped, and those of the
-    operating system. Only regular files count as images.
+    operating system. Only regular files count as images. Pictures that a command of this package wrote as results, such
+    as overlays, are skipped (`recontrast.data.own_files`).
 
     Args:
         path: Folder to search.
@@ -159,7 +160,10 @@ def scan_folder(path: Path) -> Folder:
     Raises:
         OSError: If a folder cannot be read.
     """
+    from recontrast.data.own_files import holds_results, list_own, list_own_around  # they import this module
+
     visited: set[tuple[int, int]] = set()  # a link to a parent folder would loop forever
+    own = list_own_around(path)
 
     def scan(folder: Folder) -> Folder:
         subfolders: list[str] = []
@@ -183,6 +187,10 @@ def scan_folder(path: Path) -> Folder:
                     (folder.images if entry.is_file() else folder.unread).append(name)
                 elif not is_hidden(name):
                     unknown.append(name)
+        if holds_results(unknown):
+            own.update(os.path.abspath(folder.path / name) for name in list_own(folder.path))
+        if own:
+            folder.images = [name for name in folder.images if os.path.abspath(folder.path / name) not in own]
         folder.images.sort(key=natural_sort_key)
         _sort_unknown_files(folder, unknown)
         folder.folders = [scan(Folder(folder.path / name)) for name in sorted(subfolders, key=natural_sort_key)]

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error, print_line
+from recontrast.app.console import ProgressBar, exit_with_error, print_error, print_image_errors, print_line
 from recontrast.app.options import (
     DetectorFile,
     InferenceArguments,
+    Overwrite,
     add_inference_arguments,
     check_writable,
     path_argument,
@@ -66,6 +67,7 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
         str | None, typer.Option(help="Address of a Ray cluster. Default: RAY_ADDRESS, or this machine.")
     ] = None,
     part: Annotated[int, typer.Option(help="Images per output file of ray, all scored again if a worker dies.")] = 64,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score images and decide on them; write scores, regions, anomaly maps and heat maps."""
     if engine not in ("local", "ray"):
@@ -83,7 +85,7 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
         return _predict_with_ray(
             resolve_checkpoint(checkpoint), inputs, out, maps=maps, workers=workers, address=address, part=part,
             batch=inference.batch, threshold=threshold, rate=false_alarm_rate, must_decide=decide,
-            device=inference.device,
+            device=inference.device, overwrite=overwrite,
         )  # fmt: skip
     if address:
         raise ValueError("--address: wanted --engine ray with it, got --engine local")
@@ -96,18 +98,24 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     for path in inputs:
         if path.suffix.lower() in LISTS and path.is_file():
             raise ValueError(f"{path}: wanted images or folders, got a list of images: lists need --engine ray")
-    with ProgressBar("predict") as progress:
-        summary = run(
-            resolve_checkpoint(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,
-            threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, inference=options,
-            workers=workers, device=inference.device, batch=inference.batch, on_progress=progress,
-        )  # fmt: skip
+    try:
+        with ProgressBar("predict") as progress:
+            summary = run(
+                resolve_checkpoint(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,
+                threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap,
+                inference=options, workers=workers, device=inference.device, batch=inference.batch,
+                overwrite=overwrite, on_progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        exit_with_error(f"interrupted; the same command continues with what is in {out}", status=130)
+    if summary.continued:
+        print_line(f"{summary.continued} images were scored by an earlier call, which was stopped")
     print_line(f"{len(summary.predictions)} images scored{_describe_counts(summary, threshold)}: {out / 'scores.csv'}")
     if summary.calibration_note is not None:
         print_error(f"warning: {summary.calibration_note}")
-    for text in (*summary.unread, *summary.undecided):
-        print_error(text)
-    if summary.unread or summary.undecided:
+    failed = [*summary.unread, *summary.incomplete, *summary.undecided]
+    print_image_errors(failed, f"see {out / 'scores.csv'}")
+    if failed:
         raise typer.Exit(2)
 
 
@@ -126,9 +134,6 @@ def _describe_counts(summary: "PredictionSummary", threshold: float | None) -> s
     return "".join(f", {part}" for part in parts)
 
 
-MAX_PRINTED_ERRORS = 20  # messages about unreadable images that are printed
-
-
 def _predict_with_ray(
     checkpoint: Path, inputs: Sequence[Path], out: Path, *, maps: str = "none", **options: Any
 ) -> None:
@@ -144,9 +149,6 @@ def _predict_with_ray(
     counts += f", {len(summary.undecided)} undecided" if summary.undecided else ""
     print_line(f"{summary.scored} images scored{counts}: {out / parquet_parts.FOLDER}")
     for sentences, column in ((summary.unread, "error"), (summary.undecided, "score")):
-        for text in sentences[:MAX_PRINTED_ERRORS]:
-            print_error(text)
-        if len(sentences) > MAX_PRINTED_ERRORS:
-            print_error(f"and {len(sentences) - MAX_PRINTED_ERRORS} more: column {column}")
+        print_image_errors(sentences, f"column {column}")
     if summary.unread or summary.undecided:
         raise typer.Exit(2)

@@ -1,11 +1,9 @@
 """Output files of a prediction: scores, regions, maps and overlays. Each file is complete or missing."""
 
-import csv
-import io
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,12 +13,14 @@ import numpy as np
 
 from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.atomic import replace_files
+from recontrast.data.csv_table import Rounded, format_table
 from recontrast.data.unfinished import list_unfinished, mark_unfinished, name_mark, remove_files
 from recontrast.inference.decisions import REGION_COLUMNS, Decision
 from recontrast.inference.detector import map_extent
 from recontrast.recipes.recipe import Recipe
 
 COMMAND = "predict"  # in the name of the mark of unfinished results
+TABLES = ("scores.csv", "scores.json", "regions.csv")
 SUFFIX = {"tiff16": ".tiff", "tiff32": ".tiff", "npy": ".npy"}
 
 
@@ -34,34 +34,15 @@ class Prediction:
     map: str | None
     overlay: str | None
     decision: Decision | None = None  # None without a calibration
+    error: str | None = None  # why its map, its overlay or its regions are missing although it has a score
 
 
-class MapStore:
-    """Maps kept in a temporary file until their colour range is known; they may differ in size."""
+@dataclass(frozen=True)
+class Failure:
+    """Image that could not be scored, and why, in one sentence."""
 
-    def __init__(self, file: Any, out: Path) -> None:
-        """Store maps in ``file``, a temporary file below ``out``."""
-        self.file, self.out = file, out
-        self.entries: list[tuple[int, tuple[int, ...]]] = []
-        self._end = 0
-
-    def append(self, anomaly: np.ndarray) -> None:
-        """Append one map, (H, W)."""
-        try:
-            self.file.write(np.ascontiguousarray(anomaly, np.float32).data)
-            self.file.flush()
-        except OSError as error:
-            raise OSError(f"cannot write below {self.out}: {error.strerror or error}") from error
-        self.entries.append((self._end, anomaly.shape))
-        self._end += 4 * anomaly.size
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return one map as a memory map; IndexError after the last."""
-        start, shape = self.entries[index]
-        return np.memmap(self.file, np.float32, "r", start, shape)
+    path: str
+    error: str
 
 
 def result_path(out: Path, folder: str, name: Path, suffix: str) -> Path:
@@ -70,16 +51,21 @@ def result_path(out: Path, folder: str, name: Path, suffix: str) -> Path:
 
 
 def save_overlays(
-    stored: Any, sources: Sequence[tuple[Path, Path]], recipe: Recipe, colours: tuple[float, float], out: Path
-) -> None:
+    load_map: Callable[[int], np.ndarray], sources: Sequence[tuple[Path, Path]], recipe: Recipe,
+    colours: tuple[float, float], out: Path, errors: tuple[type[BaseException], ...] = (),
+) -> dict[int, str]:  # fmt: skip
     """Write the heat maps laid over the original images.
 
     Args:
-        stored: Maps by index.
+        load_map: Function that returns a map by its index.
         sources: Path and result name of each image.
         recipe: Recipe of the detector, which defines the part of an image that the map covers.
         colours: Map values of the coldest and the hottest colour.
         out: Folder for the results.
+        errors: Types of errors that concern one image. Its overlay is then missing, and the others are written.
+
+    Returns:
+        One sentence for each overlay that could not be written, by index.
     """
     low, high = colours
 
@@ -90,14 +76,27 @@ def save_overlays(
             image = large_maps.reduce_blocks(image, large_maps.find_reduction(image.shape[:2]), "mean")
         top, left, height, width = map_extent(image.shape[:2], recipe)
         heat = np.zeros(image.shape[:2], np.float32)
-        scaled = (stored[index] - low) / max(high - low, 1e-12)
+        scaled = (load_map(index) - low) / max(high - low, 1e-12)
         heat[top : top + height, left : left + width] = heatmaps.resize_map(scaled, (height, width))
         heatmaps.save_png(result_path(out, "overlays", name, ".png"), large_maps.draw_overlay(image, heat))
 
+    failed: dict[int, str] = {}
     threads = 1 if recipe.tile is not None else min(4, os.cpu_count() or 1)  # each holds a full-size image
     with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(save, index) for index in range(len(sources))]:
-            future.result()
+        for index, future in enumerate([pool.submit(save, index) for index in range(len(sources))]):
+            try:
+                future.result()
+            except errors as error:
+                failed[index] = describe_image_error(str(sources[index][0]), error)
+    return failed
+
+
+def describe_image_error(path: str, error: BaseException) -> str:
+    """Describe an error about an image in one sentence that names the image once."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return text if path in text else f"{path}: {text or type(error).__name__}"
 
 
 def describe_maps(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
@@ -122,14 +121,15 @@ def to_json_row(prediction: Prediction) -> dict[str, Any]:
     if (decision := prediction.decision) is not None:
         values |= {"p_value": decision.p_value if has_score else None, "decision": decision.label}
         values["regions"] = None if decision.regions is None else [region.to_dict() for region in decision.regions]
-    values |= {"map": prediction.map, "overlay": prediction.overlay}
+    values |= {"map": prediction.map, "overlay": prediction.overlay, "error": prediction.error}
     always = () if has_score else ("score", "p_value")
     return {key: value for key, value in values.items() if value is not None or key in always}
 
 
 def save_scores(
-    out: Path, predictions: Sequence[Prediction], description: dict[str, Any], earlier: Collection[str] = ()
-) -> None:
+    out: Path, predictions: Sequence[Prediction | Failure], description: dict[str, Any], earlier: Collection[str] = (),
+    remove: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Write ``scores.csv``, ``scores.json`` and, with decisions, ``regions.csv``, all at once.
 
     Files of an earlier run that this run does not write are removed, so that every file belongs to the scores beside
@@ -137,39 +137,44 @@ def save_scores(
 
     Args:
         out: Folder for the results, locked by the caller.
-        predictions: Predictions in order.
+        predictions: Predictions in order. Each image that could not be scored has a line as well, with its error.
         description: Further content of scores.json; "threshold" and "calibration" determine the columns.
         earlier: Files of an earlier run, see `list_earlier_results`.
+        remove: Names of other files in ``out`` to remove at the same moment.
     """
     flags, decided = description["threshold"] is not None, description["calibration"] is not None
-    lines = [
-        ["path", "score", *(["flagged"] if flags else []), *(["p_value", "decision", "regions"] if decided else [])]
-    ]
+    columns = [*(["flagged"] if flags else []), *(["p_value", "decision", "regions"] if decided else [])]
+    lines: list[list[Any]] = [["path", "score", *columns, "error"]]
     regions: list[list[Any]] = [["path", "region", *REGION_COLUMNS]]
+    scored = [prediction for prediction in predictions if isinstance(prediction, Prediction)]
     for prediction in predictions:
-        line = [prediction.path, f"{prediction.score:.9g}", *([_to_cell(prediction.flagged)] if flags else [])]
+        if isinstance(prediction, Failure):
+            lines.append([prediction.path, *[None] * (1 + len(columns)), prediction.error])
+            continue
+        line: list[Any] = [prediction.path, Rounded(prediction.score)]
+        line += [_to_cell(prediction.flagged)] if flags else []
         if (decision := prediction.decision) is not None:
-            line += [f"{decision.p_value:.9g}", decision.label]
-            line.append("" if decision.defect is None else str(len(decision.regions or ())))
+            line += [Rounded(decision.p_value), decision.label]
+            line.append(None if decision.defect is None else len(decision.regions or ()))
             for number, region in enumerate(decision.regions or (), 1):
                 regions.append([prediction.path, number, *region.to_dict().values()])
-        lines.append(line)
-    written = {name for prediction in predictions for name in (prediction.map, prediction.overlay) if name is not None}
+        lines.append([*line, prediction.error])
+    written = {name for prediction in scored for name in (prediction.map, prediction.overlay) if name is not None}
     if stale := set(earlier) - written - {"regions.csv"}:
         if list_unfinished(out, COMMAND) is None:
             begin(out, earlier)
         remove_files(out, stale)
-    removed = [name_mark(COMMAND), *(["regions.csv"] if "regions.csv" in earlier else [])]
+    removed = [name_mark(COMMAND), *(["regions.csv"] if "regions.csv" in earlier else []), *remove]
     with replace_files(out, remove=removed) as staging:
-        _save_csv(staging / "scores.csv", lines)
+        (staging / "scores.csv").write_bytes(format_table(lines))
         if decided:
-            _save_csv(staging / "regions.csv", regions)
-        content = {**description, "images": [to_json_row(prediction) for prediction in predictions]}
+            (staging / "regions.csv").write_bytes(format_table(regions))
+        content = {**description, "images": [to_json_row(prediction) for prediction in scored]}
         (staging / "scores.json").write_bytes((json.dumps(content, indent=1) + "\n").encode())
 
 
-def _to_cell(flag: bool | None) -> str:
-    return "" if flag is None else str(int(flag))
+def _to_cell(flag: bool | None) -> int | None:
+    return None if flag is None else int(flag)
 
 
 def begin(out: Path, files: Collection[str]) -> None:
@@ -209,9 +214,3 @@ def _read_earlier_images(out: Path) -> list[dict[str, Any]] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return images if isinstance(images, list) and all(isinstance(image, dict) for image in images) else None
-
-
-def _save_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    path.write_bytes(text.getvalue().encode(errors="surrogateescape"))

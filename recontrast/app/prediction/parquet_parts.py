@@ -188,7 +188,7 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
             counted.add(path)
             if path not in requested:
                 continue
-            scored += error is None
+            scored += score is not None or error is None
             decided += decision in ("good", "defect")
             defects += decision == "defect"
             flagged += bool(flag)

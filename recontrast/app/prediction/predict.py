@@ -5,33 +5,30 @@ Decisions are made in `recontrast.inference.decisions`, files are written in `re
 """
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 import recontrast
+from recontrast.app.prediction.journal import LINES, MAPS, Journal, describe_identity
 from recontrast.app.prediction.output_files import (
     SUFFIX,
-    MapStore,
+    TABLES,
+    Failure,
     Prediction,
-    begin,
     describe_maps,
     list_earlier_results,
     result_path,
-    save_map,
-    save_overlays,
     save_scores,
 )
+from recontrast.app.prediction.writer import PredictionWriter
 from recontrast.calibration.conformal import Calibration
-from recontrast.data import heatmaps, images, large_maps
+from recontrast.data import images
 from recontrast.data.image_files import ImageFiles, assign_result_names
 from recontrast.data.locks import lock_folder
-from recontrast.inference.decisions import decide as decide_on
+from recontrast.data.own_files import check_replaceable
 from recontrast.inference.decisions import describe_undecided, select_calibration
 from recontrast.inference.detector import Detector, open_detector, run_checked
 from recontrast.inference.options import InferenceOptions
@@ -49,6 +46,8 @@ class PredictionSummary:
         undecided: One sentence for each image whose map is not finite: it has no score and no decision.
         rate: Promised false-alarm rate of the decisions; None without decisions.
         calibration_note: Why there are no decisions although the checkpoint has a calibration; else None.
+        incomplete: One sentence for each image that has a score, but no map, overlay or regions.
+        continued: Number of images that an earlier call, which was stopped, had scored.
     """
 
     predictions: list[Prediction]
@@ -56,6 +55,8 @@ class PredictionSummary:
     rate: float | None = None
     calibration_note: str | None = None
     undecided: list[str] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
+    continued: int = 0
 
 
 def predict(
@@ -74,13 +75,16 @@ def predict(
     workers: int | None = None,
     device: str | None = None,
     batch: int = 16,
+    overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PredictionSummary:
     """Score images, decide on them if there is a calibration, and write all results below ``out``.
 
     The results are ``scores.csv``, ``scores.json``, ``regions.csv`` (with decisions), ``maps/`` and ``overlays/``.
-    Results of an earlier finished run that this run does not write are removed. Unreadable files are skipped and
-    reported. Every written file is complete.
+    Results of an earlier finished run that this run does not write are removed. An error about one image (its file,
+    map or overlay) is the content of its column ``error`` in scores.csv, and the other images go on. Scores are
+    written as they come: if the process is killed, the same call goes on where it stopped
+    (`recontrast.app.prediction.journal`). Every written file is complete.
 
     Args:
         checkpoint: Path of a checkpoint or an exported file, or a `recontrast.inference.detector.Detector`.
@@ -102,6 +106,7 @@ def predict(
         workers: Number of threads that decode images. None: a few for each CPU.
         device: PyTorch device. None: the GPU, if there is one.
         batch: Number of images per batch.
+        overwrite: Whether files in ``out`` that this package did not write may be replaced. Inputs never are.
         on_progress: Called with the number of finished images and of all images.
 
     Returns:
@@ -117,116 +122,68 @@ def predict(
     if batch < 1:
         raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
     paths = images.list_images(inputs)
-    with lock_folder(out):
+    files = ImageFiles(paths)
+    names = {str(path): name for path, name in zip(files.paths, assign_result_names(files.paths), strict=True)}
+    kinds = {"maps": SUFFIX.get(maps), "overlays": ".png" if overlays else None}
+    results = [
+        result_path(Path(), folder, name, suffix).as_posix()
+        for folder, suffix in kinds.items()
+        if suffix is not None
+        for name in names.values()
+    ]
+    check_replaceable(out, [*TABLES, LINES, MAPS, *results], overwrite=overwrite, inputs=files.paths)
+    with lock_folder(out), ThreadPoolExecutor(workers) as pool:
         detector = checkpoint
         if isinstance(detector, Path):
             detector = open_detector(detector, device, tile, overlap, inference)
         calibration = select_calibration(detector, rate, decide, checkpoint)
-        name = str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__
-        return _run(detector, name, paths, out, calibration, threshold, maps, overlays, workers, batch, on_progress)
+        identity = None
+        if isinstance(checkpoint, Path):
+            options = {"recontrast": recontrast.__version__, "maps": maps, "overlays": overlays, "threshold": threshold}
+            options |= {"rate": rate, "tile": tile, "overlap": overlap, "inference": repr(inference)}
+            identity = describe_identity(checkpoint, options)
+        journal = Journal(out, identity, with_maps=overlays)
+        source = str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__
+        return _run(
+            detector, source, files, names, out, calibration, threshold, maps, overlays, journal, pool, batch,
+            on_progress,
+        )  # fmt: skip
 
 
 def _run(
-    detector: Detector, name: str, paths: Sequence[Path], out: Path, calibration: Calibration | None,
-    threshold: float | None, maps: Maps, overlays: bool, workers: int | None, batch: int,
-    on_progress: Callable[[int, int], None] | None,
+    detector: Detector, name: str, files: ImageFiles, names: dict[str, Path], out: Path,
+    calibration: Calibration | None, threshold: float | None, maps: Maps, overlays: bool, journal: Journal,
+    pool: ThreadPoolExecutor, batch: int, on_progress: Callable[[int, int], None] | None,
 ) -> PredictionSummary:  # fmt: skip
-    """Score images and write all results to a folder that is locked."""
-    with ThreadPoolExecutor(workers) as pool, tempfile.TemporaryFile(dir=out) as file:
-        files = ImageFiles(paths, pool)
-        writer = _Writer(files, out, detector, calibration, threshold, maps, MapStore(file, out) if overlays else None)
-        for batch_maps, scores in run_checked(detector, files, batch):
-            writer.add(batch_maps, scores)
+    """Score the images that no earlier call scored, and write all results to a folder that is locked."""
+    earlier = list_earlier_results(out)
+    writer = PredictionWriter(out, names, detector, calibration, threshold, maps, overlays, journal, earlier)
+    continued = done = len(writer.entries)
+    rest = ImageFiles([path for path in files.paths if str(path) not in writer.entries], pool)
+    try:
+        for batch_maps, scores in run_checked(detector, rest, batch) if len(rest) else ():
+            writer.add(rest, done - continued, batch_maps, scores)
+            done += len(scores)
             del batch_maps  # a map may be large, and should not stay in memory beside the next image
             if on_progress is not None:
-                on_progress(writer.position, len(files))
-        unread = [files.errors[position] for position in sorted(files.errors)]  # threads add them in any order
-        if not writer.predictions:
-            raise ValueError(f"none of {len(files)} images could be read: {unread[0]}")
+                on_progress(done, len(names))
+        results = [writer.failures.get(path) or writer.entries[path].prediction for path in names]
+        unread = [result.error for result in results if isinstance(result, Failure)]
+        if not writer.entries:
+            raise ValueError(f"none of {len(names)} images could be read: {unread[0]}")
         colours = writer.write_overlays()
-    description = _describe_run(name, detector, calibration, threshold, maps, colours, unread)
-    save_scores(out, writer.predictions, description, writer.earlier)
-    used_rate = None if calibration is None else calibration.rate
-    undecided = [
-        describe_undecided(prediction.path) for prediction in writer.predictions if math.isnan(prediction.score)
-    ]
-    return PredictionSummary(writer.predictions, unread, used_rate, detector.calibration_note, undecided)
-
-
-class _Writer:
-    """Collects predictions in the order of the files, and writes the maps and overlays of each.
-
-    Attributes:
-        position: Number of files handled so far.
-        predictions: One entry for each image that could be read.
-        earlier: Files of earlier runs in the folder.
-    """
-
-    def __init__(
-        self, files: ImageFiles, out: Path, detector: Detector, calibration: Calibration | None,
-        threshold: float | None, maps: Maps, waiting: MapStore | None,
-    ) -> None:  # fmt: skip
-        self.files, self.out, self.detector = files, out, detector
-        self.calibration, self.threshold, self.maps = calibration, threshold, maps
-        self.waiting = waiting  # maps wait on the disk until their colour range is known
-        self.names = assign_result_names(files.paths)
-        self.position = 0
-        self.predictions: list[Prediction] = []
-        self.earlier = list_earlier_results(out)
-        self._readable: list[int] = []  # positions of the files that could be read
-
-    def add(self, maps: np.ndarray, scores: np.ndarray) -> None:
-        """Process the maps (n, H, W) and scores (n,) of the next files."""
-        for anomaly, score in zip(maps, scores.tolist(), strict=True):
-            if self.position not in self.files.errors:
-                if not self._readable and (self.maps != "none" or self.waiting is not None):
-                    planned = {result for name in self.names for result in self._name_results(name) if result}
-                    begin(self.out, self.earlier | planned)
-                self._readable.append(self.position)
-                self.predictions.append(self._predict_one(anomaly, score))
-            self.position += 1
-
-    def write_overlays(self) -> tuple[float, float] | None:
-        """Write the overlays of all images; return the map values of the coldest and the hottest colour."""
-        if self.waiting is None:
-            return None
-        recipe, middle = self.detector.recipe, self.threshold
-        if middle is None and self.calibration is not None:
-            middle = self.calibration.threshold
-        usable = [index for index, prediction in enumerate(self.predictions) if math.isfinite(prediction.score)]
-        colours = (0.0, 1.0)
-        if usable:
-            colours = heatmaps.colour_range(
-                [np.median(self.waiting[index]) for index in usable],
-                (float(self.waiting[index].max()) for index in usable),
-                middle if recipe.score == "max" else None,
-            )
-        sources = [(self.files.paths[position], self.names[position]) for position in self._readable]
-        save_overlays(self.waiting, sources, recipe, colours, self.out)
-        return colours
-
-    def _predict_one(self, anomaly: np.ndarray, score: float) -> Prediction:
-        path, name = self.files.paths[self.position], self.names[self.position]
-        recipe = self.detector.recipe
-        map_name, overlay_name = self._name_results(name)
-        if map_name is not None:
-            save_map(self.out / map_name, anomaly, self.maps, self.detector.max_map_value, recipe)
-        if self.waiting is not None:
-            factor = large_maps.find_reduction(anomaly.shape)
-            self.waiting.append(large_maps.reduce_blocks(anomaly, factor, "max"))
-        decision = None
-        if self.calibration is not None:
-            decision = decide_on(self.calibration, anomaly, score, images.image_size(path), recipe)
-        return Prediction(
-            str(path), score, None if self.threshold is None or math.isnan(score) else score >= self.threshold,
-            map_name, overlay_name, decision,
-        )  # fmt: skip
-
-    def _name_results(self, name: Path) -> tuple[str | None, str | None]:
-        """Return the paths of the map and the overlay of an image, relative to the folder; None if not written."""
-        map_name = result_path(Path(), "maps", name, SUFFIX[self.maps]).as_posix() if self.maps != "none" else None
-        overlay_name = result_path(Path(), "overlays", name, ".png").as_posix() if self.waiting is not None else None
-        return map_name, overlay_name
+        results = [writer.failures.get(path) or writer.entries[path].prediction for path in names]
+        description = _describe_run(name, detector, calibration, threshold, maps, colours, unread)
+        save_scores(out, results, description, earlier, [LINES, MAPS])
+    finally:
+        journal.close()
+    predictions = [result for result in results if isinstance(result, Prediction)]
+    return PredictionSummary(
+        predictions, unread, None if calibration is None else calibration.rate, detector.calibration_note,
+        undecided=[describe_undecided(prediction.path) for prediction in predictions if math.isnan(prediction.score)],
+        incomplete=[prediction.error for prediction in predictions if prediction.error is not None],
+        continued=continued,
+    )  # fmt: skip
 
 
 def _describe_run(

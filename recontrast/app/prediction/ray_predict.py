@@ -22,11 +22,13 @@ import numpy as np
 import recontrast
 from recontrast.app.console import describe_error
 from recontrast.app.prediction import parquet_parts
+from recontrast.app.prediction.output_files import describe_image_error
 from recontrast.data.atomic import replace_files
 from recontrast.data.decode_budget import BUDGET, BYTES_IN_FLIGHT
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size
 from recontrast.data.locks import lock_folder
+from recontrast.data.own_files import check_replaceable
 from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector, run_checked
@@ -51,6 +53,7 @@ def predict(
     rate: float | None = None,
     must_decide: bool = False,
     device: str | None = None,
+    overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> parquet_parts.Summary:
     """Score images on all workers of a Ray cluster; images that an earlier call finished are not scored again.
@@ -72,6 +75,7 @@ def predict(
         rate: Promised false-alarm rate. None: the rate of the calibration.
         must_decide: Whether a detector without a calibration is an error.
         device: PyTorch device of the workers. None: the GPU, if Ray has one for each worker.
+        overwrite: Whether a file predict.json that this package did not write may be replaced.
         on_progress: Called with the number of finished images and of all images.
 
     Returns:
@@ -89,6 +93,7 @@ def predict(
     ray = _import_ray(address)
     checkpoint, out = Path(os.path.abspath(checkpoint)), Path(os.path.abspath(out))
     paths = parquet_parts.list_inputs(inputs)
+    check_replaceable(out, ["predict.json"], overwrite=overwrite)
     detector = open_detector(checkpoint, "cpu")  # errors are raised here, before any worker starts
     select_calibration(detector, rate, must_decide, checkpoint)
     options = {"threshold": threshold, "rate": rate}
@@ -191,9 +196,13 @@ class Worker:
         if self.threshold is not None and not math.isnan(score):
             row["flagged"] = score >= self.threshold
         if self.calibration is not None:
-            decision = decide(self.calibration, anomaly, score, image_size(path), self.detector.recipe)
+            try:
+                shape: Sequence[int] | None = image_size(path)
+            except (OSError, ValueError) as error:  # deleted or replaced after it was read: no regions in its pixels
+                row["error"], shape = describe_image_error(str(path), error), None
+            decision = decide(self.calibration, anomaly, score, shape or anomaly.shape, self.detector.recipe)
             row |= {"p_value": decision.p_value, "decision": decision.label}
-            row |= {"regions": parquet_parts.list_regions(decision.regions)}
+            row |= {"regions": None if shape is None else parquet_parts.list_regions(decision.regions)}
         return row
 
 

@@ -1,0 +1,171 @@
+"""Journal of a prediction: scores are written as they come, and a call that was killed goes on where it stopped.
+
+The journal lies in the folder of the results until they are complete: ``unfinished-predict.jsonl`` with one line for
+each image, and ``unfinished-predict.maps`` with the maps that wait for the colour range of the overlays.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from recontrast.app.prediction.output_files import Prediction
+from recontrast.inference.decisions import Decision, Region
+
+LINES, MAPS = "unfinished-predict.jsonl", "unfinished-predict.maps"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Scored image: its prediction, and where its map starts in the file of maps, in bytes, with its shape."""
+
+    prediction: Prediction
+    start: int
+    shape: tuple[int, ...] | None  # None without overlays
+
+
+class Journal:
+    """Journal of one run. Nothing is written before the first `append`.
+
+    Args:
+        out: Folder of the results, locked by the caller.
+        identity: What determines the results of an image: detector and options. A journal with another identity is
+            replaced. None for a run that cannot be continued.
+        with_maps: Whether maps are stored.
+
+    Attributes:
+        entries: Images that an earlier call scored, by path, if they have not changed since.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any] | None, with_maps: bool) -> None:
+        self.out, self.identity, self.with_maps = out, identity, with_maps
+        self.entries: dict[str, Entry] = {}
+        self._lines: BinaryIO | None = None
+        self._maps: BinaryIO | None = None
+        self._end = 0  # bytes of maps
+        if identity is not None:
+            self._read()
+
+    def append(self, prediction: Prediction, anomaly: np.ndarray | None) -> Entry:
+        """Write one scored image.
+
+        Args:
+            prediction: Prediction of the image.
+            anomaly: Map (H, W) to store; None without overlays.
+
+        Returns:
+            The entry.
+
+        Raises:
+            OSError: If the journal cannot be written.
+        """
+        entry = Entry(prediction, self._end, None if anomaly is None else tuple(anomaly.shape))
+        line = {**asdict(prediction), "stamp": read_stamp(prediction.path), "start": entry.start, "shape": entry.shape}
+        try:
+            self._open()
+            if anomaly is not None and self._maps is not None:
+                self._maps.seek(entry.start)
+                self._maps.write(np.ascontiguousarray(anomaly, np.float32).data)
+                self._maps.flush()
+                self._end += 4 * anomaly.size
+            self._write_line(line)
+        except OSError as error:
+            raise OSError(f"cannot write below {self.out}: {error.strerror or error}") from error
+        return entry
+
+    def load_map(self, entry: Entry) -> np.ndarray:
+        """Return the map of an entry, (H, W) float32, as a memory map."""
+        if entry.shape is None:
+            raise ValueError(f"{entry.prediction.path}: wanted a stored map, got none")
+        return np.memmap(self.out / MAPS, np.float32, "r", entry.start, entry.shape)
+
+    def close(self) -> None:
+        """Close the files, and keep them."""
+        for file in (self._lines, self._maps):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+        self._lines = self._maps = None
+
+    def remove(self) -> None:
+        """Remove the journal, whose results are complete or worthless."""
+        self.close()
+        for name in (LINES, MAPS):
+            with suppress(OSError):
+                (self.out / name).unlink()
+
+    def _open(self) -> None:
+        if self._lines is not None:
+            return
+        if self.entries:
+            self._lines = (self.out / LINES).open("ab")
+            self._maps = (self.out / MAPS).open("r+b") if self.with_maps else None
+            return
+        for name in (LINES, MAPS):  # of another run; a link is removed, not followed
+            with suppress(FileNotFoundError):
+                (self.out / name).unlink()
+        self._maps = (self.out / MAPS).open("xb") if self.with_maps else None
+        self._lines = (self.out / LINES).open("xb")
+        self._write_line({"identity": self.identity})
+
+    def _write_line(self, content: Mapping[str, Any]) -> None:
+        if self._lines is not None:
+            self._lines.write(json.dumps(content).encode() + b"\n")
+            self._lines.flush()  # whatever ends the process, the system has the line
+
+    def _read(self) -> None:
+        """Read the images that an earlier call scored."""
+        try:
+            lines = (self.out / LINES).read_bytes().split(b"\n")
+            maps_end = (self.out / MAPS).stat().st_size if self.with_maps else 0
+            if json.loads(lines[0])["identity"] != json.loads(json.dumps(self.identity)):
+                return
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return
+        whole = lines[1:-1]  # what follows the last line break was cut off
+        for line in whole:
+            try:
+                content = json.loads(line)
+                entry = _parse_entry(content)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+            end = entry.start + 4 * int(np.prod(entry.shape)) if entry.shape is not None else 0
+            if (entry.shape is not None) is not self.with_maps or end > maps_end:
+                continue
+            self._end = max(self._end, end)
+            if content["stamp"] == read_stamp(entry.prediction.path):
+                self.entries[entry.prediction.path] = entry
+        if lines[-1] and self.entries:  # end the line that was cut off, so that the next one is whole
+            with (self.out / LINES).open("ab") as file:
+                file.write(b"\n")
+
+
+def read_stamp(path: str) -> list[int] | None:
+    """Return size and time of change of a file, by which a changed image is noticed; None if it is gone."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def describe_identity(checkpoint: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what determines the results of an image: the file of the detector, and the options."""
+    return {"checkpoint": os.path.abspath(checkpoint), "stamp": read_stamp(str(checkpoint)), **options}
+
+
+def _parse_entry(content: dict[str, Any]) -> Entry:
+    decision = content["decision"]
+    if decision is not None:
+        regions = decision["regions"]
+        decision["regions"] = None if regions is None else tuple(Region(**region) for region in regions)
+        decision = Decision(**decision)
+    names = ("path", "score", "flagged", "map", "overlay", "error")
+    prediction = Prediction(**{name: content[name] for name in names}, decision=decision)
+    shape = content["shape"]
+    return Entry(prediction, int(content["start"]), None if shape is None else tuple(map(int, shape)))
