@@ -98,7 +98,7 @@ def list_own(folder: Path) -> set[str]:
     if isinstance(files := scale.get("files"), list):
         listed |= {_SCALE, *(file for file in files if isinstance(file, str))}
     elif "format" in scale:  # of an earlier version, whose maps are not listed
-        listed |= {path.relative_to(folder).as_posix() for path in (folder / "maps").rglob("*.tiff")}
+        listed |= {_SCALE, *(path.relative_to(folder).as_posix() for path in (folder / "maps").rglob("*.tiff"))}
     listed = {
         name
         for name in listed

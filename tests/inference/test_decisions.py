@@ -57,7 +57,9 @@ def test_decisions_and_regions(calibration, folder, tmp_path):
     assert {name: (row["decision"], row["regions"]) for name, row in rows.items()} == {
         "good.png": ("good", "0"),
         "bad.png": ("defect", "2"),
+        "cut.png": ("", ""),
     }
+    assert rows["cut.png"]["error"] == report.unread[0] and not rows["cut.png"]["score"]
     assert float(rows["bad.png"]["p_value"]) == pytest.approx(1 / 20) and float(rows["good.png"]["p_value"]) == 1
     about = json.loads((tmp_path / "scores.json").read_text())
     assert about["calibration"]["images"] == 19 and about["calibration"]["rate"] == 0.05
@@ -111,7 +113,7 @@ def test_files_of_an_earlier_run_are_removed(calibration, folder, tmp_path):
     for former in ("[", "[]", '{"images": [3]}', '{"images": [{"map": ""}, {"map": "maps/../../outside.npy"}]}',
                    '{"images": [{"map": "notes.txt", "overlay": ["a"]}]}'):  # fmt: skip
         (tmp_path / "scores.json").write_text(former)
-        predict(BrightnessDetector(), [folder / "good.png"], tmp_path, overlays=False)
+        predict(BrightnessDetector(), [folder / "good.png"], tmp_path, overlays=False, overwrite=True)
         assert (tmp_path / "notes.txt").is_file() and (tmp_path / "maps" / "good.tiff").is_file()
         assert (tmp_path.parent / "outside.npy").is_file()
 

@@ -144,7 +144,8 @@ def save_scores(
     """
     flags, decided = description["threshold"] is not None, description["calibration"] is not None
     columns = [*(["flagged"] if flags else []), *(["p_value", "decision", "regions"] if decided else [])]
-    lines: list[list[Any]] = [["path", "score", *columns, "error"]]
+    failed = any(prediction.error is not None for prediction in predictions)  # only then is there a column of errors
+    lines: list[list[Any]] = [["path", "score", *columns, *(["error"] if failed else [])]]
     regions: list[list[Any]] = [["path", "region", *REGION_COLUMNS]]
     scored = [prediction for prediction in predictions if isinstance(prediction, Prediction)]
     for prediction in predictions:
@@ -158,13 +159,13 @@ def save_scores(
             line.append(None if decision.defect is None else len(decision.regions or ()))
             for number, region in enumerate(decision.regions or (), 1):
                 regions.append([prediction.path, number, *region.to_dict().values()])
-        lines.append([*line, prediction.error])
+        lines.append([*line, *([prediction.error] if failed else [])])
     written = {name for prediction in scored for name in (prediction.map, prediction.overlay) if name is not None}
     if stale := set(earlier) - written - {"regions.csv"}:
         if list_unfinished(out, COMMAND) is None:
             begin(out, earlier)
         remove_files(out, stale)
-    removed = [name_mark(COMMAND), *(["regions.csv"] if "regions.csv" in earlier else []), *remove]
+    removed = [name_mark(COMMAND), *(["regions.csv"] if "regions.csv" in earlier and not decided else []), *remove]
     with replace_files(out, remove=removed) as staging:
         (staging / "scores.csv").write_bytes(format_table(lines))
         if decided:
