@@ -94,7 +94,7 @@ def test_decisions_need_a_calibration(folder, tmp_path, asked):
         predict(BrightnessDetector(), [folder], tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
     predict(BrightnessDetector(), [folder], tmp_path, overlays=False)
-    assert (tmp_path / "scores.csv").read_text().splitlines()[0] == "path,score"
+    assert (tmp_path / "scores.csv").read_text().splitlines()[0] == "path,score,error"
     assert not (tmp_path / "regions.csv").exists()
 
 
