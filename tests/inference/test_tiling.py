@@ -185,7 +185,7 @@ def test_disk_full(tmp_path, monkeypatch, kind):
 
 def test_missing_tifffile(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
-    with pytest.raises(ImportError, match=r"pip install 'recontrast\[tiles\]'"):
+    with pytest.raises(ImportError, match=r"pip install tifffile"):
         large_maps.save_map(tmp_path / "map.tiff", np.zeros((3, 3), np.float32), "tiff16", 1.0)
 
 
@@ -213,9 +213,9 @@ def test_overlay_by_strips(monkeypatch):
 
 @pytest.mark.parametrize("values, message", [
     ({"crop": 32}, r"crop: wanted none if tile is given \(64\), got 32"),
-    ({"stride": 65}, r"stride must be at most tile \(64\), got 65"),
-    ({"tile": None, "stride": 8}, r"stride must be at most tile \(None\), got 8"),
-    ({"tile": 0}, "tile must be none or a whole number of pixels, got 0"),
+    ({"stride": 65}, r"stride: wanted at most tile \(64\), got 65"),
+    ({"tile": None, "stride": 8}, r"stride: wanted at most tile \(None\), got 8"),
+    ({"tile": 0}, "tile: wanted none or a whole number of pixels, got 0"),
 ])  # fmt: skip
 def test_wrong_recipes(values, message):
     with pytest.raises(ValueError, match=message):
