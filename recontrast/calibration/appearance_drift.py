@@ -105,7 +105,9 @@ def measure_appearance_drift(calibration: NDArray[np.float64], new: NDArray[np.f
     from scipy.stats import ks_2samp, mannwhitneyu
 
     if not len(new) or not len(calibration):
-        raise ValueError(f"check: looks: wanted at least 1 image on each side, got {len(calibration)} and {len(new)}")
+        raise ValueError(
+            f"check: wanted at least 1 calibration image and 1 new image, got {len(calibration)} and {len(new)}"
+        )
     p_values = {
         name: min(ks_2samp(a, b).pvalue, mannwhitneyu(a, b).pvalue)
         for name, a, b in zip(PROPERTIES, new.T, calibration.T, strict=True)

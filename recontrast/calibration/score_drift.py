@@ -73,8 +73,9 @@ def measure_score_drift(calibration: Calibration, scores: ArrayLike) -> ScoreDri
     from scipy.stats import betabinom, ks_2samp, mannwhitneyu
 
     new = np.asarray(scores, np.float64)
-    if new.ndim != 1 or not new.size or not np.isfinite(new).all():
-        raise ValueError(f"check: scores: wanted finite scores of at least 1 good image, got {new.size} or others")
+    if new.ndim != 1 or not new.size or (count := np.count_nonzero(~np.isfinite(new))):
+        got = f"{count} that are not finite" if new.ndim == 1 and new.size else f"an array {new.shape}"
+        raise ValueError(f"check: scores: wanted finite scores (n,) of at least 1 good image, got {got}")
     reference = np.asarray(calibration.scores)
     smirnov, shift = ks_2samp(new, reference), mannwhitneyu(new, reference)
     alarms, allowed = int(calibration.is_defect(new).sum()), allowed_false_alarms(reference.size, calibration.rate)

@@ -265,7 +265,7 @@ def _read_training_images(path: Path) -> list[Path]:
             images += [image for folder in good for image in select_good_images(scan_folder(folder))]
         elif count := scan_folder(split).count():
             got = count_images(count)
-            raise ValueError(f"{split}: wanted good images in {split / GOOD}, got {got} elsewhere in it")
+            raise ValueError(f"{split}: wanted good images in {split / GOOD}, got {got} in other folders")
     return images
 
 

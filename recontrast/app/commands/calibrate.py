@@ -97,7 +97,8 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
         _print_calibration(file, calibration, 0 if stored.calibration is None else stored.calibration.count)
     if calibration is None:
         raise ValueError(
-            detector.calibration_note or f"{file}: wanted a calibration to compare with, got none: --good DIR makes one"
+            detector.calibration_note
+            or f"{file}: wanted a calibration to compare with, got none: create one with --good DIR"
         )
     if check_paths:
         errors += _compare(detector, calibration, check_paths, batch)

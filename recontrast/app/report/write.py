@@ -102,14 +102,14 @@ def _read_evaluated_folders(scores: Path) -> list[Path]:
 
     check_finished(scores.parent, "evaluate")
     if not scores.is_file():
-        raise ValueError(f"{scores}: wanted the images that the run was evaluated on, got no such file: name DATA")
+        raise ValueError(f"{scores}: wanted the list of evaluated images, got no such file: give DATA")
     folders: dict[Path, None] = {}
     for line in read_table(scores, ["path", "category"], own=True):
         path = Path(line["path"])
         if not path.is_file():
-            raise ValueError(f"{scores}: wanted the image {path} that the run was evaluated on, it is gone: name DATA")
+            raise ValueError(f"{scores}: wanted the evaluated image {path}, got no such file: give DATA")
         folder = next((up for up in path.parents if up.name == line["category"] and (up / "test").is_dir()), None)
         if folder is None:
-            raise ValueError(f"{scores}: wanted {path} below {line['category']}/test, got it elsewhere: name DATA")
+            raise ValueError(f"{scores}: wanted an image below {line['category']}/test, got {path}: give DATA")
         folders[folder] = None
     return list(folders)

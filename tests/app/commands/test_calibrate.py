@@ -47,7 +47,7 @@ def test_calibrate_then_decide(run, good, tmp_path):
 
 def test_others_are_compared_by_the_calibration_that_is_there(run, good, tmp_path):
     new = draw(tmp_path / "new", 8, seed=1)
-    assert "got none: --good DIR makes one" in fails("calibrate", run, "--check", new, "--device", "cpu")
+    assert "got none: create one with --good DIR" in fails("calibrate", run, "--check", new, "--device", "cpu")
     works("calibrate", run, "--good", good, "--false-alarm-rate", 0.1, "--device", "cpu")
     before = (run / "checkpoint.pt").stat()
     said = works("calibrate", run, "--check", new, "--device", "cpu")

@@ -147,7 +147,7 @@ def test_several_categories(tmp_path):
 
 def test_default_data_comes_from_scores_csv(run, tmp_path):
     folder, data = make_run(tmp_path)
-    with pytest.raises(ValueError, match=r"scores\.csv: wanted the images .* name DATA"):
+    with pytest.raises(ValueError, match=r"scores\.csv: wanted the list of evaluated images, .* give DATA"):
         write_report(folder, [])
     with (folder / "scores.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -156,7 +156,7 @@ def test_default_data_comes_from_scores_csv(run, tmp_path):
         rows.writerows([s.path, s.category, s.defect, s.label, 1.0] for s in tests)
     assert write_report(folder, [], device="cpu").images == 8
     tests[0].path.unlink()
-    with pytest.raises(ValueError, match="it is gone: name DATA"):
+    with pytest.raises(ValueError, match="got no such file: give DATA"):
         write_report(folder, [])
 
 
