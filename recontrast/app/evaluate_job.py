@@ -137,7 +137,7 @@ def _measure_and_write(
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:  # fmt: skip
     """Compute metrics and write them to a folder that is locked."""
     is_first, write_maps, earlier = distributed.current_world().first, None, set[str]()
-    names = _name_maps(groups) if save_maps and out is not None else {}
+    names = name_maps(groups) if save_maps and out is not None else {}
     if out is not None and is_first:
         earlier = _list_earlier_maps(out)
         if earlier or names:
@@ -182,7 +182,7 @@ def decide_on_result(
     return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)
 
 
-def _name_maps(groups: Mapping[str, Sequence[Sample]]) -> dict[Path, str]:
+def name_maps(groups: Mapping[str, Sequence[Sample]]) -> dict[Path, str]:
     """Return the path of the map of each test image, relative to the folder of the results."""
     paths = [s.path for group in groups.values() for s in group if s.split == "test"]
     return {path: f"maps/{name.as_posix()}.tiff" for path, name in zip(paths, assign_result_names(paths), strict=True)}

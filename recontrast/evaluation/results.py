@@ -10,6 +10,7 @@ from recontrast.data.atomic import replace_files
 from recontrast.data.csv_table import Rounded, format_table
 from recontrast.data.markdown import escape_markdown, format_row
 
+FILES = ("results.json", "results.csv", "results.md", "scores.csv")  # of `Result.write`
 # Field of `Row` -> heading in tables. The two forms of AUPRO are not comparable, see `recontrast.metrics.aupro`.
 METRICS = {
     "i_auroc": "I-AUROC",

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from recontrast.app.console import ProgressBar, print_line, print_result
-from recontrast.app.options import Device, check_writable, path_option
+from recontrast.app.options import Device, Overwrite, check_writable, path_option
 
 
 def demo(
@@ -24,11 +24,15 @@ def demo(
         ),
     ] = False,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train one detector for three photographed surfaces with drawn defects, in minutes on a CPU."""
     from recontrast.app import demo as demonstration
+    from recontrast.data.own_files import check_replaceable
+    from recontrast.evaluation.results import FILES
 
     check_writable(out)
+    check_replaceable(out, ["recipe.yaml", "log.jsonl", *FILES], overwrite=overwrite)
     with ProgressBar("train") as progress:
         result = demonstration.run_demo(
             out, steps=steps, seed=seed, short=short, compare=compare, device=device,

@@ -10,6 +10,7 @@ from recontrast.app.options import (
     CheckpointFile,
     Data,
     InferenceArguments,
+    Overwrite,
     add_inference_arguments,
     check_writable,
     path_option,
@@ -40,14 +41,18 @@ def evaluate(
         typer.Option("--streaming", help="Pixel metrics from histograms, in constant memory, with proven bounds."),
     ] = False,
     inference: InferenceArguments,
+    overwrite: Overwrite = False,
     cache: Annotated[
         Path | None, path_option(help="Folder for decoded images. Default: decode them each time.")
     ] = None,
 ) -> None:
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast import checkpoint as checkpoints
+    from recontrast.app.evaluate_job import name_maps
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
+    from recontrast.data.own_files import check_replaceable
+    from recontrast.evaluation.results import FILES
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -58,6 +63,10 @@ def evaluate(
     file = resolve_checkpoint(checkpoint)
     _, world_device = context.with_resource(distributed.join_processes(inference.device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
+    if out is not None:
+        maps = name_maps(groups).values() if save_maps else ()
+        images = [sample.path for group in groups.values() for sample in group]
+        check_replaceable(out, [*FILES, *maps], overwrite=overwrite, inputs=images)
     print_data(datasets.describe(groups))
     model, recipe, stored = checkpoints.load_model(file, world_device)
     if stored.calibration is not None:

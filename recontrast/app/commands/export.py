@@ -8,6 +8,7 @@ import typer
 from recontrast.app.console import print_error, print_line
 from recontrast.app.options import (
     CheckpointFile,
+    Overwrite,
     Views,
     build_inference_options,
     check_writable,
@@ -32,9 +33,11 @@ def export(
         ),
     ] = None,
     views: Views = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a detector as one file with resize, network and decision; keep it only if the scores agree."""
     from recontrast.data.listing import list_images
+    from recontrast.data.own_files import check_replaceable
     from recontrast.export.export import SUFFIXES
     from recontrast.export.export import export as write
 
@@ -43,6 +46,8 @@ def export(
         check_writable(file.parent if out is None else out.parent, "RUN" if out is None else "--out")
     if out is None:
         out = file.with_name("detector" + SUFFIXES.get(format, ""))
+    weights = [out.with_suffix(".bin").name] if out.suffix.lower() == ".xml" else []
+    check_replaceable(out.parent, [out.name, *weights], overwrite=overwrite, inputs=[file])
     inference = build_inference_options("cpu", views)
     print_line("tracing, writing, reopening and comparing takes a minute or two")
     result = write(file, format, out, images=list_images(images) if images else [], views=inference.views)

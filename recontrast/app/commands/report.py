@@ -10,12 +10,14 @@ from recontrast.app.options import (
     Batch,
     CheckpointFile,
     Device,
+    Overwrite,
     check_writable,
     path_argument,
     path_option,
     resolve_checkpoint,
 )
 from recontrast.app.report.write import write_report
+from recontrast.data.own_files import check_replaceable
 
 
 def report(
@@ -35,10 +37,13 @@ def report(
     ] = 300,
     batch: Batch = 16,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write one HTML file: metrics, threshold, curves, and the images sorted by error."""
     if out is not None or resolve_checkpoint(run).is_file():  # a missing file has its own message
         check_writable(resolve_checkpoint(run).parent if out is None else out.parent, "RUN" if out is None else "--out")
+    target = resolve_checkpoint(run).with_name("report.html") if out is None else out
+    check_replaceable(target.parent, [target.name], overwrite=overwrite, inputs=[resolve_checkpoint(run)])
     with ProgressBar("report") as progress:
         written = write_report(
             run, data or [], out, category=category, images=images, batch=batch, device=device,

@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from recontrast.app.console import ProgressBar, exit_with_error, print_line, print_table
-from recontrast.app.options import Device, check_writable, parse_change, parse_list, parse_numbers, path_option
+from recontrast.app.options import (
+    Device,
+    Overwrite,
+    check_writable,
+    parse_change,
+    parse_list,
+    parse_numbers,
+    path_option,
+)
 
 
 def reproduce(
@@ -29,12 +37,15 @@ def reproduce(
         Path | None, path_option(help="Folder for decoded images. Default: decode them for each run.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints of finished runs.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Reproduce a table of the paper and print both results; a second call continues the first."""
+    from recontrast.data.own_files import check_replaceable
     from recontrast.experiments.reproduce import reproduce as run
 
     out = out or Path("runs") / name
     check_writable(out)
+    check_replaceable(out, [f"comparison.{kind}" for kind in ("json", "csv", "md")], overwrite=overwrite)
     try:
         with ProgressBar("") as progress:
             comparison = run(

@@ -78,7 +78,9 @@ def train(  # 27 options and the output; `train_job` does the work
     teacher_cache: Annotated[
         float, typer.Option(help="Cache for features of the frozen encoder, in GiB on the device.")
     ] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint of an earlier run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run, and files of others in the way.")
+    ] = False,
     evaluate: Annotated[bool, typer.Option(help="Evaluate at the end, if there are test images.")] = True,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write a TensorBoard log to OUT/tensorboard.")
@@ -90,6 +92,8 @@ def train(  # 27 options and the output; `train_job` does the work
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
     from recontrast.data.locks import lock_folder
+    from recontrast.data.own_files import check_replaceable
+    from recontrast.evaluation.results import FILES as TABLES
     from recontrast.runtime import distributed
 
     recipe, weights = expand_home(recipe), expand_home(weights)
@@ -103,6 +107,7 @@ def train(  # 27 options and the output; `train_job` does the work
     job = application.prepare_job(
         data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite, all_good=all_good
     )
+    check_replaceable(job.out, ["recipe.yaml", "log.jsonl", *TABLES], overwrite=overwrite)
     print_data(datasets.describe(job.groups))
     if (holdout_note := job.describe_holdout()) is not None:
         print_line(holdout_note)
