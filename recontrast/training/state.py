@@ -132,12 +132,21 @@ def restore(state: TrainingState, saved: Checkpoint, path: str) -> None:
             + (f"{got}" if wanted != got else "as many with other pixels or in another order")
         )
     checkpoint.restore(state.model, saved, path)
-    for optimiser, values in zip(state.optimisers, saved.optimisers, strict=True):
-        optimiser.load_state_dict(values)
-    state.sampler.restore(saved.rng["batches"])
-    torch.set_rng_state(saved.rng["torch"])
-    if state.device.type == "cuda" and saved.rng["cuda"] is not None:
-        torch.cuda.set_rng_state(saved.rng["cuda"], state.device)
+    try:
+        for optimiser, values in zip(state.optimisers, saved.optimisers, strict=True):
+            names = [set(group) for group in optimiser.param_groups]
+            optimiser.load_state_dict(values)
+            if [set(group) & names[0] for group in optimiser.param_groups] != names:
+                raise ValueError("an optimiser lacks settings")
+        state.sampler.restore(saved.rng["batches"])
+        torch.set_rng_state(saved.rng["torch"])
+        if state.device.type == "cuda" and saved.rng["cuda"] is not None:
+            torch.cuda.set_rng_state(saved.rng["cuda"], state.device)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"{path}: wanted the training state of this run, got one that does not fit: {reason}"
+        ) from error
     state.step = saved.step
 
 
