@@ -82,7 +82,7 @@ class AppearanceDrift:
             change = lower if self.after < self.before else higher
         return (
             f"{self.count} new good images do not look like the calibration images: they are {change} ({medians}; "
-            f"{p_value}); the promised false-alarm rate does not hold for them; calibrate again on such images"
+            f"{p_value}), and the promised false-alarm rate does not hold for them; calibrate again on such images"
         )
 
 

@@ -43,8 +43,8 @@ class ScoreDrift:
         test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; p-value {self.p_value:.2g}"
         if self.is_significant:
             return (
-                f"p-values of good images are far from uniform ({test}; {counts}): they do not look like the "
-                "calibration images; the promised false-alarm rate does not hold for them; calibrate again on such "
+                f"p-values of good images are far from uniform ({test}; {counts}): these images differ from the "
+                "calibration images, and the promised false-alarm rate does not hold for them; calibrate again on such "
                 "images"
             )
         return f"p-values of good images are compatible with uniform ({test}; {counts})"

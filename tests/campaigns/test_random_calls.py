@@ -156,7 +156,7 @@ def try_mined_loss(rng, device):
         near = np.abs(d - limit) < 10 * unit * spread * (1 + abs(parameter))
         whole = wide.sum(2)
         skip = ((np.abs(whole[1:] / restatements.EPS**2 - 1) < 1e-3).any(0))[:, None]
-        skip = skip | (near if rule != "power" else np.full(d.shape, bool(np.isfinite(limit) and limit < 1e-2)))
+        skip = skip | (near if rule != "power" else np.isfinite(limit) & ((limit < 1e-2) | (d < 1e-2)))
         magnitude = np.abs(gradient).max(axis=2, keepdims=True, initial=0)
         # The slopes by the squares are quotients of sums that may cancel; their scale is that of the other slope.
         scale = np.nan_to_num(magnitude, nan=0, posinf=0) + np.nan_to_num(
@@ -329,7 +329,7 @@ def try_pixel_metrics(rng, device):
     values = [result.auroc, result.ap, result.f1_max, at_best, result.aupro, np.trapezoid(y, x) / limit]
     expected = [restatements.auroc(wide.ravel(), flat), restatements.ap(wide.ravel(), flat), best, best, area, area]
     assert_near(values, expected, 1e-9, LARGE[F64])
-    high = float(max(np.abs(maps).max(), 1e-20))
+    high = max(float(np.abs(maps).max()), 1e-20)
     if high > 1e19 or maps.min() < 0:
         return 4
     streaming = metrics.Streaming(high, limit, device)

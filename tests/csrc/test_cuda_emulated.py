@@ -203,6 +203,29 @@ def test_map(emulated, images):
         torch.testing.assert_close(maximum.double(), highest, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_maximum_of_a_map_that_is_not_finite_is_nan(emulated, value):
+    distances, rows, cols = make_anomaly_map_arguments([(13, 7), (5, 9)], (40, 37), 5, "cpu")
+    distances[1][3, 2, 8] = value
+    for processors in (1, 132):
+        _, maximum = twice(emulated, lambda ops: ops.anomaly_map(distances, rows, cols, 0.5), processors)
+        assert maximum.isnan().tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("rule", [RULES[1], RULES[3], RULES[6]], ids=str)
+def test_sums_that_overflow_give_nan(emulated, rule):
+    name, parameter, factor = rule
+    sums, _ = make_sums([2], [37], F32, "cpu")
+    sums.view(3, 2, 37)[2, 1, 5] = torch.inf  # <y, y> of one point
+    loss, state = twice(emulated, lambda ops: ops.mined_loss(sums, [2], [37], name, parameter, None, factor))
+    assert loss.isnan() and state[1:].view(3, 2).isnan().any(0).tolist() == [False, True]
+    one = torch.ones(())
+    (gradient,) = twice(
+        emulated, lambda ops: ops.mined_loss_backward(one, sums, state, [2], [37], name, parameter, factor)
+    )
+    assert gradient.view(3, 2, 37)[:, 1].isnan().any()
+
+
 WRONG = """
 #include <cstdio>
 #include "cuda_runtime.h"
