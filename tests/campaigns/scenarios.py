@@ -48,7 +48,7 @@ def normalise(name, content):
         stored = checkpoints.read(io.BytesIO(content), name)
         calibration = None if stored.calibration is None else sorted(stored.calibration.to_dict().items())
         return stored.step, checkpoints.digest(stored.model, stored.recipe), stored.recipe, repr(calibration)
-    if name.endswith(".jsonl"):
+    if name.endswith("log.jsonl"):
         return [(line["step"], line["loss"]) for line in map(json.loads, content.splitlines())]
     if name.endswith(".json"):
         return json.dumps(_drop_times(json.loads(content)), sort_keys=True)
