@@ -172,7 +172,7 @@ def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", 
 
 def _check_content(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a checkpoint, checked, with recipe and calibration as objects."""
-    if (file_format := content[_KEY]) != FORMAT:
+    if type(file_format := content[_KEY]) is not int or file_format != FORMAT:
         version = describe_value(content.get("version", "of unknown version")).strip("'")
         raise ValueError(
             f"wanted a checkpoint of format {FORMAT}, got format {describe_value(file_format)}, written by recontrast "
