@@ -225,7 +225,7 @@ def _read_category(path: Path, name: str) -> list[Sample]:
     unused = dict(masks)
     samples = []
     for test in tests:
-        _refuse_loose_tests(test)
+        _refuse_unclear_tests(test)
         for child in test.folders:
             label = _label_test_folder(test, child)
             if label is None:
@@ -302,12 +302,18 @@ def _is_suspect(folder: Folder) -> bool:
     return classify_folder(folder.path.name) in ("bad", "mask", "unclear")
 
 
-def _refuse_loose_tests(test: Folder) -> None:
-    """Raise an error if images lie directly in ``test``."""
+def _refuse_unclear_tests(test: Folder) -> None:
+    """Raise an error if images lie directly in ``test``, or its folders are numbers of classes."""
     if test.images:
         first = min(test.images)
         raise ValueError(
             f"{test.path / first}: wanted test images in test/{GOOD} and test/DEFECT, got one directly in test"
+        )
+    names = {child.path.name for child in test.folders if child.count()}
+    if len(names) > 1 and names == {str(number) for number in range(len(names))}:
+        raise ValueError(
+            f"{test.path}: wanted test images in test/{GOOD} and test/DEFECT, got folders {', '.join(sorted(names))}, "
+            "which may be numbers of classes: rename the one of good images"
         )
 
 

@@ -134,6 +134,12 @@ def test_test_folders_of_unclear_label_are_refused(tmp_path, name):
         datasets.load(root)
 
 
+def test_numbers_of_classes_in_test_are_refused(tmp_path):
+    root = create_files(tmp_path / "nut", "train/good/0.png", "test/0/0.png", "test/1/0.png")
+    with pytest.raises(ValueError, match=r"test: wanted test images in .* got folders 0, 1, which may be numbers"):
+        datasets.load(root)
+
+
 def test_everything_that_is_not_used_is_named(tmp_path):
     root = create_files(
         tmp_path / "nut", "train/good/0.png", "train/5.png", "train/bad/1.png", "validation/good/0.png", "9.png",
