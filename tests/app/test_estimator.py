@@ -167,7 +167,7 @@ def test_refuses_what_is_no_image(fitted, X, sentence):
     ({"recipe": "mvtc"}, "mvtc"),
     ({"recipe": 3}, "recipe: wanted a Recipe, a name or a YAML file, got int"),
     ({"steps": 0}, "steps: wanted a whole number of at least 1"),
-    ({"random_state": -1}, "seed must be a whole number"),
+    ({"random_state": -1}, "seed: wanted a whole number"),
     ({"size": 33}, "multiples of"),
     ({"recipe": RECIPE.replace(tile=32)}, "recipe: wanted a detector of whole images, got one of tiles"),
     ({"device": "tpu0"}, "device: wanted"),

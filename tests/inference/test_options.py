@@ -106,7 +106,7 @@ def test_options_with_the_same_scores():
     assert InferenceOptions(precision="bfloat16").folds_batchnorm(RECIPE) and InferenceOptions(
         precision="float32"
     ).folds_batchnorm(low)
-    with pytest.raises(ValueError, match="views must be 'both' if pairs is 'self'"):
+    with pytest.raises(ValueError, match="views: wanted 'both' if pairs is 'self'"):
         InferenceOptions(views="frozen").apply_to(RECIPE.replace(pairs="self", train_encoder=False, mining=False))
 
 

@@ -151,7 +151,7 @@ def test_model_and_loss_compile_as_one_graph():
 def test_recipe_field_graph():
     assert RECIPE.graph is False
     assert RECIPE.replace(graph=True).graph
-    with pytest.raises(ValueError, match="graph must be true or false, got 1"):
+    with pytest.raises(ValueError, match="graph: wanted true or false, got 1"):
         RECIPE.replace(graph=1)
 
 
