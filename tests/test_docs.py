@@ -5,6 +5,7 @@ Whether the blocks do what the pages say is shown by `.ci/walk`, which runs them
 
 import ast
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -163,8 +164,20 @@ def test_file_that_is_named_exists(path):
 
 def test_benchmarks_are_collected():
     """`pytest benchmarks` is documented, but the tests do not run it; an import that broke would go unnoticed."""
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr
     for name in ("bench_evaluate.py", "bench_ops.py"):  # bench_train.py is a script
         assert f"benchmarks/{name}::" in result.stdout

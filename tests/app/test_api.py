@@ -242,7 +242,7 @@ def _newer_version(path):
             "zip.pt",
             lambda path: zipfile.ZipFile(path, "w").close(),
             ValueError,
-            r"zip\.pt: the checkpoint is cut off or damaged",
+            r"zip\.pt: wanted a recontrast checkpoint, got a file of another kind",
         ),
     ],
 )

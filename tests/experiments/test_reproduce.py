@@ -232,6 +232,8 @@ def test_train_from_yaml_with_tensorboard(data, tmp_path):
     assert f"{tmp_path / 'mine.yaml'}, line 1: wanted a recipe in YAML" in fails(*arguments, "--out", tmp_path / "b")
     (tmp_path / "mine.yaml").write_text("stepz: 3")
     assert "there is no field 'stepz' (did you mean steps?)" in fails(*arguments, "--out", tmp_path / "b")
-    assert "nowhere.yaml: No such file" in fails("train", data / "grid", "--recipe", "nowhere.yaml")
+    assert "nowhere.yaml: wanted a recipe in YAML, got no such file" in fails(
+        "train", data / "grid", "--recipe", "nowhere.yaml"
+    )
     too_large = ["--recipe", "mvtec_stable", "--set", "batch=9", "--set", "weights=random", "--backbone", "test_resnet"]
     assert "batch: wanted at most the 4 training images, got 9" in fails("train", data / "grid", *too_large)

@@ -307,9 +307,7 @@ def test_files_of_other_versions_or_origins_are_refused(files, photographs, tmp_
         path = tmp_path / f"damaged{suffix}"
         path.write_bytes(b"PK not a program")
         assert f"wanted a whole {suffix} file" in error_of(path)
-    assert "wanted the CPU for an exported detector, got device 'cuda'" in error_of(
-        files["onnx"].path, "--device", "cuda"
-    )
+    assert "wanted one of this machine's devices (cpu), got 'mps'" in error_of(files["onnx"].path, "--device", "mps")
     assert "wanted a checkpoint where tile" in error_of(files["onnx"].path, "--tile", "32")
 
 
@@ -384,7 +382,9 @@ def test_image_too_large_for_the_graph_is_reported(files, tmp_path):
 
 def test_missing_runtime_names_the_package_to_install(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"wanted the package onnxruntime, got none installed: pip install onnxruntime"):
+    with pytest.raises(
+        ImportError, match=r"wanted the package onnxruntime, got none installed: pip install onnxruntime"
+    ):
         OnnxProgram(files["onnx"].path)
 
 

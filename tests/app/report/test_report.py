@@ -214,7 +214,7 @@ def test_histogram_bars_are_proportional_to_counts():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{run}", "{data}", "--out", "{data}"], "wanted a file to write the report to, got a folder"),
+        (["{run}", "{data}", "--out", "{data}"], "--out: wanted a name for data, got a folder of that name"),
         (["{data}", "{data}"], "wanted a checkpoint file"),
         (["{run}", "{data}/nothing"], "got no such folder"),
         (["{run}", "{data}", "--category", "x"], "--category: wanted one of"),
