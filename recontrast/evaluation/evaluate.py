@@ -55,7 +55,7 @@ def evaluate(
 ) -> Result:
     """Compute the metrics of a model on test images, by category.
 
-    A metric that is undefined, for lack of masks or of defective images, is None, and a note gives the reason. Under
+    A metric that is undefined, for lack of test images, masks or defects, is None, and a note gives the reason. Under
     torchrun, every process returns the same result, and every image counts once.
 
     Args:
@@ -115,15 +115,29 @@ def evaluate(
             batches.close()
             if category is not None:
                 category.cancel()
-    rows = distributed.broadcast_from_first(world, rows)
+    rows = distributed.broadcast_from_first(world, _add_untested(rows, samples))
     settings = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
     checks.warn(sum(map(len, groups.values())))
     return Result(rows, *settings, scored=scored, tile=recipe.tile)
 
 
+def _add_untested(rows: list[Row], samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> list[Row]:
+    """Add a row for each category without test images, so that a category never disappears from the table."""
+    if not rows:  # not the first process
+        return rows
+    computed = {row.category: row for row in rows}
+    names = dict.fromkeys(sample.category for sample in _flatten(samples))
+    return [computed.get(name) or Row(name, 0, 0, note="no metrics: there are no test images") for name in names]
+
+
+def _flatten(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> list[Sample]:
+    """Return the samples of all categories."""
+    return [s for group in samples.values() for s in group] if isinstance(samples, Mapping) else list(samples)
+
+
 def _group_test_samples(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
     """Group the samples of the test split by category."""
-    flat = [s for group in samples.values() for s in group] if isinstance(samples, Mapping) else list(samples)
+    flat = _flatten(samples)
     groups: dict[str, list[Sample]] = {}
     for sample in flat:
         if sample.split == "test":

@@ -1,8 +1,10 @@
 """Commands to which the system refuses a file operation: a full disk, a failing one, a read-only one, a size limit."""
 
+import csv
 import errno
 import random
 import resource
+from pathlib import Path
 
 from campaigns.scenarios import build, check_run, continue_run, normalise, select_scenarios
 from faults import copy, list_hidden, read_folder, refuse, run_command, start, wait
@@ -41,7 +43,8 @@ def try_refusal(name, folder, scenario, points, former, whole, chance):
         return f"{kind}: ended with {result['code']}: {result['text'][-800:]}"
     if result["code"] == 0 and read_folder(out, normalise) != whole:
         return f"{kind}: exit status 0 without all results"
-    if out.exists() and (wrong := check_run(name, out, former, whole)) is not None:
+    is_named = name == "predict" and result["code"] == 2 and names_failures(out, whole)
+    if out.exists() and not is_named and (wrong := check_run(name, out, former, whole)) is not None:
         return f"{kind}: {wrong}"
     if name == "prepare" and out.exists() and read_folder(out, normalise) == whole:
         return None
@@ -52,6 +55,17 @@ def try_refusal(name, folder, scenario, points, former, whole, chance):
         names = [path for path in {*content, *whole} if content.get(path) != whole.get(path)]
         return f"{kind}: the next run differs in {names}"
     return f"{kind}: the next run leaves {hidden}" if (hidden := list_hidden(out.parent)) else None
+
+
+def names_failures(out, whole):
+    """Return whether a prediction lacks nothing but pictures, each with its error in scores.csv."""
+    content = read_folder(out, normalise)
+    if not content.keys() <= whole.keys() or "scores.csv" not in content:
+        return False
+    with (out / "scores.csv").open(newline="") as file:
+        failed = [Path(row["path"]).stem for row in csv.DictReader(file) if row.get("error")]
+    changed = {path for path in whole if content.get(path) != whole[path]} - {"scores.csv", "scores.json"}
+    return bool(failed) and all(path not in content and Path(path).stem in failed for path in changed)
 
 
 def test_refused_file_operation(campaign, tmp_path, name):

@@ -342,3 +342,13 @@ def test_test_images_that_were_trained_on_are_named(model, samples, tmp_path):
     assert [image.score for image in checked.scored] == [
         image.score for image in evaluate(model, samples, RECIPE).scored
     ]
+
+
+def test_category_without_test_images_stays_in_the_table(model, samples, tmp_path):
+    untested = [s for s in tiny_set(tmp_path, "bolt", train=2, good=0, defects=0) if s.split == "train"]
+    result = evaluate(model, [*untested, *samples], RECIPE)
+    assert [(row.category, row.images) for row in result.rows] == [("bolt", 0), ("nut", 9)]
+    assert result.rows[0].i_auroc is None and result.rows[0].note == "no metrics: there are no test images"
+    assert result.rows[1].i_auroc == evaluate(model, samples, RECIPE).rows[0].i_auroc
+    assert result.mean.i_auroc == result.rows[1].i_auroc
+    assert "| bolt |" in str(result)

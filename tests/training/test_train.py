@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,21 @@ def test_interrupt_waits_for_the_end_of_the_step(number, samples, uninterrupted,
     assert same_weights(result.model, uninterrupted.model)
 
 
+# Trains with another seed; killed at the log line of a step.
+REPLACE_AND_KILL = """
+import os, signal, sys
+from recontrast.data.datasets import mvtec
+from recontrast.training.train import train
+from small_run import RECIPE
+
+def on_log(step, *rest):
+    if step == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(RECIPE.replace(seed=2, log_every=1), mvtec(sys.argv[2], "nut"), out=sys.argv[3], device="cpu", on_log=on_log)
+"""
+
+
 def test_a_replaced_run_is_kept_until_the_first_checkpoint(samples, uninterrupted, tmp_path):
     """Killed before its first checkpoint, a new run leaves the earlier one whole; after it, nothing of the earlier."""
     shutil.copytree(uninterrupted.checkpoint.parent, tmp_path, dirs_exist_ok=True)
@@ -234,14 +250,10 @@ def test_a_replaced_run_is_kept_until_the_first_checkpoint(samples, uninterrupte
     other = RECIPE.replace(seed=2, log_every=1)
 
     def stop_at(fatal):
-        def on_log(step, *rest):
-            if step == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        child = os.fork()
-        if not child:
-            train(other, samples, out=tmp_path, device="cpu", on_log=on_log)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        arguments = [str(fatal), str(Path(samples[0].path).parents[3]), str(tmp_path)]
+        command = [sys.executable, "-c", REPLACE_AND_KILL, *arguments]  # a fork could not make a backward pass
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        assert subprocess.run(command, env=environment, timeout=600).returncode == -signal.SIGKILL
 
     stop_at(2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name[0] != "."} == before
@@ -257,7 +269,7 @@ def test_second_run_in_a_folder_is_refused(samples, tmp_path):
         if not child:
             try:
                 train(RECIPE, samples, out=tmp_path, device="cpu")
-            except ValueError as error:
+            except BaseException as error:  # nothing may leave the fork
                 os._exit(0 if "got one in use since" in str(error) else 1)
             os._exit(2)
         assert os.waitpid(child, 0)[1] == 0
