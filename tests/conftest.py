@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """A command that a test calls in this process sets handlers; the next test must not depend on them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        if handler is not None and signal.getsignal(number) is not handler:  # None: set outside Python
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -213,14 +213,20 @@ def test_interrupt_waits_for_the_end_of_the_step(number, samples, uninterrupted,
 
     step, interrupted.calls = trainer.train_step, 0
     monkeypatch.setattr(trainer, "train_step", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
+    # Background jobs start with SIGINT ignored, those of nohup with SIGHUP.
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {other: signal.signal(other, handler) for other, handler in defaults.items()}
     try:
         with pytest.raises(KeyboardInterrupt):
             train(RECIPE, samples, out=tmp_path, device="cpu")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert {signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
+        assert {other: signal.getsignal(other) for other in defaults} == defaults
     finally:
-        signal.signal(signal.SIGINT, before)
+        for other, handler in before.items():
+            signal.signal(other, handler)
     assert checkpoint.load(tmp_path / "checkpoint.pt").step == 4
     result = train(RECIPE, samples, out=tmp_path, resume=tmp_path / "checkpoint.pt", device="cpu")
     assert result.losses == uninterrupted.losses[4:]
