@@ -37,7 +37,7 @@ def load(
     views: Literal["both", "trained", "frozen"] | None = None,
     precision: Literal["float32", "bfloat16"] | None = None,
 ) -> Detector:
-    """Load a detector for prediction.
+    """Load a detector (ReContrast, Guo et al., https://arxiv.org/abs/2306.02602) for prediction.
 
     Args:
         path: A checkpoint, the folder of a run, or a file of ``recontrast export`` (.onnx, .xml, .pt2).
@@ -48,8 +48,7 @@ def load(
         precision: "float32" or "bfloat16". None: as trained.
 
     Returns:
-        The detector (ReContrast, Guo et al., https://arxiv.org/abs/2306.02602). Its ``predict`` takes images, see
-        `recontrast.inference.prediction.predict`.
+        The detector. Its ``predict`` takes images, see `recontrast.inference.prediction.predict`.
 
     Raises:
         ValueError: If this version cannot read a detector from the file, or an option does not fit the detector.
