@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from recontrast.app.command_group import Command, CommandGroup
 from recontrast.app.commands.calibrate import calibrate
 from recontrast.app.commands.demo import demo
 from recontrast.app.commands.evaluate import evaluate
@@ -17,7 +18,7 @@ from recontrast.app.commands.prepare import prepare
 from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
 from recontrast.app.commands.train import train
-from recontrast.app.console import Command, CommandGroup, is_silent
+from recontrast.app.console import is_silent
 from recontrast.runtime.termination import interrupt_on_termination
 
 app = typer.Typer(

@@ -11,7 +11,7 @@ import torch
 from command_line import call, fails, works
 from rich.cells import cell_len
 
-from recontrast.app import console, environment, options
+from recontrast.app import console, environment, options, progress_bar, tables
 from recontrast.app.cli import app
 from recontrast.evaluation.results import Result, Row
 from recontrast.runtime.device import resolve_device
@@ -40,7 +40,7 @@ def print_on_terminal(monkeypatch, capsys, width, call):
 @pytest.mark.parametrize("categories", [["bottle", "screw"], ["a category with a long name " * 4, "部品" * 20]])
 def test_numbers_are_never_cut(monkeypatch, capsys, width, categories):
     result = make_result(categories)
-    text = print_on_terminal(monkeypatch, capsys, width, lambda: console.print_result(result))
+    text = print_on_terminal(monkeypatch, capsys, width, lambda: tables.print_result(result))
     for number in ("100.00", *(f"{10 * index + 1.234:.2f}" for index in range(1, 9))):
         assert text.count(number) == 3, number  # two categories and their mean
     assert "…" not in text and all(name in text for name in ("I-AUROC", "AUPRO per image"))
@@ -49,7 +49,7 @@ def test_numbers_are_never_cut(monkeypatch, capsys, width, categories):
 
 
 def test_table_in_a_pipe_is_one_part(capsys):
-    console.print_result(make_result(["bottle" * 40, "screw"]))
+    tables.print_result(make_result(["bottle" * 40, "screw"]))
     text = capsys.readouterr().out
     assert text.count("category") == 1 and "bottle" * 40 in text and text.count("100.00") == 3
 
@@ -60,8 +60,8 @@ def test_table_in_a_pipe_is_one_part(capsys):
 def test_names_in_tables_are_plain_text(monkeypatch, capsys, name):
     result = make_result([name])
     for text in (
-        print_on_terminal(monkeypatch, capsys, 120, lambda: console.print_result(result, title=name)),
-        print_on_terminal(monkeypatch, capsys, 40, lambda: console.print_result(result, title=name)),
+        print_on_terminal(monkeypatch, capsys, 120, lambda: tables.print_result(result, title=name)),
+        print_on_terminal(monkeypatch, capsys, 40, lambda: tables.print_result(result, title=name)),
     ):
         assert console.make_printable(name) in text and "100.00" in text
         text.encode()
@@ -70,7 +70,7 @@ def test_names_in_tables_are_plain_text(monkeypatch, capsys, name):
 def test_progress_of_a_name_with_markup(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with console.ProgressBar("train [/b]") as progress:
+    with progress_bar.ProgressBar("train [/b]") as progress:
         progress(1, 2, "[/red] \x1b[2J")
     shown = capsys.readouterr().err
     assert "train [/b]" in shown and "[/red] \\x1b[2J" in shown

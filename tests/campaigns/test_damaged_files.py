@@ -12,7 +12,7 @@ from PIL import Image
 from small_detectors import export_onnx, export_openvino, export_pt2, save_checkpoint
 
 from recontrast import checkpoint as checkpoints
-from recontrast.app.console import describe_error
+from recontrast.app.errors import describe_error
 from recontrast.data.cache import ImageCache
 from recontrast.inference.detector import open_detector
 from recontrast.models.weights import read_weights

@@ -14,7 +14,7 @@ from hostile import WRONG, payloads, pickle_containers, pt2_files, wrong_descrip
 from small_detectors import RECIPE, build_onnx, export_onnx, export_openvino, export_pt2, save_checkpoint, save_onnx
 
 from recontrast import checkpoint as checkpoints
-from recontrast.app.console import describe_error
+from recontrast.app.errors import describe_error
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import digest
 from recontrast.inference.detector import open_detector

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_data, print_error, print_line
+from recontrast.app.console import print_data, print_error, print_line
 from recontrast.app.options import (
     AllGood,
     Batch,
@@ -19,6 +19,7 @@ from recontrast.app.options import (
     path_option,
     resolve_checkpoint,
 )
+from recontrast.app.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_line, print_result
+from recontrast.app.console import print_line
 from recontrast.app.options import Device, Overwrite, check_writable, path_option
+from recontrast.app.progress_bar import ProgressBar
+from recontrast.app.tables import print_result
 
 
 def demo(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_data, print_error, print_line, print_result
+from recontrast.app.console import print_data, print_error, print_line
 from recontrast.app.options import (
     CheckpointFile,
     Data,
@@ -16,6 +16,8 @@ from recontrast.app.options import (
     path_option,
     resolve_checkpoint,
 )
+from recontrast.app.progress_bar import ProgressBar
+from recontrast.app.tables import print_result
 
 if TYPE_CHECKING:
     from recontrast.calibration.conformal import Calibration

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from recontrast.app.console import ProgressBar, exit_with_error, print_error, print_image_errors, print_line
+from recontrast.app.console import exit_with_error, print_error, print_image_errors, print_line
 from recontrast.app.options import (
     DetectorFile,
     InferenceArguments,
@@ -18,6 +18,7 @@ from recontrast.app.options import (
     path_option,
     resolve_checkpoint,
 )
+from recontrast.app.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from recontrast.app.prediction.predict import Maps, PredictionSummary

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_error, print_line, print_table
+from recontrast.app.console import print_error, print_line
 from recontrast.app.options import check_writable, path_option
+from recontrast.app.progress_bar import ProgressBar
+from recontrast.app.tables import print_table
 
 if TYPE_CHECKING:
     from recontrast.data.prepare import Counts

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, print_line
+from recontrast.app.console import print_line
 from recontrast.app.options import (
     Batch,
     CheckpointFile,
@@ -16,6 +16,7 @@ from recontrast.app.options import (
     path_option,
     resolve_checkpoint,
 )
+from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.report.write import write_report
 from recontrast.data.own_files import check_replaceable
 

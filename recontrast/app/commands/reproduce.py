@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import ProgressBar, exit_with_error, print_line, print_table
+from recontrast.app.console import exit_with_error, print_line
 from recontrast.app.options import (
     Device,
     Overwrite,
@@ -15,6 +15,8 @@ from recontrast.app.options import (
     parse_numbers,
     path_option,
 )
+from recontrast.app.progress_bar import ProgressBar
+from recontrast.app.tables import print_table
 
 
 def reproduce(

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from recontrast.app.commands.evaluate import show_metrics
-from recontrast.app.console import ProgressBar, exit_with_error, is_silent, print_data, print_line
+from recontrast.app.console import exit_with_error, is_silent, print_data, print_line
 from recontrast.app.options import AllGood, Data, Device, expand_home, parse_change, path_option, resolve_checkpoint
+from recontrast.app.progress_bar import ProgressBar
 
 
 def train(  # 27 options and the output; `train_job` does the work

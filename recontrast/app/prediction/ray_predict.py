@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import recontrast
-from recontrast.app.console import describe_error
+from recontrast.app.errors import describe_error
 from recontrast.app.prediction import parquet_parts
 from recontrast.app.prediction.output_files import describe_image_error
 from recontrast.data.atomic import replace_files
