@@ -142,6 +142,59 @@ def test_no_assert_outside_tests():
         assert not lines, f"{path.relative_to(ROOT)}: assert in lines {lines}"
 
 
+# Writes that do not go through `data.atomic`: to an open file, to memory, or to a new temporary folder of our own.
+WRITES = {
+    "recontrast/app/cli.py": {"open(os.devnull, 'w')"},
+    "recontrast/checkpoint/file.py": {"torch.save({_KEY: FORMAT, **content}, file)"},
+    "recontrast/data/heatmaps.py": {"np.save(content, anomaly)"},
+    "recontrast/data/locks.py": {"os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)"},
+    "recontrast/data/prepare.py": {"(folder / MARKER_FILE).write_text(json.dumps(description, indent=1) + '\\n')"},
+    "recontrast/data/regular_file.py": {"os.open(path, flags, 0o666)"},
+    "recontrast/export/export.py": {
+        "torch.export.save(program, path, extra_files={f'{KEY}.json': description})",
+        "onnx.save(path)",
+        "onnx.save(intermediate)",
+        "openvino.save_model(model, path, compress_to_fp16=False)",
+    },
+    "recontrast/inference/file_checks.py": {"path.write_bytes(content)"},
+    "recontrast/inference/pt2_file.py": {"zipfile.ZipFile(buffer, 'w', zipfile.ZIP_STORED)"},
+    "recontrast/app/prediction/parquet_parts.py": {"pq.write_table(table, sink)"},
+}
+
+
+def list_writes(source):
+    """Return the calls that may open a file for writing, except those below a folder named ``staging``."""
+    calls = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        text, name = ast.unparse(node), ast.unparse(node.func).rpartition(".")[2]
+        texts = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+        modes = set(texts) & {"w", "wb", "w+b", "a", "ab", "a+b", "r+", "r+b"}  # "x" opens new files alone
+        is_write = name in ("write_text", "write_bytes", "tofile", "write_table", "save_model", "savez")
+        is_write |= name in ("open", "ZipFile", "TemporaryFile") and bool(modes)
+        is_write |= text.startswith(("np.save(", "torch.save(", "torch.export.save(", "onnx.save("))
+        is_write |= text.startswith("os.open(") and "O_RDONLY" not in text
+        if is_write and not text.startswith("(staging / "):
+            calls.append(text)
+    return calls
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_written_by_one_mechanism(path):
+    """`data.atomic` follows no link and leaves no half file; `open_to_change` continues files of our own."""
+    allowed = {ast.unparse(ast.parse(call)) for call in WRITES.get(str(path.relative_to(ROOT)), ())}
+    assert set(list_writes(path.read_text())) == allowed
+
+
+def test_writes_are_recognised():
+    source = """
+open(p, "w"); p.open("ab"); (out / "a").write_text("b"); np.save(p, a); os.open(p, os.O_CREAT | os.O_WRONLY)
+open(p); p.open("rb"); (staging / "a").write_bytes(b""); os.open(p, os.O_RDONLY); torch.load("a")
+"""
+    assert len(list_writes(source)) == 5
+
+
 def test_import_is_light():
     """`import recontrast` does not import timm, typer, rich, scikit-learn or Pillow."""
     import subprocess

@@ -15,7 +15,7 @@ from typing import Any
 from recontrast.data.regular_file import is_regular, open_regular, read_bytes
 
 _HEAD = 1 << 16  # bytes of a file by which it is recognised
-_LARGEST_LIST = 1 << 30  # bytes of a list of results: those of millions of images
+LARGEST_LIST = 1 << 30  # bytes of a list of results: those of millions of images
 _SCALE = "maps/scale.json"
 _MARKS = ("unfinished-predict.json", "unfinished-evaluate.json")
 # Text at the start of each file that a command writes under a fixed name.
@@ -175,6 +175,6 @@ def check_replaceable(
 def _read_json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
         if is_regular(path):
-            content = json.loads(read_bytes(path, "a list of results", _LARGEST_LIST))
+            content = json.loads(read_bytes(path, "a list of results", LARGEST_LIST))
             return content if isinstance(content, dict) else {}
     return {}

@@ -1,14 +1,15 @@
 """Open files that a user names: only regular files, so that a pipe or a device can neither hang nor harm a command.
 
 Opening a named pipe waits for its writer, and reading a device may never end. Every path given by a user, or found in
-a folder of the user, is therefore opened with the functions below.
+a folder of the user, is therefore opened with the functions below. New files are written by `recontrast.data.atomic`.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from recontrast.data.listing import PathLike
 
@@ -43,6 +44,47 @@ def open_regular(path: PathLike, wanted: str = "a file") -> BinaryIO:
     try:
         _check_mode(path, os.fstat(handle).st_mode, wanted)
         return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def open_to_change(
+    path: PathLike, wanted: str = "a file", *, append: bool = False, create: bool = False, buffering: int = -1
+) -> BinaryIO:
+    """Open a file of this package to write more into it. A symbolic link is refused: it would lead to another file.
+
+    Args:
+        path: Path of the file.
+        wanted: What the file should be, for error messages.
+        append: Whether everything is written at the end of the file, which then cannot be read.
+        create: Whether to create the file if there is none.
+        buffering: As in `open`.
+
+    Returns:
+        The file, opened for writing bytes at its start, or at its end with ``append``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the path is that of a link, a folder, a pipe, a socket or a device.
+        OSError: If the file cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND if append else os.O_RDWR
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    if not create or os.path.lexists(path):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            raise ValueError(f"{path}: wanted {wanted}, got a symbolic link: remove it")
+        _check_mode(path, mode, wanted)  # opening a device can already change its state
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path}: wanted {wanted}, got a symbolic link: remove it") from error
+    try:
+        _check_mode(path, os.fstat(handle).st_mode, wanted)
+        return cast(BinaryIO, os.fdopen(handle, "ab" if append else "r+b", buffering))
     except BaseException:
         os.close(handle)
         raise

@@ -18,6 +18,7 @@ import torch
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
+from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import complete_commits
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import Result, Row
@@ -214,7 +215,7 @@ def _read_rows(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None
     if not path.exists():
         return None
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
+        rows = [Row(**row) for row in json.loads(read_bytes(path, "the results of a run"))["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: wanted the results of a run, got something else") from error
     wanted = {name: sum(sample.split == "test" for sample in group) for name, group in groups.items()}

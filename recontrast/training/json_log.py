@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recontrast.data.atomic import replace_file
-from recontrast.data.regular_file import read_bytes
+from recontrast.data.regular_file import open_to_change, read_bytes
 
 LARGEST = 2**30  # bytes of a log; ten million lines
 
@@ -32,20 +32,26 @@ class JsonLog:
             file.write(content)
 
     def write(self, **values: Any) -> None:
-        """Append one line; if the disk is full, the file is left as it was.
+        """Append one line; if the disk is full, the file is left as it was. A link in its place is not followed.
 
         Args:
             values: Fields of the line, among them ``step``.
 
         Raises:
             OSError: If the line cannot be written.
+            ValueError: If the path of the log is now that of a link, a folder, a pipe or a device.
         """
-        size_before = self.path.stat().st_size
+        line = json.dumps(values).encode() + b"\n"
         try:
-            with self.path.open("ab", buffering=0) as file:
-                file.write(json.dumps(values).encode() + b"\n")
+            with open_to_change(self.path, "the log of this run", append=True, buffering=0) as file:
+                size_before = os.fstat(file.fileno()).st_size
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                except OSError:
+                    os.ftruncate(file.fileno(), size_before)
+                    raise
         except OSError as error:
-            os.truncate(self.path, size_before)
             raise OSError(f"{self.path}: the log could not be written ({error.strerror})") from error
 
 

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from recontrast.data.regular_file import check_regular, is_regular, open_regular, read_bytes
+from recontrast.data.regular_file import check_regular, is_regular, open_regular, open_to_change, read_bytes
 
 
 @pytest.fixture
@@ -67,3 +67,40 @@ def test_content_and_links(tmp_path):
         assert read_bytes(name, largest=3) == b"abc" and is_regular(name)
     with pytest.raises(ValueError, match="wanted a list of at most 2 bytes, got a larger file"):
         read_bytes(path, "a list", 2)
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_links_and_other_kinds_are_not_changed(tmp_path, kinds, append):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    links = {}
+    for name, target in (("to a file", victim), ("to nothing", tmp_path / "none")):
+        links[name] = tmp_path / f"link {name}"
+        links[name].symlink_to(target)
+    for create in (False, True):
+        for path in (*kinds.values(), *links.values()):
+            kind = next((kind for kind, other in kinds.items() if other == path), "")
+            kind = "a symbolic link" if os.path.islink(path) else kind
+            with pytest.raises(ValueError) as error:
+                open_to_change(path, "a log", append=append, create=create)
+            assert str(error.value).startswith(f"{path}: wanted a log, got {kind}")
+    assert victim.read_bytes() == b"mine" and not (tmp_path / "none").exists()
+
+
+def test_link_that_replaces_the_file_after_the_check(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(os, "lstat", os.stat)
+    with pytest.raises(ValueError, match="wanted a file, got a symbolic link: remove it"):
+        open_to_change(tmp_path / "link", append=True)
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+def test_file_is_continued(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(FileNotFoundError):
+        open_to_change(path)
+    for text, options in ((b"abc", {"append": True, "create": True}), (b"de", {"append": True}), (b"X", {})):
+        with open_to_change(path, **options) as file:
+            file.write(text)
+    assert path.read_bytes() == b"Xbcde"

@@ -15,9 +15,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from recontrast.app.prediction.output_files import Prediction
+from recontrast.data.regular_file import open_to_change
 from recontrast.inference.decisions import Decision, Region
 
 LINES, MAPS = "unfinished-predict.jsonl", "unfinished-predict.maps"
+_WANTED = "the journal of an unfinished prediction"
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Journal:
         if self._lines is not None:
             return
         if self.entries:
-            self._lines = (self.out / LINES).open("ab")
-            self._maps = (self.out / MAPS).open("r+b") if self.with_maps else None
+            self._lines = open_to_change(self.out / LINES, _WANTED, append=True)
+            self._maps = open_to_change(self.out / MAPS, _WANTED) if self.with_maps else None
             return
         for name in (LINES, MAPS):  # of another run; a link is removed, not followed
             with suppress(FileNotFoundError):
@@ -121,8 +123,12 @@ class Journal:
     def _read(self) -> None:
         """Read the images that an earlier call scored."""
         try:
-            lines = (self.out / LINES).read_bytes().split(b"\n")
-            maps_end = (self.out / MAPS).stat().st_size if self.with_maps else 0
+            with open_to_change(self.out / LINES, _WANTED) as file:
+                lines = file.read().split(b"\n")
+            maps_end = 0
+            if self.with_maps:
+                with open_to_change(self.out / MAPS, _WANTED) as file:
+                    maps_end = os.fstat(file.fileno()).st_size
             if json.loads(lines[0])["identity"] != json.loads(json.dumps(self.identity)):
                 return
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -141,7 +147,7 @@ class Journal:
             if content["stamp"] == read_stamp(entry.prediction.path):
                 self.entries[entry.prediction.path] = entry
         if lines[-1] and self.entries:  # end the line that was cut off, so that the next one is whole
-            with (self.out / LINES).open("ab") as file:
+            with open_to_change(self.out / LINES, _WANTED, append=True) as file:
                 file.write(b"\n")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from recontrast.data.atomic import replace_file
 from recontrast.data.csv_table import decode_text
 from recontrast.data.images import list_images
-from recontrast.data.regular_file import read_bytes
+from recontrast.data.regular_file import open_regular, open_to_change, read_bytes
 from recontrast.data.temporary import sweep
 from recontrast.inference.decisions import REGION_COLUMNS, describe_undecided
 
@@ -82,7 +82,7 @@ def list_inputs(inputs: Sequence[Path]) -> list[str]:
 def compute_identity(detector: Path, options: Mapping[str, Any]) -> str:
     """Compute the SHA-256 of the detector's file and of the options that change the results."""
     total = hashlib.sha256(json.dumps(dict(options), sort_keys=True).encode())
-    with detector.open("rb") as file:
+    with open_regular(detector, "a detector") as file:
         while block := file.read(1 << 24):
             total.update(block)
     return total.hexdigest()
@@ -122,13 +122,10 @@ def mark_begun(folder: Path, part: Part, tries: int) -> None:
         ValueError: If ``tries`` workers have started the part in this run and none has finished it.
     """
     marker = folder / f".{part.name}.begun"
-    handle = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-    try:
-        if os.fstat(handle).st_size >= tries:
+    with open_to_change(marker, "a marker of this run", append=True, create=True) as file:
+        if os.fstat(file.fileno()).st_size >= tries:
             raise ValueError(f"{tries} workers died over the same {len(part.paths)} images, from {part.paths[0]} on")
-        os.write(handle, b".")
-    finally:
-        os.close(handle)
+        file.write(b".")
 
 
 def remove_leftovers(folder: Path) -> None:

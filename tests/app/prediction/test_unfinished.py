@@ -78,6 +78,24 @@ def test_stopped_run_goes_on_where_it_stopped(checkpoint, folder, tmp_path, monk
     assert read_files(out) == read_files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", [LINES, MAPS])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_journal_behind_a_link_is_not_continued(checkpoint, folder, tmp_path, monkeypatch, name, kind):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    stop_after(monkeypatch, 4)
+    with pytest.raises(Killed):
+        predict(checkpoint, [folder], out, device="cpu", batch=2)
+    monkeypatch.undo()
+    os.rename(out / name, victim)
+    if kind == "link":
+        (out / name).symlink_to(victim)
+    else:
+        os.mkfifo(out / name)
+    content = victim.read_bytes()
+    summary = predict(checkpoint, [folder], out, device="cpu", batch=2, overwrite=True)
+    assert victim.read_bytes() == content and summary.continued == 0 and len(summary.predictions) == 7
+
+
 def test_damaged_end_of_the_journal_is_scored_again(checkpoint, folder, tmp_path, monkeypatch):
     options = {"batch": 2, "device": "cpu"}
     whole = predict(checkpoint, [folder], tmp_path / "whole", **options)
