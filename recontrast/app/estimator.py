@@ -30,6 +30,7 @@ from recontrast.app.estimator_fit import (
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.in_memory import InMemoryImages, as_image_list
+from recontrast.data.own_files import check_replaceable
 from recontrast.inference.calibrate import calibrate
 from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.infer import infer
@@ -288,20 +289,23 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a checkpoint for `recontrast predict`, `evaluate` and other commands; training cannot resume from it.
 
         Args:
-            path: File to write or replace.
+            path: File to write, or a checkpoint to replace.
+            overwrite: Whether a file that this package did not write may be replaced.
 
         Returns:
             The path.
 
         Raises:
             NotFittedError: If `fit` was not called.
+            ValueError: If the path is that of a file of others.
             OSError: If the file cannot be written; an earlier one stays.
         """
         check_is_fitted(self)
+        check_replaceable(Path(path).parent, [Path(path).name], overwrite=overwrite, option="path")
         return checkpoints.save(path, self._on_cpu())
 
     @classmethod

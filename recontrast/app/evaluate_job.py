@@ -18,12 +18,13 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.image_files import assign_result_names
 from recontrast.data.locks import lock_folder
+from recontrast.data.own_files import check_replaceable
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.sources import Images
 from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinished, name_mark, remove_files
 from recontrast.evaluation.category import SampleImages
 from recontrast.evaluation.evaluate import evaluate
-from recontrast.evaluation.results import Result
+from recontrast.evaluation.results import FILES, Result
 from recontrast.inference.infer import max_map_value
 from recontrast.inference.options import InferenceOptions
 from recontrast.models.fold import FoldedModel
@@ -150,13 +151,13 @@ def _measure_and_write(
     written = []
     if out is not None:  # before anything else can fail
         remove_files(out, earlier.difference(names.values(), [] if not names else [SCALE]))
-        written = result.write(out, [name_mark(COMMAND)])
+        written = result.write(out, [name_mark(COMMAND)], overwrite=True)  # checked before
     decisions = None
     if calibration is not None:
         reading = {name: options.get(name) for name in ("workers", "cache_dir")}
         decisions = decide_on_result(result, calibration, groups, recipe, **reading)
         result = replace(result, decided=decisions.to_dict())
-        written = result.write(out) if out is not None else []
+        written = result.write(out, overwrite=True) if out is not None else []
     return result, decisions, written
 
 
@@ -182,6 +183,26 @@ def decide_on_result(
     return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)
 
 
+def check_outputs(
+    out: Path, groups: Mapping[str, Sequence[Sample]], *, save_maps: bool, overwrite: bool, option: str
+) -> None:
+    """Check that an evaluation would replace no file of others and none of its images.
+
+    Args:
+        out: Folder of the results.
+        groups: Samples by category.
+        save_maps: Whether maps are written as well.
+        overwrite: Whether files of others may be replaced.
+        option: Option or argument that names the folder, for the error message.
+
+    Raises:
+        ValueError: If a file of others, a folder or an image has the name of a result.
+    """
+    maps = [*name_maps(groups).values(), SCALE] if save_maps else []
+    images = [path for group in groups.values() for s in group for path in (s.path, s.mask) if path is not None]
+    check_replaceable(out, [*FILES, name_mark(COMMAND), *maps], overwrite=overwrite, inputs=images, option=option)
+
+
 def name_maps(groups: Mapping[str, Sequence[Sample]]) -> dict[Path, str]:
     """Return the path of the map of each test image, relative to the folder of the results."""
     paths = [s.path for group in groups.values() for s in group if s.split == "test"]
@@ -205,7 +226,7 @@ def _list_own_tables(out: Path) -> list[str]:
         is_ours = "rows" in json.loads(read_bytes(out / "results.json"))
     except (OSError, ValueError, TypeError, RecursionError):
         is_ours = False
-    return ["results.json", "results.csv", "results.md", "scores.csv"] if is_ours else []
+    return list(FILES) if is_ours else []
 
 
 def _build_map_writer(

@@ -15,11 +15,13 @@ from recontrast.data import datasets
 from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
+from recontrast.data.own_files import check_replaceable
 from recontrast.models.backbone import get_strides
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.holdout import split_holdout
-from recontrast.training.tensorboard import FOLDER, TensorBoardLogger
+from recontrast.training.run_files import LOG
+from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, list_own_events
 from recontrast.training.train import TrainResult, train
 
 HOLDOUT = 0.1  # share of the good images held out for calibration if no recipe is given
@@ -81,6 +83,7 @@ class TrainJob:
 def prepare_job(
     data: Sequence[Path] | Mapping[str, list[Sample]], recipe: str | None, changes: Mapping[str, Any], *,
     category: str | None, out: Path | None, resume: Path | None, overwrite: bool, all_good: bool = False,
+    option: str = "--out",
 ) -> TrainJob:  # fmt: skip
     """Check the options of a run, and load its recipe and data.
 
@@ -92,8 +95,9 @@ def prepare_job(
         category: Name of one category, "all", or None for the only one.
         out: Folder of the run. None: ``runs/CATEGORY``.
         resume: Checkpoint to continue, with its recipe, category and folder.
-        overwrite: Whether ``out`` may hold a checkpoint.
+        overwrite: Whether ``out`` may hold a checkpoint, and files of others in the way.
         all_good: Whether all images in plain folders are good, see `recontrast.data.datasets.load`.
+        option: Option or argument that names ``out``, for error messages.
 
     Returns:
         The checked run.
@@ -129,7 +133,8 @@ def prepare_job(
     check_size(changed)
     if copies:  # without good images, training raises the error
         split_holdout(copies, changed.holdout, changed.seed, copies)
-    check_writable(job.out)
+    check_writable(job.out, option)
+    check_replaceable(job.out, [yaml_file.FILE_NAME, LOG], overwrite=overwrite, option=option)
     return job
 
 
@@ -157,7 +162,7 @@ def run_job(
         if not is_silent():
             stack.enter_context(lock_folder(job.out))
             _check_target(job)  # again: another process may have finished a run in the meantime
-        replaced = list((job.out / FOLDER).glob("events.*")) if tensorboard and job.resume is None else []
+        replaced = list_own_events(job.out / FOLDER) if tensorboard and job.resume is None else []
         board = TensorBoardLogger(job.out / FOLDER, keep=job.done) if tensorboard else None
         if board is not None:
             stack.callback(board.close)

@@ -32,11 +32,13 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "scale.json": (b'{\n "format": ',),
     "unfinished-predict.json": (b'{\n "note": ',),
     "unfinished-evaluate.json": (b'{\n "note": ',),
+    "unfinished-demo.json": (b'{\n "note": ',),
     "unfinished-predict.jsonl": (b'{"identity": ',),
 }
 _RECIPE_FIELDS = (b"name:", b"\nbackbone:", b"\ndecoder_lr:", b"\ncheckpoint_every:", b"\nmask_rule:")
 _REPORT = b"Anomaly detection report"
 _MODEL = b"recontrast"  # in the description that an exported file holds
+_CHECKPOINT = b"recontrast_checkpoint"  # a key in the first member of the archive
 _MODEL_SUFFIXES = (".onnx", ".pt2", ".xml")
 
 
@@ -71,7 +73,9 @@ def is_own(path: Path) -> bool:
         return not head or (head.startswith(b'{"') and b'"step": ' in head)  # empty until the first line
     if path.name == "comparison.md":
         return head.startswith(b"# ") and b"\n| entry | category |" in head
-    if path.name == "checkpoint.pt":
+    if head.startswith(b"PK\3\4") and _CHECKPOINT in head:
+        return True
+    if path.name == "checkpoint.pt":  # damaged
         return is_own(path.with_name("recipe.yaml"))
     return head.startswith(_STARTS.get(path.name, ()))
 
@@ -141,13 +145,14 @@ def check_replaceable(
         names: Paths of the files that are to be written, relative to the folder.
         overwrite: Whether files of others may be replaced.
         inputs: Files that are read, which are never replaced.
-        option: Option that names the folder, for the error message.
+        option: Option or argument that names the folder, such as "--out" or "out", for the error message.
 
     Raises:
         ValueError: If a file of others, a folder or an input has one of the names.
     """
     if not folder.is_dir():
         return
+    permission = "--overwrite" if option.startswith("--") else "overwrite=True"
     own: set[str] | None = None
     real = os.path.realpath(folder)
     read = {os.path.realpath(path) for path in inputs}
@@ -168,7 +173,7 @@ def check_replaceable(
         if name not in own and not is_own(path):
             raise ValueError(
                 f"{option}: wanted a folder without files of others, got {path}, which recontrast did not write: "
-                "choose another folder or add --overwrite"
+                f"choose another folder or add {permission}"
             )
 
 

@@ -6,15 +6,19 @@ mirroring. Most defects are detectable, but not all, so that scores can differ.
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from recontrast.data.atomic import replace_file
 from recontrast.data.heatmaps import save_png
+from recontrast.data.listing import is_hidden
+from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import sweep, temporary_folder
 
 NAMES = ("brick", "grass", "gravel")
@@ -23,6 +27,10 @@ TRAIN_SHARE = 0.55  # share of a photograph's width used for training; the rest 
 SCALES = (0.5, 0.6)  # side of a crop relative to the image; crops are enlarged, to suit a small bottleneck
 MIN_CONTRAST = 18  # mean difference between a defect and the surface that it covers, grey levels
 MAX_TRIES = 20  # then the last attempt is used: on a uniform image, a misplaced piece is never visible
+# Files of `make_demo`, with the split of the images and the number of the image.
+_OWN_PATH = re.compile(
+    rf"({'|'.join(NAMES)})/(train(?=/good)|test|ground_truth)/(good|{'|'.join(KINDS)})/(\d{{3,6}})(_mask)?\.png"
+)
 MARKER_FILE = "synthetic.json"  # identifies folders made by `make_demo`; only such folders are replaced
 
 
@@ -42,7 +50,9 @@ def photographs() -> dict[str, np.ndarray]:
     return {name: np.asarray(Image.open(folder / f"{name}.png").convert("L")) for name in NAMES}
 
 
-def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 128, seed: int = 0) -> Path:
+def make_demo(
+    root: Path | str, *, train: int = 60, test: int = 32, size: int = 128, seed: int = 0, overwrite: bool = False
+) -> Path:
     """Write the data set in MVTec AD layout, as greyscale PNG: ``root/NAME/{train,test,ground_truth}/...``.
 
     A folder from an earlier call is used again if the arguments are the same, and replaced otherwise.
@@ -54,6 +64,7 @@ def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 
             kinds of defect.
         size: Side of an image, from 32 to 256 pixels.
         seed: Seed for crops and defects.
+        overwrite: Whether files of others in a folder from an earlier call may be removed.
 
     Returns:
         ``root``.
@@ -71,8 +82,10 @@ def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 
     if root.exists() and any(root.iterdir()):
         if not (root / MARKER_FILE).is_file():
             raise ValueError(f"{root} is not empty and was not made by the demo: name another folder")
-        if json.loads((root / MARKER_FILE).read_text()) == arguments:
+        if (former := _read_marker(root / MARKER_FILE)) == arguments:
             return root
+        if not overwrite:
+            _refuse_other_files(root, former)
     root.parent.mkdir(parents=True, exist_ok=True)
     sweep(root.parent)
     with temporary_folder(root.parent) as draft:
@@ -84,6 +97,27 @@ def make_demo(root: Path | str, *, train: int = 60, test: int = 32, size: int = 
                 os.replace(root, replaced / "data")
             os.replace(draft, root)
     return root
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    """Return the arguments of the call that made a folder; empty if its marker is damaged."""
+    try:
+        content = json.loads(read_bytes(path))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _refuse_other_files(root: Path, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if a folder of an earlier call holds a file that the call did not write."""
+    counts = {split: count for split in ("train", "test") if isinstance(count := arguments.get(split), int)}
+    for path in sorted(root.rglob("*")):
+        if (path.is_dir() and not path.is_symlink()) or is_hidden(path.name) or path == root / MARKER_FILE:
+            continue
+        match = _OWN_PATH.fullmatch(path.relative_to(root).as_posix())
+        if match is None or int(match[4]) >= counts.get("train" if match[2] == "train" else "test", 0):
+            raise ValueError(f"{root}: wanted a folder with nothing but images of the demo, which are drawn anew, "
+                             f"got {path}: move it, name another folder or add --overwrite")  # fmt: skip
 
 
 def _draw_all(root: Path, train: int, test: int, size: int, seed: int) -> None:

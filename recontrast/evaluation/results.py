@@ -9,6 +9,7 @@ from typing import Any
 from recontrast.data.atomic import replace_files
 from recontrast.data.csv_table import Rounded, format_table
 from recontrast.data.markdown import escape_markdown, format_row
+from recontrast.data.own_files import check_replaceable
 
 FILES = ("results.json", "results.csv", "results.md", "scores.csv")  # of `Result.write`
 # Field of `Row` -> heading in tables. The two forms of AUPRO are not comparable, see `recontrast.metrics.aupro`.
@@ -190,19 +191,22 @@ class Result:
         table += [[*astuple(scored)[:-1], Rounded(scored.score)] for scored in self.scored]
         return format_table(table).decode(errors="surrogateescape")
 
-    def write(self, folder: str | Path, remove: Sequence[str] = ()) -> list[Path]:
+    def write(self, folder: str | Path, remove: Sequence[str] = (), *, overwrite: bool = False) -> list[Path]:
         """Write ``results.json``, ``results.csv``, ``results.md`` and ``scores.csv``, all at once.
 
         Args:
             folder: Folder of the files, created if necessary.
             remove: Names of other files in ``folder`` to remove at the same moment.
+            overwrite: Whether files of these names that this package did not write may be replaced.
 
         Returns:
             Paths of the four files.
 
         Raises:
+            ValueError: If a file of others has one of the names.
             OSError: If a file cannot be written; existing files are then unchanged.
         """
+        check_replaceable(Path(folder), FILES, overwrite=overwrite, option="folder")
         texts = {
             "results.json": json.dumps(self.to_dict(), indent=1) + "\n",
             "results.csv": self.to_csv(),

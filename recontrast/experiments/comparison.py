@@ -8,7 +8,10 @@ from typing import Any
 from recontrast.data.atomic import replace_files
 from recontrast.data.csv_table import format_table
 from recontrast.data.markdown import escape_markdown, format_row
+from recontrast.data.own_files import check_replaceable
 from recontrast.evaluation.results import METRICS
+
+FILES = ("comparison.json", "comparison.csv", "comparison.md")  # of `Comparison.write`
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,21 @@ class Comparison:
         notes = map(escape_markdown, self.notes)
         return "\n".join([*lines, "Percent; ± is the standard deviation over seeds.", *notes]) + "\n"
 
-    def write(self, folder: Path) -> list[Path]:
+    def write(self, folder: Path, *, overwrite: bool = False) -> list[Path]:
         """Write ``comparison.json``, ``comparison.csv`` and ``comparison.md``.
 
         Args:
             folder: Folder of the files, created if necessary.
+            overwrite: Whether files of these names that this package did not write may be replaced.
 
         Returns:
             Paths of the three files.
 
         Raises:
+            ValueError: If a file of others has one of the names.
             OSError: If a file cannot be written; existing files are then unchanged.
         """
+        check_replaceable(folder, FILES, overwrite=overwrite, option="folder")
         texts = {"json": json.dumps(self.to_dict(), indent=1) + "\n", "csv": self.to_csv(), "md": self.to_markdown()}
         with replace_files(folder) as staging:
             for suffix, text in texts.items():

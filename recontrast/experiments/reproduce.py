@@ -18,10 +18,13 @@ import torch
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
+from recontrast.data.own_files import check_replaceable
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import complete_commits
 from recontrast.evaluation.evaluate import evaluate
+from recontrast.evaluation.results import FILES as RESULT_FILES
 from recontrast.evaluation.results import Result, Row
+from recontrast.experiments.comparison import FILES as COMPARISON_FILES
 from recontrast.experiments.comparison import Comparison, Line
 from recontrast.experiments.paper_tables import TABLES, Entry, Table
 from recontrast.recipes import yaml_file
@@ -29,6 +32,7 @@ from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe, list_differences
 from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
+from recontrast.training.run_files import CHECKPOINT, LOG
 from recontrast.training.state import FREE_ON_RESUME
 from recontrast.training.train import train
 
@@ -80,6 +84,7 @@ def reproduce(
     device: str | None = None,
     cache_dir: str | Path | None = None,
     keep: bool = False,
+    overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> Comparison:
     """Train and evaluate the missing runs of a table, and compare all results with the paper.
@@ -97,6 +102,7 @@ def reproduce(
         device: Device, see `recontrast.training.train.train`.
         cache_dir: Folder for decoded images, see `recontrast.training.train.train`.
         keep: Whether to keep the checkpoints of finished runs, of a gigabyte or more each.
+        overwrite: Whether files in ``out`` and its folders that this package did not write may be replaced.
         on_step: Function called with the activity, the steps or images done, their total, and the status.
 
     Returns:
@@ -104,7 +110,7 @@ def reproduce(
 
     Raises:
         ValueError: If there is no such table, entry or category, a category has no test images, a change concerns a
-            field that the table sets itself, or ``out`` holds runs of another recipe.
+            field that the table sets itself, or ``out`` holds runs of another recipe or files of others in the way.
     """
     if name not in TABLES:
         raise ValueError(f"reproduce: table: wanted one of {', '.join(TABLES)}, got {name!r}")
@@ -121,6 +127,7 @@ def reproduce(
     seeds = list(seeds) or [RECIPES[table.recipe].seed]
     rows: dict[str, dict[int, list[Row]]] = {entry: {} for entry in entries or names}
     runs = _plan_runs(table, list(rows), groups, seeds, changes)
+    _check_files(runs, out, overwrite)
     with ExitStack() as stack:
         world, resolved_device = stack.enter_context(distributed.join_processes(device))
         if world.first:
@@ -132,7 +139,7 @@ def reproduce(
         lines = [line for entry in rows for line in _compare_entry(table, table.entry(entry), rows[entry])]
         comparison = Comparison(name, table.title, lines, _write_notes(table, list(groups), seeds, changes))
         if world.first:
-            comparison.write(out)
+            comparison.write(out, overwrite=True)  # checked before
     return comparison
 
 
@@ -156,6 +163,15 @@ def _plan_runs(
     return runs
 
 
+def _check_files(runs: Sequence[ExperimentRun], out: Path, overwrite: bool) -> None:
+    """Check that no file of others would be replaced, before the first training starts."""
+    check_replaceable(out, COMPARISON_FILES, overwrite=overwrite)
+    names = [CHECKPOINT, LOG, yaml_file.FILE_NAME, *RESULT_FILES]
+    for run in runs:
+        for name in dict.fromkeys([run.name, *(entry.name for entry in run.entries)]):
+            check_replaceable(run.folder(out, name), names, overwrite=overwrite)
+
+
 def _complete_run(
     run: ExperimentRun,
     out: Path,
@@ -177,7 +193,7 @@ def _complete_run(
     if len(rows) == len(recipes):
         return rows
     folder, title = run.folder(out, run.name), f"{run.name} {run.category} seed {run.recipe.seed}"
-    target, total = folder / "checkpoint.pt", run.recipe.steps
+    target, total = folder / CHECKPOINT, run.recipe.steps
     samples = [sample for group in run.groups.values() for sample in group]
     trained = train(
         run.recipe, samples, category=run.category, out=folder, device=device, cache_dir=cache_dir,
@@ -201,7 +217,7 @@ def _complete_run(
 def _write_results(folder: Path, recipe: Recipe, result: Result) -> None:
     """Write the recipe, then the results, so that there are never results without their recipe."""
     yaml_file.write_recipe(folder / yaml_file.FILE_NAME, recipe)
-    result.write(folder)
+    result.write(folder, overwrite=True)  # checked before the first training
 
 
 def _read_rows(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:

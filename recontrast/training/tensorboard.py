@@ -8,12 +8,15 @@ import numpy as np
 
 from recontrast.data.datasets import Sample
 from recontrast.data.images import read_image
+from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.tiles import Tiles
 from recontrast.inference.infer import infer
 from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import Recipe
 
 FOLDER = "tensorboard"  # in the folder of the run
+_RATE = "images per second"
+_HEAD = 1 << 16  # bytes of a file by which it is recognised
 
 
 class TensorBoardLogger:
@@ -47,7 +50,7 @@ class TensorBoardLogger:
             rate: Images per second.
             alpha: Threshold of hard points, in standard deviations.
         """
-        for name, value in (("loss", loss), ("images per second", rate), ("alpha", alpha)):
+        for name, value in (("loss", loss), (_RATE, rate), ("alpha", alpha)):
             self.writer.add_scalar(f"train/{name}", value, step)
 
     def images(self, step: int, model: ReContrast, samples: Sequence[Sample], recipe: Recipe, count: int = 8) -> None:
@@ -73,6 +76,24 @@ class TensorBoardLogger:
     def close(self) -> None:
         """Write buffered events and close the files."""
         self.writer.close()
+
+
+def list_own_events(folder: Path) -> list[Path]:
+    """List the event files that runs of this package wrote, by their content.
+
+    Args:
+        folder: Folder of event files; it need not exist.
+
+    Returns:
+        Paths of the files with at least one log line of a run. Events of other programs are not among them.
+    """
+    own = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        if is_regular(path) and not path.is_symlink():
+            with open_regular(path) as file:
+                if _RATE.encode() in file.read(_HEAD):
+                    own.append(path)
+    return own
 
 
 def _read_input(sample: Sample, recipe: Recipe) -> np.ndarray:

@@ -30,14 +30,11 @@ def demo(
 ) -> None:
     """Train one detector for three photographed surfaces with drawn defects, in minutes on a CPU."""
     from recontrast.app import demo as demonstration
-    from recontrast.data.own_files import check_replaceable
-    from recontrast.evaluation.results import FILES
 
     check_writable(out)
-    check_replaceable(out, ["recipe.yaml", "log.jsonl", *FILES], overwrite=overwrite)
     with ProgressBar("train") as progress:
         result = demonstration.run_demo(
-            out, steps=steps, seed=seed, short=short, compare=compare, device=device,
+            out, steps=steps, seed=seed, short=short, compare=compare, device=device, overwrite=overwrite,
             on_step=lambda variant, step, steps, loss, rate: progress(
                 step, steps, f"{variant}: loss {loss:.4f}, {rate:.1f} images/s"),
         )  # fmt: skip

@@ -50,11 +50,9 @@ def evaluate(
 ) -> None:
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast import checkpoint as checkpoints
-    from recontrast.app.evaluate_job import name_maps
+    from recontrast.app.evaluate_job import check_outputs
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
-    from recontrast.data.own_files import check_replaceable
-    from recontrast.evaluation.results import FILES
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -66,9 +64,7 @@ def evaluate(
     _, world_device = context.with_resource(distributed.join_processes(inference.device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
     if out is not None:
-        maps = name_maps(groups).values() if save_maps else ()
-        images = [sample.path for group in groups.values() for sample in group]
-        check_replaceable(out, [*FILES, *maps], overwrite=overwrite, inputs=images)
+        check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
     print_data(datasets.describe(groups))
     model, recipe, stored = checkpoints.load_model(file, world_device)
     if stored.calibration is not None:

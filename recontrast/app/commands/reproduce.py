@@ -42,19 +42,17 @@ def reproduce(
     overwrite: Overwrite = False,
 ) -> None:
     """Reproduce a table of the paper and print both results; a second call continues the first."""
-    from recontrast.data.own_files import check_replaceable
     from recontrast.experiments.reproduce import reproduce as run
 
     out = out or Path("runs") / name
     check_writable(out)
-    check_replaceable(out, [f"comparison.{kind}" for kind in ("json", "csv", "md")], overwrite=overwrite)
     try:
         with ProgressBar("") as progress:
             comparison = run(
                 name, data, out, seeds=parse_numbers("--seeds", seeds),
                 categories=parse_list(categories), entries=parse_list(entries),
                 changes=dict(map(parse_change, changes or [])),
-                device=device, cache_dir=cache, keep=keep,
+                device=device, cache_dir=cache, keep=keep, overwrite=overwrite,
                 on_step=lambda task, done, total, note: progress(done, total, f"{task}: {note}"),
             )  # fmt: skip
     except KeyboardInterrupt:

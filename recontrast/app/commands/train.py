@@ -108,7 +108,7 @@ def train(  # 27 options and the output; `train_job` does the work
     job = application.prepare_job(
         data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite, all_good=all_good
     )
-    check_replaceable(job.out, ["recipe.yaml", "log.jsonl", *TABLES], overwrite=overwrite)
+    check_replaceable(job.out, TABLES, overwrite=overwrite)
     print_data(datasets.describe(job.groups))
     if (holdout_note := job.describe_holdout()) is not None:
         print_line(holdout_note)
