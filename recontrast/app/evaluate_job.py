@@ -17,6 +17,7 @@ from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.image_files import assign_result_names
+from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.regular_file import read_bytes
@@ -213,9 +214,9 @@ def _list_earlier_maps(out: Path) -> set[str]:
     """List the maps of earlier evaluations, finished or not, and the file of their scale."""
     names = list_unfinished(out, COMMAND) or set()
     try:
-        listed = json.loads(read_bytes(out / SCALE))["files"]
+        listed = parse_json(read_bytes(out / SCALE))["files"]
         names |= {SCALE, *(name for name in listed if isinstance(name, str))}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no maps, or those of an older version
+    except (OSError, ValueError, KeyError, TypeError):  # no maps, or those of an older version
         pass
     return {name for name in names if name.startswith("maps/") and is_inside(name)}
 
@@ -223,8 +224,8 @@ def _list_earlier_maps(out: Path) -> set[str]:
 def _list_own_tables(out: Path) -> list[str]:
     """List the tables of a finished evaluation in a folder."""
     try:
-        is_ours = "rows" in json.loads(read_bytes(out / "results.json"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        is_ours = "rows" in parse_json(read_bytes(out / "results.json"))
+    except (OSError, ValueError, TypeError):
         is_ours = False
     return list(FILES) if is_ours else []
 

@@ -13,6 +13,7 @@ from recontrast.data.regular_file import read_bytes
 # Spreadsheets run a cell that begins with one of these as a formula (OWASP, "CSV Injection"), also in full width.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _QUOTED = re.compile(r"[,;\t\r\n\"]|^\s|\s$")  # semicolons separate the cells in some languages
+_LARGEST_QUOTE = 200  # characters
 _LARGEST = 2**30  # bytes of a table: the scores of ten million images
 _BYTE_ORDER_MARKS = (
     (b"\xef\xbb\xbf", "utf-8"),
@@ -77,6 +78,12 @@ def _format_cell(cell: Any) -> str:
     return text
 
 
+def shorten(text: str) -> str:
+    """Return text of a file as error messages quote it: one line of at most 200 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LARGEST_QUOTE else f"{line[:_LARGEST_QUOTE]}..."
+
+
 def decode_text(path: Path, content: bytes) -> str:
     """Decode a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
@@ -133,7 +140,7 @@ def read_table(path: Path, columns: Sequence[str], *, own: bool = False) -> list
         reader = csv.reader(io.StringIO(text, newline=""))
         header = [name.strip() for name in next(reader, [])]
         if missing := [name for name in columns if name not in header]:
-            got = ", ".join(header) or "an empty file"
+            got = shorten(", ".join(header)) or "an empty file"
             raise ValueError(f"{path}: wanted the columns {', '.join(columns)}, got {got}: {missing[0]} is missing")
         for cells in reader:
             location = f"{path} line {reader.line_num}"
@@ -145,7 +152,7 @@ def read_table(path: Path, columns: Sequence[str], *, own: bool = False) -> list
             key = row[columns[0]]
             if key in lines_by_key:
                 first = lines_by_key[key]
-                raise ValueError(f"{location}: wanted each {columns[0]} once, got {key} again, as in {first}")
+                raise ValueError(f"{location}: wanted each {columns[0]} once, got {shorten(key)} again, as in {first}")
             lines_by_key[key] = f"line {reader.line_num}"
             table.append(row)
     except FileNotFoundError:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from recontrast.data import datasets
-from recontrast.data.csv_table import TableRow, read_table
+from recontrast.data.csv_table import TableRow, read_table, shorten
 from recontrast.data.datasets import GOOD
 from recontrast.data.decode import decode
 from recontrast.data.fundus import read_fundus
@@ -95,13 +95,13 @@ def read_visa(source: Path) -> Plan:
     for row in read_table(root / table, ("image", "object", "split", "label", "mask")):
         category, split, is_good = row["object"], row["split"], row["label"] == "normal"
         if split not in ("train", "test"):
-            raise ValueError(f"{row.location}: wanted the split train or test, got {split!r}")
+            raise ValueError(f"{row.location}: wanted the split train or test, got {shorten(split)!r}")
         if split == "train" and not is_good:
             raise ValueError(
-                f"{row.location}: wanted normal images for training, got one with the label {row['label']}"
+                f"{row.location}: wanted normal images for training, got one with the label {shorten(row['label'])}"
             )
         if not category or is_hidden(category) or category in (".", "..") or "/" in category:
-            raise ValueError(f"{row.location}: wanted the name of an object, got {category!r}")
+            raise ValueError(f"{row.location}: wanted the name of an object, got {shorten(category)!r}")
         image = files.resolve(row, row["image"])
         name = PurePosixPath(row["image"]).name
         entries.append(Entry(f"{category}/{split}/{GOOD if is_good else BAD}/{name}", image))
@@ -134,7 +134,7 @@ def read_aptos(source: Path) -> Plan:
     for row in read_table(root / "train.csv", ("id_code", "diagnosis")):
         name, grade = f"{row['id_code']}.png", row["diagnosis"]
         if grade not in APTOS_GRADES:
-            raise ValueError(f"{row.location}: wanted a diagnosis from 0 to 4, got {grade!r}")
+            raise ValueError(f"{row.location}: wanted a diagnosis from 0 to 4, got {shorten(grade)!r}")
         image = files.resolve(row, f"train_images/{name}")
         if grade == "0":
             normal.append(image)
@@ -204,7 +204,7 @@ def read_isic2018(source: Path) -> Plan:
             except ValueError:
                 values = []
             if sorted(values) != [0.0] * (len(ISIC_CLASSES) - 1) + [1.0]:
-                cells = ", ".join(row[name] for name in ISIC_CLASSES)
+                cells = shorten(", ".join(row[name] for name in ISIC_CLASSES))
                 raise ValueError(f"{row.location}: wanted one of {', '.join(ISIC_CLASSES)} to be 1, got {cells}")
             kind = ISIC_CLASSES[values.index(1.0)]
             if split == "test" or kind == ISIC_NORMAL:
@@ -253,7 +253,7 @@ class _ListedFiles:
         """Return the path of the file ``name`` of a row; the file can be missing."""
         relative = PurePosixPath(name)
         if not is_image(relative.name) or relative.is_absolute() or ".." in relative.parts:
-            raise ValueError(f"{row.location}: wanted the path of its {kind} below {self.root}, got {name!r}")
+            raise ValueError(f"{row.location}: wanted the path of its {kind} below {self.root}, got {shorten(name)!r}")
         path = self.root / relative
         if not path.is_file():
             self.first_error = self.first_error or f"{row.location}: wanted the {kind} {path}, got no such file"

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from recontrast.data.json_text import parse_json
 from recontrast.data.listing import PathLike
 from recontrast.data.temporary import is_lockable, sweep, try_lock
 
@@ -237,8 +238,8 @@ def _write_holder(handle: int) -> None:
 def _read_holder(handle: int) -> dict[str, Any] | None:
     """Read who holds a lock; None if it is not written yet."""
     try:
-        holder = json.loads(os.pread(handle, _HOLDER_BYTES, 0))
-    except (OSError, ValueError, RecursionError):
+        holder = parse_json(os.pread(handle, _HOLDER_BYTES, 0))
+    except (OSError, ValueError):
         return None
     return holder if isinstance(holder, dict) else None
 

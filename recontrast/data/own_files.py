@@ -4,7 +4,6 @@ Tables and reports are recognised by how they begin, also those of earlier versi
 ``scores.json``, ``maps/scale.json`` and the marks of unfinished commands list.
 """
 
-import json
 import mmap
 import os
 from collections.abc import Collection, Iterable
@@ -12,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import is_regular, open_regular, read_bytes
 
 _HEAD = 1 << 16  # bytes of a file by which it is recognised
@@ -178,8 +178,8 @@ def check_replaceable(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError):
         if is_regular(path):
-            content = json.loads(read_bytes(path, "a list of results", LARGEST_LIST))
+            content = parse_json(read_bytes(path, "a list of results", LARGEST_LIST))
             return content if isinstance(content, dict) else {}
     return {}

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from recontrast.data.atomic import replace_file
 from recontrast.data.heatmaps import save_png
+from recontrast.data.json_text import parse_json
 from recontrast.data.listing import is_hidden
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import sweep, temporary_folder
@@ -102,8 +103,8 @@ def make_demo(
 def _read_marker(path: Path) -> dict[str, Any]:
     """Return the arguments of the call that made a folder; empty if its marker is damaged."""
     try:
-        content = json.loads(read_bytes(path))
-    except (ValueError, RecursionError):
+        content = parse_json(read_bytes(path))
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 
 from filelock import lock_descriptor
 
+from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import read_bytes
 
 _LOCKED_NAME = re.compile(r"\.recontrast-[0-9a-f]{16}\.tmp")
@@ -204,9 +205,9 @@ def undo_commit(staging: Path) -> None:
 def _read_commit(staging: Path) -> tuple[list[str], list[str]] | None:
     """Return the names to replace and to remove; None if the record is not one that `write_commit` wrote."""
     try:
-        commit = json.loads(read_bytes(staging / COMMIT))
+        commit = parse_json(read_bytes(staging / COMMIT))
         names, removed = commit["replace"], commit["remove"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(names, list) or not isinstance(removed, list):
         return None

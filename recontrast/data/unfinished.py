@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from recontrast.data.atomic import replace_files
+from recontrast.data.json_text import parse_json
 from recontrast.data.locks import describe_process
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import complete_commits
@@ -50,11 +51,11 @@ def list_unfinished(folder: Path, command: str) -> set[str] | None:
         The files, relative to ``folder``; None if the folder has no mark.
     """
     try:
-        content = json.loads(read_bytes(folder / name_mark(command)))
+        content = parse_json(read_bytes(folder / name_mark(command)))
         return {name for name in content["files"] if is_inside(name)}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged
+    except (OSError, ValueError, KeyError, TypeError):  # damaged
         return set()
 
 

@@ -6,10 +6,12 @@ from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from recontrast.checkpoint.fields import is_finite
 from recontrast.data.atomic import replace_files
 from recontrast.data.csv_table import Rounded, format_table
 from recontrast.data.markdown import escape_markdown, format_row
 from recontrast.data.own_files import check_replaceable
+from recontrast.recipes.describe import describe_value
 
 FILES = ("results.json", "results.csv", "results.md", "scores.csv")  # of `Result.write`
 # Field of `Row` -> heading in tables. The two forms of AUPRO are not comparable, see `recontrast.metrics.aupro`.
@@ -63,6 +65,37 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     note: str = ""
+
+
+def parse_row(values: Any) -> Row:
+    """Create a row from the values in results.json.
+
+    Args:
+        values: Stored values, of any type.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: If the values are not those of a row.
+    """
+    if not isinstance(values, dict) or not {"category", "images", "defects"} <= values.keys() <= _ROW_FIELDS:
+        raise ValueError("wanted the fields of a row, got others")
+    for name, value in values.items():
+        if name in ("category", "note"):
+            is_valid = isinstance(value, str)
+        elif name in ("images", "defects"):
+            is_valid = type(value) is int and value >= 0
+        elif name in ("seconds", "bounds"):
+            is_valid = isinstance(value, dict) and all(map(is_finite, value.values()))
+        else:
+            is_valid = value is None or is_finite(value)
+        if not is_valid:
+            raise ValueError(f"{name}: wanted a valid value, got {describe_value(value)}")
+    return Row(**values)
+
+
+_ROW_FIELDS = {f.name for f in fields(Row)}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ The folder of a table has one folder ``ENTRY/CATEGORY/seed-N`` for each run, wit
 call continues an interrupted one: it skips runs with results, and resumes runs with a checkpoint.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +16,14 @@ import torch
 
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
+from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import complete_commits
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import FILES as RESULT_FILES
-from recontrast.evaluation.results import Result, Row
+from recontrast.evaluation.results import Result, Row, parse_row
 from recontrast.experiments.comparison import FILES as COMPARISON_FILES
 from recontrast.experiments.comparison import Comparison, Line
 from recontrast.experiments.paper_tables import TABLES, Entry, Table
@@ -231,7 +231,7 @@ def _read_rows(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None
     if not path.exists():
         return None
     try:
-        rows = [Row(**row) for row in json.loads(read_bytes(path, "the results of a run"))["rows"]]
+        rows = [parse_row(row) for row in parse_json(read_bytes(path, "the results of a run"))["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: wanted the results of a run, got something else") from error
     wanted = {name: sum(sample.split == "test" for sample in group) for name, group in groups.items()}

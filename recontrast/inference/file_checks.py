@@ -1,12 +1,12 @@
 """Checks shared by all formats of exported detectors: the stored description, and the checksum of the file."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recontrast.checkpoint.fields import is_finite, parse_calibration, parse_recipe
+from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import open_regular
 from recontrast.recipes.describe import describe_value
 
@@ -55,9 +55,9 @@ def parse_description(path: Path, text: str | None) -> dict[str, Any]:
     try:
         if len(text) > _LARGEST_DESCRIPTION:
             raise ValueError(f"more than {_LARGEST_DESCRIPTION:,} characters")
-        description = json.loads(text)
+        description = parse_json(text)
         file_format, version = description["format"], description["recontrast"]
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise ForeignFileError(
             f"{path}: wanted a file that recontrast export wrote, got one with a damaged description"
         ) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recontrast.data.archive import Archive, Member
+from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import open_regular
 from recontrast.inference.file_checks import KEY, ForeignFileError, parse_description
 from recontrast.recipes.describe import describe_value
@@ -103,8 +104,8 @@ def _check_names(members: Mapping[str, Member]) -> None:
 
 def _parse_json(content: bytes) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parse_json(content)
+    except ValueError as error:
         raise _ForeignPartError("invalid JSON") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recontrast.data.atomic import replace_file
+from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import open_to_change, read_bytes
 
 LARGEST = 2**30  # bytes of a log; ten million lines
@@ -94,8 +95,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _parse_line(row: bytes) -> dict[str, Any] | None:
     """Parse one line of a log; None if it is damaged."""
     try:
-        line = json.loads(row)
-    except (ValueError, RecursionError):  # among them bytes that are not UTF-8
+        line = parse_json(row)
+    except ValueError:  # among them bytes that are not UTF-8
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**63:
         return None

@@ -1,6 +1,5 @@
 """Files of a training run: checkpoint, log and recipe, which always belong to the same run."""
 
-import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from recontrast import checkpoint
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.atomic import replace_files
+from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.temporary import temporary_folder
@@ -90,6 +90,6 @@ class RunFiles:
     def _has_results(self) -> bool:
         """Return whether the folder holds results that an evaluation of the earlier run wrote."""
         try:
-            return "rows" in json.loads(read_bytes(self.folder / RESULTS[0]))
-        except (OSError, ValueError, TypeError, RecursionError):
+            return "rows" in parse_json(read_bytes(self.folder / RESULTS[0]))
+        except (OSError, ValueError, TypeError):
             return False

@@ -13,6 +13,7 @@ from small_detectors import export_onnx, export_openvino, export_pt2, save_check
 
 from recontrast import checkpoint as checkpoints
 from recontrast.app.errors import describe_error
+from recontrast.app.prediction import parquet_parts
 from recontrast.data.cache import ImageCache
 from recontrast.inference.detector import open_detector
 from recontrast.models.weights import read_weights
@@ -160,3 +161,17 @@ def test_log(campaign, tmp_path):
         return len(result) >= len(Path(path).read_bytes().split(b"\n")) - 3
 
     try_damages(campaign, path, read_log, is_equal=keeps_whole_lines)
+
+
+def test_part_of_predictions(campaign, tmp_path):
+    paths = tuple(f"/images/{index}.png" for index in range(20))
+    rows = [{"path": path, "score": index / 7, "decision": "good"} for index, path in enumerate(paths)]
+    part = parquet_parts.Part("part-a.parquet", paths)
+    parquet_parts.write_part(tmp_path, part, rows, {"identity": "a", "worker": "host:1"})
+
+    def read(path):
+        names = ["path", "score", "decision", "flagged", "error"]
+        parquet_parts._read_finished(path.parent, "a")
+        return parquet_parts._read_columns(path, names)
+
+    try_damages(campaign, tmp_path / part.name, read, is_equal=equal, named=str(tmp_path))

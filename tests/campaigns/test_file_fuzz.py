@@ -1,21 +1,26 @@
 """Property-based fuzz target for recipes, logs, descriptions and the pickles of checkpoints.
 
 Ten minutes by hand: ``pytest -m campaign tests/campaigns/test_file_fuzz.py``. Inputs are drawn by hypothesis from parts
-of valid files, and pickles are altered operation by operation, so that most of them get past the first checks.
+of valid files, and pickles are altered operation by operation, so that most of them get past the first checks. The
+target of `file_fuzz`, which atheris can guide by coverage, runs here with random mutations.
 """
 
 import pickletools
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+from file_fuzz import Files, accept_all_checksums
 from hostile import zipped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_fuzz import mutate
 from small_detectors import describe, save_checkpoint
 
 from recontrast import checkpoint as checkpoints
+from recontrast.inference import onnx_file, openvino_file
 from recontrast.inference.file_checks import ForeignFileError, parse_description
 from recontrast.recipes.recipe import Recipe
 from recontrast.recipes.yaml_file import read_recipe
@@ -122,3 +127,25 @@ def test_pickles_of_checkpoints(campaign, tmp_path, members):
         campaign.passed()
 
     run(campaign.tries(150, 20_000), st.lists(change, max_size=4), check)
+
+
+@pytest.fixture
+def mutable(tmp_path, monkeypatch):
+    """Files whose checksums are not compared."""
+    for module in (onnx_file, openvino_file):
+        monkeypatch.setattr(module, "check_checksum", module.check_checksum)
+    accept_all_checksums()
+    return Files(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files(campaign, mutable):
+    rng = np.random.default_rng(0)
+    for name, seed in mutable.seeds().items():
+        assert mutable.describe_fault(seed) is None
+        for trial in range(campaign.tries(40, 2000)):
+            content = seed[:1] + mutate(seed[1:], rng)
+            if fault := mutable.describe_fault(content):
+                campaign.failed(f"{name}, trial {trial}: {fault}")
+            else:
+                campaign.passed()

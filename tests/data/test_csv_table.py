@@ -84,3 +84,12 @@ def test_other_encodings_are_refused(tmp_path, content, message):
 def test_markdown_is_escaped(name, escaped):
     assert escape_markdown(name) == escaped
     assert len(format_row([escape_markdown(name), "1"]).splitlines()) == 1
+
+
+def test_errors_quote_little_of_a_table(tmp_path):
+    name = "a\n" * 10_000
+    for content in (f'"{name}"\n', f'path\n"{name}"\n"{name}"\n'):
+        (tmp_path / "table.csv").write_text(content)
+        with pytest.raises(ValueError, match="wanted") as caught:
+            read_table(tmp_path / "table.csv", ["path"])
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000

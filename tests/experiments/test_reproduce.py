@@ -188,9 +188,12 @@ def test_results_of_another_recipe_or_data_set_are_refused(data, tmp_path):
     tiny_set(tmp_path / "more", "grid", train=4, good=3, defects=2)
     with pytest.raises(ValueError, match=r"results.json: wanted results of the test images .*'grid': 5.* got .*4"):
         run("mvtec", tmp_path / "more", tmp_path / "out")
-    (folder / "results.json").write_text('{\n "rows": [{}]}')
-    with pytest.raises(ValueError, match=r"results.json: wanted the results of a run, got something else"):
-        run("mvtec", data, tmp_path / "out", categories=["grid"])
+    row = {"category": "grid", "images": 4, "defects": 2}
+    wrong = [{**row, "category": []}, {**row, "images": "4"}, {**row, "i_auroc": True}, {**row, "seconds": 1}, [], {}]
+    for content in ("[" * 100_000, *(f"[{json.dumps(values)}]}}" for values in wrong)):
+        (folder / "results.json").write_text(f'{{\n "rows": {content}')
+        with pytest.raises(ValueError, match=r"results.json: wanted the results of a run, got something else"):
+            run("mvtec", data, tmp_path / "out", categories=["grid"])
     tiny_set(tmp_path / "none", "grid", train=4, good=0, defects=0)
     with pytest.raises(ValueError, match="wanted test images of grid, got none"):
         run("mvtec", tmp_path / "none", tmp_path / "other")

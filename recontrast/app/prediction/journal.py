@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from recontrast.app.prediction.output_files import Prediction
+from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import open_to_change
 from recontrast.inference.decisions import Decision, Region
 
@@ -129,16 +130,16 @@ class Journal:
             if self.with_maps:
                 with open_to_change(self.out / MAPS, _WANTED) as file:
                     maps_end = os.fstat(file.fileno()).st_size
-            if json.loads(lines[0])["identity"] != json.loads(json.dumps(self.identity)):
+            if parse_json(lines[0])["identity"] != json.loads(json.dumps(self.identity)):
                 return
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return
         whole = lines[1:-1]  # what follows the last line break was cut off
         for line in whole:
             try:
-                content = json.loads(line)
+                content = parse_json(line)
                 entry = _parse_entry(content)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 continue
             end = entry.start + 4 * int(np.prod(entry.shape)) if entry.shape is not None else 0
             if (entry.shape is not None) is not self.with_maps or end > maps_end:

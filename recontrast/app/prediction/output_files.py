@@ -14,6 +14,7 @@ import numpy as np
 from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.atomic import replace_files
 from recontrast.data.csv_table import Rounded, format_table
+from recontrast.data.json_text import parse_json
 from recontrast.data.own_files import LARGEST_LIST
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.unfinished import list_unfinished, mark_unfinished, name_mark, remove_files
@@ -213,7 +214,7 @@ def list_earlier_results(out: Path) -> set[str]:
 def _read_earlier_images(out: Path) -> list[dict[str, Any]] | None:
     """Return the images listed in the scores.json of a finished run; None if there is none, or another tool's."""
     try:
-        images = json.loads(read_bytes(out / "scores.json", "a list of results", LARGEST_LIST))["images"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        images = parse_json(read_bytes(out / "scores.json", "a list of results", LARGEST_LIST))["images"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return images if isinstance(images, list) and all(isinstance(image, dict) for image in images) else None

@@ -9,14 +9,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recontrast.data.atomic import replace_file
-from recontrast.data.csv_table import decode_text
+from recontrast.data.csv_table import decode_text, shorten
 from recontrast.data.images import list_images
+from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import open_regular, open_to_change, read_bytes
 from recontrast.data.temporary import sweep
 from recontrast.inference.decisions import REGION_COLUMNS, describe_undecided
@@ -141,7 +143,7 @@ def write_part(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], meta
     encoded = {b"recontrast": json.dumps(dict(metadata)).encode()}
     table = pa.Table.from_pylist(list(rows), schema=build_schema().with_metadata(encoded))
     sink = pa.BufferOutputStream()  # a part is small
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, write_page_checksum=True)
     data = sink.getvalue()
     with replace_file(folder / part.name, size=data.size) as file:
         file.write(data)
@@ -178,8 +180,8 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
     undecided: list[str] = []
     for file in _list_parts(folder):
         names = ["path", "score", "decision", "flagged", "error"]
-        columns = _read(file, names)
-        for path, score, decision, flag, error in zip(*(columns[name].to_pylist() for name in names), strict=True):
+        columns = _read_columns(file, names)
+        for path, score, decision, flag, error in zip(*(columns[name] for name in names), strict=True):
             if path in counted:
                 raise ValueError(f"{folder}: wanted each image once, got {path} twice")
             counted.add(path)
@@ -200,11 +202,11 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the metadata that `write_part` stored."""
-    _, pq = _import_arrow()
     try:
-        stored = pq.read_schema(file).metadata or {}
-        return dict(json.loads(stored[b"recontrast"]))
-    except (ValueError, KeyError) as error:  # pyarrow's errors of format are ValueErrors
+        with _open_parquet(file) as opened:
+            stored = opened.schema_arrow.metadata or {}
+        return dict(parse_json(stored[b"recontrast"]))
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: wanted a part of predictions, got a file of another kind or a damaged one"
         ) from error
@@ -217,7 +219,7 @@ def _read_finished(folder: Path, identity: str) -> set[str]:
             raise ValueError(
                 f"{folder}: wanted an empty folder or predictions of this detector with these options, got others'"
             )
-        finished.update(_read(file, ["path"])["path"].to_pylist())
+        finished.update(_read_columns(file, ["path"])["path"])
     return finished
 
 
@@ -225,12 +227,28 @@ def _list_parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def _read(file: Path, columns: list[str]) -> Any:
+def _read_columns(file: Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return columns of a part, whose types are those of `build_schema`."""
+    schema = build_schema()
+    with _open_parquet(file) as opened:
+        for name in names:
+            if name not in opened.schema_arrow.names or opened.schema_arrow.field(name).type != schema.field(name).type:
+                raise ValueError(f"{file}: wanted a part of predictions, got one without a valid column {name}")
+        table = opened.read(columns=list(names))
+        return {name: table[name].to_pylist() for name in names}
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file, whose pages are compared with their checksums; what fails in the block is its damage."""
     pa, pq = _import_arrow()
     try:
-        return pq.ParquetFile(file).read(columns=columns)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file}: wanted a Parquet file, got a file of another kind or a damaged one") from error
+        with open_regular(path, "a Parquet file") as file:
+            yield pq.ParquetFile(file, page_checksum_verification=True)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError)):
+            raise
+        raise ValueError(f"{path}: wanted a Parquet file, got a file of another kind or a damaged one") from error
 
 
 def _name_part(identity: str, paths: Sequence[str]) -> str:
@@ -243,14 +261,11 @@ def _read_text_paths(path: Path) -> list[str]:
 
 
 def _read_parquet_paths(path: Path) -> list[str]:
-    pa, pq = _import_arrow()
-    try:
-        columns = pq.read_schema(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: wanted a Parquet file, got a file of another kind or a damaged one") from error
-    if "path" not in columns.names:
-        raise ValueError(f"{path}: wanted a column path, got {', '.join(columns.names) or 'none'}")
-    listed = _read(path, ["path"])["path"].to_pylist()
+    with _open_parquet(path) as opened:
+        columns = opened.schema_arrow
+        if "path" not in columns.names:
+            raise ValueError(f"{path}: wanted a column path, got {shorten(', '.join(columns.names)) or 'none'}")
+        listed = opened.read(columns=["path"])["path"].to_pylist()
     if not all(isinstance(name, str) for name in listed):
         raise ValueError(f"{path}: path: wanted text, got {columns.field('path').type} or empty cells")
     return listed

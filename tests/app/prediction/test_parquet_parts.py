@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -117,6 +118,24 @@ def test_rows_come_back(tmp_path):
     assert parquet_parts.read_metadata(tmp_path / "part-1.parquet")["worker"] == "here:1"
     found = parquet_parts.summarise(tmp_path, ["/a"])
     assert (found.scored, found.decided, found.defects, found.flagged) == (1, 1, 1, 1)
+
+
+def test_damaged_part(tmp_path):
+    part = parquet_parts.Part("part-a.parquet", ("/a", "/b"))
+    finish(tmp_path, part, score=1.0)
+    file = tmp_path / part.name
+    whole = file.read_bytes()
+    at = whole.index(np.float64(1).tobytes())  # in the page of the scores
+    file.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
+    with pytest.raises(ValueError, match=r"part-a.parquet: wanted a Parquet file, got .* a damaged one"):
+        parquet_parts.summarise(tmp_path, part.paths)
+    pq.write_table(pa.table({"path": part.paths, "score": ["x", "y"]}), file)
+    with pytest.raises(ValueError, match=r"part-a.parquet: wanted a part of predictions, got one without .* score"):
+        parquet_parts.summarise(tmp_path, part.paths)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"part-a.parquet: wanted a part of predictions"):
+        parquet_parts.plan_parts(part.paths, 2, WHO, tmp_path)
 
 
 def test_nothing_half_written(tmp_path):
