@@ -13,8 +13,10 @@ from small_detectors import export_onnx, export_openvino, export_pt2, save_check
 
 from recontrast import checkpoint as checkpoints
 from recontrast.app.errors import describe_error
-from recontrast.app.prediction import parquet_parts
+from recontrast.app.prediction import journal, parquet_parts
+from recontrast.app.prediction.output_files import Prediction
 from recontrast.data.cache import ImageCache
+from recontrast.inference.decisions import Decision, Region
 from recontrast.inference.detector import open_detector
 from recontrast.models.weights import read_weights
 from recontrast.recipes.recipe import Recipe
@@ -175,3 +177,23 @@ def test_part_of_predictions(campaign, tmp_path):
         return parquet_parts._read_columns(path, names)
 
     try_damages(campaign, tmp_path / part.name, read, is_equal=equal, named=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [journal.LINES, journal.MAPS])
+def test_journal_of_a_prediction(campaign, tmp_path, name):
+    """Scores and maps that differ from their checksums are computed again."""
+    maps = np.random.default_rng(0).normal(size=(10, 6, 7)).astype(np.float32)
+    lines = journal.Journal(tmp_path, {"a": 1}, True)
+    for index, anomaly in enumerate(maps):
+        decision = Decision(index / 7, True, (Region(1, 2, 3, 4, 5, 0.1, 7, 8),))
+        lines.append(Prediction(f"/{index}.png", index / 3, None, None, f"{index}.png", decision), anomaly)
+    lines.close()
+
+    def read(path):
+        opened = journal.Journal(tmp_path, {"a": 1}, True)
+        return [(entry.prediction, opened.load_map(entry).tolist()) for entry in opened.entries.values()]
+
+    def is_part(result, expected):
+        return all(entry in expected for entry in result) and len(expected) == len(maps)
+
+    try_damages(campaign, tmp_path / name, read, is_equal=is_part)

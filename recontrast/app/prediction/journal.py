@@ -5,10 +5,12 @@ each image, and ``unfinished-predict.maps`` with the maps that wait for the colo
 """
 
 import json
+import math
 import os
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,14 +70,17 @@ class Journal:
             OSError: If the journal cannot be written.
         """
         entry = Entry(prediction, self._end, None if anomaly is None else tuple(anomaly.shape))
+        pixels = None if anomaly is None else np.ascontiguousarray(anomaly, np.float32)
         line = {**asdict(prediction), "stamp": read_stamp(prediction.path), "start": entry.start, "shape": entry.shape}
+        line["map_crc32"] = None if pixels is None else zlib.crc32(pixels.data)
+        line["crc32"] = _compute_crc32(line)
         try:
             self._open()
-            if anomaly is not None and self._maps is not None:
+            if pixels is not None and self._maps is not None:
                 self._maps.seek(entry.start)
-                self._maps.write(np.ascontiguousarray(anomaly, np.float32).data)
+                self._maps.write(pixels.data)
                 self._maps.flush()
-                self._end += 4 * anomaly.size
+                self._end += pixels.nbytes
             self._write_line(line)
         except OSError as error:
             raise OSError(f"cannot write below {self.out}: {error.strerror or error}") from error
@@ -126,10 +131,11 @@ class Journal:
         try:
             with open_to_change(self.out / LINES, _WANTED) as file:
                 lines = file.read().split(b"\n")
-            maps_end = 0
+            maps = np.zeros(0, np.uint8)
             if self.with_maps:
                 with open_to_change(self.out / MAPS, _WANTED) as file:
-                    maps_end = os.fstat(file.fileno()).st_size
+                    if os.fstat(file.fileno()).st_size:
+                        maps = np.asarray(np.memmap(file, np.uint8, "r"))
             if parse_json(lines[0])["identity"] != json.loads(json.dumps(self.identity)):
                 return
         except (OSError, ValueError, KeyError, TypeError):
@@ -138,14 +144,18 @@ class Journal:
         for line in whole:
             try:
                 content = parse_json(line)
-                entry = _parse_entry(content)
-            except (ValueError, KeyError, TypeError):
+                if content["crc32"] != _compute_crc32(content):
+                    continue
+                entry, stamp, map_crc32 = _parse_entry(content), content["stamp"], content["map_crc32"]
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
-            end = entry.start + 4 * int(np.prod(entry.shape)) if entry.shape is not None else 0
-            if (entry.shape is not None) is not self.with_maps or end > maps_end:
+            end = entry.start + 4 * math.prod(entry.shape) if entry.shape is not None else 0
+            if (entry.shape is not None) is not self.with_maps or end > len(maps):
                 continue
             self._end = max(self._end, end)
-            if content["stamp"] == read_stamp(entry.prediction.path):
+            if self.with_maps and zlib.crc32(maps[entry.start : end].data) != map_crc32:
+                continue
+            if stamp == read_stamp(entry.prediction.path):
                 self.entries[entry.prediction.path] = entry
         if lines[-1] and self.entries:  # end the line that was cut off, so that the next one is whole
             with open_to_change(self.out / LINES, _WANTED, append=True) as file:
@@ -166,13 +176,30 @@ def describe_identity(checkpoint: Path, options: Mapping[str, Any]) -> dict[str,
     return {"checkpoint": os.path.abspath(checkpoint), "stamp": read_stamp(str(checkpoint)), **options}
 
 
+def _compute_crc32(line: Mapping[str, Any]) -> int:
+    """Compute the checksum of a line without its field ``crc32``."""
+    return zlib.crc32(json.dumps({name: value for name, value in line.items() if name != "crc32"}).encode())
+
+
 def _parse_entry(content: dict[str, Any]) -> Entry:
+    """Create an entry from a line; raise an error if a value has another type than `Journal.append` writes."""
     decision = content["decision"]
     if decision is not None:
         regions = decision["regions"]
-        decision["regions"] = None if regions is None else tuple(Region(**region) for region in regions)
+        decision = {**decision, "regions": None if regions is None else tuple(Region(**region) for region in regions)}
         decision = Decision(**decision)
+        numbers = [decision.p_value, *(value for region in decision.regions or () for value in astuple(region))]
+        if not all(type(number) in (int, float) for number in numbers) or decision.defect not in (None, False, True):
+            raise ValueError("wanted a decision")
     names = ("path", "score", "flagged", "map", "overlay", "error")
     prediction = Prediction(**{name: content[name] for name in names}, decision=decision)
-    shape = content["shape"]
-    return Entry(prediction, int(content["start"]), None if shape is None else tuple(map(int, shape)))
+    texts = [text for text in (prediction.map, prediction.overlay, prediction.error) if text is not None]
+    if not all(isinstance(text, str) for text in (prediction.path, *texts)):
+        raise ValueError("wanted texts")
+    if type(prediction.score) is not float or type(prediction.flagged) not in (bool, type(None)):
+        raise ValueError("wanted a score")
+    start, shape = content["start"], content["shape"]
+    lengths = [start] if shape is None else [start, *shape]
+    if any(type(length) is not int or not 0 <= length < 2**63 for length in lengths) or len(lengths) not in (1, 3):
+        raise ValueError("wanted the position of a map")
+    return Entry(prediction, start, None if shape is None else tuple(shape))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 
@@ -11,9 +12,10 @@ from command_line import call, fails, works
 from PIL import Image
 from saved_model import RECIPE, draw, save
 
+from recontrast.app.prediction import journal, writer
 from recontrast.app.prediction import predict as module
-from recontrast.app.prediction import writer
 from recontrast.app.prediction.journal import LINES, MAPS
+from recontrast.app.prediction.output_files import Prediction
 from recontrast.app.prediction.predict import predict
 from recontrast.data import own_files
 from recontrast.data.listing import find_images
@@ -110,6 +112,27 @@ def test_damaged_end_of_the_journal_is_scored_again(checkpoint, folder, tmp_path
     assert summary.continued == 3
     assert [p.score for p in summary.predictions] == pytest.approx([p.score for p in whole.predictions], rel=1e-6)
     assert list_files(tmp_path / "out") == list_files(tmp_path / "whole")
+
+
+def test_lines_of_wrong_types_are_scored_again(tmp_path):
+    identity, path = {"checkpoint": "a"}, tmp_path / "0.png"
+    path.touch()
+    written = journal.Journal(tmp_path, identity, False)
+    written.append(Prediction(str(path), 0.5, None, None, None), None)
+    written.close()
+    head, line, _ = (tmp_path / LINES).read_bytes().split(b"\n")
+    whole = json.loads(line)
+    assert list(journal.Journal(tmp_path, identity, False).entries) == [str(path)]
+    for name in whole:
+        for value in (None, [], {}, "text", -1, math.inf, 10**400):
+            if value != whole[name]:
+                content = {**whole, name: value}
+                content["crc32"] = journal._compute_crc32(content) if name != "crc32" else value
+                (tmp_path / LINES).write_bytes(head + b"\n" + json.dumps(content).encode() + b"\n")
+                entries = journal.Journal(tmp_path, identity, False).entries
+                is_text = name in ("error", "map", "overlay") and value == "text"
+                is_valid = is_text or (name, value) == ("score", math.inf)
+                assert bool(entries) == (is_valid or name == "map_crc32"), (name, value)
 
 
 def test_other_options_other_weights_and_changed_images_begin_anew(checkpoint, folder, tmp_path, monkeypatch):
