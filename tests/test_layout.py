@@ -29,7 +29,7 @@ ALLOWED = {
     "evaluation": "data metrics models runtime recipes calibration checkpoint inference",
     "training": "data models runtime mining loss recipes calibration checkpoint inference",
     "export": "data models reference anomaly_map recipes calibration checkpoint inference",
-    "experiments": "data runtime recipes checkpoint inference evaluation training",
+    "experiments": "data models runtime recipes checkpoint inference evaluation training",
     "app": "data metrics ops models runtime recipes calibration checkpoint inference evaluation training export "
     "experiments kernels",
     "__main__": "app",

@@ -90,6 +90,7 @@ def run_demo(
         ImportError: If scikit-image or the package of the weights is not installed.
         ValueError: If ``out`` holds files of others in the way, or a run of ``recontrast train``.
     """
+    resolve_device(device)  # raises an error before anything is drawn
     _check_files(out, overwrite)
     if find_spec(PACKAGE) is None:
         raise ImportError(

@@ -17,11 +17,13 @@ from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.models.backbone import get_strides
+from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.device import resolve_device
 from recontrast.training.holdout import split_holdout
 from recontrast.training.run_files import LOG
-from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, list_own_events
+from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_writer, list_own_events
 from recontrast.training.train import TrainResult, train
 
 HOLDOUT = 0.1  # share of the good images held out for calibration if no recipe is given
@@ -130,6 +132,8 @@ def prepare_job(
         changed = changed if few else changed.replace(holdout=HOLDOUT)
     job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few, overwrite, different)
     _check_target(job)
+    if resume is None:
+        check_source(changed.backbone, changed.weights)
     check_size(changed)
     if copies:  # without good images, training raises the error
         split_holdout(copies, changed.holdout, changed.seed, copies)
@@ -150,13 +154,36 @@ def check_size(recipe: Recipe) -> None:
         )
 
 
+def check_run_options(
+    *, device: str | torch.device | None, cache: Path | None, teacher_cache: float, tensorboard: bool
+) -> None:
+    """Check the options of `run_job`, before any image is listed.
+
+    Args:
+        device: PyTorch device; None for the default.
+        cache: Folder for decoded images, or None.
+        teacher_cache: Size of the cache of frozen features in GiB.
+        tensorboard: Whether a TensorBoard log is written.
+
+    Raises:
+        ValueError: If this machine does not have the device, the folder cannot be written, or the size is negative.
+        ImportError: If the package tensorboard is needed and not installed.
+    """
+    resolve_device(device)
+    if cache is not None:
+        check_writable(cache, "--cache")
+    if not 0 <= teacher_cache < float("inf"):
+        raise ValueError(f"--teacher-cache: wanted GiB of at least 0, got {teacher_cache:g}")
+    if tensorboard:
+        import_writer()
+
+
 def run_job(
     job: TrainJob, *, device: str | torch.device | None, cache: Path | None, teacher_cache: float, tensorboard: bool,
     on_step: OnStep | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train, optionally with a TensorBoard log; ``teacher_cache`` is in GiB."""
-    if not 0 <= teacher_cache < float("inf"):
-        raise ValueError(f"--teacher-cache: wanted GiB of at least 0, got {teacher_cache:g}")
+    check_run_options(device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard)
     total, samples = job.recipe.steps, job.samples
     with ExitStack() as stack:
         if not is_silent():

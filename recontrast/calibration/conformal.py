@@ -188,8 +188,7 @@ def calibrate_maps(
             ``count``, or the score or the map of an image is not finite.
     """
     allowed_false_alarms(count, rate)
-    if not 0 < pixel_rate < 1:
-        raise ValueError(f"calibration: pixel rate: wanted a share above 0 and below 1, got {pixel_rate:g}")
+    check_rates(rate, pixel_rate)
     is_guaranteed = count * pixel_rate + pixel_rate >= 1
     flagged_share = ((count + 1) * pixel_rate - 1) / count if is_guaranteed else pixel_rate  # of all pixels
     scores: list[float] = []
@@ -240,6 +239,14 @@ def _refuse_not_finite(maps: NDArray[Any], scores: NDArray[Any], start: int, nam
         )
 
 
+def check_rates(rate: float, pixel_rate: float = DEFAULT_PIXEL_RATE) -> None:
+    """Raise ValueError unless a false-alarm rate and a pixel rate are shares above 0 and below 1."""
+    if not 0 < rate < 1:
+        raise ValueError(f"false-alarm rate: wanted a share above 0 and below 1, got {rate:g}")
+    if not 0 < pixel_rate < 1:
+        raise ValueError(f"calibration: pixel rate: wanted a share above 0 and below 1, got {pixel_rate:g}")
+
+
 def allowed_false_alarms(count: int, rate: float) -> int:
     """Compute m = floor(rate * (n + 1)), the number of n + 1 exchangeable good images that may be called defects.
 
@@ -253,8 +260,7 @@ def allowed_false_alarms(count: int, rate: float) -> int:
     Raises:
         ValueError: If the rate is not in (0, 1), or is below 1 / (n + 1), the lowest rate that n images can promise.
     """
-    if not 0 < rate < 1:
-        raise ValueError(f"false-alarm rate: wanted a share above 0 and below 1, got {rate:g}")
+    check_rates(rate)
     m = math.floor(rate * (count + 1) + 1e-9)  # tolerance: 0.29 * 100 is slightly below 29 in floating point
     if m < 1:
         needed = math.ceil(1 / rate - 1e-9) - 1

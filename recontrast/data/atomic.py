@@ -160,13 +160,13 @@ def create_folder(path: PathLike) -> Iterator[Path]:
         if inside:
             stack.enter_context(lock_folder(path, undo_commits))
         elif os.path.lexists(path):
-            _check_new_or_empty(path)
+            check_new_or_empty(path)
         else:
             stack.enter_context(lock_file(path))
-        _check_new_or_empty(path)
+        check_new_or_empty(path)
         with temporary_folder(path if inside else path.parent) as staging:
             yield staging
-            _check_new_or_empty(path)  # another process may have written there in the meantime
+            check_new_or_empty(path)  # another process may have written there in the meantime
             if inside:
                 _move_content(staging)
             else:
@@ -183,7 +183,7 @@ def _move_content(staging: Path) -> None:
         raise
 
 
-def _check_new_or_empty(path: Path) -> None:
+def check_new_or_empty(path: Path) -> None:
     """Raise ValueError if ``path`` is a file or a folder with content; locks and temporary folders do not count."""
     if path.is_dir():
         first = min(

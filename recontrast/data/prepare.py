@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from recontrast.data import downloads
-from recontrast.data.atomic import create_folder
+from recontrast.data.atomic import check_new_or_empty, create_folder
 from recontrast.data.datasets import GOOD
 from recontrast.data.downloads import Entry
 from recontrast.data.heatmaps import save_png
@@ -86,6 +86,8 @@ def prepare(
     """
     if name not in READERS:
         raise ValueError(f"prepare: wanted one of {', '.join(READERS)}, got {name!r}")
+    if out is not None:
+        check_new_or_empty(Path(out))  # before the download is read; again when the folder is filled
     root, entries = READERS[name](Path(source))
     counts = count_images(entries, root)
     warnings = compare_counts(counts, PUBLISHED_COUNTS[name])

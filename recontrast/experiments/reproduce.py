@@ -27,6 +27,7 @@ from recontrast.evaluation.results import Result, Row, parse_row
 from recontrast.experiments.comparison import FILES as COMPARISON_FILES
 from recontrast.experiments.comparison import Comparison, Line
 from recontrast.experiments.paper_tables import TABLES, Entry, Table
+from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe, list_differences
@@ -127,6 +128,8 @@ def reproduce(
     seeds = list(seeds) or [RECIPES[table.recipe].seed]
     rows: dict[str, dict[int, list[Row]]] = {entry: {} for entry in entries or names}
     runs = _plan_runs(table, list(rows), groups, seeds, changes)
+    for run in runs:
+        check_source(run.recipe.backbone, run.recipe.weights)
     _check_files(runs, out, overwrite)
     with ExitStack() as stack:
         world, resolved_device = stack.enter_context(distributed.join_processes(device))

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ def export(
     images: Sequence[Path] = (),
     tolerance: float = TOLERANCE,
     views: Literal["both", "trained", "frozen"] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> ExportResult:
     """Export a detector as one graph, and keep the file only if its scores agree with those of the checkpoint.
 
@@ -86,6 +87,7 @@ def export(
         images: Image files to compare on, in addition to synthetic images of many sizes.
         tolerance: Largest relative difference allowed between two scores.
         views: Views of the exported map; None for those of the training. Decisions need a calibration of these views.
+        on_start: Called when everything is checked and the detector is loaded, before the part that takes long.
 
     Returns:
         Paths of the files and the result of the comparison.
@@ -96,17 +98,15 @@ def export(
         ImportError: If a package that the format needs is not installed.
         OSError: If the checkpoint cannot be read or the file cannot be written.
     """
-    if kind not in SUFFIXES:
-        raise ValueError(f"export: format: wanted {', '.join(SUFFIXES)}, got {kind!r}")
-    if out.suffix != SUFFIXES[kind]:
-        raise ValueError(f"export: wanted a file name that ends in {SUFFIXES[kind]}, got {out}")
-    _require(kind)
+    check_target(kind, out)
     # Not folded: the graph folds BatchNorm itself, and the digest is that of the original weights.
     detector = CheckpointDetector(checkpoint, "cpu", inference=InferenceOptions(views, folded=False))
     if detector.overlap is not None:
         raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
     notes += _convert_to_float32(detector)
+    if on_start is not None:
+        on_start()
     has_checksum = kind != "pt2"  # in which the archive has its own checksums
     description = json.dumps(describe_detector(detector) | ({"checksum": CHECKSUM_KEY} if has_checksum else {}))
     graph = DetectorGraph(cast(ReContrast, detector.model), detector.recipe, detector.calibration)
@@ -127,6 +127,24 @@ def export(
     files = tuple(out.with_name(name) for name in names)
     outputs = OUTPUTS if detector.calibration is not None else OUTPUTS[:2]
     return ExportResult(out, files, outputs, count, difference, tuple(notes))
+
+
+def check_target(kind: str, out: Path) -> None:
+    """Check the format and the name of a file before anything is loaded.
+
+    Args:
+        kind: File format.
+        out: Path of the file.
+
+    Raises:
+        ValueError: If the format is unknown, or the file has the suffix of another one.
+        ImportError: If a package that the format needs is not installed.
+    """
+    if kind not in SUFFIXES:
+        raise ValueError(f"export: format: wanted {', '.join(SUFFIXES)}, got {kind!r}")
+    if out.suffix != SUFFIXES[kind]:
+        raise ValueError(f"export: wanted a file name that ends in {SUFFIXES[kind]}, got {out}")
+    _require(kind)
 
 
 def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:

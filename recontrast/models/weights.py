@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from recontrast.data.archive import Archive
-from recontrast.data.regular_file import is_regular, open_regular
+from recontrast.data.regular_file import check_regular, is_regular, open_regular
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 _MAX_WRAPPERS = 8
@@ -80,6 +80,32 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
         if state_key is not None and not state[state_key].isfinite().all():
             raise ValueError(f"weights {source}: wanted finite values, got NaN or infinity in {state_key}")
     extractor.load_state_dict(matched, strict=False)
+
+
+def check_source(name: str, weights: str | os.PathLike | None) -> None:
+    """Check that there is a file of weights, without reading it; weights of the hub are not checked.
+
+    Args:
+        name: Model name in timm.
+        weights: Source of the weights, as in `load_weights`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the path is not that of a regular file, or has another suffix.
+        ImportError: If ``weights`` is "package" and the package is not installed.
+    """
+    if weights is not None and weights != "random":
+        path = _find_package_file(name) if weights == "package" else Path(weights)
+        _check_file(path)
+        check_regular(path, "a file of tensors")
+
+
+def _check_file(path: Path) -> None:
+    if not is_regular(path) and (path.is_dir() or not os.path.lexists(path)):
+        wanted = f"a file ({', '.join(SUFFIXES)}), 'package', 'random' or None for timm's hub"
+        raise FileNotFoundError(f"weights: wanted {wanted}, got {str(path)!r}, which is no file")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"weights: wanted a file that ends in {', '.join(SUFFIXES)}, got {str(path)!r}")
 
 
 def _rename_to_timm(state: dict[str, Tensor], extractor: nn.Module, name: str, source: str) -> dict[str, Tensor]:
@@ -145,11 +171,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: If the suffix is not one of `SUFFIXES`, or the file is damaged or holds no tensors.
     """
     path = Path(path)
-    if not is_regular(path) and (path.is_dir() or not os.path.lexists(path)):
-        wanted = f"a file ({', '.join(SUFFIXES)}), 'package', 'random' or None for timm's hub"
-        raise FileNotFoundError(f"weights: wanted {wanted}, got {str(path)!r}, which is no file")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"weights: wanted a file that ends in {', '.join(SUFFIXES)}, got {str(path)!r}")
+    _check_file(path)
     try:
         with open_regular(path, "a file of tensors") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle version of files in other formats

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,24 @@ _RATE = "images per second"
 _HEAD = 1 << 16  # bytes of a file by which it is recognised
 
 
+def import_writer() -> Any:
+    """Import PyTorch's class that writes event files.
+
+    Returns:
+        The class ``SummaryWriter``.
+
+    Raises:
+        ImportError: If the package tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard: wanted the package tensorboard, got none installed: pip install tensorboard"
+        ) from error
+    return SummaryWriter
+
+
 class TensorBoardLogger:
     """Writer of TensorBoard event files.
 
@@ -31,13 +50,7 @@ class TensorBoardLogger:
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "tensorboard: wanted the package tensorboard, got none installed: pip install tensorboard"
-            ) from error
-        self.writer = SummaryWriter(str(folder), purge_step=keep + 1 if keep else None)
+        self.writer = import_writer()(str(folder), purge_step=keep + 1 if keep else None)
 
     def log(self, step: int, loss: float, rate: float, alpha: float) -> None:
         """Write the scalars of a log line.

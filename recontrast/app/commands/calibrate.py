@@ -63,24 +63,25 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
         raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
     from recontrast import checkpoint as checkpoints
     from recontrast.app.calibrate_job import calibrate_detector
-    from recontrast.calibration.conformal import allowed_false_alarms
+    from recontrast.calibration.conformal import allowed_false_alarms, check_rates
     from recontrast.data.class_folders import describe_files, list_good_images
     from recontrast.data.locks import lock_checkpoint
     from recontrast.inference.calibrate import select_new_images
     from recontrast.inference.detector import CheckpointDetector
 
+    check_rates(false_alarm_rate, pixel_rate)
+    inference = build_inference_options(device, views, precision)
     file = resolve_checkpoint(checkpoint)
     if good and file.is_file():  # a missing file has its own message
         check_writable(file.parent, "CHECKPOINT")
         context.with_resource(lock_checkpoint(file))
     good_paths, check_paths = (list_good_images(folders or [], all_good) for folders in (good, check))
-    print_data([*describe_files("--good", good_paths), *describe_files("--check", check_paths)])
     if shared := {os.path.realpath(path) for path in good_paths} & {os.path.realpath(path) for path in check_paths}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     if good:
         allowed_false_alarms(len(good_paths), false_alarm_rate)  # checked before the model is built
-    inference = build_inference_options(device, views, precision)
     stored = checkpoints.load(file, mapped=True)
+    print_data([*describe_files("--good", good_paths), *describe_files("--check", check_paths)])
     good_paths = select_new_images("--good", good_paths, stored)
     if good:
         allowed_false_alarms(len(good_paths), false_alarm_rate)  # again, without copies

@@ -59,14 +59,16 @@ def evaluate(
         raise ValueError("--save-maps: wanted --out DIR with it, got none")
     if out is not None:
         check_writable(out)
+    if cache is not None:
+        check_writable(cache, "--cache")
     options = inference.build()
     file = resolve_checkpoint(checkpoint)
     _, world_device = context.with_resource(distributed.join_processes(inference.device))
     groups = datasets.load(data, None if category in (None, "all") else [category])
     if out is not None:
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
-    print_data(datasets.describe(groups))
     model, recipe, stored = checkpoints.load_model(file, world_device)
+    print_data(datasets.describe(groups))
     if stored.calibration is not None:
         mismatch = options.describe_mismatch(recipe, stored.calibration)
         if mismatch is not None:

@@ -38,7 +38,7 @@ def export(
     """Write a detector as one file with resize, network and decision; keep it only if the scores agree."""
     from recontrast.data.listing import list_images
     from recontrast.data.own_files import check_replaceable
-    from recontrast.export.export import SUFFIXES
+    from recontrast.export.export import SUFFIXES, check_target
     from recontrast.export.export import export as write
 
     file = resolve_checkpoint(run)
@@ -46,11 +46,14 @@ def export(
         check_writable(file.parent if out is None else out.parent, "RUN" if out is None else "--out")
     if out is None:
         out = file.with_name("detector" + SUFFIXES.get(format, ""))
+    check_target(format, out)
     weights = [out.with_suffix(".bin").name] if out.suffix.lower() == ".xml" else []
     check_replaceable(out.parent, [out.name, *weights], overwrite=overwrite, inputs=[file])
     inference = build_inference_options("cpu", views)
-    print_line("tracing, writing, reopening and comparing takes a minute or two")
-    result = write(file, format, out, images=list_images(images) if images else [], views=inference.views)
+    result = write(
+        file, format, out, images=list_images(images) if images else [], views=inference.views,
+        on_start=lambda: print_line("tracing, writing, reopening and comparing takes a minute or two"),
+    )  # fmt: skip
     print_line(
         f"scores of {result.images} images of many sizes differ by at most {result.difference:.1e} (relative) from the "
         f"checkpoint's"

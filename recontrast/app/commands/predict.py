@@ -71,12 +71,16 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     overwrite: Overwrite = False,
 ) -> None:
     """Score images and decide on them; write scores, regions, anomaly maps and heat maps."""
+    from recontrast.calibration.conformal import check_rates
+
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine: wanted local or ray, got {engine!r}")
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"--threshold: wanted a finite number, got {threshold:g}")
     check_writable(out)
     options = inference.build()
+    if false_alarm_rate is not None:
+        check_rates(false_alarm_rate)
     if engine == "ray":
         if tile is not None or overlap is not None:
             raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")

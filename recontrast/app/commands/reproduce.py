@@ -43,9 +43,14 @@ def reproduce(
 ) -> None:
     """Reproduce a table of the paper and print both results; a second call continues the first."""
     from recontrast.experiments.reproduce import reproduce as run
+    from recontrast.runtime.device import resolve_device
 
     out = out or Path("runs") / name
     check_writable(out)
+    if cache is not None:
+        check_writable(cache, "--cache")
+    if device is not None:
+        resolve_device(device)
     try:
         with ProgressBar("") as progress:
             comparison = run(

@@ -104,6 +104,7 @@ def train(  # 27 options and the output; `train_job` does the work
     changed = {key: value for key, value in values.items() if value is not None} | dict(
         map(parse_change, changes or [])
     )
+    application.check_run_options(device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard)
     resume = None if resume is None else resolve_checkpoint(resume)
     job = application.prepare_job(
         data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite, all_good=all_good

@@ -53,19 +53,26 @@ def write_report(
     from recontrast.data import datasets
     from recontrast.data.atomic import replace_file
     from recontrast.data.locks import lock_file
+    from recontrast.data.regular_file import check_regular
     from recontrast.data.temporary import complete_commits
     from recontrast.inference.options import InferenceOptions
+    from recontrast.runtime.device import resolve_device
     from recontrast.training import json_log
 
     file = resolve_checkpoint(run)
     out = out or file.parent / "report.html"
     if out.is_dir():
         raise ValueError(f"{out}: wanted a file to write the report to, got a folder")
-    if images < 1:
-        raise ValueError(f"report: images: wanted at least 1, got {images}")
+    for name, value in (("images", images), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"report: {name}: wanted at least 1, got {value}")
+    resolve_device(device)
     complete_commits(file.parent)  # checkpoint and log are then of one run
-    model, recipe, checkpoint = checkpoints.load_model(file, device)
+    check_regular(file, "a checkpoint file")
     categories = datasets.load(data or _read_evaluated_folders(file.parent / "scores.csv"))
+    if category is not None:  # checked before the model is loaded
+        categories = _select_categories(categories, category, "")
+    model, recipe, checkpoint = checkpoints.load_model(file, device)
     groups = _select_categories(categories, category, checkpoint.category)
     # Open the file first: if it cannot be written, no time is spent on the evaluation.
     with lock_file(out), replace_file(out, size=budget) as target:
