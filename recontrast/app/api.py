@@ -132,6 +132,7 @@ def evaluate(
     streaming: bool = False,
     cache_dir: PathLike | None = None,
     overwrite: bool = False,
+    errors: Literal["raise", "keep"] = "raise",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Measure a detector on test images: AUROC, AP, F1 and AUPRO by category (protocol of the paper, section 4.1).
@@ -146,14 +147,16 @@ def evaluate(
         streaming: Whether to compute pixel metrics from histograms, in constant memory, with proven bounds.
         cache_dir: Folder for decoded images. None decodes them again.
         overwrite: Whether files in ``out`` that this package did not write may be replaced. Images never are.
+        errors: "raise" stops at an image or mask that cannot be read; "keep" computes the metrics of the others, and
+            counts and names it in the result, see its ``errors``.
         on_progress: Called with the category, and the number of finished images and of all images in it.
 
     Returns:
         Metrics in [0, 1] by category, and the score of each image; printed as a table.
 
     Raises:
-        ValueError: If there are no test images, a mask does not fit its image, the detector is an exported file, or
-            ``out`` holds files of others with the names of results.
+        ValueError: If there are no test images, an image or a mask cannot be decoded, the detector is an exported file,
+            or ``out`` holds files of others with the names of results.
         OSError: If a file cannot be read or written.
     """
     loaded = _open_checkpoint_detector("evaluate", detector, device)
@@ -162,7 +165,7 @@ def evaluate(
         evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
     return evaluate_job.measure_network(
         loaded.model, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
-        batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress,
+        batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress, errors=errors,
         trained=read_fingerprints(checkpoints.load(loaded.path, mapped=True).images),
     )[0]  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Evaluation for the command line and for `recontrast.evaluate`: metrics, decisions, and their files."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,18 +15,16 @@ from recontrast.calibration.appearance_drift import AppearanceDrift, describe_ap
 from recontrast.calibration.conformal import Calibration
 from recontrast.calibration.score_drift import ScoreDrift, measure_score_drift
 from recontrast.data.atomic import replace_file
-from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.image_files import assign_result_names
+from recontrast.data.image_files import IMAGE_ERRORS, assign_result_names, describe_image_error
 from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.regular_file import read_bytes
-from recontrast.data.sources import Images
 from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinished, name_mark, remove_files
-from recontrast.evaluation.category import SampleImages
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import FILES, Result
+from recontrast.evaluation.sample_images import open_images
 from recontrast.inference.infer import max_map_value
 from recontrast.inference.options import InferenceOptions
 from recontrast.models.fold import FoldedModel
@@ -138,50 +137,71 @@ def _measure_and_write(
     save_maps: bool, calibration: Calibration | None, options: dict[str, Any],
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:  # fmt: skip
     """Compute metrics and write them to a folder that is locked."""
-    is_first, write_maps, earlier = distributed.current_world().first, None, set[str]()
+    is_first, writer, earlier = distributed.current_world().first, None, set[str]()
     names = name_maps(groups) if save_maps and out is not None else {}
     if out is not None and is_first:
         earlier = _list_earlier_maps(out)
         if earlier or names:
             mark_unfinished(out, COMMAND, earlier.union(names.values()), _list_own_tables(out))
     if out is not None and names:  # every process writes the maps of its images
-        write_maps = _build_map_writer(names, out, max_map_value(network, recipe), recipe)
-    result = evaluate(network, groups, recipe, on_maps=write_maps, **options)
+        writer = _MapWriter(names, out, max_map_value(network, recipe), recipe)
+    result = evaluate(network, groups, recipe, on_maps=None if writer is None else writer.write, **options)
+    errors, maps = ({}, set()) if writer is None else writer.gather()
     if not is_first:
         return result, None, []
+    result = _add_errors(result, errors)
     written = []
     if out is not None:  # before anything else can fail
-        remove_files(out, earlier.difference(names.values(), [] if not names else [SCALE]))
+        remove_files(out, earlier.difference(maps, [] if not names else [SCALE]))
         written = result.write(out, [name_mark(COMMAND)], overwrite=True)  # checked before
     decisions = None
     if calibration is not None:
         reading = {name: options.get(name) for name in ("workers", "cache_dir")}
-        decisions = decide_on_result(result, calibration, groups, recipe, **reading)
-        result = replace(result, decided=decisions.to_dict())
+        unread: dict[str, str] = {}
+        decisions = decide_on_result(result, calibration, groups, recipe, unread=unread, **reading)
+        result = replace(_add_errors(result, unread), decided=decisions.to_dict())
         written = result.write(out, overwrite=True) if out is not None else []
     return result, decisions, written
 
 
 def decide_on_result(
     result: Result, calibration: Calibration, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, *,
-    workers: int | None = None, cache_dir: str | Path | None = None,
+    workers: int | None = None, cache_dir: str | Path | None = None, unread: dict[str, str] | None = None,
 ) -> DecisionSummary:  # fmt: skip
-    """Decide on the images of ``result``; the good images in ``groups`` are read again for their appearance."""
-    good, bad = (
-        [image.score for image in result.scored if bool(image.label) == is_defect] for is_defect in (False, True)
-    )
+    """Decide on the images of ``result``; the good images in ``groups`` are read again for their appearance.
+
+    ``unread`` receives one sentence for each image that can no longer be read, by path. It has a decision, but is
+    missing from the appearance.
+    """
+    scored = [image for image in result.scored if not math.isnan(image.score)]
+    good, bad = ([image.score for image in scored if bool(image.label) == is_defect] for is_defect in (False, True))
     false_alarms, detected = (int(calibration.is_defect(scores).sum()) for scores in (good, bad))
-    samples = [s for group in groups.values() for s in group if s.split == "test" and not s.label]
+    paths = {image.path for image in scored}
+    samples = [
+        s for group in groups.values() for s in group if s.split == "test" and not s.label and str(s.path) in paths
+    ]
     appearance_drift = None
     if samples and calibration.appearance:
-        images: Images = SampleImages(samples, recipe, workers)
-        if cache_dir is not None and recipe.tile is None:
-            images = ImageCache(
-                samples, recipe.size, recipe.crop, directory=cache_dir, bits=recipe.bits, workers=workers
-            )
-        appearance_drift = measure_appearance_drift(np.array(calibration.appearance), describe_appearance(images))
+        missing: dict[int, str] = {}
+        images = open_images(samples, recipe, workers, cache_dir if recipe.tile is None else None, missing)
+        appearance = np.delete(describe_appearance(images), sorted(missing), axis=0)
+        if len(appearance):
+            appearance_drift = measure_appearance_drift(np.array(calibration.appearance), appearance)
+        if unread is not None:
+            unread.update({str(samples[position].path): text for position, text in missing.items()})
     score_drift = measure_score_drift(calibration, good) if good else None
     return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)
+
+
+def _add_errors(result: Result, errors: Mapping[str, str]) -> Result:
+    """Add errors of images that have a score, by path, to those of a result."""
+    if not errors:
+        return result
+    scored = [
+        replace(image, error=errors[image.path]) if image.error is None and image.path in errors else image
+        for image in result.scored
+    ]
+    return replace(result, scored=scored)
 
 
 def check_outputs(
@@ -230,16 +250,35 @@ def _list_own_tables(out: Path) -> list[str]:
     return list(FILES) if is_ours else []
 
 
-def _build_map_writer(
-    names: Mapping[Path, str], out: Path, top: float, recipe: Recipe
-) -> Callable[[Sequence[Sample], Any], None]:
-    """Write the scale and the list of the maps, and return a function that writes maps of samples."""
-    description = {**describe_maps("tiff16", top, recipe), "files": list(names.values())}
-    with replace_file(out / SCALE) as file:
-        file.write((json.dumps(description, indent=1) + "\n").encode())
+class _MapWriter:
+    """Writer of the maps of this process, with a scale and a list of the maps of all processes.
 
-    def write(samples: Sequence[Sample], maps: Any) -> None:
+    A map that cannot be written is recorded, and the others go on.
+    """
+
+    def __init__(self, names: Mapping[Path, str], out: Path, top: float, recipe: Recipe) -> None:
+        self.names, self.out, self.top, self.recipe = names, out, top, recipe
+        self.errors: dict[str, str] = {}
+        self.written: set[str] = set()
+        description = {**describe_maps("tiff16", top, recipe), "files": list(names.values())}
+        with replace_file(out / SCALE) as file:
+            file.write((json.dumps(description, indent=1) + "\n").encode())
+
+    def write(self, samples: Sequence[Sample], maps: Any) -> None:
+        """Write the maps (n, H, W) of ``samples``."""
         for sample, anomaly in zip(samples, maps, strict=True):
-            save_map(out / names[sample.path], anomaly, "tiff16", top, recipe)
+            name = self.names[sample.path]
+            try:
+                save_map(self.out / name, anomaly, "tiff16", self.top, self.recipe)
+                self.written.add(name)
+            except IMAGE_ERRORS as error:
+                self.errors[str(sample.path)] = describe_image_error(str(sample.path), error)
 
-    return write
+    def gather(self) -> tuple[dict[str, str], set[str]]:
+        """Return the errors by path and the names of the written maps of all processes, in every process."""
+        errors: dict[str, str] = {}
+        written: set[str] = set()
+        for part, names in distributed.gather_from_all(distributed.current_world(), (self.errors, self.written)):
+            errors |= part
+            written |= names
+        return errors, written

@@ -240,7 +240,15 @@ def _refuse_not_finite(maps: NDArray[Any], scores: NDArray[Any], start: int, nam
 
 
 def check_rates(rate: float, pixel_rate: float = DEFAULT_PIXEL_RATE) -> None:
-    """Raise ValueError unless a false-alarm rate and a pixel rate are shares above 0 and below 1."""
+    """Check that a false-alarm rate and a pixel rate are shares.
+
+    Args:
+        rate: Promised false-alarm rate.
+        pixel_rate: Promised share of flagged pixels in a good image's map.
+
+    Raises:
+        ValueError: If one of them is not above 0 and below 1.
+    """
     if not 0 < rate < 1:
         raise ValueError(f"false-alarm rate: wanted a share above 0 and below 1, got {rate:g}")
     if not 0 < pixel_rate < 1:

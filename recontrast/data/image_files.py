@@ -12,6 +12,8 @@ import numpy as np
 from recontrast.data.decode_budget import BYTES_IN_FLIGHT
 from recontrast.data.images import Size, image_size, parse_size, read_image
 
+IMAGE_ERRORS = (OSError, ValueError, MemoryError, RuntimeError)  # that concern one image, and not the run
+
 
 class ImageFiles:
     """Image files, indexed by position; a file that is listed twice counts once.
@@ -139,6 +141,22 @@ class ResizedImages:
         """Read one image, (H, W, 3) uint8; black if the file cannot be read."""
         pixels = self.files.read(position, self.size, self.crop, self.bits)
         return np.zeros((*self.out, 3), np.uint8) if pixels is None else pixels
+
+
+def describe_image_error(path: str, error: BaseException) -> str:
+    """Describe an error about an image in one sentence that names the image once.
+
+    Args:
+        path: Path of the image.
+        error: Error of reading the image or its mask, or of writing its results.
+
+    Returns:
+        The sentence.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return text if path in text else f"{path}: {text or type(error).__name__}"
 
 
 def assign_result_names(paths: Sequence[Path]) -> list[Path]:

@@ -3,9 +3,8 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,41 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recontrast import metrics
-from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
+from recontrast.data.image_files import describe_image_error
 from recontrast.data.masks import MaskNotes
 from recontrast.evaluation.ground_truth import read_ground_truth
-from recontrast.evaluation.results import Row, ScoredImage
+from recontrast.evaluation.results import Row, ScoredImage, describe_missing
+from recontrast.evaluation.sample_images import READ_ERRORS
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.collectives import gather_shares
 from recontrast.runtime.distributed import World
-
-
-class SampleImages:
-    """Images of samples, decoded when they are indexed.
-
-    Args:
-        samples: Samples with the paths of the images.
-        recipe: Recipe, for size and crop.
-        workers: Number of threads that decode; None for one per CPU.
-    """
-
-    def __init__(self, samples: Sequence[Sample], recipe: Recipe, workers: int | None) -> None:
-        self.samples, self.recipe, self.workers = samples, recipe, workers
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: Any) -> NDArray[np.uint8]:
-        """Decode the images at the integers in ``index``.
-
-        Returns:
-            Images (N, H, W, 3), uint8.
-        """
-        samples = [self.samples[i] for i in index]
-        recipe = self.recipe
-        return ImageCache(samples, recipe.size, recipe.crop, bits=recipe.bits, workers=self.workers)[:]
 
 
 class Category:
@@ -64,6 +38,11 @@ class Category:
         readers: Threads that read masks in advance.
         streaming: Empty streaming metrics, or None for exact pixel metrics.
         memory: Number of bytes above which maps are kept in a temporary file.
+        keep_errors: Whether an image that cannot be read or scored, or whose mask cannot be read, is left out of all
+            metrics. Otherwise its error is raised.
+
+    Attributes:
+        errors: One sentence for each image that is left out, by position in ``tests``.
     """
 
     def __init__(
@@ -75,10 +54,15 @@ class Category:
         readers: ThreadPoolExecutor,
         streaming: metrics.Streaming | None,
         memory: int,
+        keep_errors: bool = False,
     ) -> None:
+        self.keep_errors = keep_errors
+        self.errors: dict[int, str] = {}
         self.name, self.tests, self.recipe, self.world, self.streaming = name, tests, recipe, world, streaming
         self.shares = world.shares(len(tests))
-        own = self.own = tests[world.share(len(tests))]
+        share = world.share(len(tests))
+        self.start = share.start  # position of the first image of this process
+        own = self.own = tests[share]
         self.seconds: dict[str, float] = {}
         self.streaming_seconds = 0.0
         self.defect_count = sum(sample.label for sample in tests)
@@ -97,30 +81,43 @@ class Category:
             i: readers.submit(read_ground_truth, sample, recipe, self.notes) for i, sample in in_advance.items()
         }
 
-    def add(self, start: int, maps: Tensor, scores: Tensor) -> None:
+    def add(self, start: int, maps: Tensor, scores: Tensor, unread: Mapping[int, str] | None = None) -> list[int]:
         """Add maps and scores of consecutive images in the share of this process.
 
         Args:
             start: Index of the first image in the share.
             maps: Anomaly maps (N, H, W), float32.
             scores: Scores (N,), float32.
+            unread: One sentence for each image that could not be read, by index in the share.
+
+        Returns:
+            Positions in ``maps`` of the images that have a map.
 
         Raises:
-            ValueError: If a score is not finite, because the map is not; the message names the image.
+            ValueError: If a score is not finite, because the map is not; the message names the image. With
+                ``keep_errors``, the image is left out instead.
         """
         stop = start + len(scores)
         self.scores[start:stop] = scores.cpu()
-        is_finite = self.scores[start:stop].isfinite()
-        if not is_finite.all():
-            path = self.own[start + int(is_finite.int().argmin())].path
-            raise ValueError(f"{path}: wanted a finite anomaly map, got NaN or infinite values: it has no score")
+        for index in range(start, stop):
+            if unread and index in unread:
+                self.errors[self.start + index] = unread[index]
+            elif not self.scores[index].isfinite():
+                self._leave_out(self.start + index, ValueError(
+                    f"{self.own[index].path}: wanted a finite anomaly map, got NaN or infinite values: it has no score"
+                ))  # fmt: skip
+        with_maps = self._list_usable(self.start + start, self.start + stop)
         if self.has_masks and self.streaming is not None:
-            masks = self._read_masks(start, stop, tuple(maps.shape[1:]))
+            masks = self._read_masks(start, stop, tuple(maps.shape[1:]), self.start)
+            usable = self._list_usable(self.start + start, self.start + stop)
             begin = time.perf_counter()
-            self.streaming.update(maps, masks)
+            if usable:
+                is_whole = len(usable) == len(scores)
+                self.streaming.update(maps if is_whole else maps[usable], masks if is_whole else masks[usable])
             self.streaming_seconds += time.perf_counter() - begin
         elif self.has_masks:
             self.maps[start:stop] = maps.cpu().numpy()
+        return with_maps
 
     def gather(self, device: torch.device) -> None:
         """Gather scores and maps, or sum histograms, over all processes. Every process must call it.
@@ -131,32 +128,50 @@ class Category:
         if self.world.size == 1:
             return
         self.scores = gather_shares(self.scores.to(device), self.shares).cpu()
+        if self.keep_errors:
+            for errors in distributed.gather_from_all(self.world, self.errors):
+                self.errors.update(errors)
         if self.has_masks and self.streaming is not None:
             distributed.sum_over_processes(self.streaming.state().values(), device)
         elif self.has_masks:
             self.maps = gather_shares(torch.from_numpy(self.maps).to(device), self.shares).cpu().numpy()
+        if not self.world.first:
+            self._release()
 
-    def list_scored_images(self) -> list[ScoredImage]:
-        """List all test images with their scores."""
+    def list_scored_images(self, errors: Mapping[int, str]) -> list[ScoredImage]:
+        """List all test images with their scores.
+
+        Args:
+            errors: ``errors`` of the process that computed the row. These images have the score NaN.
+        """
         return [
-            ScoredImage(str(sample.path), sample.category, sample.defect, sample.label, score)
-            for sample, score in zip(self.tests, self.scores.tolist(), strict=True)
-        ]
+            ScoredImage(
+                str(sample.path), sample.category, sample.defect, sample.label,
+                math.nan if index in errors else score, errors.get(index),
+            )
+            for index, (sample, score) in enumerate(zip(self.tests, self.scores.tolist(), strict=True))
+        ]  # fmt: skip
 
     def compute_row(self) -> Row:
-        """Compute the metrics, and a note that names the undefined ones."""
-        count, begin = len(self.tests), time.perf_counter()
+        """Compute the metrics of the images without an error, and a note that names the undefined ones."""
+        begin, total = time.perf_counter(), len(self.tests)
+        is_exact = self.has_masks and self.streaming is None
+        masks = self._read_masks(0, total, self.recipe.out) if is_exact else None
+        usable = self._list_usable(0, total)
+        count, defect_count = len(usable), sum(self.tests[index].label for index in usable)
         values: dict[str, float] = {}
         bounds: dict[str, float] = {}
         notes = []
-        if 0 < self.defect_count < count:
-            image = metrics.image_metrics(self.scores, np.array([sample.label for sample in self.tests]))
+        if count < total:
+            notes.append(describe_missing(total - count, total))
+        if 0 < defect_count < count:
+            image = metrics.image_metrics(self.scores[usable], np.array([self.tests[index].label for index in usable]))
             values |= {"i_auroc": image.auroc, "i_ap": image.ap, "i_f1": image.f1_max, "i_accuracy": image.accuracy}
             values["i_threshold"] = image.f1_threshold
         else:
-            notes.append(f"no image metrics: there are no {'good' if self.defect_count else 'defective'} images")
+            notes.append(f"no image metrics: there are no {'good' if defect_count else 'defective'} images")
         if self.has_masks:
-            pixel = self._streamed_pixel_metrics() if self.streaming is not None else self._exact_pixel_metrics()
+            pixel = self._streamed_pixel_metrics() if masks is None else self._exact_pixel_metrics(masks, usable)
             if pixel is None:
                 notes.append("no pixel metrics: all mask pixels have the same value")
             else:
@@ -167,32 +182,62 @@ class Category:
             notes.append(
                 f"no pixel metrics: {self.maskless_count} of {self.defect_count} defective images have no mask"
             )
+        self._release()
         self.notes.warn()
         seconds = {**self.seconds, "metrics": self.streaming_seconds + time.perf_counter() - begin}
-        return Row(self.name, count, self.defect_count, **values, seconds=seconds, bounds=bounds, note="; ".join(notes))
+        return Row(
+            self.name, count, defect_count, **values, seconds=seconds, bounds=bounds, note="; ".join(notes),
+            skipped=total - count,
+        )  # fmt: skip
 
     def cancel(self) -> None:
         """Cancel the pending reads of masks."""
         for mask in self.masks.values():
             mask.cancel()
 
-    def _read_masks(self, start: int, stop: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Return the masks of images ``start`` to ``stop``, each of ``shape`` (H, W); all False for good images."""
+    def _list_usable(self, start: int, stop: int) -> list[int]:
+        """Return the positions, relative to ``start``, of the images from ``start`` to ``stop`` without an error."""
+        return [index - start for index in range(start, stop) if index not in self.errors]
+
+    def _leave_out(self, index: int, error: Exception) -> None:
+        """Leave the image at ``index`` in ``tests`` out of the metrics, or raise its error."""
+        if not self.keep_errors:
+            raise error
+        self.errors[index] = describe_image_error(str(self.tests[index].path), error)
+
+    def _release(self) -> None:
+        """Release the memory of the maps."""
+        self.maps = np.empty((0, *self.maps.shape[1:]), np.float32)
+
+    def _read_masks(self, start: int, stop: int, shape: tuple[int, ...], offset: int = 0) -> NDArray[np.bool_]:
+        """Return the masks of images ``start`` to ``stop``, each of ``shape`` (H, W); all False for good images.
+
+        ``offset`` is the position in ``tests`` of the first image that the indices of ``defective`` count from.
+        """
         masks = np.zeros((stop - start, *shape), bool)
         for index in range(start, stop):
-            if index in self.masks:
-                masks[index - start] = self.masks.pop(index).result()
-            elif index in self.defective:
-                masks[index - start] = read_ground_truth(self.defective[index], self.recipe, self.notes)
+            if offset + index in self.errors:
+                continue
+            try:
+                if index in self.masks:
+                    masks[index - start] = self.masks.pop(index).result()
+                elif index in self.defective:
+                    masks[index - start] = read_ground_truth(self.defective[index], self.recipe, self.notes)
+            except READ_ERRORS as error:
+                self._leave_out(offset + index, error)
         return masks
 
-    def _exact_pixel_metrics(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        """Compute exact pixel metrics from all maps; None if the mask pixels all have the same value."""
-        masks = self._read_masks(0, len(self.tests), self.recipe.out)
+    def _exact_pixel_metrics(
+        self, masks: NDArray[np.bool_], usable: list[int]
+    ) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Compute exact pixel metrics from the maps of the usable images; None if the mask pixels are all equal."""
+        if len(usable) < len(masks):  # in place: the maps may need more memory than there is
+            for position, index in enumerate(usable):
+                self.maps[position], masks[position] = self.maps[index], masks[index]
+            self.maps, masks = self.maps[: len(usable)], masks[: len(usable)]
         if not 0 < np.count_nonzero(masks) < masks.size:
             return None
         pixel = metrics.pixel_metrics(self.maps, masks)
-        self.maps = self.maps[:0]
         values = {"p_auroc": pixel.auroc, "p_ap": pixel.ap, "p_f1": pixel.f1_max, "p_threshold": pixel.f1_threshold}
         return _drop_undefined({**values, "aupro": pixel.aupro, "aupro_per_image": pixel.aupro_per_image}), {}
 

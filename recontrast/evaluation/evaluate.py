@@ -10,6 +10,7 @@ process runs the network on its share of every category.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recontrast import metrics
-from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.sources import ConcatImages, Images
-from recontrast.evaluation.category import Category, SampleImages
-from recontrast.evaluation.results import Result, Row, ScoredImage
+from recontrast.data.sources import ConcatImages
+from recontrast.evaluation.category import Category
+from recontrast.evaluation.results import Result, Row
+from recontrast.evaluation.sample_images import open_images
 from recontrast.evaluation.training_images import TrainingImageChecks
 from recontrast.inference import tiling
 from recontrast.inference.infer import infer, max_map_value
@@ -31,6 +32,7 @@ from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import move_model, resolve_device
+from recontrast.runtime.distributed import World
 
 __all__ = ["Result", "Row", "evaluate"]
 MEMORY = 2 << 30  # bytes of maps per category that are kept in memory: 8192 images of 256 px
@@ -52,6 +54,7 @@ def evaluate(
     streaming: bool = False,
     memory: int = MEMORY,
     trained: Collection[str] = (),
+    errors: Literal["raise", "keep"] = "raise",
 ) -> Result:
     """Compute the metrics of a model on test images, by category.
 
@@ -68,22 +71,28 @@ def evaluate(
         batch: Number of images per batch.
         workers: Number of threads that decode; None for one per CPU.
         on_progress: Function called with the category, the images done and the images in the category, of this process.
-        on_maps: Function called with the samples of each batch of this process and their maps.
+        on_maps: Function called with the samples of each batch of this process and their maps, without those left out
+            because they could not be read or scored.
         cache_dir: Folder for decoded images; None decodes them while the network runs. Not used with tiles.
         streaming: Whether to compute pixel metrics from histograms, in constant memory and with proven error bounds,
             instead of exactly.
         memory: Number of bytes; if the maps of a category have more, they are kept in a temporary file.
         trained: Fingerprints of the training images (`recontrast.data.fingerprint.read_fingerprints`). Test images
             among them are named in a `recontrast.data.listing.DataWarning`. Not used with tiles.
+        errors: "raise" stops at an image or mask that cannot be read, or a map that is not finite. "keep" leaves the
+            image out of all metrics, gives it a `ScoredImage.error`, and counts it in `Row.skipped`.
 
     Returns:
         One row for each category in the given order, their mean, and the score of each image.
 
     Raises:
         ValueError: If there are no test images, ``batch`` is below 1, the image size is not a multiple of the model's
-            stride, a file is not an image, or a mask does not fit its image.
+            stride, a file is not an image, or a mask does not fit its image; with ``errors="keep"``, if no image can be
+            scored.
         OSError: If a file cannot be read, or the cache or the maps cannot be written.
     """
+    if errors not in ("raise", "keep"):
+        raise ValueError(f"evaluate: errors: wanted 'raise' or 'keep', got {errors!r}")
     groups = _group_test_samples(samples)
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
@@ -94,18 +103,21 @@ def evaluate(
     shares = {name: tests[world.share(len(tests))] for name, tests in groups.items()}
     clock = Clock(model_device)
     checks = TrainingImageChecks(trained)
-    batches = _Batches(_infer_samples(model, list(shares.values()), recipe, batch, workers, cache_dir, clock, checks))
+    keep_errors = errors == "keep"
+    unread: dict[str, dict[int, str]] | None = {name: {} for name in groups} if keep_errors else None
+    batches = _Batches(_infer_samples(model, shares, recipe, batch, workers, cache_dir, clock, checks, unread))
     streaming = streaming or recipe.tile is not None  # images at their original scale have too many pixels to sort
     jobs: list[Future[Row]] = []
-    scored: list[ScoredImage] = []
+    categories: list[Category] = []
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as background:
         category: Category | None = None
         try:
             for name, tests in groups.items():
                 histograms = metrics.Streaming(max_map_value(model, recipe), device=model_device) if streaming else None
-                category = Category(name, tests, recipe, world, readers, histograms, memory)
-                _collect(category, shares[name], batches, clock, model_device, on_progress, on_maps)
-                scored += category.list_scored_images()
+                category = Category(name, tests, recipe, world, readers, histograms, memory, keep_errors)
+                categories.append(category)
+                missing = None if unread is None else unread[name]
+                _collect(category, shares[name], batches, clock, model_device, on_progress, on_maps, missing)
                 if jobs:
                     jobs[-1].result()  # waits, so that at most two categories have their maps in memory
                 if world.first:
@@ -115,10 +127,23 @@ def evaluate(
             batches.close()
             if category is not None:
                 category.cancel()
+    left_out = _share_errors(world, categories)
     rows = distributed.broadcast_from_first(world, _add_untested(rows, samples))
+    scored = [image for category, lost in zip(categories, left_out, strict=True)
+              for image in category.list_scored_images(lost)]  # fmt: skip
     settings = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
     checks.warn(sum(map(len, groups.values())))
     return Result(rows, *settings, scored=scored, tile=recipe.tile)
+
+
+def _share_errors(world: World, categories: Sequence[Category]) -> list[dict[int, str]]:
+    """Return the images that the first process leaves out, by category; raise ValueError if no image is left."""
+    left_out: list[dict[int, str]]
+    left_out = distributed.broadcast_from_first(world, [category.errors for category in categories])
+    count = sum(map(len, left_out))
+    if count == sum(len(category.tests) for category in categories):
+        raise ValueError(f"none of {count} images could be scored: {min(left_out[0].items())[1]}")
+    return left_out
 
 
 def _add_untested(rows: list[Row], samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> list[Row]:
@@ -149,25 +174,32 @@ def _group_test_samples(samples: Sequence[Sample] | Mapping[str, Sequence[Sample
 
 def _infer_samples(
     model: ReContrast | FoldedModel,
-    groups: Sequence[Sequence[Sample]],
+    groups: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     batch: int,
     workers: int | None,
     cache_dir: str | Path | None,
     clock: Clock,
     checks: TrainingImageChecks,
+    unread: Mapping[str, dict[int, str]] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return an iterator over maps and scores of the samples of all groups, one group after the other."""
+    """Return an iterator over maps and scores of the samples of all groups, one group after the other.
+
+    Images that cannot be read are recorded in ``unread``, by group and position; None raises their errors.
+    """
     if recipe.tile is not None:
-        paths = [sample.path for group in groups for sample in group]
-        return tiling.infer_files(paths, model, recipe, batch, clock)
-    images: list[Images] = [
-        SampleImages(group, recipe, workers)
-        if cache_dir is None
-        else ImageCache(group, recipe.size, recipe.crop, cache_dir, bits=recipe.bits, workers=workers)
-        for group in groups
+        parts = [
+            tiling.infer_files(
+                [sample.path for sample in group], model, recipe, batch, clock, None if unread is None else unread[name]
+            )
+            for name, group in groups.items()
+        ]
+        return (result for part in parts for result in part)
+    images = [
+        open_images(group, recipe, workers, cache_dir, None if unread is None else unread[name])
+        for name, group in groups.items()
     ]
-    images = checks.wrap(images, groups)
+    images = checks.wrap(images, list(groups.values()))
     return infer(model, ConcatImages(images), recipe, batch=batch, clock=clock)
 
 
@@ -179,14 +211,17 @@ def _collect(
     device: torch.device,
     on_progress: OnProgress | None,
     on_maps: OnMaps | None,
+    unread: Mapping[int, str] | None,
 ) -> None:
     """Add the maps and scores of this process's ``samples`` to their category, then gather those of all processes."""
     stop, seconds_before = 0, clock.seconds()
     for maps, scores in batches.take(len(samples)):
         start, stop = stop, stop + len(scores)
-        category.add(start, maps, scores)
-        if on_maps is not None:
-            on_maps(samples[start:stop], maps.cpu().numpy())
+        with_maps = category.add(start, maps, scores, unread)
+        if on_maps is not None and with_maps:
+            array = maps.cpu().numpy()
+            array = array if len(with_maps) == len(array) else array[with_maps]
+            on_maps([samples[start + position] for position in with_maps], array)
         if on_progress is not None:
             on_progress(category.name, stop, len(samples))
     category.gather(device)

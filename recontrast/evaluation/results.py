@@ -1,8 +1,9 @@
 """Results of an evaluation, and their tables in JSON, CSV and Markdown."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,27 @@ METRICS = {
 }
 
 
+def describe_missing(skipped: int, total: int) -> str:
+    """Describe how many test images are missing from the metrics.
+
+    Args:
+        skipped: Number of missing images.
+        total: Number of all test images.
+
+    Returns:
+        The description, without a full stop.
+    """
+    return f"{skipped} of {total} test images are missing, because they could not be read or scored"
+
+
 @dataclass(frozen=True)
 class Row:
     """Metrics of one category, or the mean of several. Undefined metrics are None, and ``note`` gives the reason.
 
     Attributes:
         category: Name of the category, or "mean".
-        images: Number of test images.
-        defects: Number of defective test images.
+        images: Number of test images with a score, over which the metrics are computed.
+        defects: Number of defective images among them.
         i_auroc, i_ap, i_f1: Image metrics in [0, 1]; F1 is the maximum over all thresholds.
         i_accuracy: Accuracy at the threshold of the maximum F1.
         p_auroc, p_ap, p_f1: Pixel metrics in [0, 1].
@@ -45,7 +59,9 @@ class Row:
         p_threshold: Map value that gives ``p_f1``.
         seconds: Time in seconds spent waiting for images (``loading``), and in ``forward``, ``maps`` and ``metrics``.
         bounds: Largest possible distance of streamed metrics from the exact values, by name.
-        note: Reasons for undefined metrics; empty if all are defined.
+        note: Missing images and reasons for undefined metrics; empty if there are neither.
+        skipped: Number of test images that could not be read or scored, or whose mask could not be read. The metrics
+            are those of the other images, and not comparable with those of the whole set.
     """
 
     category: str
@@ -65,6 +81,7 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    skipped: int = 0
 
 
 def parse_row(values: Any) -> Row:
@@ -100,14 +117,15 @@ _ROW_FIELDS = {f.name for f in fields(Row)}
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """Score of one test image.
+    """Score of one test image, or why it has none.
 
     Attributes:
         path: Path of the image.
         category: Name of its category.
         defect: Type of defect, or "good".
         label: 1 for a defective image, 0 for a good one.
-        score: Anomaly score.
+        score: Anomaly score; NaN if the image is missing from the metrics.
+        error: Why the image is missing, or why it has no map although it has a score; else None.
     """
 
     path: str
@@ -115,6 +133,7 @@ class ScoredImage:
     defect: str
     label: int
     score: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +145,7 @@ class Result:
         recipe: Name of the recipe.
         size: Height and width of images and maps in pixels.
         score, blur, reduce, mask_rule: Fields of the recipe.
-        scored: Scores of all test images.
+        scored: Scores of all test images; NaN for those that are missing from the metrics.
         decided: Summary of the calibrated decisions on these images; None without a calibration.
         tile: Side of a tile in pixels, or None. With tiles, images and maps have the size of the files, and ``size`` is
             the size of a tile.
@@ -153,24 +172,37 @@ class Result:
         values = {name: [v for row in self.rows if (v := getattr(row, name)) is not None] for name in METRICS}
         incomplete = [METRICS[name] for name, defined in values.items() if 0 < len(defined) < len(self.rows)]
         means: dict[str, Any] = {name: sum(v) / len(v) if v else None for name, v in values.items()}
+        images, skipped = (sum(getattr(row, name) for row in self.rows) for name in ("images", "skipped"))
+        notes = [describe_missing(skipped, images + skipped)] if skipped else []
+        notes += [f"not over all categories: {', '.join(incomplete)}"] if incomplete else []
         return Row(
             "mean",
-            images=sum(row.images for row in self.rows),
+            images=images,
             defects=sum(row.defects for row in self.rows),
             seconds=seconds,
             **means,
-            note=f"not over all categories: {', '.join(incomplete)}" if incomplete else "",
+            note="; ".join(notes),
+            skipped=skipped,
         )
+
+    @property
+    def errors(self) -> list[str]:
+        """One sentence for each test image that is missing from the metrics, or whose map could not be written."""
+        return [image.error for image in self.scored if image.error is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the scores of the images as values that JSON can represent."""
         values = {**asdict(self), "size": list(self.size), "mean": asdict(self.mean)}
         del values["scored"]
-        return values
+        return {**values, "skipped": self.mean.skipped, "errors": self.errors}
 
     def to_csv(self) -> str:
-        """Return a CSV table with one line for each category and one for the mean; undefined metrics are empty."""
-        names = [f.name for f in fields(Row) if f.name not in ("seconds", "bounds")]
+        """Return a CSV table with one line for each category and one for the mean; undefined metrics are empty.
+
+        There is a column ``skipped`` only if images are missing.
+        """
+        left_out = ("seconds", "bounds") if self.mean.skipped else ("seconds", "bounds", "skipped")
+        names = [f.name for f in fields(Row) if f.name not in left_out]
         times = list(self.mean.seconds)
         table: list[list[Any]] = [[*names, *(f"seconds_{name}" for name in times)]]
         for row in (*self.rows, self.mean):
@@ -195,12 +227,14 @@ class Result:
     def to_markdown(self) -> str:
         """Return a Markdown table in percent, with "-" for undefined metrics, followed by settings and notes."""
         names = [name for name in METRICS if any(getattr(row, name) is not None for row in self.rows)] or ["i_auroc"]
-        head = ["category", "images", *(METRICS[name] for name in names), "seconds"]
+        skipped = ["skipped"] if self.mean.skipped else []
+        head = ["category", "images", *skipped, *(METRICS[name] for name in names), "seconds"]
         lines = [format_row(head), format_row(["---", *["---:"] * (len(head) - 1)])]
         for row in (*self.rows, *([self.mean] if len(self.rows) > 1 else [])):
             cells = ("-" if (value := getattr(row, name)) is None else f"{100 * value:.2f}" for name in names)
             name = escape_markdown(row.category)
-            lines.append(format_row([name, str(row.images), *cells, f"{sum(row.seconds.values()):.1f}"]))
+            counts = [str(getattr(row, column)) for column in ("images", *skipped)]
+            lines.append(format_row([name, *counts, *cells, f"{sum(row.seconds.values()):.1f}"]))
         lines.append("")
         lines.append(
             f"Percent. Maps of {'the size of the images, from tiles of ' if self.tile else ''}"
@@ -219,9 +253,15 @@ class Result:
         return "\n".join(lines) + "\n"
 
     def scores_csv(self) -> str:
-        """Return a CSV table with path, category, defect, label and score of each image."""
-        table: list[list[Any]] = [[f.name for f in fields(ScoredImage)]]
-        table += [[*astuple(scored)[:-1], Rounded(scored.score)] for scored in self.scored]
+        """Return a CSV table with path, category, defect, label and score of each image, and its error if any has one.
+
+        The score of an image that is missing from the metrics is empty.
+        """
+        names = [f.name for f in fields(ScoredImage) if f.name != "error" or self.errors]
+        table: list[list[Any]] = [names]
+        for image in self.scored:
+            score = None if math.isnan(image.score) else Rounded(image.score)
+            table.append([score if name == "score" else getattr(image, name) for name in names])
         return format_table(table).decode(errors="surrogateescape")
 
     def write(self, folder: str | Path, remove: Sequence[str] = (), *, overwrite: bool = False) -> list[Path]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recontrast.data.image_files import ImageFiles
+from recontrast.data.image_files import ImageFiles, describe_image_error
 from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.tiles import Tiles, tile_weights
@@ -183,6 +183,7 @@ def infer_files(
     recipe: Recipe,
     batch: int = 16,
     clock: Clock | None = None,
+    unread: dict[int, str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute maps and scores of image files at their original scale, like `recontrast.inference.infer.infer`.
 
@@ -192,16 +193,28 @@ def infer_files(
         recipe: Recipe with ``tile``, for map, score and precision.
         batch: Number of tiles per batch.
         clock: Clock that measures loading, forward pass and maps.
+        unread: Receives one sentence for each image that cannot be read, by position; a black tile takes its place.
+            None raises the error instead.
 
     Yields:
         Map (1, H, W) and score (1,), float32, on the CPU.
 
     Raises:
-        ValueError: If the recipe has no tile, or an image cannot be decoded.
-        OSError: If an image file cannot be read.
+        ValueError: If the recipe has no tile, or an image cannot be decoded and ``unread`` is None.
+        OSError: If an image file cannot be read and ``unread`` is None.
     """
-    for path in paths:
-        anomaly = compute_tiled_map(model, read_image(path, bits=recipe.bits), recipe, batch=batch, clock=clock)
+
+    def read(position: int) -> NDArray[np.uint8]:
+        try:
+            return read_image(paths[position], bits=recipe.bits)
+        except (OSError, ValueError) as error:
+            if unread is None:
+                raise
+            unread[position] = describe_image_error(str(paths[position]), error)
+            return np.zeros((*recipe.out, 3), np.uint8)
+
+    for position in range(len(paths)):
+        anomaly = compute_tiled_map(model, read(position), recipe, batch=batch, clock=clock)
         yield torch.from_numpy(anomaly)[None], torch.tensor([score_map(anomaly, recipe.score)])
 
 

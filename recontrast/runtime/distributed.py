@@ -264,6 +264,19 @@ def broadcast_from_first(world: World, value: Any) -> Any:
     return values[0]
 
 
+def gather_from_all(world: World, value: Any) -> list[Any]:
+    """Return the values of all processes, in every process.
+
+    Args:
+        world: Rank and number of processes.
+        value: Value of this process that supports pickling.
+
+    Returns:
+        The values in the order of ranks.
+    """
+    return [value] if world.size == 1 else _gather_objects(value)
+
+
 def _gather_objects(value: Any) -> list[Any]:
     """Return the values of all processes, in the order of ranks."""
     values: list[Any] = [None] * dist.get_world_size()

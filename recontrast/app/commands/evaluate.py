@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import print_data, print_error, print_line
+from recontrast.app.console import print_data, print_error, print_image_errors, print_line
 from recontrast.app.options import (
     CheckpointFile,
     Data,
@@ -84,12 +84,15 @@ def show_metrics(
     model: Any, groups: "dict[str, list[Sample]]", recipe: "Recipe", out: Path | None,
     calibration: "Calibration | None", **options: Any
 ) -> None:  # fmt: skip
-    """Evaluate and print the results; ``options`` are those of `recontrast.app.evaluate_job.measure`."""
+    """Evaluate and print the results; ``options`` are those of `recontrast.app.evaluate_job.measure`.
+
+    Images that cannot be read or scored, and maps that cannot be written, are named, and the exit status is 2.
+    """
     from recontrast.app.evaluate_job import measure
 
     with ProgressBar("evaluate") as progress:
         result, decisions, written = measure(
-            model, groups, recipe, out, calibration=calibration,
+            model, groups, recipe, out, calibration=calibration, errors="keep",
             on_progress=lambda category, done, total: progress(done, total, category), **options,
         )  # fmt: skip
     print_result(result)
@@ -99,3 +102,6 @@ def show_metrics(
             print_error(f"warning: {warning}")
     if written:
         print_line(f"results: {', '.join(map(str, written))}")
+    print_image_errors(result.errors, "with --out DIR, in scores.csv" if out is None else f"see {out / 'scores.csv'}")
+    if result.errors:
+        raise typer.Exit(2)

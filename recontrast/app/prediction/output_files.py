@@ -14,6 +14,7 @@ import numpy as np
 from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.atomic import replace_files
 from recontrast.data.csv_table import Rounded, format_table
+from recontrast.data.image_files import describe_image_error
 from recontrast.data.json_text import parse_json
 from recontrast.data.own_files import LARGEST_LIST
 from recontrast.data.regular_file import read_bytes
@@ -92,14 +93,6 @@ def save_overlays(
             except errors as error:
                 failed[index] = describe_image_error(str(sources[index][0]), error)
     return failed
-
-
-def describe_image_error(path: str, error: BaseException) -> str:
-    """Describe an error about an image in one sentence that names the image once."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return text if path in text else f"{path}: {text or type(error).__name__}"
 
 
 def describe_maps(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:

@@ -12,18 +12,15 @@ from recontrast.app.prediction.output_files import (
     Failure,
     Prediction,
     begin,
-    describe_image_error,
     result_path,
     save_map,
     save_overlays,
 )
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps, images, large_maps
-from recontrast.data.image_files import ImageFiles
+from recontrast.data.image_files import IMAGE_ERRORS, ImageFiles, describe_image_error
 from recontrast.inference.decisions import Decision, decide
 from recontrast.inference.detector import Detector
-
-IMAGE_ERRORS = (OSError, ValueError, MemoryError, RuntimeError)  # that concern one image, and not the run
 
 
 class PredictionWriter:
