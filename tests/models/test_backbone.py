@@ -252,6 +252,7 @@ def test_hub_weights(resnet18, tmp_path, monkeypatch):
         return str(tmp_path / filename)
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    monkeypatch.setattr("recontrast.models.hub.check_reachable", lambda: None)
     save_file(resnet18.state_dict(), tmp_path / "model.safetensors")
     backbone = Backbone("resnet18.tv_in1k")
     assert requested == ["timm/resnet18.tv_in1k"]
@@ -270,8 +271,12 @@ def test_unreachable_hub_raises_one_error(error, monkeypatch, caplog):
         raise error
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    monkeypatch.setattr("recontrast.models.hub.check_reachable", lambda: None)
     message = error_message(OSError, "resnet18")
-    assert all(option in message for option in ("hub that can be reached", ".pth", ".safetensors", "weights 'package'"))
+    assert all(
+        option in message
+        for option in ("hub that can be reached", "--weights FILE", ".pth", ".safetensors", "--weights package")
+    )
     assert "'resnet18'" in message and str(error).split(".")[0].split("\n")[0] in message
     assert not caplog.records
 
