@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FIGURES = "RECONTRAST_CAMPAIGN_FIGURES"  # file to which a test in a new process writes its figures
-FORKING = ("test_crashes.py", "test_refused_writes.py", "test_two_writers.py")
+FORKING = ("test_crashes.py", "test_ray_crashes.py", "test_refused_writes.py", "test_two_writers.py")
 
 
 def pytest_collection_modifyitems(items):
