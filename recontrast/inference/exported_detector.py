@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from recontrast.checkpoint.fields import parse_calibration, parse_recipe
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.pillow_resize import max_exact_length
-from recontrast.data.regular_file import check_regular
+from recontrast.data.regular_file import check_regular, is_regular
+from recontrast.data.sidecar import check_sidecar
 from recontrast.inference.file_checks import ForeignFileError
 from recontrast.inference.programs import PROGRAMS, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
@@ -36,8 +37,8 @@ class ExportedDetector(Detector):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file was not written by `recontrast export`, is damaged, or has another format version, or
-            if the device is not the CPU.
+        ValueError: If the file was not written by `recontrast export`, is damaged, has another format version, or
+            differs from the SHA-256 in a file ``FILE.sha256`` beside it; or if the device is not the CPU.
         ImportError: If the runtime of the file is not installed.
     """
 
@@ -45,6 +46,9 @@ class ExportedDetector(Detector):
         if device is not None and str(device).partition(":")[0] != "cpu":
             raise ValueError(f"{path}: wanted the CPU for an exported detector, got device {str(device)!r}")
         check_regular(path, "an exported detector")
+        for file in (path, path.with_suffix(".bin")) if path.suffix.lower() == ".xml" else (path,):
+            if is_regular(file):  # a missing .bin has its own message
+                check_sidecar(file)
         try:
             self.program: Program = PROGRAMS[path.suffix.lower()](path)
         except (ImportError, MemoryError, ForeignFileError):

@@ -7,9 +7,10 @@ from typing import Any
 
 from recontrast.checkpoint.fields import is_finite, parse_calibration, parse_recipe
 from recontrast.data.json_text import parse_json
-from recontrast.data.regular_file import open_regular
+from recontrast.data.sidecar import compute_sha256
 from recontrast.recipes.describe import describe_value
 
+__all__ = ["ForeignFileError", "check_checksum", "compute_sha256", "parse_description", "write_checksum"]
 FORMAT = 1  # increased when inputs, outputs or the description change their meaning
 KEY = "recontrast"  # metadata key of the description
 CHECKSUM_KEY = "recontrast_sha256"  # metadata key of the SHA-256 of the file, computed with zeros in its place
@@ -19,22 +20,6 @@ _LARGEST_DESCRIPTION = 2**26  # characters; the scores and appearances of a mill
 
 class ForeignFileError(ValueError):
     """A file that `recontrast export` did not write, or did not write like this."""
-
-
-def compute_sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def parse_description(path: Path, text: str | None) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from recontrast.data.archive import Archive
 from recontrast.data.regular_file import check_regular, is_regular, open_regular
+from recontrast.data.sidecar import check_sidecar
 from recontrast.models import hub
+from recontrast.models.safetensors_file import check_header
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 _MAX_WRAPPERS = 8
@@ -169,10 +171,13 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If there is no such file.
         PermissionError: If the file may not be read.
-        ValueError: If the suffix is not one of `SUFFIXES`, or the file is damaged or holds no tensors.
+        ValueError: If the suffix is not one of `SUFFIXES`, the file is damaged or holds no tensors, or differs from the
+            SHA-256 in a file ``FILE.sha256`` beside it.
     """
     path = Path(path)
     _check_file(path)
+    if is_regular(path):  # other kinds are refused below
+        check_sidecar(path)
     try:
         with open_regular(path, "a file of tensors") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle version of files in other formats
@@ -203,6 +208,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def _read_tensors(file: BinaryIO, path: Path) -> Any:
     """Read the content of a weight file without running code from it; archives are compared with their checksums."""
     if path.suffix == ".safetensors":
+        check_header(file)
+        file.seek(0)
         try:
             os.fsencode(path).decode()
         except UnicodeDecodeError:  # its reader takes no such path
