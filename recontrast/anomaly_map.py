@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recontrast import ops
-from recontrast.loss import point_distances
+from recontrast.distances import point_distances
 
 Size = int | tuple[int, int]
 Score = Literal["max", "mean"] | float
@@ -23,17 +23,23 @@ TRUNCATE = 4.0  # default of scipy.ndimage.gaussian_filter; 4 sigma give 33 taps
 ZERO5_RADIUS = 2  # upstream's GPU kernel has 5 taps for every sigma
 
 
-def build_upsampling_matrix(out: int, size: int) -> Tensor:
-    """Build the matrix of linear interpolation with aligned corners along one axis, as ``F.interpolate`` upstream.
+def build_upsampling_matrix(out: int, size: int, align_corners: bool = True) -> Tensor:
+    """Build the matrix of linear interpolation along one axis, as ``F.interpolate`` computes it.
 
     Args:
         out: Size of the map in pixels, at least 1.
         size: Size of the features, at least 1.
+        align_corners: Whether the centres of the outer pixels are those of the outer points, as upstream. Otherwise
+            the outer edges coincide.
 
     Returns:
         Matrix (out, size), float64.
     """
-    position = torch.arange(out, dtype=torch.float64) * ((size - 1) / (out - 1) if out > 1 else 0.0)
+    pixels = torch.arange(out, dtype=torch.float64)
+    if align_corners:
+        position = pixels * ((size - 1) / (out - 1) if out > 1 else 0.0)
+    else:
+        position = ((pixels + 0.5) * (size / out) - 0.5).clamp_(0, size - 1)
     low = position.floor().clamp_max(max(size - 2, 0)).long()
     high = (low + 1).clamp_max(size - 1)
     share = (position - low).unsqueeze(1)
@@ -113,6 +119,8 @@ class AnomalyMap:
         reduce: "sum" or "mean" over the pairs: values in [0, 2 x pairs] or [0, 2].
         method: "fused" is a single kernel. "matmul" uses two matrix products of PyTorch and is differentiable. "auto"
             uses "matmul" if a gradient is needed, otherwise "fused".
+        align_corners: How distances are upsampled, see `build_upsampling_matrix`. Upstream aligns corners, the authors
+            of PatchCore do not.
 
     Raises:
         ValueError: If an argument has a value not listed above.
@@ -125,6 +133,7 @@ class AnomalyMap:
         blur: Literal["reflect", "zero5"] | None = "reflect",
         reduce: Literal["sum", "mean"] = "sum",
         method: Literal["auto", "fused", "matmul"] = "auto",
+        align_corners: bool = True,
     ):
         _check_choice("blur", blur, ("reflect", "zero5", None))
         _check_choice("reduce", reduce, ("sum", "mean"))
@@ -135,8 +144,10 @@ class AnomalyMap:
             raise ValueError(f"AnomalyMap: sizes and out: wanted at least 1 px, got {self.sizes} and {self.out}")
         self.blur, self.reduce, self.method = blur, reduce, method
         blur_y, blur_x = (build_blur_matrix(size, blur) for size in self.out)
-        self._rows = [(blur_y @ build_upsampling_matrix(self.out[0], h)).float() for h, _ in self.sizes]  # each (H, h)
-        self._cols = [(blur_x @ build_upsampling_matrix(self.out[1], w)).float() for _, w in self.sizes]  # each (W, w)
+        rows = [build_upsampling_matrix(self.out[0], h, align_corners) for h, _ in self.sizes]  # each (H, h)
+        cols = [build_upsampling_matrix(self.out[1], w, align_corners) for _, w in self.sizes]  # each (W, w)
+        self._rows = [(blur_y @ matrix).float() for matrix in rows]
+        self._cols = [(blur_x @ matrix).float() for matrix in cols]
 
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Compute the anomaly maps of (teacher, student) pairs.

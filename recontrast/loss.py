@@ -5,7 +5,6 @@
 `recontrast.ops.cosine_sums`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,52 +13,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recontrast import ops
+from recontrast.distances import point_distance, point_distances
 from recontrast.mining import Rule, deviation, hardest, power
 from recontrast.ops import cosine, cosine_sums
 from recontrast.runtime.collectives import gather_shares, resolve_shares
 
+__all__ = [
+    "global_cosine", "hard_mined_cosine", "pairs_loss", "point_cosine", "point_distance", "point_distances",
+]  # fmt: skip
 Features = Tensor | Sequence[Tensor]
 
 
-def point_distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """Compute the point distances ``1 - cos`` over the channels, from which the anomaly map is computed.
+def compute_mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
+    """Compute the mean over (N, ...), scaled so that the mean over processes equals the mean over all their values.
 
     Args:
-        teacher: Features (N, C, H, W), floating point.
-        student: Features in the shape of ``teacher``.
+        values: Values of the images of this process, (N, ...).
+        shares: Number of images of each process; None for a single process.
 
     Returns:
-        Distances (N, H, W) in [0, 2], float32 (float64 if one of the features is).
-
-    Raises:
-        ValueError: If the shapes, devices or dtypes do not match.
+        Scalar, in the dtype of ``values``.
     """
-    return 1 - cosine(cosine_sums(teacher, student))
-
-
-def point_distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Compute the `point_distance` of each pair with a single operator call.
-
-    Args:
-        pairs: (teacher, student) features, (N, C, H, W) each.
-
-    Returns:
-        Distances (N, H, W) of each pair, float32 (float64 if one of the features is). Empty if there are no pairs.
-
-    Raises:
-        ValueError: If the shapes, devices or dtypes do not match.
-    """
-    teachers, students = [t for t, _ in pairs], [s for _, s in pairs]
-    if not pairs:
-        return []
-    sums = ops.cosine_sums_group(teachers, students)
-    shapes = [(3, s.shape[0], *s.shape[2:]) for s in students]
-    parts = sums.split([math.prod(shape) for shape in shapes])
-    return [1 - cosine(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _compute_mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
-    """Compute the mean over (N, ...), scaled so that the mean over processes equals the mean over all their values."""
     if shares is None:
         return values.mean()
     return values.sum() * (len(shares) / (sum(shares) * (values[0].numel() if len(values) else 1)))
@@ -80,7 +54,7 @@ def _compute_sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tens
 
 
 def _compute_global_distance(sums: Tensor, shares: Sequence[int] | None) -> Tensor:
-    return _compute_mean(1 - cosine(sums.sum(dim=(-2, -1))), shares)
+    return compute_mean(1 - cosine(sums.sum(dim=(-2, -1))), shares)
 
 
 def hard_mined_cosine(
@@ -192,7 +166,7 @@ def point_cosine(
     """
     pairs = _build_pairs("point_cosine", teacher, student)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    return torch.stack([_compute_mean(1 - cosine(_compute_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
+    return torch.stack([compute_mean(1 - cosine(_compute_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
 
 
 def pairs_loss(

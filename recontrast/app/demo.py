@@ -18,7 +18,7 @@ from recontrast.evaluation import evaluate
 from recontrast.evaluation.evaluate import Result
 from recontrast.evaluation.results import FILES
 from recontrast.inference.infer import infer
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
@@ -159,7 +159,7 @@ def _run(
     return Demo(results, sheets, trained.checkpoint, trained.seconds)
 
 
-def _draw_sheet(path: Path, samples: list[Sample], model: ReContrast, recipe: Recipe) -> Path:
+def _draw_sheet(path: Path, samples: list[Sample], model: Network, recipe: Recipe) -> Path:
     """Write a contact sheet with a column for each example: its score, the image, the mask and the heat map."""
     tests = [sample for sample in samples if sample.split == "test"]
     kinds = list(dict.fromkeys(sample.defect for sample in tests))

@@ -27,8 +27,7 @@ from recontrast.evaluation.results import FILES, Result
 from recontrast.evaluation.sample_images import open_images
 from recontrast.inference.infer import max_map_value
 from recontrast.inference.options import InferenceOptions
-from recontrast.models.fold import FoldedModel
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 
@@ -84,7 +83,7 @@ class DecisionSummary:
 
 
 def measure(
-    model: ReContrast,
+    model: Network,
     groups: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     out: Path | None,
@@ -117,7 +116,7 @@ def measure(
 
 
 def measure_network(
-    network: ReContrast | FoldedModel,
+    network: Network,
     groups: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     out: Path | None,
@@ -133,7 +132,7 @@ def measure_network(
 
 
 def _measure_and_write(
-    network: ReContrast | FoldedModel, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, out: Path | None,
+    network: Network, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, out: Path | None,
     save_maps: bool, calibration: Calibration | None, options: dict[str, Any],
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:  # fmt: skip
     """Compute metrics and write them to a folder that is locked."""

@@ -1,5 +1,6 @@
 """Training for the command line and for `recontrast.train`: check the options, then run."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ import torch
 from recontrast import checkpoint
 from recontrast.app.console import is_silent
 from recontrast.app.options import check_writable
+from recontrast.architectures import get_architecture
 from recontrast.data import datasets
 from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
-from recontrast.models.backbone import get_strides
 from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
@@ -66,6 +67,24 @@ class TrainJob:
     def samples(self) -> list[Sample]:
         """Samples of all categories."""
         return [sample for group in self.groups.values() for sample in group]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps; of batches, if the architecture is fitted in one pass over whole images."""
+        if self.recipe.uses_steps:
+            return self.recipe.steps
+        return max(math.ceil(self.count_training() / self.recipe.batch), 1)
+
+    def count_training(self) -> int:
+        """Count the good images that are not held out."""
+        count = _count_good(self.groups)
+        return count - round(self.recipe.holdout * (self.different or count))
+
+    def describe_end(self, seconds: float) -> str:
+        """Describe the finished run in one sentence."""
+        is_pass = not self.recipe.uses_steps
+        work = f"one pass over {self.count_training()} images" if is_pass else f"{self.recipe.steps} steps"
+        return f"{work} in {seconds:.1f} s: {self.target}"
 
     def describe_holdout(self) -> str | None:
         """Describe the images held out for calibration; None if the recipe holds out none."""
@@ -144,7 +163,7 @@ def prepare_job(
 
 def check_size(recipe: Recipe) -> None:
     """Check that the strides of the network divide the size of images or tiles, before any image is read."""
-    step = 2 * get_strides(recipe.backbone)[-1]  # as `ReContrast.stride`
+    step = get_architecture(recipe).compute_stride(recipe)
     if any(side < step or side % step for side in recipe.out):
         option = "--tile" if recipe.tile is not None else "--size" if recipe.crop is None else "crop"
         sides = recipe.out if len(set(recipe.out)) > 1 else recipe.out[:1]
@@ -184,7 +203,7 @@ def run_job(
 ) -> TrainResult:  # fmt: skip
     """Train, optionally with a TensorBoard log; ``teacher_cache`` is in GiB."""
     check_run_options(device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard)
-    total, samples = job.recipe.steps, job.samples
+    total, samples = job.steps, job.samples
     with ExitStack() as stack:
         if not is_silent():
             stack.enter_context(lock_folder(job.out))
@@ -198,7 +217,8 @@ def run_job(
             if board is not None:
                 board.log(step, loss, rate, alpha)
             if on_step is not None:
-                on_step(job.category, step, total, f"loss {loss:.4f}, {rate:.1f} images/s")
+                loss_text = "" if math.isnan(loss) else f"loss {loss:.4f}, "
+                on_step(job.category, step, max(step, total), f"{loss_text}{rate:.1f} images/s")
 
         result = train(
             job.recipe, samples, category=job.category, out=job.out, device=device, resume=job.resume,

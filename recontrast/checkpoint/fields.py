@@ -13,9 +13,11 @@ from recontrast.recipes.recipe import Recipe
 
 _MAX_OPTIMISERS = 16
 _CONFIG_TYPES = {
-    "backbone": str, "levels": int, "decoder": str, "activation": str, "partial_norm": bool, "pairs": str,
-    "train_encoder": bool, "encoder_bn": str,
+    "backbone": str, "decoder": str, "activation": str, "partial_norm": bool, "pairs": str, "train_encoder": bool,
+    "encoder_bn": str, "embedding": str, "dimension": int, "neighbours": int, "features": int, "seed": int,
+    "width": int, "heads": int, "layers": int, "feedforward": int, "dropout": float, "jitter": float,
 }  # fmt: skip
+_CONFIG_NUMBERS = ("levels", "size")  # a whole number, a list of up to 16, or none
 
 
 def check_fields(content: Mapping[str, Any]) -> None:
@@ -35,6 +37,12 @@ def check_fields(content: Mapping[str, Any]) -> None:
         value = content["model_config"].get(name)
         if value is not None and type(value) is not kind:
             raise ValueError(f"model_config: {name}: wanted a {kind.__name__}, got {describe_value(value)}")
+    for name in _CONFIG_NUMBERS:
+        value = content["model_config"].get(name, 1)
+        numbers = value if isinstance(value, list | tuple) else [1 if value is None else value]
+        if len(numbers) > 16 or not all(_is_whole(number, 1) for number in numbers):
+            wanted = "a whole number of at least 1 or up to 16 of them"
+            raise ValueError(f"model_config: {name}: wanted {wanted}, got {describe_value(value)}")
 
 
 def parse_recipe(values: Any) -> Recipe:

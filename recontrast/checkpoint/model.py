@@ -6,17 +6,18 @@ from pathlib import Path
 import torch
 
 import recontrast
+from recontrast.architectures import ARCHITECTURES
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint.checksums import digest
 from recontrast.checkpoint.fields import find_not_finite
 from recontrast.checkpoint.file import Checkpoint, load, save
 from recontrast.data.locks import lock_checkpoint
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
 
 
-def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+def build(checkpoint: Checkpoint, path: str | Path) -> Network:
     """Build the model of a checkpoint.
 
     Args:
@@ -34,10 +35,11 @@ def build(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
     return model
 
 
-def _build_random(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+def _build_random(checkpoint: Checkpoint, path: str | Path) -> Network:
     """Build the model of a checkpoint with random weights."""
     try:
-        return ReContrast(**{**checkpoint.model_config, "weights": "random"})
+        network = ARCHITECTURES[checkpoint.recipe.architecture].network
+        return network(**{**checkpoint.model_config, "weights": "random"})
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
@@ -46,7 +48,7 @@ def _build_random(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
         ) from error
 
 
-def _build_from_mapped(checkpoint: Checkpoint, path: str | Path) -> ReContrast:
+def _build_from_mapped(checkpoint: Checkpoint, path: str | Path) -> Network:
     """Build the model of a mapped checkpoint without initialising it and with its weights in memory only once."""
     with torch.device("meta"):
         model = _build_random(checkpoint, path)
@@ -99,7 +101,7 @@ def check_calibration(checkpoint: Checkpoint, path: str | Path) -> None:
         )
 
 
-def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path, *, assign: bool = False) -> None:
+def restore(model: Network, checkpoint: Checkpoint, path: str | Path, *, assign: bool = False) -> None:
     """Load the weights and the normalisation of a checkpoint into a model.
 
     Args:
@@ -123,7 +125,7 @@ def restore(model: ReContrast, checkpoint: Checkpoint, path: str | Path, *, assi
 
 def load_model(
     path: str | Path, device: str | torch.device | None = None, *, calibrated: bool = True
-) -> tuple[ReContrast, Recipe, Checkpoint]:
+) -> tuple[Network, Recipe, Checkpoint]:
     """Load a trained model for prediction.
 
     Args:

@@ -26,8 +26,7 @@ from recontrast.evaluation.sample_images import open_images
 from recontrast.evaluation.training_images import TrainingImageChecks
 from recontrast.inference import tiling
 from recontrast.inference.infer import infer, max_map_value
-from recontrast.models.fold import FoldedModel
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.clock import Clock
@@ -41,7 +40,7 @@ OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # samples and 
 
 
 def evaluate(
-    model: ReContrast | FoldedModel,
+    model: Network,
     samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     *,
@@ -75,7 +74,7 @@ def evaluate(
             because they could not be read or scored.
         cache_dir: Folder for decoded images; None decodes them while the network runs. Not used with tiles.
         streaming: Whether to compute pixel metrics from histograms, in constant memory and with proven error bounds,
-            instead of exactly.
+            instead of exactly. Map values above `recontrast.inference.infer.max_map_value` count as equal to it.
         memory: Number of bytes; if the maps of a category have more, they are kept in a temporary file.
         trained: Fingerprints of the training images (`recontrast.data.fingerprint.read_fingerprints`). Test images
             among them are named in a `recontrast.data.listing.DataWarning`. Not used with tiles.
@@ -113,7 +112,7 @@ def evaluate(
         category: Category | None = None
         try:
             for name, tests in groups.items():
-                histograms = metrics.Streaming(max_map_value(model, recipe), device=model_device) if streaming else None
+                histograms = _build_histograms(model, recipe, model_device) if streaming else None
                 category = Category(name, tests, recipe, world, readers, histograms, memory, keep_errors)
                 categories.append(category)
                 missing = None if unread is None else unread[name]
@@ -134,6 +133,11 @@ def evaluate(
     settings = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
     checks.warn(sum(map(len, groups.values())))
     return Result(rows, *settings, scored=scored, tile=recipe.tile)
+
+
+def _build_histograms(model: Network, recipe: Recipe, device: torch.device) -> metrics.Streaming:
+    """Build the histograms of the maps of one category."""
+    return metrics.Streaming(max_map_value(model, recipe), device=device, clip=not model.has_bounded_distances)
 
 
 def _share_errors(world: World, categories: Sequence[Category]) -> list[dict[int, str]]:
@@ -173,7 +177,7 @@ def _group_test_samples(samples: Sequence[Sample] | Mapping[str, Sequence[Sample
 
 
 def _infer_samples(
-    model: ReContrast | FoldedModel,
+    model: Network,
     groups: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     batch: int,

@@ -7,13 +7,13 @@ PyTorch, so that `torch.export` can trace it.
 import torch
 from torch import Tensor, nn
 
-from recontrast.anomaly_map import AnomalyMap
 from recontrast.calibration.conformal import Calibration
 from recontrast.data.pillow_resize import PillowResize
+from recontrast.inference.infer import build_anomaly_map
 from recontrast.models.fold import fold
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
+from recontrast.ops import void_unless_finite
 from recontrast.recipes.recipe import Recipe, to_pair
-from recontrast.reference import cosine, cosine_sums
 
 
 class DetectorGraph(nn.Module):
@@ -30,7 +30,7 @@ class DetectorGraph(nn.Module):
     rows: Tensor
     good: Tensor
 
-    def __init__(self, model: ReContrast, recipe: Recipe, calibration: Calibration | None) -> None:
+    def __init__(self, model: Network, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
         size, (height, width) = to_pair(recipe.size), recipe.out
         self.resize = PillowResize(size)
@@ -40,7 +40,7 @@ class DetectorGraph(nn.Module):
         )
         self.network = fold(model, recipe.out).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.views, self.score_rule = recipe.views, recipe.score
-        self.amap = AnomalyMap(model.map_sizes(recipe.out), recipe.out, recipe.blur, recipe.reduce, "matmul")
+        self.amap = build_anomaly_map(model, recipe, "matmul")
         rows, cols = self.amap.matrices()
         self.register_buffer("rows", torch.cat(rows, dim=1), persistent=False)
         for level, matrix in enumerate(cols):
@@ -66,9 +66,13 @@ class DetectorGraph(nn.Module):
             p-value of a map that is not finite are NaN, and its decision is True, so that it never passes as good.
         """
         pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
-        pairs = self.network((pixels / 255 - self.means) / self.stds, self.views)
-        maps = self._build_map([1 - cosine(cosine_sums(teacher, student)) for teacher, student in pairs])
-        score = self.amap.score(maps, self.score_rule)
+        normalised = (pixels / 255 - self.means) / self.stds
+        distances, own_scores = self.network.distances(normalised, self.views, exportable=True)
+        maps = self._build_map(distances)
+        if self.score_rule != "model":
+            score = self.amap.score(maps, self.score_rule)
+        elif own_scores is not None:
+            score = void_unless_finite(own_scores, maps)
         if not self.calibrated:
             return maps, score
         above = (self.good >= score.unsqueeze(1)).float().sum(1)

@@ -38,7 +38,6 @@ from recontrast.inference.file_checks import (
 )
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
-from recontrast.models.recontrast import ReContrast
 from recontrast.recipes.recipe import to_pair
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
@@ -109,7 +108,7 @@ def export(
         on_start()
     has_checksum = kind != "pt2"  # in which the archive has its own checksums
     description = json.dumps(describe_detector(detector) | ({"checksum": CHECKSUM_KEY} if has_checksum else {}))
-    graph = DetectorGraph(cast(ReContrast, detector.model), detector.recipe, detector.calibration)
+    graph = DetectorGraph(detector.model, detector.recipe, detector.calibration)
     with lock_file(out), _temporary_folder(out) as folder:
         draft = folder / out.name
         try:

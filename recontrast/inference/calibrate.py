@@ -35,12 +35,12 @@ from recontrast.data.tiles import Tiles
 from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.detector import CheckpointDetector, MapsAndScores, run_checked
 from recontrast.inference.infer import infer
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 
 
 def calibrate(
-    model: ReContrast,
+    model: Network,
     recipe: Recipe,
     images: Images,
     *,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,15 +11,15 @@ from torch import Tensor
 from recontrast.anomaly_map import AnomalyMap
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
-from recontrast.models.fold import FoldedModel
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
+from recontrast.ops import void_unless_finite
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import convolution_precision, resolve_memory_format
 
 
 def infer(
-    model: ReContrast | FoldedModel, images: Images, recipe: Recipe, *, batch: int = 16, clock: Clock | None = None
+    model: Network, images: Images, recipe: Recipe, *, batch: int = 16, clock: Clock | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute anomaly maps and scores, batch after batch. The next batch is loaded while the network runs.
 
@@ -40,7 +41,7 @@ def infer(
     """
     weight = next(model.parameters())
     channels_last = resolve_memory_format(weight.device, recipe.channels_last) == torch.channels_last
-    amap = AnomalyMap(model.map_sizes(recipe.out), recipe.out, blur=recipe.blur, reduce=recipe.reduce)
+    amap = build_anomaly_map(model, recipe)
     clock = clock or Clock(weight.device)
 
     @torch.inference_mode()  # around a yield, it would also apply to the caller
@@ -51,9 +52,10 @@ def infer(
         x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=channels_last)
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             with convolution_precision(recipe.tf32):
-                pairs = model(x, recipe.views)
+                distances, own_scores = model.distances(x, recipe.views)
         clock.mark("forward")
-        maps, scores = amap.maps_and_scores(pairs, recipe.score)
+        maps, maximum = amap.from_distances(distances)
+        scores = select_scores(amap, maps, maximum, own_scores, recipe)
         clock.mark("maps")
         return maps, scores
 
@@ -75,18 +77,62 @@ def infer(
         model.train(was_training)
 
 
-def max_map_value(model: ReContrast | FoldedModel, recipe: Recipe) -> float:
-    """Compute the largest value that an anomaly map can have. A cosine distance is at most 2.
+def build_anomaly_map(model: Network, recipe: Recipe, method: Literal["auto", "matmul"] = "auto") -> AnomalyMap:
+    """Build the function that computes the anomaly maps of a network from its distances.
 
     Args:
-        model: Model, for the number of its levels and encoders.
+        model: Network, for the sizes of its distances and how they are upsampled.
+        recipe: Recipe, for the size, ``blur`` and ``reduce``.
+        method: How maps are computed, see `AnomalyMap`.
+
+    Returns:
+        The anomaly map.
+
+    Raises:
+        ValueError: If the image size is not a multiple of the model's stride.
+    """
+    return AnomalyMap(
+        model.map_sizes(recipe.out), recipe.out, recipe.blur, recipe.reduce, method, align_corners=model.align_corners
+    )
+
+
+def select_scores(amap: AnomalyMap, maps: Tensor, maximum: Tensor, own: Tensor | None, recipe: Recipe) -> Tensor:
+    """Return the image scores that a recipe asks for.
+
+    Args:
+        amap: Function that computed the maps.
+        maps: Anomaly maps (N, H, W).
+        maximum: Largest value of each map, (N,).
+        own: The network's own scores, (N,); None if it has none.
+        recipe: Recipe, for ``score``.
+
+    Returns:
+        Scores (N,), float32; NaN where a map is not finite.
+
+    Raises:
+        ValueError: If the recipe asks for the network's own scores, and it has none.
+    """
+    if recipe.score == "max":
+        return maximum
+    if recipe.score != "model":
+        return amap.score(maps, recipe.score)
+    if own is None:
+        raise ValueError("score: wanted 'max', 'mean' or a share for a network without scores of its own, got 'model'")
+    return void_unless_finite(own, maps)
+
+
+def max_map_value(model: Network, recipe: Recipe) -> float:
+    """Compute the upper end of the scale of anomaly maps.
+
+    Args:
+        model: Model, for `Network.max_distance` and the number of its levels and encoders.
         recipe: Recipe, for ``views``, ``reduce`` and the size.
 
     Returns:
-        2 if distances are averaged, or 2 times the number of feature pairs if they are summed.
+        The largest distance if distances are averaged, or as many times it as there are distances if they are summed.
 
     Raises:
         ValueError: If the image size is not a multiple of the model's stride.
     """
     groups = 2 if model.frozen is not None and recipe.views == "both" else 1
-    return 2.0 * groups * len(model.map_sizes(recipe.out)) if recipe.reduce == "sum" else 2.0
+    return model.max_distance * (groups * len(model.map_sizes(recipe.out)) if recipe.reduce == "sum" else 1)

@@ -7,7 +7,7 @@ import torch
 
 from recontrast.calibration.conformal import Calibration
 from recontrast.models.fold import FoldedModel, fold
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model
 
@@ -132,9 +132,7 @@ class InferenceOptions:
             return self.folded
         return trained.precision == "float32" or self.apply_to(trained).precision != trained.precision
 
-    def build_network(
-        self, model: ReContrast, recipe: Recipe, trained: Recipe, *, keep: bool = True
-    ) -> ReContrast | FoldedModel:
+    def build_network(self, model: Network, recipe: Recipe, trained: Recipe, *, keep: bool = True) -> Network:
         """Build the network that `recontrast.inference.infer.infer` runs.
 
         Args:
@@ -152,7 +150,7 @@ class InferenceOptions:
         """
         network = fold(model, recipe.out, keep=keep) if self.folds_batchnorm(trained) else model
         if isinstance(network, FoldedModel) and recipe.precision == "bfloat16":
-            network.to(torch.bfloat16)  # autocast would round the weights again in each pass
+            network.cast(torch.bfloat16)  # autocast would round the weights again in each pass
         move_model(network, next(network.parameters()).device, recipe.channels_last)
         if self.compiled:
             network.compile(**COMPILE)

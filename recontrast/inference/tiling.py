@@ -17,8 +17,7 @@ from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.tiles import Tiles, tile_weights
 from recontrast.inference.infer import infer
-from recontrast.models.fold import FoldedModel
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import trim_memory
@@ -41,7 +40,7 @@ def resolve_overlap(tile: int, overlap: int | None = None) -> int:
     return int(tile * OVERLAP_SHARE) if overlap is None else overlap
 
 
-def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> None:
+def check_tiling(model: Network, tile: int, overlap: int) -> None:
     """Raise an error if a model cannot process tiles of this size, or the overlap leaves no distance between tiles.
 
     Args:
@@ -61,7 +60,7 @@ def check_tiling(model: ReContrast | FoldedModel, tile: int, overlap: int) -> No
 
 
 def resolve_tiling(
-    model: ReContrast | FoldedModel, trained: Recipe, tile: int | None, overlap: int | None, path: str
+    model: Network, trained: Recipe, tile: int | None, overlap: int | None, path: str
 ) -> tuple[Recipe, int | None]:
     """Decide whether images are cut into tiles, and resolve the size and overlap of the tiles.
 
@@ -100,7 +99,7 @@ def resolve_tiling(
 
 
 def infer_tiled(
-    model: ReContrast | FoldedModel, files: ImageFiles, recipe: Recipe, overlap: int, batch: int
+    model: Network, files: ImageFiles, recipe: Recipe, overlap: int, batch: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Compute maps and scores of image files at their original scale, one file at a time.
 
@@ -120,16 +119,16 @@ def infer_tiled(
         if pixels is None:
             pixels = np.zeros((*recipe.out, 3), np.uint8)
         trim_memory()  # returns the memory of decoding to the system
-        anomaly = compute_tiled_map(model, pixels, recipe, overlap=overlap, batch=batch, release=True)
-        return anomaly[None], np.array([score_map(anomaly, recipe.score)], np.float32)
+        anomaly, score = score_tiled_image(model, pixels, recipe, overlap=overlap, batch=batch, release=True)
+        return anomaly[None], np.array([score], np.float32)
 
     for index in range(len(files)):
         yield score_file(index)  # a separate function, so that no image stays in memory while the next is read
         trim_memory()
 
 
-def compute_tiled_map(
-    model: ReContrast | FoldedModel,
+def score_tiled_image(
+    model: Network,
     pixels: NDArray[np.uint8],
     recipe: Recipe,
     *,
@@ -137,8 +136,8 @@ def compute_tiled_map(
     batch: int = 16,
     clock: Clock | None = None,
     release: bool = False,
-) -> NDArray[np.float32]:
-    """Compute the anomaly map of an image at its original scale.
+) -> tuple[NDArray[np.float32], float]:
+    """Compute the anomaly map and the score of an image at its original scale.
 
     Args:
         model: Model on any device.
@@ -151,7 +150,8 @@ def compute_tiled_map(
         release: Whether to release the memory of ``pixels`` while the map grows. Their content is lost.
 
     Returns:
-        Anomaly map (H, W), float32, in the units of the map of a tile.
+        The anomaly map (H, W), float32, in the units of the map of a tile, and the score. With the score "model" it is
+        the largest score of a tile.
 
     Raises:
         ValueError: If the recipe has no tile, or tile or overlap is invalid.
@@ -166,20 +166,21 @@ def compute_tiled_map(
     blended = np.zeros((height, width), np.float32)
     if next(model.parameters()).device.type == "cpu":
         batch = min(batch, max(CPU_BATCH_PIXELS // tile**2, 1))
-    index = 0
+    index, largest = 0, -math.inf
     tiles = Tiles(pixels, tile, tile - overlap, release=release)
-    for maps, _ in infer(model, tiles, recipe, batch=batch, clock=clock):
+    for maps, scores in infer(model, tiles, recipe, batch=batch, clock=clock):
+        largest = float(np.maximum(largest, scores.max().item()))  # NaN stays
         for anomaly in maps.cpu().numpy():
             y, x, row, column = windows[index]
             window = blended[y : y + tile, x : x + tile]  # smaller than a tile if the image is
             window += (anomaly * row[:, None] * column)[: window.shape[0], : window.shape[1]]
             index += 1
-    return blended
+    return blended, largest if recipe.score == "model" else score_map(blended, recipe.score)
 
 
 def infer_files(
     paths: Sequence[PathLike],
-    model: ReContrast | FoldedModel,
+    model: Network,
     recipe: Recipe,
     batch: int = 16,
     clock: Clock | None = None,
@@ -214,8 +215,8 @@ def infer_files(
             return np.zeros((*recipe.out, 3), np.uint8)
 
     for position in range(len(paths)):
-        anomaly = compute_tiled_map(model, read(position), recipe, batch=batch, clock=clock)
-        yield torch.from_numpy(anomaly)[None], torch.tensor([score_map(anomaly, recipe.score)])
+        anomaly, score = score_tiled_image(model, read(position), recipe, batch=batch, clock=clock)
+        yield torch.from_numpy(anomaly)[None], torch.tensor([score])
 
 
 def is_finite(anomaly: NDArray[Any]) -> bool:

@@ -66,6 +66,7 @@ class Streaming:
         limit: False positive rate at which the per-image AUPRO ends, and AUPRO unless `compute` gets another limit.
         device: Device of the histograms. Maps are copied to it.
         detail: 2 ** detail bins per octave of scores, 4 to 17. Each step down halves the memory and doubles the bounds.
+        clip: Whether all values above ``high`` count as equal to it; otherwise they are an error.
 
     Attributes:
         counts: (3, bins) int64, good pixels, positive pixels, and shares of regions in units of 2^-40.
@@ -76,10 +77,17 @@ class Streaming:
     """
 
     def __init__(
-        self, high: float, limit: float = 0.3, device: str | torch.device = "cpu", detail: int = DETAIL
+        self,
+        high: float,
+        limit: float = 0.3,
+        device: str | torch.device = "cpu",
+        detail: int = DETAIL,
+        *,
+        clip: bool = False,
     ) -> None:
         if not 1e-20 <= high <= 1e20:  # float32 can represent all octaves
             raise ValueError(f"high: wanted the largest value of a map, from 1e-20 to 1e20, got {high}")
+        self.clip = clip
         self.high, self.limit = float(high), inputs.check_limits(limit)[0]
         if not 4 <= detail <= DETAIL:
             raise ValueError(f"detail: wanted from 4 to {DETAIL}, got {detail}")
@@ -102,6 +110,9 @@ class Streaming:
             ValueError: If a value is not finite or not in [0, high], the shapes differ, masks or labels have other
                 values, or a label contradicts its mask.
         """
+        if self.clip:
+            maps = torch.as_tensor(maps)
+            maps = maps.where((maps <= self.high) | ~maps.isfinite(), self.high)
         if self.counts.device.type == "cpu" and inputs.native is not None:
             scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
             self._check_range(float(scores.min()), float(scores.max()), scores)

@@ -9,22 +9,22 @@ produced the input of the norm and whether another operation reads it too.
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
 from recontrast.models.backbone import Backbone
+from recontrast.models.network import Network, Views
 from recontrast.models.partial_norm import PartialNorm2d
-from recontrast.models.recontrast import ReContrast
 
 # Compared by exact type, because a subclass may transform its weights (by standardisation, for example).
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, PartialNorm2d)
 
 
-def fold(model: ReContrast, size: int | tuple[int, int] | None = None, *, keep: bool = True) -> "FoldedModel":
+def fold(model: Network, size: int | tuple[int, int] | None = None, *, keep: bool = True) -> "FoldedModel":
     """Copy ``model`` for inference and fold each BatchNorm into the convolution before it, in float64.
 
     A norm stays in place if it does not follow a convolution, or if another operation reads the output of that
@@ -55,8 +55,8 @@ def fold(model: ReContrast, size: int | tuple[int, int] | None = None, *, keep: 
     return FoldedModel(folded, len(pairs))
 
 
-class FoldedModel(nn.Module):
-    """`ReContrast` without the BatchNorms that `fold` removed, always in eval mode.
+class FoldedModel(Network):
+    """A network without the BatchNorms that `fold` removed, always in eval mode.
 
     Args:
         model: Model after folding.
@@ -66,21 +66,37 @@ class FoldedModel(nn.Module):
         model: Model after folding.
         norms_folded: Number of BatchNorms that were folded.
         norms_left: Number of BatchNorms that stay in place.
-        frozen, mean, std, stride, config: See `ReContrast`.
+        frozen, mean, std, stride, config: See `Network`.
     """
 
-    def __init__(self, model: ReContrast, norms_folded: int) -> None:
+    def __init__(self, model: Network, norms_folded: int) -> None:
         super().__init__()
         self.model = model
-        self.mean, self.std, self.stride, self.config = model.mean, model.std, model.stride, model.config
+        self.mean, self.std, self.stride = model.mean, model.std, model.stride
+        self.align_corners, self.has_bounded_distances = model.align_corners, model.has_bounded_distances
         self.norms_folded = norms_folded
         self.norms_left = sum(isinstance(m, nn.modules.batchnorm._BatchNorm | PartialNorm2d) for m in self.modules())
         self.eval()
 
     @property
-    def frozen(self) -> nn.Module | None:
-        """Frozen encoder; None if the model has a single encoder."""
+    def encoder(self) -> Backbone:  # type: ignore[override]
+        """Encoder of the network."""
+        return self.model.encoder
+
+    @property
+    def frozen(self) -> Backbone | None:  # type: ignore[override]
+        """Frozen encoder; None if the network has a single encoder."""
         return self.model.frozen
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the constructor of the network, see `Network.config`."""
+        return self.model.config
+
+    @property
+    def max_distance(self) -> float:
+        """Upper end of the scale of distances, see `Network.max_distance`."""
+        return self.model.max_distance
 
     def train(self, mode: bool = True) -> "FoldedModel":
         """Accept eval mode only, because folding removes the BatchNorms that training needs.
@@ -98,29 +114,67 @@ class FoldedModel(nn.Module):
             raise ValueError("fold: a folded model has no training mode; train the original model and fold it again")
         return super().train(False)
 
-    def forward(
-        self, images: Tensor, views: Literal["both", "trained", "frozen"] = "both"
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Compute (teacher, student) pairs, as `ReContrast.forward` in eval mode.
+    def forward(self, images: Tensor, *arguments: Any) -> Any:
+        """Compute what the network computes in eval mode.
 
         Args:
             images: Normalised images (N, 3, H, W).
-            views: Groups of pairs to compute, see `ReContrast.forward`.
+            arguments: Further arguments of the network's ``forward``, such as ``views`` of `ReContrast`.
 
         Returns:
-            Pairs of features (N, C, h, w), in the dtype of the weights: two per level for "both", otherwise one.
+            Features in the dtype of the weights: for `ReContrast`, pairs (teacher, student).
 
         Raises:
-            ValueError: If `ReContrast.forward` raises it.
+            ValueError: If the network raises it.
         """
-        return self.model(images, views)
+        return self.model(images, *arguments)
+
+    def distances(
+        self, images: Tensor, views: Views = "both", *, exportable: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Compute point distances and image scores, see `Network.distances`.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+            views: Encoders whose features serve as targets.
+            exportable: Whether to use only operators of PyTorch, for ``torch.export``.
+
+        Returns:
+            distances: Distances (N, h, w), float32.
+            scores: The network's own image scores, (N,), float32; None if it has none.
+
+        Raises:
+            ValueError: If the network raises it.
+        """
+        return self.model.distances(images, views, exportable=exportable)
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """Return height and width of each level's features for images of ``size``, see `ReContrast.map_sizes`."""
+        """Return height and width of each level's features for images of ``size``, see `Network.map_sizes`."""
         return self.model.map_sizes(size)
 
+    def cast(self, dtype: torch.dtype) -> "FoldedModel":
+        """Convert the weights, see `Network.cast`.
 
-def _find_foldable_norms(model: ReContrast, size: int | tuple[int, int]) -> list[tuple[nn.Module, nn.Module]]:
+        Args:
+            dtype: Floating-point dtype.
+
+        Returns:
+            The network itself.
+        """
+        self.model.cast(dtype)
+        return self
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile the network, whose ``distances`` calls it.
+
+        Args:
+            arguments: Arguments of `torch.nn.Module.compile`.
+            options: Keyword arguments of the same.
+        """
+        self.model.compile(*arguments, **options)
+
+
+def _find_foldable_norms(model: Network, size: int | tuple[int, int]) -> list[tuple[nn.Module, nn.Module]]:
     """Return (convolution, norm) for each norm that can be folded."""
     producers: dict[Any, nn.Module] = {}  # graph node -> convolution that produced it
     inputs: dict[nn.Module, list[Any]] = {}  # norm -> graph node of its input in each call
@@ -149,7 +203,7 @@ def _find_foldable_norms(model: ReContrast, size: int | tuple[int, int]) -> list
     ]
 
 
-def _run_with_graph(model: ReContrast, size: int | tuple[int, int]) -> list[Any]:
+def _run_with_graph(model: Network, size: int | tuple[int, int]) -> list[Any]:
     """Run ``model`` on a black image and return the graph node of each output; frozen encoders get a graph too."""
     encoders = [m for m in model.modules() if isinstance(m, Backbone)]
     was_frozen = [encoder.frozen for encoder in encoders]
@@ -166,10 +220,19 @@ def _run_with_graph(model: ReContrast, size: int | tuple[int, int]) -> list[Any]
             torch.autograd.graph.saved_tensors_hooks(discard, discard),
         ):
             images = torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device)
-            return [feature.grad_fn for pair in model(images) for feature in pair]
+            return [feature.grad_fn for feature in _iterate_tensors(model(images))]
     finally:
         for encoder, frozen in zip(encoders, was_frozen, strict=True):
             encoder.frozen = frozen
+
+
+def _iterate_tensors(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors in the outputs of a network: a tensor, or nested sequences of them."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+        return
+    for output in outputs:
+        yield from _iterate_tensors(output)
 
 
 def _iterate_edges(outputs: list[Any]) -> Iterator[Any]:

@@ -3,20 +3,22 @@
 https://arxiv.org/abs/2011.08785. No weight is trained: one pass over the good images estimates the Gaussians.
 """
 
+import math
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from recontrast.models.backbone import Backbone
+from recontrast.models.network import Network, Views, disable_autocast
 
 REGULARISATION = 0.01  # added to the diagonal of each covariance (section III-B of the paper)
 BLOCK = 256  # points whose covariances are inverted at a time
 
 
-class PaDiM(nn.Module):
+class PaDiM(Network):
     """PaDiM: Mahalanobis distances to a Gaussian for each point of the feature map.
 
     `observe` collects first and second moments of the features of good images, and `fit_gaussians` inverts the
@@ -29,11 +31,11 @@ class PaDiM(nn.Module):
         features: Number of channels, drawn at random from those of all levels. The paper uses 100 for a ResNet-18 and
             550 for a WideResNet-50-2.
         seed: Seed of the draw.
-        points: Height and width of the feature map, to load the state dict of a fitted model. (0, 0) for a new model.
 
     Attributes:
         encoder: Frozen backbone.
         channels: Indices of the drawn channels, (features,), int64.
+        points: Height and width of the feature map that the model was fitted for, (2,), int64; zeros in a new model.
         centres: Mean of each point, (points, features), float32.
         whitening: Inverse Cholesky factor of each covariance, lower triangle row by row,
             (points, features * (features + 1) / 2), float32.
@@ -47,8 +49,12 @@ class PaDiM(nn.Module):
     """
 
     channels: Tensor
+    points: Tensor
     centres: Tensor
     whitening: Tensor
+    has_bounded_distances: bool = False
+    align_corners: bool = False
+    fitted_buffers: ClassVar[tuple[str, ...]] = ("centres", "whitening")
 
     def __init__(
         self,
@@ -58,7 +64,6 @@ class PaDiM(nn.Module):
         levels: int = 3,
         features: int = 100,
         seed: int = 0,
-        points: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.encoder = Backbone(backbone, levels=levels, weights=weights, frozen=True)
@@ -67,20 +72,30 @@ class PaDiM(nn.Module):
             wanted = f"1 to {total} (the channels of {levels} levels of {backbone})"
             raise ValueError(f"PaDiM: features: wanted {wanted}, got {features}")
         self._arguments = {"backbone": backbone, "levels": levels, "features": features, "seed": seed}
-        self.points = (int(points[0]), int(points[1]))
-        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:features]
+        self.frozen = None
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")[:features]
         self.register_buffer("channels", drawn.sort().values)
-        count = self.points[0] * self.points[1]
-        self.register_buffer("centres", torch.zeros(count, features))
-        self.register_buffer("whitening", torch.zeros(count, features * (features + 1) // 2))
+        self.register_buffer("points", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("centres", torch.zeros(0, features))
+        self.register_buffer("whitening", torch.zeros(0, features * (features + 1) // 2))
         self.mean, self.std = self.encoder.mean, self.encoder.std
         self.stride = self.encoder.strides[-1]
         self._moments: _Moments | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor without the weights, see `ReContrast.config`."""
-        return {**self._arguments, "points": self.points}
+        """Arguments of the constructor without the weights, see `Network.config`."""
+        return dict(self._arguments)
+
+    @property
+    def max_distance(self) -> float:
+        """Bound of the distance between two vectors of the length of the longest mean.
+
+        The regularisation bounds the inverse Cholesky factors.
+        """
+        if not len(self.centres):
+            return 1.0
+        return 2.0 * float(self.centres.norm(dim=1).max()) / math.sqrt(REGULARISATION)
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Return height and width of the distances for images of ``size``, an int or (h, w), as a list of one.
@@ -88,18 +103,28 @@ class PaDiM(nn.Module):
         Raises:
             ValueError: If height or width is not a multiple of ``stride``, or a fitted model has another size.
         """
-        height, width = (size, size) if isinstance(size, int) else size
-        if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
-            wanted = f"height and width of at least {self.stride} px and multiples of it"
-            raise ValueError(f"PaDiM: images: wanted {wanted}, got {height}x{width}")
+        height, width = self.check_size(size)
         finest = self.encoder.strides[0]
         points = (height // finest, width // finest)
-        if self.points not in ((0, 0), points):
-            wanted = f"{self.points[0] * finest}x{self.points[1] * finest} px, the size that the model was fitted for"
+        if len(self.centres) and list(points) != self.points.tolist():
+            rows, columns = self.points.tolist()
+            wanted = f"{rows * finest}x{columns * finest} px, the size that the model was fitted for"
             raise ValueError(f"PaDiM: images: wanted {wanted}, got {height}x{width}")
         return [points]
 
-    def embed(self, images: Tensor) -> Tensor:
+    def cast(self, dtype: torch.dtype) -> "PaDiM":
+        """Convert the encoder, see `Network.cast`; the Gaussians stay in float32.
+
+        Args:
+            dtype: Floating-point dtype.
+
+        Returns:
+            The network itself.
+        """
+        self.encoder.to(dtype)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
         """Compute the randomly selected channels of all levels, with coarse levels repeated to the size of the first.
 
         Args:
@@ -120,7 +145,8 @@ class PaDiM(nn.Module):
         Args:
             images: Normalised images (N, 3, H, W), of one size in all calls.
         """
-        features = self.embed(images)
+        self.check_images(images)
+        features = self(images)
         vectors = features.flatten(2).permute(2, 0, 1)  # (points, N, features)
         if self._moments is None:
             self._moments = _Moments(vectors, (features.shape[2], features.shape[3]))
@@ -151,14 +177,18 @@ class PaDiM(nn.Module):
             factor = torch.linalg.cholesky(covariance + REGULARISATION * identity)
             inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
             packed.append(inverse[:, rows, cols].float())
-        self.points = moments.size
+        self.points = torch.tensor(moments.size, device=centres.device)
         self.centres, self.whitening = centres, torch.cat(packed)
 
-    def distances(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Compute the Mahalanobis distance of each point, and image scores.
+    def distances(
+        self, images: Tensor, views: Views = "both", *, exportable: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compute the Mahalanobis distance of each point, and image scores, see `Network.distances`.
 
         Args:
             images: Normalised images (N, 3, H, W), of the size that the model was fitted for.
+            views: Ignored; there is one encoder.
+            exportable: Whether to use only operators of PyTorch, for ``torch.export``.
 
         Returns:
             distances: A list of one tensor (N, h, w), float32.
@@ -167,19 +197,23 @@ class PaDiM(nn.Module):
         Raises:
             ValueError: If the model is not fitted, or the images have another size.
         """
-        if self.points == (0, 0):
+        if not len(self.centres):
             raise ValueError("PaDiM: wanted a fitted model, got one without Gaussians")
-        self.map_sizes((images.shape[2], images.shape[3]))
-        differences = self.embed(images).flatten(2).permute(2, 1, 0) - self.centres.unsqueeze(2)  # (points, d, N)
-        width = len(self.channels)
-        rows, cols = torch.tril_indices(width, width, device=self.whitening.device)
-        squared = []
-        for begin in range(0, len(differences), BLOCK):
-            packed = self.whitening[begin : begin + BLOCK]
-            inverse = packed.new_zeros(len(packed), width, width)
-            inverse[:, rows, cols] = packed
-            squared.append((inverse @ differences[begin : begin + BLOCK]).square().sum(1))
-        distances = torch.cat(squared).sqrt().T.reshape(len(images), *self.points)
+        if not exportable:  # which cannot read the size that the model was fitted for
+            self.map_sizes((images.shape[2], images.shape[3]))
+        embedded = self(images)
+        height, width = embedded.shape[2:]
+        with disable_autocast(images, exportable):  # bfloat16 has too few digits for distances
+            differences = embedded.flatten(2).permute(2, 1, 0) - self.centres.unsqueeze(2)  # (points, d, N)
+            count = len(self.channels)
+            rows, cols = torch.tril_indices(count, count, device=self.whitening.device)
+            squared = []
+            for begin in range(0, height * width, BLOCK):
+                packed = self.whitening[begin : begin + BLOCK]
+                inverse = packed.new_zeros(len(packed), count, count)
+                inverse[:, rows, cols] = packed
+                squared.append((inverse @ differences[begin : begin + BLOCK]).square().sum(1))
+            distances = torch.cat(squared).sqrt().T.view(-1, height, width)
         return [distances], distances.amax(dim=(1, 2))
 
 

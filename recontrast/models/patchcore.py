@@ -5,19 +5,21 @@ https://arxiv.org/abs/2106.08265. No weight is trained: one pass over the good i
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from recontrast.models.backbone import Backbone
 from recontrast.models.coreset import find_nearest, project_randomly, select_coreset
+from recontrast.models.network import Network, Views, check_choice, disable_autocast
 
+MAX_DIMENSION = 1 << 16
 PROJECTION = 128  # dimensions of the random projection in which the bank is selected
 
 
-class PatchCore(nn.Module):
+class PatchCore(Network):
     """PatchCore: distances of local features to the nearest features of good images.
 
     `observe` collects the features of good images, and `build_bank` keeps a coreset of them. The bank is stored in
@@ -33,11 +35,10 @@ class PatchCore(nn.Module):
         dimension: Values per vector with ``embedding="unfold"``. Default: 1024, as in the paper.
         neighbours: Vectors of the bank around the nearest one that weigh the image score (equation 7 of the paper).
             1 disables the weighting.
-        bank_size: Number of vectors in the bank, to load the state dict of a fitted model. 0 for a new model.
 
     Attributes:
         encoder: Frozen backbone.
-        bank: Vectors of the bank, (bank_size, d), float16.
+        bank: Vectors of the bank, (M, d), float16; empty in a new model.
         mean: Channel means to subtract from images in [0, 1].
         std: Channel standard deviations to divide by.
         stride: Height and width of images must be multiples of it, in pixels.
@@ -48,6 +49,9 @@ class PatchCore(nn.Module):
     """
 
     bank: Tensor
+    has_bounded_distances: bool = False
+    align_corners: bool = False  # as in the authors' code
+    fitted_buffers: ClassVar[tuple[str, ...]] = ("bank",)
 
     def __init__(
         self,
@@ -58,36 +62,41 @@ class PatchCore(nn.Module):
         embedding: Literal["average", "unfold"] = "average",
         dimension: int = 1024,
         neighbours: int = 1,
-        bank_size: int = 0,
     ) -> None:
         super().__init__()
         if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1:
             raise ValueError(f"PatchCore: levels: wanted ascending numbers from 1 on, got {tuple(levels)}")
-        if embedding not in ("average", "unfold"):
-            raise ValueError(f"PatchCore: embedding: wanted 'average' or 'unfold', got {embedding!r}")
-        if dimension < 1 or neighbours < 1:
-            name, value = ("dimension", dimension) if dimension < 1 else ("neighbours", neighbours)
-            raise ValueError(f"PatchCore: {name}: wanted at least 1, got {value}")
+        check_choice("PatchCore", "embedding", embedding, ("average", "unfold"))
+        if not 1 <= dimension <= MAX_DIMENSION:
+            raise ValueError(f"PatchCore: dimension: wanted 1 to {MAX_DIMENSION}, got {dimension}")
+        if neighbours < 1:
+            raise ValueError(f"PatchCore: neighbours: wanted at least 1, got {neighbours}")
         self.encoder = Backbone(backbone, levels=levels[-1], weights=weights, frozen=True)
+        self.frozen = None
         self.levels, self.embedding, self.dimension, self.neighbours = tuple(levels), embedding, dimension, neighbours
         channels = [self.encoder.channels[level - 1] for level in levels]
         self.width = sum(channels) if embedding == "average" else dimension
-        self.register_buffer("bank", torch.zeros(bank_size, self.width, dtype=torch.float16))
+        self.register_buffer("bank", torch.zeros(0, self.width, dtype=torch.float16))
         self.mean, self.std = self.encoder.mean, self.encoder.std
         self.stride = self.encoder.strides[-1]
         self._observed: list[Tensor] = []
+        self._float32_bank: tuple[Tensor, Tensor] | None = None  # the bank that was converted, and the result
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor without the weights, see `ReContrast.config`."""
+        """Arguments of the constructor without the weights, see `Network.config`."""
         return {
             "backbone": self.encoder.name,
             "levels": self.levels,
             "embedding": self.embedding,
             "dimension": self.dimension,
             "neighbours": self.neighbours,
-            "bank_size": len(self.bank),
         }
+
+    @property
+    def max_distance(self) -> float:
+        """Twice the norm of the longest vector in the bank, which a vector of the same length cannot exceed."""
+        return 2.0 * float(self.bank.float().norm(dim=1).max()) if len(self.bank) else 1.0
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Return height and width of the distances for images of ``size``, an int or (h, w), as a list of one.
@@ -95,14 +104,23 @@ class PatchCore(nn.Module):
         Raises:
             ValueError: If height or width is not a multiple of ``stride``.
         """
-        height, width = (size, size) if isinstance(size, int) else size
-        if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
-            wanted = f"height and width of at least {self.stride} px and multiples of it"
-            raise ValueError(f"PatchCore: images: wanted {wanted}, got {height}x{width}")
+        height, width = self.check_size(size)
         finest = self.encoder.strides[self.levels[0] - 1]
         return [(height // finest, width // finest)]
 
-    def embed(self, images: Tensor) -> Tensor:
+    def cast(self, dtype: torch.dtype) -> "PatchCore":
+        """Convert the encoder, see `Network.cast`; the bank stays in float16.
+
+        Args:
+            dtype: Floating-point dtype.
+
+        Returns:
+            The network itself.
+        """
+        self.encoder.to(dtype)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
         """Compute the feature vectors of images.
 
         Args:
@@ -123,13 +141,15 @@ class PatchCore(nn.Module):
             torch.cat([averaged[0], *(_resize(feature, size) for feature in averaged[1:])], dim=1), self.dimension
         )
 
+    @torch.no_grad()
     def observe(self, images: Tensor) -> None:
         """Collect the feature vectors of a batch of good images for `build_bank`.
 
         Args:
             images: Normalised images (N, 3, H, W).
         """
-        vectors = self.embed(images).permute(0, 2, 3, 1).flatten(0, 2)
+        self.check_images(images)
+        vectors = self(images).permute(0, 2, 3, 1).flatten(0, 2)
         self._observed.append(vectors.half())
 
     def build_bank(self, share: float = 0.1, *, seed: int = 0) -> None:
@@ -158,11 +178,15 @@ class PatchCore(nn.Module):
         self.bank = vectors
         self._observed = []
 
-    def distances(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Compute the distance of each point to the bank, and image scores.
+    def distances(
+        self, images: Tensor, views: Views = "both", *, exportable: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compute the distance of each point to the bank, and image scores, see `Network.distances`.
 
         Args:
             images: Normalised images (N, 3, H, W).
+            views: Ignored; there is one encoder.
+            exportable: Whether to use only operators of PyTorch, for ``torch.export``.
 
         Returns:
             distances: A list of one tensor (N, h, w), float32: Euclidean distances to the nearest vector of the bank.
@@ -173,23 +197,40 @@ class PatchCore(nn.Module):
         """
         if not len(self.bank):
             raise ValueError("PatchCore: bank: wanted a fitted model, got an empty bank")
-        embedded = self.embed(images)
-        batch, _, height, width = embedded.shape
-        vectors = embedded.permute(0, 2, 3, 1).reshape(batch * height * width, -1)
-        bank = self.bank.float()
-        nearest, indices = (result.view(batch, -1) for result in find_nearest(vectors, bank))
-        scores, point = nearest.max(1)
-        if self.neighbours > 1:
-            worst = vectors.view(batch, height * width, -1)[torch.arange(batch), point]
-            scores = scores * self._weigh(worst, indices.gather(1, point[:, None])[:, 0], bank)
-        return [nearest.view(batch, height, width)], scores
+        embedded = self(images)
+        with disable_autocast(images, exportable):  # bfloat16 has too few digits for distances
+            vectors = embedded.permute(0, 2, 3, 1).flatten(1, 2)  # (N, points, d)
+            bank = self.bank.float() if exportable else self._get_float32_bank()
+            nearest, indices = self._find_nearest(vectors, bank, exportable)
+            scores, point = nearest.max(1)
+            if self.neighbours > 1:
+                worst = vectors.gather(1, point.view(-1, 1, 1).expand(-1, -1, vectors.shape[2]))[:, 0]
+                scores = scores * self._weigh(worst, indices.gather(1, point[:, None])[:, 0], bank)
+        return [nearest.view(-1, *embedded.shape[2:])], scores
+
+    def _find_nearest(self, vectors: Tensor, bank: Tensor, exportable: bool) -> tuple[Tensor, Tensor]:
+        """Return the distance of each vector (N, points, d) to the bank, and the index of the nearest one there."""
+        if not exportable:
+            distances, indices = find_nearest(vectors.flatten(0, 1), bank)
+            return distances.view(vectors.shape[:2]), indices.view(vectors.shape[:2])
+        indices = (bank.square().sum(1) - 2 * vectors @ bank.T).argmin(2)
+        return (vectors - bank[indices]).square().sum(2).sqrt(), indices
 
     def _weigh(self, worst: Tensor, nearest: Tensor, bank: Tensor) -> Tensor:
         """Compute the weights of equation 7: small where the bank around the nearest vector is as far away."""
         count = min(self.neighbours, len(bank))
-        around = find_nearest(bank[nearest], bank, count)[1]  # the nearest vector itself comes first
+        centres = bank[nearest]
+        squares = bank.square().sum(1) - 2 * centres @ bank.T
+        around = squares.topk(count, largest=False).indices  # with the nearest vector itself
         distances = (worst.unsqueeze(1) - bank[around]).square().sum(2).sqrt()
-        return 1 - distances.softmax(1)[:, 0]
+        own = (worst - centres).square().sum(1).sqrt()
+        return 1 - (own - distances.logsumexp(1)).exp()
+
+    def _get_float32_bank(self) -> Tensor:
+        """Return the bank in float32, converted once."""
+        if self._float32_bank is None or self._float32_bank[0] is not self.bank:
+            self._float32_bank = self.bank, self.bank.float()
+        return self._float32_bank[1]
 
 
 def _resize(feature: Tensor, size: Sequence[int]) -> Tensor:

@@ -15,10 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from recontrast import reference
+from recontrast.distances import point_distances
 from recontrast.models.backbone import Backbone
 from recontrast.models.blocks import RESNETS, build_mirror_plan, compute_mirror_widths
 from recontrast.models.bottleneck import Bottleneck
 from recontrast.models.decoder import MirrorDecoder, ReverseResNet
+from recontrast.models.network import Network, Views, check_choice
 from recontrast.models.partial_norm import convert_partial_norm
 
 __all__ = ["Bottleneck", "MirrorDecoder", "ReContrast", "ReverseResNet"]
@@ -26,7 +29,7 @@ __all__ = ["Bottleneck", "MirrorDecoder", "ReContrast", "ReverseResNet"]
 PARTIAL_NORM_EPS = 1e-6  # for the trained encoder only: upstream sets it after copying the frozen encoder
 
 
-class ReContrast(nn.Module):
+class ReContrast(Network):
     """ReContrast: two encoders, a bottleneck and a decoder (section 3 of the paper; upstream models/recontrast.py).
 
     The frozen encoder is always in eval mode. With ``encoder_bn="eval"`` the trained encoder is too: its BatchNorm
@@ -75,10 +78,10 @@ class ReContrast(nn.Module):
         train_encoder: bool = True,
     ) -> None:
         super().__init__()
-        _check_choice("encoder_bn", encoder_bn, ("train", "eval"))
-        _check_choice("decoder", decoder, ("auto", "resnet", "mirror"))
-        _check_choice("activation", activation, ("relu", "gelu"))
-        _check_choice("pairs", pairs, ("cross", "self"))
+        check_choice("ReContrast", "encoder_bn", encoder_bn, ("train", "eval"))
+        check_choice("ReContrast", "decoder", decoder, ("auto", "resnet", "mirror"))
+        check_choice("ReContrast", "activation", activation, ("relu", "gelu"))
+        check_choice("ReContrast", "pairs", pairs, ("cross", "self"))
         if pairs == "cross" and not train_encoder:
             raise ValueError("ReContrast: pairs: wanted 'self' where train_encoder is False, got 'cross'")
         plan = RESNETS.get(backbone.partition(".")[0])
@@ -118,10 +121,7 @@ class ReContrast(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor without the weights.
-
-        ``ReContrast(**config, weights="random")`` builds the same model, ready to load a state dict.
-        """
+        """Arguments of the constructor without the weights, see `Network.config`."""
         return {**self._arguments, "encoder_bn": self.encoder_bn}
 
     def train(self, mode: bool = True) -> "ReContrast":
@@ -140,7 +140,7 @@ class ReContrast(nn.Module):
     def forward(
         self,
         images: Tensor,
-        views: Literal["both", "trained", "frozen"] = "both",
+        views: Views = "both",
         frozen_features: Sequence[Tensor] | None = None,
         *,
         known: Sequence[Tensor] | None = None,
@@ -152,8 +152,8 @@ class ReContrast(nn.Module):
             views: Groups of pairs to compute: "both", or in eval mode only those with the "trained" or the "frozen"
                 encoder as teacher (Table A6), at half the cost of bottleneck and decoder. Training needs both, because
                 their features share the batch statistics of bottleneck and decoder.
-            frozen_features: Cached features of the frozen encoder for these images, (N, C, h, w) of each level. None
-                computes them.
+            frozen_features: Cached features of the frozen encoder (of the only one if it is frozen) for these images,
+                (N, C, h, w) of each level. None computes them.
             known: Deprecated name of ``frozen_features``.
 
         Returns:
@@ -170,16 +170,15 @@ class ReContrast(nn.Module):
             caller = 4  # frames: forward, two of nn.Module.__call__, the caller
             warnings.warn("ReContrast: known is deprecated: use frozen_features", DeprecationWarning, stacklevel=caller)
             frozen_features = known if frozen_features is None else frozen_features
-        _check_choice("views", views, ("both", "trained", "frozen"))
+        check_choice("ReContrast", "views", views, ("both", "trained", "frozen"))
         if views != "both" and (self.training or self.frozen is None):
             wanted = "'both' in training mode and where pairs is 'self'"
             raise ValueError(f"ReContrast: views: wanted {wanted}, got {views!r}")
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"ReContrast: images: wanted (N, 3, H, W), got {tuple(images.shape)}")
-        self.map_sizes((images.shape[2], images.shape[3]))
-        trained = self.encoder(images)
+        self.check_images(images)
         if self.frozen is None:
+            trained = self.encoder(images) if frozen_features is None else frozen_features
             return list(zip(trained, self.decoder(self.bottleneck(trained)), strict=True))
+        trained = self.encoder(images)
         frozen = self.frozen(images) if frozen_features is None else frozen_features
         if views != "both":
             teachers, sources, head = (frozen, trained, 0) if views == "frozen" else (trained, frozen, 1)
@@ -189,29 +188,33 @@ class ReContrast(nn.Module):
         students = self.decoder(self.bottleneck(joint))
         return list(zip([*frozen, *trained], students, strict=True))
 
-    def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """Return height and width of each level's features, fine to coarse, for images of ``size``, an int or (h, w).
+    @property
+    def max_distance(self) -> float:
+        """Largest value of a cosine distance."""
+        return 2.0
+
+    def distances(
+        self, images: Tensor, views: Views = "both", *, exportable: bool = False
+    ) -> tuple[list[Tensor], None]:
+        """Compute the cosine distance between teacher and student at each point, see `Network.distances`.
+
+        Args:
+            images: Normalised images (N, 3, H, W), in the dtype of the weights.
+            views: Groups of pairs to compute, see `forward`.
+            exportable: Whether to use only operators of PyTorch, for ``torch.export``.
+
+        Returns:
+            distances: Distances (N, h, w) of each pair that `forward` returns, float32.
+            scores: None.
 
         Raises:
-            ValueError: If height or width is not a multiple of ``stride``.
+            ValueError: If `forward` raises it.
         """
-        height, width = (size, size) if isinstance(size, int) else size
-        if height < self.stride or width < self.stride or height % self.stride or width % self.stride:
-            wanted = f"height and width of at least {self.stride} px and multiples of it"
-            raise ValueError(
-                f"ReContrast: images: wanted {wanted} (stride of {self._arguments['backbone']}), got {height}x{width}"
-            )
-        return [(height // stride, width // stride) for stride in self.encoder.strides]
-
-    def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the trained encoder's parameters, which use the small learning rate."""
-        return (p for p in self.encoder.parameters() if p.requires_grad)
+        pairs = self(images, views)
+        if exportable:
+            return [1 - reference.cosine(reference.cosine_sums(teacher, student)) for teacher, student in pairs], None
+        return point_distances(pairs), None
 
     def decoder_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over the parameters of bottleneck and decoder, which use the large learning rate."""
         return chain(self.bottleneck.parameters(), self.decoder.parameters())
-
-
-def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"ReContrast: {argument}: wanted {' or '.join(map(repr, allowed))}, got {value!r}")

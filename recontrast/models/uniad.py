@@ -6,6 +6,7 @@ learned queries, and noise is added to the features in training.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recontrast.models.backbone import Backbone
+from recontrast.models.network import Network, Views
+
+MAX_POINTS = 1 << 12  # the attention mask has the square of this number of values
+MAX_LAYERS, MAX_WIDTH = 64, 1 << 14
+NEIGHBOURS = 7
+POOL = 16  # side of the window whose mean is the image score, in pixels
 
 
-class UniAD(nn.Module):
+class UniAD(Network):
     """UniAD: reconstruction of a frozen feature pyramid by neighbour-masked attention.
 
     Args:
@@ -28,11 +35,13 @@ class UniAD(nn.Module):
         layers: Layers of the encoder and of the decoder. Default: 4.
         feedforward: Hidden channels of the feed-forward blocks. Default: 1024.
         dropout: Dropout probability in training. Default: 0.1.
-        neighbours: Side of the masked neighbourhood, in points; odd. Default: 7.
+        neighbours: Side of the masked neighbourhood, in points; odd. None: 7 as in the paper, or fewer for small
+            images, where it covers half of the shorter side of the coarsest level.
         jitter: Scale of the noise in training, relative to the norm of a feature divided by its length. Default: 20.
 
     Attributes:
         encoder: Frozen backbone.
+        largest_norm: Norm of the longest target or reconstructed feature in training, (), float32.
         mean: Channel means to subtract from images in [0, 1].
         std: Channel standard deviations to divide by.
         stride: Height and width of images must be multiples of it, in pixels.
@@ -42,7 +51,9 @@ class UniAD(nn.Module):
         OSError: If the weight file or the hub cannot be read.
     """
 
+    has_bounded_distances: bool = False
     mask: Tensor
+    largest_norm: Tensor
 
     def __init__(
         self,
@@ -56,14 +67,18 @@ class UniAD(nn.Module):
         layers: int = 4,
         feedforward: int = 1024,
         dropout: float = 0.1,
-        neighbours: int = 7,
+        neighbours: int | None = None,
         jitter: float = 20.0,
     ) -> None:
         super().__init__()
-        if neighbours < 1 or neighbours % 2 == 0:
+        if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0):
             raise ValueError(f"UniAD: neighbours: wanted an odd number of points, got {neighbours}")
         if width % (2 * heads):
             raise ValueError(f"UniAD: width: wanted a multiple of {2 * heads} (twice the heads), got {width}")
+        for name, value, limit in (("layers", layers, MAX_LAYERS), ("width", width, MAX_WIDTH),
+                                   ("feedforward", feedforward, MAX_WIDTH)):  # fmt: skip
+            if not 1 <= value <= limit:
+                raise ValueError(f"UniAD: {name}: wanted 1 to {limit}, got {value}")
         self._arguments: dict[str, Any] = {
             "backbone": backbone, "levels": levels, "size": tuple(size), "width": width, "heads": heads,
             "layers": layers, "feedforward": feedforward, "dropout": dropout, "neighbours": neighbours,
@@ -71,8 +86,12 @@ class UniAD(nn.Module):
         }  # fmt: skip
         self.encoder = Backbone(backbone, levels=levels, weights=weights, frozen=True)
         self.mean, self.std, self.stride = self.encoder.mean, self.encoder.std, self.encoder.strides[-1]
+        self.frozen = None
         self.jitter = jitter
-        (height, columns) = self.map_sizes(size)[0]
+        height, columns = self.map_sizes(size)[0]
+        if height * columns > MAX_POINTS:
+            raise ValueError(f"UniAD: size: wanted at most {MAX_POINTS} points of the coarsest level, got "
+                             f"{height * columns} for {size[0]}x{size[1]} px")  # fmt: skip
         channels = sum(self.encoder.channels)
         self.input = nn.Linear(channels, width)
         self.output = nn.Linear(width, channels)
@@ -82,7 +101,10 @@ class UniAD(nn.Module):
         self.encoder_layers = nn.ModuleList(_EncoderLayer(*options) for _ in range(layers))
         self.decoder_layers = nn.ModuleList(_DecoderLayer(height * columns, *options) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.register_buffer("mask", build_neighbour_mask(height, columns, neighbours), persistent=False)
+        with torch.device("cpu"):  # with its values, also where weights are only described
+            mask = build_neighbour_mask(height, columns, neighbours or _choose_neighbours(height, columns))
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("largest_norm", torch.ones(()))
         for module in (*self.encoder_layers.modules(), *self.decoder_layers.modules(), self.input, self.output):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -90,8 +112,13 @@ class UniAD(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor without the weights, see `ReContrast.config`."""
+        """Arguments of the constructor without the weights, see `Network.config`."""
         return dict(self._arguments)
+
+    @property
+    def max_distance(self) -> float:
+        """Twice the norm of the longest feature in training, of targets and reconstructions."""
+        return 2.0 * float(self.largest_norm)
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Return height and width of the distances for images of ``size``, an int or (h, w), as a list of one.
@@ -99,37 +126,40 @@ class UniAD(nn.Module):
         Raises:
             ValueError: If the size is not that of the constructor, or not a multiple of ``stride``.
         """
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = self.check_size(size)
         expected: tuple[int, int] = self._arguments["size"]
-        if (height, width) != expected or height % self.stride or width % self.stride or not height or not width:
-            wanted = f"{expected[0]}x{expected[1]} px, a multiple of {self.stride}"
+        if (height, width) != expected:
+            wanted = f"{expected[0]}x{expected[1]} px, the size that the model was built for"
             raise ValueError(f"UniAD: images: wanted {wanted}, got {height}x{width}")
         return [(height // self.stride, width // self.stride)]
 
-    def align(self, images: Tensor) -> Tensor:
+    def align(self, images: Tensor, frozen_features: Sequence[Tensor] | None = None) -> Tensor:
         """Compute the target features: all levels, resized to the coarsest one and joined.
 
         Args:
             images: Normalised images (N, 3, H, W).
+            frozen_features: Cached features of the encoder, (N, C, h, w) of each level. None computes them.
 
         Returns:
             Features (N, C, h, w), in the dtype of the images.
         """
-        levels = self.encoder(images)
+        levels = self.encoder(images) if frozen_features is None else frozen_features
         size = levels[-1].shape[-2:]
         resized = [F.interpolate(level, size=size, mode="bilinear", align_corners=True) for level in levels]
         return torch.cat(resized, dim=1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, frozen_features: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Compute target features and their reconstruction. In training mode, noise is added to the input features.
 
         Args:
             images: Normalised images (N, 3, H, W).
+            frozen_features: Cached features of the encoder, see `align`.
 
         Returns:
             Targets and reconstructions, both (N, C, h, w), in the dtype of the images.
         """
-        target = self.align(images)
+        self.check_images(images)
+        target = self.align(images, frozen_features)
         tokens = target.flatten(2).transpose(1, 2)  # (N, points, C)
         if self.training and self.jitter:
             scale = self.jitter * tokens.norm(dim=2, keepdim=True) / tokens.shape[2]
@@ -149,34 +179,38 @@ class UniAD(nn.Module):
         memory, decoded = hidden, hidden
         for layer in self.decoder_layers:
             decoded = layer(decoded, memory, positions, mask)
-        reconstruction = self.output(self.norm(decoded))
-        return target, reconstruction.transpose(1, 2).reshape(target.shape)
+        reconstruction = self.output(self.norm(decoded)).transpose(1, 2).reshape(target.shape)
+        if self.training:
+            norms = [feature.detach().float().norm(dim=1).amax() for feature in (target, reconstruction)]
+            self.largest_norm.copy_(torch.stack([self.largest_norm.float(), *norms]).amax())
+        return target, reconstruction
 
-    def loss(self, images: Tensor) -> Tensor:
-        """Compute the mean squared error between targets and reconstructions.
-
-        Args:
-            images: Normalised images (N, 3, H, W).
-
-        Returns:
-            The loss, a scalar in the dtype of the images.
-        """
-        target, reconstruction = self(images)
-        return F.mse_loss(reconstruction, target)
-
-    def distances(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    def distances(
+        self, images: Tensor, views: Views = "both", *, exportable: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
         """Compute the Euclidean distance between target and reconstruction of each point, and image scores.
 
         Args:
             images: Normalised images (N, 3, H, W).
+            views: Ignored; there is one encoder.
+            exportable: Has no effect: all operators are PyTorch's.
 
         Returns:
             distances: A list of one tensor (N, h, w), float32.
-            scores: Largest distance of each image, (N,), float32.
+            scores: Largest mean of 16 x 16 pixels of the upsampled distances, (N,), float32, as in the authors' code.
         """
         target, reconstruction = self(images)
         distances = (reconstruction.float() - target.float()).square().sum(1).sqrt()
-        return [distances], distances.amax(dim=(1, 2))
+        size: tuple[int, int] = self._arguments["size"]
+        upsampled = F.interpolate(distances.unsqueeze(1), size=size, mode="bilinear", align_corners=True)
+        pooled = F.avg_pool2d(upsampled, tuple(min(POOL, side) for side in size), stride=1)
+        return [distances], pooled.amax(dim=(1, 2, 3))
+
+
+def _choose_neighbours(height: int, width: int) -> int:
+    """Return the largest odd number up to 7 and half of the shorter side."""
+    half = min(NEIGHBOURS, min(height, width) // 2)
+    return max(half - 1 + half % 2, 1)
 
 
 def build_neighbour_mask(height: int, width: int, neighbours: int) -> Tensor:
@@ -246,7 +280,7 @@ class _DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, previous: Tensor, memory: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        tokens = self.queries.expand(len(memory), -1, -1)
+        tokens = self.queries.expand(memory.shape[0], -1, -1)  # len() would fix the batch in an export
         attended = self.first(tokens + positions, memory + positions, memory, attn_mask=mask, need_weights=False)[0]
         tokens = self.norms[0](tokens + self.dropout(attended))
         attended = self.second(tokens + positions, previous + positions, previous, attn_mask=mask, need_weights=False)[

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from recontrast.recipes.describe import describe_value
-from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
+from recontrast.recipes.validation import ARCHITECTURE_FIELDS, FIELD_RULES, FLOAT_FIELDS
 
 # Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py, according to the
 # authors "chosen empirically".
@@ -32,6 +32,9 @@ class Recipe:
 
     Attributes:
         name: Name in results and error messages. Default: "mvtec".
+        architecture: Network: "recontrast", the default (with RD4AD, see above), "patchcore", "padim" or "uniad".
+            PatchCore and PaDiM are fitted in one pass over the images and ignore ``steps`` and all fields of the
+            optimisers.
         backbone: timm name of the encoder. Default: "wide_resnet50_2.tv_in1k", torchvision's WideResNet-50-2 with its
             first ImageNet weights, as in the paper.
         weights: Source of the pretrained weights: a file, "package" (an installed package) or "random". None, the
@@ -66,7 +69,9 @@ class Recipe:
             borders; "zero5", of the unified scripts, has 5 taps and zeros outside. None disables it.
         reduce: How the maps of all pairs are combined: "sum", the default, or "mean" in the unified scripts.
         score: Image score from the map: "max", the default, "mean", or the mean of the highest values, given as their
-            share of all pixels in (0, 1]. Stable (MVTec AD) and unified scripts use 0.01.
+            share of all pixels in (0, 1]. Stable (MVTec AD) and unified scripts use 0.01. "model" is the score that
+            the architecture defines (PatchCore: weighted distance of the worst point; PaDiM: largest point distance;
+            UniAD: largest mean of 16 x 16 pixels); ReContrast has none.
         mask_rule: Pixels of a resized mask that count as anomalous: "any", the default, takes all above zero, as
             upstream; "half" takes those of at least half of full scale. See `recontrast.data.images.read_mask`.
         seed: Seed of weights, batch order and hold-out split, from 0 to 2**63 - 1. Default: 111; 1 in the unified
@@ -105,6 +110,28 @@ class Recipe:
         holdout: Share of the good training images kept back for calibration, in [0, 1). Default: 0, as in the paper.
         bits: Bits that the camera uses of 16-bit samples, from 8 to 16. None, the default: in training, those of the
             brightest sample of all training images (8, 10, 12, 14 or 16), which the detector keeps; 16 otherwise.
+        levels: Feature levels, counted from 1 at stride 4: their number, or for PatchCore also a list. None, the
+            default: 3; (2, 3) for PatchCore.
+        decoder: Decoder of ReContrast: "resnet", "mirror", or "auto", the default, see `recontrast.ReContrast`.
+        rule: Rule of hard mining: "deviation", the default, is the paper's, with ``alpha_start`` to ``factor``.
+            "hardest" is Dinomaly's, with ``fraction_start``, ``fraction_end``, ``ramp`` and ``factor``. "power" is
+            INP-Former's, with ``exponent_start``, ``exponent_end`` and ``ramp``. "none" disables mining. See
+            `recontrast.mining`.
+        fraction_start: Share of the points with full gradient at the first step, for "hardest". Default: 1.
+        fraction_end: The same after the ramp. Default: 0.1.
+        exponent_start: Exponent at the first step, for "power". Default: 3.
+        exponent_end: The same after the ramp. Default: 3.
+        optimiser: "adamw", the default, "adam", or "sgd" with momentum ``betas[0]``.
+        schedule: Learning rates over the steps: "drop", the default, is constant with one drop (``lr_drop``);
+            "cosine" and "linear" fall to ``lr_end`` of the learning rates at the last step.
+        warmup: Share of the steps over which the learning rates rise linearly from zero, in [0, 1). Default: 0.
+        lr_end: Factor on the learning rates at the end of "cosine" and "linear", in [0, 1]. Default: 0.
+        clip: Largest norm of the gradient of all weights; a longer one is scaled down. None, the default, keeps it.
+        bank_share: Share of the feature vectors in the bank of PatchCore, in (0, 1]. Default: 0.1.
+        bank_neighbours: Vectors that weigh the image score of PatchCore; 1, the default, disables the weighting.
+        bank_embedding: "average", the default, or "unfold", see `recontrast.models.patchcore.PatchCore`.
+        gaussian_features: Number of channels drawn for PaDiM. Default: 100.
+        jitter: Scale of the feature noise of UniAD. Default: 20.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -135,7 +162,7 @@ class Recipe:
     partial_norm: bool = False
     blur: Literal["reflect", "zero5"] | None = "reflect"
     reduce: Literal["sum", "mean"] = "sum"
-    score: Literal["max", "mean"] | float = "max"
+    score: Literal["max", "mean", "model"] | float = "max"
     mask_rule: Literal["any", "half"] = "any"
     seed: int = 111
     drop_last: bool = False
@@ -159,6 +186,24 @@ class Recipe:
     views: Literal["both", "trained", "frozen"] = "both"
     holdout: float = 0.0
     bits: int | None = None
+    architecture: Literal["recontrast", "patchcore", "padim", "uniad"] = "recontrast"
+    levels: int | tuple[int, ...] | None = None
+    decoder: Literal["auto", "resnet", "mirror"] = "auto"
+    rule: Literal["deviation", "hardest", "power", "none"] = "deviation"
+    fraction_start: float = 1.0
+    fraction_end: float = 0.1
+    exponent_start: float = 3.0
+    exponent_end: float = 3.0
+    optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
+    schedule: Literal["drop", "cosine", "linear"] = "drop"
+    warmup: float = 0.0
+    lr_end: float = 0.0
+    clip: float | None = None
+    bank_share: float = 0.1
+    bank_neighbours: int = 1
+    bank_embedding: Literal["average", "unfold"] = "average"
+    gaussian_features: int = 100
+    jitter: float = 20.0
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -186,6 +231,7 @@ class Recipe:
         )
         in_both = sorted(set(self.bn_train_categories) & set(self.bn_eval_categories))
         return [
+            *self._architecture_contradictions(),
             (crop_exceeds, f"crop: wanted at most size {self.size!r}, got {self.crop!r}"),
             (
                 bool(in_both),
@@ -199,7 +245,7 @@ class Recipe:
                 self.stride is not None and self.stride > (self.tile or 0),
                 f"stride: wanted at most tile ({self.tile}), got {self.stride}",
             ),
-            (self.mining and self.loss == "point", "mining: wanted false if loss is 'point', got true"),
+            (self.uses_mining and self.loss == "point", "mining: wanted false if loss is 'point', got true"),
             (
                 self.pairs == "cross" and not self.train_encoder,
                 "pairs: wanted 'self' if train_encoder is false, got 'cross' of two equal encoders",
@@ -213,6 +259,58 @@ class Recipe:
                 f"rest: wanted at most wipe_every ({self.wipe_every}), got {self.rest}",
             ),
         ]
+
+    def _architecture_contradictions(self) -> list[tuple[bool, str]]:
+        """Return the same for fields that the architecture or the mining rule does not have."""
+        rule, architecture, unused = self.rule, self.architecture, self._find_unused_field()
+        return [
+            (
+                unused is not None,
+                f"{unused}: wanted the default for architecture {architecture!r}, which does not "
+                f"have it, got {describe_value(getattr(self, unused or 'name'))}",
+            ),
+            (
+                self.uses_steps and self.score == "model" and architecture == "recontrast",
+                "score: wanted 'max', 'mean' or a share for architecture 'recontrast', got 'model'",
+            ),
+            (
+                architecture != "recontrast" and self.views != "both",
+                f"views: wanted 'both' for architecture {architecture!r}, which has one encoder, got {self.views!r}",
+            ),
+            (
+                architecture == "padim" and self.tile is not None,
+                f"tile: wanted none for architecture 'padim', which learns positions in the image, got {self.tile}",
+            ),
+            (
+                architecture != "patchcore" and isinstance(self.levels, tuple),
+                f"levels: wanted one number for architecture {architecture!r}, got {self.levels!r}",
+            ),
+            (
+                rule not in ("deviation", "none") and not self.mining,
+                f"rule: wanted 'deviation' or 'none' if mining is false, got {rule!r}",
+            ),
+            (
+                rule not in ("deviation", "none") and self.graph,
+                f"graph: wanted false if rule is {rule!r}, whose parameter is a constant of the graph, got true",
+            ),
+        ]
+
+    def _find_unused_field(self) -> str | None:
+        """Return the first field that differs from its default although the architecture does not have it."""
+        own = ARCHITECTURE_FIELDS[self.architecture]
+        names = dict.fromkeys(name for names in ARCHITECTURE_FIELDS.values() for name in names)
+        defaults = {field.name: field.default for field in fields(self)}
+        return next((name for name in names if name not in own and getattr(self, name) != defaults[name]), None)
+
+    @property
+    def uses_steps(self) -> bool:
+        """Whether the architecture is trained by steps; otherwise it is fitted in one pass over the images."""
+        return self.architecture in ("recontrast", "uniad")
+
+    @property
+    def uses_mining(self) -> bool:
+        """Whether the loss uses hard mining."""
+        return self.mining and self.rule != "none"
 
     @property
     def out(self) -> tuple[int, int]:
@@ -247,10 +345,16 @@ class Recipe:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as values that JSON can represent; tuples become lists. ``bits`` is left out if unset."""
+        """Return all fields as values that JSON can represent; tuples become lists.
+
+        Fields from ``bits`` on are left out if they have their default, so that digests and files of detectors that do
+        not need them stay those of earlier versions.
+        """
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        if self.bits is None:
-            del values["bits"]  # so that files of detectors of 8-bit images stay as they were
+        names = [field.name for field in fields(self)]
+        for field in fields(self)[names.index("bits") :]:
+            if getattr(self, field.name) == field.default:
+                del values[field.name]
         return values
 
     @classmethod
@@ -288,9 +392,9 @@ def list_differences(recipe: Recipe, other: Recipe, ignore: tuple[str, ...] = ()
     Returns:
         Texts such as ``"batch: 16 and 8"``.
     """
-    a, b = recipe.to_dict(), other.to_dict()
-    keys = [key for key in {**a, **b} if key not in ignore and a.get(key) != b.get(key)]
-    return [f"{key}: {a.get(key)!r} and {b.get(key)!r}" for key in keys]
+    defaults = {field.name: field.default for field in fields(Recipe)}
+    a, b = {**defaults, **recipe.to_dict()}, {**defaults, **other.to_dict()}
+    return [f"{key}: {a[key]!r} and {b[key]!r}" for key in a if key not in ignore and a[key] != b[key]]
 
 
 def _check_names(values: Mapping[str, Any], name: Any) -> None:

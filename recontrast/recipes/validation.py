@@ -42,15 +42,37 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
 
+def _is_levels(value: Any) -> bool:
+    """Return whether ``value`` is None, a number of levels, or ascending numbers of levels, from 1 to 16."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return value is None or (
+        len(numbers) > 0
+        and all(_is_integer(v) and 1 <= v <= 16 for v in numbers)
+        and list(numbers) == sorted(set(numbers))
+    )
+
+
 _SIZE: FieldRule = (_is_size, "a whole number of pixels or a pair (height, width)")
 _NAMES: FieldRule = (_is_names, "a list of category names")
 _FLAG: FieldRule = (lambda v: isinstance(v, bool), "true or false")
 _RATE = _float(lambda v: v >= 0, "a number of at least 0")
 _FINITE = _float(lambda v: True, "a number")
 _SHARE = _float(lambda v: 0 <= v <= 1, "a share from 0 to 1")
+_POSITIVE_SHARE = _float(lambda v: 0 < v <= 1, "a share above 0 and up to 1")
+
+# Architecture -> recipe fields that only this one or some architectures have.
+_STEP_FIELDS = ("optimiser", "schedule", "warmup", "lr_end", "clip")
+_RULE_FIELDS = ("rule", "fraction_start", "fraction_end", "exponent_start", "exponent_end")
+ARCHITECTURE_FIELDS: dict[str, tuple[str, ...]] = {
+    "recontrast": (*_RULE_FIELDS, *_STEP_FIELDS, "decoder", "levels"),
+    "patchcore": ("levels", "bank_share", "bank_neighbours", "bank_embedding"),
+    "padim": ("levels", "gaussian_features"),
+    "uniad": (*_STEP_FIELDS, "levels", "jitter"),
+}
 
 FIELD_RULES: dict[str, FieldRule] = {
     "name": (lambda v: isinstance(v, str) and bool(v), "a name"),
+    "architecture": _one_of(*ARCHITECTURE_FIELDS),
     "backbone": (lambda v: isinstance(v, str) and bool(v), "the name of a timm model"),
     "weights": (lambda v: v is None or (isinstance(v, str) and bool(v)), 'none, a file, "package" or "random"'),
     "steps": _integer(1),
@@ -79,9 +101,26 @@ FIELD_RULES: dict[str, FieldRule] = {
     "blur": _one_of("reflect", "zero5", None),
     "reduce": _one_of("sum", "mean"),
     "score": (
-        lambda v: v in ("max", "mean") if isinstance(v, str) else isinstance(v, float) and 0 < v <= 1,
-        '"max", "mean" or a share above 0 and up to 1',
+        lambda v: v in ("max", "mean", "model") if isinstance(v, str) else isinstance(v, float) and 0 < v <= 1,
+        '"max", "mean", "model" or a share above 0 and up to 1',
     ),
+    "levels": (_is_levels, "none, a whole number from 1 to 16 or an ascending list of them"),
+    "decoder": _one_of("auto", "resnet", "mirror"),
+    "rule": _one_of("deviation", "hardest", "power", "none"),
+    "fraction_start": _POSITIVE_SHARE,
+    "fraction_end": _POSITIVE_SHARE,
+    "exponent_start": _RATE,
+    "exponent_end": _RATE,
+    "optimiser": _one_of("adamw", "adam", "sgd"),
+    "schedule": _one_of("drop", "cosine", "linear"),
+    "warmup": _float(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
+    "lr_end": _SHARE,
+    "clip": (lambda v: v is None or (isinstance(v, float) and 0 < v < math.inf), "none or a number above 0"),
+    "bank_share": _POSITIVE_SHARE,
+    "bank_neighbours": _integer(1),
+    "bank_embedding": _one_of("average", "unfold"),
+    "gaussian_features": _integer(1),
+    "jitter": _RATE,
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,
@@ -120,4 +159,13 @@ FLOAT_FIELDS = (
     "lr_drop",
     "lr_drop_at",
     "holdout",
+    "fraction_start",
+    "fraction_end",
+    "exponent_start",
+    "exponent_end",
+    "warmup",
+    "lr_end",
+    "clip",
+    "bank_share",
+    "jitter",
 )

@@ -36,12 +36,17 @@ class ProgressMeter:
         Returns:
             The mean loss and the images per second of the interval.
         """
-        elapsed = time.perf_counter() - self._started
         loss = math.fsum(losses[self._reported_losses :]) / (len(losses) - self._reported_losses)
+        self._reported_losses = len(losses)
+        return loss, self.end_interval_without_loss()
+
+    def end_interval_without_loss(self) -> float:
+        """End the interval and return its images per second."""
+        elapsed = time.perf_counter() - self._started
         images_per_second = self._images / elapsed
         self.seconds += elapsed
-        self._images, self._reported_losses = 0, len(losses)
-        return loss, images_per_second
+        self._images = 0
+        return images_per_second
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -8,11 +8,11 @@ import torch
 
 from recontrast.data.datasets import Sample
 from recontrast.data.sources import Images
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.distributed import World
 
-OnLog = Callable[[int, float, float, float], None]  # step, loss, images per second, alpha
+OnLog = Callable[[int, float, float, float], None]  # step, loss, images per second, parameter of the mining rule
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunSettings:
     resume: str | Path | None
     on_log: OnLog | None
     cache_dir: str | Path | None
-    model: ReContrast | None
+    model: Network | None
     teacher_cache: int
     world: World
     device: torch.device
@@ -57,9 +57,15 @@ def check_options(settings: RunSettings) -> None:
         settings: Settings of the run.
 
     Raises:
-        ValueError: If a compiled or graphed step is requested with several processes, or a graphed step with a cache.
+        ValueError: If an architecture that is fitted in one pass has several processes, a compiled or graphed step is
+            requested with several processes, or a graphed step with a cache.
     """
     recipe, processes, cache = settings.recipe, settings.world.size, settings.teacher_cache
+    if processes > 1 and not recipe.uses_steps:
+        raise ValueError(
+            f"train: wanted one process for architecture {recipe.architecture!r}, which is fitted in one pass, got the "
+            f"{processes} of torchrun"
+        )
     for name, is_set in (("compile", recipe.compile), ("graph", recipe.graph)):
         if is_set and processes > 1:
             raise ValueError(f"train: {name}: wanted false for the {processes} processes of torchrun, got true")

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from recontrast import checkpoint
 from recontrast.checkpoint import Checkpoint
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, list_differences, to_pair
 from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
@@ -40,8 +40,8 @@ class TrainingState:
     recipe: Recipe
     category: str
     device: torch.device
-    model: ReContrast
-    optimisers: list[AdamW]
+    model: Network
+    optimisers: list[Optimizer]
     sampler: BatchSampler
     images: dict[str, Any]
     world: World = field(default_factory=World)

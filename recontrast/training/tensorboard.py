@@ -12,7 +12,7 @@ from recontrast.data.images import read_image
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.tiles import Tiles
 from recontrast.inference.infer import infer
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 
 FOLDER = "tensorboard"  # in the folder of the run
@@ -66,7 +66,7 @@ class TensorBoardLogger:
         for name, value in (("loss", loss), (_RATE, rate), ("alpha", alpha)):
             self.writer.add_scalar(f"train/{name}", value, step)
 
-    def images(self, step: int, model: ReContrast, samples: Sequence[Sample], recipe: Recipe, count: int = 8) -> None:
+    def images(self, step: int, model: Network, samples: Sequence[Sample], recipe: Recipe, count: int = 8) -> None:
         """Write images next to their anomaly maps, in grey; white is the largest value of all these maps.
 
         Args:

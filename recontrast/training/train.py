@@ -17,12 +17,13 @@ from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.sources import Images
 from recontrast.inference.options import InferenceOptions
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.device import convolution_precision
 from recontrast.training.camera_bits import fix_bits
 from recontrast.training.holdout import split_holdout
+from recontrast.training.one_pass import OnePassTrainer
 from recontrast.training.run_files import CHECKPOINT, RunFiles
 from recontrast.training.settings import OnLog, RunSettings, check_options
 from recontrast.training.step import build_model, train_step
@@ -45,7 +46,7 @@ class TrainResult:
         state: Content of the final checkpoint, without optimiser and random states.
     """
 
-    model: ReContrast
+    model: Network
     recipe: Recipe
     category: str
     checkpoint: Path | None
@@ -69,10 +70,12 @@ def train(
     resume: str | Path | None = None,
     on_log: OnLog | None = None,
     cache_dir: str | Path | None = None,
-    model: ReContrast | None = None,
+    model: Network | None = None,
     teacher_cache: int = 0,
 ) -> TrainResult:
     """Train a detector on the good training images in ``samples``.
+
+    PatchCore and PaDiM are fitted in one pass over the images. An interrupted pass begins anew.
 
     If the recipe holds out a share of the good images, the detector is calibrated on them after the last step.
 
@@ -90,8 +93,9 @@ def train(
             run are replaced, all three at once, when the first checkpoint of this run is complete.
         device: Device to train on; by default the GPU if there is one, else the CPU.
         resume: Checkpoint to resume from; its recipe and training images must be the same.
-        on_log: Callback that receives the step, the mean loss since the last call, the images per second and alpha,
-            every ``recipe.log_every`` steps and after the last step.
+        on_log: Callback that receives the step, the mean loss since the last call, the images per second and the
+            parameter of the mining rule (alpha), every ``recipe.log_every`` steps and after the last step.
+            Architectures that are fitted in one pass count batches as steps; their loss and parameter are NaN.
         cache_dir: Folder for decoded images; None keeps them in memory.
         model: Model to train in place; by default a new one is built.
         teacher_cache: Size of the cache of frozen features on the device, bytes; see
@@ -150,7 +154,7 @@ def _run(settings: RunSettings) -> TrainResult:
     out, world = settings.out, settings.world
     with ExitStack() as stack:
         files = stack.enter_context(RunFiles(out, settings.recipe)) if out is not None and world.first else None
-        trainer = Trainer(settings, files)
+        trainer = (Trainer if settings.recipe.uses_steps else OnePassTrainer)(settings, files)
         trainer.run_loop()
         final = trainer.calibrate()
     state, path = trainer.state, None if out is None else out / CHECKPOINT

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from recontrast import checkpoint
+from recontrast.architectures import build_model, compute_rule_parameter
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.cache import ImageCache
 from recontrast.data.fingerprint import describe_images
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
-from recontrast.mining import alpha_at
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.runtime import distributed
 from recontrast.runtime.device import move_model
 from recontrast.training import interrupts
@@ -34,8 +34,10 @@ from recontrast.training.run_files import CHECKPOINT, RunFiles
 from recontrast.training.sampler import BatchSampler
 from recontrast.training.settings import RunSettings
 from recontrast.training.state import TrainingState, check_resume, read_losses, restore, snapshot
-from recontrast.training.step import build_model, train_step
+from recontrast.training.step import train_step
 from recontrast.training.teacher_cache import TeacherCache
+
+RULE_PARAMETERS = {"hardest": "fraction", "power": "exponent"}  # names in the log; others: alpha
 
 
 class Trainer:
@@ -70,13 +72,18 @@ class Trainer:
         self.calibration: Calibration | None = None
         if resumed is not None:
             restore(self.state, resumed, f"{settings.resume}")
-            self.calibration = resumed.calibration if resumed.step >= recipe.steps else None
+            self.calibration = resumed.calibration if self.is_complete else None
         if files is not None:
             files.start(self.state.step)
         self.saved_step = self.state.step
         self._prepare_step(images)
         self.is_between_steps = True  # only then the state may be saved
         self.progress = ProgressMeter()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are made."""
+        return self.state.step >= self.settings.recipe.steps
 
     def _prepare_step(self, images: Images) -> None:
         """Wrap the model for several processes, compile it, and set up caches and the CUDA graph."""
@@ -85,15 +92,15 @@ class Trainer:
         if recipe.compile:
             self.network = torch.compile(self.network, dynamic=False)
         self.teacher: TeacherCache | None = None
-        if self.settings.teacher_cache and model.frozen is not None:
+        if self.settings.teacher_cache and (encoder := model.constant_encoder) is not None:
             autocast = recipe.precision == "bfloat16"
-            self.teacher = TeacherCache(model.frozen, len(images), self.settings.teacher_cache, autocast=autocast)
+            self.teacher = TeacherCache(encoder, len(images), self.settings.teacher_cache, autocast=autocast)
         self.images = DeviceImages(images, device)
         self.graphed_step: GraphedStep | None = None
         if recipe.graph and device.type == "cuda":
             batch, network = self.state.sampler.batch, self.network  # a reference to self would delay freeing the GPU
             self.graphed_step = GraphedStep(
-                lambda active, x, alpha: train_step(network, active, x, alpha, recipe, [batch]), batch, device
+                lambda active, x, parameter: train_step(network, active, x, parameter, recipe, [batch]), batch, device
             )
 
     def run_loop(self) -> None:
@@ -102,15 +109,15 @@ class Trainer:
         An interrupt is held back until the current step is complete, so that the checkpoint holds the same state as in
         an uninterrupted run.
         """
-        state, recipe, world = self.state, self.settings.recipe, self.settings.world
+        recipe, world = self.settings.recipe, self.settings.world
         self.progress.start_interval()
         with interrupts.defer_interrupts(world.size == 1) as is_interrupted:
             try:
-                while state.step < recipe.steps:
-                    alpha = self._make_step()
+                while not self.is_complete:
+                    parameter = self._make_step()
                     is_logged = self._is_due(recipe.log_every)
                     if is_logged:
-                        self._log(alpha)
+                        self._log(parameter)
                     # Several processes agree at log lines only, so that all stop after the same step.
                     if is_interrupted() if world.size == 1 else is_logged and world.any(is_interrupted()):
                         raise KeyboardInterrupt
@@ -135,43 +142,44 @@ class Trainer:
         return replace(snapshot(self.state), optimisers=[], rng={}, calibration=calibration)
 
     def _make_step(self) -> float:
-        """Train on the next batch and return the alpha of the step."""
+        """Train on the next batch and return the parameter of the mining rule in this step."""
         state, recipe, world, model = self.state, self.settings.recipe, self.settings.world, self.state.model
         self.is_between_steps = False
         indices = next(state.sampler)
         own, shares = indices[world.share(len(indices))], world.shares(len(indices))
         batch = normalise(self.images[own], model.mean, model.std, dtype=self.dtype, channels_last=self.channels_last)
-        alpha = alpha_at(state.step, recipe.steps, recipe.ramp, recipe.alpha_start, recipe.alpha_end)
+        parameter = compute_rule_parameter(recipe, state.step)
         active = schedule_optimisers(state.optimisers, recipe, state.step)
-        state.pending_losses.append(self._update(active, batch, alpha, own, shares))
+        state.pending_losses.append(self._update(active, batch, parameter, own, shares))
         state.step += 1
         self.progress.count(len(indices))
         self.is_between_steps = True
-        return alpha
+        return parameter
 
     def _update(
-        self, active: list[AdamW], batch: Tensor, alpha: float, indices: NDArray[np.int64], shares: list[int]
+        self, active: list[Optimizer], batch: Tensor, parameter: float, indices: NDArray[np.int64], shares: list[int]
     ) -> Tensor:
         """Run or replay `train_step` on this process's images of the batch."""
         if self.graphed_step is not None:
-            return self.graphed_step(active, batch, alpha)
+            return self.graphed_step(active, batch, parameter)
         frozen_features = self.teacher(indices, batch) if self.teacher is not None and len(indices) else None
-        return train_step(self.network, active, batch, alpha, self.settings.recipe, shares, frozen_features)
+        return train_step(self.network, active, batch, parameter, self.settings.recipe, shares, frozen_features)
 
     def _is_due(self, every: int) -> bool:
         """Return whether the last step ends an interval of ``every`` steps, or the run."""
-        return self.state.step % every == 0 or self.state.step == self.settings.recipe.steps
+        return self.state.step % every == 0 or self.is_complete
 
-    def _log(self, alpha: float) -> None:
+    def _log(self, parameter: float) -> None:
         """Read the losses from the device and report them, and begin a new interval."""
         state, on_log = self.state, self.settings.on_log
         read_losses(state)
         loss, rate = self.progress.end_interval(state.losses)
         if self.files is not None:
             seconds = self.progress.seconds
-            self.files.log(step=state.step, loss=loss, alpha=alpha, images_per_second=rate, seconds=seconds)
+            named = {RULE_PARAMETERS.get(state.recipe.rule, "alpha"): parameter}
+            self.files.log(step=state.step, loss=loss, **named, images_per_second=rate, seconds=seconds)
         if on_log is not None and self.settings.world.first:
-            on_log(state.step, loss, rate, alpha)
+            on_log(state.step, loss, rate, parameter)
         self.progress.start_interval()
 
     def _save(self) -> None:
@@ -183,7 +191,7 @@ class Trainer:
             self.saved_step = self.state.step
 
 
-def _prepare_model(settings: RunSettings, resumed: Checkpoint | None) -> ReContrast:
+def _prepare_model(settings: RunSettings, resumed: Checkpoint | None) -> Network:
     """Return the given model, or a new one, or the one of the checkpoint; check that it takes images of this size."""
     if settings.model is not None:
         model = settings.model
@@ -206,7 +214,7 @@ def _open_images(settings: RunSettings) -> Images:
     )  # fmt: skip
 
 
-def _build_state(settings: RunSettings, model: ReContrast, images: Images) -> TrainingState:
+def _build_state(settings: RunSettings, model: Network, images: Images) -> TrainingState:
     """Check that all processes have the same settings and images, and return the state before the first step."""
     recipe, category, device, world = settings.recipe, settings.category, settings.device, settings.world
     sampler = BatchSampler(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)

@@ -90,7 +90,7 @@ def test_memory_layout_follows_the_options(model, last):
 def test_compiling_does_not_change_scores(model, images, monkeypatch):
     monkeypatch.setattr("recontrast.inference.options.COMPILE", {"backend": "eager"})
     network = InferenceOptions(compiled=True).build_network(model, RECIPE, RECIPE)
-    assert network._compiled_call_impl is not None
+    assert network.model._compiled_call_impl is not None
     torch.testing.assert_close(scores_of(network, images, RECIPE), scores_of(model, images, RECIPE))
     torch._dynamo.reset()
 

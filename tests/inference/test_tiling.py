@@ -19,7 +19,7 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.tiles import Tiles, count_tiles, tile_starts, tile_weights
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.inference.infer import infer
-from recontrast.inference.tiling import compute_tiled_map, score_map
+from recontrast.inference.tiling import score_map, score_tiled_image
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model, train
 
@@ -106,18 +106,18 @@ def test_cache_of_tiles(tmp_path, where):
 def test_single_tile_equals_whole_image_and_no_overlap_gives_a_mosaic(model):
     pixels = noise(64, 64, 3)
     (whole,) = (maps for maps, _ in infer(model, pixels[None], RECIPE))
-    np.testing.assert_allclose(compute_tiled_map(model, pixels, RECIPE), whole[0], rtol=1e-5)
+    np.testing.assert_allclose(score_tiled_image(model, pixels, RECIPE)[0], whole[0], rtol=1e-5)
     pixels = noise(128, 192, 3, seed=1)
-    mosaic = compute_tiled_map(model, pixels, RECIPE, overlap=0, batch=4)
+    mosaic = score_tiled_image(model, pixels, RECIPE, overlap=0, batch=4)[0]
     (part,) = (maps for maps, _ in infer(model, pixels[None, 64:, 64:128], RECIPE))
     np.testing.assert_allclose(mosaic[64:, 64:128], part[0], rtol=1e-4, atol=1e-5)
 
 
 def test_blended_map_is_the_weighted_sum_of_tiles_for_any_batch_size(model):
     pixels = noise(100, 150, 3, seed=2)
-    blended = compute_tiled_map(model, pixels, RECIPE, overlap=24, batch=5)
+    blended = score_tiled_image(model, pixels, RECIPE, overlap=24, batch=5)[0]
     np.testing.assert_allclose(
-        blended, compute_tiled_map(model, pixels, RECIPE, overlap=24, batch=1), rtol=1e-3, atol=1e-5
+        blended, score_tiled_image(model, pixels, RECIPE, overlap=24, batch=1)[0], rtol=1e-3, atol=1e-5
     )
     expected = np.zeros(pixels.shape[:2])
     (tops, rows), (lefts, columns) = tile_weights(100, 64, 24), tile_weights(150, 64, 24)
@@ -132,20 +132,20 @@ def test_image_smaller_than_a_tile_is_reflected(model):
     pixels = noise(40, 90, 3)
     mirrored = np.concatenate([pixels, pixels[::-1][:24]])
     np.testing.assert_allclose(
-        compute_tiled_map(model, pixels, RECIPE), compute_tiled_map(model, mirrored, RECIPE)[:40], rtol=1e-4
+        score_tiled_image(model, pixels, RECIPE)[0], score_tiled_image(model, mirrored, RECIPE)[0][:40], rtol=1e-4
     )
-    assert compute_tiled_map(model, noise(1, 1, 3), RECIPE).shape == (1, 1)
+    assert score_tiled_image(model, noise(1, 1, 3), RECIPE)[0].shape == (1, 1)
 
 
 @pytest.mark.parametrize("tile, overlap, name", [(16, 0, "tile"), (80, 8, "tile"), (64, 64, "overlap"), (64, -1, "ov")])
 def test_tile_and_overlap_must_suit_the_network(model, tile, overlap, name):
     with pytest.raises(ValueError, match=rf"^{name}.*wanted .* got {overlap if name[0] == 'o' else tile}"):
-        compute_tiled_map(model, noise(90, 90, 3), RECIPE.replace(tile=tile), overlap=overlap)
+        score_tiled_image(model, noise(90, 90, 3), RECIPE.replace(tile=tile), overlap=overlap)[0]
 
 
 def test_recipe_without_a_tile_is_refused(model):
     with pytest.raises(ValueError, match="wanted a recipe with a tile, got one of whole resized images"):
-        compute_tiled_map(model, noise(90, 90, 3), RECIPE.replace(tile=None))
+        score_tiled_image(model, noise(90, 90, 3), RECIPE.replace(tile=None))[0]
 
 
 @pytest.mark.parametrize("rule", ["max", "mean", 1.0, 0.37, 0.01, 1e-9])
@@ -271,7 +271,7 @@ def _aupro(maps, masks, limit=0.3):
 def test_evaluation_uses_whole_maps_at_the_original_scale(category, model):
     result = evaluate(model, category, RECIPE, batch=3)
     tests = [s for s in category if s.split == "test"]
-    maps = [compute_tiled_map(model, images.read_image(s.path), RECIPE, batch=3) for s in tests]
+    maps = [score_tiled_image(model, images.read_image(s.path), RECIPE, batch=3)[0] for s in tests]
     masks = [
         np.zeros(m.shape, bool) if s.mask is None else images.read_mask(s.mask)
         for s, m in zip(tests, maps, strict=True)

@@ -297,3 +297,17 @@ def test_f1_threshold_of_float64_maps_reaches_the_promised_f1(on_device, monkeyp
         called = maps >= result.f1_threshold
         f1 = 2 * (called & masks).sum() / (called.sum() + masks.sum())
         assert f1 == pytest.approx(result.f1_max.value - result.f1_max.bound, abs=1e-12)
+
+
+def test_clipped_values_count_as_the_largest():
+    maps = np.random.default_rng(3).uniform(0, 3, (4, 16, 16)).astype(np.float32)
+    masks = np.random.default_rng(4).random((4, 16, 16)) < 0.1
+    clipped, plain = metrics.Streaming(2.0, clip=True), metrics.Streaming(2.0)
+    clipped.update(maps, masks)
+    plain.update(np.minimum(maps, 2.0), masks)
+    assert torch.equal(clipped.counts, plain.counts) and torch.equal(clipped.totals, plain.totals)
+    for value in (np.inf, np.nan):
+        broken = maps.copy()
+        broken[1, 2, 3] = value
+        with pytest.raises(ValueError, match="maps"):
+            clipped.update(broken, masks)

@@ -12,7 +12,7 @@ from recontrast.app.options import AllGood, Data, Device, expand_home, parse_cha
 from recontrast.app.progress_bar import ProgressBar
 
 
-def train(  # 27 options and the output; `train_job` does the work
+def train(  # 28 options and the output; `train_job` does the work
     context: typer.Context,
     data: Data,
     category: Annotated[
@@ -26,6 +26,10 @@ def train(  # 27 options and the output; `train_job` does the work
         typer.Option(
             help="A recipe of the paper or a YAML file; other options override it. Default: mvtec, with --holdout 0.1."
         ),
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help="recontrast, patchcore, padim or uniad. Default: as in the recipe; in mvtec: recontrast."),
     ] = None,
     backbone: Annotated[
         str | None,
@@ -98,7 +102,8 @@ def train(  # 27 options and the output; `train_job` does the work
     from recontrast.runtime import distributed
 
     recipe, weights = expand_home(recipe), expand_home(weights)
-    values: dict[str, Any] = {"backbone": backbone, "weights": weights, "steps": steps, "batch": batch, "size": size}
+    values: dict[str, Any] = {"architecture": architecture, "backbone": backbone, "weights": weights, "steps": steps}
+    values |= {"batch": batch, "size": size}
     values |= {"tile": tile, "seed": seed, "encoder_bn": encoder_bn, "precision": precision}
     values |= {"channels_last": channels_last, "holdout": holdout}
     changed = {key: value for key, value in values.items() if value is not None} | dict(
@@ -126,8 +131,10 @@ def train(  # 27 options and the output; `train_job` does the work
     except KeyboardInterrupt:
         resume_command = f"continue with: recontrast train {shlex.join([*map(str, data), '--resume', str(job.target)])}"
         next_step = resume_command if job.target.exists() else "no checkpoint yet"
+        if not job.recipe.uses_steps:
+            next_step = f"{job.recipe.architecture} is fitted in one pass, which begins anew"
         exit_with_error(f"interrupted; {next_step}", status=130)
-    print_line(f"{job.recipe.steps} steps in {result.seconds:.1f} s: {job.target}")
+    print_line(job.describe_end(result.seconds))
     for line in () if result.calibration is None else describe_promise(result.calibration):
         print_line(line)
     if evaluate and any(sample.split == "test" for sample in job.samples):

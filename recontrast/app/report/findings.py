@@ -17,8 +17,7 @@ from recontrast.evaluation.results import Result, Row
 from recontrast.inference.infer import max_map_value
 from recontrast.metrics import curves
 from recontrast.metrics.curves import Curve
-from recontrast.models.fold import FoldedModel
-from recontrast.models.recontrast import ReContrast
+from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 
 MISSED, FALSE_ALARM, FOUND, PASSED, OPEN = "missed", "false alarm", "found", "passed", "no decision"
@@ -100,7 +99,7 @@ class Findings:
 
 
 def gather(
-    model: ReContrast | FoldedModel, groups: Mapping[str, Sequence[Sample]], recipe: Recipe,
+    model: Network, groups: Mapping[str, Sequence[Sample]], recipe: Recipe,
     calibration: Calibration | None = None, *,
     device: str | None = None, batch: int = 16, on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Findings:  # fmt: skip

@@ -20,7 +20,7 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import digest
 from recontrast.data import images, large_maps
 from recontrast.inference.detector import OPENERS, CheckpointDetector, open_detector
-from recontrast.inference.tiling import compute_tiled_map, score_map
+from recontrast.inference.tiling import score_map, score_tiled_image
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model
 
@@ -78,7 +78,7 @@ def test_maps_scores_and_overlays_are_of_the_full_image(checkpoint, folder, tmp_
         anomaly = tifffile.imread(tmp_path / found.map)
         pixels = images.read_image(found.path)
         np.testing.assert_allclose(
-            anomaly, compute_tiled_map(detector.model, pixels, RECIPE, batch=3), rtol=1e-4, atol=1e-6
+            anomaly, score_tiled_image(detector.model, pixels, RECIPE, batch=3)[0], rtol=1e-4, atol=1e-6
         )
         assert found.score == pytest.approx(score_map(anomaly, 0.01), rel=1e-5)
         assert images.image_size(tmp_path / found.overlay) == size, name

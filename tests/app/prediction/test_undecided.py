@@ -186,6 +186,6 @@ def test_one_tile_that_is_not_finite_makes_the_image_undecided(checkpoint):
     pixels = np.random.default_rng(0).integers(0, 200, (128, 192, 3), np.uint8)
     pixels[:64, 128:] = 255
     recipe = RECIPE.replace(tile=64)
-    anomaly = tiling.compute_tiled_map(detector.model, pixels, recipe, overlap=0)
+    anomaly = tiling.score_tiled_image(detector.model, pixels, recipe, overlap=0)[0]
     assert np.isnan(anomaly[:64, 128:]).all() and np.isfinite(anomaly[:, :128]).all()
     assert math.isnan(tiling.score_map(anomaly, "max"))

@@ -1,0 +1,189 @@
+"""Architectures: how a recipe builds a network, and how the network learns from good images.
+
+A network that is trained by steps has a loss; one that is fitted in a single pass observes all images and then computes
+what it keeps. Everything else needs the methods of `recontrast.models.network.Network` alone: training loops,
+inference, tiles, calibration, checkpoints, export and report have no case for any architecture.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from recontrast.loss import compute_mean, pairs_loss
+from recontrast.mining import Rule, alpha_at, deviation, hardest, power
+from recontrast.models.backbone import get_strides
+from recontrast.models.network import Network
+from recontrast.models.padim import PaDiM
+from recontrast.models.patchcore import PatchCore
+from recontrast.models.recontrast import ReContrast
+from recontrast.models.uniad import UniAD
+from recontrast.recipes.recipe import Recipe
+
+# Outputs of the network's forward, recipe, parameter of the mining rule, images of each process -> loss.
+Loss = Callable[[Any, Recipe, float | Tensor, Sequence[int] | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture: its network, and how a recipe builds, trains or fits it.
+
+    Either ``compute_loss`` or ``fit`` is set.
+
+    Attributes:
+        network: Class of the network.
+        build: Builds an untrained network from a recipe and the name of a category.
+        compute_stride: Returns the number of pixels of which the sides of images must be multiples.
+        compute_loss: Returns the loss of a training step, a scalar.
+        fit: Computes what the network keeps of the images that `Network.observe` collected.
+    """
+
+    network: type[Network]
+    build: Callable[[Recipe, str], Network]
+    compute_stride: Callable[[Recipe], int]
+    compute_loss: Loss | None = None
+    fit: Callable[[Any, Recipe], None] | None = None
+
+
+def get_architecture(recipe: Recipe) -> Architecture:
+    """Return the architecture of a recipe."""
+    return ARCHITECTURES[recipe.architecture]
+
+
+def build_model(recipe: Recipe, category: str) -> Network:
+    """Build the network of a recipe.
+
+    Args:
+        recipe: Recipe that sets the architecture, the backbone, the weights and the network's options.
+        category: Category, for `Recipe.encoder_bn_for`.
+
+    Returns:
+        An untrained network on the CPU, in training mode.
+
+    Raises:
+        ValueError: If the network rejects an argument.
+        OSError: If the weights cannot be read.
+    """
+    return get_architecture(recipe).build(recipe, category)
+
+
+def compute_rule_parameter(recipe: Recipe, step: int) -> float:
+    """Compute the parameter of the mining rule at a training step.
+
+    Args:
+        recipe: Recipe that sets the rule and its ramp.
+        step: Training step, counted from 0.
+
+    Returns:
+        Alpha of "deviation", the share of "hardest" or the exponent of "power"; see `recontrast.mining`.
+    """
+    start, end = {
+        "hardest": (recipe.fraction_start, recipe.fraction_end),
+        "power": (recipe.exponent_start, recipe.exponent_end),
+    }.get(recipe.rule, (recipe.alpha_start, recipe.alpha_end))
+    return alpha_at(step, recipe.steps, recipe.ramp, start, end)
+
+
+def build_rule(recipe: Recipe, parameter: float | Tensor) -> Rule | None:
+    """Build the mining rule of a recipe.
+
+    Args:
+        recipe: Recipe that sets the rule.
+        parameter: Parameter of the rule, see `compute_rule_parameter`.
+
+    Returns:
+        The rule; None if the recipe does not use mining.
+    """
+    if not recipe.uses_mining:
+        return None
+    if recipe.rule == "hardest":
+        return hardest(float(parameter), recipe.factor)
+    return power(float(parameter)) if recipe.rule == "power" else deviation(parameter, recipe.factor)
+
+
+def _build_recontrast(recipe: Recipe, category: str) -> Network:
+    return ReContrast(
+        recipe.backbone,
+        weights=recipe.weights,
+        levels=_count_levels(recipe),
+        encoder_bn=recipe.encoder_bn_for(category),
+        decoder=recipe.decoder,
+        activation=recipe.activation,
+        partial_norm=recipe.partial_norm,
+        pairs=recipe.pairs,
+        train_encoder=recipe.train_encoder,
+    )
+
+
+def _compute_recontrast_loss(
+    pairs: Sequence[tuple[Tensor, Tensor]], recipe: Recipe, parameter: float | Tensor, shares: Sequence[int] | None
+) -> Tensor:
+    """Compute the loss of all pairs, see `recontrast.loss.pairs_loss`."""
+    groups = 2 if recipe.pairs == "cross" else 1
+    rule = build_rule(recipe, parameter)
+    return pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient, shares=shares)
+
+
+def _build_patchcore(recipe: Recipe, category: str) -> Network:
+    return PatchCore(
+        recipe.backbone,
+        weights=recipe.weights,
+        levels=_list_levels(recipe),
+        embedding=recipe.bank_embedding,
+        neighbours=recipe.bank_neighbours,
+    )
+
+
+def _list_levels(recipe: Recipe) -> tuple[int, ...]:
+    """Return the levels of PatchCore."""
+    if recipe.levels is None:
+        return (2, 3)
+    return recipe.levels if isinstance(recipe.levels, tuple) else tuple(range(1, recipe.levels + 1))
+
+
+def _build_padim(recipe: Recipe, category: str) -> Network:
+    levels, features = _count_levels(recipe), recipe.gaussian_features
+    return PaDiM(recipe.backbone, weights=recipe.weights, levels=levels, features=features, seed=recipe.seed)
+
+
+def _build_uniad(recipe: Recipe, category: str) -> Network:
+    levels = _count_levels(recipe)
+    return UniAD(recipe.backbone, weights=recipe.weights, levels=levels, size=recipe.out, jitter=recipe.jitter)
+
+
+def _compute_uniad_loss(
+    outputs: tuple[Tensor, Tensor], recipe: Recipe, parameter: float | Tensor, shares: Sequence[int] | None
+) -> Tensor:
+    """Compute the mean squared error between targets and reconstructions."""
+    target, reconstruction = outputs
+    if shares is None:
+        return F.mse_loss(reconstruction, target)
+    return compute_mean((reconstruction - target).square(), shares)
+
+
+def _count_levels(recipe: Recipe) -> int:
+    return recipe.levels if isinstance(recipe.levels, int) else 3
+
+
+def _compute_last_stride(recipe: Recipe) -> int:
+    """Return the stride of the coarsest level."""
+    count = _list_levels(recipe)[-1] if recipe.architecture == "patchcore" else _count_levels(recipe)
+    return get_strides(recipe.backbone, count)[-1]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "recontrast": Architecture(
+        ReContrast, _build_recontrast, lambda recipe: 2 * _compute_last_stride(recipe), _compute_recontrast_loss
+    ),
+    "patchcore": Architecture(
+        PatchCore, _build_patchcore, _compute_last_stride,
+        fit=lambda network, recipe: network.build_bank(recipe.bank_share, seed=recipe.seed),
+    ),
+    "padim": Architecture(
+        PaDiM, _build_padim, _compute_last_stride, fit=lambda network, recipe: network.fit_gaussians()
+    ),
+    "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss),
+}  # fmt: skip
+"""Architectures by the names of `Recipe.architecture`."""
