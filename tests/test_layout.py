@@ -153,7 +153,8 @@ WRITES = {
     "recontrast/data/prepare.py": {"(folder / MARKER_FILE).write_text(json.dumps(description, indent=1) + '\\n')"},
     "recontrast/data/regular_file.py": {"os.open(path, flags, 0o666)"},
     "recontrast/export/export.py": {
-        "torch.export.save(program, path, extra_files={f'{KEY}.json': description})",
+        "torch.export.save(program, target, extra_files={f'{KEY}.json': description})",
+        "open(path, 'wb')",
         "onnx.save(path)",
         "onnx.save(intermediate)",
         "openvino.save_model(model, path, compress_to_fp16=False)",

@@ -19,6 +19,7 @@ from recontrast.data.class_folders import list_good_images
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import read_fingerprints
 from recontrast.data.listing import PathLike
+from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_images
 from recontrast.inference.detector import CheckpointDetector, Detector, open_detector
@@ -163,10 +164,11 @@ def evaluate(
     groups = _group_samples(data, category)
     if out is not None:
         evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
+    trained = checkpoints.load(loaded.path, mapped=True).images
     return evaluate_job.measure_network(
         loaded.model, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
         batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress, errors=errors,
-        trained=read_fingerprints(checkpoints.load(loaded.path, mapped=True).images),
+        trained=read_fingerprints(trained), sketches=read_sketches(trained),
     )[0]  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from sklearn.utils.validation import check_is_fitted
 
 from recontrast import checkpoint as checkpoints
 from recontrast.app.estimator_fit import (
-    ImageSelection,
     check_labels,
     isolate_random_state,
     refuse_tiles,
@@ -31,6 +30,7 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.in_memory import InMemoryImages, as_image_list
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.sources import SelectedImages
 from recontrast.inference.calibrate import calibrate
 from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.infer import infer
@@ -147,11 +147,11 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         split = split_images(decoded, self.false_alarm_rate, self.holdout, recipe.seed)
         device = resolve_device(self.device)
         with isolate_random_state():
-            result = train(recipe, ImageSelection(decoded, split.training), device=device)
+            result = train(recipe, SelectedImages(decoded, split.training), device=device)
             calibration = None
             if self.false_alarm_rate is not None:
                 calibration = calibrate(
-                    result.model, recipe, ImageSelection(decoded, split.held_out), rate=self.false_alarm_rate,
+                    result.model, recipe, SelectedImages(decoded, split.held_out), rate=self.false_alarm_rate,
                     batch=recipe.batch, source=f"{len(split.held_out)} of {len(good)} images given to fit",
                 )  # fmt: skip
         self._take(replace(result.state, calibration=calibration), result.model)

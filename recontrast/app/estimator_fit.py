@@ -12,9 +12,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils.validation import check_consistent_length
 
-from recontrast.data.copies import describe_copies, describe_near_copies, find_near_copies, sketch_image
+from recontrast.data.copies import describe_copies
 from recontrast.data.fingerprint import compute_fingerprint
 from recontrast.data.listing import DataWarning
+from recontrast.data.near_copies import (
+    describe_near_copies,
+    describe_one_scene,
+    find_near_copies,
+    merge_copies,
+    sketch_image,
+)
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.holdout import resolve_holdout_count
 
@@ -32,30 +39,11 @@ class FitSplit:
     held_out: NDArray[np.int64]
 
 
-class ImageSelection:
-    """Some of the images of an array, by position, without a copy of the array.
-
-    Args:
-        images: (N, H, W, 3) uint8.
-        positions: Positions of the images, (n,).
-    """
-
-    def __init__(self, images: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:
-        self.images, self.positions = images, positions
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.positions)
-
-    def __getitem__(self, index: Any) -> NDArray[np.uint8]:
-        """Return the images at the positions ``index`` of the selection, (n, H, W, 3) uint8."""
-        return self.images[self.positions[index]]
-
-
 def split_images(images: NDArray[np.uint8], rate: float | None, holdout: float | int | None, seed: int) -> FitSplit:
-    """Divide good images at random into those to train on and those to calibrate with; copies stay on one side.
+    """Divide good images at random into those to train on and those to calibrate with.
 
-    Warns (`recontrast.data.listing.DataWarning`) of copies and of pictures that were saved again.
+    Copies and pictures that were saved again stay on one side and count as one image. Warns
+    (`recontrast.data.listing.DataWarning`) of them.
 
     Args:
         images: Good images, (n, H, W, 3) uint8.
@@ -71,18 +59,28 @@ def split_images(images: NDArray[np.uint8], rate: float | None, holdout: float |
     """
     first: dict[str, int] = {}
     owners = np.array([first.setdefault(compute_fingerprint(image), index) for index, image in enumerate(images)])
-    different = np.unique(owners)
     if rate is not None:
-        names = [f"image {index}" for index in range(len(images))]
-        near = find_near_copies(np.stack([sketch_image(images[index]) for index in different]))
-        for text in (
-            describe_copies(names, owners.tolist()), describe_near_copies([names[i] for i in different], near),
-        ):  # fmt: skip
-            if text is not None:
-                warnings.warn(f"fit: {text}", DataWarning, stacklevel=3)
+        owners = np.array(_join_near_copies(images, owners.tolist()))
+    different = np.unique(owners)
     count = resolve_holdout_count(len(different), rate, holdout)
     held_out = np.sort(np.random.default_rng(seed).permutation(different)[:count])
     return FitSplit(np.flatnonzero(~np.isin(owners, held_out)), held_out)
+
+
+def _join_near_copies(images: NDArray[np.uint8], owners: list[int]) -> list[int]:
+    """Return the first image of each group of copies and near-copies, and warn of both."""
+    different = sorted(set(owners))
+    names = [f"image {index}" for index in range(len(images))]
+    sketches = np.stack([sketch_image(images[index]) for index in different])
+    pairs = find_near_copies(sketches)
+    for text in (
+        describe_copies(names, owners),
+        describe_near_copies([names[index] for index in different], pairs, "they count as one image"),
+        None if pairs else describe_one_scene(len(different), sketches),
+    ):
+        if text is not None:
+            warnings.warn(f"fit: {text}", DataWarning, stacklevel=4)
+    return merge_copies(owners, [(different[first], different[second]) for first, second in pairs])
 
 
 def check_labels(images: Sequence[Any], y: ArrayLike) -> NDArray[Any]:

@@ -5,6 +5,7 @@ defects. The subfolders are told apart by their names (`recontrast.data.class_na
 """
 
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -91,6 +92,14 @@ def select_good_images(folder: Folder, all_good: bool = False) -> list[Path]:
     return list_folder(selection.prune(folder))
 
 
+def _share_word(folder: Path, child: Path) -> bool:
+    """Return whether the names of a folder and of its subfolder share a word, as in ``gaskets_2024/gaskets``."""
+    first, second = (
+        set(re.findall(r"[^\W\d_]{2,}", Path(os.path.abspath(path)).name.lower())) for path in (folder, child)
+    )
+    return bool(first & second)
+
+
 @dataclass
 class _Selection:
     """Folders whose own images are taken, and folders that are left out."""
@@ -100,6 +109,7 @@ class _Selection:
     left_out: list[Folder] = field(default_factory=list)
     loose: list[Path] = field(default_factory=list)  # images left out because they lie beside the class folders
     unclassified: list[Folder] = field(default_factory=list)  # folders taken without being called good
+    presumed: list[Folder] = field(default_factory=list)  # only subfolders, taken although their names are not known
 
     def add(self, folder: Folder, is_good: bool) -> None:
         """Decide on a folder and those below it; ``is_good`` if a folder above it is called good."""
@@ -141,6 +151,8 @@ class _Selection:
         if folder.images:
             self.taken.append(folder)
             self.unclassified.append(folder)
+        if is_wrapper and "other" in kinds.values() and not _share_word(folder.path, children[0].path):
+            self.presumed.append(children[0])
         for child in children:
             self.add(child, is_good=False)
 
@@ -158,14 +170,14 @@ class _Selection:
             self._refuse(f"classes in some of its folders and none in others ({names})")
 
     def prune(self, folder: Folder) -> Folder:
-        """Return a copy of the folder that only has the images that are taken."""
+        """Return a copy of the folder that only has the images that are taken, and all pictures that are not read."""
         below = [self.prune(child) for child in folder.folders]
         if any(folder is taken for taken in self.taken):
             return Folder(folder.path, folder.images, folder.unread, folder.others, below)
-        return Folder(folder.path, folders=below)
+        return Folder(folder.path, [], folder.unread, 0, below)
 
     def warn(self) -> None:
-        """Warn of the images that are left out."""
+        """Warn of the images that are left out, and of those whose folder has an unknown name."""
         parts = [f"{count_images(f.count())} in {list_names(self.root.path, [f.path])}" for f in self.left_out]
         if self.loose:
             parts.append(
@@ -177,6 +189,14 @@ class _Selection:
                 f"{self.root.path}: good images are those in {good}; not used: {', '.join(parts)}",
                 DataWarning, stacklevel=4,
             )  # fmt: skip
+        for folder in self.presumed:
+            if any(inner is taken for inner in folder.walk() for taken in self.unclassified):
+                name = list_names(self.root.path, [folder.path])
+                warnings.warn(
+                    f"{self.root.path}: {count_images(folder.count())} in {name} taken as good, although the name of "
+                    "this folder does not say so: if it is the name of a defect, name the folder of good images "
+                    "instead", DataWarning, stacklevel=4,
+                )  # fmt: skip
 
     def _refuse(self, got: str) -> None:
         raise ValueError(

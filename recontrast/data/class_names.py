@@ -38,6 +38,9 @@ GOOD_WORDS = _words("""
     καλο καλα
     """)
 BAD_WORDS = _words("""
+    poke poked squeezed squeeze frayed fray blowhole blowholes crease creases creased abrasion abraded pitted pitting
+    dirt dirty smudge smudged burnt burned misaligned misalignment delamination delaminated peeled peeling uneven
+    manipulated spatter undercut crazing overheated swapped rotten lesion lesions tumor tumour melanoma pneumonia
     bad bads ng nok nio ko defect defects defective defected fail fails failed failing failure failures fault faults
     faulty anomaly anomalies anomalous anomal abnormal abnormals abnormality abnormalities reject rejects rejected
     scrap broken damage damages damaged flaw flaws flawed wrong error errors incorrect invalid nonconforming
@@ -83,6 +86,8 @@ _NEUTRAL_WORDS = _words("""
     right top bottom front back rear upper lower inner outer shift station machine position angle session run series
     group sub rgb grey gray color colour tag tage charge kamera linie schicht seite jour jours lote lotes dia dias
     linea lado png jpg jpeg bmp tif tiff webp
+    take takes trial trials job jobs order orders kw scan scans shot shots frame frames video videos clip clips capture
+    captures exposure acquisition recording recordings aufnahme aufnahmen auftrag woche
     """)
 _CLASS_WORDS = _words("class classes type types grade grades kind category klasse kategorie clase classe cls")
 _CJK = r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]"

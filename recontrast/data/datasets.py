@@ -28,7 +28,6 @@ from recontrast.data.listing import (
     Folder,
     PathLike,
     count_images,
-    is_image,
     is_system_folder,
     list_folder,
     list_names,
@@ -226,6 +225,7 @@ def _read_category(path: Path, name: str) -> list[Sample]:
     samples = []
     for test in tests:
         _refuse_unclear_tests(test)
+        _warn_of_unused(test.path, [])
         for child in test.folders:
             label = _label_test_folder(test, child)
             if label is None:
@@ -280,9 +280,9 @@ def _label_test_folder(test: Folder, child: Folder) -> int | None:
             )
         return 0
     if kind == "mask":
-        if child.count():
+        if count := sum(len(inner.images) + len(inner.unread) for inner in child.walk()):
             warnings.warn(
-                f"{child.path}: {count_images(child.count(), 'picture')} not used, because the name is that of masks: "
+                f"{child.path}: {count_images(count, 'picture')} not used, because the name is that of masks: "
                 "masks lie in ground_truth", DataWarning, stacklevel=2,
             )  # fmt: skip
         return None
@@ -344,14 +344,15 @@ def _find_masks(ground_truth: Path) -> dict[str, Path]:
 
 
 def _warn_of_unused(path: Path, folders: Sequence[Path]) -> None:
-    """Warn of images directly in ``path``, and of folders with images that are not used."""
-    with os.scandir(path) as entries:
-        loose = [path / entry.name for entry in entries if is_image(entry.name) and entry.is_file()]
-    counts = {folder: scan_folder(folder).count() for folder in folders}
-    parts = [f"{count_images(count)} in {folder.name}" for folder, count in counts.items() if count]
-    if loose:
-        loose.sort(key=lambda file: natural_sort_key(file.name))
+    """Warn of pictures directly in ``path``, and of folders with pictures that are not used."""
+    own = scan_folder(path, recursive=False)
+    unused = [own, *(scan_folder(folder) for folder in folders)]
+    parts = [f"{count_images(count)} in {folder.path.name}" for folder in unused[1:] if (count := folder.count())]
+    if own.images:
+        loose = [path / name for name in own.images]
         parts.insert(0, f"{count_images(len(loose))} directly in it ({list_names(path, loose)})")
+    if unread := [inner.path / name for folder in unused for inner in folder.walk() for name in inner.unread]:
+        parts.append(f"{count_images(len(unread), 'picture')} that cannot be read ({list_names(path, unread)})")
     if parts:
         warnings.warn(f"{path}: not used: {', '.join(parts)}", DataWarning, stacklevel=2)
 

@@ -144,7 +144,7 @@ def find_images(folder: Path) -> list[Path]:
     return scan_folder(folder).list_images()
 
 
-def scan_folder(path: Path) -> Folder:
+def scan_folder(path: Path, recursive: bool = True) -> Folder:
     """Find the images, and the pictures that cannot be read, in a folder and its subfolders.
 
     Symbolic links are followed, but each folder is entered once. Hidden files and folders are skipped, and those of the
@@ -153,6 +153,7 @@ def scan_folder(path: Path) -> Folder:
 
     Args:
         path: Folder to search.
+        recursive: Whether to search subfolders; otherwise they are left out.
 
     Returns:
         The folder; empty if it does not exist.
@@ -180,7 +181,7 @@ def scan_folder(path: Path) -> Folder:
             for entry in entries:
                 name = entry.name
                 if entry.is_dir():
-                    if not is_system_folder(name):
+                    if recursive and not is_system_folder(name):
                         subfolders.append(name)
                 elif is_image(name):
                     # A named pipe, a device, or a link to nothing is no image.

@@ -26,6 +26,26 @@ class FileImages(Images, Protocol):
     offsets: Sequence[int]
 
 
+class SelectedImages:
+    """Some images of a source, by position, without a copy of them.
+
+    Args:
+        images: Source of images.
+        positions: Positions of the images, (n,).
+    """
+
+    def __init__(self, images: Images, positions: NDArray[np.int64]) -> None:
+        self.images, self.positions = images, positions
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> NDArray[np.uint8]:
+        """Return the images at the positions ``index`` of the selection, (n, H, W, 3) uint8."""
+        return self.images[self.positions[index]]
+
+
 class ConcatImages:
     """Several sources of images as one, in their order.
 

@@ -53,6 +53,7 @@ def evaluate(
     streaming: bool = False,
     memory: int = MEMORY,
     trained: Collection[str] = (),
+    sketches: NDArray[np.float32] | None = None,
     errors: Literal["raise", "keep"] = "raise",
 ) -> Result:
     """Compute the metrics of a model on test images, by category.
@@ -78,6 +79,9 @@ def evaluate(
         memory: Number of bytes; if the maps of a category have more, they are kept in a temporary file.
         trained: Fingerprints of the training images (`recontrast.data.fingerprint.read_fingerprints`). Test images
             among them are named in a `recontrast.data.listing.DataWarning`. Not used with tiles.
+        sketches: Sketches of the training images, (n, 1024) float32 (`recontrast.data.near_copies.read_sketches`).
+            Test images that seem to be one of them, saved again, are named as well. Not used with tiles, or without
+            ``trained``.
         errors: "raise" stops at an image or mask that cannot be read, or a map that is not finite. "keep" leaves the
             image out of all metrics, gives it a `ScoredImage.error`, and counts it in `Row.skipped`.
 
@@ -101,7 +105,7 @@ def evaluate(
     model_device, world = next(model.parameters()).device, distributed.current_world()
     shares = {name: tests[world.share(len(tests))] for name, tests in groups.items()}
     clock = Clock(model_device)
-    checks = TrainingImageChecks(trained)
+    checks = TrainingImageChecks(trained, sketches)
     keep_errors = errors == "keep"
     unread: dict[str, dict[int, str]] | None = {name: {} for name in groups} if keep_errors else None
     batches = _Batches(_infer_samples(model, shares, recipe, batch, workers, cache_dir, clock, checks, unread))

@@ -11,22 +11,27 @@ from numpy.typing import NDArray
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import compute_fingerprint
 from recontrast.data.listing import DataWarning
+from recontrast.data.near_copies import describe_trained, match_known, sketch_image
 from recontrast.data.sources import Images
 
 
 class TrainingImageChecks:
-    """Compares images with the fingerprints of training images when they are read.
+    """Compares images with the fingerprints and sketches of training images when they are read.
 
     Args:
         trained: Fingerprints of the training images, see `recontrast.data.fingerprint.read_fingerprints`.
+        sketches: Sketches of the training images, see `recontrast.data.near_copies`, (n, 1024) float32; None if they
+            are unknown.
 
     Attributes:
         matches: Paths of the images that are training images.
+        sketched: Sketches of the other images, by path; empty if those of the training images are unknown.
     """
 
-    def __init__(self, trained: Collection[str]) -> None:
-        self.trained = trained
+    def __init__(self, trained: Collection[str], sketches: NDArray[np.float32] | None = None) -> None:
+        self.trained, self.sketches = trained, sketches
         self.matches: dict[Path, None] = {}
+        self.sketched: dict[Path, NDArray[np.float32]] = {}
 
     def wrap(self, images: Sequence[Images], groups: Sequence[Sequence[Sample]]) -> list[Images]:
         """Return sources with the same images, which are compared when they are read.
@@ -43,7 +48,7 @@ class TrainingImageChecks:
         return [_CheckedImages(self, source, group) for source, group in zip(images, groups, strict=True)]
 
     def warn(self, count: int) -> None:
-        """Warn of test images that were trained on: their scores are too low, so that the metrics promise too much.
+        """Warn of test images that were trained on, also saved again: their scores are too low.
 
         Args:
             count: Number of test images.
@@ -54,6 +59,12 @@ class TrainingImageChecks:
                 f"{len(self.matches)} of {count} test images were trained on, so that the metrics do not hold for new "
                 f"images: {first}", DataWarning, stacklevel=3,
             )  # fmt: skip
+        if self.sketched and self.sketches is not None:
+            paths = list(self.sketched)
+            near = match_known(np.stack(list(self.sketched.values())), self.sketches)
+            text = describe_trained([paths[index] for index, _ in near], count)
+            if text is not None:
+                warnings.warn(f"test: {text}", DataWarning, stacklevel=3)
 
 
 class _CheckedImages:
@@ -66,6 +77,9 @@ class _CheckedImages:
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
         pixels = self.images[index]
         for position, image in zip(np.arange(len(self))[index], pixels, strict=True):
+            path = self.samples[position].path
             if compute_fingerprint(image) in self.checks.trained:
-                self.checks.matches[self.samples[position].path] = None
+                self.checks.matches[path] = None
+            elif self.checks.sketches is not None:
+                self.checks.sketched[path] = sketch_image(image)
         return pixels

@@ -115,7 +115,7 @@ class Comparison:
         texts = {"json": json.dumps(self.to_dict(), indent=1) + "\n", "csv": self.to_csv(), "md": self.to_markdown()}
         with replace_files(folder) as staging:
             for suffix, text in texts.items():
-                (staging / f"comparison.{suffix}").write_bytes(text.encode())
+                (staging / f"comparison.{suffix}").write_bytes(text.encode(errors="surrogateescape"))
         return [folder / f"comparison.{suffix}" for suffix in texts]
 
 

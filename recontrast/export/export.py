@@ -21,6 +21,7 @@ import recontrast
 from recontrast.checkpoint import digest
 from recontrast.data.atomic import replace_files
 from recontrast.data.locks import lock_file
+from recontrast.data.names import escape_bytes
 from recontrast.data.pillow_resize import max_exact_length
 from recontrast.data.temporary import temporary_folder
 from recontrast.export.detector_graph import DetectorGraph
@@ -211,7 +212,10 @@ def _write(
 ) -> None:
     """Write a traced graph in the format ``kind``, with its description as metadata."""
     if kind == "pt2":
-        torch.export.save(program, path, extra_files={f"{KEY}.json": description})
+        with ExitStack() as stack:  # PyTorch ends the process if it opens a path that is not UTF-8
+            is_utf8 = str(path) == escape_bytes(str(path))
+            target = path if is_utf8 else stack.enter_context(open(path, "wb"))
+            torch.export.save(program, target, extra_files={f"{KEY}.json": description})
         return
     names = list(OUTPUTS if graph.calibrated else OUTPUTS[:2])
     exported = torch.onnx.export(

@@ -20,16 +20,20 @@ from recontrast.calibration.conformal import (
     calibrate_maps,
 )
 from recontrast.checkpoint import Checkpoint, digest
-from recontrast.data.copies import (
-    MOST_SKETCHES,
-    describe_copies,
-    describe_near_copies,
-    find_near_copies,
-    sketch_image,
-)
+from recontrast.data.copies import describe_copies
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.listing import DataWarning
+from recontrast.data.near_copies import (
+    MOST_SKETCHES,
+    describe_near_copies,
+    describe_one_scene,
+    describe_trained,
+    find_near_copies,
+    match_known,
+    read_sketches,
+    sketch_image,
+)
 from recontrast.data.sources import Images
 from recontrast.data.tiles import Tiles
 from recontrast.inference.decisions import describe_undecided
@@ -81,10 +85,11 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
 
     A detector scores its training images lower than new images, and a threshold computed from them would be too low.
     Copies of one picture are one image: counted several times, they would promise more than they can keep. Warns
-    (`recontrast.data.listing.DataWarning`) of copies, and of pictures that were saved again.
+    (`recontrast.data.listing.DataWarning`) of copies, of pictures that were saved again, and of those that seem to be
+    training images saved again.
 
-    Checkpoints of older versions do not store the fingerprints of their training images; for them only copies are
-    found.
+    Checkpoints of older versions do not store the fingerprints and sketches of their training images; for them only
+    copies among the given images are found.
 
     Args:
         option: Name of the command-line option that gave the images, for messages.
@@ -131,17 +136,25 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
             f"(first: {used[0]})"
         )
     names = [files.paths[index] for index in first.values()]
-    for text in (describe_copies(files.paths, owners), _describe_near_copies(names, sketches)):
+    known = read_sketches(checkpoint.images)
+    for text in (describe_copies(files.paths, owners), *_describe_sketches(names, sketches, known)):
         if text is not None:
             warnings.warn(f"{option}: {text}", DataWarning, stacklevel=2)
     return [path for index, path in enumerate(files.paths) if owners[index] == index]
 
 
-def _describe_near_copies(paths: Sequence[Path], sketches: Sequence[NDArray[np.float32]]) -> str | None:
-    """Describe the near-copies among images of which sketches were made."""
-    if len({len(sketch) for sketch in sketches}) != 1:  # none, or tiles of images smaller than a sketch
-        return None
-    return describe_near_copies(paths, find_near_copies(np.stack(sketches)))
+def _describe_sketches(
+    paths: Sequence[Path], sketches: Sequence[NDArray[np.float32]], known: NDArray[np.float32]
+) -> Iterator[str | None]:
+    """Describe near-copies among new images, and those of training images, whose sketches are ``known``."""
+    if not sketches or len(sketches) > MOST_SKETCHES:
+        return
+    new = np.stack(sketches)
+    pairs = find_near_copies(new)
+    yield describe_near_copies(paths, pairs, "the promise counts them as different images")
+    if not pairs:
+        yield describe_one_scene(len(new), new)
+    yield describe_trained([paths[index] for index, _ in match_known(new, known)], len(new))
 
 
 def calibrate_files(

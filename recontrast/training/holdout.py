@@ -18,8 +18,8 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
-from recontrast.data.images import read_image
 from recontrast.data.listing import DataWarning
+from recontrast.data.sources import Images, SelectedImages
 from recontrast.inference import tiling
 from recontrast.inference.calibrate import calibrate
 from recontrast.training.state import TrainingState, snapshot
@@ -104,7 +104,7 @@ def resolve_holdout_count(count: int, rate: float | None, holdout: float | int |
 
 
 def calibrate_holdout(
-    state: TrainingState, held_out: Sequence[Sample], path: Path | None, cache_dir: str | Path | None
+    state: TrainingState, held_out: Sequence[Sample], path: Path | None, images: Images | None
 ) -> Calibration:
     """Calibrate a trained detector on the held-out images and save the checkpoint again with the calibration.
 
@@ -114,18 +114,18 @@ def calibrate_holdout(
         state: State after the last step.
         held_out: Good images that were not used for training.
         path: Path of the checkpoint; None writes nothing.
-        cache_dir: Folder for decoded images; None keeps them in memory.
+        images: Their decoded images; None for a detector of tiles.
 
     Returns:
         The calibration.
     """
     recipe, model = state.recipe, state.model
-    held_out = _select_different(state, held_out)
+    positions = _select_different(state, held_out, images)
+    held_out = [held_out[position] for position in positions]
     options: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(held_out) + 1)), "source": "held out of training"}
-    folder = None if recipe.tile else cache_dir
-    images = ImageCache(held_out, recipe.size, recipe.crop, directory=folder, bits=recipe.bits)
-    if recipe.tile is None:
-        calibration = calibrate(model, recipe, images, **options, batch=recipe.batch)
+    if images is not None:
+        selected = SelectedImages(images, np.array(positions))
+        calibration = calibrate(model, recipe, selected, **options, batch=recipe.batch)
     else:  # tiles of whole images at full scale, as in prediction
         batches = tiling.infer_files([sample.path for sample in held_out], model, recipe, recipe.batch)
         calibration = calibrate_maps(
@@ -134,27 +134,28 @@ def calibrate_holdout(
             **options,
             pixel_rate=DEFAULT_PIXEL_RATE,
             weights=digest(model.state_dict(), recipe),
-            appearance=describe_appearance(images),
+            appearance=describe_appearance(ImageCache(held_out, recipe.size, recipe.crop, bits=recipe.bits)),
         )
     if path is not None:
         checkpoint.save(path, replace(snapshot(state), calibration=calibration))
     return calibration
 
 
-def _select_different(state: TrainingState, held_out: Sequence[Sample]) -> list[Sample]:
-    """Return the held-out images without copies of each other and of training images, and warn of those left out."""
-    recipe = state.recipe
+def _select_different(state: TrainingState, held_out: Sequence[Sample], images: Images | None) -> list[int]:
+    """Return the positions of held-out images that are no copies of each other and of training images.
+
+    Warns of those left out.
+    """
     owners = group_equal_files([sample.path for sample in held_out])
-    different = [sample for index, sample in enumerate(held_out) if owners[index] == index]
-    if recipe.tile is None:
+    different = [index for index in range(len(held_out)) if owners[index] == index]
+    if images is not None:
         known = set(read_fingerprints(state.images))
         candidates, different = different, []
-        for sample in candidates:  # the same pixels, in files of different formats
-            pixels = read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits)
-            fingerprint = compute_fingerprint(pixels)
+        for index in candidates:  # the same pixels, in files of different formats
+            fingerprint = compute_fingerprint(images[np.array([index])][0])
             if fingerprint not in known:
                 known.add(fingerprint)
-                different.append(sample)
+                different.append(index)
     if not different:
         raise ValueError("holdout: wanted images to calibrate with, got only copies of training images held out")
     if len(different) < len(held_out):

@@ -24,6 +24,9 @@ class RunSettings:
         category: Name of the category, for the checkpoint and for `Recipe.encoder_bn_for`.
         samples: Good images to train on; empty if ``images`` is given.
         held_out: Good images held out for the calibration.
+        good: Images of ``samples`` and ``held_out``, in the order of the data set.
+        copies: For each image of ``good`` the position of the first one with the same content; None if no images are
+            held out.
         images: Decoded images to train on; None decodes ``samples``.
         out: Output folder; None writes nothing.
         resume: Path of the checkpoint to resume from, or None.
@@ -39,6 +42,8 @@ class RunSettings:
     category: str
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
+    good: Sequence[Sample]
+    copies: Sequence[int] | None
     images: Images | None
     out: Path | None
     resume: str | Path | None

@@ -1,5 +1,7 @@
 """Scalars and images of a training run for TensorBoard, an optional dependency."""
 
+import os
+import tempfile
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 
 from recontrast.data.datasets import Sample
 from recontrast.data.images import read_image
+from recontrast.data.names import escape_bytes
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.tiles import Tiles
 from recontrast.inference.infer import infer
@@ -50,7 +53,15 @@ class TensorBoardLogger:
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 0) -> None:
-        self.writer = import_writer()(str(folder), purge_step=keep + 1 if keep else None)
+        writer = import_writer()
+        self._link: tempfile.TemporaryDirectory[str] | None = None
+        path = str(folder)
+        if path != escape_bytes(path):  # TensorBoard opens no file whose path is not UTF-8
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._link = tempfile.TemporaryDirectory(prefix="recontrast-")
+            path = os.path.join(self._link.name, FOLDER)
+            os.symlink(os.path.abspath(folder), path)
+        self.writer = writer(path, purge_step=keep + 1 if keep else None)
 
     def log(self, step: int, loss: float, rate: float, alpha: float) -> None:
         """Write the scalars of a log line.
@@ -84,11 +95,13 @@ class TensorBoardLogger:
         for sample, pixels, grey in zip(selected, images, grey_maps, strict=True):
             pair = np.concatenate([pixels, np.repeat(grey[..., None], 3, axis=2)], axis=1)
             name = f"{sample.category}/{sample.split}/{sample.defect}/{sample.path.stem}"
-            self.writer.add_image(name, pair, step, dataformats="HWC")
+            self.writer.add_image(escape_bytes(name), pair, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write buffered events and close the files."""
         self.writer.close()
+        if self._link is not None:
+            self._link.cleanup()
 
 
 def list_own_events(folder: Path) -> list[Path]:

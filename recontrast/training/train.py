@@ -132,6 +132,8 @@ def train(
                 category=category,
                 samples=training,
                 held_out=held_out,
+                good=good,
+                copies=copies,
                 images=images,
                 out=None if out is None else Path(out),
                 resume=resume,

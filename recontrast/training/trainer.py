@@ -17,7 +17,6 @@ from recontrast import checkpoint
 from recontrast.architectures import build_model, compute_rule_parameter
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
-from recontrast.data.cache import ImageCache
 from recontrast.data.fingerprint import describe_images
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
@@ -28,6 +27,7 @@ from recontrast.training import interrupts
 from recontrast.training.cuda_graph import GraphedStep
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.holdout import calibrate_holdout
+from recontrast.training.open_images import OpenImages, open_images
 from recontrast.training.optimisers import build_optimisers, schedule_optimisers
 from recontrast.training.progress import ProgressMeter
 from recontrast.training.run_files import CHECKPOINT, RunFiles
@@ -67,8 +67,9 @@ class Trainer:
         self.channels_last = move_model(model, settings.device, recipe.channels_last) == torch.channels_last
         model.train()
         self.dtype = next(model.parameters()).dtype
-        images = _open_images(settings)
-        self.state = _build_state(settings, model, images)
+        self.opened = open_images(settings, resumed)
+        images = self.opened.training
+        self.state = _build_state(settings, model, self.opened)
         self.calibration: Calibration | None = None
         if resumed is not None:
             restore(self.state, resumed, f"{settings.resume}")
@@ -138,7 +139,7 @@ class Trainer:
         settings, calibration = self.settings, self.calibration
         if settings.held_out and calibration is None and settings.world.first:
             path = None if self.files is None else self.files.folder / CHECKPOINT
-            calibration = calibrate_holdout(self.state, settings.held_out, path, settings.cache_dir)
+            calibration = calibrate_holdout(self.state, self.opened.held_out, path, self.opened.held_out_images)
         return replace(snapshot(self.state), optimisers=[], rng={}, calibration=calibration)
 
     def _make_step(self) -> float:
@@ -203,25 +204,17 @@ def _prepare_model(settings: RunSettings, resumed: Checkpoint | None) -> Network
     return model
 
 
-def _open_images(settings: RunSettings) -> Images:
-    """Return the decoded training images, from memory or from the cache."""
-    if settings.images is not None:
-        return settings.images
-    recipe, folder = settings.recipe, settings.cache_dir
-    return ImageCache(
-        settings.samples, recipe.size, recipe.crop, directory=folder, tile=recipe.tile, stride=recipe.stride,
-        bits=recipe.bits,
-    )  # fmt: skip
-
-
-def _build_state(settings: RunSettings, model: Network, images: Images) -> TrainingState:
+def _build_state(settings: RunSettings, model: Network, opened: OpenImages) -> TrainingState:
     """Check that all processes have the same settings and images, and return the state before the first step."""
     recipe, category, device, world = settings.recipe, settings.category, settings.device, settings.world
+    images = opened.training
     sampler = BatchSampler(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     description = describe_images(images)
     compared = {name: description[name] for name in ("count", "digest")}
     distributed.check_agreement(
         world, {"recipe": recipe.to_dict(), "category": category, "training images": compared}, "train"
     )
+    if opened.sketches:
+        description["sketches"] = opened.sketches
     optimisers = build_optimisers(model, recipe, device)
     return TrainingState(recipe, category, device, model, optimisers, sampler, description, world)

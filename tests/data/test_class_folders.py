@@ -99,11 +99,32 @@ def test_folder_named_as_defects_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "files", [["0.png"], ["day1/0.png", "day2/0.png", "x.png"], ["gasket/0.png"], ["000/0.png", "001/0.png"]]
-)
+    "files",
+    [
+        ["0.png"], ["day1/0.png", "day2/0.png", "x.png"], ["000/0.png", "001/0.png"], ["2024-01-05/0.png"],
+        ["run7/0.png"], ["2024-01-05/0.png", "2024-01-06/0.png"], ["kw12/0.png"], ["new_parts/0.png"],
+    ],
+)  # fmt: skip
 def test_folders_without_classes_are_taken_whole(tmp_path, files):
     root = create_files(tmp_path / "parts", *files)
     assert sorted(names(list_good_images(root), root)) == sorted(files)
+
+
+@pytest.mark.parametrize("inside", ["gasket", "gasket/day1", "A17", "day1/gasket"])
+def test_only_subfolder_of_unknown_name_is_named(tmp_path, inside):
+    root = create_files(tmp_path / "parts", f"{inside}/0.png", f"{inside}/1.png")
+    folder = "day1/gasket" if inside == "day1/gasket" else inside.split("/")[0]
+    for read in (datasets.load, list_good_images):
+        with pytest.warns(DataWarning, match=rf"parts: 2 images in {folder} taken as good, although the name"):
+            assert len(read(root)["parts"] if read is datasets.load else read(root)) == 2
+    assert len(list_good_images(root, all_good=True)) == len(list_good_images(root / inside)) == 2
+
+
+@pytest.mark.parametrize("name", ["poke", "Squeezed_teeth", "blowhole", "oil_dirt", "frayed edges", "burnt_2024"])
+def test_only_subfolder_with_the_name_of_a_defect_is_refused(tmp_path, name):
+    root = create_files(tmp_path / "parts", f"{name}/0.png")
+    with pytest.raises(ValueError, match=WAYS_OUT):
+        list_good_images(root)
 
 
 def test_good_folders_may_have_any_subfolders(tmp_path):
@@ -157,6 +178,31 @@ def test_everything_that_is_not_used_is_named(tmp_path):
         "5 pictures not read", "gone.png, picture, pipe.png, x.heic, y.tga", "1 picture not used",
     ):  # fmt: skip
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    "unread", ["x.heic", "good/x.heic", "day1/x.heic", "crack/x.heic", "more/deep/x.heic", "good/cam/x.heic"]
+)
+def test_pictures_that_cannot_be_read_are_named_in_every_plain_folder(tmp_path, unread):
+    root = create_files(tmp_path / "parts", "good/0.png", unread)
+    for read in (datasets.load, datasets.folder, list_good_images, list_images):
+        with pytest.warns(DataWarning, match=rf"1 picture not read; .*: {unread}"):
+            assert read(root)
+
+
+@pytest.mark.parametrize(
+    "unread",
+    ["x.heic", "nut/x.heic", "nut/train/x.heic", "nut/train/good/x.heic", "nut/train/other/x.heic", "nut/test/x.heic",
+     "nut/test/hole/x.heic", "nut/test/good/sub/x.heic", "nut/test/mask/x.heic", "nut/ground_truth/x.heic",
+     "nut/ground_truth/hole/x.heic", "nut/more/x.heic", "docs/x.heic"],
+)  # fmt: skip
+def test_pictures_that_cannot_be_read_are_named_in_every_data_set(tmp_path, unread):
+    create_files(tmp_path, "nut/train/good/0.png", "nut/test/good/0.png", "nut/test/hole/1.png", unread)
+    create_files(tmp_path, "nut/ground_truth/hole/1.png")
+    with pytest.warns(DataWarning) as caught:
+        assert len(datasets.load(tmp_path)["nut"]) == 3
+    text = " ".join(str(warning.message) for warning in caught)
+    assert len(caught) == 1 and ("x.heic" in text or "nut/test/mask: 1 picture not used" in text)
 
 
 def test_system_folders_and_files_are_passed_over(tmp_path):

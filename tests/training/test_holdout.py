@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from recontrast.data.copies import group_equal_files
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.images import read_image
 from recontrast.data.listing import DataWarning
+from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import Result, ScoredImage
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
-from recontrast.training import trainer
+from recontrast.training import open_images, trainer
 from recontrast.training.holdout import split_holdout
 from recontrast.training.train import train
 
@@ -145,11 +147,64 @@ def test_copies_stay_on_one_side_and_count_once(samples, tmp_path):
         used, held_out = split_holdout(range(40), 0.3, seed, owners)
         assert sorted(used + held_out) == list(range(40))
         assert not {owners[index] for index in used} & {owners[index] for index in held_out}
-    with pytest.warns(DataWarning, match=r"held-out images are copies of others: the calibration counts"):
+    with pytest.warns(DataWarning, match=r"^train: 20 of 40 images seem to be another one .*: they stay on one side"):
         result = train(SHARED, good + copies, device="cpu")
     trained = read_fingerprints(result.state.images)
-    _, held_out = split_holdout(good + copies, 0.3, SHARED.seed, owners)
-    fingerprints = {compute_fingerprint(read_image(sample.path, size=SHARED.size)) for sample in held_out}
-    assert result.calibration.count == len(fingerprints - trained)
+    fingerprints = [compute_fingerprint(read_image(sample.path, size=SHARED.size)) for sample in good]
+    assert result.state.images["count"] == 28 and len(trained) == 14 and trained < set(fingerprints)
+    assert result.calibration.count == 6
     with pytest.raises(ValueError, match="got 0 of 1 different good images held out"):
         split_holdout(range(5), 0.5, 0, [0] * 5)
+
+
+def test_pictures_saved_again_stay_on_one_side(samples, tmp_path, monkeypatch):
+    good = [sample for sample in samples if sample.split == "train"]
+    again = []
+    for index, sample in enumerate(good):
+        path = tmp_path / f"{index}.png"
+        Image.open(sample.path).point(lambda level: level + 5).save(path)
+        again.append(dataclasses.replace(sample, path=path))
+    with pytest.warns(DataWarning, match=r"^train: 20 of 40 images .* saved again or rescaled .*, and count as one"):
+        result = train(SHARED, good + again, out=tmp_path / "run", device="cpu")
+    trained = read_fingerprints(result.state.images)
+    sides = [
+        [compute_fingerprint(read_image(item.path, size=SHARED.size)) in trained for item in pair]
+        for pair in zip(good, again, strict=True)
+    ]
+    assert all(first == second for first, second in sides) and sum(first for first, _ in sides) == 14
+    assert result.calibration.count == 6 and len(read_sketches(result.state.images)) == 28
+    with pytest.warns(DataWarning):
+        resumed = train(SHARED, good + again, resume=tmp_path / "run" / "checkpoint.pt", device="cpu")
+    assert resumed.state.images == result.state.images
+    with monkeypatch.context() as patch:  # as an older version divided them, which must stay on a resume
+        patch.setattr(open_images, "find_near_copies", lambda sketches: [])
+        former = train(SHARED, good + again, out=tmp_path / "former", device="cpu").state.images
+    assert former["digest"] != result.state.images["digest"]
+    with pytest.warns(DataWarning):
+        resumed = train(SHARED, good + again, resume=tmp_path / "former" / "checkpoint.pt", device="cpu")
+    assert resumed.state.images["digest"] == former["digest"]
+    with pytest.warns(DataWarning, match="training sees them more often than others"):
+        train(SHARED.replace(holdout=0.0), good + again, device="cpu")
+
+
+def test_test_images_saved_again_are_named(root, samples, tmp_path):
+    train(SHARED, samples, out=tmp_path / "run", device="cpu")
+    trained = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    fingerprints = read_fingerprints(trained.images)
+    used = [sample for sample in samples if compute_fingerprint(read_image(sample.path, size=32)) in fingerprints]
+    shutil.copytree(root, tmp_path / "data")
+    Image.open(used[3].path).resize((62, 62)).save(tmp_path / "data/nut/test/good/again.png")
+    result = call("evaluate", tmp_path / "run", tmp_path / "data", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "test: 1 of 7 images seem to be training images, saved again or rescaled: " in result.stderr
+    assert "again.png" in result.stderr and "were trained on" not in result.stderr
+    assert "seem to be" not in call("evaluate", tmp_path / "run", root, "--device", "cpu").stderr
+    (tmp_path / "good").mkdir()
+    for index, sample in enumerate(samples[-6:]):
+        shutil.copy(sample.path, tmp_path / "good" / f"{index}.png")
+    for index in (2, 5):
+        Image.open(used[index].path).resize((62, 62)).save(tmp_path / "good" / f"again{index}.png")
+    result = call(
+        "calibrate", tmp_path / "run", "--good", tmp_path / "good", "--false-alarm-rate", 0.2, "--device", "cpu"
+    )
+    assert result.exit_code == 0 and "2 of 8 images seem to be training images, saved again" in result.stderr

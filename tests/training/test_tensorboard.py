@@ -1,4 +1,6 @@
+import os
 import sys
+from dataclasses import replace
 
 import pytest
 from small_run import RECIPE
@@ -59,6 +61,25 @@ def test_training_images_are_logged_without_test_images(tmp_path):
     logger.images(0, build_model(RECIPE, "nut"), samples, RECIPE)
     logger.close()
     assert read_events(tmp_path / "events").Tags()["images"] == ["nut/train/good/000", "nut/train/good/001"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """TensorBoard takes only UTF-8, in tags and in the path of its folder."""
+    raw = os.fsdecode(b"\xff\xe4")
+    samples = [
+        replace(
+            sample, path=sample.path.rename(sample.path.with_stem(f"{sample.path.stem}{raw}")), category=f"nut{raw}"
+        )
+        for sample in tiny_set(tmp_path / "data", train=1, good=0, defects=0)
+    ]
+    folder = tmp_path / f"run{raw}" / "events"
+    logger = TensorBoardLogger(folder)
+    logger.log(1, 0.5, 2.0, 0.0)
+    logger.images(1, build_model(RECIPE, "nut"), samples, RECIPE)
+    logger.close()
+    folder = folder.rename(tmp_path / "events")
+    assert read_events(folder).Tags()["images"] == [r"nut\xff\xe4/train/good/000\xff\xe4"]
+    assert "train/loss" in read_events(folder).Tags()["scalars"]
 
 
 def test_missing_package_raises(tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ def evaluate(
     from recontrast.app.evaluate_job import check_outputs
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
+    from recontrast.data.near_copies import read_sketches
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -77,6 +78,7 @@ def evaluate(
         model, groups, recipe, out, options.valid_calibration(recipe, stored.calibration),
         inference=options, workers=inference.workers, device=world_device, batch=inference.batch, cache_dir=cache,
         streaming=streaming, save_maps=save_maps, trained=read_fingerprints(stored.images),
+        sketches=read_sketches(stored.images),
     )  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def train(  # 28 options and the output; `train_job` does the work
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
     from recontrast.data.locks import lock_folder
+    from recontrast.data.near_copies import read_sketches
     from recontrast.data.own_files import check_replaceable
     from recontrast.evaluation.results import FILES as TABLES
     from recontrast.runtime import distributed
@@ -145,6 +146,7 @@ def train(  # 28 options and the output; `train_job` does the work
             job.out,
             result.calibration,
             trained=read_fingerprints(result.state.images),
+            sketches=read_sketches(result.state.images),
             batch=result.recipe.batch,
             cache_dir=cache,
         )

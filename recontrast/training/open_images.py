@@ -1,0 +1,139 @@
+"""Decode the good images of a run, and keep pictures that were saved again on one side of the hold-out split."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recontrast.checkpoint import Checkpoint
+from recontrast.data.cache import ImageCache
+from recontrast.data.datasets import Sample
+from recontrast.data.fingerprint import describe_images
+from recontrast.data.listing import DataWarning
+from recontrast.data.near_copies import (
+    MOST_SKETCHES,
+    describe_near_copies,
+    describe_one_scene,
+    encode_sketches,
+    find_near_copies,
+    merge_copies,
+    sketch_image,
+)
+from recontrast.data.sources import Images
+from recontrast.training.holdout import split_holdout
+from recontrast.training.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class OpenImages:
+    """Decoded images of a run.
+
+    Attributes:
+        training: Images to train on.
+        samples: Their samples; empty if the images were given decoded.
+        held_out: Samples held out for the calibration.
+        held_out_images: Their images; None if no images are held out, or training takes tiles.
+        sketches: Encoded sketches of the images to train on, see `recontrast.data.near_copies.encode_sketches`; empty
+            for tiles.
+    """
+
+    training: Images
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]
+    held_out_images: Images | None
+    sketches: str
+
+
+def open_images(settings: RunSettings, resumed: Checkpoint | None) -> OpenImages:
+    """Decode the images to train on and those held out.
+
+    Warns (`recontrast.data.listing.DataWarning`) of pictures that were saved again. If such pictures would be divided
+    between training and calibration, the images are divided again, with each group on one side.
+
+    Args:
+        settings: Settings of the run.
+        resumed: Checkpoint from which the run continues; its images stay divided as they are.
+
+    Returns:
+        The images.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If a file is not an image.
+    """
+    if settings.images is not None:
+        return OpenImages(settings.images, (), (), None, _encode(settings.images))
+    training = _decode(settings, settings.samples)
+    if settings.recipe.tile is not None:
+        return OpenImages(training, settings.samples, settings.held_out, None, "")
+    held_out_images = _decode(settings, settings.held_out) if settings.held_out else None
+    opened = OpenImages(training, settings.samples, settings.held_out, held_out_images, "")
+    sketches = _sketch_in_order(settings, opened)
+    pairs = [] if len(sketches) > MOST_SKETCHES else find_near_copies(np.stack(sketches))
+    opened = _separate(settings, opened, pairs, resumed)
+    if settings.world.first:
+        _warn(settings, pairs, sketches)
+    of_samples = {sample.path: sketch for sample, sketch in zip(settings.good, sketches, strict=True)}
+    return replace(opened, sketches=encode_sketches([of_samples[sample.path] for sample in opened.samples]))
+
+
+def _separate(
+    settings: RunSettings, opened: OpenImages, pairs: Sequence[tuple[int, int]], resumed: Checkpoint | None
+) -> OpenImages:
+    """Divide the images again if near-copies lie on both sides; calibrate with one image of each group."""
+    recipe, good = settings.recipe, settings.good
+    if not pairs or not settings.held_out:
+        return opened
+    owners = merge_copies(settings.copies or range(len(good)), pairs)
+    first = {good[owner].path for owner in owners}
+    if resumed is not None and describe_images(opened.training)["digest"] == resumed.images["digest"]:
+        return opened  # also a run of an older version
+    try:
+        samples, held_out = split_holdout(good, recipe.holdout, recipe.seed, owners)
+    except ValueError:  # too few different images
+        return opened
+    held_out = [sample for sample in held_out if sample.path in first]
+    if recipe.drop_last and len(samples) < recipe.batch:
+        return opened
+    return OpenImages(_decode(settings, samples), samples, held_out, _decode(settings, held_out), "")
+
+
+def _warn(settings: RunSettings, pairs: Sequence[tuple[int, int]], sketches: Sequence[NDArray[np.float32]]) -> None:
+    """Warn of near-copies among the good images."""
+    consequence = "training sees them more often than others"
+    if settings.held_out:
+        consequence = "they stay on one side of the division into training and calibration, and count as one image"
+    texts = [describe_near_copies([sample.path for sample in settings.good], pairs, consequence)]
+    if settings.held_out and not pairs and len(sketches) <= MOST_SKETCHES:
+        texts.append(describe_one_scene(len(sketches), np.stack(sketches)))
+    for text in texts:
+        if text is not None:
+            warnings.warn(f"train: {text}", DataWarning, stacklevel=4)
+
+
+def _sketch_in_order(settings: RunSettings, opened: OpenImages) -> list[NDArray[np.float32]]:
+    """Return the sketches of all good images, in the order of the data set."""
+    sketches = dict(zip([sample.path for sample in opened.samples], _sketch(opened.training), strict=True))
+    if opened.held_out_images is not None:
+        sketches |= zip([sample.path for sample in opened.held_out], _sketch(opened.held_out_images), strict=True)
+    return [sketches[sample.path] for sample in settings.good]
+
+
+def _decode(settings: RunSettings, samples: Sequence[Sample]) -> ImageCache:
+    """Decode images, or read them from the cache."""
+    recipe = settings.recipe
+    return ImageCache(
+        samples, recipe.size, recipe.crop, directory=settings.cache_dir, tile=recipe.tile, stride=recipe.stride,
+        bits=recipe.bits,
+    )  # fmt: skip
+
+
+def _sketch(images: Images) -> list[NDArray[np.float32]]:
+    return [sketch_image(images[np.arange(index, index + 1)][0]) for index in range(len(images))]
+
+
+def _encode(images: Images) -> str:
+    """Return the encoded sketches of images; empty if there are too many."""
+    return encode_sketches(_sketch(images)) if len(images) <= MOST_SKETCHES else ""
