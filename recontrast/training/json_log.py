@@ -21,6 +21,9 @@ class JsonLog:
         path: Path of the file.
         keep: Step from which the run resumes; lines of an existing file up to this step are kept.
 
+    Attributes:
+        names: Names of the fields of all lines.
+
     Raises:
         OSError: If the file cannot be written.
     """
@@ -28,6 +31,7 @@ class JsonLog:
     def __init__(self, path: Path, *, keep: int = 0) -> None:
         self.path = path
         kept_lines = [line for line in read_log(path) if line["step"] <= keep] if keep else []
+        self.names = {name for line in kept_lines for name in line}
         content = b"".join(json.dumps(line).encode() + b"\n" for line in kept_lines)
         with replace_file(path, size=len(content)) as file:
             file.write(content)
@@ -42,6 +46,7 @@ class JsonLog:
             OSError: If the line cannot be written.
             ValueError: If the path of the log is now that of a link, a folder, a pipe or a device.
         """
+        self.names.update(values)
         line = json.dumps(values).encode() + b"\n"
         try:
             with open_to_change(self.path, "the log of this run", append=True, buffering=0) as file:

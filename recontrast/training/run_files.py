@@ -30,14 +30,15 @@ class RunFiles:
     Args:
         folder: Folder of the run; created if missing.
         recipe: Recipe of the run.
+        data: Description of the training images for the first line of the log; None for images in memory.
 
     Raises:
         ValueError: If another process writes to the folder.
         OSError: If a file cannot be written.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.folder, self.recipe = folder, recipe
+    def __init__(self, folder: Path, recipe: Recipe, data: str | None = None) -> None:
+        self.folder, self.recipe, self.data = folder, recipe, data
         self._staging: Path | None = None
         self._log: JsonLog | None = None
         self._stack = ExitStack()
@@ -66,8 +67,10 @@ class RunFiles:
         yaml_file.write_recipe(target / yaml_file.FILE_NAME, self.recipe)
 
     def log(self, **values: Any) -> None:
-        """Append a line to the log, see `JsonLog.write`."""
+        """Append a line to the log, see `JsonLog.write`. The first line also describes the training images."""
         if self._log is not None:
+            if self.data is not None and "data" not in self._log.names:
+                values["data"] = self.data
             self._log.write(**values)
 
     def save(self, content: Checkpoint) -> None:

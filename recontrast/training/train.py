@@ -14,7 +14,7 @@ import torch
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.copies import group_equal_files
-from recontrast.data.datasets import Sample
+from recontrast.data.datasets import Sample, describe
 from recontrast.data.sources import Images
 from recontrast.inference.options import InferenceOptions
 from recontrast.models.network import Network
@@ -155,13 +155,23 @@ def _run(settings: RunSettings) -> TrainResult:
         settings = replace(settings, recipe=fix_bits(settings.recipe, paths))
     out, world = settings.out, settings.world
     with ExitStack() as stack:
-        files = stack.enter_context(RunFiles(out, settings.recipe)) if out is not None and world.first else None
+        files = None
+        if out is not None and world.first:
+            files = stack.enter_context(RunFiles(out, settings.recipe, _describe_data(settings)))
         trainer = (Trainer if settings.recipe.uses_steps else OnePassTrainer)(settings, files)
         trainer.run_loop()
         final = trainer.calibrate()
     state, path = trainer.state, None if out is None else out / CHECKPOINT
     seconds = trainer.progress.seconds
     return TrainResult(state.model.eval(), state.recipe, settings.category, path, state.losses, seconds, final)
+
+
+def _describe_data(settings: RunSettings) -> str | None:
+    """Describe the folders of the training images, as ``recontrast train`` prints them; None for images in memory."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in (*settings.samples, *settings.held_out):
+        groups.setdefault(sample.category, []).append(sample)
+    return "\n".join(describe(groups)) if groups else None
 
 
 def _select_good(samples: Sequence[Sample]) -> list[Sample]:

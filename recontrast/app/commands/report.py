@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import print_line
+from recontrast.app.console import print_image_errors, print_line
 from recontrast.app.options import (
     Batch,
     CheckpointFile,
@@ -52,3 +52,6 @@ def report(
         )  # fmt: skip
     limited = "" if written.shown == written.images else f", {written.shown} of them shown"
     print_line(f"report of {written.images} images{limited}, {written.bytes / 1e6:.1f} MB: {written.path}")
+    print_image_errors(written.errors, f"see {written.path}")
+    if written.errors:
+        raise typer.Exit(2)

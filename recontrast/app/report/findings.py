@@ -1,5 +1,6 @@
 """Content of a report: scores, decisions, recall by defect type and curves from one pass over the test images."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 
 MISSED, FALSE_ALARM, FOUND, PASSED, OPEN = "missed", "false alarm", "found", "passed", "no decision"
+UNREAD = "not read"
 ERRORS = (MISSED, FALSE_ALARM)
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
@@ -35,6 +37,14 @@ class Shot:
     p_value: float | None
     outcome: str
     margin: float  # distance from the threshold, in standard deviations of the category's scores
+
+
+@dataclass(frozen=True)
+class UnreadImage:
+    """One test image without a score, and why, in one sentence."""
+
+    sample: Sample
+    error: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,8 @@ class Findings:
     calibration: Calibration | None
     heats: list[NDArray[np.float32]] = field(repr=False)  # a small map (h, w) per image
     warnings: tuple[str, ...] = ()  # if the good images differ from the calibration images
+    unread: tuple[UnreadImage, ...] = ()  # test images that are missing from the metrics
+    errors: tuple[str, ...] = ()  # one sentence for each image that failed
 
     @property
     def shots(self) -> list[Shot]:
@@ -115,21 +127,34 @@ def gather(
         on_progress: Called with the category, the images processed and the number of images in the category.
     """
     summaries = MapSummaries(recipe, max_map_value(model, recipe))
-    result = evaluate(model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=summaries.add)
-    sections, start = [], 0
+    result = evaluate(
+        model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=summaries.add, errors="keep"
+    )
+    samples = {str(sample.path): sample for group in groups.values() for sample in group}
+    positions = {str(sample.path): index for index, sample in enumerate(summaries.samples)}
+    sections, unread = [], []
     for row in result.rows:
-        scores = np.array([scored.score for scored in result.scored[start : start + row.images]])
-        sections.append(_build_section(row, summaries, scores, start, recipe, calibration))
-        start += row.images
-    warnings = () if calibration is None else tuple(decide_on_result(result, calibration, groups, recipe).warnings())
-    return Findings(result, sections, calibration, summaries.small, warnings)
+        images = [image for image in result.scored if image.category == row.category]
+        unread += [UnreadImage(samples[image.path], str(image.error)) for image in images if math.isnan(image.score)]
+        scored = [image for image in images if not math.isnan(image.score)]
+        if scored:
+            indices = [positions[image.path] for image in scored]
+            scores = np.array([image.score for image in scored])
+            sections.append(_build_section(row, summaries, scores, indices, recipe, calibration))
+    warnings: tuple[str, ...] = ()
+    lost: dict[str, str] = {}
+    if calibration is not None:
+        warnings = tuple(decide_on_result(result, calibration, groups, recipe, unread=lost).warnings())
+    return Findings(
+        result, sections, calibration, summaries.small, warnings, tuple(unread), (*result.errors, *lost.values())
+    )
 
 
 def _build_section(
-    row: Row, summaries: MapSummaries, scores: NDArray[Any], start: int, recipe: Recipe, calibration: Calibration | None
+    row: Row, summaries: MapSummaries, scores: NDArray[Any], indices: Sequence[int], recipe: Recipe,
+    calibration: Calibration | None
 ) -> Section:  # fmt: skip
-    inside = slice(start, start + row.images)
-    samples = summaries.samples[inside]
+    samples = [summaries.samples[index] for index in indices]
     threshold = row.i_threshold if calibration is None else float(calibration.threshold)
     labels = np.array([sample.label for sample in samples])
     called = None
@@ -139,7 +164,8 @@ def _build_section(
     unit = float(scores.std()) or 1.0
     shots = [
         Shot(
-            sample, start + i, score, p_values[i], _classify(sample.label, None if called is None else bool(called[i])),
+            sample, indices[i], score, p_values[i],
+            _classify(sample.label, None if called is None else bool(called[i])),
             abs(score - threshold) / unit if threshold is not None else -score / unit,
         )
         for i, (sample, score) in enumerate(zip(samples, scores.tolist(), strict=True))
@@ -151,7 +177,8 @@ def _build_section(
             recalls.append(Recall(defect, label, int(selected.sum()), int(called[selected].sum())))
     has_both_classes = 0 < row.defects < row.images
     middle = threshold if recipe.score == "max" else None  # the mean of a map is not one of its values
-    heat = heatmaps.colour_range(summaries.medians[inside], summaries.peaks[inside], middle)
+    medians, peaks = ([values[index] for index in indices] for values in (summaries.medians, summaries.peaks))
+    heat = heatmaps.colour_range(medians, peaks, middle)
     return Section(
         row, shots, threshold, recalls, heat, middle is not None and heat[0] < middle,
         curves.thin(curves.roc(scores, labels)) if has_both_classes else None,

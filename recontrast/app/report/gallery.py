@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from html import escape
 
-from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, OPEN, PASSED, Section, Shot
+from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, OPEN, PASSED, UNREAD, Section, Shot, UnreadImage
 from recontrast.app.report.thumbnails import Pictures
 
 # Shown next to the word, so that no meaning depends on the sign alone.
-SIGNS = {MISSED: "✕", FALSE_ALARM: "!", FOUND: "✓", PASSED: "✓", OPEN: "?"}
+SIGNS = {MISSED: "✕", FALSE_ALARM: "!", FOUND: "✓", PASSED: "✓", OPEN: "?", UNREAD: "-"}
 
 
 def render_gallery(
-    sections: Sequence[Section], shots: Sequence[Shot], pictures: Sequence[Pictures], total: int, legend: str
-) -> str:
+    sections: Sequence[Section], shots: Sequence[Shot], pictures: Sequence[Pictures], total: int, legend: str,
+    unread: Sequence[UnreadImage] = (),
+) -> str:  # fmt: skip
     """Return the HTML of the gallery section.
 
     Args:
@@ -21,9 +22,13 @@ def render_gallery(
         pictures: Encoded pictures of each image.
         total: Number of evaluated images.
         legend: HTML of the colour legend.
+        unread: Images without a score, which come first, each with a placeholder.
     """
     thresholds = {section.row.category: section.threshold for section in sections}
-    cards = "".join(_render_card(s, p, thresholds[s.sample.category]) for s, p in zip(shots, pictures, strict=True))
+    cards = "".join(map(_render_placeholder, unread))
+    cards += "".join(_render_card(s, p, thresholds[s.sample.category]) for s, p in zip(shots, pictures, strict=True))
+    samples = [*(image.sample for image in unread), *(shot.sample for shot in shots)]
+    outcomes = [*(UNREAD for _ in unread), *(shot.outcome for shot in shots)]
     subset = "" if len(shots) == total else f" The first {len(shots)} of {total} images are shown (see --images)."
     order = (
         "Images with the highest scores come first."
@@ -34,14 +39,14 @@ def render_gallery(
 <h2 id="gallery-title">Images</h2>
 <p>{order}{subset} Each entry shows the image, the heat map over the image, and the annotated mask.</p>
 <form id="controls" aria-label="Filter images">
-{_render_filter("category", "Category", [shot.sample.category for shot in shots])}
-{_render_filter("defect", "Defect type", [shot.sample.defect for shot in shots])}
-{_render_filter("outcome", "Outcome", [shot.outcome for shot in shots])}
+{_render_filter("category", "Category", [sample.category for sample in samples])}
+{_render_filter("defect", "Defect type", [sample.defect for sample in samples])}
+{_render_filter("outcome", "Outcome", outcomes)}
 <p class="mix"><label for="mix">Heat map overlay</label>
 <span class="ends"><span aria-hidden="true">image</span>
 <input type="range" id="mix" min="0" max="100" step="5" value="50" aria-valuetext="image with heat map">
 <span aria-hidden="true">heat map</span></span></p>
-<p class="count" role="status"><output id="count">{len(shots)} of {len(shots)} images</output></p>
+<p class="count" role="status"><output id="count">{len(samples)} of {len(samples)} images</output></p>
 </form>
 {legend}
 <ol id="cards">{cards}</ol>
@@ -61,6 +66,25 @@ def _render_filter(key: str, label: str, values: Sequence[str]) -> str:
     )
 
 
+def _render_placeholder(image: UnreadImage) -> str:
+    """Return the card of an image without a score: its name and its error."""
+    sample, name = image.sample, escape(image.sample.path.name)
+    description = f"{sample.category}, {sample.defect if sample.label else 'good'}"
+    empty = "".join(f'<span class="pic empty">no {kind}</span>' for kind in ("heat map", "mask"))
+    return (
+        f'<li class="card wrong" data-category="{escape(sample.category)}" data-defect="{escape(sample.defect)}" '
+        f'data-outcome="{UNREAD}"><figure><span class="panes">{_render_missing(name)}{empty}</span>'
+        f'<figcaption><strong class="outcome"><span aria-hidden="true">{SIGNS[UNREAD]}</span> {UNREAD}</strong>'
+        f'<span class="file">{escape(description)}<br><span title="{escape(str(sample.path))}">{name}</span><br>'
+        f"{escape(image.error)}</span></figcaption></figure></li>"
+    )
+
+
+def _render_missing(name: str) -> str:
+    """Return the placeholder of a picture that cannot be read."""
+    return f'<span class="pic empty missing">{name} cannot be read</span>'
+
+
 def _render_card(shot: Shot, pictures: Pictures, threshold: float | None) -> str:
     sample = shot.sample
     name = escape(sample.path.name)
@@ -70,20 +94,24 @@ def _render_card(shot: Shot, pictures: Pictures, threshold: float | None) -> str
         mask = f'<span class="pic">{image}</span>'
     else:
         mask = f'<span class="pic empty">{"no mask" if sample.label else "no defect"}</span>'
+    photo = _render_missing(name)
+    if pictures.image is not None:
+        image = f'<img class="photo" src="{pictures.image}" alt="Image {name}" decoding="async">'
+        photo = f'<span class="pic">{image}</span>'
     details = [f"{shot.score / threshold:.2f} &times; threshold"] if threshold else []
     if shot.p_value is not None:
         details.append(f"p&nbsp;=&nbsp;{shot.p_value:.3g}")
     detail = f' <span class="dim">{", ".join(details)}</span>' if details else ""
+    error = "" if pictures.error is None else f"<br>{escape(pictures.error)}"
     wrong = " wrong" if shot.outcome in (MISSED, FALSE_ALARM) else ""
     return (
         f'<li class="card{wrong}" data-category="{escape(sample.category)}" data-defect="{escape(sample.defect)}" '
         f'data-outcome="{shot.outcome}"><figure style="--ratio:{pictures.ratio:.4f}">'
-        f'<span class="panes"><span class="pic"><img class="photo" src="{pictures.image}" '
-        f'alt="Image {name}" decoding="async"></span>'
+        f'<span class="panes">{photo}'
         f'<span class="pic mixed"><img class="heat" src="{pictures.heat}" '
         f'alt="Heat map of {name}" decoding="async"></span>{mask}</span>'
         f'<figcaption><strong class="outcome"><span aria-hidden="true">{SIGNS[shot.outcome]}</span> {shot.outcome}'
         f'</strong> <span class="score">{shot.score:#.4g}</span>{detail}'
-        f'<span class="file">{escape(description)}<br><span title="{escape(str(sample.path))}">{name}</span></span>'
-        f"</figcaption></figure></li>"
+        f'<span class="file">{escape(description)}<br><span title="{escape(str(sample.path))}">{name}</span>{error}'
+        f"</span></figcaption></figure></li>"
     )

@@ -27,7 +27,7 @@ MEANING = {
 
 def render_metrics(findings: Findings) -> str:
     """Return the HTML of the metrics: with explanations for one category, by category and mean for several."""
-    rows = [section.row for section in findings.sections]
+    rows = findings.result.rows
     names = [name for name in METRICS if any(getattr(row, name) is not None for row in rows)]
     table_rows = [*rows, findings.result.mean] if len(rows) > 1 else rows
     table = _render_one_category(rows[0], names) if len(rows) == 1 else _render_categories(table_rows, names)

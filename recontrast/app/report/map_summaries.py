@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from recontrast.data import heatmaps
 from recontrast.data.datasets import Sample
 from recontrast.evaluation.ground_truth import read_ground_truth
+from recontrast.evaluation.sample_images import READ_ERRORS
 from recontrast.metrics import curves
 from recontrast.metrics.curves import Curve
 from recontrast.metrics.streaming import Streaming
@@ -51,10 +52,19 @@ class MapSummaries:
         if any(sample.label and sample.mask is None for sample in samples):
             self._streaming = None  # without all masks the curve would describe only part of the category
         if self._streaming is not None:
-            good = np.zeros(maps.shape[1:], bool)
-            self._streaming.update(
-                maps, np.stack([read_ground_truth(s, self.recipe) if s.label else good for s in samples])
-            )
+            masks = [self._read_mask(sample, maps.shape[1:]) for sample in samples]
+            usable = [index for index, mask in enumerate(masks) if mask is not None]
+            if usable:
+                self._streaming.update(maps[usable], np.stack([mask for mask in masks if mask is not None]))
+
+    def _read_mask(self, sample: Sample, shape: Sequence[int]) -> NDArray[np.bool_] | None:
+        """Return the mask of a sample; None if it cannot be read, which the evaluation reports."""
+        if not sample.label:
+            return np.zeros(tuple(shape), bool)
+        try:
+            return read_ground_truth(sample, self.recipe)
+        except READ_ERRORS:
+            return None
 
     def curve(self, category: str) -> Curve | None:
         """Return the per-region-overlap curve of a category; None if a mask is missing or all pixels have one class."""

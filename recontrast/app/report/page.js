@@ -25,7 +25,9 @@
 
   // The file stores each photograph once; copy it below the heat map.
   for (const card of cards) {
-    const below = card.querySelector(".photo").cloneNode();
+    const photo = card.querySelector(".photo");
+    if (!photo) continue; // the picture could not be read
+    const below = photo.cloneNode();
     below.alt = "";
     card.querySelector(".mixed").prepend(below);
   }

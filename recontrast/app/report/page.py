@@ -38,7 +38,7 @@ def render_page(
         about: Versions and hardware.
         run: Path of the run as the user gave it.
     """
-    names = [section.row.category for section in findings.sections]
+    names = [row.category for row in findings.result.rows]
     title = f"{names[0] if len(names) == 1 else f'{len(names)} categories'}: detection results"
     folder = files("recontrast.app.report")
     style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -48,7 +48,9 @@ def render_page(
         html_tables.render_metrics(findings),
         html_tables.render_recalls(findings),
         _render_curves(findings),
-        render_gallery(findings.sections, shots, pictures, len(findings.shots), _render_legend(findings)),
+        render_gallery(
+            findings.sections, shots, pictures, len(findings.shots), _render_legend(findings), findings.unread
+        ),
         _render_training(log, checkpoint),
         html_tables.render_details(recipe, checkpoint, about),
     ))  # fmt: skip
@@ -164,6 +166,9 @@ def _render_training(log: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -
         content = f'<div class="figures">{_render_figure(drawing, "Loss", text)}</div>'
     else:
         content = "<p>No loss curve: there is no log.jsonl with at least two losses next to the checkpoint.</p>"
+    folders = [line["data"] for line in log if isinstance(line.get("data"), str)]
+    if folders:
+        content += f"<details><summary>Training images by folder</summary><pre>{escape(folders[0])}</pre></details>"
     return f'<section aria-labelledby="training"><h2 id="training">Training</h2>{content}</section>\n'
 
 

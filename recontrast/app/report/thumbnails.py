@@ -14,6 +14,7 @@ from PIL import Image
 from recontrast.app.report.findings import Findings, Shot
 from recontrast.app.report.map_summaries import SIDE, shrink_map
 from recontrast.data import heatmaps
+from recontrast.data.image_files import IMAGE_ERRORS, describe_image_error
 from recontrast.data.images import read_image, reserve_memory
 from recontrast.evaluation.ground_truth import read_ground_truth
 from recontrast.inference.detector import map_extent
@@ -28,23 +29,25 @@ PROBES = 24  # number of pictures used to estimate the size of a level
 class Pictures:
     """Pictures of one image as data URIs."""
 
-    image: str
+    image: str | None  # None if the image could not be read again after it was scored
     heat: str  # opacity follows the map value
     mask: str | None  # white on black
     ratio: float  # width / height of the part that the detector sees
+    error: str | None = None  # why the image, or its mask, could not be read again
 
     @property
     def bytes(self) -> int:
         """Total number of bytes in the file."""
-        return len(self.image) + len(self.heat) + len(self.mask or "")
+        return len(self.image or "") + len(self.heat) + len(self.mask or "")
 
 
 @dataclass(frozen=True)
 class _Source:
-    image: Image.Image
+    image: Image.Image | None
     heat: NDArray[Any]  # (h, w) in [0, 1]
     mask: NDArray[np.bool_] | None
     ratio: float
+    error: str | None = None
 
 
 def encode_pictures(findings: Findings, shots: Sequence[Shot], recipe: Recipe, budget: int) -> list[Pictures]:
@@ -76,22 +79,39 @@ def encode_pictures(findings: Findings, shots: Sequence[Shot], recipe: Recipe, b
 
 
 def _read_source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe: Recipe) -> _Source:
+    """Read an image and its mask again; what was deleted or damaged after it was scored is missing, with an error."""
+    image, mask, errors = None, None, []
+    ratio = anomaly.shape[1] / anomaly.shape[0]
+    try:
+        image, ratio = _read_photo(shot, recipe)
+    except IMAGE_ERRORS as error:
+        errors.append(describe_image_error(str(shot.sample.path), error))
+    if shot.sample.mask is not None and image is not None:  # the size of a mask is compared with that of its image
+        try:
+            mask = shrink_map(read_ground_truth(shot.sample, recipe).view(np.uint8)) > 0
+        except IMAGE_ERRORS as error:
+            errors.append(describe_image_error(str(shot.sample.path), error))
+    low, high = heat
+    return _Source(image, (anomaly - low) / max(high - low, 1e-12), mask, ratio, "; ".join(errors) or None)
+
+
+def _read_photo(shot: Shot, recipe: Recipe) -> tuple[Image.Image, float]:
+    """Return a small picture of the part of an image that the detector sees, and its width / height."""
     with reserve_memory(shot.sample.path):
         full = read_image(shot.sample.path, bits=recipe.bits)
         top, left, height, width = map_extent(full.shape[:2], recipe)
         image = Image.fromarray(full[top : top + height, left : left + width])
         del full
         image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
-    mask = None
-    if shot.sample.mask is not None:
-        mask = shrink_map(read_ground_truth(shot.sample, recipe).view(np.uint8)) > 0
-    low, high = heat
-    return _Source(image, (anomaly - low) / max(high - low, 1e-12), mask, width / height)
+    return image, width / height
 
 
 def _encode_one(source: _Source, side: int, quality: int) -> Pictures:
-    image = source.image.copy()
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    photo = None
+    if source.image is not None:
+        image = source.image.copy()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        photo = _encode_uri(image, "WEBP", quality=quality, method=4)
     size = tuple(min(n, SIDE, side) for n in source.heat.shape)
     values = np.clip(heatmaps.resize_map(source.heat, (size[0], size[1])), 0, 1)
     opacity = np.rint(255 * np.sqrt(values)).astype(np.uint8)
@@ -101,10 +121,11 @@ def _encode_one(source: _Source, side: int, quality: int) -> Pictures:
         white = heatmaps.resize_map(source.mask.astype(np.float32), (size[0], size[1])) > 0
         mask = _encode_uri(Image.fromarray(white), "PNG", optimize=True)
     return Pictures(
-        _encode_uri(image, "WEBP", quality=quality, method=4),
+        photo,
         _encode_uri(heat, "WEBP", quality=60, alpha_quality=60, method=4),
         mask,
         source.ratio,
+        source.error,
     )
 
 

@@ -1,5 +1,6 @@
 """Writer of the HTML report of a run (``recontrast report``)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ class WrittenReport:
     bytes: int
     images: int  # number of evaluated images
     shown: int  # number of images in the gallery
+    errors: tuple[str, ...] = ()  # one sentence for each image that could not be read, now or again
 
 
 def write_report(
@@ -42,8 +44,11 @@ def write_report(
         budget: Maximum number of bytes of all pictures.
         on_progress: Called with the category, the images processed and the number of images in the category.
 
+    Returns:
+        Path, size and content of the report. An image that cannot be read has a placeholder in it.
+
     Raises:
-        ValueError: If there are no test images, or recorded images no longer exist.
+        ValueError: If there are no test images, or none of them can be read.
         OSError: If the file cannot be written; raised before the evaluation.
     """
     from recontrast import checkpoint as checkpoints
@@ -69,7 +74,10 @@ def write_report(
     resolve_device(device)
     complete_commits(file.parent)  # checkpoint and log are then of one run
     check_regular(file, "a checkpoint file")
-    categories = datasets.load(data or _read_evaluated_folders(file.parent / "scores.csv"))
+    folders, deleted = (data, []) if data else _read_evaluated_folders(file.parent / "scores.csv")
+    categories = datasets.load(folders)
+    for sample in deleted:
+        categories[sample.category].append(sample)
     if category is not None:  # checked before the model is loaded
         categories = _select_categories(categories, category, "")
     model, recipe, checkpoint = checkpoints.load_model(file, device)
@@ -87,7 +95,8 @@ def write_report(
         content = text.encode(errors="backslashreplace")  # file names that are not UTF-8
         target.write(content)
         total = len(results.shots)
-    return WrittenReport(out, len(content), total, len(shots))
+    errors = [*results.errors, *(picture.error for picture in pictures if picture.error is not None)]
+    return WrittenReport(out, len(content), total, len(shots), tuple(dict.fromkeys(errors)))
 
 
 def _select_categories(
@@ -102,21 +111,29 @@ def _select_categories(
     return {category: categories[category]}
 
 
-def _read_evaluated_folders(scores: Path) -> list[Path]:
-    """Return the folders of the categories whose test images are listed in ``scores.csv``."""
+def _read_evaluated_folders(scores: Path) -> "tuple[list[Path], list[Sample]]":
+    """Return the folders of the categories in ``scores.csv``, and the test images in it that were deleted since."""
     from recontrast.data.csv_table import read_table
+    from recontrast.data.datasets import Sample
     from recontrast.data.unfinished import check_finished
 
     check_finished(scores.parent, "evaluate")
     if not scores.is_file():
         raise ValueError(f"{scores}: wanted the list of evaluated images, got no such file: give DATA")
     folders: dict[Path, None] = {}
-    for line in read_table(scores, ["path", "category"], own=True):
+    deleted = []
+    lines = read_table(scores, ["path", "category"], own=True)
+    for line in lines:
         path = Path(line["path"])
-        if not path.is_file():
-            raise ValueError(f"{scores}: wanted the evaluated image {path}, got no such file: give DATA")
         folder = next((up for up in path.parents if up.name == line["category"] and (up / "test").is_dir()), None)
         if folder is None:
-            raise ValueError(f"{scores}: wanted an image below {line['category']}/test, got {path}: give DATA")
+            got = path if path.is_file() else "no such file"
+            raise ValueError(f"{scores}: wanted an image below {line['category']}/test, got {got}: give DATA")
         folders[folder] = None
-    return list(folders)
+        if not os.path.lexists(path):
+            label = int(line.cells.get("label") == "1")
+            mask = path if label else None  # is never read, but the other images of the category may have masks
+            deleted.append(Sample(path, mask, label, line["category"], "test", line.cells.get("defect") or "good"))
+    if lines and len(deleted) == len(lines):
+        raise ValueError(f"{scores}: wanted the evaluated image {deleted[0].path}, got no such file: give DATA")
+    return list(folders), deleted

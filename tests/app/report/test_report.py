@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_run import RECIPE, make_run
+from tiny import tiny_set
 from typer.testing import CliRunner
 
 from recontrast import checkpoint as checkpoints
 from recontrast.app.cli import app
-from recontrast.app.report import svg, thumbnails
+from recontrast.app.report import findings, svg, thumbnails
 from recontrast.app.report import write as write_module
 from recontrast.app.report.findings import FALSE_ALARM, FOUND, MISSED, PASSED, Recall, gather
 from recontrast.app.report.map_summaries import shrink_map
@@ -20,6 +21,7 @@ from recontrast.app.report.threshold_section import render_threshold
 from recontrast.app.report.write import write_report
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import datasets
+from recontrast.training.json_log import JsonLog
 
 NASTY = "<script>alert('x')&quot;\"><img src=x onerror=alert(1)>.png"  # a valid file name
 
@@ -156,8 +158,66 @@ def test_default_data_comes_from_scores_csv(run, tmp_path):
         rows.writerows([s.path, s.category, s.defect, s.label, 1.0] for s in tests)
     assert write_report(folder, [], device="cpu").images == 8
     tests[0].path.unlink()
+    tests[-1].path.unlink()
+    report = write_report(folder, [], device="cpu")
+    text = report.path.read_text()
+    assert report.images == 6 and len(report.errors) == 2 and "P-AUROC" in text
+    for path in (tests[0].path, tests[-1].path):
+        assert str(path) in " ".join(report.errors)
+        assert f"{path.name} cannot be read" in text
+    for sample in tests[1:-1]:
+        sample.path.unlink()
     with pytest.raises(ValueError, match="got no such file: give DATA"):
         write_report(folder, [])
+
+
+def test_damaged_pictures_and_masks_have_placeholders(tmp_path, monkeypatch):
+    """Some fail when they are scored, some when they are read again for the gallery; the page is whole."""
+    folder, data = make_run(tmp_path)
+    tests = [s for s in datasets.load(data)["nut"] if s.split == "test"]
+    tests[1].path.write_bytes(b"no image")
+    tests[6].mask.write_bytes(b"no image")
+    gather_first = findings.gather
+
+    def gather_then_damage(*arguments, **options):
+        result = gather_first(*arguments, **options)
+        tests[2].path.unlink()
+        tests[4].path.write_bytes(tests[4].path.read_bytes()[:100])
+        tests[5].mask.unlink()
+        return result
+
+    monkeypatch.setattr(findings, "gather", gather_then_damage)
+    result = CliRunner().invoke(app, ["report", str(folder), str(data), "--device", "cpu"])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("recontrast: ")]
+    assert result.exit_code == 2 and len(lines) == 5 and "Traceback" not in result.output
+    failing = [tests[1].path, tests[6].mask, tests[2].path, tests[4].path, tests[5].mask]
+    for path in failing:
+        assert sum(str(path) in line for line in lines) == 1, path
+    assert "report of 6 images" in result.stdout
+    text = (folder / "report.html").read_text()
+    page = Page(text)
+    cards = page.find_all("li")
+    assert [card["data-outcome"] for card in cards].count("not read") == 2 and len(cards) == 8
+    for index in (1, 2, 4, 6):
+        assert f"{tests[index].path.name} cannot be read" in page.text
+    assert page.text.count("cannot be read") == 4 and text.rstrip().endswith("</html>")
+    assert "2 of 8 test images are missing" in page.text
+    assert len([img for img in page.find_all("img") if img.get("class") == "photo"]) == 4
+    assert len([img for img in page.find_all("img") if img.get("class") == "heat"]) == 6
+
+
+def test_category_without_test_images_is_in_the_report(tmp_path):
+    folder, data = make_run(tmp_path)
+    tiny_set(data, "bolt", train=2, good=0, defects=0)
+    report = write_report(folder, [data], category="all", device="cpu")
+    assert report.images == 8 and "bolt: no metrics: there are no test images" in report.path.read_text()
+
+
+def test_report_shows_the_folders_of_the_training_images(tmp_path):
+    folder, data = make_run(tmp_path)
+    JsonLog(folder / "log.jsonl").write(step=1, loss=0.5, data="nut <b>: /data\n  train/good: 2 images")
+    text = write_report(folder, [data], device="cpu").path.read_text()
+    assert "<pre>nut &lt;b&gt;: /data\n  train/good: 2 images</pre>" in text
 
 
 def test_pictures_fit_the_budget(run, tmp_path):
