@@ -161,7 +161,7 @@ def evaluate(
         OSError: If a file cannot be read or written.
     """
     loaded = _open_checkpoint_detector("evaluate", detector, device)
-    groups = _group_samples(data, category)
+    groups = _group_samples(data, category, incomplete=errors == "keep")
     if out is not None:
         evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
     trained = checkpoints.load(loaded.path, mapped=True).images
@@ -261,8 +261,10 @@ def _open_checkpoint_detector(function: str, detector: Detector | PathLike, devi
     return detector
 
 
-def _group_samples(data: Data, category: str | None, all_good: bool = False) -> dict[str, list[Sample]]:
-    """Return the samples by category."""
+def _group_samples(
+    data: Data, category: str | None, all_good: bool = False, incomplete: bool = False
+) -> dict[str, list[Sample]]:
+    """Return the samples by category; for ``incomplete``, see `recontrast.data.datasets.load`."""
     given = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not given:
         raise ValueError("data: wanted paths or samples, got none")
@@ -270,7 +272,9 @@ def _group_samples(data: Data, category: str | None, all_good: bool = False) -> 
     if samples and len(samples) < len(given):
         raise ValueError("data: wanted either paths or samples, got both")
     if not samples:
-        samples = find_samples([item for item in given if not isinstance(item, Sample)], category, all_good=all_good)
+        paths = [item for item in given if not isinstance(item, Sample)]
+        wanted = None if category in (None, "all") else [category]
+        return datasets.load(paths, wanted, all_good=all_good, incomplete=incomplete)
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.category, []).append(sample)

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from recontrast.data.class_folders import select_good_images
@@ -28,13 +28,11 @@ from recontrast.data.listing import (
     Folder,
     PathLike,
     count_images,
-    is_system_folder,
     list_folder,
     list_names,
-    natural_sort_key,
     scan_folder,
-    warn_of_unread,
 )
+from recontrast.data.mask_files import find_mask_folder, find_masks, list_folders
 from recontrast.data.temporary import complete_commits
 
 GOOD = "good"  # name of the folders of normal images, and `Sample.defect` of normal samples
@@ -62,8 +60,9 @@ class Sample:
 
 
 def load(
-    path: PathLike | Sequence[PathLike], categories: Sequence[str] | None = None, *, all_good: bool = False
-) -> dict[str, list[Sample]]:
+    path: PathLike | Sequence[PathLike], categories: Sequence[str] | None = None, *, all_good: bool = False,
+    incomplete: bool = False,
+) -> dict[str, list[Sample]]:  # fmt: skip
     """Read the samples of a data set, a category or a plain folder.
 
     Args:
@@ -72,6 +71,8 @@ def load(
         categories: Names of the categories to read, in this order. None reads all, in natural order for each path.
         all_good: Whether all images in plain folders are good. Otherwise, if their subfolders are classes, only the
             good class is read.
+        incomplete: Whether a test image without its mask, or a mask without its image, is a sample with the path that
+            the missing file should have, if other images of the category have masks. Otherwise it raises an error.
 
     Returns:
         Samples by category, train before test. A plain folder gives training samples, and its name is the category.
@@ -86,7 +87,7 @@ def load(
     readers: dict[str, Callable[[], list[Sample]]] = {}
     sources: dict[str, Path] = {}
     for source in paths:
-        for name, reader in _make_readers(source, all_good).items():
+        for name, reader in _make_readers(source, all_good, incomplete).items():
             if name in readers:
                 raise ValueError(
                     f"{source}: wanted categories with different names, got {name!r} again, as in {sources[name]}"
@@ -99,18 +100,18 @@ def load(
     return {category: readers[category]() for category in categories or readers}
 
 
-def _make_readers(path: Path, all_good: bool) -> dict[str, Callable[[], list[Sample]]]:
+def _make_readers(path: Path, all_good: bool, incomplete: bool) -> dict[str, Callable[[], list[Sample]]]:
     """Return a function that reads the samples, for each category at ``path``."""
     _check_folder(path, "the folder of a data set")
     name = Path(os.path.abspath(path)).name
     if _is_category(path):
-        return {name: partial(_read_category, path, name)}
+        return {name: partial(_read_category, path, name, incomplete)}
     # A train or a test folder makes a category, so that a missing train/good raises an error.
-    inside = [child for child in _list_folders(path) if _is_category(child)]
+    inside = [child for child in list_folders(path) if _is_category(child)]
     if not inside:
         return {name: partial(folder, path, all_good=all_good)}
-    _warn_of_unused(path, [child for child in _list_folders(path) if child not in inside])
-    return {child.name: partial(mvtec, path, child.name) for child in inside}
+    _warn_of_unused(path, [child for child in list_folders(path) if child not in inside])
+    return {child.name: partial(_read_category, child, child.name, incomplete) for child in inside}
 
 
 def categories(root: PathLike) -> list[str]:
@@ -128,7 +129,7 @@ def categories(root: PathLike) -> list[str]:
     """
     root = Path(root)
     _check_folder(root, "the root of a data set")
-    return [child.name for child in _list_folders(root) if any(_list_good(split) for split in _find(child, "train"))]
+    return [child.name for child in list_folders(root) if any(_list_good(split) for split in _find(child, "train"))]
 
 
 def describe(groups: Mapping[str, Sequence[Sample]]) -> list[str]:
@@ -215,14 +216,15 @@ def folder(
     return [Sample(image, None, label, category, split, "defect" if label else GOOD) for image in images]
 
 
-def _read_category(path: Path, name: str) -> list[Sample]:
-    """Read the samples of the category in the folder ``path``."""
+def _read_category(path: Path, name: str, incomplete: bool = False) -> list[Sample]:
+    """Read the samples of the category in the folder ``path``; for ``incomplete``, see `load`."""
     training = [Sample(image, None, 0, name, "train", GOOD) for image in _read_training_images(path)]
     tests = [split for folder in _find(path, "test") for split in [scan_folder(folder)]]
-    mask_folder = _find_mask_folder(path)
-    masks = {} if mask_folder is None else _find_masks(mask_folder)
+    mask_folder = find_mask_folder(path)
+    masks = {} if mask_folder is None else find_masks(mask_folder)
     unused = dict(masks)
     samples = []
+    errors = []
     for test in tests:
         _refuse_unclear_tests(test)
         _warn_of_unused(test.path, [])
@@ -236,20 +238,30 @@ def _read_category(path: Path, name: str) -> list[Sample]:
                 if label and masks:
                     stem = image.relative_to(test.path).with_suffix("").as_posix()
                     key = next((key for key in (f"{stem}_mask", stem) if key in masks), None)
+                    mask = path / "ground_truth" / f"{stem}_mask.png" if key is None else masks[key]
                     if key is None:
-                        expected = path / "ground_truth" / f"{stem}_mask.png"
-                        raise ValueError(
-                            f"{image}: wanted its mask {expected}, got none, although {name} has {len(masks)} masks"
+                        errors.append(
+                            f"{image}: wanted its mask {mask}, got none, although {name} has {len(masks)} masks"
                         )
-                    mask = masks[key]
-                    unused.pop(key, None)
+                    unused.pop(key or "", None)
                 samples.append(Sample(image, mask, label, name, "test", defect))
     if unused:
         mask = next(iter(unused.values()))
-        raise ValueError(f"{mask}: wanted an image in {path / 'test'} for this mask, got none of its name")
+        errors.append(f"{mask}: wanted an image in {path / 'test'} for this mask, got none of its name")
+    if errors and not (incomplete and tests and len(unused) < len(masks)):
+        raise ValueError(errors[0])
+    samples += [_guess_image(tests[0].path, key, mask, name, samples) for key, mask in unused.items()]
     used = {test.path for test in tests} | set(_find(path, "train")) | ({mask_folder} if mask_folder else set())
-    _warn_of_unused(path, [child for child in _list_folders(path) if child not in used])
+    _warn_of_unused(path, [child for child in list_folders(path) if child not in used])
     return training + samples
+
+
+def _guess_image(test: Path, key: str, mask: Path, name: str, samples: Sequence[Sample]) -> Sample:
+    """Return the sample of a missing image, of whose path only the mask is known."""
+    stem = PurePosixPath(key.removesuffix("_mask"))
+    folder = test / stem.parent
+    suffix = next((sample.path.suffix for sample in samples if sample.path.parent == folder), mask.suffix)
+    return Sample(folder / f"{stem.name}{suffix}", mask, 1, name, "test", stem.parts[0] if stem.parts[1:] else "defect")
 
 
 def _read_training_images(path: Path) -> list[Path]:
@@ -260,7 +272,7 @@ def _read_training_images(path: Path) -> list[Path]:
     images = []
     for split in splits:
         if good := _list_good(split):
-            unused = [child for child in _list_folders(split) if child not in good]
+            unused = [child for child in list_folders(split) if child not in good]
             _warn_of_unused(split, unused)
             images += [image for folder in good for image in select_good_images(scan_folder(folder))]
         elif count := scan_folder(split).count():
@@ -317,32 +329,6 @@ def _refuse_unclear_tests(test: Folder) -> None:
         )
 
 
-def _find_mask_folder(path: Path) -> Path | None:
-    """Return the folder of the masks of a category, or None."""
-    if (path / "ground_truth").is_dir():
-        return path / "ground_truth"
-    folders = [child for child in _list_folders(path) if classify_folder(child.name) == "mask"]
-    if len(folders) > 1:
-        raise ValueError(f"{path}: wanted one folder of masks, ground_truth, got {list_names(path, folders)}")
-    return folders[0] if folders else None
-
-
-def _find_masks(ground_truth: Path) -> dict[str, Path]:
-    """Return mask files by relative path without suffix, except masks of good images, which are always black."""
-    masks: dict[str, Path] = {}
-    folder = scan_folder(ground_truth)
-    warn_of_unread(folder)
-    for path in folder.list_images():
-        relative = path.relative_to(ground_truth)
-        if len(relative.parts) > 1 and classify_folder(relative.parts[0]) == "good":
-            continue
-        key = relative.with_suffix("").as_posix()
-        if key in masks:
-            raise ValueError(f"{path}: wanted one mask of this name, got {masks[key].name} as well")
-        masks[key] = path
-    return masks
-
-
 def _warn_of_unused(path: Path, folders: Sequence[Path]) -> None:
     """Warn of pictures directly in ``path``, and of folders with pictures that are not used."""
     own = scan_folder(path, recursive=False)
@@ -369,12 +355,12 @@ def _find(path: Path, split: Literal["train", "test"]) -> list[Path]:
     if not path.is_dir():
         return []
     names = (split, f"{split}ing", f"{split}s")
-    return [child for child in _list_folders(path) if child.name.lower() in names]
+    return [child for child in list_folders(path) if child.name.lower() in names]
 
 
 def _list_good(split: Path) -> list[Path]:
     """Return the folders of good images directly in a split."""
-    folders = _list_folders(split) if split.is_dir() else []
+    folders = list_folders(split) if split.is_dir() else []
     return [child for child in folders if classify_folder(child.name) == "good"]
 
 
@@ -386,13 +372,6 @@ def _class_folder(sample: Sample) -> Path:
         if parent.name == sample.category:
             return parent
     return sample.path.parent
-
-
-def _list_folders(path: Path) -> list[Path]:
-    """Return the visible folders directly below ``path``, in natural order."""
-    with os.scandir(path) as entries:
-        names = [entry.name for entry in entries if not is_system_folder(entry.name) and entry.is_dir()]
-    return [path / name for name in sorted(names, key=natural_sort_key)]
 
 
 def _check_folder(path: Path, description: str) -> None:

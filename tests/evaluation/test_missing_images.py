@@ -257,3 +257,28 @@ def test_training_is_kept_if_a_test_image_fails(data, tmp_path):
     result = call("train", data, "--out", tmp_path / "run", *options, "--device", "cpu")
     assert len(list_errors(result)) == 1 and (tmp_path / "run/checkpoint.pt").exists()
     assert json.loads((tmp_path / "run/results.json").read_text())["skipped"] == 1
+
+
+@pytest.mark.parametrize("kind", ["mask", "image", "good image"])
+def test_deleted_file_is_named_and_missing(checkpoint, data, tmp_path, kind):
+    samples = read_tests(data)
+    victim = {"mask": samples[8].mask, "image": samples[8].path, "good image": samples[1].path}[kind]
+    victim.unlink()
+    result = call("evaluate", checkpoint, data, "--out", tmp_path / "out", "--device", "cpu")
+    if kind == "good image":  # nothing says that there was one
+        assert result.exit_code == 0, result.output
+        return
+    (line,) = list_errors(result)
+    assert str(victim) in line
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    assert content["skipped"] == 1 and content["rows"][0]["images"] == 11 and content["rows"][0]["aupro"] is not None
+    with pytest.raises(ValueError, match=r"wanted (its mask|an image in)"):
+        recontrast.evaluate(checkpoint, data, device="cpu")
+    kept = recontrast.evaluate(checkpoint, data, device="cpu", errors="keep")
+    assert kept.rows[0].skipped == 1 and kept.rows[0].aupro == content["rows"][0]["aupro"]
+
+
+def test_masks_that_all_have_other_names_are_refused(checkpoint, data):
+    for mask in (data / "nut/ground_truth/square").iterdir():
+        mask.rename(mask.with_name(f"other_{mask.name}"))
+    assert "wanted its mask" in fails("evaluate", checkpoint, data, "--device", "cpu")

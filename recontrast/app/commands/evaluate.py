@@ -65,7 +65,7 @@ def evaluate(
     options = inference.build()
     file = resolve_checkpoint(checkpoint)
     _, world_device = context.with_resource(distributed.join_processes(inference.device))
-    groups = datasets.load(data, None if category in (None, "all") else [category])
+    groups = datasets.load(data, None if category in (None, "all") else [category], incomplete=True)
     if out is not None:
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
     model, recipe, stored = checkpoints.load_model(file, world_device)

@@ -75,9 +75,11 @@ def write_report(
     complete_commits(file.parent)  # checkpoint and log are then of one run
     check_regular(file, "a checkpoint file")
     folders, deleted = (data, []) if data else _read_evaluated_folders(file.parent / "scores.csv")
-    categories = datasets.load(folders)
+    categories = datasets.load(folders, incomplete=True)
+    listed = {sample.path for group in categories.values() for sample in group}
     for sample in deleted:
-        categories[sample.category].append(sample)
+        if sample.path not in listed:  # a defect whose mask is left is listed
+            categories[sample.category].append(sample)
     if category is not None:  # checked before the model is loaded
         categories = _select_categories(categories, category, "")
     model, recipe, checkpoint = checkpoints.load_model(file, device)
