@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import math
 import os
 import shutil
 import tempfile
@@ -219,6 +220,20 @@ def parse_change(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two for deeply nested brackets
         return key, os.path.expanduser(value) if key == "weights" else value
+
+
+def parse_duration(option: str, value: str | float) -> float:
+    """Return the seconds of a duration such as 90, "90s", "3m" or "1.5h"; the error message names ``option``."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    text = str(value).strip().lower()
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{option}: wanted a duration such as 90s, 3m or 1h, got {value!r}")
+    return seconds
 
 
 def parse_list(text: str | None) -> list[str]:

@@ -1,9 +1,10 @@
 """Training for the command line and for `recontrast.train`: check the options, then run."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
+from recontrast.training.budget import BudgetPlan, plan_budget
 from recontrast.training.holdout import split_holdout
 from recontrast.training.run_files import LOG
 from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_writer, list_own_events
@@ -44,6 +46,8 @@ class TrainJob:
         resume: Checkpoint to continue, or None.
         done: Number of finished steps in the resumed checkpoint.
         few: Whether there are too few images to hold out the default share.
+        budget: Seconds that the training may take; None for no limit.
+        plan: What was chosen for the budget, and why.
         different: Number of good training images, without copies if some are held out; 0 counts all.
         overwrite: Whether the checkpoint of an earlier run may be replaced.
     """
@@ -57,6 +61,8 @@ class TrainJob:
     few: bool = False
     overwrite: bool = False
     different: int = 0
+    budget: float | None = None
+    plan: BudgetPlan | None = None
 
     @property
     def target(self) -> Path:
@@ -86,6 +92,16 @@ class TrainJob:
         work = f"one pass over {self.count_training()} images" if is_pass else f"{self.recipe.steps} steps"
         return f"{work} in {seconds:.1f} s: {self.target}"
 
+    def describe_elapsed(self, seconds: float) -> str:
+        """Return how much of the budget is spent, to follow a text; empty without a budget."""
+        return "" if self.budget is None else f" ({seconds:.0f} of {self.budget:g} s)"
+
+    def describe_plan(self) -> str | None:
+        """Describe what was chosen for the time budget; None without a budget."""
+        if self.plan is None or self.budget is None:
+            return None
+        return f"for {self.budget:g} s: {self.plan.description}; expected: {self.plan.seconds:.0f} s"
+
     def describe_holdout(self) -> str | None:
         """Describe the images held out for calibration; None if the recipe holds out none."""
         count = _count_good(self.groups)
@@ -104,7 +120,7 @@ class TrainJob:
 def prepare_job(
     data: Sequence[Path] | Mapping[str, list[Sample]], recipe: str | None, changes: Mapping[str, Any], *,
     category: str | None, out: Path | None, resume: Path | None, overwrite: bool, all_good: bool = False,
-    option: str = "--out",
+    option: str = "--out", budget: float | None = None, device: str | torch.device | None = None,
 ) -> TrainJob:  # fmt: skip
     """Check the options of a run, and load its recipe and data.
 
@@ -119,6 +135,9 @@ def prepare_job(
         overwrite: Whether ``out`` may hold a checkpoint, and files of others in the way.
         all_good: Whether all images in plain folders are good, see `recontrast.data.datasets.load`.
         option: Option or argument that names ``out``, for error messages.
+        budget: Seconds that the training may take, see `recontrast.training.budget.plan_budget`. Fields in ``changes``
+            stay as they are; with a recipe, its architecture does.
+        device: Device of the training, for the budget.
 
     Returns:
         The checked run.
@@ -157,8 +176,24 @@ def prepare_job(
     if copies:  # without good images, training raises the error
         split_holdout(copies, changed.holdout, changed.seed, copies)
     check_writable(job.out, option)
+    if budget is not None:
+        job = _plan_job(job, {*changes, *(["architecture"] if recipe is not None else [])}, budget, device)
     check_replaceable(job.out, [yaml_file.FILE_NAME, LOG], overwrite=overwrite, option=option)
     return job
+
+
+def _plan_job(job: TrainJob, fixed: set[str], budget: float, device: str | torch.device | None) -> TrainJob:
+    """Return the run with the recipe that fits into a budget of seconds."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--budget: wanted one process, got the {os.environ['WORLD_SIZE']} of torchrun")
+    if job.resume is not None:
+        raise ValueError("--budget: wanted a new run, got one to resume, whose recipe is set")
+    paths = [s.path for group in job.groups.values() for s in group if s.split == "train" and s.label == 0]
+    if not paths:
+        return job  # training raises the error
+    held_out = len(paths) - job.count_training()
+    plan = plan_budget(job.recipe, fixed, paths, held_out, budget, resolve_device(device), job.category)
+    return replace(job, recipe=plan.recipe, plan=plan, budget=budget)
 
 
 def check_size(recipe: Recipe) -> None:

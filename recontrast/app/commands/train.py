@@ -1,6 +1,7 @@
 """``recontrast train``: options and output; `recontrast.app.train_job` does the work."""
 
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +9,20 @@ import typer
 
 from recontrast.app.commands.evaluate import show_metrics
 from recontrast.app.console import exit_with_error, is_silent, print_data, print_line
-from recontrast.app.options import AllGood, Data, Device, expand_home, parse_change, path_option, resolve_checkpoint
+from recontrast.app.options import (
+    AllGood,
+    Data,
+    Device,
+    expand_home,
+    parse_change,
+    parse_duration,
+    path_option,
+    resolve_checkpoint,
+)
 from recontrast.app.progress_bar import ProgressBar
 
 
-def train(  # 28 options and the output; `train_job` does the work
+def train(  # 29 options and the output; `train_job` does the work
     context: typer.Context,
     data: Data,
     category: Annotated[
@@ -39,6 +49,13 @@ def train(  # 28 options and the output; `train_job` does the work
         str | None,
         typer.Option(
             help="Backbone weights: a .pth, .pt or .safetensors file, package, or random. Default: timm's hub."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for the training, such as 90s, 3m or 1h. What fits is chosen from the speed of this machine: "
+            "PatchCore at the largest image size, or with --architecture or --recipe its number of steps."
         ),
     ] = None,
     steps: Annotated[
@@ -102,6 +119,7 @@ def train(  # 28 options and the output; `train_job` does the work
     from recontrast.evaluation.results import FILES as TABLES
     from recontrast.runtime import distributed
 
+    started = time.perf_counter()
     recipe, weights = expand_home(recipe), expand_home(weights)
     values: dict[str, Any] = {"architecture": architecture, "backbone": backbone, "weights": weights, "steps": steps}
     values |= {"batch": batch, "size": size}
@@ -113,12 +131,14 @@ def train(  # 28 options and the output; `train_job` does the work
     application.check_run_options(device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard)
     resume = None if resume is None else resolve_checkpoint(resume)
     job = application.prepare_job(
-        data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite, all_good=all_good
-    )
+        data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite, all_good=all_good,
+        budget=None if budget is None else parse_duration("--budget", budget), device=device,
+    )  # fmt: skip
     check_replaceable(job.out, TABLES, overwrite=overwrite)
     print_data(datasets.describe(job.groups))
-    if (holdout_note := job.describe_holdout()) is not None:
-        print_line(holdout_note)
+    for note in (job.describe_holdout(), job.describe_plan()):
+        if note is not None:
+            print_line(note)
     if not is_silent():
         context.with_resource(lock_folder(job.out))  # also while the run is evaluated
     _, world_device = context.with_resource(distributed.join_processes(device))
@@ -127,7 +147,8 @@ def train(  # 28 options and the output; `train_job` does the work
             result = application.run_job(
                 job, device=world_device, cache=cache, teacher_cache=teacher_cache,
                 tensorboard=tensorboard and not is_silent(),
-                on_step=lambda category, step, steps, note: progress(step, steps, note),
+                on_step=lambda category, step, steps, note: progress(
+                    step, steps, note + job.describe_elapsed(time.perf_counter() - started)),
             )  # fmt: skip
     except KeyboardInterrupt:
         resume_command = f"continue with: recontrast train {shlex.join([*map(str, data), '--resume', str(job.target)])}"
@@ -135,7 +156,7 @@ def train(  # 28 options and the output; `train_job` does the work
         if not job.recipe.uses_steps:
             next_step = f"{job.recipe.architecture} is fitted in one pass, which begins anew"
         exit_with_error(f"interrupted; {next_step}", status=130)
-    print_line(job.describe_end(result.seconds))
+    print_line(job.describe_end(result.seconds) + job.describe_elapsed(time.perf_counter() - started))
     for line in () if result.calibration is None else describe_promise(result.calibration):
         print_line(line)
     if evaluate and any(sample.split == "test" for sample in job.samples):

@@ -1,0 +1,222 @@
+"""A time budget: what to train so that it is done in time, from the measured speed of this machine.
+
+By default the plan is a PatchCore at the largest image size that fits, because of all detectors here it reaches most in
+minutes on a CPU (benchmarks/README.md, "Accuracy per minute"): a larger image helps it more than a larger bank. For
+architectures that are trained by steps, the plan is the number of steps.
+"""
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recontrast.architectures import build_model, compute_rule_parameter, get_architecture
+from recontrast.data.images import normalise, read_image
+from recontrast.models.network import Network
+from recontrast.models.patchcore import PatchCore
+from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.device import move_model
+from recontrast.training.optimisers import build_optimisers
+from recontrast.training.step import train_step
+
+SIZES = (128, 160, 192, 224, 256, 288, 320)  # image sizes to choose from, in pixels
+BANK = 4096  # vectors of the bank, unless 1 % of all vectors are more
+MIN_SHARE = 0.01
+BYTES = 2 << 30  # of features that may be in memory at once
+SAFETY = 0.75  # share of the budget that is planned; the speed of a machine varies
+WRITING = 2.0  # seconds for the files of a run
+BFLOAT16_GAIN = 1.2  # bfloat16 is used if it is this many times faster
+PROBE_SIZE, PROBE_BATCH = 256, 4
+COSTS_PER_SELECTION = 2.0  # time of the coreset, relative to one product of all vectors with all selected ones
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """A training run that fits into a time budget.
+
+    Attributes:
+        recipe: Recipe of the run.
+        seconds: Expected duration, in seconds.
+        description: What was chosen and why, in one sentence.
+    """
+
+    recipe: Recipe
+    seconds: float
+    description: str
+
+
+def plan_budget(
+    recipe: Recipe,
+    fixed: Collection[str],
+    paths: Sequence[Path],
+    held_out: int,
+    seconds: float,
+    device: torch.device,
+    category: str = "",
+) -> BudgetPlan:
+    """Choose a training run that is done within a time budget.
+
+    Args:
+        recipe: Recipe to start from.
+        fixed: Fields of the recipe that must not be changed. Without "architecture" among them, PatchCore is chosen.
+        paths: Good images to train on.
+        held_out: Number of good images that are held out and scored for the calibration.
+        seconds: Time budget of the training, with reading and calibration, in seconds.
+        device: Device of the training.
+        category: Category, for `Recipe.encoder_bn_for`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If the budget is too short for any run; the message gives the shortest that works.
+        OSError: If an image or the weights cannot be read.
+    """
+    started = time.perf_counter()
+    if "architecture" not in fixed:
+        recipe = recipe.replace(architecture="patchcore")
+    probe = _Probe(recipe, paths, device, category)
+    remaining = seconds * SAFETY - WRITING - (time.perf_counter() - started)
+    if recipe.uses_steps:
+        return _plan_steps(probe, recipe, fixed, held_out, seconds, remaining)
+    return _plan_pass(probe, recipe, fixed, held_out, seconds, remaining)
+
+
+class _Probe:
+    """Measured speed of this machine: reading an image, the network, and matrix products."""
+
+    def __init__(self, recipe: Recipe, paths: Sequence[Path], device: torch.device, category: str) -> None:
+        self.device, self.count = device, len(paths)
+        self.model = build_model(recipe.replace(**_probe_size(recipe)), category)
+        self.channels_last = move_model(self.model, device, recipe.channels_last) == torch.channels_last
+        self.size = recipe.out if recipe.tile is not None else _probe_pair(recipe)
+        chosen = [paths[index] for index in np.linspace(0, len(paths) - 1, min(PROBE_BATCH, len(paths))).astype(int)]
+        begin = time.perf_counter()
+        images = [read_image(path, size=self.size, bits=recipe.bits) for path in chosen]
+        self.reading = (time.perf_counter() - begin) / len(images)  # seconds per image
+        repeated = np.stack([images[index % len(images)] for index in range(PROBE_BATCH)])
+        self.pixels = torch.from_numpy(repeated).to(device)
+
+    def time(self, work: Callable[[], object]) -> float:
+        """Return the shortest duration of two calls after one that is not counted."""
+        durations = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            durations.append(time.perf_counter() - begin)
+        return min(durations[1:])
+
+    def time_network(self, precision: str) -> float:
+        """Return the seconds per image of one pass of the network at the size of the probe."""
+        model, dtype = self.model.eval(), next(self.model.parameters()).dtype
+        x = normalise(self.pixels, model.mean, model.std, dtype=dtype, channels_last=self.channels_last)
+
+        @torch.inference_mode()
+        def run() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                model(x)
+
+        return self.time(run) / PROBE_BATCH
+
+    def time_products(self) -> float:
+        """Return the seconds of a multiplication and addition in large float32 matrix products."""
+        a, b = (torch.randn(2048, 256, device=self.device) for _ in range(2))
+        return self.time(lambda: a @ b.T) / (2048 * 2048 * 256)
+
+
+def _probe_pair(recipe: Recipe) -> tuple[int, int]:
+    """Return the image size of the probe: that of the recipe if it is smaller, else `PROBE_SIZE`."""
+    height, width = recipe.out
+    return (height, width) if max(height, width) <= PROBE_SIZE else (PROBE_SIZE, PROBE_SIZE)
+
+
+def _probe_size(recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Return the fields that give the network the size of the probe."""
+    return {} if recipe.tile is not None or recipe.crop is not None else {"size": _probe_pair(recipe)}
+
+
+def _plan_steps(
+    probe: _Probe, recipe: Recipe, fixed: Collection[str], held_out: int, seconds: float, remaining: float
+) -> BudgetPlan:
+    """Plan as many training steps as fit."""
+    model, pixels = probe.model.train(), recipe.out[0] * recipe.out[1] / (probe.size[0] * probe.size[1])
+    optimisers, dtype = build_optimisers(model, recipe, probe.device), next(model.parameters()).dtype
+    x = normalise(probe.pixels, model.mean, model.std, dtype=dtype, channels_last=probe.channels_last)
+    parameter = compute_rule_parameter(recipe, 0)
+    batch = min(recipe.batch, probe.count)
+    per_step = probe.time(lambda: train_step(model, optimisers, x, parameter, recipe)) * batch / PROBE_BATCH * pixels
+    once = (probe.count + held_out) * probe.reading + held_out * probe.time_network(recipe.precision) * pixels
+    steps = math.floor((remaining - once) / per_step)
+    if steps < 1 or ("steps" in fixed and steps < recipe.steps):
+        least = recipe.steps if "steps" in fixed else 1
+        _raise_too_short(seconds, (seconds * SAFETY - remaining) + once + least * per_step)
+    steps = recipe.steps if "steps" in fixed else steps
+    expected = seconds * SAFETY - remaining + once + steps * per_step
+    size = " x ".join(map(str, recipe.out))
+    text = f"{steps} steps of {batch} images at {size} px ({per_step:.3g} s a step on this machine)"
+    return BudgetPlan(recipe.replace(steps=steps), expected, f"{recipe.architecture}: {text}")
+
+
+def _plan_pass(
+    probe: _Probe, recipe: Recipe, fixed: Collection[str], held_out: int, seconds: float, remaining: float
+) -> BudgetPlan:
+    """Plan the largest image size that fits, for an architecture that is fitted in one pass."""
+    network, precision = _choose_precision(probe, recipe, fixed)
+    product = probe.time_products()
+    stride = get_architecture(recipe).compute_stride(recipe)
+    sizes: list[int | tuple[int, int]] = [size for size in SIZES if size % stride == 0]
+    if "size" in fixed or "tile" in fixed or recipe.tile is not None or recipe.crop is not None:
+        sizes = [recipe.size]
+    plans: list[tuple[float, Recipe]] = []
+    for size in sizes:
+        candidate = recipe.replace(size=size, precision=precision)
+        height, width = candidate.out
+        scale = height * width / (probe.size[0] * probe.size[1])
+        points, vectors = _count_vectors(probe.model, candidate, probe.count)
+        cost = (probe.count + held_out) * (probe.reading + network * scale)
+        if isinstance(probe.model, PatchCore):
+            if "bank_share" not in fixed:
+                candidate = candidate.replace(bank_share=min(max(BANK / vectors, MIN_SHARE), 1.0))
+            bank = max(vectors * candidate.bank_share, 1)
+            cost += COSTS_PER_SELECTION * vectors * bank * 128 * product  # the coreset, in 128 dimensions
+            cost += 1.5 * held_out * points * bank * probe.model.width * product
+            if vectors * probe.model.width * 14 > BYTES and plans:
+                break
+        plans.append((cost, candidate))
+        if cost > remaining:
+            break
+    fitting = [plan for plan in plans if plan[0] <= remaining]
+    before = seconds * SAFETY - remaining
+    if not fitting:
+        _raise_too_short(seconds, before + plans[0][0])
+    cost, chosen = fitting[-1]
+    text = f"{recipe.architecture} at {' x '.join(map(str, chosen.out))} px in {precision}"
+    speed = f"{1000 * network * chosen.out[0] * chosen.out[1] / (probe.size[0] * probe.size[1]):.0f} ms an image"
+    return BudgetPlan(chosen, before + cost, f"{text} ({speed} on this machine, {probe.count} images)")
+
+
+def _choose_precision(probe: _Probe, recipe: Recipe, fixed: Collection[str]) -> tuple[float, str]:
+    """Return the seconds per image and the precision of the network: bfloat16 where it is clearly faster."""
+    if "precision" in fixed:
+        return probe.time_network(recipe.precision), recipe.precision
+    full, half = probe.time_network("float32"), probe.time_network("bfloat16")
+    return (half, "bfloat16") if half * BFLOAT16_GAIN < full else (full, "float32")
+
+
+def _count_vectors(model: Network, recipe: Recipe, images: int) -> tuple[int, int]:
+    """Return the number of points in the finest map of an image, and in those of all images."""
+    height, width = recipe.out
+    finest = model.encoder.strides[model.levels[0] - 1] if isinstance(model, PatchCore) else model.encoder.strides[0]
+    points = (height // finest) * (width // finest)
+    return points, points * images
+
+
+def _raise_too_short(seconds: float, needed: float) -> None:
+    least = math.ceil(needed / SAFETY)
+    raise ValueError(f"--budget: wanted at least {least} s on this machine, got {seconds:g} s")

@@ -1,0 +1,111 @@
+"""Time budgets: what is chosen fits, what is given stays, and a budget that is too short says the least that works."""
+
+import re
+
+import pytest
+import torch
+
+from recontrast import checkpoint as checkpoints
+from recontrast.recipes.recipe import Recipe
+from recontrast.training import budget
+from recontrast.training.budget import plan_budget
+from tests.command_line import fails, works
+from tests.tiny import tiny_set
+
+SMALL = ("--backbone", "test_resnet", "--weights", "random", "--batch", "3", "--device", "cpu", "--holdout", 0)
+RECIPE = Recipe(backbone="test_resnet", weights="random", batch=4)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    tiny_set(root, train=9)
+    return root
+
+
+@pytest.fixture
+def paths(data):
+    return sorted((data / "nut" / "train" / "good").iterdir())
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A machine of known speed: 1 ms to read an image, 40 ms for the network at 256 px, 10^11 products a second."""
+    monkeypatch.setattr(budget._Probe, "time_products", lambda self: 1e-11)
+    speeds = {"float32": 0.04, "bfloat16": 0.01}
+    monkeypatch.setattr(budget._Probe, "time_network", lambda self, p: speeds[p] * self.size[0] * self.size[1] / 256**2)
+    monkeypatch.setattr(budget._Probe, "time", lambda self, work: 0.5)
+
+
+def test_more_time_gives_larger_images(paths, steady):
+    sizes = [plan_budget(RECIPE, (), paths * 30, 0, seconds, CPU).recipe.size for seconds in (7, 9, 30, 600)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == budget.SIZES[-1]
+
+
+def test_plan_is_a_patchcore_that_fits(paths, steady):
+    plan = plan_budget(RECIPE, (), paths * 30, 5, 30, CPU)
+    assert plan.recipe.architecture == "patchcore" and plan.recipe.precision == "bfloat16" and plan.seconds < 30
+    assert 0 < plan.recipe.bank_share <= 1 and "patchcore at" in plan.description and "270 images" in plan.description
+
+
+def test_given_fields_stay(paths, steady):
+    fixed = {"size": 64, "precision": "float32", "bank_share": 0.3}
+    recipe = plan_budget(RECIPE.replace(architecture="patchcore", **fixed), fixed, paths, 0, 60, CPU).recipe
+    assert {name: getattr(recipe, name) for name in fixed} == fixed
+    recipe = plan_budget(RECIPE.replace(architecture="padim"), ["architecture"], paths, 0, 60, CPU).recipe
+    assert recipe.architecture == "padim"
+
+
+def test_steps_fill_the_budget(paths, steady):
+    recipe = RECIPE.replace(size=64, train_encoder=True)
+    short, long = (plan_budget(recipe, ["architecture", "size"], paths, 0, s, CPU).recipe.steps for s in (20, 200))
+    # 0.5 s a step of 4 images; three quarters of the budget are planned
+    assert 15 < short < 30 and 260 < long < 300
+    kept = plan_budget(recipe.replace(steps=7), ["architecture", "steps"], paths, 0, 60, CPU)
+    assert kept.recipe.steps == 7
+
+
+@pytest.mark.parametrize("architecture", ["patchcore", "recontrast"])
+def test_too_short_says_the_least_that_works(paths, steady, architecture):
+    recipe = RECIPE.replace(architecture=architecture)
+    with pytest.raises(ValueError, match=r"--budget: wanted at least \d+ s on this machine, got 1 s") as caught:
+        plan_budget(recipe, ["architecture"], paths * 99, 0, 1.0, CPU)
+    least = float(re.search(r"least (\d+) s", str(caught.value))[1])
+    plan_budget(recipe, ["architecture"], paths * 99, 0, least + 1, CPU)
+
+
+def test_memory_bounds_the_size(paths, steady, monkeypatch):
+    monkeypatch.setattr(budget, "BYTES", 1 << 20)
+    assert plan_budget(RECIPE, (), paths * 30, 0, 600, CPU).recipe.size == budget.SIZES[0]
+
+
+def test_command(data, tmp_path):
+    printed = works("train", data, *SMALL, "--budget", "1m", "--out", tmp_path / "run")
+    assert "for 60 s: patchcore at" in printed and re.search(r"one pass over 9 images in .*\(\d+ of 60 s\)", printed)
+    recipe = checkpoints.load(tmp_path / "run" / "checkpoint.pt").recipe
+    assert recipe.architecture == "patchcore" and recipe.size in budget.SIZES
+    printed = works("train", data, *SMALL, "--recipe", "mvtec", "--size", 64, "--budget", "8s", "--out", tmp_path / "b",
+                    "--set", "checkpoint_every=100000")  # fmt: skip
+    saved = checkpoints.load(tmp_path / "b" / "checkpoint.pt")
+    assert saved.recipe.architecture == "recontrast" and saved.step == saved.recipe.steps and "recontrast:" in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("soon", "--budget: wanted a duration such as 90s, 3m or 1h, got 'soon'"),
+        ("-3m", "--budget: wanted a duration such as 90s, 3m or 1h, got '-3m'"),
+        ("nan", "--budget: wanted a duration"),
+        ("0", "--budget: wanted a duration"),
+        ("0.1s", "--budget: wanted at least"),
+    ],
+)
+def test_bad_budgets(value, message, data, tmp_path):
+    assert message in fails("train", data, *SMALL, f"--budget={value}", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_resuming_with_a_budget_is_refused(data, tmp_path):
+    works("train", data, *SMALL, "--size", 32, "--steps", 2, "--out", tmp_path)
+    assert "--budget: wanted a new run" in fails("train", data, "--resume", tmp_path, "--budget", "1m")
