@@ -12,15 +12,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from recontrast.anomaly_map import AnomalyMap
 from recontrast.loss import compute_mean, pairs_loss
 from recontrast.mining import Rule, alpha_at, deviation, hardest, power
 from recontrast.models.backbone import get_strides
+from recontrast.models.ensemble import Ensemble
 from recontrast.models.network import Network
 from recontrast.models.padim import PaDiM
 from recontrast.models.patchcore import PatchCore
 from recontrast.models.recontrast import ReContrast
 from recontrast.models.uniad import UniAD
-from recontrast.recipes.recipe import Recipe
+from recontrast.recipes.recipe import Recipe, to_pair
 
 # Outputs of the network's forward, recipe, parameter of the mining rule, images of each process -> loss.
 Loss = Callable[[Any, Recipe, float | Tensor, Sequence[int] | None], Tensor]
@@ -148,6 +150,21 @@ def _build_padim(recipe: Recipe, category: str) -> Network:
     return PaDiM(recipe.backbone, weights=recipe.weights, levels=levels, features=features, seed=recipe.seed)
 
 
+def _build_ensemble(recipe: Recipe, category: str) -> Network:
+    size, features = to_pair(recipe.small_size), recipe.gaussian_features
+    return Ensemble(recipe.backbone, weights=recipe.weights, small_size=size, features=features, seed=recipe.seed)
+
+
+def _fit_ensemble(network: Ensemble, recipe: Recipe) -> None:
+    """Fit both members, and weight them by the standard deviation of their maps of good images."""
+    distances = network.fit(recipe.bank_share, seed=recipe.seed)
+    maps = [
+        AnomalyMap([(d.shape[1], d.shape[2])], recipe.out, recipe.blur, align_corners=False).from_distances([d])[0]
+        for d in distances
+    ]
+    network.set_scales(maps, distances)
+
+
 def _build_uniad(recipe: Recipe, category: str) -> Network:
     levels = _count_levels(recipe)
     return UniAD(recipe.backbone, weights=recipe.weights, levels=levels, size=recipe.out, jitter=recipe.jitter)
@@ -184,6 +201,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "padim": Architecture(
         PaDiM, _build_padim, _compute_last_stride, fit=lambda network, recipe: network.fit_gaussians()
     ),
+    "ensemble": Architecture(Ensemble, _build_ensemble, _compute_last_stride, fit=_fit_ensemble),
     "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss),
 }  # fmt: skip
 """Architectures by the names of `Recipe.architecture`."""

@@ -24,7 +24,7 @@ ALLOWED = {
     "loss": "ops mining distances runtime",
     "anomaly_map": "ops distances",
     "recipes": "data",
-    "architectures": "models mining loss recipes",
+    "architectures": "models mining loss anomaly_map recipes",
     "calibration": "data",
     "checkpoint": "data models architectures runtime recipes calibration",
     "inference": "data metrics ops models runtime anomaly_map recipes calibration checkpoint",

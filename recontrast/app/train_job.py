@@ -192,6 +192,7 @@ def _plan_job(job: TrainJob, fixed: set[str], budget: float, device: str | torch
     if not paths:
         return job  # training raises the error
     held_out = len(paths) - job.count_training()
+    paths = paths[: job.count_training()]
     plan = plan_budget(job.recipe, fixed, paths, held_out, budget, resolve_device(device), job.category)
     return replace(job, recipe=plan.recipe, plan=plan, budget=budget)
 

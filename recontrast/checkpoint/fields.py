@@ -17,7 +17,7 @@ _CONFIG_TYPES = {
     "encoder_bn": str, "embedding": str, "dimension": int, "neighbours": int, "features": int, "seed": int,
     "width": int, "heads": int, "layers": int, "feedforward": int, "dropout": float, "jitter": float,
 }  # fmt: skip
-_CONFIG_NUMBERS = ("levels", "size")  # a whole number, a list of up to 16, or none
+_CONFIG_NUMBERS = ("levels", "size", "small_size")  # a whole number, a list of up to 16, or none
 
 
 def check_fields(content: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2011.08785. No weight is trained: one pass over the good i
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -133,7 +134,17 @@ class PaDiM(Network):
         Returns:
             Features (N, features, h, w), float32.
         """
-        levels = self.encoder(images)
+        return self.embed(self.encoder(images))
+
+    def embed(self, levels: Sequence[Tensor]) -> Tensor:
+        """Select and join the channels of features of the encoder.
+
+        Args:
+            levels: Features of each level, (N, C, h, w).
+
+        Returns:
+            Features (N, features, h, w), float32.
+        """
         size = levels[0].shape[-2:]
         resized = [levels[0], *(F.interpolate(level, size=size, mode="nearest") for level in levels[1:])]
         return torch.cat(resized, dim=1).index_select(1, self.channels).float()
@@ -146,15 +157,26 @@ class PaDiM(Network):
             images: Normalised images (N, 3, H, W), of one size in all calls.
         """
         self.check_images(images)
-        features = self(images)
+        self.observe_features(self(images))
+
+    @torch.no_grad()
+    def observe_features(self, features: Tensor) -> None:
+        """Add features to the moments of `fit_gaussians`.
+
+        Args:
+            features: Features of good images that `forward` has computed, (N, features, h, w).
+        """
         vectors = features.flatten(2).permute(2, 0, 1)  # (points, N, features)
         if self._moments is None:
             self._moments = _Moments(vectors, (features.shape[2], features.shape[3]))
         self._moments.add(vectors)
 
     @torch.no_grad()
-    def fit_gaussians(self) -> None:
+    def fit_gaussians(self) -> int:
         """Compute mean and inverse Cholesky factor of each point from the observed images, and forget the moments.
+
+        Returns:
+            Number of observed images.
 
         Raises:
             ValueError: If fewer than two images were observed, or a feature is not finite.
@@ -179,6 +201,7 @@ class PaDiM(Network):
             packed.append(inverse[:, rows, cols].float())
         self.points = torch.tensor(moments.size, device=centres.device)
         self.centres, self.whitening = centres, torch.cat(packed)
+        return moments.count
 
     def distances(
         self, images: Tensor, views: Views = "both", *, exportable: bool = False
@@ -201,9 +224,20 @@ class PaDiM(Network):
             raise ValueError("PaDiM: wanted a fitted model, got one without Gaussians")
         if not exportable:  # which cannot read the size that the model was fitted for
             self.map_sizes((images.shape[2], images.shape[3]))
-        embedded = self(images)
+        return self.distances_of(self(images), exportable=exportable)
+
+    def distances_of(self, embedded: Tensor, *, exportable: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Compute the Mahalanobis distance of each point of features, and image scores.
+
+        Args:
+            embedded: Features that `forward` has computed, (N, features, h, w).
+            exportable: Whether to use only operators of PyTorch, for ``torch.export``.
+
+        Returns:
+            See `distances`: a list of one tensor (N, h, w) and scores (N,), float32.
+        """
         height, width = embedded.shape[2:]
-        with disable_autocast(images, exportable):  # bfloat16 has too few digits for distances
+        with disable_autocast(embedded, exportable):  # bfloat16 has too few digits for distances
             differences = embedded.flatten(2).permute(2, 1, 0) - self.centres.unsqueeze(2)  # (points, d, N)
             count = len(self.channels)
             rows, cols = torch.tril_indices(count, count, device=self.whitening.device)

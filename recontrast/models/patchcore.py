@@ -129,7 +129,17 @@ class PatchCore(Network):
         Returns:
             Vectors (N, d, h, w), in the size of the finest level, float32.
         """
-        features = self.encoder(images)
+        return self.embed(self.encoder(images))
+
+    def embed(self, features: Sequence[Tensor]) -> Tensor:
+        """Compute the feature vectors from features of the encoder.
+
+        Args:
+            features: Features of each level, (N, C, h, w).
+
+        Returns:
+            Vectors (N, d, h, w), in the size of the finest level, float32.
+        """
         chosen = [features[level - 1].float() for level in self.levels]
         size = chosen[0].shape[-2:]
         if self.embedding == "average":
@@ -149,15 +159,26 @@ class PatchCore(Network):
             images: Normalised images (N, 3, H, W).
         """
         self.check_images(images)
-        vectors = self(images).permute(0, 2, 3, 1).flatten(0, 2)
+        self.observe_features(self(images))
+
+    def observe_features(self, embedded: Tensor) -> None:
+        """Collect feature vectors for `build_bank`.
+
+        Args:
+            embedded: Vectors of good images that `forward` has computed, (N, d, h, w).
+        """
+        vectors = embedded.permute(0, 2, 3, 1).flatten(0, 2)
         self._observed.append(vectors.half())
 
-    def build_bank(self, share: float = 0.1, *, seed: int = 0) -> None:
+    def build_bank(self, share: float = 0.1, *, seed: int = 0) -> Tensor:
         """Select the bank from the observed vectors and the present bank, and forget them.
 
         Args:
             share: Share of the vectors to keep, in (0, 1]; at least one is kept. The paper uses 0.1 and 0.01.
             seed: Seed of the random projection and of the first vector.
+
+        Returns:
+            Positions of the bank's vectors among those of the former bank and the observed ones, (M,), int64.
 
         Raises:
             ValueError: If ``share`` is out of range, no image was observed, or a feature is not finite in float16.
@@ -173,10 +194,12 @@ class PatchCore(Network):
             raise ValueError("PatchCore: features: wanted values that fit into float16, got NaN or values above 65504")
         count = min(len(self.bank) + count, len(vectors))
         start = int(torch.randint(len(vectors), (1,), generator=torch.Generator().manual_seed(seed)))
+        selected = torch.arange(len(vectors), device=vectors.device)
         if count < len(vectors):
-            vectors = vectors[select_coreset(project_randomly(vectors, PROJECTION, seed), count, start=start)]
-        self.bank = vectors
+            selected = select_coreset(project_randomly(vectors, PROJECTION, seed), count, start=start)
+        self.bank = vectors[selected]
         self._observed = []
+        return selected
 
     def distances(
         self, images: Tensor, views: Views = "both", *, exportable: bool = False
@@ -197,8 +220,19 @@ class PatchCore(Network):
         """
         if not len(self.bank):
             raise ValueError("PatchCore: bank: wanted a fitted model, got an empty bank")
-        embedded = self(images)
-        with disable_autocast(images, exportable):  # bfloat16 has too few digits for distances
+        return self.distances_of(self(images), exportable=exportable)
+
+    def distances_of(self, embedded: Tensor, *, exportable: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Compute the distance of feature vectors to the bank, and image scores.
+
+        Args:
+            embedded: Vectors that `forward` has computed, (N, d, h, w).
+            exportable: Whether to use only operators of PyTorch, for ``torch.export``.
+
+        Returns:
+            See `distances`: a list of one tensor (N, h, w) and scores (N,), float32.
+        """
+        with disable_autocast(embedded, exportable):  # bfloat16 has too few digits for distances
             vectors = embedded.permute(0, 2, 3, 1).flatten(1, 2)  # (N, points, d)
             bank = self.bank.float() if exportable else self._get_float32_bank()
             nearest, indices = self._find_nearest(vectors, bank, exportable)

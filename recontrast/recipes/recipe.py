@@ -32,9 +32,9 @@ class Recipe:
 
     Attributes:
         name: Name in results and error messages. Default: "mvtec".
-        architecture: Network: "recontrast", the default (with RD4AD, see above), "patchcore", "padim" or "uniad".
-            PatchCore and PaDiM are fitted in one pass over the images and ignore ``steps`` and all fields of the
-            optimisers.
+        architecture: Network: "recontrast", the default (with RD4AD, see above), "patchcore", "padim", "ensemble" (both
+            on one encoder) or "uniad". PatchCore, PaDiM and their ensemble are fitted in one pass over the images and
+            ignore ``steps`` and all fields of the optimisers.
         backbone: timm name of the encoder. Default: "wide_resnet50_2.tv_in1k", torchvision's WideResNet-50-2 with its
             first ImageNet weights, as in the paper.
         weights: Source of the pretrained weights: a file, "package" (an installed package) or "random". None, the
@@ -71,7 +71,7 @@ class Recipe:
         score: Image score from the map: "max", the default, "mean", or the mean of the highest values, given as their
             share of all pixels in (0, 1]. Stable (MVTec AD) and unified scripts use 0.01. "model" is the score that
             the architecture defines (PatchCore: weighted distance of the worst point; PaDiM: largest point distance;
-            UniAD: largest mean of 16 x 16 pixels); ReContrast has none.
+            UniAD: largest mean of 16 x 16 pixels; ensemble: sum of both standardised scores); ReContrast has none.
         mask_rule: Pixels of a resized mask that count as anomalous: "any", the default, takes all above zero, as
             upstream; "half" takes those of at least half of full scale. See `recontrast.data.images.read_mask`.
         seed: Seed of weights, batch order and hold-out split, from 0 to 2**63 - 1. Default: 111; 1 in the unified
@@ -131,6 +131,7 @@ class Recipe:
         bank_neighbours: Vectors that weigh the image score of PatchCore; 1, the default, disables the weighting.
         bank_embedding: "average", the default, or "unfold", see `recontrast.models.patchcore.PatchCore`.
         gaussian_features: Number of channels drawn for PaDiM. Default: 100.
+        small_size: Size to which images are reduced for PaDiM in the ensemble, in pixels. Default: 128.
         jitter: Scale of the feature noise of UniAD. Default: 20.
 
     Raises:
@@ -186,7 +187,7 @@ class Recipe:
     views: Literal["both", "trained", "frozen"] = "both"
     holdout: float = 0.0
     bits: int | None = None
-    architecture: Literal["recontrast", "patchcore", "padim", "uniad"] = "recontrast"
+    architecture: Literal["recontrast", "patchcore", "padim", "ensemble", "uniad"] = "recontrast"
     levels: int | tuple[int, ...] | None = None
     decoder: Literal["auto", "resnet", "mirror"] = "auto"
     rule: Literal["deviation", "hardest", "power", "none"] = "deviation"
@@ -203,6 +204,7 @@ class Recipe:
     bank_neighbours: int = 1
     bank_embedding: Literal["average", "unfold"] = "average"
     gaussian_features: int = 100
+    small_size: int | tuple[int, int] = 128
     jitter: float = 20.0
 
     def __post_init__(self) -> None:
@@ -278,8 +280,15 @@ class Recipe:
                 f"views: wanted 'both' for architecture {architecture!r}, which has one encoder, got {self.views!r}",
             ),
             (
-                architecture == "padim" and self.tile is not None,
-                f"tile: wanted none for architecture 'padim', which learns positions in the image, got {self.tile}",
+                architecture in ("padim", "ensemble") and self.tile is not None,
+                f"tile: wanted none for architecture {architecture!r}, which learns positions in the image, got "
+                f"{self.tile}",
+            ),
+            (
+                architecture == "ensemble"
+                and any(small > side for small, side in zip(to_pair(self.small_size), self.out, strict=True)),
+                f"small_size: wanted at most the size of the images, {' x '.join(map(str, self.out))} px, got "
+                f"{self.small_size!r}",
             ),
             (
                 architecture != "patchcore" and isinstance(self.levels, tuple),

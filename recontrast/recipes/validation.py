@@ -67,6 +67,7 @@ ARCHITECTURE_FIELDS: dict[str, tuple[str, ...]] = {
     "recontrast": (*_RULE_FIELDS, *_STEP_FIELDS, "decoder", "levels"),
     "patchcore": ("levels", "bank_share", "bank_neighbours", "bank_embedding"),
     "padim": ("levels", "gaussian_features"),
+    "ensemble": ("bank_share", "gaussian_features", "small_size"),
     "uniad": (*_STEP_FIELDS, "levels", "jitter"),
 }
 
@@ -120,6 +121,7 @@ FIELD_RULES: dict[str, FieldRule] = {
     "bank_neighbours": _integer(1),
     "bank_embedding": _one_of("average", "unfold"),
     "gaussian_features": _integer(1),
+    "small_size": _SIZE,
     "jitter": _RATE,
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),

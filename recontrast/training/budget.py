@@ -1,8 +1,8 @@
 """A time budget: what to train so that it is done in time, from the measured speed of this machine.
 
-By default the plan is a PatchCore at the largest image size that fits, because of all detectors here it reaches most in
-minutes on a CPU (benchmarks/README.md, "Accuracy per minute"): a larger image helps it more than a larger bank. For
-architectures that are trained by steps, the plan is the number of steps.
+By default the plan is an ensemble of PatchCore and PaDiM at the largest image size that fits, because of all detectors
+here it reaches most in minutes on a CPU (benchmarks/README.md, "Accuracy per minute"): larger images help more than a
+larger bank. For architectures that are trained by steps, the plan is the number of steps.
 """
 
 import math
@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from recontrast.architectures import build_model, compute_rule_parameter, get_architecture
 from recontrast.data.images import normalise, read_image
+from recontrast.models.ensemble import Ensemble
 from recontrast.models.network import Network
 from recontrast.models.patchcore import PatchCore
-from recontrast.recipes.recipe import Recipe
+from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.device import move_model
 from recontrast.training.optimisers import build_optimisers
 from recontrast.training.step import train_step
@@ -30,6 +32,7 @@ BYTES = 2 << 30  # of features that may be in memory at once
 SAFETY = 0.75  # share of the budget that is planned; the speed of a machine varies
 WRITING = 2.0  # seconds for the files of a run
 BFLOAT16_GAIN = 1.2  # bfloat16 is used if it is this many times faster
+MIN_IMAGES = 10  # for the Gaussians of PaDiM
 PROBE_SIZE, PROBE_BATCH = 256, 4
 COSTS_PER_SELECTION = 2.0  # time of the coreset, relative to one product of all vectors with all selected ones
 
@@ -62,7 +65,8 @@ def plan_budget(
 
     Args:
         recipe: Recipe to start from.
-        fixed: Fields of the recipe that must not be changed. Without "architecture" among them, PatchCore is chosen.
+        fixed: Fields of the recipe that must not be changed. Without "architecture" among them, the ensemble is chosen,
+            or PatchCore for fewer than 10 images.
         paths: Good images to train on.
         held_out: Number of good images that are held out and scored for the calibration.
         seconds: Time budget of the training, with reading and calibration, in seconds.
@@ -78,7 +82,9 @@ def plan_budget(
     """
     started = time.perf_counter()
     if "architecture" not in fixed:
-        recipe = recipe.replace(architecture="patchcore")
+        recipe = recipe.replace(architecture="ensemble" if len(paths) >= MIN_IMAGES else "patchcore")
+        if "score" not in fixed and recipe.architecture == "ensemble":
+            recipe = recipe.replace(score="model")
     probe = _Probe(recipe, paths, device, category)
     remaining = seconds * SAFETY - WRITING - (time.perf_counter() - started)
     if recipe.uses_steps:
@@ -112,15 +118,15 @@ class _Probe:
             durations.append(time.perf_counter() - begin)
         return min(durations[1:])
 
-    def time_network(self, precision: str) -> float:
-        """Return the seconds per image of one pass of the network at the size of the probe."""
+    def time_network(self, precision: str, is_whole: bool = True) -> float:
+        """Return the seconds per image of the network, or of its encoder alone, at the size of the probe."""
         model, dtype = self.model.eval(), next(self.model.parameters()).dtype
         x = normalise(self.pixels, model.mean, model.std, dtype=dtype, channels_last=self.channels_last)
 
         @torch.inference_mode()
         def run() -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                model(x)
+                (model if is_whole else model.encoder)(x)
 
         return self.time(run) / PROBE_BATCH
 
@@ -136,9 +142,13 @@ def _probe_pair(recipe: Recipe) -> tuple[int, int]:
     return (height, width) if max(height, width) <= PROBE_SIZE else (PROBE_SIZE, PROBE_SIZE)
 
 
-def _probe_size(recipe: Recipe) -> dict[str, tuple[int, int]]:
+def _probe_size(recipe: Recipe) -> dict[str, Any]:
     """Return the fields that give the network the size of the probe."""
-    return {} if recipe.tile is not None or recipe.crop is not None else {"size": _probe_pair(recipe)}
+    if recipe.tile is not None or recipe.crop is not None:
+        return {}
+    height, width = _probe_pair(recipe)
+    small = tuple(map(min, to_pair(recipe.small_size), (height, width)))
+    return {"size": (height, width), **({"small_size": small} if recipe.architecture == "ensemble" else {})}
 
 
 def _plan_steps(
@@ -177,16 +187,19 @@ def _plan_pass(
     for size in sizes:
         candidate = recipe.replace(size=size, precision=precision)
         height, width = candidate.out
-        scale = height * width / (probe.size[0] * probe.size[1])
+        pixels = height * width
+        if isinstance(probe.model, Ensemble):
+            pixels += math.prod(to_pair(recipe.small_size))
+        scale = pixels / (probe.size[0] * probe.size[1])
         points, vectors = _count_vectors(probe.model, candidate, probe.count)
         cost = (probe.count + held_out) * (probe.reading + network * scale)
-        if isinstance(probe.model, PatchCore):
+        if (bank_width := _get_bank_width(probe.model)) is not None:
             if "bank_share" not in fixed:
                 candidate = candidate.replace(bank_share=min(max(BANK / vectors, MIN_SHARE), 1.0))
             bank = max(vectors * candidate.bank_share, 1)
             cost += COSTS_PER_SELECTION * vectors * bank * 128 * product  # the coreset, in 128 dimensions
-            cost += 1.5 * held_out * points * bank * probe.model.width * product
-            if vectors * probe.model.width * 14 > BYTES and plans:
+            cost += 1.5 * held_out * points * bank * bank_width * product
+            if vectors * bank_width * 14 > BYTES and plans:
                 break
         plans.append((cost, candidate))
         if cost > remaining:
@@ -202,17 +215,24 @@ def _plan_pass(
 
 
 def _choose_precision(probe: _Probe, recipe: Recipe, fixed: Collection[str]) -> tuple[float, str]:
-    """Return the seconds per image and the precision of the network: bfloat16 where it is clearly faster."""
+    """Return the seconds per image and the precision of the encoder: bfloat16 where it is clearly faster."""
     if "precision" in fixed:
-        return probe.time_network(recipe.precision), recipe.precision
-    full, half = probe.time_network("float32"), probe.time_network("bfloat16")
+        return probe.time_network(recipe.precision, False), recipe.precision
+    full, half = probe.time_network("float32", False), probe.time_network("bfloat16", False)
     return (half, "bfloat16") if half * BFLOAT16_GAIN < full else (full, "float32")
+
+
+def _get_bank_width(model: Network) -> int | None:
+    """Return the length of the vectors in the bank of a network; None if it has no bank."""
+    if isinstance(model, Ensemble):
+        return model.patchcore.width
+    return model.width if isinstance(model, PatchCore) else None
 
 
 def _count_vectors(model: Network, recipe: Recipe, images: int) -> tuple[int, int]:
     """Return the number of points in the finest map of an image, and in those of all images."""
     height, width = recipe.out
-    finest = model.encoder.strides[model.levels[0] - 1] if isinstance(model, PatchCore) else model.encoder.strides[0]
+    finest = model.encoder.strides[0 if _get_bank_width(model) is None else 1]
     points = (height // finest) * (width // finest)
     return points, points * images
 

@@ -9,6 +9,7 @@ import torch
 
 from recontrast import checkpoint as checkpoints
 from recontrast.inference.detector import CheckpointDetector, open_detector
+from recontrast.models.ensemble import Ensemble
 from recontrast.models.padim import PaDiM
 from recontrast.models.patchcore import PatchCore
 from recontrast.models.recontrast import ReContrast
@@ -16,10 +17,11 @@ from recontrast.models.uniad import UniAD
 from tests.command_line import call, fails, works
 from tests.tiny import tiny_set
 
-CLASSES = {"patchcore": PatchCore, "padim": PaDiM, "uniad": UniAD, "recontrast": ReContrast}
+CLASSES = {"patchcore": PatchCore, "padim": PaDiM, "uniad": UniAD, "ensemble": Ensemble, "recontrast": ReContrast}
 OPTIONS = {
     "patchcore": ("bank_share=0.05", "bank_neighbours=3", "score=model"),
     "padim": ("gaussian_features=9", "score=model"),
+    "ensemble": ("bank_share=0.05", "gaussian_features=9", "small_size=32", "score=model"),
     "uniad": ("score=model", "decoder_lr=1e-4", "schedule=linear", "clip=0.1"),
     "recontrast": ("rule=hardest", "factor=0.1", "levels=2", "decoder=mirror", "clip=1", "warmup=0.2",
                    "schedule=cosine", "optimiser=sgd"),
@@ -124,7 +126,7 @@ def test_tiles(name, data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--architecture", "yolo"), "wanted one of 'recontrast', 'patchcore', 'padim', 'uniad', got 'yolo'"),
+        (("--architecture", "yolo"), "'patchcore', 'padim', 'ensemble', 'uniad', got 'yolo'"),
         (("--architecture", "patchcore", "--set", "rule=power"), "rule: wanted the default for architecture"),
         (("--set", "bank_share=0.2"), "bank_share: wanted the default for architecture 'recontrast'"),
         (("--set", "rule=softest"), "rule: wanted one of 'deviation', 'hardest', 'power', 'none', got 'softest'"),
@@ -134,6 +136,8 @@ def test_tiles(name, data, tmp_path):
         (("--architecture", "patchcore", "--set", "views=frozen"), "views: wanted 'both' for architecture 'patchcore'"),
         (("--architecture", "uniad", "--size", "72"), "--size: wanted a multiple of"),
         (("--set", "score=model"), "score: wanted 'max', 'mean' or a share for architecture 'recontrast'"),
+        (("--architecture", "ensemble", "--set", "small_size=96"), "small_size: wanted at most the size of the images"),
+        (("--architecture", "ensemble", "--set", "small_size=20"), "Ensemble: images: wanted height and width of"),
         (("--set", "clip=0"), "clip: wanted none or a number above 0, got 0"),
         (("--set", "levels=[2,3]"), "levels: wanted one number for architecture 'recontrast'"),
     ],
