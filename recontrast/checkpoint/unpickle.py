@@ -125,8 +125,10 @@ class _Unpickler(pickle.Unpickler):
             raise ForeignPickleError("a storage of another kind")
         name = f"data/{key}"
         if name not in self._storages:
-            content = torch.from_numpy(self._archive.read(name, verify=self._verify)).view(dtype)
-            self._storages[name] = content.to(self._device)
+            content = self._archive.read(name, verify=self._verify)
+            # PyTorch cannot view an empty array as another type.
+            storage = torch.from_numpy(content).view(dtype) if content.size else torch.empty(0, dtype=dtype)
+            self._storages[name] = storage.to(self._device)
         storage = self._storages[name]
         if storage.dtype != dtype or len(storage) != count:
             raise DamagedArchiveError(f"{name} has another size or type than its tensor")
