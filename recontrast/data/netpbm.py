@@ -10,6 +10,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
+from recontrast.data.exact_read import read_exactly
 from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, scale_to_eight_bits
 
 _SPACE = b" \t\n\v\f\r"
@@ -119,10 +120,10 @@ def _read_binary(file: IO[bytes], header: NetpbmHeader, shape: tuple[int, int]) 
     height, count = shape
     if header.kind == 4:
         row_bytes = (count + 7) // 8
-        packed = np.frombuffer(_read_all(file, height * row_bytes), np.uint8).reshape(height, row_bytes)
+        packed = np.frombuffer(read_exactly(file, height * row_bytes), np.uint8).reshape(height, row_bytes)
         return np.unpackbits(packed, axis=1, count=count)
     dtype = np.dtype(">u2" if header.full > 255 else "u1")
-    values = np.frombuffer(_read_all(file, height * count * dtype.itemsize), dtype).reshape(shape)
+    values = np.frombuffer(read_exactly(file, height * count * dtype.itemsize), dtype).reshape(shape)
     return values.astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -144,11 +145,3 @@ def _read_plain(file: IO[bytes], header: NetpbmHeader, shape: tuple[int, int]) -
     if values.min() < 0 or values.max() > header.full:
         raise ValueError(f"samples of {values.min()} to {values.max()}, where the maximum is {header.full}")
     return values.astype(np.uint16 if header.full > 255 else np.uint8).reshape(shape)
-
-
-def _read_all(file: IO[bytes], length: int) -> bytes:
-    """Read ``length`` bytes."""
-    data = file.read(length)
-    if len(data) < length:
-        raise ValueError(f"the file ends {length - len(data)} bytes early")
-    return data

@@ -5,6 +5,8 @@ import struct
 from dataclasses import dataclass
 from typing import IO
 
+from recontrast.data.exact_read import read_exactly
+
 PHOTOMETRICS = {0: "white is zero", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK"}
 COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "ZSTD"}
 _TYPES = {
@@ -117,7 +119,7 @@ def read_tags(file: IO[bytes]) -> TiffPage:
     if not 0 < count <= _MAX_ENTRIES:
         raise ValueError(f"{count} tags")
     first = start + (8 if big else 2)
-    entries = read_at(file, first, count * entry_size)
+    entries = read_exactly(file, count * entry_size, first)
     tags: dict[int, tuple[int, ...]] = {}
     for at in range(0, len(entries), entry_size):
         tag, kind, number = struct.unpack_from(order + "HH" + word, entries, at)
@@ -130,7 +132,7 @@ def read_tags(file: IO[bytes]) -> TiffPage:
             offset = struct.unpack_from(order + word, entries, where)[0]
             if offset + length > size:
                 raise ValueError(f"tag {tag} lies outside the file")
-            data = read_at(file, offset, length)
+            data = read_exactly(file, length, offset)
         else:
             data = entries[where : where + length]
         tags.setdefault(tag, struct.unpack(f"{order}{number}{code}", data))
@@ -140,27 +142,6 @@ def read_tags(file: IO[bytes]) -> TiffPage:
     return TiffPage(order, big, tags, 2 if following else 1)
 
 
-def read_at(file: IO[bytes], offset: int, length: int) -> bytes:
-    """Read bytes at an offset.
-
-    Args:
-        file: File opened for reading bytes.
-        offset: Position of the first byte.
-        length: Number of bytes.
-
-    Returns:
-        The bytes.
-
-    Raises:
-        ValueError: If the file ends before.
-    """
-    file.seek(offset)
-    data = file.read(length)
-    if len(data) < length:
-        raise ValueError(f"the file ends {length - len(data)} bytes early")
-    return data
-
-
 def _unpack(file: IO[bytes], offset: int, code: str) -> tuple[int, ...]:
     """Read integers at ``offset``."""
-    return struct.unpack(code, read_at(file, offset, struct.calcsize(code)))
+    return struct.unpack(code, read_exactly(file, struct.calcsize(code), offset))
