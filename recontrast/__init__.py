@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recontrast import metrics, ops
     from recontrast.anomaly_map import AnomalyMap
-    from recontrast.app.api import calibrate, evaluate, find_samples, load, train
+    from recontrast.app.api import calibrate, evaluate, extend, find_samples, load, train
     from recontrast.app.estimator import ReContrastDetector
     from recontrast.loss import global_cosine, hard_mined_cosine, pairs_loss, point_cosine
     from recontrast.mining import alpha_at, deviation, hardest, power
@@ -24,6 +24,7 @@ __all__ = [
     "calibrate",
     "deviation",
     "evaluate",
+    "extend",
     "find_samples",
     "global_cosine",
     "hard_mined_cosine",
@@ -49,6 +50,7 @@ _MODULES = {
     "calibrate": "app.api",
     "deviation": "mining",
     "evaluate": "app.api",
+    "extend": "app.api",
     "find_samples": "app.api",
     "global_cosine": "loss",
     "hard_mined_cosine": "loss",

@@ -40,6 +40,9 @@ class Architecture:
         compute_stride: Returns the number of pixels of which the sides of images must be multiples.
         compute_loss: Returns the loss of a training step, a scalar.
         fit: Computes what the network keeps of the images that `Network.observe` collected.
+        plan_memory: Checks before a pass that it fits into memory. Takes the network, the recipe, the number of images
+            and the available bytes, and returns a remark for the user, or None. Raises ValueError if it cannot fit.
+        is_extendable: Whether a fitted network can be fitted to further images.
     """
 
     network: type[Network]
@@ -47,6 +50,8 @@ class Architecture:
     compute_stride: Callable[[Recipe], int]
     compute_loss: Loss | None = None
     fit: Callable[[Any, Recipe], None] | None = None
+    plan_memory: Callable[[Any, Recipe, int, int], str | None] | None = None
+    is_extendable: bool = False
 
 
 def get_architecture(recipe: Recipe) -> Architecture:
@@ -197,9 +202,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "patchcore": Architecture(
         PatchCore, _build_patchcore, _compute_last_stride,
         fit=lambda network, recipe: network.build_bank(recipe.bank_share, seed=recipe.seed),
+        plan_memory=lambda network, recipe, count, available: network.plan_memory(
+            count, recipe.out, recipe.bank_share, available, seed=recipe.seed),
+        is_extendable=True,
     ),
     "padim": Architecture(
-        PaDiM, _build_padim, _compute_last_stride, fit=lambda network, recipe: network.fit_gaussians()
+        PaDiM, _build_padim, _compute_last_stride, fit=lambda network, recipe: network.fit_gaussians(),
+        plan_memory=lambda network, recipe, count, available: network.plan_memory(recipe.out, available),
     ),
     "ensemble": Architecture(Ensemble, _build_ensemble, _compute_last_stride, fit=_fit_ensemble),
     "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss),

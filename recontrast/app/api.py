@@ -24,6 +24,7 @@ from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_images
 from recontrast.inference.detector import CheckpointDetector, Detector, open_detector
 from recontrast.inference.options import InferenceOptions
+from recontrast.training.extend import extend as extend_detector
 
 Data = PathLike | Sequence[PathLike] | Sequence[Sample]
 CHECKPOINT = "checkpoint.pt"
@@ -217,6 +218,41 @@ def calibrate(
         raise ValueError(f"calibrate: good: wanted images that can be read, got {len(unread)} others: {unread[0]}")
     checkpoints.write_calibration(loaded.path, calibration)
     return CheckpointDetector(loaded.path, next(loaded.model.parameters()).device, inference=loaded.inference)
+
+
+def extend(
+    detector: CheckpointDetector | PathLike,
+    good: PathLike | Sequence[PathLike],
+    *,
+    holdout: float = 0.0,
+    all_good: bool = False,
+    device: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CheckpointDetector:
+    """Add good images to a fitted PatchCore (Roth et al., https://arxiv.org/abs/2106.08265), and store it.
+
+    The bank keeps its vectors and gains a share of those of the new images. The stored calibration is removed, since it
+    belongs to the bank before. On failure the checkpoint is unchanged.
+
+    Args:
+        detector: A detector from a checkpoint, or the path of one.
+        good: Good images, as paths of files or folders. Those that were trained on already are left out.
+        holdout: Share of the new images that are not added but used for a new calibration, in [0, 1).
+        all_good: Whether all images in a folder are good, whatever the names of its subfolders.
+        device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        on_progress: Called with the number of finished images and of all images.
+
+    Returns:
+        The extended detector, loaded from its checkpoint.
+
+    Raises:
+        ValueError: If the architecture cannot be extended, an image cannot be read, or no image is new.
+        OSError: If the checkpoint cannot be written.
+    """
+    file = detector.path if isinstance(detector, CheckpointDetector) else _resolve_detector(detector)
+    paths = list_good_images(good, all_good)
+    result = extend_detector(file, paths, holdout=holdout, device=device, on_step=on_progress)
+    return CheckpointDetector(result.checkpoint, device)
 
 
 def find_samples(

@@ -102,34 +102,21 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
     Raises:
         ValueError: If at least one of the images was used in training.
     """
-    recipe, trained = checkpoint.recipe, read_fingerprints(checkpoint.images)
+    trained = read_fingerprints(checkpoint.images)
     files = ImageFiles(paths)
-
-    def read(index: int) -> tuple[str, NDArray[np.float32]] | None:
-        size, crop = (None, None) if recipe.tile is not None else (recipe.size, recipe.crop)
-        pixels = files.read(index, size, crop, recipe.bits)
-        if pixels is None:  # reported later, when the image is scored
-            return None
-        if recipe.tile is None:
-            return compute_fingerprint(pixels), sketch_image(pixels)
-        tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
-        return compute_fingerprint(tiles[range(len(tiles))]), sketch_image(pixels)
-
     first: dict[str, int] = {}  # position of the first image with each fingerprint
     owners = list(range(len(files)))
     used: list[Path] = []
     sketches: list[NDArray[np.float32]] = []
-    # With tiles, images are decoded at their original size: one at a time keeps the memory small.
-    with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:
-        for index, result in enumerate(pool.map(read, range(len(files)))):
-            if result is None:
-                continue
-            fingerprint, sketch = result
-            if fingerprint in trained:
-                used.append(files.paths[index])
-            owners[index] = first.setdefault(fingerprint, index)
-            if owners[index] == index and len(sketches) <= MOST_SKETCHES:
-                sketches.append(sketch)
+    for index, result in enumerate(_identify_images(files, checkpoint.recipe)):
+        if result is None:  # reported later, when the image is scored
+            continue
+        fingerprint, sketch = result
+        if fingerprint in trained:
+            used.append(files.paths[index])
+        owners[index] = first.setdefault(fingerprint, index)
+        if owners[index] == index and len(sketches) <= MOST_SKETCHES:
+            sketches.append(sketch)
     if used:
         raise ValueError(
             f"{option}: wanted good images that were not trained on, got {len(used)} of {len(files)} that were "
@@ -141,6 +128,53 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
         if text is not None:
             warnings.warn(f"{option}: {text}", DataWarning, stacklevel=2)
     return [path for index, path in enumerate(files.paths) if owners[index] == index]
+
+
+def split_trained_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
+    """Separate new images from those that a detector was trained on.
+
+    Args:
+        option: Name of the option that gave the images, for messages.
+        paths: Image files.
+        checkpoint: Checkpoint of the detector.
+
+    Returns:
+        The different new images; and the images that were trained on, or are copies of one of the new images.
+
+    Raises:
+        ValueError: If a file cannot be read.
+    """
+    seen = set(read_fingerprints(checkpoint.images))
+    files = ImageFiles(paths)
+    new: list[Path] = []
+    others: list[Path] = []
+    for path, result in zip(files.paths, _identify_images(files, checkpoint.recipe), strict=True):
+        if result is None:
+            continue
+        (others if result[0] in seen else new).append(path)
+        seen.add(result[0])
+    if files.errors:
+        first = files.errors[min(files.errors)]
+        raise ValueError(f"{option}: wanted images that can be read, got {len(files.errors)} others: {first}")
+    return new, others
+
+
+def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, NDArray[np.float32]] | None]:
+    """Yield the fingerprint and the sketch of each file, None for one that cannot be read."""
+
+    def read(index: int) -> tuple[str, NDArray[np.float32]] | None:
+        size, crop = (None, None) if recipe.tile is not None else (recipe.size, recipe.crop)
+        pixels = files.read(index, size, crop, recipe.bits)
+        if pixels is None:
+            return None
+        if recipe.tile is None:
+            return compute_fingerprint(pixels), sketch_image(pixels)
+        tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
+        return compute_fingerprint(tiles[range(len(tiles))]), sketch_image(pixels)
+
+    # With tiles, images are decoded at their original size: one at a time keeps the memory small.
+    with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:
+        yield from pool.map(read, range(len(files)))
 
 
 def _describe_sketches(

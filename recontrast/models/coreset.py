@@ -34,7 +34,7 @@ def project_randomly(features: Tensor, dimension: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def select_coreset(features: Tensor, count: int, *, start: int = 0) -> Tensor:
+def select_coreset(features: Tensor, count: int, *, start: int = 0, centres: Tensor | None = None) -> Tensor:
     """Select vectors greedily: each is the one farthest from those selected before (k-center greedy).
 
     The plain algorithm updates the distance of all N vectors after each selection. Here, a round updates only the
@@ -47,6 +47,8 @@ def select_coreset(features: Tensor, count: int, *, start: int = 0) -> Tensor:
         features: Vectors (N, d), floating point, N at least 1.
         count: Number of vectors to select, from 1 to N.
         start: Index of the first selected vector.
+        centres: Vectors (M, d) that are selected already. The first vector is then the farthest from them, and
+            ``start`` is ignored.
 
     Returns:
         Indices of the selected vectors, (count,), int64, in the order of selection.
@@ -64,6 +66,9 @@ def select_coreset(features: Tensor, count: int, *, start: int = 0) -> Tensor:
     if not bool(squares.isfinite().all()):
         raise ValueError("select_coreset: features: wanted finite vectors, got NaN, infinity or values above 1e19")
     distances = torch.full_like(squares, math.inf)  # squared, to the nearest selected vector
+    if centres is not None and len(centres):
+        distances = find_nearest(features, centres)[0][:, 0].square()
+        start = int(distances.argmax())
     active_count = max(total // ACTIVE_SHARE, min(total, 256))
     selected, added = [start], [start]
     while True:

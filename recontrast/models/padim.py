@@ -171,6 +171,26 @@ class PaDiM(Network):
             self._moments = _Moments(vectors, (features.shape[2], features.shape[3]))
         self._moments.add(vectors)
 
+    def plan_memory(self, size: int | tuple[int, int], available: int) -> None:
+        """Check that the moments of `observe` fit into the available memory.
+
+        Args:
+            size: Size of the images in pixels, an int or (h, w).
+            available: Available memory in bytes.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        height, width = self.map_sizes(size)[0]
+        count = len(self.channels)
+        needed = height * width * (4 * count * count + 4 * count * (count + 1))  # products; factors, joined in the end
+        if needed > available:
+            raise ValueError(
+                f"PaDiM: gaussian_features: wanted moments that fit into {available / 1e6:,.1f} MB of available "
+                f"memory, got {needed / 1e6:,.1f} MB ({count} features of {height} x {width} points): lower "
+                "gaussian_features or the size of the images"
+            )
+
     @torch.no_grad()
     def fit_gaussians(self) -> int:
         """Compute mean and inverse Cholesky factor of each point from the observed images, and forget the moments.

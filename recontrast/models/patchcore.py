@@ -3,6 +3,7 @@
 https://arxiv.org/abs/2106.08265. No weight is trained: one pass over the good images fills the bank.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recontrast.models.backbone import Backbone
-from recontrast.models.coreset import find_nearest, project_randomly, select_coreset
+from recontrast.models.coreset import ACTIVE_SHARE, find_nearest, project_randomly, select_coreset
 from recontrast.models.network import Network, Views, check_choice, disable_autocast
 
 MAX_DIMENSION = 1 << 16
 PROJECTION = 128  # dimensions of the random projection in which the bank is selected
+MEMORY_SHARE = 0.8  # of the available memory that fitting may use
 
 
 class PatchCore(Network):
@@ -80,6 +82,9 @@ class PatchCore(Network):
         self.mean, self.std = self.encoder.mean, self.encoder.std
         self.stride = self.encoder.strides[-1]
         self._observed: list[Tensor] = []
+        self._seen = 0  # vectors of all observed images, of which `_observed` may hold a share
+        self._observed_share = 1.0
+        self._generator = torch.Generator()
         self._float32_bank: tuple[Tensor, Tensor] | None = None  # the bank that was converted, and the result
 
     @property
@@ -151,6 +156,51 @@ class PatchCore(Network):
             torch.cat([averaged[0], *(_resize(feature, size) for feature in averaged[1:])], dim=1), self.dimension
         )
 
+    def plan_memory(
+        self, count: int, size: int | tuple[int, int], share: float, available: int, *, seed: int = 0
+    ) -> str | None:
+        """Fit `observe` and `build_bank` into the available memory.
+
+        If the features of all images do not fit, `observe` collects a random share of them.
+
+        Args:
+            count: Number of images that will be observed.
+            size: Size of the images in pixels, an int or (h, w).
+            share: Share of the vectors to keep, see `build_bank`.
+            available: Available memory in bytes.
+            seed: Seed of the random share.
+
+        Returns:
+            A sentence about the random share; None if all features fit.
+
+        Raises:
+            ValueError: If the bank itself does not fit.
+        """
+        height, width = self.map_sizes(size)[0]
+        total = count * height * width
+        dimension = min(self.width, PROJECTION)
+        # The vectors in float16; in float32 their projections, those of the active ones, and two numbers for each.
+        each = 2 * self.width + 4 * dimension + 4 * dimension // ACTIVE_SHARE + 8
+        # The bank in float16, and in float32 for predictions.
+        bank = 6 * self.width * (len(self.bank) + max(int(total * share), 1))
+        budget = int(MEMORY_SHARE * available) - bank
+        kept = min(budget / (each * total), 1.0)
+        if kept < share:
+            least = (bank + each * total * share) / MEMORY_SHARE
+            raise ValueError(
+                f"PatchCore: bank_share: wanted a bank that fits into {available / 1e6:,.1f} MB of available memory, "
+                f"got one that needs {least / 1e6:,.1f} MB ({share:g} of the features of {count} images): lower "
+                "bank_share or the size of the images"
+            )
+        self._observed_share = kept
+        self._generator.manual_seed(seed)
+        if kept == 1:
+            return None
+        return (
+            f"the features of {count} images need {(bank + each * total) / MEMORY_SHARE / 1e6:,.1f} MB, and "
+            f"{available / 1e6:,.1f} MB are available: the bank is selected from a random share of {kept:.1%} of them"
+        )
+
     @torch.no_grad()
     def observe(self, images: Tensor) -> None:
         """Collect the feature vectors of a batch of good images for `build_bank`.
@@ -168,13 +218,21 @@ class PatchCore(Network):
             embedded: Vectors of good images that `forward` has computed, (N, d, h, w).
         """
         vectors = embedded.permute(0, 2, 3, 1).flatten(0, 2)
+        self._seen += len(vectors)
+        if self._observed_share < 1:
+            count = math.floor(self._observed_share * len(vectors))
+            order = torch.randperm(len(vectors), generator=self._generator)
+            vectors = vectors[order[:count].to(vectors.device)]
         self._observed.append(vectors.half())
 
     def build_bank(self, share: float = 0.1, *, seed: int = 0) -> Tensor:
-        """Select the bank from the observed vectors and the present bank, and forget them.
+        """Select a share of the observed vectors for the bank, and forget the others.
+
+        A bank that is fitted already keeps its vectors. It gains those of the observed vectors that are farthest from
+        it and from each other.
 
         Args:
-            share: Share of the vectors to keep, in (0, 1]; at least one is kept. The paper uses 0.1 and 0.01.
+            share: Share of the observed vectors to keep, in (0, 1]; at least one is kept. The paper uses 0.1 and 0.01.
             seed: Seed of the random projection and of the first vector.
 
         Returns:
@@ -187,19 +245,24 @@ class PatchCore(Network):
             raise ValueError(f"PatchCore: share: wanted a value in (0, 1], got {share}")
         if not self._observed:
             raise ValueError("PatchCore: build_bank: wanted observed images, got none")
-        added = torch.cat(self._observed)
-        count = max(int(len(added) * share), 1)
-        vectors = torch.cat([self.bank.to(added.device), added])
-        if not bool(vectors.isfinite().all()):
+        observed, self._observed = self._observed, []
+        seen, self._seen = self._seen, 0
+        total = sum(map(len, observed))
+        count = min(max(int(seen * share), 1), total)
+        if not all(bool(vectors.isfinite().all()) for vectors in observed):
             raise ValueError("PatchCore: features: wanted values that fit into float16, got NaN or values above 65504")
-        count = min(len(self.bank) + count, len(vectors))
-        start = int(torch.randint(len(vectors), (1,), generator=torch.Generator().manual_seed(seed)))
-        selected = torch.arange(len(vectors), device=vectors.device)
-        if count < len(vectors):
-            selected = select_coreset(project_randomly(vectors, PROJECTION, seed), count, start=start)
-        self.bank = vectors[selected]
-        self._observed = []
-        return selected
+        bank = self.bank.to(observed[0].device)
+        selected = torch.arange(total, device=bank.device)
+        if count < total:
+            # Batch by batch, because a float32 copy of all vectors would need twice their memory.
+            projected = torch.empty(total, min(self.width, PROJECTION), device=bank.device)
+            for part, vectors in zip(projected.split([len(v) for v in observed]), observed, strict=True):
+                part.copy_(project_randomly(vectors, PROJECTION, seed))
+            start = int(torch.randint(total, (1,), generator=torch.Generator().manual_seed(seed)))
+            centres = project_randomly(bank, PROJECTION, seed)
+            selected = select_coreset(projected, count, start=start, centres=centres)
+        self.bank = torch.cat([bank, _take_rows(observed, selected)])
+        return torch.cat([torch.arange(len(bank), device=bank.device), len(bank) + selected])
 
     def distances(
         self, images: Tensor, views: Views = "both", *, exportable: bool = False
@@ -265,6 +328,17 @@ class PatchCore(Network):
         if self._float32_bank is None or self._float32_bank[0] is not self.bank:
             self._float32_bank = self.bank, self.bank.float()
         return self._float32_bank[1]
+
+
+def _take_rows(parts: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """Return rows of the joined ``parts`` without joining them."""
+    rows = parts[0].new_empty(len(indices), parts[0].shape[1])
+    begin = 0
+    for part in parts:
+        positions = ((indices >= begin) & (indices < begin + len(part))).nonzero()[:, 0]
+        rows[positions] = part[indices[positions] - begin]
+        begin += len(part)
+    return rows
 
 
 def _resize(feature: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,13 +1,19 @@
 """Networks that are fitted in one pass over the good images: PatchCore and PaDiM."""
 
 import math
+import warnings
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recontrast.architectures import get_architecture
 from recontrast.data.images import normalise
+from recontrast.data.listing import DataWarning
 from recontrast.data.sources import Images
+from recontrast.models.network import Network
+from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.memory import measure_available_memory
 from recontrast.training import interrupts
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.trainer import Trainer
@@ -36,6 +42,7 @@ class OnePassTrainer(Trainer):
         count, batch = state.sampler.count, state.sampler.batch
         starts = range(0, count, batch)
         state.model.eval()
+        plan_memory(state.model, recipe, count, self.settings.device)
         self.progress.start_interval()
         with interrupts.defer_interrupts(True) as is_interrupted:
             for number, start in enumerate(starts, 1):
@@ -56,12 +63,40 @@ class OnePassTrainer(Trainer):
             self.files.log(step=state.step, images=count, seconds=self.progress.seconds)
         self._save()
 
-    @torch.no_grad()
     def _observe(self, indices: np.ndarray) -> None:
         """Run the network on the images at ``indices``."""
-        model, recipe, device = self.state.model, self.settings.recipe, self.settings.device
-        pixels = self.images[indices]
-        batch = normalise(pixels, model.mean, model.std, dtype=self.dtype, channels_last=self.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            model.observe(batch)
+        observe(self.state.model, self.images[indices], self.settings.recipe, channels_last=self.channels_last)
         self.progress.count(len(indices))
+
+
+def plan_memory(model: Network, recipe: Recipe, count: int, device: torch.device) -> None:
+    """Check before a pass that it fits into memory, and warn if only a share of the features does.
+
+    Args:
+        model: Network to fit.
+        recipe: Recipe of the run.
+        count: Number of images.
+        device: Device of the network.
+
+    Raises:
+        ValueError: If what the network keeps does not fit.
+    """
+    plan, available = get_architecture(recipe).plan_memory, measure_available_memory(device)
+    if plan is not None and available is not None and (note := plan(model, recipe, count, available)) is not None:
+        warnings.warn(f"{recipe.architecture}: {note}", DataWarning, stacklevel=2)
+
+
+@torch.no_grad()
+def observe(model: Network, pixels: Tensor, recipe: Recipe, *, channels_last: bool) -> None:
+    """Let a network observe a batch of good images.
+
+    Args:
+        model: Network to fit, in eval mode.
+        pixels: Images (N, H, W, 3) uint8, on the device of the network.
+        recipe: Recipe of the run.
+        channels_last: Whether the network computes in channels-last format.
+    """
+    dtype = next(model.parameters()).dtype
+    batch = normalise(pixels, model.mean, model.std, dtype=dtype, channels_last=channels_last)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        model.observe(batch)

@@ -64,7 +64,7 @@ def open_images(settings: RunSettings, resumed: Checkpoint | None) -> OpenImages
         ValueError: If a file is not an image.
     """
     if settings.images is not None:
-        return OpenImages(settings.images, (), (), None, _encode(settings.images))
+        return OpenImages(settings.images, (), (), None, sketch_images(settings.images))
     training = _decode(settings, settings.samples)
     if settings.recipe.tile is not None:
         return OpenImages(training, settings.samples, settings.held_out, None, "")
@@ -134,6 +134,13 @@ def _sketch(images: Images) -> list[NDArray[np.float32]]:
     return [sketch_image(images[np.arange(index, index + 1)][0]) for index in range(len(images))]
 
 
-def _encode(images: Images) -> str:
-    """Return the encoded sketches of images; empty if there are too many."""
+def sketch_images(images: Images) -> str:
+    """Sketch images and encode the sketches, see `recontrast.data.near_copies.encode_sketches`.
+
+    Args:
+        images: Decoded images.
+
+    Returns:
+        Text; empty if there are too many images.
+    """
     return encode_sketches(_sketch(images)) if len(images) <= MOST_SKETCHES else ""

@@ -82,7 +82,7 @@ class RunFiles:
         if self._staging is None:
             checkpoint.save(self.folder / CHECKPOINT, content)
             return
-        with replace_files(self.folder, remove=RESULTS if self._has_results() else ()) as staging:
+        with replace_files(self.folder, remove=list_results(self.folder)) as staging:
             checkpoint.save(staging / CHECKPOINT, content)
             for name in (LOG, yaml_file.FILE_NAME):
                 os.rename(self._staging / name, staging / name)
@@ -90,9 +90,17 @@ class RunFiles:
         if self._log is not None:
             self._log.path = self.folder / LOG
 
-    def _has_results(self) -> bool:
-        """Return whether the folder holds results that an evaluation of the earlier run wrote."""
-        try:
-            return "rows" in parse_json(read_bytes(self.folder / RESULTS[0]))
-        except (OSError, ValueError, TypeError):
-            return False
+
+def list_results(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files of an evaluation, if an evaluation of the run in ``folder`` wrote any.
+
+    Args:
+        folder: Folder of a run.
+
+    Returns:
+        Names of files, which need not exist; empty if the results are not those of this package.
+    """
+    try:
+        return RESULTS if "rows" in parse_json(read_bytes(folder / RESULTS[0])) else ()
+    except (OSError, ValueError, TypeError):
+        return ()

@@ -14,6 +14,8 @@ from recontrast.models.padim import PaDiM
 from recontrast.models.patchcore import PatchCore
 from recontrast.models.recontrast import ReContrast
 from recontrast.models.uniad import UniAD
+from recontrast.runtime import memory
+from recontrast.training import one_pass
 from tests.command_line import call, fails, works
 from tests.tiny import tiny_set
 
@@ -166,3 +168,33 @@ def test_cached_features_of_a_frozen_encoder_change_nothing(data, tmp_path):
             weights.append(checkpoints.load(out / "checkpoint.pt").model)
         for name, value in weights[0].items():
             torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_is_checked_before_a_pass(data, tmp_path, monkeypatch):
+    """A bank that is too large is refused with the figure; features that do not fit are drawn at random."""
+    monkeypatch.setattr(one_pass, "measure_available_memory", lambda device: 1000)
+    options = (*SMALL, "--holdout", 0, "--no-evaluate", "--out", tmp_path, "--set")
+    refusal = fails("train", data, "--architecture", "patchcore", *options, "bank_share=0.1")
+    assert "PatchCore: bank_share: wanted a bank that fits into 0.0 MB of available memory, got one that" in refusal
+    refusal = fails("train", data, "--architecture", "padim", *options, "gaussian_features=9")
+    assert "PaDiM: gaussian_features: wanted moments that fit into 0.0 MB of available memory" in refusal
+    assert not (tmp_path / "checkpoint.pt").exists()
+    monkeypatch.setattr(one_pass, "measure_available_memory", lambda device: 1_000_000)
+    result = call("train", data, "--architecture", "patchcore", *options, "bank_share=0.1")
+    warnings = [line for line in result.stderr.splitlines() if "random share" in line]
+    assert result.exit_code == 0 and len(warnings) == 1 and warnings[0].startswith("recontrast: warning: patchcore: ")
+    assert len(checkpoints.load(tmp_path / "checkpoint.pt").model["bank"]) == int(0.1 * 23 * 64)
+
+
+def test_available_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    monkeypatch.setattr(memory, "MEMORY_INFORMATION", tmp_path / "meminfo")
+    assert memory.measure_available_memory(torch.device("cpu")) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
+    assert memory.measure_available_memory(torch.device("cpu")) == 5120
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1500\n")
+    assert memory.measure_available_memory(torch.device("cpu")) == 5120
+    (tmp_path / "memory.max").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 300\n")
+    assert memory.measure_available_memory(torch.device("cpu")) == 800

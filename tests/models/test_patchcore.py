@@ -142,3 +142,30 @@ def test_bad_use(images):
     model.observe(images)
     with pytest.raises(ValueError, match="wanted values that fit into float16"):
         model.build_bank()
+
+
+def test_features_that_exceed_the_memory_are_drawn_at_random(images):
+    full = build()
+    assert full.plan_memory(5, (64, 96), 0.1, 10**9) is None
+    model, points = build(), 5 * np.prod(full.map_sizes((64, 96))[0])
+    note = model.plan_memory(5, (64, 96), 0.1, 300_000, seed=1)
+    assert "the features of 5 images need 0.7 MB" in note and "random share of" in note
+    for batch in images.split(2):
+        model.observe(batch)
+    kept = sum(map(len, model._observed))
+    share = float(note.split("random share of ")[1].split("%")[0]) / 100
+    assert 0.1 < share < 1 and abs(kept - share * points) <= 4
+    held = sum(v.numel() * v.element_size() for v in model._observed) + kept * 4 * min(model.width, 128)
+    assert held < 0.8 * 300_000
+    model.build_bank(0.1)
+    assert len(model.bank) == int(0.1 * points)  # of all vectors
+    again = build()
+    again.plan_memory(5, (64, 96), 0.1, 300_000, seed=1)
+    assert torch.equal(fit(again, images, share=0.1, seed=0).bank, model.bank)
+
+
+def test_bank_that_exceeds_the_memory_is_refused():
+    with pytest.raises(
+        ValueError, match=r"bank_share: wanted a bank that fits into 1,000\.0 MB .* one that needs 31,4[0-9.]* MB"
+    ):
+        build().plan_memory(100_000, (256, 256), 0.1, 10**9)

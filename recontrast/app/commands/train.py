@@ -7,24 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
+from recontrast.app.command_group import USAGE_ERROR
 from recontrast.app.commands.evaluate import show_metrics
 from recontrast.app.console import exit_with_error, is_silent, print_data, print_line
 from recontrast.app.options import (
     AllGood,
-    Data,
     Device,
+    check_writable,
     expand_home,
     parse_change,
     parse_duration,
+    path_argument,
     path_option,
     resolve_checkpoint,
 )
 from recontrast.app.progress_bar import ProgressBar
 
+EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device")  # that go together
 
-def train(  # 29 options and the output; `train_job` does the work
+
+def train(  # 31 options and the output; `train_job` does the work
     context: typer.Context,
-    data: Data,
+    data: Annotated[
+        list[Path] | None,
+        path_argument("DATA", "Data sets or categories in MVTec AD layout, or folders of good images."),
+    ] = None,
     category: Annotated[
         str | None,
         typer.Option(help="Name of a category in DATA, or all for one detector of all. Default: the only one."),
@@ -107,8 +114,23 @@ def train(  # 29 options and the output; `train_job` does the work
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write a TensorBoard log to OUT/tensorboard.")
     ] = False,
+    extend: Annotated[
+        Path | None, path_option(help="Run of PatchCore to which the images of --good are added, instead of training.")
+    ] = None,
+    good: Annotated[
+        list[Path] | None,
+        path_option(help="With --extend: good images or a folder of them; several: --good A --good B."),
+    ] = None,
 ) -> None:
     """Train a detector on good images, and evaluate it if there are test images."""
+    if extend is not None:
+        _check_extend_options(context)
+        _extend(extend, good or [], all_good=all_good, holdout=holdout or 0.0, device=device)
+        return
+    if good:
+        raise ValueError("--good: wanted --extend RUN with it (images to train on are DATA), got no --extend")
+    if not data:
+        raise USAGE_ERROR("Missing argument 'DATA'.", ctx=context)
     from recontrast.app import train_job as application
     from recontrast.calibration.conformal import describe_promise
     from recontrast.data import datasets
@@ -170,4 +192,48 @@ def train(  # 29 options and the output; `train_job` does the work
             sketches=read_sketches(result.state.images),
             batch=result.recipe.batch,
             cache_dir=cache,
+        )
+
+
+def _check_extend_options(context: typer.Context) -> None:
+    """Raise ValueError if an option was given that does not go with ``--extend``."""
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in EXTEND_OPTIONS:
+            allowed = ", ".join(options[other] for other in EXTEND_OPTIONS[1:])
+            shown = "DATA" if name == "data" else options[name]
+            raise ValueError(f"--extend: wanted only {allowed} with it, got {shown} too")
+    if not context.params.get("good"):
+        raise ValueError("--good: wanted good images to add, got none")
+
+
+def _extend(run: Path, good: list[Path], *, all_good: bool, holdout: float, device: str | None) -> None:
+    """Add good images to a fitted detector, and print what was added."""
+    from recontrast.calibration.conformal import describe_promise
+    from recontrast.data.class_folders import describe_files, list_good_images
+    from recontrast.runtime.device import resolve_device
+    from recontrast.training.extend import extend
+
+    file = resolve_checkpoint(run)
+    if file.is_file():  # a missing file has its own message
+        check_writable(file.parent, "--extend")
+    resolve_device(device)
+    paths = list_good_images(good, all_good)
+    print_data(describe_files("--good", paths))
+    try:
+        with ProgressBar("extend") as progress:
+            result = extend(file, paths, holdout=holdout, device=device, on_step=progress, option="--good")
+    except KeyboardInterrupt:
+        exit_with_error(f"interrupted; {file} is complete: extended, or as it was before", status=130)
+    if result.left_out:
+        names = ", ".join(map(str, result.left_out[:3])) + (", ..." if len(result.left_out) > 3 else "")
+        print_line(f"{len(result.left_out)} images are left out, because they are trained on already: {names}")
+    print_line(f"{result.added} images added in {result.seconds:.1f} s, {result.total} in all: {file}")
+    for line in () if result.calibration is None else describe_promise(result.calibration):
+        print_line(line)
+    if result.lost_calibration and result.calibration is None:
+        print_line(
+            "the calibration is removed, because it belongs to the detector before; to calibrate again, run recontrast "
+            f"calibrate {file} --good DIR"
         )

@@ -1,0 +1,162 @@
+"""Good images that are added to a fitted PatchCore."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import recontrast
+from recontrast import checkpoint as checkpoints
+from recontrast.data.fingerprint import read_fingerprints
+from recontrast.data.near_copies import read_sketches
+from recontrast.inference.detector import open_detector
+from recontrast.models.patchcore import PatchCore
+from tests.command_line import call, fails, works
+from tests.tiny import tiny_set
+
+SMALL = ("--backbone", "test_resnet", "--weights", "random", "--size", "64", "--batch", "3", "--device", "cpu",
+         "--set", "channels_last=false", "--no-evaluate")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set, and a folder with 5 new images, a copy of one of them, and 2 images of the data set."""
+    root = tmp_path_factory.mktemp("data")
+    tiny_set(root, train=12)
+    tiny_set(root / "other", train=5, seed=1)
+    shutil.move(root / "other/nut/train/good", root / "new")
+    shutil.copy(root / "new/004.png", root / "new/005.png")
+    for name in ("000.png", "007.png"):
+        shutil.copy(root / "nut/train/good" / name, root / "new" / f"old{name}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def fitted(data, tmp_path_factory):
+    """A fitted and calibrated run."""
+    run = tmp_path_factory.mktemp("fitted")
+    works("train", data / "nut", "--architecture", "patchcore", *SMALL, "--set", "bank_share=0.05", "--holdout", 0.2,
+          "--out", run)  # fmt: skip
+    return run
+
+
+@pytest.fixture
+def run(fitted, tmp_path):
+    return shutil.copytree(fitted, tmp_path / "run")
+
+
+def test_bank_keeps_its_vectors_and_gains_a_share(run, data):
+    before = checkpoints.load(run / "checkpoint.pt")
+    old = [p.score for p in open_detector(run / "checkpoint.pt", "cpu").predict(data / "new")]
+    printed = works("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    after = checkpoints.load(run / "checkpoint.pt")
+    bank, points = before.model["bank"], 8 * 8
+    assert torch.equal(after.model["bank"][: len(bank)], bank)
+    assert len(after.model["bank"]) == len(bank) + int(5 * points * 0.05)
+    new = [p.score for p in open_detector(run / "checkpoint.pt", "cpu").predict(data / "new")]
+    assert np.less_equal(new, np.array(old) + 1e-6).all() and min(np.subtract(new, old)) < -1e-3
+    assert "5 images added in" in printed and "15 in all" in printed
+    assert "3 images are left out" in printed and "old000.png" in printed
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["images"] == 15 and last["step"] == after.step > before.step
+
+
+def test_new_vectors_are_the_farthest_from_the_bank(run, data):
+    old = checkpoints.load(run / "checkpoint.pt").model["bank"].float()
+    works("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    gained = checkpoints.load(run / "checkpoint.pt").model["bank"][len(old) :].float()
+    model = open_detector(run / "checkpoint.pt", "cpu").model.model
+    model.bank = old.half()
+    first = float(torch.cdist(gained[:1], old).min())
+    scores = [p.score for p in recontrast.load(run, "cpu").predict(data / "new")]
+    assert len(scores) == 8
+    pixels = torch.stack([torch.from_numpy(i) for i in _read(data / "new")]).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.mean, model.std))
+    distances = model.distances((pixels - mean) / std)[0][0]
+    assert first == pytest.approx(float(distances.max()), rel=1e-2)
+
+
+def _read(folder):
+    from PIL import Image
+
+    return [np.array(Image.open(path)) for path in sorted(folder.glob("0*.png"))]
+
+
+def test_description_of_the_training_images_grows(run, data):
+    before = checkpoints.load(run / "checkpoint.pt").images
+    works("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    after = checkpoints.load(run / "checkpoint.pt").images
+    assert after["count"] == before["count"] + 5 and after["digest"] != before["digest"]
+    assert read_fingerprints(after) > read_fingerprints(before) and len(read_fingerprints(after)) == 15
+    assert read_sketches(after).shape == (15, 1024)
+    np.testing.assert_array_equal(read_sketches(after)[:10], read_sketches(before))
+    assert "that were (first:" in fails("calibrate", run, "--good", data / "new", "--false-alarm-rate", 0.2)
+    assert "got 8 that it was" in fails("train", "--extend", run, "--good", data / "new")
+
+
+def test_calibration_is_removed_or_made_again(run, data):
+    printed = works("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    assert checkpoints.load(run / "checkpoint.pt").calibration is None
+    assert "the calibration is removed, because it belongs to the detector before" in printed
+    assert f"to calibrate again, run recontrast calibrate {run / 'checkpoint.pt'} --good DIR" in printed
+    works("calibrate", run, "--good", data / "nut/test/good", "--false-alarm-rate", 0.3, "--device", "cpu")
+    tiny_set(data / "third", train=6, seed=2)
+    detector = recontrast.extend(run, data / "third/nut/train/good", holdout=0.5, device="cpu")
+    assert detector.calibration.count == 3 and len(read_fingerprints(_images(run))) == 18
+    shutil.rmtree(data / "third")
+
+
+def _images(run):
+    return checkpoints.load(run / "checkpoint.pt").images
+
+
+def test_results_of_an_evaluation_are_removed(run, data):
+    works("evaluate", run, data / "nut", "--out", run, "--device", "cpu")
+    assert (run / "results.json").exists()
+    works("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    assert not (run / "results.json").exists() and not (run / "scores.csv").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError])
+@pytest.mark.parametrize("where", ["observe", "build_bank", "save"])
+def test_failure_leaves_the_checkpoint_as_it_was(run, data, monkeypatch, error, where):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(*((checkpoints, "save") if where == "save" else (PatchCore, where)), fail)
+    result = call("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    assert result.exit_code == (130 if error is KeyboardInterrupt else 2) and "Traceback" not in result.output
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_bad_input(fitted, data, tmp_path):
+    bad = tmp_path / "more"
+    shutil.copytree(data / "new", bad)
+    (bad / "000.png").write_bytes(b"no image")
+    for arguments, message in [
+        (("--extend", fitted), "--good: wanted good images to add, got none"),
+        (("--extend", fitted, "--good", bad), "--good: wanted images that can be read, got 1 others"),
+        (("--extend", fitted, "--good", data / "missing"), "missing"),
+        (("--extend", tmp_path, "--good", data / "new"), "checkpoint.pt"),
+        (("--extend", fitted, "--good", data / "new", "--holdout", "0.01"), "holdout: wanted at least 1 image"),
+        (("--extend", fitted, "--good", data / "new", "--holdout", "1.5"), "holdout: wanted a share in [0, 1)"),
+        (("--extend", fitted, "--good", data / "new", "--steps", "3"),
+         "--extend: wanted only --good, --all-good, --holdout, --device with it, got --steps too"),
+        ((data, "--extend", fitted, "--good", data / "new"), "got DATA too"),
+        ((data, "--good", data / "new"), "--good: wanted --extend RUN with it"),
+    ]:  # fmt: skip
+        assert message in fails("train", *arguments)
+
+
+@pytest.mark.parametrize("name", ["padim", "uniad", "recontrast"])
+def test_other_architectures_are_refused(name, data, tmp_path):
+    works("train", data / "nut", "--architecture", name, *SMALL, "--steps", 1, "--holdout", 0, "--out", tmp_path,
+          *(("--set", "gaussian_features=4") if name == "padim" else ()))  # fmt: skip
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    message = fails("train", "--extend", tmp_path, "--good", data / "new")
+    assert f"wanted a detector that can be extended (patchcore), got architecture '{name}'" in message
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
