@@ -9,6 +9,7 @@ import typer
 
 from recontrast.app.command_group import Command, CommandGroup
 from recontrast.app.commands.calibrate import calibrate
+from recontrast.app.commands.compare import compare
 from recontrast.app.commands.demo import demo
 from recontrast.app.commands.evaluate import evaluate
 from recontrast.app.commands.export import export
@@ -58,5 +59,5 @@ def _root(
     pass
 
 
-for command in (train, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info):
+for command in (train, compare, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info):
     app.command(cls=Command)(command)

@@ -30,6 +30,10 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "results.md": (b"| category | images |",),
     "comparison.json": (b'{\n "table": ',),
     "comparison.csv": (b"entry,category,metric,seeds,",),
+    "compare.json": (b'{\n "compared": ',),
+    "compare.csv": (b"method,error,i_auroc,",),
+    "compare.md": (b"# Comparison of methods on ",),
+    "method.json": (b'{\n "method": ',),
     "scale.json": (b'{\n "format": ',),
     "unfinished-predict.json": (b'{\n "note": ',),
     "unfinished-evaluate.json": (b'{\n "note": ',),
@@ -38,7 +42,7 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
 }
 _SHEET = re.compile(r"heatmaps_[^/]+\.png")  # of the demo
 _RECIPE_FIELDS = (b"name:", b"\nbackbone:", b"\ndecoder_lr:", b"\ncheckpoint_every:", b"\nmask_rule:")
-_REPORT = b"Anomaly detection report"
+_PAGES = (b"Anomaly detection report", b"Anomaly detection comparison")
 _MODEL = b"recontrast"  # in the description that an exported file holds
 _CHECKPOINT = b"recontrast_checkpoint"  # a key in the first member of the archive
 _MODEL_SUFFIXES = (".onnx", ".pt2", ".xml")
@@ -68,7 +72,7 @@ def is_own(path: Path) -> bool:
     if path.name == "unfinished-predict.maps":
         return True  # numbers without a head; a killed command may have left it without its .jsonl
     if path.suffix.lower() in (".html", ".htm"):
-        return _REPORT in head
+        return any(title in head for title in _PAGES)
     if path.name == "recipe.yaml":
         return head.startswith(_RECIPE_FIELDS[0]) and all(name in head for name in _RECIPE_FIELDS)
     if path.name == "log.jsonl":

@@ -111,7 +111,7 @@ def _encode_one(source: _Source, side: int, quality: int) -> Pictures:
     if source.image is not None:
         image = source.image.copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        photo = _encode_uri(image, "WEBP", quality=quality, method=4)
+        photo = encode_uri(image, "WEBP", quality=quality, method=4)
     size = tuple(min(n, SIDE, side) for n in source.heat.shape)
     values = np.clip(heatmaps.resize_map(source.heat, (size[0], size[1])), 0, 1)
     opacity = np.rint(255 * np.sqrt(values)).astype(np.uint8)
@@ -119,17 +119,18 @@ def _encode_one(source: _Source, side: int, quality: int) -> Pictures:
     mask = None
     if source.mask is not None:
         white = heatmaps.resize_map(source.mask.astype(np.float32), (size[0], size[1])) > 0
-        mask = _encode_uri(Image.fromarray(white), "PNG", optimize=True)
+        mask = encode_uri(Image.fromarray(white), "PNG", optimize=True)
     return Pictures(
         photo,
-        _encode_uri(heat, "WEBP", quality=60, alpha_quality=60, method=4),
+        encode_uri(heat, "WEBP", quality=60, alpha_quality=60, method=4),
         mask,
         source.ratio,
         source.error,
     )
 
 
-def _encode_uri(image: Image.Image, kind: str, **options: Any) -> str:
+def encode_uri(image: Image.Image, kind: str, **options: Any) -> str:
+    """Return an image, encoded as ``kind`` with Pillow's ``options``, as a data URI."""
     content = io.BytesIO()
     image.save(content, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"

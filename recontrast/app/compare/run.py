@@ -1,0 +1,211 @@
+"""Comparison of methods: train each one as an ordinary run, and measure all of them on the same images."""
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recontrast.app.compare.measure import OnProgress, measure_method
+from recontrast.app.compare.methods import METHODS, select_methods
+from recontrast.app.compare.peak_memory import PeakMemory
+from recontrast.app.compare.record import RECORD, MethodResult, Record, describe_changes, digest_files, read_record
+from recontrast.app.errors import USER_ERRORS, describe_error, is_memory_error
+from recontrast.app.train_job import TrainJob, prepare_job, run_job
+from recontrast.data import datasets
+from recontrast.data.datasets import Sample
+from recontrast.data.listing import list_images
+from recontrast.data.locks import lock_folder
+from recontrast.data.own_files import check_replaceable
+from recontrast.evaluation.results import FILES as TABLES
+from recontrast.runtime.device import resolve_device
+
+UNLABELLED_HOLDOUT = 0.2  # share of the good images that is held out if no labelled test images exist
+MIN_HOLDOUT_SOURCE = 10  # good images; of fewer, none are held out unless the user asks for it
+
+
+@dataclass
+class MethodRun:
+    """One method: its name, and either its checked training run or the reason why it cannot run."""
+
+    name: str
+    job: TrainJob | None = None
+    error: str | None = None
+
+
+@dataclass
+class Comparison:
+    """Comparison whose options have been checked.
+
+    Attributes:
+        runs: Methods in the order of the tables.
+        groups: Samples by category.
+        category: Name of the category, or "all".
+        out: Folder of the comparison; the run of each method is a folder in it.
+        device: Device of training and inference.
+        unlabelled: Images without labels.
+        overwrite: Whether other runs and files of others may be replaced.
+    """
+
+    runs: list[MethodRun]
+    groups: dict[str, list[Sample]]
+    category: str
+    out: Path
+    device: torch.device
+    unlabelled: list[Path]
+    overwrite: bool
+
+
+def prepare_comparison(
+    data: Sequence[Path], methods: Sequence[str], changes: dict[str, Any], *, category: str | None, out: Path | None,
+    images: Sequence[Path], device: str | None, overwrite: bool,
+) -> Comparison:  # fmt: skip
+    """Check the options of a comparison, and list its images.
+
+    Args:
+        data: Data sets, categories or folders of good images.
+        methods: Names of the methods; empty selects all.
+        changes: Recipe fields that all methods share.
+        category: Name of one category, "all", or None for the only one.
+        out: Folder of the comparison. None: ``runs/compare-CATEGORY``.
+        images: Folders or files of images without labels.
+        device: PyTorch device; None for the default.
+        overwrite: Whether other runs and files of others in ``out`` may be replaced.
+
+    Returns:
+        The comparison. A method that cannot run with these options has an error.
+
+    Raises:
+        ValueError: If an option is invalid for all methods.
+        OSError: If a folder cannot be read.
+    """
+    names, resolved = select_methods(methods), resolve_device(device)
+    groups = datasets.load(data, None if category in (None, "all") else [category])
+    if category is None and len(groups) > 1:
+        raise ValueError(f"{' '.join(map(str, data))} holds {len(groups)} categories: choose one with --category, or "
+                         f"all of them with --category all ({', '.join(groups)})")  # fmt: skip
+    category = category or next(iter(groups))
+    out = out or Path("runs") / f"compare-{category}"
+    samples = [sample for group in groups.values() for sample in group]
+    is_labelled = len({sample.label for sample in samples if sample.split == "test"}) > 1
+    good = sum(sample.split == "train" and not sample.label for sample in samples)
+    if not is_labelled and "holdout" not in changes:
+        changes = {**changes, "holdout": UNLABELLED_HOLDOUT if good >= MIN_HOLDOUT_SOURCE else 0.0}
+    unlabelled = list_images(images) if images else []
+    runs = [_prepare_run(name, groups, changes, category, out / name, overwrite) for name in names]
+    if all(run.job is None for run in runs) and len({run.error for run in runs}) == 1:
+        raise ValueError(runs[0].error)
+    return Comparison(runs, groups, category, out, resolved, unlabelled, overwrite)
+
+
+def _prepare_run(
+    name: str, groups: dict[str, list[Sample]], changes: dict[str, Any], category: str, out: Path, overwrite: bool
+) -> MethodRun:
+    """Check the run of one method; an error concerns this method alone."""
+    try:
+        job = prepare_job(
+            groups, None, {**METHODS[name], **changes}, category=category, out=out, resume=None, overwrite=True
+        )
+        check_replaceable(out, [*TABLES, RECORD, "checkpoint.pt"], overwrite=overwrite)
+    except USER_ERRORS as error:
+        return MethodRun(name, error=describe_error(error))
+    return MethodRun(name, job)
+
+
+def complete_method(run: MethodRun, comparison: Comparison, on_progress: OnProgress) -> MethodResult:
+    """Train and measure one method, or read what an earlier call has measured.
+
+    Args:
+        run: Method.
+        comparison: Comparison that it belongs to.
+        on_progress: Called with the activity, the items done, the number of items, and a note.
+
+    Returns:
+        Its measures, or the error that stopped it.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; a method that is trained by steps has a checkpoint then.
+    """
+    if run.job is None:
+        return MethodResult(run.name, run.error)
+    try:
+        with lock_folder(run.job.out):
+            record = _find_record(run.job, comparison)
+            if not record.is_trained:
+                _train(run, run.job, record, comparison, on_progress)
+            tests = [sample for sample in run.job.samples if sample.split == "test"]
+            paths = [*comparison.unlabelled, *(path for s in tests for path in (s.path, s.mask))]
+            measured_on = digest_files(paths)
+            if record.result is None or record.measured_on != measured_on:
+                record.result = measure_method(run.name, run.job, record, comparison.unlabelled, on_progress)
+                record.measured_on = measured_on
+                record.write(run.job.out, run.name)
+            return record.result
+    except Exception as error:
+        if is_memory_error(error):
+            return MethodResult(run.name, "out of memory: try a smaller --size or --batch")
+        if not isinstance(error, USER_ERRORS):
+            raise
+        return MethodResult(run.name, describe_error(error))
+
+
+def _find_record(job: TrainJob, comparison: Comparison) -> Record:
+    """Return the record of an earlier call with the same settings, or a new one."""
+    good = [sample.path for sample in job.samples if sample.split == "train" and not sample.label]
+    recipe = {key: value for key, value in job.recipe.to_dict().items() if key != "steps" or job.recipe.uses_steps}
+    settings = {
+        "recipe": recipe, "category": job.category, "device": str(comparison.device),
+        "images": digest_files(good),
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))  # as it is read from a file
+    record = read_record(job.out)
+    if record is not None and record.settings == settings and (job.target.exists() or not record.is_trained):
+        return record
+    if job.target.exists() and not comparison.overwrite:
+        other = "another run" if record is None else f"one with {describe_changes(record.settings, settings)}"
+        raise ValueError(f"{job.out}: wanted a run of this comparison, got {other}: use --overwrite or another --out")
+    job.target.unlink(missing_ok=True)
+    return Record(settings)
+
+
+def _train(run: MethodRun, job: TrainJob, record: Record, comparison: Comparison, on_progress: OnProgress) -> None:
+    """Train one method and write its record, also if the training is interrupted."""
+    if job.target.exists() and job.recipe.uses_steps:
+        job = prepare_job(
+            comparison.groups, None, {}, category=job.category, out=job.out, resume=job.target, overwrite=False
+        )
+    job.out.mkdir(parents=True, exist_ok=True)
+    record.write(job.out, run.name)
+    before, start = record.seconds, time.perf_counter()
+    peak = PeakMemory(comparison.device)
+    try:
+        with peak:
+            run_job(
+                job, device=comparison.device, cache=None, teacher_cache=0, tensorboard=False,
+                on_step=lambda _, done, total, note: on_progress(f"train {run.name}", done, total, note),
+            )  # fmt: skip
+        record.is_trained = True
+    finally:
+        record.seconds = before + time.perf_counter() - start
+        record.memory = max(peak.bytes or 0, record.memory or 0) or None
+        record.write(job.out, run.name)
+
+
+def run_comparison(comparison: Comparison, on_progress: OnProgress, results: list[MethodResult]) -> None:
+    """Complete all methods, one after the other.
+
+    Args:
+        comparison: Checked comparison.
+        on_progress: See `complete_method`.
+        results: List that receives the result of each method as soon as it is complete.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(comparison.out))
+        for run in comparison.runs:
+            results.append(complete_method(run, comparison, on_progress))
+            gc.collect()
