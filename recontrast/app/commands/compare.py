@@ -12,7 +12,7 @@ from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.tables import print_table
 
 
-def compare(
+def compare(  # 13 options and the output; the package `compare` does the work
     data: Data,
     methods: Annotated[
         str | None, typer.Option(help="Methods, such as patchcore,padim. Default: those, recontrast, rd4ad and uniad.")
