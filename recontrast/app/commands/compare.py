@@ -7,15 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from recontrast.app.console import exit_with_error, print_data, print_error, print_image_errors, print_line
-from recontrast.app.options import Data, Device, check_writable, expand_home, parse_list, path_option
+from recontrast.app.options import Data, Device, check_writable, expand_home, parse_duration, parse_list, path_option
 from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.tables import print_table
 
 
-def compare(  # 13 options and the output; the package `compare` does the work
+def compare(  # 14 options and the output; the package `compare` does the work
     data: Data,
     methods: Annotated[
-        str | None, typer.Option(help="Methods, such as patchcore,padim. Default: those, recontrast, rd4ad and uniad.")
+        str | None,
+        typer.Option(help="Methods, such as patchcore,padim. Default: those, ensemble, recontrast, rd4ad and uniad."),
     ] = None,
     category: Annotated[
         str | None,
@@ -35,6 +36,10 @@ def compare(  # 13 options and the output; the package `compare` does the work
         typer.Option(
             help="Backbone weights: a .pth, .pt or .safetensors file, package, or random. Default: timm's hub."
         ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Time for the training of each method, such as 90s, 3m or 1h; see train --budget."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the methods that are trained by steps. Default: 2000.")
@@ -70,6 +75,7 @@ def compare(  # 13 options and the output; the package `compare` does the work
     comparison = prepare_comparison(
         data, select_methods(parse_list(methods)), {key: value for key, value in values.items() if value is not None},
         category=category, out=out, images=images or [], device=device, overwrite=overwrite,
+        budget=None if budget is None else parse_duration("--budget", budget),
     )  # fmt: skip
     check_writable(comparison.out)
     check_replaceable(comparison.out, FILES, overwrite=overwrite)

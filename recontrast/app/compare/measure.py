@@ -2,13 +2,14 @@
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from recontrast import checkpoint as checkpoints
 from recontrast.app.compare.peak_memory import PeakMemory
 from recontrast.app.compare.record import MethodResult, Record
 from recontrast.app.compare.unlabelled import (
@@ -20,7 +21,10 @@ from recontrast.app.compare.unlabelled import (
 )
 from recontrast.app.evaluate_job import measure_network
 from recontrast.app.train_job import TrainJob
+from recontrast.checkpoint import Checkpoint
 from recontrast.data.copies import group_equal_files
+from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
+from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import METRICS
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.infer import infer
@@ -52,10 +56,13 @@ def measure_method(
     result = MethodResult(
         name, train_seconds=record.seconds, train_memory=record.memory, file_bytes=job.target.stat().st_size
     )
-    held_out = list_held_out(job)
+    stored = checkpoints.load(job.target)
+    result.plan = record.plan
+    trained = read_fingerprints(stored.images)
+    held_out = list_held_out(job, detector, trained)
     with PeakMemory(device) as peak:
         if any(sample.split == "test" for sample in job.samples):
-            _measure_labelled(result, job, detector, on_progress)
+            _measure_labelled(result, job, detector, stored, on_progress)
         if held_out:
             scores, errors = score_files(detector, held_out, batch)
             result.held_out_scores, result.image_errors = _pair(held_out, scores), [*result.image_errors, *errors]
@@ -71,12 +78,12 @@ def measure_method(
 
 
 def _measure_labelled(
-    result: MethodResult, job: TrainJob, detector: CheckpointDetector, on_progress: OnProgress
+    result: MethodResult, job: TrainJob, detector: CheckpointDetector, stored: Checkpoint, on_progress: OnProgress
 ) -> None:
     """Compute the metrics on labelled test images, and write them to the folder of the run."""
     evaluated, decisions, _ = measure_network(
         detector.model, job.groups, detector.recipe, job.out, calibration=detector.calibration, errors="keep",
-        batch=detector.recipe.batch,
+        batch=detector.recipe.batch, trained=read_fingerprints(stored.images), sketches=read_sketches(stored.images),
         on_progress=lambda category, done, total: on_progress(f"evaluate {result.name}", done, total, category),
     )  # fmt: skip
     mean = evaluated.mean
@@ -89,12 +96,36 @@ def _measure_labelled(
     result.image_errors = list(evaluated.errors)
 
 
-def list_held_out(job: TrainJob) -> list[Path]:
-    """List the good images held out of training, without copies."""
+def list_held_out(job: TrainJob, detector: CheckpointDetector, trained: Collection[str]) -> list[Path]:
+    """List the good images held out of training, without copies.
+
+    Args:
+        job: Run, for the images and the share that is held out.
+        detector: Its detector, for the size of the images.
+        trained: Fingerprints of the images that it was trained on.
+
+    Returns:
+        Paths in the order of the data set.
+    """
     good = [sample.path for sample in job.samples if sample.split == "train" and not sample.label]
     copies = group_equal_files(good)
     positions = split_holdout(list(range(len(good))), job.recipe.holdout, job.recipe.seed, copies)[1]
-    return [good[position] for position in positions if copies[position] == position]
+    drawn = [good[position] for position in positions if copies[position] == position]
+    selected = _select_untrained(drawn, detector, trained)
+    if len(selected) < len(drawn):  # training divided the images again, to keep near-copies on one side
+        selected = _select_untrained([path for i, path in enumerate(good) if copies[i] == i], detector, trained)
+    return selected
+
+
+def _select_untrained(paths: Sequence[Path], detector: CheckpointDetector, trained: Collection[str]) -> list[Path]:
+    known, selected = set(trained), []
+    pixels = (image for chunk in read_chunks(detector, paths) for image in chunk)
+    for path, image in zip(paths, pixels, strict=True):
+        fingerprint = compute_fingerprint(image)
+        if fingerprint not in known:
+            known.add(fingerprint)
+            selected.append(path)
+    return selected
 
 
 def _list_timed(job: TrainJob, held_out: Sequence[Path]) -> list[Path]:

@@ -8,8 +8,9 @@ from recontrast.experiments.paper_tables import RD4AD
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "patchcore": {"architecture": "patchcore"},
     "padim": {"architecture": "padim"},
-    "recontrast": {},
-    "rd4ad": RD4AD,
+    "ensemble": {"architecture": "ensemble"},
+    "recontrast": {"architecture": "recontrast"},
+    "rd4ad": {"architecture": "recontrast", **RD4AD},
     # The public code of UniAD trains with this learning rate and clips gradients.
     "uniad": {"architecture": "uniad", "decoder_lr": 1e-4, "clip": 0.1},
 }

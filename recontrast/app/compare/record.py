@@ -22,6 +22,7 @@ class MethodResult:
     Attributes:
         name: Name of the method.
         error: Why the method has no measures; else None.
+        plan: What was chosen for a time budget; None without one.
         metrics: Metrics on labelled test images in [0, 1], by the fields of `recontrast.evaluation.results.Row`.
         images, defects: Number of labelled test images, and of those with a defect.
         decided: Decisions on labelled test images, see `recontrast.app.evaluate_job.DecisionSummary`.
@@ -39,6 +40,7 @@ class MethodResult:
 
     name: str
     error: str | None = None
+    plan: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     images: int = 0
     defects: int = 0
@@ -67,10 +69,11 @@ class Record:
     """Content of `RECORD`.
 
     Attributes:
-        settings: Recipe, category, device and training images of the method.
+        settings: Recipe, category, time budget, device and training images of the method.
         seconds: Time of its training so far, in seconds.
         is_trained: Whether the training is complete.
         memory: Peak memory of the training in bytes, or None.
+        plan: What was chosen for a time budget; None without one.
         measured_on: Digest of the images that ``result`` was measured on.
         result: Measures, or None.
     """
@@ -79,6 +82,7 @@ class Record:
     seconds: float = 0.0
     is_trained: bool = False
     memory: int | None = None
+    plan: str | None = None
     measured_on: str = ""
     result: MethodResult | None = None
 

@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,10 @@ MIN_HOLDOUT_SOURCE = 10  # good images; of fewer, none are held out unless the u
 
 @dataclass
 class MethodRun:
-    """One method: its name, and either its checked training run or the reason why it cannot run."""
+    """One method: its name, its recipe fields, and either its checked training run or why it cannot run."""
 
     name: str
+    changes: Mapping[str, Any]
     job: TrainJob | None = None
     error: str | None = None
 
@@ -50,6 +51,7 @@ class Comparison:
         device: Device of training and inference.
         unlabelled: Images without labels.
         overwrite: Whether other runs and files of others may be replaced.
+        budget: Seconds that the training of each method may take; None for no limit.
     """
 
     runs: list[MethodRun]
@@ -59,11 +61,12 @@ class Comparison:
     device: torch.device
     unlabelled: list[Path]
     overwrite: bool
+    budget: float | None = None
 
 
 def prepare_comparison(
     data: Sequence[Path], methods: Sequence[str], changes: dict[str, Any], *, category: str | None, out: Path | None,
-    images: Sequence[Path], device: str | None, overwrite: bool,
+    images: Sequence[Path], device: str | None, overwrite: bool, budget: float | None = None,
 ) -> Comparison:  # fmt: skip
     """Check the options of a comparison, and list its images.
 
@@ -76,6 +79,7 @@ def prepare_comparison(
         images: Folders or files of images without labels.
         device: PyTorch device; None for the default.
         overwrite: Whether other runs and files of others in ``out`` may be replaced.
+        budget: Seconds that the training of each method may take; None for no limit.
 
     Returns:
         The comparison. A method that cannot run with these options has an error.
@@ -100,21 +104,20 @@ def prepare_comparison(
     runs = [_prepare_run(name, groups, changes, category, out / name, overwrite) for name in names]
     if all(run.job is None for run in runs) and len({run.error for run in runs}) == 1:
         raise ValueError(runs[0].error)
-    return Comparison(runs, groups, category, out, resolved, unlabelled, overwrite)
+    return Comparison(runs, groups, category, out, resolved, unlabelled, overwrite, budget)
 
 
 def _prepare_run(
     name: str, groups: dict[str, list[Sample]], changes: dict[str, Any], category: str, out: Path, overwrite: bool
 ) -> MethodRun:
     """Check the run of one method; an error concerns this method alone."""
+    changes = {**METHODS[name], **changes}
     try:
-        job = prepare_job(
-            groups, None, {**METHODS[name], **changes}, category=category, out=out, resume=None, overwrite=True
-        )
+        job = prepare_job(groups, None, changes, category=category, out=out, resume=None, overwrite=True)
         check_replaceable(out, [*TABLES, RECORD, "checkpoint.pt"], overwrite=overwrite)
     except USER_ERRORS as error:
-        return MethodRun(name, error=describe_error(error))
-    return MethodRun(name, job)
+        return MethodRun(name, changes, error=describe_error(error))
+    return MethodRun(name, changes, job)
 
 
 def complete_method(run: MethodRun, comparison: Comparison, on_progress: OnProgress) -> MethodResult:
@@ -159,7 +162,7 @@ def _find_record(job: TrainJob, comparison: Comparison) -> Record:
     good = [sample.path for sample in job.samples if sample.split == "train" and not sample.label]
     recipe = {key: value for key, value in job.recipe.to_dict().items() if key != "steps" or job.recipe.uses_steps}
     settings = {
-        "recipe": recipe, "category": job.category, "device": str(comparison.device),
+        "recipe": recipe, "category": job.category, "budget": comparison.budget, "device": str(comparison.device),
         "images": digest_files(good),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # as it is read from a file
@@ -175,16 +178,14 @@ def _find_record(job: TrainJob, comparison: Comparison) -> Record:
 
 def _train(run: MethodRun, job: TrainJob, record: Record, comparison: Comparison, on_progress: OnProgress) -> None:
     """Train one method and write its record, also if the training is interrupted."""
-    if job.target.exists() and job.recipe.uses_steps:
-        job = prepare_job(
-            comparison.groups, None, {}, category=job.category, out=job.out, resume=job.target, overwrite=False
-        )
     job.out.mkdir(parents=True, exist_ok=True)
     record.write(job.out, run.name)
     before, start = record.seconds, time.perf_counter()
     peak = PeakMemory(comparison.device)
     try:
         with peak:
+            job = _continue_or_plan(job, run.changes, comparison)
+            record.plan = job.describe_plan() or record.plan
             run_job(
                 job, device=comparison.device, cache=None, teacher_cache=0, tensorboard=False,
                 on_step=lambda _, done, total, note: on_progress(f"train {run.name}", done, total, note),
@@ -194,6 +195,19 @@ def _train(run: MethodRun, job: TrainJob, record: Record, comparison: Comparison
         record.seconds = before + time.perf_counter() - start
         record.memory = max(peak.bytes or 0, record.memory or 0) or None
         record.write(job.out, run.name)
+
+
+def _continue_or_plan(job: TrainJob, changes: Mapping[str, Any], comparison: Comparison) -> TrainJob:
+    """Return the run that continues an interrupted one, or one that fits into the time budget."""
+    options: dict[str, Any] = {"category": job.category, "out": job.out}
+    if job.target.exists() and job.recipe.uses_steps:
+        return prepare_job(comparison.groups, None, {}, **options, resume=job.target, overwrite=False)
+    if comparison.budget is None:
+        return job
+    return prepare_job(
+        comparison.groups, None, changes, **options, resume=None, overwrite=True, budget=comparison.budget,
+        device=comparison.device,
+    )  # fmt: skip
 
 
 def run_comparison(comparison: Comparison, on_progress: OnProgress, results: list[MethodResult]) -> None:

@@ -65,6 +65,9 @@ def _describe_settings(comparison: Comparison) -> dict[str, str]:
         "backbone": recipe.backbone, "size": " x ".join(map(str, recipe.out)) + " px", "batch": str(recipe.batch),
         "training images": str(job.count_training()), "device": str(comparison.device),
     }  # fmt: skip
+    if comparison.budget is not None:  # chooses the sizes and the steps
+        del settings["size"]
+        return {**settings, "time for each training": f"{comparison.budget:g} s"}
     return {**settings, "steps": str(steps[0])} if steps else settings
 
 
@@ -86,7 +89,8 @@ def _write_notes(comparison: Comparison, measured: Sequence[MethodResult]) -> li
         "training time: wall clock, with loading weights, reading images and calibration; inference time: network, map "
         "and score of images in memory, the fastest of three passes"
     )
-    if steps:
+    notes += [f"{result.name} {result.plan}" for result in measured if result.plan is not None]
+    if steps and comparison.budget is None:
         recipe = next(run.job.recipe for run in comparison.runs if run.job is not None and run.name == steps[0])
         notes.append(
             f"{', '.join(steps)}: trained for {recipe.steps} steps of {recipe.batch} images; more steps can change "

@@ -191,11 +191,37 @@ def test_training_by_steps_is_resumed(data, tmp_path, monkeypatch):
     assert jobs[0].resume is None and jobs[1].resume == tmp_path / "out" / "uniad" / "checkpoint.pt"
 
 
+def test_budget_is_that_of_each_training(data, tmp_path, monkeypatch):
+    """The plan depends on the speed of the machine, and a second call must not make another one."""
+    out = tmp_path / "out"
+    options = (
+        "--methods",
+        "uniad",
+        *SMALL[:4],
+        *SMALL[6:8],
+        "--device",
+        "cpu",
+        "--size",
+        64,
+        "--budget",
+        "60s",
+        "--out",
+        out,
+    )
+    works("compare", data, *options)
+    (method,) = read_json(out)["methods"]
+    assert method["plan"].startswith("for 60 s: ") and method["train_seconds"] < 60
+    assert open_detector(out / "padim" / "checkpoint.pt", "cpu").recipe.size == 64
+    monkeypatch.setattr(compare_run, "run_job", None)
+    works("compare", data, *options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--methods", "padim,yolo"), "--methods: wanted patchcore, padim, recontrast, rd4ad or uniad, got 'yolo'"),
+        (("--methods", "padim,yolo"), "--methods: wanted patchcore, padim, ensemble, recontrast, rd4ad or uniad, got"),
         (("--methods", ","), "--methods: wanted names such as patchcore,padim, got ','"),
+        (("--budget", "soon"), "--budget: wanted a duration such as 90s, 3m or 1h, got 'soon'"),
         (("--size", "0"), "size: wanted a whole number of pixels"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--images", "nothing"), "nothing"),
