@@ -403,3 +403,13 @@ def test_single_view_decides_only_with_its_own_calibration(run, photographs, tmp
     pixels = np.full((1, 40, 50, 3), 90, np.uint8)
     outputs = detector.program(pixels)
     assert outputs["p_value"] == pytest.approx(wanted.p_values(outputs["score"]))
+
+
+def test_pt2_files_in_folders_that_are_not_utf8(tmp_path):
+    """PyTorch ends the whole process if it is given such a path."""
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    path = tmp_path / os.fsdecode(b"\xff.pt2")
+    exporting._write(program, None, "pt2", path, "{}")
+    with open(path, "rb") as file:
+        read = torch.export.load(file)
+    assert torch.equal(read.module().weight, program.module().weight)

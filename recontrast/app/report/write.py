@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recontrast.app.options import resolve_checkpoint
+from recontrast.data.names import escape_bytes
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
@@ -94,7 +95,7 @@ def write_report(
         pictures = thumbnails.encode_pictures(results, shots, recipe, budget)
         lines = json_log.read_log(file.parent / "log.jsonl")
         text = render_page(results, shots, pictures, recipe, checkpoint, lines, describe_environment(), str(run))
-        content = text.encode(errors="backslashreplace")  # file names that are not UTF-8
+        content = escape_bytes(text).encode()  # the page names files
         target.write(content)
         total = len(results.shots)
     errors = [*results.errors, *(picture.error for picture in pictures if picture.error is not None)]
