@@ -9,6 +9,7 @@ from pathlib import Path
 from campaigns.scenarios import build, check_run, continue_run, normalise, select_scenarios
 from faults import copy, list_hidden, read_folder, refuse, run_command, start, wait
 
+TABLES = {"scores.csv", "scores.json", "results.json", "results.csv", "results.md"}  # name the images that failed
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
@@ -43,7 +44,7 @@ def try_refusal(name, folder, scenario, points, former, whole, chance):
         return f"{kind}: ended with {result['code']}: {result['text'][-800:]}"
     if result["code"] == 0 and read_folder(out, normalise) != whole:
         return f"{kind}: exit status 0 without all results"
-    is_named = name == "predict" and result["code"] == 2 and names_failures(out, whole)
+    is_named = name in ("predict", "evaluate") and result["code"] == 2 and names_failures(out, whole)
     if out.exists() and not is_named and (wrong := check_run(name, out, former, whole)) is not None:
         return f"{kind}: {wrong}"
     if name == "prepare" and out.exists() and read_folder(out, normalise) == whole:
@@ -58,13 +59,13 @@ def try_refusal(name, folder, scenario, points, former, whole, chance):
 
 
 def names_failures(out, whole):
-    """Return whether a prediction lacks nothing but pictures, each with its error in scores.csv."""
+    """Return whether nothing is missing but maps and overlays, each with its error in scores.csv."""
     content = read_folder(out, normalise)
     if not content.keys() <= whole.keys() or "scores.csv" not in content:
         return False
     with (out / "scores.csv").open(newline="") as file:
         failed = [Path(row["path"]).stem for row in csv.DictReader(file) if row.get("error")]
-    changed = {path for path in whole if content.get(path) != whole[path]} - {"scores.csv", "scores.json"}
+    changed = {path for path in whole if content.get(path) != whole[path]} - TABLES
     return bool(failed) and all(path not in content and Path(path).stem in failed for path in changed)
 
 
