@@ -23,6 +23,7 @@ from PIL import Image
 # The restated reference is in tests/.
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "tests"))
+import gpu_rivals
 import upstream
 from bench_ops import SHAPES, features, interpolate_and_scipy, loss_rivals
 from measurements import Function, Run, table
@@ -371,7 +372,14 @@ def draw_samples(folder: Path, count: int, size: int) -> list[Sample]:
     return samples
 
 
-STAGES = {"loss": loss, "map": maps, "train": training, "evaluate": evaluation, "whole": whole}
+STAGES = {
+    "loss": loss,
+    "map": maps,
+    "train": training,
+    "evaluate": evaluation,
+    "rivals": gpu_rivals.rivals,
+    "whole": whole,
+}
 
 
 def main() -> None:

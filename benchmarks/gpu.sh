@@ -4,7 +4,8 @@
 # benchmarks/results/<device>.json and, if OUT is set, in that folder.
 #
 #   benchmarks/gpu.sh                 all stages; LIMIT=570 raises the limit, in seconds
-#   benchmarks/gpu.sh map train       only these stages, of: build test sanitize loss map train evaluate whole triton races
+#   benchmarks/gpu.sh map train       only these stages, of: build test sanitize loss map train evaluate rivals whole
+#                                     triton races
 #   DEVICE=cpu benchmarks/gpu.sh      every stage on the CPU with tiny shapes, to find errors
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +14,7 @@ python=${PYTHON:-python3}
 PATH=$(dirname "$(command -v "$python")"):$PATH  # cmake and ninja may be installed next to it
 device=${DEVICE:-cuda}
 limit=${LIMIT:-450}  # seconds for all stages
-stages=${*:-build test sanitize loss map train evaluate whole triton races}
+stages=${*:-build test sanitize loss map train evaluate rivals whole triton races}
 tiny=()
 [ "$device" = cuda ] || tiny=(--tiny)
 
@@ -126,6 +127,7 @@ measure loss 75 loss
 measure train 60 train
 CUDA_LAUNCH_BLOCKING=1 measure "train blocked" 12 train --only reference
 measure evaluate 25 evaluate
+measure rivals 30 rivals
 measure whole 25 whole
 check "triton test" 75 tests/kernels/test_triton.py
 RECONTRAST_BACKEND=triton measure "triton map" 12 map --only ours

@@ -31,6 +31,7 @@ from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe, list_differences
+from recontrast.recipes.validation import ARCHITECTURE_FIELDS
 from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
 from recontrast.training.run_files import CHECKPOINT, LOG
@@ -158,12 +159,28 @@ def _plan_runs(
         training = dict(evaluated[0].changes)
         if clash := {"seed", *training, *(key for entry in evaluated for key in entry.evaluation)} & set(changes):
             raise ValueError(f"reproduce: wanted changes of fields that the table does not set, got {min(clash)}")
-        recipe = RECIPES[table.recipe].replace(**training, **changes)
+        recipe = _build_recipe(table, evaluated[0], changes)
         units = {ALL: groups} if table.unified else {category: {category: groups[category]} for category in groups}
         for seed in seeds:
             for category, unit in units.items():
                 runs.append(ExperimentRun(name, category, unit, recipe.replace(seed=seed), tuple(evaluated)))
     return runs
+
+
+def _build_recipe(table: Table, entry: Entry, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of an entry. Changes of fields that the architecture of a rival lacks do not concern it."""
+    if not entry.recipe:
+        return RECIPES[table.recipe].replace(**entry.changes, **changes)
+    base = RECIPES[entry.recipe]
+    own = ARCHITECTURE_FIELDS[base.architecture]
+    others = {field for fields in ARCHITECTURE_FIELDS.values() for field in fields} - set(own)
+    adapted: dict[str, Any] = {}
+    if base.crop is not None and "size" in changes:  # the crop belongs to the size of the recipe
+        adapted["crop"] = None
+    if "gaussian_features" in own and "backbone" in changes:  # as many as the paper draws of the smaller ResNet-18
+        adapted["gaussian_features"] = 100
+    concerned = {name: value for name, value in changes.items() if name not in others}
+    return base.replace(**adapted | dict(entry.changes) | concerned)
 
 
 def _check_files(runs: Sequence[ExperimentRun], out: Path, overwrite: bool) -> None:
@@ -201,7 +218,9 @@ def _complete_run(
     trained = train(
         run.recipe, samples, category=run.category, out=folder, device=device, cache_dir=cache_dir,
         resume=target if target.exists() else None,
-        on_log=lambda step, loss, rate, _: on_step(f"train {title}", step, total, f"loss {loss:.4f}, {rate:.1f}/s"),
+        on_log=lambda step, loss, rate, _: on_step(
+            f"train {title}", step, max(step, total),
+            f"{rate:.1f}/s" if math.isnan(loss) else f"loss {loss:.4f}, {rate:.1f}/s"),
     )  # fmt: skip
     for entry, recipe in recipes.items():
         if entry not in rows:

@@ -6,6 +6,7 @@ the last step.
 """
 
 from recontrast.recipes.recipe import VISA_BN_EVAL, VISA_BN_TRAIN, Recipe
+from recontrast.recipes.rivals import RIVALS
 
 # recontrast_mvtec.py: one model per category. The mode of the encoder's BatchNorm is chosen by category.
 _MVTEC = Recipe(name="mvtec")
@@ -61,9 +62,11 @@ RECIPES: dict[str, Recipe] = {
         _OCT2017,
         _ISIC2018,
     )
-}
+} | RIVALS
 """Recipes of the nine scripts in the paper's public code (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602).
 
-The keys are "mvtec", "visa", "mvtec_stable" and "visa_stable" (appendix E), "mvtec_unified", "visa_unified", "aptos",
+"patchcore_mvtec", "patchcore_visa", "padim_mvtec", "uniad_mvtec" and "uniad_visa" have the settings of the published
+results of PatchCore, PaDiM and UniAD, see `recontrast.recipes.rivals`. The others:
+"mvtec", "visa", "mvtec_stable" and "visa_stable" (appendix E), "mvtec_unified", "visa_unified", "aptos",
 "oct2017" and "isic2018". To change a setting: ``RECIPES["mvtec"].replace(steps=500)``.
 """

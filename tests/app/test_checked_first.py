@@ -66,7 +66,7 @@ CASES = [
     ([*REPRODUCE, "--cache", "/proc/none"], "--cache: wanted a folder that can be written, got /proc/none"),
     ([*REPRODUCE, "--set", "weights=none.pth"], "weights: wanted a file (.pth, .pt, .safetensors)"),
     ([*REPRODUCE, "--seeds", "one"], "--seeds: wanted comma-separated integers, got 'one'"),
-    ([*REPRODUCE, "--entries", "B"], "reproduce: entry: wanted one of ours, got 'B'"),
+    ([*REPRODUCE, "--entries", "B"], "reproduce: entry: wanted one of ours, patchcore, padim, got 'B'"),
 ]  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_files_of_others_stay(run, data, tmp_path, command, name):
         "report": [run, data / "brick", "--out", out / name],
         "export": [run, "--format", "onnx", "--out", out / name],
         "demo": ["--out", out, "--short"],
-        "reproduce": ["mvtec", "--data", data, "--out", out],
+        "reproduce": ["mvtec", "--data", data, "--out", out, "--entries", "ours"],
     }[command]
     message = fails(command, *arguments)
     assert str(out / name) in message and "--overwrite" in message

@@ -160,7 +160,18 @@ def prepare(root, is_new):
 
 def reproduce(root, is_new):
     tiny_set(root / "data", "grid", train=4, good=2, defects=2)
-    arguments = ["reproduce", "mvtec", "--data", str(root / "data"), "--out", "OUT", "--device", "cpu"]
+    arguments = [
+        "reproduce",
+        "mvtec",
+        "--data",
+        str(root / "data"),
+        "--out",
+        "OUT",
+        "--device",
+        "cpu",
+        "--entries",
+        "ours",
+    ]
     for change in ("backbone=test_resnet", "weights=random", "size=32", "batch=4", "steps=2"):
         arguments += ["--set", change]
     if is_new:

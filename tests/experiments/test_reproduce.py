@@ -9,6 +9,7 @@ from recontrast.evaluation.results import METRICS
 from recontrast.experiments import paper_tables, published_numbers, reproduce
 from recontrast.experiments.comparison import Comparison, Line
 from recontrast.experiments.paper_tables import TABLES
+from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
 
 CHANGES = {"backbone": "test_resnet", "weights": "random", "size": 32, "batch": 4, "steps": 2}
@@ -25,6 +26,8 @@ def data(tmp_path_factory):
 def run(name, data, out, calls=None, **more):
     """Reproduce a table with tiny runs, and append each activity to ``calls``."""
     record = None if calls is None else lambda activity, *_: calls.append(activity)
+    if name in TABLES and any(entry.recipe for entry in TABLES[name].entries):
+        more = {"entries": ["ours"], **more}
     return reproduce.reproduce(name, data, out, on_step=record, device="cpu", **{"changes": CHANGES, **more})
 
 
@@ -103,6 +106,21 @@ def test_table_by_category_and_seed(data, tmp_path):
         assert [row["metric"] for row in csv.DictReader(file)][:3] == ["i_auroc", "p_auroc", "aupro_per_image"]
 
 
+@pytest.mark.parametrize(("name", "rivals"), [("mvtec", ["patchcore", "padim"]), ("visa_unified", ["uniad"])])
+def test_rivals_run_beside_ours(data, tmp_path, name, rivals):
+    changes = {**CHANGES, "factor": 0.5, "decoder": "mirror"}  # of ReContrast alone
+    categories = ["screw"] if name == "mvtec" else []
+    comparison = run(name, data, tmp_path, entries=["ours", *rivals], changes=changes, categories=categories)
+    assert list(dict.fromkeys(x.entry for x in comparison.lines)) == ["ours", *rivals]
+    for rival in rivals:
+        assert line(comparison, rival, "mean", "p_auroc").ours is not None
+        folder = tmp_path / rival / ("screw" if name == "mvtec" else "all")
+        (recipe,) = folder.glob("seed-*/recipe.yaml")
+        recipe = yaml_file.read_recipe(recipe)
+        assert recipe.architecture == rival and recipe.size == 32 and recipe.decoder == "auto"
+    assert any("their own recipes" in note or "UniAD" in note for note in comparison.notes)
+
+
 def test_interrupted_run_is_resumed(data, tmp_path):
     def interrupt(activity, done, *_):
         if activity.startswith("train ours screw") and done == 1:
@@ -110,7 +128,7 @@ def test_interrupted_run_is_resumed(data, tmp_path):
 
     changes = {**CHANGES, "log_every": 1}
     with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce("mvtec", data, tmp_path, changes=changes, device="cpu", on_step=interrupt)
+        reproduce.reproduce("mvtec", data, tmp_path, changes=changes, device="cpu", on_step=interrupt, entries=["ours"])
     assert (tmp_path / "ours/grid/seed-111/results.json").exists()
     assert (tmp_path / "ours/screw/seed-111/checkpoint.pt").exists()
     steps = []
@@ -163,7 +181,7 @@ def test_selected_entries(data, tmp_path):
     "name, more, text",
     [
         ("mvtek", {}, "reproduce: table: wanted one of mvtec, visa, .*, got 'mvtek'"),
-        ("mvtec", {"entries": ["F"]}, "reproduce: entry: wanted one of ours, got 'F'"),
+        ("mvtec", {"entries": ["F"]}, "reproduce: entry: wanted one of ours, patchcore, padim, got 'F'"),
         ("mvtec", {"categories": ["grit"]}, "wanted category 'grit', got grid"),
         ("aptos", {}, "wanted one category for aptos, got 2: grid, screw"),
         ("alpha", {"changes": {"alpha_end": 2.0}}, "fields that the table does not set, got alpha_end"),
@@ -215,7 +233,19 @@ def test_cells_in_percent_and_missing_values():
 def test_command(data, tmp_path):
     options = [text for key, value in CHANGES.items() for text in ("--set", f"{key}={value}")]
     output = works(
-        "reproduce", "mvtec", "--data", data, "--out", tmp_path, "--categories", "grid,", "--seeds", "7", *options
+        "reproduce",
+        "mvtec",
+        "--data",
+        data,
+        "--out",
+        tmp_path,
+        "--categories",
+        "grid,",
+        "--seeds",
+        "7",
+        "--entries",
+        "ours",
+        *options,
     )
     assert "I-AUROC" in output and "Recipe mvtec, seed 7." in output and str(tmp_path / "comparison.md") in output
     assert "wanted one of mvtec" in fails("reproduce", "mvtek", "--data", data)

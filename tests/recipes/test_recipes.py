@@ -9,6 +9,7 @@ import pytest
 from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe, list_differences
+from recontrast.recipes.rivals import RIVALS
 from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
 
 INVALID = {
@@ -113,7 +114,7 @@ TABLE = {  # steps, batch, drop_last, ramp, eps, score, encoder_bn; other differ
 TABLE["visa_unified"] = TABLE["mvtec_unified"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TABLE)
 def test_settings_of_every_script(name):
     """A script differs from recontrast_mvtec.py in the settings of the table and in no other."""
     columns, differences = TABLE[name]
@@ -129,7 +130,19 @@ def test_settings_of_every_script(name):
 
 
 def test_every_recipe_is_in_the_table():
-    assert set(TABLE) == set(RECIPES)
+    assert {*TABLE, *RIVALS} == set(RECIPES) and not set(TABLE) & set(RIVALS)
+
+
+def test_rivals_have_their_published_settings():
+    patchcore, padim, uniad = (RECIPES[name] for name in ("patchcore_mvtec", "padim_mvtec", "uniad_mvtec"))
+    assert (patchcore.bank_share, patchcore.levels, patchcore.bank_embedding, patchcore.out) == (
+        0.1, (2, 3), "unfold", (224, 224))  # fmt: skip
+    assert (padim.gaussian_features, padim.levels, padim.out, padim.score) == (550, 3, (224, 224), "max")
+    assert (uniad.decoder_lr, uniad.weight_decay, uniad.clip, uniad.jitter) == (1e-4, 1e-4, 0.1, 20)
+    assert (uniad.batch, uniad.lr_drop, uniad.lr_drop_at, uniad.blur) == (64, 0.1, 0.8, None)
+    assert uniad.steps == 1000 * -(-3629 // 64) and RECIPES["uniad_visa"].steps == 1000 * -(-8659 // 64)
+    for name, recipe in RIVALS.items():
+        assert recipe.name == name == f"{recipe.architecture}_{name.split('_')[1]}"
 
 
 def test_encoder_bn_on_visa():
