@@ -102,6 +102,19 @@ def test_page_is_one_file(labelled):
     assert page.count("data:image/webp") == 3 * len(read_json(out)["differing_images"])  # photograph, two heat maps
 
 
+def test_page_fits_phones_and_desks(labelled):
+    """The page needs no sideways scrolling, in light and dark."""
+    from browser import browser, open_page
+
+    with browser() as window:
+        for width, scheme in ((360, "dark"), (1200, "light")):
+            open_page(window, labelled[0] / "compare.html", width=width, scheme=scheme)
+            assert window.execute_script("return document.documentElement.scrollWidth") <= width
+            broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).length"
+            assert window.execute_script(broken) == 0
+            assert [line for line in window.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
+
+
 def test_second_call_trains_nothing(labelled, data, monkeypatch):
     out, printed = labelled
     monkeypatch.setattr(compare_run, "run_job", None)
