@@ -20,7 +20,7 @@ from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.regular_file import read_bytes
-from recontrast.data.temporary import complete_commits
+from recontrast.data.temporary import complete_commits, sweep
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import FILES as RESULT_FILES
 from recontrast.evaluation.results import Result, Row, parse_row
@@ -60,6 +60,11 @@ class ExperimentRun:
     groups: Groups
     recipe: Recipe
     entries: tuple[Entry, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the training, whose folder holds the checkpoint, and of all entries."""
+        return list(dict.fromkeys([self.name, *(entry.name for entry in self.entries)]))
 
     def folder(self, out: Path, entry: str) -> Path:
         """Return the folder of the results.
@@ -136,6 +141,9 @@ def reproduce(
         world, resolved_device = stack.enter_context(distributed.join_processes(device))
         if world.first:
             stack.enter_context(lock_folder(out))
+            for folder in {run.folder(out, name) for run in runs for name in run.names}:
+                sweep(folder)  # of a killed call; `lock_folder` does so for ``out``
+        distributed.broadcast_from_first(world, None)  # the others wait before they read these folders
         for run in runs:
             results = _complete_run(run, out, world, resolved_device, cache_dir, keep, on_step or (lambda *_: None))
             for entry, entry_rows in results.items():
@@ -188,7 +196,7 @@ def _check_files(runs: Sequence[ExperimentRun], out: Path, overwrite: bool) -> N
     check_replaceable(out, COMPARISON_FILES, overwrite=overwrite)
     names = [CHECKPOINT, LOG, yaml_file.FILE_NAME, *RESULT_FILES]
     for run in runs:
-        for name in dict.fromkeys([run.name, *(entry.name for entry in run.entries)]):
+        for name in run.names:
             check_replaceable(run.folder(out, name), names, overwrite=overwrite)
 
 
@@ -222,7 +230,7 @@ def _complete_run(
             f"train {title}", step, max(step, total),
             f"{rate:.1f}/s" if math.isnan(loss) else f"loss {loss:.4f}, {rate:.1f}/s"),
     )  # fmt: skip
-    for entry, recipe in recipes.items():
+    for entry, recipe in sorted(recipes.items(), key=lambda item: item[0] == run.name):  # beside the checkpoint: last
         if entry not in rows:
             result = evaluate(
                 trained.model, samples, recipe.replace(bits=trained.recipe.bits), cache_dir=cache_dir,
@@ -230,16 +238,20 @@ def _complete_run(
             )  # fmt: skip
             rows[entry] = result.rows
             if world.first:
-                _write_results(run.folder(out, entry), recipe, result)
+                remove = [CHECKPOINT] if entry == run.name and not keep else []
+                _write_results(run.folder(out, entry), recipe, result, remove)
     if world.first and not keep:
         target.unlink(missing_ok=True)
     return rows
 
 
-def _write_results(folder: Path, recipe: Recipe, result: Result) -> None:
-    """Write the recipe, then the results, so that there are never results without their recipe."""
+def _write_results(folder: Path, recipe: Recipe, result: Result, remove: Sequence[str]) -> None:
+    """Write the recipe, then the results, so that there are never results without their recipe.
+
+    Files to remove, such as the checkpoint, go at the same moment in which the results appear.
+    """
     yaml_file.write_recipe(folder / yaml_file.FILE_NAME, recipe)
-    result.write(folder, overwrite=True)  # checked before the first training
+    result.write(folder, remove, overwrite=True)  # checked before the first training
 
 
 def _read_rows(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None:

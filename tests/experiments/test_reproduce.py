@@ -217,6 +217,27 @@ def test_results_of_another_recipe_or_data_set_are_refused(data, tmp_path):
         run("mvtec", tmp_path / "none", tmp_path / "other")
 
 
+def test_checkpoint_goes_with_the_results(data, tmp_path, monkeypatch):
+    """A call that is killed when it has written the results leaves no checkpoint, and the next one its leftovers."""
+
+    class Killed(BaseException):
+        pass
+
+    def write(*arguments, **options):
+        whole_write(*arguments, **options)
+        raise Killed
+
+    whole_write = reproduce.Result.write
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(reproduce.Result, "write", write)
+        run("mvtec", data, tmp_path / "out", categories=["grid"])
+    folder = tmp_path / "out/ours/grid/seed-111"
+    assert (folder / "results.json").exists() and not (folder / "checkpoint.pt").exists()
+    (folder / ".recontrast-0123456789abcdef.tmp").mkdir()
+    run("mvtec", data, tmp_path / "out", categories=["grid"])
+    assert not list(folder.glob(".*"))
+
+
 def test_cells_in_percent_and_missing_values():
     lines = [Line("a", "x", "i_auroc", 2, 0.5, 0.01, 0.75), Line("a", "x", "i_accuracy", 0, None, None, 0.9)]
     comparison = Comparison("t", "T", lines, ["Note."])
