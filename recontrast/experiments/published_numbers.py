@@ -88,7 +88,7 @@ UNIFIED = _parse_rows(
 )
 
 # Rivals. PatchCore: Tables 1 to 3 of the paper (on MVTec AD those of Roth et al. for a bank of 25 %, which differ from
-# those for 10 % by 0.1). PaDiM: Tables 2 to 4 of Defard et al., WR50-Rd550. UniAD, one detector for all categories:
+# those for 10 % by 0.1). PaDiM: WR50-Rd550 of Defard et al. UniAD, one detector for all categories:
 # Table 1 of Dinomaly; Table 4 of the paper gives I-AUROC 96.5 and 91.5.
 RIVALS = _parse_rows(
     "i_auroc i_ap i_f1 p_auroc p_ap p_f1 aupro",

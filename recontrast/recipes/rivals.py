@@ -26,7 +26,8 @@ _PATCHCORE_VISA = _PATCHCORE_MVTEC.replace(name="patchcore_visa")
 # PaDiM (Defard et al., 2020, https://arxiv.org/abs/2011.08785), "WR50-Rd550". The authors publish no code; the settings
 # that their paper leaves open are those of github.com/xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master:
 # 550 of the 1792 channels, a regularisation of 0.01, blur with sigma 4, and the maximum of the blurred map. Not as in
-# that code: the channels are drawn by another generator (seed 1024 of Python's there).
+# that code: the channels are drawn by another generator (seed 1024 of Python's there), and images are resized with a
+# bilinear filter (Lanczos there).
 _PADIM_MVTEC = Recipe(
     name="padim_mvtec", architecture="padim", size=256, crop=224, batch=32, levels=3, gaussian_features=550,
     mask_rule="half", seed=1024,
