@@ -13,6 +13,7 @@ import torch
 from recontrast import checkpoint as checkpoints
 from recontrast.app import evaluate_job, train_job
 from recontrast.app.calibrate_job import calibrate_detector
+from recontrast.app.options import parse_duration
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, allowed_false_alarms
 from recontrast.data import datasets
 from recontrast.data.class_folders import list_good_images
@@ -76,6 +77,7 @@ def train(
     all_good: bool = False,
     cache_dir: PathLike | None = None,
     teacher_cache: float = 0.0,
+    budget: str | float | None = None,
     on_step: Callable[[int, int, str], None] | None = None,
     **fields: Any,
 ) -> CheckpointDetector:
@@ -96,6 +98,8 @@ def train(
             ``good`` and ``crack``, of which only the good one is used.
         cache_dir: Folder for decoded images. None keeps them in memory.
         teacher_cache: GiB of device memory for features of the frozen encoder.
+        budget: Time for the training: seconds, or a text such as "3m". What fits is chosen from the speed of this
+            machine, see `recontrast.training.budget.plan_budget`; given ``fields`` stay as they are.
         on_step: Called with the number of finished steps, of all steps, and a text with loss and speed, whenever a
             line is logged.
         fields: Fields of the recipe, such as ``backbone``, ``weights``, ``steps``, ``batch``, ``size``, ``tile``.
@@ -113,7 +117,8 @@ def train(
     file = None if resume is None else _resolve_detector(resume)
     job = train_job.prepare_job(
         groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
-        overwrite=overwrite, option="out",
+        overwrite=overwrite, option="out", device=device,
+        budget=None if budget is None else parse_duration("budget", budget),
     )  # fmt: skip
     train_job.run_job(
         job, device=device, cache=None if cache_dir is None else Path(cache_dir), teacher_cache=teacher_cache,

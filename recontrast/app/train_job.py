@@ -2,9 +2,10 @@
 
 import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_wr
 from recontrast.training.train import TrainResult, train
 
 HOLDOUT = 0.1  # share of the good images held out for calibration if no recipe is given
+AFTER_FACTOR = 1.5  # on the estimated time of what follows a pass over the images
 MIN_HOLDOUT = 9  # images; fewer cannot promise even one false alarm in ten images
 OnStep = Callable[[str, int, int, str], None]  # category, finished steps, all steps, text with loss and speed
 
@@ -48,6 +50,7 @@ class TrainJob:
         few: Whether there are too few images to hold out the default share.
         budget: Seconds that the training may take; None for no limit.
         plan: What was chosen for the budget, and why.
+        started: Value of `time.perf_counter` when the options of the run were given.
         different: Number of good training images, without copies if some are held out; 0 counts all.
         overwrite: Whether the checkpoint of an earlier run may be replaced.
     """
@@ -63,6 +66,7 @@ class TrainJob:
     different: int = 0
     budget: float | None = None
     plan: BudgetPlan | None = None
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def target(self) -> Path:
@@ -101,6 +105,13 @@ class TrainJob:
         if self.plan is None or self.budget is None:
             return None
         return f"for {self.budget:g} s: {self.plan.description}; expected: {self.plan.seconds:.0f} s"
+
+    def compute_time_limit(self) -> float | None:
+        """Return the seconds in which a single pass must have observed its images; None without a budget."""
+        if self.plan is None or self.budget is None:
+            return None
+        spent = time.perf_counter() - self.started
+        return self.budget - spent - self.plan.seconds_after * AFTER_FACTOR
 
     def describe_holdout(self) -> str | None:
         """Describe the images held out for calibration; None if the recipe holds out none."""
@@ -145,7 +156,7 @@ def prepare_job(
     Raises:
         ValueError: If an option is invalid, does not fit the others, or names something that does not exist.
     """
-    done = 0
+    done, started = 0, time.perf_counter()
     if resume is not None:
         stored = checkpoint.load(resume)
         base, category, out, done = stored.recipe, category or stored.category, out or resume.parent, stored.step
@@ -168,7 +179,10 @@ def prepare_job(
     if is_default:
         few = round(HOLDOUT * different) < MIN_HOLDOUT
         changed = changed if few else changed.replace(holdout=HOLDOUT)
-    job = TrainJob(changed, category, groups, out or Path("runs") / category, resume, done, few, overwrite, different)
+    job = TrainJob(
+        changed, category, groups, out or Path("runs") / category, resume, done, few, overwrite, different,
+        started=started,
+    )  # fmt: skip
     _check_target(job)
     if resume is None:
         check_source(changed.backbone, changed.weights)
@@ -238,6 +252,7 @@ def run_job(
     on_step: OnStep | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train, optionally with a TensorBoard log; ``teacher_cache`` is in GiB."""
+    limit = job.compute_time_limit()
     check_run_options(device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard)
     total, samples = job.steps, job.samples
     with ExitStack() as stack:
@@ -259,6 +274,7 @@ def run_job(
         result = train(
             job.recipe, samples, category=job.category, out=job.out, device=device, resume=job.resume,
             cache_dir=cache, on_log=log, teacher_cache=int(teacher_cache * 2**30),
+            time_limit=limit,
         )  # fmt: skip
         if board is not None:
             board.images(total, result.model, samples, result.recipe)

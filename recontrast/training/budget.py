@@ -44,12 +44,14 @@ class BudgetPlan:
     Attributes:
         recipe: Recipe of the run.
         seconds: Expected duration, in seconds.
+        seconds_after: Part of ``seconds`` after the last image is observed, for architectures fitted in one pass.
         description: What was chosen and why, in one sentence.
     """
 
     recipe: Recipe
     seconds: float
     description: str
+    seconds_after: float = 0.0
 
 
 def plan_budget(
@@ -181,9 +183,11 @@ def _plan_pass(
     product = probe.time_products()
     stride = get_architecture(recipe).compute_stride(recipe)
     sizes: list[int | tuple[int, int]] = [size for size in SIZES if size % stride == 0]
+    if recipe.architecture == "padim":  # larger images lower its accuracy
+        sizes = sizes[:1]
     if "size" in fixed or "tile" in fixed or recipe.tile is not None or recipe.crop is not None:
         sizes = [recipe.size]
-    plans: list[tuple[float, Recipe]] = []
+    plans: list[tuple[float, float, Recipe]] = []
     for size in sizes:
         candidate = recipe.replace(size=size, precision=precision)
         height, width = candidate.out
@@ -192,26 +196,28 @@ def _plan_pass(
             pixels += math.prod(to_pair(recipe.small_size))
         scale = pixels / (probe.size[0] * probe.size[1])
         points, vectors = _count_vectors(probe.model, candidate, probe.count)
-        cost = (probe.count + held_out) * (probe.reading + network * scale)
+        cost, after = (probe.count + held_out) * (probe.reading + network * scale), held_out * network * scale + WRITING
         if (bank_width := _get_bank_width(probe.model)) is not None:
             if "bank_share" not in fixed:
                 candidate = candidate.replace(bank_share=min(max(BANK / vectors, MIN_SHARE), 1.0))
             bank = max(vectors * candidate.bank_share, 1)
-            cost += COSTS_PER_SELECTION * vectors * bank * 128 * product  # the coreset, in 128 dimensions
-            cost += 1.5 * held_out * points * bank * bank_width * product
+            search = COSTS_PER_SELECTION * vectors * bank * 128 * product  # of the coreset, in 128 dimensions
+            search += 1.5 * held_out * points * bank * bank_width * product
+            cost, after = cost + search, after + search
             if vectors * bank_width * 14 > BYTES and plans:
                 break
-        plans.append((cost, candidate))
+        plans.append((cost, after, candidate))
         if cost > remaining:
             break
     fitting = [plan for plan in plans if plan[0] <= remaining]
     before = seconds * SAFETY - remaining
     if not fitting:
         _raise_too_short(seconds, before + plans[0][0])
-    cost, chosen = fitting[-1]
+    cost, after, chosen = fitting[-1]
     text = f"{recipe.architecture} at {' x '.join(map(str, chosen.out))} px in {precision}"
     speed = f"{1000 * network * chosen.out[0] * chosen.out[1] / (probe.size[0] * probe.size[1]):.0f} ms an image"
-    return BudgetPlan(chosen, before + cost, f"{text} ({speed} on this machine, {probe.count} images)")
+    text += f" ({speed} on this machine, {probe.count} images)"
+    return BudgetPlan(chosen, before + cost, text, after)
 
 
 def _choose_precision(probe: _Probe, recipe: Recipe, fixed: Collection[str]) -> tuple[float, str]:

@@ -1,6 +1,7 @@
 """Networks that are fitted in one pass over the good images: PatchCore and PaDiM."""
 
 import math
+import time
 import warnings
 
 import numpy as np
@@ -18,6 +19,8 @@ from recontrast.training import interrupts
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.trainer import Trainer
 
+MIN_IMAGES = 10  # are observed whatever the time limit
+
 
 class OnePassTrainer(Trainer):
     """One pass over the good images, in their order; see `Trainer` for arguments and attributes.
@@ -33,6 +36,14 @@ class OnePassTrainer(Trainer):
     def _prepare_step(self, images: Images) -> None:
         """Set up the images."""
         self.images = DeviceImages(images, self.settings.device)
+        limit = self.settings.time_limit
+        self.deadline = math.inf if limit is None else self.started + limit
+
+    def _choose_order(self, count: int) -> np.ndarray:
+        """Return the order of the images: theirs, or a random one if time may end before the last one."""
+        if self.deadline == math.inf:
+            return np.arange(count)
+        return np.random.default_rng([self.settings.recipe.seed, count]).permutation(count)
 
     def run_loop(self) -> None:
         """Observe all images, fit the network and save it, unless the resumed run did already."""
@@ -41,26 +52,38 @@ class OnePassTrainer(Trainer):
         state, recipe, on_log = self.state, self.settings.recipe, self.settings.on_log
         count, batch = state.sampler.count, state.sampler.batch
         starts = range(0, count, batch)
+        order = self._choose_order(count)
         state.model.eval()
         plan_memory(state.model, recipe, count, self.settings.device)
         self.progress.start_interval()
+        observed = 0
         with interrupts.defer_interrupts(True) as is_interrupted:
             for number, start in enumerate(starts, 1):
-                self._observe(np.arange(start, min(start + batch, count)))
+                indices = order[start : start + batch]
+                self._observe(indices)
+                observed += len(indices)
+                state.step = number
+                is_late = time.perf_counter() >= self.deadline and observed >= min(MIN_IMAGES, count)
                 if is_interrupted():
                     raise KeyboardInterrupt
-                if number % recipe.log_every == 0 or number == len(starts):
+                if number % recipe.log_every == 0 or number == len(starts) or is_late:
                     rate = self.progress.end_interval_without_loss()
                     if on_log is not None:
                         on_log(number, math.nan, rate, math.nan)
                     self.progress.start_interval()
+                if is_late:
+                    break
+        if observed < count:
+            text = (
+                f"train: the time was enough for {observed} of {count} images: give more time, or choose a smaller size"
+            )
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         fit = get_architecture(recipe).fit
         if fit is not None:  # never None here
             fit(state.model, recipe)
         rate = self.progress.end_interval_without_loss()
-        state.step = len(starts)
         if self.files is not None:
-            self.files.log(step=state.step, images=count, seconds=self.progress.seconds)
+            self.files.log(step=state.step, images=observed, seconds=self.progress.seconds)
         self._save()
 
     def _observe(self, indices: np.ndarray) -> None:

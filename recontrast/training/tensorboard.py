@@ -1,5 +1,6 @@
 """Scalars and images of a training run for TensorBoard, an optional dependency."""
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ class TensorBoardLogger:
             alpha: Threshold of hard points, in standard deviations.
         """
         for name, value in (("loss", loss), (_RATE, rate), ("alpha", alpha)):
-            self.writer.add_scalar(f"train/{name}", value, step)
+            if not math.isnan(value):  # an architecture that is fitted in one pass has no loss
+                self.writer.add_scalar(f"train/{name}", value, step)
 
     def images(self, step: int, model: Network, samples: Sequence[Sample], recipe: Recipe, count: int = 8) -> None:
         """Write images next to their anomaly maps, in grey; white is the largest value of all these maps.

@@ -4,6 +4,7 @@ There is no augmentation: each image is decoded once and enters every epoch as t
 `recontrast.training.trainer`, the step in `recontrast.training.step`.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ def train(
     cache_dir: str | Path | None = None,
     model: Network | None = None,
     teacher_cache: int = 0,
+    time_limit: float | None = None,
 ) -> TrainResult:
     """Train a detector on the good training images in ``samples``.
 
@@ -100,6 +102,9 @@ def train(
         model: Model to train in place; by default a new one is built.
         teacher_cache: Size of the cache of frozen features on the device, bytes; see
             `recontrast.training.teacher_cache.TeacherCache`.
+        time_limit: Seconds from the call after which an architecture that is fitted in one pass observes no further
+            images. It then takes them in random order, and warns (RuntimeWarning) of those left out. None: all
+            images, in their order. Architectures that are trained by steps ignore it.
 
     Returns:
         The trained model in eval mode, the losses and the path of the checkpoint.
@@ -112,6 +117,7 @@ def train(
         KeyboardInterrupt: After Ctrl-C, or SIGTERM in a single process, once the current step is complete and a
             checkpoint is written.
     """
+    started = time.perf_counter()
     images: Images | None = None if isinstance(samples, Sequence) else samples
     good = _select_good(samples) if isinstance(samples, Sequence) else []
     count = len(good) if images is None else len(images)
@@ -141,6 +147,7 @@ def train(
                 cache_dir=cache_dir,
                 model=model,
                 teacher_cache=teacher_cache,
+                time_limit=None if time_limit is None else time_limit - (time.perf_counter() - started),
                 world=world,
                 device=resolved_device,
             )

@@ -4,6 +4,7 @@ The loss stays on the device and is read only for log lines and checkpoints, so 
 between them.
 """
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,7 @@ class Trainer:
     """
 
     def __init__(self, settings: RunSettings, files: RunFiles | None) -> None:
+        self.started = time.perf_counter()
         resumed = checkpoint.load(settings.resume) if settings.resume is not None else None
         if resumed is not None and settings.recipe.bits is None:  # the run has detected them when it was started
             settings = replace(settings, recipe=settings.recipe.replace(bits=resumed.recipe.bits))

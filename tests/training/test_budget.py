@@ -1,16 +1,21 @@
 """Time budgets: what is chosen fits, what is given stays, and a budget that is too short says the least that works."""
 
+import json
 import math
 import re
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import recontrast
 from recontrast import checkpoint as checkpoints
 from recontrast.recipes.recipe import Recipe
 from recontrast.training import budget
 from recontrast.training.budget import plan_budget
+from recontrast.training.train import train
 from tests.command_line import fails, works
 from tests.tiny import tiny_set
 
@@ -114,3 +119,24 @@ def test_bad_budgets(value, message, data, tmp_path):
 def test_resuming_with_a_budget_is_refused(data, tmp_path):
     works("train", data, *SMALL, "--size", 32, "--steps", 2, "--out", tmp_path)
     assert "--budget: wanted a new run" in fails("train", data, "--resume", tmp_path, "--budget", "1m")
+
+
+def test_python_call(data, tmp_path):
+    detector = recontrast.train(data, tmp_path, budget="1m", backbone="test_resnet", weights="random", device="cpu")
+    assert detector.recipe.architecture == "patchcore" and detector.recipe.size in budget.SIZES  # 9 images are few
+    with pytest.raises(ValueError, match="budget: wanted a duration such as 90s, 3m or 1h, got 'soon'"):
+        recontrast.train(data, tmp_path / "b", budget="soon", backbone="test_resnet", weights="random", device="cpu")
+
+
+@pytest.mark.parametrize(("limit", "count"), [(0.0, 12), (None, 30), (600.0, 30)])
+def test_time_limit_ends_a_pass(tmp_path, limit, count):
+    images = np.random.default_rng(1).integers(0, 255, (30, 32, 32, 3), np.uint8)
+    recipe = RECIPE.replace(architecture="patchcore", size=32, bank_share=1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = train(recipe, images, out=tmp_path, device="cpu", time_limit=limit)
+    texts = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    assert texts == ([] if count == 30 else [
+        "train: the time was enough for 12 of 30 images: give more time, or choose a smaller size"])  # fmt: skip
+    assert len(result.model.bank) == count * 16 and result.state.step == -(-count // 4)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["images"] == count
