@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from recontrast.architectures import ARCHITECTURES
-from recontrast.models.ensemble import Ensemble, leave_one_out
+from recontrast.models.ensemble import WEIGHTS, Ensemble, leave_one_out
 from recontrast.models.padim import PaDiM
 from recontrast.models.patchcore import PatchCore
 from recontrast.recipes.recipe import Recipe
@@ -119,3 +119,14 @@ def test_bad_use(images):
     distances = model.fit(1.0)
     with pytest.raises(ValueError, match="wanted good images with different features"):
         model.set_scales(distances, distances)
+
+
+def test_scales_are_deviations_over_weights():
+    maps = [torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(n)) * (n + 2) for n in range(2)]
+    distances = [values[:, ::2, ::2] for values in maps]
+    model = build()
+    model.set_scales(maps, distances)
+    for number, weight in enumerate(WEIGHTS):
+        assert float(model.scales[number]) == pytest.approx(float(maps[number].std(correction=0)) / weight, rel=1e-5)
+        wanted = float(distances[number].amax(dim=(1, 2)).std()) / weight
+        assert float(model.score_scales[number]) == pytest.approx(wanted, rel=1e-5)
