@@ -39,7 +39,7 @@ class Architecture:
         build: Builds an untrained network from a recipe and the name of a category.
         compute_stride: Returns the number of pixels of which the sides of images must be multiples.
         compute_loss: Returns the loss of a training step, a scalar.
-        fit: Computes what the network keeps of the images that `Network.observe` collected.
+        fit: Computes what the network keeps of the images that `OnePassNetwork.observe` collected.
         plan_memory: Checks before a pass that it fits into memory. Takes the network, the recipe, the number of images
             and the available bytes, and returns a remark for the user, or None. Raises ValueError if it cannot fit.
         is_extendable: Whether a fitted network can be fitted to further images.
@@ -210,7 +210,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         PaDiM, _build_padim, _compute_last_stride, fit=lambda network, recipe: network.fit_gaussians(),
         plan_memory=lambda network, recipe, count, available: network.plan_memory(recipe.out, available),
     ),
-    "ensemble": Architecture(Ensemble, _build_ensemble, _compute_last_stride, fit=_fit_ensemble),
+    "ensemble": Architecture(
+        Ensemble, _build_ensemble, _compute_last_stride, fit=_fit_ensemble,
+        plan_memory=lambda network, recipe, count, available: network.plan_memory(count, recipe.out, available),
+    ),
     "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss),
 }  # fmt: skip
 """Architectures by the names of `Recipe.architecture`."""

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recontrast.models.coreset import find_nearest
-from recontrast.models.network import Network, Views, disable_autocast
+from recontrast.models.network import OnePassNetwork, Views, disable_autocast
 from recontrast.models.padim import PaDiM
-from recontrast.models.patchcore import PatchCore
+from recontrast.models.patchcore import MEMORY_SHARE, PROJECTION, PatchCore
 
 # Of PatchCore and PaDiM. Chosen on two categories and confirmed on two others (benchmarks/README.md).
 WEIGHTS = (1.0, 0.5)
@@ -23,7 +23,7 @@ SAMPLE = 32  # good images whose distances give the standard deviations
 MAX_SIZE = 4096  # side of images, in pixels
 
 
-class Ensemble(Network):
+class Ensemble(OnePassNetwork):
     """PatchCore on images in full size, and PaDiM on the same images in a small size.
 
     `observe` collects features of good images, and `fit` computes the bank, the Gaussians, and the distances of good
@@ -50,8 +50,6 @@ class Ensemble(Network):
         OSError: If the weight file or the hub cannot be read.
     """
 
-    align_corners: bool = False
-    has_bounded_distances: bool = False
     scales: Tensor
     score_scales: Tensor
 
@@ -100,18 +98,6 @@ class Ensemble(Network):
         fine, finest = self.encoder.strides[self.patchcore.levels[0] - 1], self.encoder.strides[0]
         return [(height // fine, width // fine), (self.small_size[0] // finest, self.small_size[1] // finest)]
 
-    def cast(self, dtype: torch.dtype) -> "Ensemble":
-        """Convert the encoder, see `Network.cast`; what was fitted keeps its dtype.
-
-        Args:
-            dtype: Floating-point dtype.
-
-        Returns:
-            The network itself.
-        """
-        self.encoder.to(dtype)
-        return self
-
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the feature vectors of both members.
 
@@ -129,6 +115,27 @@ class Ensemble(Network):
         if images.is_contiguous(memory_format=torch.channels_last):
             small = small.contiguous(memory_format=torch.channels_last)
         return self.patchcore.embed(self.encoder(images)), self.padim.embed(self.encoder(small))
+
+    def plan_memory(self, count: int, size: int | tuple[int, int], available: int) -> None:
+        """Check that `observe` and `fit` fit into the available memory.
+
+        Args:
+            count: Number of images that will be observed.
+            size: Size of the images in pixels, an int or (h, w).
+            available: Available memory in bytes.
+
+        Raises:
+            ValueError: If the features of the images do not fit.
+        """
+        height, width = self.map_sizes(size)[0]
+        # The vectors in float16; in float32 their projections and two numbers for each.
+        needed = count * height * width * (2 * self.patchcore.width + 4 * PROJECTION + 8) / MEMORY_SHARE
+        if needed > available:
+            raise ValueError(
+                f"Ensemble: images: wanted features that fit into {available / 1e6:,.1f} MB of available memory, got "
+                f"{needed / 1e6:,.1f} MB for {count} images: lower size, or choose architecture patchcore, which can "
+                "select from a part of them"
+            )
 
     @torch.no_grad()
     def observe(self, images: Tensor) -> None:

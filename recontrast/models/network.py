@@ -16,8 +16,7 @@ class Network(nn.Module):
     """Base class of the networks: images in, point distances out.
 
     A subclass sets the attributes and implements `config`, `forward` and `distances`. A network that is trained by
-    steps also has trainable parameters. A network that is fitted in one pass implements `observe` and sets the buffers
-    named in ``fitted_buffers``, whose shapes depend on the data.
+    steps also has trainable parameters; one that is fitted in one pass is an `OnePassNetwork`.
 
     Attributes:
         encoder: Backbone.
@@ -120,14 +119,6 @@ class Network(nn.Module):
         encoders = {id(p) for module in (self.encoder, self.frozen) if module is not None for p in module.parameters()}
         return (p for p in self.parameters() if p.requires_grad and id(p) not in encoders)
 
-    def observe(self, images: Tensor) -> None:
-        """Collect what one pass over the good images estimates.
-
-        Args:
-            images: Normalised images (N, 3, H, W), of one size in all calls.
-        """
-        raise NotImplementedError
-
     def cast(self, dtype: torch.dtype) -> "Network":
         """Convert the weights for inference; what was fitted keeps its dtype.
 
@@ -146,6 +137,36 @@ class Network(nn.Module):
             if isinstance(value, Tensor) and value.ndim == buffer.ndim and value.shape[1:] == buffer.shape[1:]:
                 setattr(self, name, torch.empty(value.shape, dtype=buffer.dtype, device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class OnePassNetwork(Network):
+    """Base class of networks that are fitted in one pass over the good images, with one frozen encoder.
+
+    A subclass implements `observe`, and sets the buffers named in ``fitted_buffers``. See `Network` for the attributes.
+    """
+
+    align_corners: bool = False  # as the authors of PatchCore and PaDiM do
+    has_bounded_distances: bool = False
+
+    def observe(self, images: Tensor) -> None:
+        """Collect what one pass over the good images estimates.
+
+        Args:
+            images: Normalised images (N, 3, H, W), of one size in all calls.
+        """
+        raise NotImplementedError
+
+    def cast(self, dtype: torch.dtype) -> "OnePassNetwork":
+        """Convert the encoder, see `Network.cast`; what was fitted keeps its dtype.
+
+        Args:
+            dtype: Floating-point dtype.
+
+        Returns:
+            The network itself.
+        """
+        self.encoder.to(dtype)
+        return self
 
 
 def check_choice(owner: str, argument: str, value: object, allowed: Sequence[str]) -> None:

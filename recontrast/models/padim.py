@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recontrast.models.backbone import Backbone
-from recontrast.models.network import Network, Views, disable_autocast
+from recontrast.models.network import OnePassNetwork, Views, disable_autocast
 
 REGULARISATION = 0.01  # added to the diagonal of each covariance (section III-B of the paper)
 BLOCK = 256  # points whose covariances are inverted at a time
 
 
-class PaDiM(Network):
+class PaDiM(OnePassNetwork):
     """PaDiM: Mahalanobis distances to a Gaussian for each point of the feature map.
 
     `observe` collects first and second moments of the features of good images, and `fit_gaussians` inverts the
@@ -53,8 +53,6 @@ class PaDiM(Network):
     points: Tensor
     centres: Tensor
     whitening: Tensor
-    has_bounded_distances: bool = False
-    align_corners: bool = False
     fitted_buffers: ClassVar[tuple[str, ...]] = ("centres", "whitening")
 
     def __init__(
@@ -112,18 +110,6 @@ class PaDiM(Network):
             wanted = f"{rows * finest}x{columns * finest} px, the size that the model was fitted for"
             raise ValueError(f"PaDiM: images: wanted {wanted}, got {height}x{width}")
         return [points]
-
-    def cast(self, dtype: torch.dtype) -> "PaDiM":
-        """Convert the encoder, see `Network.cast`; the Gaussians stay in float32.
-
-        Args:
-            dtype: Floating-point dtype.
-
-        Returns:
-            The network itself.
-        """
-        self.encoder.to(dtype)
-        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the randomly selected channels of all levels, with coarse levels repeated to the size of the first.

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from recontrast.models.backbone import Backbone
 from recontrast.models.coreset import ACTIVE_SHARE, find_nearest, project_randomly, select_coreset
-from recontrast.models.network import Network, Views, check_choice, disable_autocast
+from recontrast.models.network import OnePassNetwork, Views, check_choice, disable_autocast
 
 MAX_DIMENSION = 1 << 16
 PROJECTION = 128  # dimensions of the random projection in which the bank is selected
 MEMORY_SHARE = 0.8  # of the available memory that fitting may use
 
 
-class PatchCore(Network):
+class PatchCore(OnePassNetwork):
     """PatchCore: distances of local features to the nearest features of good images.
 
     `observe` collects the features of good images, and `build_bank` keeps a coreset of them. The bank is stored in
@@ -51,8 +51,6 @@ class PatchCore(Network):
     """
 
     bank: Tensor
-    has_bounded_distances: bool = False
-    align_corners: bool = False  # as in the authors' code
     fitted_buffers: ClassVar[tuple[str, ...]] = ("bank",)
 
     def __init__(
@@ -112,18 +110,6 @@ class PatchCore(Network):
         height, width = self.check_size(size)
         finest = self.encoder.strides[self.levels[0] - 1]
         return [(height // finest, width // finest)]
-
-    def cast(self, dtype: torch.dtype) -> "PatchCore":
-        """Convert the encoder, see `Network.cast`; the bank stays in float16.
-
-        Args:
-            dtype: Floating-point dtype.
-
-        Returns:
-            The network itself.
-        """
-        self.encoder.to(dtype)
-        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the feature vectors of images.

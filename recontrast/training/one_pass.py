@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from recontrast.architectures import get_architecture
 from recontrast.data.images import normalise
 from recontrast.data.listing import DataWarning
 from recontrast.data.sources import Images
-from recontrast.models.network import Network
+from recontrast.models.network import Network, OnePassNetwork
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.memory import measure_available_memory
 from recontrast.training import interrupts
@@ -81,7 +82,7 @@ class OnePassTrainer(Trainer):
         fit = get_architecture(recipe).fit
         if fit is not None:  # never None here
             fit(state.model, recipe)
-        rate = self.progress.end_interval_without_loss()
+        self.progress.end_interval_without_loss()
         if self.files is not None:
             self.files.log(step=state.step, images=observed, seconds=self.progress.seconds)
         self._save()
@@ -122,4 +123,4 @@ def observe(model: Network, pixels: Tensor, recipe: Recipe, *, channels_last: bo
     dtype = next(model.parameters()).dtype
     batch = normalise(pixels, model.mean, model.std, dtype=dtype, channels_last=channels_last)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        model.observe(batch)
+        cast(OnePassNetwork, model).observe(batch)

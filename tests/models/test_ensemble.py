@@ -130,3 +130,10 @@ def test_scales_are_deviations_over_weights():
         assert float(model.scales[number]) == pytest.approx(float(maps[number].std(correction=0)) / weight, rel=1e-5)
         wanted = float(distances[number].amax(dim=(1, 2)).std()) / weight
         assert float(model.score_scales[number]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_memory_is_checked_before_a_pass():
+    model = build()
+    model.plan_memory(10, 64, 1 << 30)
+    with pytest.raises(ValueError, match=r"Ensemble: images: wanted features that fit into 1.0 MB .* for 100 images"):
+        model.plan_memory(100, 64, 10**6)
