@@ -51,7 +51,8 @@ void find_regions(const uint8_t* mask, int64_t H, int64_t W, Regions& regions) {
     const uint8_t* row = mask + h * W;
     const size_t first = runs.size();
     for (int64_t w = next_column(row, 0, W, true); w < W;) {
-      const int64_t stop = next_column(row, w, W, false), begin = h * W + w, end = h * W + stop;
+      // From w + 1 on: a run never becomes empty, whose region would have no area, even if another thread writes here.
+      const int64_t stop = next_column(row, w + 1, W, false), begin = h * W + w, end = h * W + stop;
       const auto self = static_cast<int32_t>(runs.size());
       runs.push_back({static_cast<int32_t>(begin), static_cast<int32_t>(end), self});
       while (above < first && runs[above].end + W < begin) ++above;  // ends left of w - 1
