@@ -244,3 +244,11 @@ print(recontrast.__file__, recontrast.kernels.__file__, ops.BACKEND["cpu"])
     parent = ROOT if in_checkout else Path(package).parent
     assert Path(kernels).resolve() == (parent / "kernels/__init__.py").resolve()
     assert backend == "native"
+
+
+def test_every_package_is_installed():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in FILES if path.name == "__init__.py"}
+    wanted = {".".join(folder.parts) for folder in folders} - {"kernels"} | {"recontrast.kernels"}
+    assert listed == wanted

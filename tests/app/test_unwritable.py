@@ -26,6 +26,7 @@ COMMANDS = {
     "prepare": ["prepare", "visa", "--source", "none", "--out", "{out}"],
     "demo": ["demo", "--out", "{out}"],
     "train": ["train", "{data}", "--out", "{out}"],
+    "compare": ["compare", "{data}", "--out", "{out}"],
 }
 BESIDE = {  # what they write stands beside the checkpoint, or in it
     "CHECKPOINT": ["calibrate", "{out}/no.pt", "--good", "{data}", "--false-alarm-rate", "0.5"],

@@ -143,6 +143,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from recontrast.app.prediction import predict as module
+from recontrast.distances import point_distances
 from recontrast.inference import tiling
 from recontrast.recipes.recipe import Recipe
 
@@ -159,9 +160,11 @@ class Network(torch.nn.Module):  # as quick as can be: what is measured is what 
     def map_sizes(self, size):
         return [(size[0] // 16, size[1] // 16)]
 
-    def forward(self, images, views):
+    align_corners = True
+
+    def distances(self, images, views):
         features = torch.nn.functional.avg_pool2d(images, 16)
-        return [(features, features.flip(1))]
+        return point_distances([(features, features.flip(1))]), None
 
 
 class Detector:

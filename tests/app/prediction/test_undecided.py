@@ -126,9 +126,10 @@ def test_parquet_rows_of_a_ray_worker(checkpoint, images, tmp_path):
     summary = parquet_parts.summarise(tmp_path, paths)
     assert summary.undecided == [f"{images / '001w.png'}: {REASON}"]
     assert (summary.scored, summary.decided, summary.unread) == (4, 3, [])
-    table = parquet_parts._read(tmp_path / "part-0.parquet", ["score", "decision", "flagged", "p_value"]).to_pylist()
-    assert math.isnan(table[2]["score"]) and math.isnan(table[2]["p_value"])
-    assert (table[2]["decision"], table[2]["flagged"]) == ("undecided", None)
+    names = ["score", "decision", "flagged", "p_value"]
+    table = parquet_parts._read_columns(tmp_path / "part-0.parquet", names)
+    assert math.isnan(table["score"][2]) and math.isnan(table["p_value"][2])
+    assert (table["decision"][2], table["flagged"][2]) == ("undecided", None)
 
 
 def test_calibrate_refuses_the_image(checkpoint, images):
