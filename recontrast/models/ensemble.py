@@ -220,8 +220,7 @@ class Ensemble(OnePassNetwork):
             exportable: Whether to use only operators of PyTorch, for ``torch.export``.
 
         Returns:
-            distances: Two tensors (N, h, w), float32: distances of PatchCore and of PaDiM, divided by their standard
-                deviations on good images and weighted.
+            distances: Standardised and weighted distances of PatchCore and of PaDiM, (N, h, w) each, float32.
             scores: Sum of the largest distances of both, treated likewise, (N,), float32.
 
         Raises:
