@@ -71,12 +71,16 @@ class Comparison:
         header = ["entry", "category"]
         for metric in self.metrics:
             header += [METRICS[metric], "paper", "diff"]
-        rows: dict[tuple[str, str], list[str]] = {}
+        rows: dict[tuple[str, str], dict[str, list[str]]] = {}
         for line in self.lines:
             ours = _format_percent(line.ours) + ("" if line.spread is None else f" ± {100 * line.spread:.2f}")
-            row = rows.setdefault((line.entry, line.category), [line.entry, line.category])
-            row += [ours, _format_percent(line.paper), _format_percent(line.difference, "+.2f")]
-        return header, list(rows.values())
+            cells = [ours, _format_percent(line.paper), _format_percent(line.difference, "+.2f")]
+            rows.setdefault((line.entry, line.category), {})[line.metric] = cells
+        missing = ["-"] * 3  # a metric that is not published for the entry
+        return header, [
+            [*names, *(cell for metric in self.metrics for cell in row.get(metric, missing))]
+            for names, row in rows.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as values that JSON can represent."""
