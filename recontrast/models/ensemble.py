@@ -19,6 +19,9 @@ from recontrast.models.patchcore import MEMORY_SHARE, PROJECTION, PatchCore
 
 # Of PatchCore and PaDiM. Chosen on two categories and confirmed on two others (benchmarks/README.md).
 WEIGHTS = (1.0, 0.5)
+# Least deviation of image scores, relative to their mean. With fewer images than features of PaDiM, all left-out images
+# are about equally far away, and a member without a floor would decide every score alone.
+LEAST_DEVIATION = 0.05
 SAMPLE = 32  # good images whose distances give the standard deviations
 MAX_SIZE = 4096  # side of images, in pixels
 
@@ -203,6 +206,8 @@ class Ensemble(OnePassNetwork):
             values.std() if len(values) > 1 and values.std() > 0 else scale
             for values, scale in zip(maxima, scales, strict=True)
         ])  # fmt: skip
+        floors = LEAST_DEVIATION * torch.stack([values.mean() for values in maxima])
+        score_scales = torch.maximum(score_scales, floors)
         if not bool((scales > 0).all()):
             raise ValueError("Ensemble: wanted good images with different features, got equal ones everywhere")
         weights = torch.tensor(WEIGHTS).to(scales)

@@ -137,3 +137,12 @@ def test_memory_is_checked_before_a_pass():
     model.plan_memory(10, 64, 1 << 30)
     with pytest.raises(ValueError, match=r"Ensemble: images: wanted features that fit into 1.0 MB .* for 100 images"):
         model.plan_memory(100, 64, 10**6)
+
+
+def test_equal_scores_of_good_images_do_not_decide_alone():
+    """With fewer images than features, all left-out images are about equally far from the Gaussians."""
+    maps = [torch.rand(5, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    distances = [maps[0], torch.full((5, 4, 4), 200.0) + 1e-4 * maps[1][:, ::2, ::2]]
+    model = build()
+    model.set_scales(maps, distances)
+    assert float(model.score_scales[1]) == pytest.approx(0.05 * 200 / WEIGHTS[1], rel=1e-3)
