@@ -24,6 +24,7 @@ from recontrast.data.archive import Archive
 from recontrast.data.regular_file import check_regular, is_regular, open_regular
 from recontrast.data.sidecar import check_sidecar
 from recontrast.models import hub
+from recontrast.models.position_embeddings import fit_position_embeddings
 from recontrast.models.safetensors_file import check_header
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -50,7 +51,7 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
     """Load pretrained weights into a timm feature extractor; every tensor must be in the source.
 
     Args:
-        extractor: timm model created with ``features_only``, changed in place.
+        extractor: timm model created with ``features_only``, or vision transformer, changed in place.
         name: Model name in timm, with or without a tag.
         weights: Source of the weights, as in `recontrast.models.backbone.Backbone`.
 
@@ -69,6 +70,7 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
         tensors = read_weights(path)
         _check_published_hash(path, extractor, name)
         state = _rename_to_timm(tensors, extractor, name, source)
+        state = fit_position_embeddings(state, extractor, name, source)
     matched = {}
     for key, target in extractor.state_dict().items():
         head, _, tail = key.partition(".")
@@ -140,10 +142,11 @@ def _check_no_extra_layers(
 ) -> None:
     """Raise if a file has layers that the backbone lacks: ResNet-34, for example, contains all tensors of ResNet-18."""
     expected = timm_state.keys() | extractor.state_dict().keys()
-    used = {part for part, _ in extractor.named_children()}  # other parts of the file, such as the head, may differ
+    # Other parts of the file, such as the head, may differ.
+    used = {key.partition(".")[0] for key in extractor.state_dict()}
     used |= {part.rpartition("_")[0] for part in used}  # stages_0: stages
     for key in state:
-        if key.endswith(".weight") and key not in expected and key.partition(".")[0] in used:
+        if key.endswith((".weight", ".bias", ".gamma")) and key not in expected and key.partition(".")[0] in used:
             raise ValueError(
                 f"weights {source}: wanted weights of backbone {name!r}, got some with {key}, which it lacks"
             )

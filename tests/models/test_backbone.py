@@ -64,7 +64,7 @@ def test_number_of_levels():
     assert Backbone("resnet18", levels=4, weights="random").channels == (64, 128, 256, 512)
     assert "levels: wanted 1 to 4" in error_message(ValueError, "resnet18", levels=5, weights="random")
     assert "levels: wanted 1 to 4" in error_message(ValueError, "resnet18", levels=0, weights="random")
-    assert "levels: wanted 1 to 1" in error_message(ValueError, "vit_tiny_patch16_224", weights="random")  # 1 stride
+    assert "levels: wanted 1 to 1" in error_message(ValueError, "test_vit_relpos", weights="random")  # 1 stride
 
 
 def test_nhwc_features_are_returned_as_nchw():
