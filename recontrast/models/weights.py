@@ -69,8 +69,8 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
         source = f"file {str(path)!r}"
         tensors = read_weights(path)
         _check_published_hash(path, extractor, name)
+        tensors = fit_position_embeddings(tensors, extractor, name, source)
         state = _rename_to_timm(tensors, extractor, name, source)
-        state = fit_position_embeddings(state, extractor, name, source)
     matched = {}
     for key, target in extractor.state_dict().items():
         head, _, tail = key.partition(".")
