@@ -26,6 +26,7 @@ CASES = {
     "plain": RECIPE,
     "partial": RECIPE.replace(partial_norm=True),
     "single": RECIPE.replace(batch=2, encoder_bn="eval"),  # one of three processes never has an image
+    "classes": RECIPE.replace(sampling="classes", augment="flips"),
 }
 
 

@@ -236,6 +236,17 @@ def parse_duration(option: str, value: str | float) -> float:
     return seconds
 
 
+def parse_shots(text: str) -> int | dict[str, int]:
+    """Parse the numbers of images of ``--shots``: "4", or "screw=4,tile=16" by class."""
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = [word.rpartition("=") for word in parse_list(text)]
+        return {name.strip(): int(number) for name, _, number in pairs}
+    except ValueError:
+        raise ValueError(f"--shots: wanted a number such as 4, or screw=4,tile=16, got {text!r}") from None
+
+
 def parse_list(text: str | None) -> list[str]:
     """Split a comma-separated list."""
     return [word.strip() for word in text.split(",") if word.strip()] if text else []

@@ -16,6 +16,7 @@ from recontrast.app.console import is_silent
 from recontrast.app.options import check_writable
 from recontrast.architectures import get_architecture
 from recontrast.data import datasets
+from recontrast.data.augment import count_views
 from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.locks import lock_folder
@@ -27,6 +28,7 @@ from recontrast.runtime.device import resolve_device
 from recontrast.training.budget import BudgetPlan, plan_budget
 from recontrast.training.holdout import split_holdout
 from recontrast.training.run_files import LOG
+from recontrast.training.shots import describe_shots, select_shots
 from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_writer, list_own_events
 from recontrast.training.train import TrainResult, train
 
@@ -83,7 +85,7 @@ class TrainJob:
         """Number of steps; of batches, if the architecture is fitted in one pass over whole images."""
         if self.recipe.uses_steps:
             return self.recipe.steps
-        return max(math.ceil(self.count_training() / self.recipe.batch), 1)
+        return max(math.ceil(self.count_training() * count_views(self.recipe.augment) / self.recipe.batch), 1)
 
     def count_training(self) -> int:
         """Count the good images that are not held out."""
@@ -93,7 +95,9 @@ class TrainJob:
     def describe_end(self, seconds: float) -> str:
         """Describe the finished run in one sentence."""
         is_pass = not self.recipe.uses_steps
-        work = f"one pass over {self.count_training()} images" if is_pass else f"{self.recipe.steps} steps"
+        count, views = self.count_training(), count_views(self.recipe.augment)
+        images = f"{count} images" if views == 1 else f"{count} images in {views} views each"
+        work = f"one pass over {images}" if is_pass else f"{self.recipe.steps} steps"
         return f"{work} in {seconds:.1f} s: {self.target}"
 
     def describe_elapsed(self, seconds: float) -> str:
@@ -112,6 +116,10 @@ class TrainJob:
             return None
         spent = time.perf_counter() - self.started
         return self.budget - spent - self.plan.seconds_after * AFTER_FACTOR
+
+    def describe_shots(self) -> str | None:
+        """Describe which good images were drawn; None if the recipe uses all."""
+        return describe_shots(self.samples, self.recipe.shots, self.recipe.seed)
 
     def describe_holdout(self) -> str | None:
         """Describe the images held out for calibration; None if the recipe holds out none."""
@@ -172,6 +180,7 @@ def prepare_job(
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
+    groups = _select_shots(groups, changed)
     few = False
     is_default = recipe is None and resume is None and "holdout" not in changes
     copies = _group_copies(groups) if is_default or changed.holdout else list(range(_count_good(groups)))
@@ -295,6 +304,12 @@ def _group_copies(groups: Mapping[str, Sequence[Sample]]) -> list[int]:
     """Return for each good training image the position of the first one with the same content."""
     good = [s.path for group in groups.values() for s in group if s.split == "train" and s.label == 0]
     return group_equal_files(good)
+
+
+def _select_shots(groups: Mapping[str, list[Sample]], recipe: Recipe) -> dict[str, list[Sample]]:
+    """Return the samples by category, with the good training images that the recipe draws."""
+    selected = select_shots([sample for group in groups.values() for sample in group], recipe.shots, recipe.seed)
+    return {name: [sample for sample in selected if sample.category == name] for name in groups}
 
 
 def _count_good(groups: Mapping[str, Sequence[Sample]]) -> int:

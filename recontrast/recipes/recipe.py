@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from recontrast.recipes.describe import describe_value
+from recontrast.recipes.frozen_mapping import FrozenMapping
 from recontrast.recipes.validation import ARCHITECTURE_FIELDS, FIELD_RULES, FLOAT_FIELDS
 
 # Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py, according to the
@@ -133,6 +134,12 @@ class Recipe:
         gaussian_features: Number of channels drawn for PaDiM. Default: 100.
         small_size: Size to which images are reduced for PaDiM in the ensemble, in pixels. Default: 128.
         jitter: Scale of the feature noise of UniAD. Default: 20.
+        sampling: How training steps draw images: "images", the default, draws each image once per epoch; "classes"
+            draws each class equally often, whatever its number of images, for data sets with long tails.
+        shots: Number of good images of each class to use, drawn with ``seed``, or numbers by class, such as
+            ``{"screw": 4}``; ``holdout`` is a share of them. None, the default, uses all.
+        augment: Augmented copies of the training images: "none", the default; "rotations" by multiples of 45 degrees,
+            as AnomalyDINO; "flips"; or "inp_former", 22 views as in INP-Former. See `recontrast.data.augment`.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -206,6 +213,9 @@ class Recipe:
     gaussian_features: int = 100
     small_size: int | tuple[int, int] = 128
     jitter: float = 20.0
+    sampling: Literal["images", "classes"] = "images"
+    shots: int | Mapping[str, int] | None = None
+    augment: Literal["none", "rotations", "flips", "inp_former"] = "none"
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -213,6 +223,8 @@ class Recipe:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 value = tuple(value)
+            if isinstance(value, Mapping):
+                value = FrozenMapping(value)
             if field.name in FLOAT_FIELDS and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value) if abs(value) < 2**1023 else math.inf
             if field.name == "betas" and isinstance(value, tuple) and all(type(v) is int for v in value):
@@ -360,6 +372,7 @@ class Recipe:
         not need them stay those of earlier versions.
         """
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {key: value.to_dict() if isinstance(value, FrozenMapping) else value for key, value in values.items()}
         names = [field.name for field in fields(self)]
         for field in fields(self)[names.index("bits") :]:
             if getattr(self, field.name) == field.default:

@@ -1,7 +1,7 @@
 """Rules for the fields of a `Recipe`: which values are valid."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Function that returns whether a value is valid, and a description of valid values for error messages.
@@ -52,6 +52,13 @@ def _is_levels(value: Any) -> bool:
     )
 
 
+def _is_shots(value: Any) -> bool:
+    """Return whether ``value`` is None, a number of images, or numbers by class."""
+    if isinstance(value, Mapping):
+        return len(value) > 0 and all(name and _is_integer(v) and v >= 1 for name, v in value.items())
+    return value is None or (_is_integer(value) and value >= 1)
+
+
 _SIZE: FieldRule = (_is_size, "a whole number of pixels or a pair (height, width)")
 _NAMES: FieldRule = (_is_names, "a list of category names")
 _FLAG: FieldRule = (lambda v: isinstance(v, bool), "true or false")
@@ -61,7 +68,7 @@ _SHARE = _float(lambda v: 0 <= v <= 1, "a share from 0 to 1")
 _POSITIVE_SHARE = _float(lambda v: 0 < v <= 1, "a share above 0 and up to 1")
 
 # Architecture -> recipe fields that only this one or some architectures have.
-_STEP_FIELDS = ("optimiser", "schedule", "warmup", "lr_end", "clip")
+_STEP_FIELDS = ("optimiser", "schedule", "warmup", "lr_end", "clip", "sampling")
 _RULE_FIELDS = ("rule", "fraction_start", "fraction_end", "exponent_start", "exponent_end")
 ARCHITECTURE_FIELDS: dict[str, tuple[str, ...]] = {
     "recontrast": (*_RULE_FIELDS, *_STEP_FIELDS, "decoder", "levels"),
@@ -123,6 +130,9 @@ FIELD_RULES: dict[str, FieldRule] = {
     "gaussian_features": _integer(1),
     "small_size": _SIZE,
     "jitter": _RATE,
+    "sampling": _one_of("images", "classes"),
+    "shots": (_is_shots, "none, a whole number of at least 1 or numbers by class"),
+    "augment": _one_of("none", "rotations", "flips", "inp_former"),
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from recontrast.architectures import build_model, compute_rule_parameter, get_architecture
+from recontrast.data.augment import count_views
 from recontrast.data.images import normalise, read_image
 from recontrast.models.ensemble import Ensemble
 from recontrast.models.network import Network
@@ -98,7 +99,7 @@ class _Probe:
     """Measured speed of this machine: reading an image, the network, and matrix products."""
 
     def __init__(self, recipe: Recipe, paths: Sequence[Path], device: torch.device, category: str) -> None:
-        self.device, self.count = device, len(paths)
+        self.device, self.count = device, len(paths) * count_views(recipe.augment)
         self.model = build_model(recipe.replace(**_probe_size(recipe)), category)
         self.channels_last = move_model(self.model, device, recipe.channels_last) == torch.channels_last
         self.size = recipe.out if recipe.tile is not None else _probe_pair(recipe)

@@ -16,6 +16,7 @@ from recontrast.architectures import ARCHITECTURES, get_architecture
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.atomic import replace_files
+from recontrast.data.augment import augment_images
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import describe_images
@@ -138,14 +139,16 @@ def _fit_further(
     model = checkpoint.build(saved, path)
     channels_last = move_model(model, device, recipe.channels_last) == torch.channels_last
     model.eval()
-    plan_memory(model, recipe, len(images), device)
-    batches = DeviceImages(images, device)
-    starts = range(0, len(images), recipe.batch)
+    augmented = augment_images(images, recipe.augment)
+    count = len(augmented)
+    plan_memory(model, recipe, count, device)
+    batches = DeviceImages(augmented, device)
+    starts = range(0, count, recipe.batch)
     for start in starts:
-        stop = min(start + recipe.batch, len(images))
+        stop = min(start + recipe.batch, count)
         observe(model, batches[np.arange(start, stop)], recipe, channels_last=channels_last)
         if on_step is not None:
-            on_step(stop, len(images))
+            on_step(stop, count)
     fit = get_architecture(recipe).fit
     if fit is not None:  # never None here
         fit(model, recipe)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.checkpoint import Checkpoint
+from recontrast.data.augment import count_views
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import describe_images
@@ -21,7 +22,7 @@ from recontrast.data.near_copies import (
     merge_copies,
     sketch_image,
 )
-from recontrast.data.sources import Images
+from recontrast.data.sources import FileImages, Images
 from recontrast.training.holdout import split_holdout
 from recontrast.training.settings import RunSettings
 
@@ -79,6 +80,20 @@ def open_images(settings: RunSettings, resumed: Checkpoint | None) -> OpenImages
     return replace(opened, sketches=encode_sketches([of_samples[sample.path] for sample in opened.samples]))
 
 
+def list_classes(opened: OpenImages) -> NDArray[np.int64]:
+    """Return the number of the class of each image to train on, (n,); tiles have that of their file.
+
+    Args:
+        opened: Images that were read from files.
+    """
+    names = [sample.category for sample in opened.samples]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    of_files = np.array([numbers[name] for name in names], np.int64)
+    if isinstance(opened.training, FileImages):
+        return np.repeat(of_files, np.diff(opened.training.offsets))
+    return of_files
+
+
 def _separate(
     settings: RunSettings, opened: OpenImages, pairs: Sequence[tuple[int, int]], resumed: Checkpoint | None
 ) -> OpenImages:
@@ -95,7 +110,7 @@ def _separate(
     except ValueError:  # too few different images
         return opened
     held_out = [sample for sample in held_out if sample.path in first]
-    if recipe.drop_last and len(samples) < recipe.batch:
+    if recipe.drop_last and len(samples) * count_views(recipe.augment) < recipe.batch:
         return opened
     return OpenImages(_decode(settings, samples), samples, held_out, _decode(settings, held_out), "")
 

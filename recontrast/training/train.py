@@ -1,7 +1,7 @@
 """Training loop of the reference (`train` in `recontrast_mvtec.py`), for any number of steps and with resume.
 
-There is no augmentation: each image is decoded once and enters every epoch as the same tensor. The loop itself is in
-`recontrast.training.trainer`, the step in `recontrast.training.step`.
+Each image is decoded once and enters every epoch as the same tensor, and so do its augmented copies, which the paper
+does not have. The loop itself is in `recontrast.training.trainer`, the step in `recontrast.training.step`.
 """
 
 import time
@@ -14,6 +14,7 @@ import torch
 
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
+from recontrast.data.augment import count_views
 from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample, describe
 from recontrast.data.sources import Images
@@ -27,6 +28,7 @@ from recontrast.training.holdout import split_holdout
 from recontrast.training.one_pass import OnePassTrainer
 from recontrast.training.run_files import CHECKPOINT, RunFiles
 from recontrast.training.settings import OnLog, RunSettings, check_options
+from recontrast.training.shots import describe_shots, select_shots
 from recontrast.training.step import build_model, train_step
 from recontrast.training.trainer import Trainer
 
@@ -119,16 +121,16 @@ def train(
     """
     started = time.perf_counter()
     images: Images | None = None if isinstance(samples, Sequence) else samples
-    good = _select_good(samples) if isinstance(samples, Sequence) else []
+    good = select_shots(_select_good(samples), recipe.shots, recipe.seed) if isinstance(samples, Sequence) else []
     count = len(good) if images is None else len(images)
     if not count:
         raise ValueError(f"train: samples: wanted good training images, got none among {len(samples)} samples")
     category = category or "+".join(dict.fromkeys(sample.category for sample in good)) or "images"
-    if images is not None and recipe.holdout:
-        raise ValueError(f"train: holdout: wanted 0 for images that are decoded already, got {recipe.holdout:g}")
+    if images is not None:
+        _check_decoded(recipe)
     copies = group_equal_files([sample.path for sample in good]) if recipe.holdout else None
     training, held_out = split_holdout(good, recipe.holdout, recipe.seed, copies)
-    count -= len(held_out)
+    count = (count - len(held_out)) * count_views(recipe.augment)
     if recipe.drop_last and count < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {count} training images, got {recipe.batch}")
     with distributed.join_processes(device) as (world, resolved_device), convolution_precision(recipe.tf32):
@@ -178,7 +180,18 @@ def _describe_data(settings: RunSettings) -> str | None:
     groups: dict[str, list[Sample]] = {}
     for sample in (*settings.samples, *settings.held_out):
         groups.setdefault(sample.category, []).append(sample)
-    return "\n".join(describe(groups)) if groups else None
+    drawn = describe_shots(settings.good, settings.recipe.shots, settings.recipe.seed)
+    return "\n".join([*describe(groups), *([] if drawn is None else [drawn])]) if groups else None
+
+
+def _check_decoded(recipe: Recipe) -> None:
+    """Raise ValueError if a recipe needs the files of images that are decoded already."""
+    for name, value, default in (
+        ("holdout", recipe.holdout, 0.0), ("shots", recipe.shots, None), ("sampling", recipe.sampling, "images")
+    ):  # fmt: skip
+        if value != default:
+            shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else repr(default)
+            raise ValueError(f"train: {name}: wanted {shown} for images that are decoded already, got {value!r}")
 
 
 def _select_good(samples: Sequence[Sample]) -> list[Sample]:

@@ -18,6 +18,7 @@ from recontrast import checkpoint
 from recontrast.architectures import build_model, compute_rule_parameter
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
+from recontrast.data.augment import augment_images, count_views
 from recontrast.data.fingerprint import describe_images
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
@@ -28,7 +29,7 @@ from recontrast.training import interrupts
 from recontrast.training.cuda_graph import GraphedStep
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.holdout import calibrate_holdout
-from recontrast.training.open_images import OpenImages, open_images
+from recontrast.training.open_images import OpenImages, list_classes, open_images
 from recontrast.training.optimisers import build_optimisers, schedule_optimisers
 from recontrast.training.progress import ProgressMeter
 from recontrast.training.run_files import CHECKPOINT, RunFiles
@@ -70,7 +71,7 @@ class Trainer:
         model.train()
         self.dtype = next(model.parameters()).dtype
         self.opened = open_images(settings, resumed)
-        images = self.opened.training
+        images = augment_images(self.opened.training, recipe.augment)
         self.state = _build_state(settings, model, self.opened)
         self.calibration: Calibration | None = None
         if resumed is not None:
@@ -210,7 +211,10 @@ def _build_state(settings: RunSettings, model: Network, opened: OpenImages) -> T
     """Check that all processes have the same settings and images, and return the state before the first step."""
     recipe, category, device, world = settings.recipe, settings.category, settings.device, settings.world
     images = opened.training
-    sampler = BatchSampler(len(images), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    views = count_views(recipe.augment)
+    classes = np.tile(list_classes(opened), views) if recipe.sampling == "classes" else None
+    count = len(images) * views
+    sampler = BatchSampler(count, recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed, classes=classes)
     description = describe_images(images)
     compared = {name: description[name] for name in ("count", "digest")}
     distributed.check_agreement(

@@ -51,6 +51,9 @@ INVALID = {
     "views": ["all", None],
     "name": ["", 3],
     "weights": ["", 3],
+    "sampling": ["balanced", None],
+    "shots": [0, -1, 4.0, True, "4", {}, {"screw": 0}, {"screw": "4"}, {"screw": None}],
+    "augment": ["rotate", None, True],
 }
 
 
@@ -163,6 +166,7 @@ def test_encoder_bn_on_visa():
         ({"loss": "point"}, "mining: wanted false if loss is 'point', got true"),
         ({"train_encoder": False}, "pairs: wanted 'self' if train_encoder is false, got 'cross'"),
         ({"pairs": "self", "views": "trained"}, "views: wanted 'both' if pairs is 'self', .*got 'trained'"),
+        ({"architecture": "patchcore", "sampling": "classes"}, "sampling: wanted the default for .*, got 'classes'"),
         ({"wipe_every": 5, "rest": 6}, r"rest: wanted at most wipe_every \(5\), got 6"),
     ],
 )
@@ -285,6 +289,19 @@ def test_values_are_converted():
     assert isinstance(recipe.decoder_lr, float)
     assert recipe.out == (64, 32)
     assert Recipe(size=256, crop=224).out == (224, 224)
+
+
+def test_shots_by_class(tmp_path):
+    """Numbers by class can be hashed, written to JSON and YAML, and not be changed."""
+    recipe = Recipe(shots={"screw": 4, "tile": 1})
+    assert recipe == Recipe(shots={"tile": 1, "screw": 4}) and hash(recipe) == hash(
+        Recipe(shots={"tile": 1, "screw": 4})
+    )
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert yaml_file.read_recipe(yaml_file.write_recipe(tmp_path / "r.yaml", recipe)) == recipe
+    with pytest.raises(TypeError):
+        recipe.shots["screw"] = 5
+    assert "shots" not in Recipe().to_dict() and recipe.replace(shots=None) == Recipe()
 
 
 def test_list_differences():

@@ -17,6 +17,7 @@ from recontrast.app.options import (
     expand_home,
     parse_change,
     parse_duration,
+    parse_shots,
     path_argument,
     path_option,
     resolve_checkpoint,
@@ -26,7 +27,7 @@ from recontrast.app.progress_bar import ProgressBar
 EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device")  # that go together
 
 
-def train(  # 31 options and the output; `train_job` does the work
+def train(  # 34 options and the output; `train_job` does the work
     context: typer.Context,
     data: Annotated[
         list[Path] | None,
@@ -76,6 +77,21 @@ def train(  # 31 options and the output; `train_job` does the work
         int | None, typer.Option(help="Train on tiles of this side in pixels at full resolution, instead of --size.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed. Default: as in the recipe; in mvtec: 111.")] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N | CLASS=N,...",
+            help="Good images of each class to use, drawn with --seed: a number, or numbers by class. Default: all.",
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="Augmented copies of the good images: none, rotations, flips or inp_former. Default: none."),
+    ] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option(help="Draw images or classes equally often; for one detector of all classes. Default: images."),
+    ] = None,
     holdout: Annotated[
         float | None,
         typer.Option(
@@ -146,7 +162,8 @@ def train(  # 31 options and the output; `train_job` does the work
     values: dict[str, Any] = {"architecture": architecture, "backbone": backbone, "weights": weights, "steps": steps}
     values |= {"batch": batch, "size": size}
     values |= {"tile": tile, "seed": seed, "encoder_bn": encoder_bn, "precision": precision}
-    values |= {"channels_last": channels_last, "holdout": holdout}
+    values |= {"channels_last": channels_last, "holdout": holdout, "augment": augment, "sampling": sampling}
+    values |= {"shots": None if shots is None else parse_shots(shots)}
     changed = {key: value for key, value in values.items() if value is not None} | dict(
         map(parse_change, changes or [])
     )
@@ -158,7 +175,7 @@ def train(  # 31 options and the output; `train_job` does the work
     )  # fmt: skip
     check_replaceable(job.out, TABLES, overwrite=overwrite)
     print_data(datasets.describe(job.groups))
-    for note in (job.describe_holdout(), job.describe_plan()):
+    for note in (job.describe_shots(), job.describe_holdout(), job.describe_plan()):
         if note is not None:
             print_line(note)
     if not is_silent():

@@ -100,11 +100,21 @@ def _render_header(findings: Findings, title: str, recipe: Recipe, run: str) -> 
 <p class="kind">Anomaly detection report</p>
 <h1>{escape(title)}</h1>
 <p class="dim">{escape(run)}, {mean.images} test images,
-{input_size}, {escape(recipe.backbone)};
+{input_size}, {escape(recipe.backbone)}{_describe_few(recipe)};
 <time datetime="{date.isoformat(timespec="seconds")}">{date.day} {date:%B %Y}</time></p>
 <dl class="numbers">{cells}</dl>
 </header>
 """
+
+
+def _describe_few(recipe: Recipe) -> str:
+    """Return how few images the detector was trained on, to follow a text; empty if it was trained on all."""
+    if recipe.shots is None:
+        return ""
+    shots = recipe.shots.items() if isinstance(recipe.shots, Mapping) else [("each class", recipe.shots)]
+    named = ", ".join(f"{count} of {name}" for name, count in shots)
+    augmented = "" if recipe.augment == "none" else f", augmented ({recipe.augment})"
+    return escape(f", trained on few good images: {named}{augmented}")
 
 
 def _render_curves(findings: Findings) -> str:
