@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from recontrast.inference.options import InferenceOptions
 
 
+NAMED_NONE = ("rule", "augment")  # recipe fields with a value that is called "none"
+
+
 def parse_path(text: str | Path) -> Path:
     """Parse a path of the command line: ``~`` stands for the home folder, also in ``--out=~/runs``.
 
@@ -214,12 +217,20 @@ def parse_change(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise ValueError(f"--set: wanted KEY=VALUE, got {text!r}")
     constants = {"true": True, "false": False, "none": None}
-    if value.lower() in constants:
+    if value.lower() in constants and key not in NAMED_NONE:
         return key, constants[value.lower()]
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two for deeply nested brackets
         return key, os.path.expanduser(value) if key == "weights" else value
+
+
+def parse_values(text: str) -> tuple[str, list[Any]]:
+    """Parse ``key=value,value``; each value is parsed as in `parse_change`."""
+    key, sign, values = text.partition("=")
+    if not sign or not key or not parse_list(values):
+        raise ValueError(f"--vary: wanted KEY=VALUE,VALUE, got {text!r}")
+    return key, [parse_change(f"{key}={value}")[1] for value in parse_list(values)]
 
 
 def parse_duration(option: str, value: str | float) -> float:

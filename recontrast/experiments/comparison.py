@@ -66,17 +66,19 @@ class Comparison:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of the table, in percent.
 
-        Each metric has three columns: our mean with its standard deviation, the published value, and the difference.
+        Each metric has three columns: our mean with its standard deviation, the published value, and the difference; or
+        the first alone, if no published value belongs to the table.
         """
-        header = ["entry", "category"]
+        header, is_published = ["entry", "category"], any(line.paper is not None for line in self.lines)
+        columns = 3 if is_published else 1
         for metric in self.metrics:
-            header += [METRICS[metric], "paper", "diff"]
+            header += [METRICS[metric], "paper", "diff"][:columns]
         rows: dict[tuple[str, str], dict[str, list[str]]] = {}
         for line in self.lines:
             ours = _format_percent(line.ours) + ("" if line.spread is None else f" ± {100 * line.spread:.2f}")
             cells = [ours, _format_percent(line.paper), _format_percent(line.difference, "+.2f")]
-            rows.setdefault((line.entry, line.category), {})[line.metric] = cells
-        missing = ["-"] * 3  # a metric that is not published for the entry
+            rows.setdefault((line.entry, line.category), {})[line.metric] = cells[:columns]
+        missing = ["-"] * columns  # a metric that is not published for the entry
         return header, [
             [*names, *(cell for metric in self.metrics for cell in row.get(metric, missing))]
             for names, row in rows.items()

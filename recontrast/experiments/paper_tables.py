@@ -41,6 +41,8 @@ class Entry:
         evaluation: Recipe fields that differ in evaluation only.
         trained_as: Name of the entry whose trained model is evaluated; empty if the entry has its own training.
         recipe: Name of the recipe of a rival; empty for the recipe of the table.
+        metrics: Metrics to show beside those with published numbers, as fields of
+            `recontrast.evaluation.results.Row`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Entry:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     trained_as: str = ""
     recipe: str = ""
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

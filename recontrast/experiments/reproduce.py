@@ -27,6 +27,7 @@ from recontrast.evaluation.results import Result, Row, parse_row
 from recontrast.experiments.comparison import FILES as COMPARISON_FILES
 from recontrast.experiments.comparison import Comparison, Line
 from recontrast.experiments.paper_tables import TABLES, Entry, Table
+from recontrast.experiments.variants import count_shots, vary_table
 from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
@@ -35,6 +36,7 @@ from recontrast.recipes.validation import ARCHITECTURE_FIELDS
 from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
 from recontrast.training.run_files import CHECKPOINT, LOG
+from recontrast.training.shots import select_shots
 from recontrast.training.state import FREE_ON_RESUME
 from recontrast.training.train import train
 
@@ -88,6 +90,8 @@ def reproduce(
     categories: Sequence[str] = (),
     entries: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    long_tail: float | None = None,
     device: str | None = None,
     cache_dir: str | Path | None = None,
     keep: bool = False,
@@ -106,6 +110,10 @@ def reproduce(
         categories: Names of the categories; by default all in ``data``.
         entries: Names of the entries; by default all.
         changes: Recipe fields to change in every run, such as ``backbone``, ``weights`` or ``steps``.
+        vary: Values by recipe field. Every entry is run with every combination of them, as an entry of its own:
+            ``{"shots": [1, 2, 4], "augment": ["none", "rotations"]}`` makes the tables of few-shot detection.
+        long_tail: Number of good training images of the largest class over that of the smallest one; the images of
+            each class are drawn by the seed, see `recontrast.training.shots.count_long_tail`. None uses all images.
         device: Device, see `recontrast.training.train.train`.
         cache_dir: Folder for decoded images, see `recontrast.training.train.train`.
         keep: Whether to keep the checkpoints of finished runs, of a gigabyte or more each.
@@ -121,10 +129,10 @@ def reproduce(
     """
     if name not in TABLES:
         raise ValueError(f"reproduce: table: wanted one of {', '.join(TABLES)}, got {name!r}")
-    table, out, changes = TABLES[name], Path(out), dict(changes or {})
-    names = [entry.name for entry in table.entries]
-    if unknown := [entry for entry in entries if entry not in names]:
-        raise ValueError(f"reproduce: entry: wanted one of {', '.join(names)}, got {unknown[0]!r}")
+    table, out, changes = vary_table(TABLES[name], entries, vary or {}), Path(out), dict(changes or {})
+    given = [*changes, *(vary or ()), *(() if long_tail is None else ("shots",))]
+    if clash := {name for name in given if given.count(name) > 1}:
+        raise ValueError(f"reproduce: wanted one way to set {min(clash)}, got two")
     groups = datasets.load(data, list(categories) or None)
     for category, samples in groups.items():
         if not any(sample.split == "test" for sample in samples):
@@ -132,10 +140,13 @@ def reproduce(
     if not table.categories and len(groups) > 1:
         raise ValueError(f"{data}: wanted one category for {name}, got {len(groups)}: {', '.join(groups)}")
     seeds = list(seeds) or [RECIPES[table.recipe].seed]
-    rows: dict[str, dict[int, list[Row]]] = {entry: {} for entry in entries or names}
+    if long_tail is not None:
+        changes["shots"] = count_shots(groups, long_tail)
+    rows: dict[str, dict[int, list[Row]]] = {entry.name: {} for entry in table.entries}
     runs = _plan_runs(table, list(rows), groups, seeds, changes)
     for run in runs:
         check_source(run.recipe.backbone, run.recipe.weights)
+        select_shots([sample for group in run.groups.values() for sample in group], run.recipe.shots, run.recipe.seed)
     _check_files(runs, out, overwrite)
     with ExitStack() as stack:
         world, resolved_device = stack.enter_context(distributed.join_processes(device))
@@ -276,7 +287,7 @@ def _read_rows(folder: Path, recipe: Recipe, groups: Groups) -> list[Row] | None
 
 def _compare_entry(table: Table, entry: Entry, by_seed: Mapping[int, Sequence[Row]]) -> Iterator[Line]:
     """Compare every category, then the mean, by every metric that is published for the entry."""
-    metrics = list(dict.fromkeys(metric for numbers in entry.numbers.values() for metric in numbers))
+    metrics = list(dict.fromkeys([*(m for numbers in entry.numbers.values() for m in numbers), *entry.metrics]))
     categories = list(dict.fromkeys(row.category for rows in by_seed.values() for row in rows))
     names = [*categories, "mean"]
     if len(categories) == 1:  # the category and the mean are the same
@@ -302,7 +313,7 @@ def _find_published_numbers(
     if category != "mean":
         return entry.numbers.get(category, {})
     if not table.categories or set(categories) == set(table.categories):
-        return entry.numbers["mean"]
+        return entry.numbers.get("mean", {})
     numbers = [entry.numbers.get(name) for name in categories]
     if None in numbers:
         return {}

@@ -174,6 +174,39 @@ def test_selected_entries(data, tmp_path):
     assert all(x.ours is not None for x in isic.lines)
 
 
+def test_lines_for_numbers_of_shots(data, tmp_path):
+    """One line for each number of shots and augmentation, with means and deviations over seeds."""
+    calls = []
+    vary = {"shots": [1, 4], "augment": ["none", "flips"]}
+    comparison = run("mvtec", data, tmp_path, calls, categories=["grid"], seeds=[1, 2], vary=vary)
+    names = [f"ours-shots={shots}-augment={augment}" for shots in (1, 4) for augment in ("none", "flips")]
+    assert list(dict.fromkeys(line.entry for line in comparison.lines)) == names
+    assert {call.split()[1] for call in calls} == set(names) and len({tuple(call.split()) for call in calls}) >= 8
+    assert all(x.seeds == 2 and x.spread is not None and x.paper is None for x in comparison.lines)
+    assert comparison.cells()[0] == ["entry", "category", "I-AUROC", "P-AUROC", "AUPRO per image"]
+    recipe = yaml_file.read_recipe(tmp_path / names[1] / "grid/seed-2/recipe.yaml")
+    assert (recipe.shots, recipe.augment, recipe.seed) == (1, "flips", 2)
+    calls.clear()
+    run("mvtec", data, tmp_path, calls, categories=["grid"], seeds=[1, 2], vary={**vary, "shots": [4, 1]})
+    assert calls == [], "finished runs are not made again"
+
+
+def test_variants_of_entries_that_share_a_training(data, tmp_path):
+    calls = []
+    comparison = run("maps", data / "grid", tmp_path, calls, vary={"shots": [2]})
+    assert {line.entry for line in comparison.lines} == {f"{name}-shots=2" for name in ("trained", "frozen", "both")}
+    assert {call.split()[1] for call in calls if call.startswith("train")} == {"both-shots=2"}
+
+
+def test_long_tail(data, tmp_path):
+    vary = {"sampling": ["images", "classes"]}
+    comparison = run("mvtec_unified", data, tmp_path, vary=vary, long_tail=4, entries=["ours"])
+    assert {line.entry for line in comparison.lines} == {"ours-sampling=images", "ours-sampling=classes"}
+    recipe = yaml_file.read_recipe(tmp_path / "ours-sampling=classes/all/seed-1/recipe.yaml")
+    assert dict(recipe.shots) == {"grid": 4, "screw": 1} and recipe.sampling == "classes"
+    assert any("shots {'grid': 4, 'screw': 1}" in note for note in comparison.notes)
+
+
 # ---- errors ---------------------------------------------------------------------------
 
 
@@ -188,6 +221,14 @@ def test_selected_entries(data, tmp_path):
         ("maps", {"changes": {"views": "both"}}, "fields that the table does not set, got views"),
         ("mvtec", {"changes": {"seed": 3}}, "fields that the table does not set, got seed"),
         ("mvtec", {"changes": {"step": 3}}, "there is no field 'step'"),
+        ("mvtec", {"vary": {"seed": [1, 2]}}, "to vary a field that the table does not set, got seed"),
+        ("mvtec", {"vary": {"shots": []}}, r"shots: wanted different values to vary, got \[\]"),
+        ("mvtec", {"vary": {"shots": [2, 2]}}, r"shots: wanted different values to vary, got \[2, 2\]"),
+        ("mvtec", {"vary": {"step": [1]}}, "there is no field 'step'"),
+        ("mvtec", {"vary": {"steps": [1]}}, "reproduce: wanted one way to set steps, got two"),
+        ("mvtec", {"vary": {"shots": [1]}, "long_tail": 4}, "reproduce: wanted one way to set shots, got two"),
+        ("mvtec", {"vary": {"shots": [2, 5]}}, "shots: wanted at most the 4 good images of grid, got 5"),
+        ("mvtec", {"long_tail": 0.5}, "long tail: wanted 2 classes and an imbalance of at least 1, got 2 and 0.5"),
     ],
 )
 def test_invalid_arguments_are_refused(data, tmp_path, name, more, text):
@@ -246,6 +287,8 @@ def test_cells_in_percent_and_missing_values():
         [["a", "x", "50.00 ± 1.00", "75.00", "-25.00", "-", "90.00", "-"]],
     )
     assert comparison.to_markdown().endswith("Note.\n")
+    unpublished = Comparison("t", "T", [Line("a", "x", "i_auroc", 2, 0.5, 0.01, None)], [])
+    assert unpublished.cells() == (["entry", "category", "I-AUROC"], [["a", "x", "50.00 ± 1.00"]])
 
 
 # ---- the command -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from recontrast.app.options import (
     parse_change,
     parse_list,
     parse_numbers,
+    parse_values,
     path_option,
 )
 from recontrast.app.progress_bar import ProgressBar
@@ -34,6 +35,18 @@ def reproduce(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field; may be repeated.")
     ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(help="Numbers of good images of each class, such as 1,2,4; each makes lines of its own."),
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="Values of any other recipe field, which make lines of their own."),
+    ] = None,
+    long_tail: Annotated[
+        float | None,
+        typer.Option(help="Images of the largest class over those of the smallest, for one detector of long tails."),
+    ] = None,
     device: Device = None,
     cache: Annotated[
         Path | None, path_option(help="Folder for decoded images. Default: decode them for each run.")
@@ -51,12 +64,15 @@ def reproduce(
         check_writable(cache, "--cache")
     if device is not None:
         resolve_device(device)
+    varied = dict(map(parse_values, vary or []))
+    if shots is not None:
+        varied = {"shots": parse_numbers("--shots", shots), **varied}
     try:
         with ProgressBar("") as progress:
             comparison = run(
                 name, data, out, seeds=parse_numbers("--seeds", seeds),
                 categories=parse_list(categories), entries=parse_list(entries),
-                changes=dict(map(parse_change, changes or [])),
+                changes=dict(map(parse_change, changes or [])), vary=varied, long_tail=long_tail,
                 device=device, cache_dir=cache, keep=keep, overwrite=overwrite,
                 on_step=lambda task, done, total, note: progress(done, total, f"{task}: {note}"),
             )  # fmt: skip

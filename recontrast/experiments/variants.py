@@ -1,0 +1,71 @@
+"""Variants of a table's entries: other values of recipe fields, such as numbers of shots, and long-tailed data sets."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from recontrast.data.datasets import Sample
+from recontrast.experiments.paper_tables import Entry, Table
+from recontrast.training.shots import count_long_tail
+
+
+def vary_table(table: Table, names: Sequence[str], vary: Mapping[str, Sequence[Any]]) -> Table:
+    """Replace entries of a table by one variant of each for every combination of values.
+
+    The published numbers are not those of the variants, and are left out.
+
+    Args:
+        table: Table of the paper.
+        names: Names of the entries to keep; empty keeps all.
+        vary: Values by recipe field, such as ``{"shots": [1, 2, 4], "augment": ["none", "rotations"]}``; empty changes
+            nothing.
+
+    Returns:
+        The table with these entries, named ``ENTRY-FIELD=VALUE-...``.
+
+    Raises:
+        ValueError: If an entry does not exist, a field has no value or the same value twice, or the table sets it
+            itself.
+    """
+    known = [entry.name for entry in table.entries]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"reproduce: entry: wanted one of {', '.join(known)}, got {unknown[0]!r}")
+    entries = [entry for entry in table.entries if not names or entry.name in names]
+    for field, values in vary.items():
+        if not values or len(set(map(str, values))) < len(values):
+            raise ValueError(f"reproduce: {field}: wanted different values to vary, got {list(values)!r}")
+        if field == "seed" or any(field in (*entry.changes, *entry.evaluation) for entry in entries):
+            raise ValueError(f"reproduce: wanted to vary a field that the table does not set, got {field}")
+    if not vary:
+        return replace(table, entries=tuple(entries))
+    combinations = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
+    return replace(table, entries=tuple(_make_variant(entry, combination) for entry in entries
+                                        for combination in combinations))  # fmt: skip
+
+
+def _make_variant(entry: Entry, changes: Mapping[str, Any]) -> Entry:
+    """Return an entry with other values, and without published numbers."""
+    suffix = "".join(f"-{field}={value}" for field, value in changes.items()).replace("/", "-")  # names a folder
+    return replace(
+        entry, name=entry.name + suffix, changes={**entry.changes, **changes}, numbers={},
+        metrics=tuple(dict.fromkeys(metric for numbers in entry.numbers.values() for metric in numbers)),
+        trained_as=entry.trained_as + suffix if entry.trained_as else "",
+    )  # fmt: skip
+
+
+def count_shots(groups: Mapping[str, Sequence[Sample]], imbalance: float) -> dict[str, int]:
+    """Return the field ``shots`` that gives a data set a long tail, see `recontrast.training.shots.count_long_tail`.
+
+    Args:
+        groups: Samples by category.
+        imbalance: Number of images of the largest class over that of the smallest.
+
+    Returns:
+        Number of good training images of each class.
+
+    Raises:
+        ValueError: If there are fewer than two classes, or the imbalance is below 1.
+    """
+    good = {name: sum(s.split == "train" and not s.label for s in group) for name, group in groups.items()}
+    return count_long_tail(good, imbalance)
