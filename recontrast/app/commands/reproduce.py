@@ -20,7 +20,7 @@ from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.tables import print_table
 
 
-def reproduce(
+def reproduce(  # 14 options and the output; `recontrast.experiments.reproduce` does the work
     name: Annotated[
         str,
         typer.Argument(metavar="TABLE", help="mvtec, visa, aptos, mvtec_unified, ablation, maps ... See the guide."),
