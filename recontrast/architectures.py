@@ -15,7 +15,7 @@ from torch import Tensor
 from recontrast.anomaly_map import AnomalyMap
 from recontrast.loss import compute_mean, pairs_loss
 from recontrast.mining import Rule, alpha_at, deviation, hardest, power
-from recontrast.models.backbone import get_strides
+from recontrast.models.backbone import get_strides, list_layers
 from recontrast.models.ensemble import Ensemble
 from recontrast.models.network import Network
 from recontrast.models.padim import PaDiM
@@ -115,6 +115,7 @@ def _build_recontrast(recipe: Recipe, category: str) -> Network:
         recipe.backbone,
         weights=recipe.weights,
         levels=_count_levels(recipe),
+        layers=recipe.layers,
         encoder_bn=recipe.encoder_bn_for(category),
         decoder=recipe.decoder,
         activation=recipe.activation,
@@ -138,6 +139,7 @@ def _build_patchcore(recipe: Recipe, category: str) -> Network:
         recipe.backbone,
         weights=recipe.weights,
         levels=_list_levels(recipe),
+        layers=recipe.layers,
         embedding=recipe.bank_embedding,
         neighbours=recipe.bank_neighbours,
     )
@@ -146,18 +148,30 @@ def _build_patchcore(recipe: Recipe, category: str) -> Network:
 def _list_levels(recipe: Recipe) -> tuple[int, ...]:
     """Return the levels of PatchCore."""
     if recipe.levels is None:
-        return (2, 3)
+        return (2, 3) if recipe.layers is None else tuple(range(1, len(recipe.layers) + 1))
     return recipe.levels if isinstance(recipe.levels, tuple) else tuple(range(1, recipe.levels + 1))
 
 
 def _build_padim(recipe: Recipe, category: str) -> Network:
-    levels, features = _count_levels(recipe), recipe.gaussian_features
-    return PaDiM(recipe.backbone, weights=recipe.weights, levels=levels, features=features, seed=recipe.seed)
+    return PaDiM(
+        recipe.backbone,
+        weights=recipe.weights,
+        levels=_count_levels(recipe),
+        layers=recipe.layers,
+        features=recipe.gaussian_features,
+        seed=recipe.seed,
+    )
 
 
 def _build_ensemble(recipe: Recipe, category: str) -> Network:
-    size, features = to_pair(recipe.small_size), recipe.gaussian_features
-    return Ensemble(recipe.backbone, weights=recipe.weights, small_size=size, features=features, seed=recipe.seed)
+    return Ensemble(
+        recipe.backbone,
+        weights=recipe.weights,
+        small_size=to_pair(recipe.small_size),
+        features=recipe.gaussian_features,
+        seed=recipe.seed,
+        layers=recipe.layers,
+    )
 
 
 def _fit_ensemble(network: Ensemble, recipe: Recipe) -> None:
@@ -171,8 +185,14 @@ def _fit_ensemble(network: Ensemble, recipe: Recipe) -> None:
 
 
 def _build_uniad(recipe: Recipe, category: str) -> Network:
-    levels = _count_levels(recipe)
-    return UniAD(recipe.backbone, weights=recipe.weights, levels=levels, size=recipe.out, jitter=recipe.jitter)
+    return UniAD(
+        recipe.backbone,
+        weights=recipe.weights,
+        levels=_count_levels(recipe),
+        blocks=recipe.layers,
+        size=recipe.out,
+        jitter=recipe.jitter,
+    )
 
 
 def _compute_uniad_loss(
@@ -192,12 +212,18 @@ def _count_levels(recipe: Recipe) -> int:
 def _compute_last_stride(recipe: Recipe) -> int:
     """Return the stride of the coarsest level."""
     count = _list_levels(recipe)[-1] if recipe.architecture == "patchcore" else _count_levels(recipe)
-    return get_strides(recipe.backbone, count)[-1]
+    return get_strides(recipe.backbone, count, recipe.layers)[-1]
+
+
+def _compute_recontrast_stride(recipe: Recipe) -> int:
+    """Return the stride of the code: twice that of the coarsest level, or with a vision transformer the same."""
+    is_transformer = recipe.layers is not None or list_layers(recipe.backbone, _count_levels(recipe)) is not None
+    return (1 if is_transformer else 2) * _compute_last_stride(recipe)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "recontrast": Architecture(
-        ReContrast, _build_recontrast, lambda recipe: 2 * _compute_last_stride(recipe), _compute_recontrast_loss
+        ReContrast, _build_recontrast, _compute_recontrast_stride, _compute_recontrast_loss
     ),
     "patchcore": Architecture(
         PatchCore, _build_patchcore, _compute_last_stride,

@@ -6,6 +6,7 @@ whose levels are groups of blocks, as in Dinomaly (Guo et al., CVPR 2025, https:
 """
 
 import difflib
+import functools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -222,6 +223,32 @@ def _plan_levels(name: str, levels: int, layers: Sequence[Sequence[int]] | None)
         ValueError: If the model or its tag is unknown, has neither ``features_only`` nor blocks of tokens, has fewer
             levels, or lacks a block of ``layers``.
     """
+    reductions, has_tokens = _describe(name)
+    if has_tokens:
+        depth, patch = len(reductions), reductions[0]
+        groups = group_middle_blocks(name, depth, levels) if layers is None else check_layers(name, depth, layers)
+        return _LevelPlan((patch,) * len(groups), layers=groups)
+    if layers is not None:
+        wanted = f"none for {name!r}, which is no vision transformer of one patch size and any image size"
+        raise ValueError(f"backbone: layers: wanted {wanted}, got {[list(group) for group in layers]}")
+    deepest = {reduction: i for i, reduction in enumerate(reductions)}  # the last output of each stride
+    indices = {i: stride for stride, i in deepest.items() if stride >= 4}
+    if not 1 <= levels <= len(indices):
+        wanted = f"1 to {len(indices)} for {name!r}, which has strides {', '.join(map(str, deepest))}"
+        raise ValueError(f"backbone: levels: wanted {wanted}, got {levels}")
+    chosen = dict(list(indices.items())[:levels])
+    return _LevelPlan(tuple(chosen.values()), outputs=tuple(chosen))
+
+
+@functools.lru_cache(maxsize=64)
+def _describe(name: str) -> tuple[tuple[int, ...], bool]:
+    """Return the stride of each output of a timm model, and whether it is a vision transformer.
+
+    A vision transformer in this sense has blocks of equal size, and takes images of any size.
+
+    Raises:
+        ValueError: If the model or its tag is unknown, or it has neither ``features_only`` nor blocks of tokens.
+    """
     base = name.partition(".")[0]
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
@@ -234,22 +261,6 @@ def _plan_levels(name: str, levels: int, layers: Sequence[Sequence[int]] | None)
         wanted = f"a timm model with features_only or forward_intermediates, and a known tag ({tags})"
         reason = str(error).strip().rstrip(".").partition("\n")[0]
         raise ValueError(f"backbone: wanted {wanted}, got {name!r}: {reason}") from error
-    if _has_tokens(getattr(extractor, "model", None)):
-        depth, patch = len(info), int(info[0]["reduction"])
-        groups = group_middle_blocks(name, depth, levels) if layers is None else check_layers(name, depth, layers)
-        return _LevelPlan((patch,) * len(groups), layers=groups)
-    if layers is not None:
-        wanted = f"none for {name!r}, which is no vision transformer of one patch size and any image size"
-        raise ValueError(f"backbone: layers: wanted {wanted}, got {[list(group) for group in layers]}")
-    deepest = {level["reduction"]: i for i, level in enumerate(info)}  # the last output of each stride
-    indices = {i: stride for stride, i in deepest.items() if stride >= 4}
-    if not 1 <= levels <= len(indices):
-        wanted = f"1 to {len(indices)} for {name!r}, which has strides {', '.join(map(str, deepest))}"
-        raise ValueError(f"backbone: levels: wanted {wanted}, got {levels}")
-    chosen = dict(list(indices.items())[:levels])
-    return _LevelPlan(tuple(chosen.values()), outputs=tuple(chosen))
-
-
-def _has_tokens(model: Any) -> bool:
-    """Return whether a timm model is a vision transformer with prefix tokens that takes images of any size."""
-    return all(hasattr(model, name) for name in ("forward_intermediates", "num_prefix_tokens", "dynamic_img_size"))
+    needed = ("forward_intermediates", "num_prefix_tokens", "dynamic_img_size")
+    has_tokens = all(hasattr(getattr(extractor, "model", None), attribute) for attribute in needed)
+    return tuple(int(level["reduction"]) for level in info), has_tokens

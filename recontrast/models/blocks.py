@@ -56,14 +56,14 @@ def compute_mirror_widths(channels: Sequence[int]) -> list[int]:
 
 
 def count_halvings(strides: Sequence[int]) -> list[int]:
-    """Return the number of halvings between each level and the next coarser one.
+    """Return the number of halvings between each level and the next coarser one; 0 between levels of equal stride.
 
     Raises:
-        ValueError: If the strides do not grow by powers of 2.
+        ValueError: If the strides do not grow by powers of 2 and are not equal.
     """
     ratios = [coarse / fine for fine, coarse in itertools.pairwise(strides)]
-    if not all(r >= 2 and r.is_integer() and int(r).bit_count() == 1 for r in ratios):
-        raise ValueError(f"decoder: strides: wanted each 2, 4, 8 ... times the previous one, got {tuple(strides)}")
+    if not all(r >= 1 and r.is_integer() and int(r).bit_count() == 1 for r in ratios):
+        raise ValueError(f"decoder: strides: wanted each 1, 2, 4, 8 ... times the previous one, got {tuple(strides)}")
     return [int(r).bit_length() - 1 for r in ratios]
 
 
@@ -94,7 +94,8 @@ class ResidualBlock(nn.Module):
             ]
             body += [nn.Conv2d(width, outputs, 1, bias=False)]
         self.body = nn.Sequential(*body, nn.BatchNorm2d(outputs))
-        self.shortcut = nn.Identity() if step == "same" else _build_shortcut(inputs, outputs, step)
+        keeps_shape = step == "same" and inputs == outputs
+        self.shortcut = nn.Identity() if keeps_shape else _build_shortcut(inputs, outputs, step)
         self.activation = build_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +124,8 @@ def build_convolution(inputs: int, outputs: int, step: str, groups: int = 1) -> 
 def _build_shortcut(inputs: int, outputs: int, step: str) -> nn.Sequential:
     if step == "up":
         return nn.Sequential(build_convolution(inputs, outputs, step), nn.BatchNorm2d(outputs))
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+    stride = 2 if step == "down" else 1
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
 
 
 def initialise_weights(module: nn.Module) -> None:

@@ -63,9 +63,11 @@ class MirrorDecoder(nn.Module):
         blocks: Number of residual blocks per level.
         heads: Number of heads, at least 1; see `ReverseResNet`.
         activation: "relu" or "gelu".
+        doubles: Whether the code has half the size of the coarsest level, see `Bottleneck`.
 
     Raises:
-        ValueError: If ``heads`` is 0, the activation is unknown, or the strides do not grow by powers of 2.
+        ValueError: If ``heads`` is 0, the activation is unknown, or the strides do not grow by powers of 2 and are not
+            equal.
     """
 
     def __init__(
@@ -76,13 +78,14 @@ class MirrorDecoder(nn.Module):
         blocks: int = 2,
         heads: int = 2,
         activation: str = "relu",
+        doubles: bool = True,
     ) -> None:
         super().__init__()
         if heads < 1:  # only the heads map the decoder's widths to the encoder's channels
             raise ValueError(f"MirrorDecoder: heads: wanted at least 1, got {heads}")
         widths = compute_mirror_widths(channels)
         plan = build_mirror_plan(channels, blocks)
-        self.stages = _build_stages(widths, [*count_halvings(strides), 1], plan, activation)
+        self.stages = _build_stages(widths, [*count_halvings(strides), int(doubles)], plan, activation)
         self.heads = _build_heads(widths, channels, heads)
         initialise_weights(self)
 
@@ -107,8 +110,9 @@ def _build_stages(
         raise ValueError(f"decoder: channels: wanted at most {len(plan.blocks)} levels, got {len(channels)}")
     stages, width = nn.ModuleList(), 2 * channels[-1]
     for outputs, times, blocks in zip(reversed(channels), reversed(doublings), plan.blocks, strict=False):
-        stage = [ResidualBlock(width if i == 0 else outputs, outputs, "up", plan, activation) for i in range(times)]
-        stage += [ResidualBlock(outputs, outputs, "same", plan, activation) for _ in range(times, blocks)]
+        steps = ["up"] * times + ["same"] * (blocks - times)
+        inputs = [width] + [outputs] * (len(steps) - 1)
+        stage = [ResidualBlock(i, outputs, step, plan, activation) for i, step in zip(inputs, steps, strict=True)]
         stages.append(nn.Sequential(*stage))
         width = outputs
     return stages

@@ -6,6 +6,7 @@ what it is compared with, weighted and added up.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Ensemble(OnePassNetwork):
         small_size: Height and width of the images for PaDiM, in pixels.
         features: Number of channels drawn for PaDiM.
         seed: Seed of the draw.
+        layers: Blocks of each level of a vision transformer, see `Backbone`. PatchCore uses levels 2 and 3, or with
+            ``layers`` all of them.
 
     Attributes:
         encoder: Frozen backbone.
@@ -64,12 +67,16 @@ class Ensemble(OnePassNetwork):
         small_size: tuple[int, int] = (128, 128),
         features: int = 100,
         seed: int = 0,
+        layers: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        self._arguments = {"backbone": backbone, "small_size": tuple(small_size), "features": features, "seed": seed}
-        self.patchcore = PatchCore(backbone, weights=weights)
-        self.padim = PaDiM(backbone, weights="random", features=features, seed=seed)
+        self._arguments: dict[str, Any] = {"backbone": backbone, "small_size": tuple(small_size), "features": features}
+        self._arguments["seed"] = seed
+        self.patchcore = PatchCore(backbone, weights=weights, layers=layers)
+        self.padim = PaDiM(backbone, weights="random", features=features, seed=seed, layers=layers)
         self.encoder, self.frozen = self.patchcore.encoder, None
+        if layers is not None:
+            self._arguments["layers"] = self.encoder.layers
         del self.patchcore.encoder, self.padim.encoder  # one encoder, whose weights are stored once
         self.mean, self.std, self.stride = self.encoder.mean, self.encoder.std, self.encoder.strides[-1]
         if max(small_size) > MAX_SIZE:

@@ -29,6 +29,7 @@ class PaDiM(OnePassNetwork):
         backbone: Model name in timm.
         weights: Pretrained weights: None (timm's hub), a file, "package" or "random", see `Backbone`.
         levels: Number of feature levels from stride 4 on, joined at the size of the first one. The paper uses 3.
+        layers: Blocks of each level of a vision transformer, which replace ``levels``, see `Backbone`.
         features: Number of channels, drawn at random from those of all levels. The paper uses 100 for a ResNet-18 and
             550 for a WideResNet-50-2.
         seed: Seed of the draw.
@@ -61,16 +62,19 @@ class PaDiM(OnePassNetwork):
         *,
         weights: str | os.PathLike | None = None,
         levels: int = 3,
+        layers: Sequence[Sequence[int]] | None = None,
         features: int = 100,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.encoder = Backbone(backbone, levels=levels, weights=weights, frozen=True)
+        self.encoder = Backbone(backbone, levels=levels, weights=weights, frozen=True, layers=layers)
         total = sum(self.encoder.channels)
         if not 1 <= features <= total:
-            wanted = f"1 to {total} (the channels of {levels} levels of {backbone})"
+            wanted = f"1 to {total} (the channels of {len(self.encoder.channels)} levels of {backbone})"
             raise ValueError(f"PaDiM: features: wanted {wanted}, got {features}")
-        self._arguments = {"backbone": backbone, "levels": levels, "features": features, "seed": seed}
+        self._arguments: dict[str, Any] = {"backbone": backbone, "levels": levels, "features": features, "seed": seed}
+        if self.encoder.layers is not None:
+            self._arguments["layers"] = self.encoder.layers
         self.frozen = None
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")[:features]
         self.register_buffer("channels", drawn.sort().values)

@@ -30,7 +30,8 @@ class PatchCore(OnePassNetwork):
     Args:
         backbone: Model name in timm. The paper uses "wide_resnet50_2.tv_in1k".
         weights: Pretrained weights: None (timm's hub), a file, "package" or "random", see `Backbone`.
-        levels: Feature levels, counted from 1 at stride 4. The paper uses (2, 3).
+        levels: Feature levels, counted from 1 at stride 4. None uses (2, 3), as in the paper, or all of ``layers``.
+        layers: Blocks of each level of a vision transformer, see `Backbone`.
         embedding: How a point's 3 x 3 neighbourhood becomes one vector. "average" takes its mean in each level and
             joins the levels, as anomalib does. "unfold" joins the nine vectors and averages them down to
             ``dimension`` values in each level and again over the levels, as the authors' code does.
@@ -58,12 +59,15 @@ class PatchCore(OnePassNetwork):
         backbone: str = "wide_resnet50_2.tv_in1k",
         *,
         weights: str | os.PathLike | None = None,
-        levels: Sequence[int] = (2, 3),
+        levels: Sequence[int] | None = None,
+        layers: Sequence[Sequence[int]] | None = None,
         embedding: Literal["average", "unfold"] = "average",
         dimension: int = 1024,
         neighbours: int = 1,
     ) -> None:
         super().__init__()
+        if levels is None:
+            levels = (2, 3) if layers is None else tuple(range(1, len(layers) + 1))
         if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1:
             raise ValueError(f"PatchCore: levels: wanted ascending numbers from 1 on, got {tuple(levels)}")
         check_choice("PatchCore", "embedding", embedding, ("average", "unfold"))
@@ -71,7 +75,9 @@ class PatchCore(OnePassNetwork):
             raise ValueError(f"PatchCore: dimension: wanted 1 to {MAX_DIMENSION}, got {dimension}")
         if neighbours < 1:
             raise ValueError(f"PatchCore: neighbours: wanted at least 1, got {neighbours}")
-        self.encoder = Backbone(backbone, levels=levels[-1], weights=weights, frozen=True)
+        if layers is not None and levels[-1] > len(layers):
+            raise ValueError(f"PatchCore: levels: wanted at most {len(layers)}, as there are layers, got {levels[-1]}")
+        self.encoder = Backbone(backbone, levels=levels[-1], weights=weights, frozen=True, layers=layers)
         self.frozen = None
         self.levels, self.embedding, self.dimension, self.neighbours = tuple(levels), embedding, dimension, neighbours
         channels = [self.encoder.channels[level - 1] for level in levels]
@@ -91,6 +97,7 @@ class PatchCore(OnePassNetwork):
         return {
             "backbone": self.encoder.name,
             "levels": self.levels,
+            **({} if self.encoder.layers is None else {"layers": self.encoder.layers}),
             "embedding": self.embedding,
             "dimension": self.dimension,
             "neighbours": self.neighbours,

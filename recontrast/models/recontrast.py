@@ -2,7 +2,7 @@
 
 Two encoders process each image: a frozen one, and one that is trained with a small learning rate. Both share one
 bottleneck and one decoder with two heads, and each head reconstructs the features of one encoder from those of the
-other (upstream models/recontrast.py).
+other (upstream models/recontrast.py). With a vision transformer all levels, the code and the decoder have one size.
 """
 
 import copy
@@ -39,7 +39,9 @@ class ReContrast(Network):
         backbone: Model name in timm. The paper uses "wide_resnet50_2.tv_in1k".
         weights: Pretrained weights: None (timm's hub), a file, "package" or "random", see `Backbone`.
         levels: Number of feature levels, from stride 4 on.
-        encoder_bn: Mode of the trained encoder in training, "train" or "eval". Can be changed at any time.
+        layers: Blocks of each level of a vision transformer, which replace ``levels``, see `Backbone`.
+        encoder_bn: Mode of the trained encoder in training, "train" or "eval". Can be changed at any time. It makes no
+            difference to a backbone without BatchNorm and dropout.
         decoder: "resnet" is the decoder of RD4AD and needs a ResNet. "mirror" fits any backbone. "auto" uses "resnet"
             if it fits the backbone.
         activation: Activation of the decoder: "relu", or "gelu" as in the paper's unified setting.
@@ -70,6 +72,7 @@ class ReContrast(Network):
         *,
         weights: str | os.PathLike | None = None,
         levels: int = 3,
+        layers: Sequence[Sequence[int]] | None = None,
         encoder_bn: Literal["train", "eval"] = "train",
         decoder: Literal["auto", "resnet", "mirror"] = "auto",
         activation: Literal["relu", "gelu"] = "relu",
@@ -93,7 +96,9 @@ class ReContrast(Network):
         self._arguments |= {"activation": activation, "partial_norm": partial_norm}
         self._arguments |= {"pairs": pairs, "train_encoder": train_encoder}
 
-        self.encoder = Backbone(backbone, levels=levels, weights=weights)
+        self.encoder = Backbone(backbone, levels=levels, weights=weights, layers=layers)
+        if self.encoder.layers is not None:
+            self._arguments["layers"] = self.encoder.layers
         self.frozen = copy.deepcopy(self.encoder) if pairs == "cross" else None
         channels, strides = self.encoder.channels, self.encoder.strides
         if partial_norm:
@@ -108,15 +113,16 @@ class ReContrast(Network):
             self.encoder.freeze()
         heads = 2 if pairs == "cross" else 0
         if plan is None or decoder == "mirror":
-            self.bottleneck = Bottleneck(
-                channels, strides, build_mirror_plan(channels), compute_mirror_widths(channels)
+            mirror, halves = build_mirror_plan(channels), not self.encoder.is_token_model
+            self.bottleneck = Bottleneck(channels, strides, mirror, compute_mirror_widths(channels), halves=halves)
+            self.decoder: nn.Module = MirrorDecoder(
+                channels, strides, heads=heads or 1, activation=activation, doubles=halves
             )
-            self.decoder: nn.Module = MirrorDecoder(channels, strides, heads=heads or 1, activation=activation)
         else:
             self.bottleneck = Bottleneck(channels, strides, plan)
             self.decoder = ReverseResNet(channels, plan, heads=heads, activation=activation)
         self.mean, self.std = self.encoder.mean, self.encoder.std
-        self.stride = 2 * strides[-1]
+        self.stride = strides[-1] * (1 if self.encoder.is_token_model else 2)
         self.train()
 
     @property

@@ -64,7 +64,8 @@ def check_layers(name: str, depth: int, layers: Sequence[Sequence[int]]) -> tupl
     """
     groups = tuple(tuple(group) for group in layers)
     blocks = list(chain.from_iterable(groups))
-    if not groups or not all(groups) or blocks != sorted(set(blocks)):
+    is_whole = all(isinstance(block, int) for block in blocks)
+    if not groups or not all(groups) or not is_whole or blocks != sorted(set(blocks)):
         wanted = "groups of blocks, such as [[2, 3], [4, 5]], whose numbers ascend"
         raise ValueError(f"backbone: layers: wanted {wanted}, got {[list(group) for group in groups]}")
     if blocks[0] < 0 or blocks[-1] >= depth:

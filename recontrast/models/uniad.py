@@ -38,6 +38,7 @@ class UniAD(Network):
         neighbours: Side of the masked neighbourhood, in points; odd. None: 7 as in the paper, or fewer for small
             images, where it covers half of the shorter side of the coarsest level.
         jitter: Scale of the noise in training, relative to the norm of a feature divided by its length. Default: 20.
+        blocks: Blocks of each level of a vision transformer, which replace ``levels``: ``layers`` of `Backbone`.
 
     Attributes:
         encoder: Frozen backbone.
@@ -69,6 +70,7 @@ class UniAD(Network):
         dropout: float = 0.1,
         neighbours: int | None = None,
         jitter: float = 20.0,
+        blocks: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0):
@@ -84,7 +86,9 @@ class UniAD(Network):
             "layers": layers, "feedforward": feedforward, "dropout": dropout, "neighbours": neighbours,
             "jitter": jitter,
         }  # fmt: skip
-        self.encoder = Backbone(backbone, levels=levels, weights=weights, frozen=True)
+        self.encoder = Backbone(backbone, levels=levels, weights=weights, frozen=True, layers=blocks)
+        if self.encoder.layers is not None:
+            self._arguments["blocks"] = self.encoder.layers
         self.mean, self.std, self.stride = self.encoder.mean, self.encoder.std, self.encoder.strides[-1]
         self.frozen = None
         self.jitter = jitter

@@ -140,6 +140,9 @@ class Recipe:
             ``{"screw": 4}``; ``holdout`` is a share of them. None, the default, uses all.
         augment: Augmented copies of the training images: "none", the default; "rotations" by multiples of 45 degrees,
             as AnomalyDINO; "flips"; or "inp_former", 22 views as in INP-Former. See `recontrast.data.augment`.
+        layers: Blocks of each level of a vision transformer, counted from 0, such as ``((2, 3, 4, 5), (6, 7, 8, 9))``:
+            a level is the mean of its blocks. None, the default, divides the middle blocks into ``levels`` groups, see
+            `recontrast.models.backbone.list_layers`.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -216,13 +219,14 @@ class Recipe:
     sampling: Literal["images", "classes"] = "images"
     shots: int | Mapping[str, int] | None = None
     augment: Literal["none", "rotations", "flips", "inp_former"] = "none"
+    layers: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, list):
-                value = tuple(value)
+                value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
             if isinstance(value, Mapping):
                 value = FrozenMapping(value)
             if field.name in FLOAT_FIELDS and isinstance(value, int) and not isinstance(value, bool):
@@ -307,6 +311,10 @@ class Recipe:
                 f"levels: wanted one number for architecture {architecture!r}, got {self.levels!r}",
             ),
             (
+                self.layers is not None and self._largest_level() > len(self.layers),
+                f"levels: wanted at most {len(self.layers or ())}, the number of layers, got {self.levels!r}",
+            ),
+            (
                 rule not in ("deviation", "none") and not self.mining,
                 f"rule: wanted 'deviation' or 'none' if mining is false, got {rule!r}",
             ),
@@ -315,6 +323,10 @@ class Recipe:
                 f"graph: wanted false if rule is {rule!r}, whose parameter is a constant of the graph, got true",
             ),
         ]
+
+    def _largest_level(self) -> int:
+        """Return the last level in use; 0 if it is not given."""
+        return self.levels[-1] if isinstance(self.levels, tuple) else self.levels or 0
 
     def _find_unused_field(self) -> str | None:
         """Return the first field that differs from its default although the architecture does not have it."""
@@ -371,7 +383,7 @@ class Recipe:
         Fields from ``bits`` on are left out if they have their default, so that digests and files of detectors that do
         not need them stay those of earlier versions.
         """
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        values = {key: _to_lists(value) for key, value in asdict(self).items()}
         values = {key: value.to_dict() if isinstance(value, FrozenMapping) else value for key, value in values.items()}
         names = [field.name for field in fields(self)]
         for field in fields(self)[names.index("bits") :]:
@@ -401,6 +413,11 @@ class Recipe:
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Return height and width of ``size``, which is a pair or one number for a square."""
     return (size, size) if isinstance(size, int) else size
+
+
+def _to_lists(value: Any) -> Any:
+    """Replace tuples by lists, which JSON can represent."""
+    return [_to_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def list_differences(recipe: Recipe, other: Recipe, ignore: tuple[str, ...] = ()) -> list[str]:

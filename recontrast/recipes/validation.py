@@ -59,6 +59,16 @@ def _is_shots(value: Any) -> bool:
     return value is None or (_is_integer(value) and value >= 1)
 
 
+def _is_layers(value: Any) -> bool:
+    """Return whether ``value`` is None, or non-empty groups of ascending block numbers, from 0 to 1023."""
+    if value is None:
+        return True
+    if not isinstance(value, tuple) or not value or not all(isinstance(group, tuple) and group for group in value):
+        return False
+    blocks = [block for group in value for block in group]
+    return all(_is_integer(v) and 0 <= v < 1024 for v in blocks) and blocks == sorted(set(blocks))
+
+
 _SIZE: FieldRule = (_is_size, "a whole number of pixels or a pair (height, width)")
 _NAMES: FieldRule = (_is_names, "a list of category names")
 _FLAG: FieldRule = (lambda v: isinstance(v, bool), "true or false")
@@ -71,11 +81,11 @@ _POSITIVE_SHARE = _float(lambda v: 0 < v <= 1, "a share above 0 and up to 1")
 _STEP_FIELDS = ("optimiser", "schedule", "warmup", "lr_end", "clip", "sampling")
 _RULE_FIELDS = ("rule", "fraction_start", "fraction_end", "exponent_start", "exponent_end")
 ARCHITECTURE_FIELDS: dict[str, tuple[str, ...]] = {
-    "recontrast": (*_RULE_FIELDS, *_STEP_FIELDS, "decoder", "levels"),
-    "patchcore": ("levels", "bank_share", "bank_neighbours", "bank_embedding"),
-    "padim": ("levels", "gaussian_features"),
-    "ensemble": ("bank_share", "gaussian_features", "small_size"),
-    "uniad": (*_STEP_FIELDS, "levels", "jitter"),
+    "recontrast": (*_RULE_FIELDS, *_STEP_FIELDS, "decoder", "levels", "layers"),
+    "patchcore": ("levels", "layers", "bank_share", "bank_neighbours", "bank_embedding"),
+    "padim": ("levels", "layers", "gaussian_features"),
+    "ensemble": ("layers", "bank_share", "gaussian_features", "small_size"),
+    "uniad": (*_STEP_FIELDS, "levels", "layers", "jitter"),
 }
 
 FIELD_RULES: dict[str, FieldRule] = {
@@ -113,6 +123,7 @@ FIELD_RULES: dict[str, FieldRule] = {
         '"max", "mean", "model" or a share above 0 and up to 1',
     ),
     "levels": (_is_levels, "none, a whole number from 1 to 16 or an ascending list of them"),
+    "layers": (_is_layers, "none or groups of blocks, such as [[2, 3], [4, 5]], whose numbers ascend"),
     "decoder": _one_of("auto", "resnet", "mirror"),
     "rule": _one_of("deviation", "hardest", "power", "none"),
     "fraction_start": _POSITIVE_SHARE,

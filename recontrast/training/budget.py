@@ -140,9 +140,15 @@ class _Probe:
 
 
 def _probe_pair(recipe: Recipe) -> tuple[int, int]:
-    """Return the image size of the probe: that of the recipe if it is smaller, else `PROBE_SIZE`."""
+    """Return the image size of the probe: that of the recipe if it is smaller, else about `PROBE_SIZE`."""
     height, width = recipe.out
-    return (height, width) if max(height, width) <= PROBE_SIZE else (PROBE_SIZE, PROBE_SIZE)
+    side = _round_to_multiple(PROBE_SIZE, get_architecture(recipe).compute_stride(recipe))
+    return (height, width) if max(height, width) <= PROBE_SIZE else (side, side)
+
+
+def _round_to_multiple(size: int, stride: int) -> int:
+    """Return the multiple of ``stride`` nearest to ``size``, at least one."""
+    return max(round(size / stride), 1) * stride
 
 
 def _probe_size(recipe: Recipe) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def _plan_pass(
     network, precision = _choose_precision(probe, recipe, fixed)
     product = probe.time_products()
     stride = get_architecture(recipe).compute_stride(recipe)
-    sizes: list[int | tuple[int, int]] = [size for size in SIZES if size % stride == 0]
+    sizes: list[int | tuple[int, int]] = sorted({_round_to_multiple(size, stride) for size in SIZES})
     if recipe.architecture == "padim":  # larger images lower its accuracy
         sizes = sizes[:1]
     if "size" in fixed or "tile" in fixed or recipe.tile is not None or recipe.crop is not None:
@@ -239,7 +245,8 @@ def _get_bank_width(model: Network) -> int | None:
 def _count_vectors(model: Network, recipe: Recipe, images: int) -> tuple[int, int]:
     """Return the number of points in the finest map of an image, and in those of all images."""
     height, width = recipe.out
-    finest = model.encoder.strides[0 if _get_bank_width(model) is None else 1]
+    bank = model.patchcore if isinstance(model, Ensemble) else model
+    finest = model.encoder.strides[bank.levels[0] - 1 if isinstance(bank, PatchCore) else 0]
     points = (height // finest) * (width // finest)
     return points, points * images
 
