@@ -4,20 +4,33 @@ The backends are "native" (compiled C++ and CUDA, ``csrc/``), "triton" (``kernel
 """
 
 import importlib
+import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+
+import recontrast
 
 # Fastest first. CPU: measured, benchmarks/README.md. CUDA: expected, to be measured by `benchmarks/gpu.sh`.
 ORDER = {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")}
 VARIABLE = "RECONTRAST_BACKEND"  # environment variable; ignored for a device that does not have this backend
 BACKEND = {"cpu": "torch", "cuda": "torch"}
 """Backend of each device: "native", "triton" or "torch"; read only."""
+OLDEST_TORCH = (2, 11)  # with the stable ABI that the native kernels use
+RECORD = "_build.json"  # written by setup.py: what was not built, and why
+# Medians of benchmarks/without_kernels.py; see benchmarks/README.md, "Without compiled kernels".
+COST = "the loss takes 9 times as long, maps 4 times, pixel metrics 5 times, and a training step as long as with them"
 WHY: dict[str, str] = {}
 """Device -> why it runs another backend than the first in `ORDER`, or who chose its backend; absent otherwise."""
+
+
+class KernelWarning(UserWarning):
+    """A device runs slower kernels than the fastest that this package has for it."""
 
 
 def choose(device: str, modules: Mapping[str, str]) -> None:
@@ -48,7 +61,38 @@ def choose(device: str, modules: Mapping[str, str]) -> None:
         reasons.append(reason)
     if reasons:
         WHY[device] = "; ".join(reasons)
-        warnings.warn(f"recontrast runs {BACKEND[device]} kernels on {device}: {WHY[device]}", stacklevel=3)
+        if read_build().get("mode") != "python":  # else it was chosen
+            cost = f"; {COST}" if device == "cpu" else ""
+            text = f"recontrast runs {BACKEND[device]} kernels on {device}: {WHY[device]}{cost}"
+            warnings.warn(text, KernelWarning, stacklevel=3)
+
+
+def read_build() -> dict[str, Any]:
+    """Return what ``setup.py`` noted about the build of this package: "version", "mode" and "missing".
+
+    "missing" maps the names of libraries to the reason why they were not built.
+    """
+    try:
+        record = json.loads(Path(__file__).with_name(RECORD).read_text())
+    except (OSError, ValueError):  # a checkout that was built with CMake by hand
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def explain_missing(library: str) -> str:
+    """Return why a library of this package is not there, and what brings it.
+
+    Args:
+        library: "_cpu", "_cuda" or "_metrics".
+
+    Returns:
+        A clause for a message.
+    """
+    missing = read_build().get("missing")
+    reason = missing.get(library) if isinstance(missing, dict) else None
+    if isinstance(reason, str):
+        return f"{library} was not built: {reason}"
+    return f"{library} was not built (pip install -e . builds it; CUDA needs nvcc)"
 
 
 def _register(name: str, device: str, modules: Mapping[str, str]) -> str | None:
@@ -61,7 +105,12 @@ def _register(name: str, device: str, modules: Mapping[str, str]) -> str | None:
 def _native(device: str) -> str | None:
     library = Path(__file__).with_name(f"_{device}.so")
     if not library.exists():
-        return f"{library.name} was not built (pip install -e . builds it; CUDA needs nvcc)"
+        return explain_missing(library.stem)
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
+        return f"{library.name} needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, got {torch.__version__}"
+    built = read_build().get("version", recontrast.__version__)
+    if built != recontrast.__version__:
+        return f"{library.name} is of version {built}, not {recontrast.__version__}: install recontrast again"
     try:
         torch.ops.load_library(library)
     except OSError as error:  # built for another platform or for a newer torch

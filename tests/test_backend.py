@@ -1,5 +1,6 @@
 """Which kernels run, and how the environment variable chooses them."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -52,6 +53,57 @@ def test_missing_library_is_one_warning(monkeypatch):
     with pytest.warns(UserWarning, match=r"recontrast runs torch kernels on cpu: _cpu\.so was not built"):
         backend.choose("cpu", {})
     assert (backend.BACKEND, backend.WHY) == ({"cpu": "torch"}, {"cpu": "_cpu.so was not built"})
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """Return the folder in which `backend` looks for its libraries and the record of the build."""
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    monkeypatch.setattr(backend, "BACKEND", {"cpu": "native"})
+    monkeypatch.setattr(backend, "WHY", {})
+    monkeypatch.delenv("RECONTRAST_BACKEND", raising=False)
+    return tmp_path
+
+
+def write_record(folder, **values):
+    (folder / "_build.json").write_text(json.dumps(values))
+
+
+def test_warning_names_what_is_missing_and_what_it_costs(package):
+    write_record(package, version="0", mode="auto", missing={"_cpu": "no C++ compiler was found (c++)"})
+    wanted = r"recontrast runs torch kernels on cpu: _cpu was not built: no C\+\+ compiler was found \(c\+\+\); the"
+    with pytest.warns(backend.KernelWarning, match=wanted):
+        backend.choose("cpu", {})
+    assert backend.WHY == {"cpu": "_cpu was not built: no C++ compiler was found (c++)"}
+
+
+def test_chosen_python_mode_does_not_warn(package):
+    write_record(package, version="0", mode="python", missing={"_cpu": "chosen"})
+    backend.choose("cpu", {})  # a warning would be an error
+    assert backend.WHY == {"cpu": "_cpu was not built: chosen"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"missing": 3}', '{"missing": {"_cpu": 3}}'])
+def test_damaged_record_is_like_none(package, content):
+    (package / "_build.json").write_text(content)
+    assert backend._native("cpu") == "_cpu was not built (pip install -e . builds it; CUDA needs nvcc)"
+
+
+def test_native_kernels_need_a_torch_with_the_stable_abi(package, monkeypatch):
+    (package / "_cpu.so").write_bytes(b"")
+    monkeypatch.setattr(backend.torch, "__version__", "2.10.1+cpu")
+    assert backend._native("cpu") == "_cpu.so needs torch >= 2.11, got 2.10.1+cpu"
+
+
+def test_library_of_another_version_is_refused(package):
+    (package / "_cpu.so").write_bytes(b"")
+    write_record(package, version="0.1.0", mode="auto", missing={})
+    assert backend._native("cpu").startswith("_cpu.so is of version 0.1.0, not ")
+
+
+def test_foreign_library_is_one_sentence(package):
+    (package / "_cpu.so").write_bytes(b"\x7fELF of something else")
+    assert backend._native("cpu").startswith("_cpu.so does not load: ")
 
 
 def test_triton_has_every_operator():

@@ -33,7 +33,7 @@ ALLOWED = {
     "export": "data ops models anomaly_map recipes calibration checkpoint inference",
     "experiments": "data models runtime recipes checkpoint inference evaluation training",
     "app": "data metrics ops models architectures runtime recipes calibration checkpoint inference evaluation "
-    "training export experiments kernels",
+    "training export experiments kernels backend",
     "__main__": "app",
     "__init__": "metrics ops models loss mining anomaly_map recipes app",  # imported on first use
 }

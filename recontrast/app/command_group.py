@@ -78,7 +78,7 @@ def hide_values_of_switches(parameters: list[Any]) -> list[Any]:
 
 @contextmanager
 def print_warnings() -> Iterator[None]:
-    """Print each warning about the data as one line on stderr; other warnings are shown as before."""
+    """Print each warning of this package as one line on stderr; other warnings are shown as before."""
     from recontrast.data.listing import DataWarning
     from recontrast.data.notices import ImageWarning
 
@@ -88,7 +88,7 @@ def print_warnings() -> Iterator[None]:
         show = warnings.showwarning
 
         def print_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-            if not issubclass(category, (DataWarning, ImageWarning)):
+            if not category.__module__.startswith("recontrast."):
                 show(message, category, *where, **options)
             elif not is_silent():
                 print_error(f"warning: {message}")

