@@ -6,8 +6,7 @@ float64.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from recontrast import ops
 from recontrast.distances import point_distances
+from recontrast.float32 import full_matrix_products
 
 Size = int | tuple[int, int]
 Score = Literal["max", "mean"] | float
@@ -84,23 +84,6 @@ def _check_dtype(argument: str, values: Tensor) -> None:
 
 def _to_height_width(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Use full float32 for matrix products (no TF32): the metrics depend on the ranks of the map values."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
 
 
 class AnomalyMap:
@@ -248,7 +231,8 @@ class AnomalyMap:
         """Compute [K_1 .. K_L] @ stack(D_l K_l^T) with two matrix products in full precision."""
         levels = len(self.sizes)
         by_level = [sum(distances[i::levels][1:], distances[i]) for i in range(levels)]
-        with torch.autocast(distances[0].device.type, enabled=False), _full_float32():
+        # The metrics depend on the ranks of the map values.
+        with torch.autocast(distances[0].device.type, enabled=False), full_matrix_products():
             products = torch.cat([d @ cols.mT for d, cols in zip(by_level, self._cols, strict=True)], dim=1)
             maps = torch.cat(self._rows, dim=1) @ products * scale
         return maps, ops.compute_maximum(maps)

@@ -3,7 +3,9 @@
 All kernels are registered with PyTorch here. `recontrast.backend` selects the kernel of each device.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -304,8 +306,22 @@ torch.library.register_autograd("recontrast::mined_loss", _backward_mined, setup
 
 # ---- kernels -----------------------------------------------------------------
 
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that computes in the dtypes of its arguments, as compiled kernels do under autocast."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]  # all are on one device
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*arguments)
+
+    return run
+
+
 for _name in SCHEMAS:
-    torch.library.impl(f"recontrast::{_name}", "CompositeExplicitAutograd", getattr(reference, _name))
+    _oracle = _without_autocast(getattr(reference, _name))
+    torch.library.impl(f"recontrast::{_name}", "CompositeExplicitAutograd", _oracle)
 backend.choose("cpu", KERNEL_MODULES)
 if torch.cuda.is_available():
     backend.choose("cuda", KERNEL_MODULES)

@@ -1,5 +1,6 @@
 import os
 import signal
+import warnings
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # set before triton is imported, so that its kernels run on the CPU
 
 torch.set_num_threads(1)  # tensors are small, so a second thread only adds overhead
+with warnings.catch_warnings():  # the tests also run on plain PyTorch; the header says which kernels they run
+    warnings.filterwarnings("ignore", "recontrast runs")
+    from recontrast import ops
+
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def pytest_report_header():
-    from recontrast import ops
-
     return f"recontrast kernels: {ops.BACKEND} {ops.WHY or ''}"
 
 

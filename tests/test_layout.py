@@ -13,6 +13,7 @@ FILES = [path for path in FILES if not path.is_relative_to(ROOT / "recontrast/ke
 ALLOWED = {
     "reference": "",
     "kernels": "",
+    "float32": "",
     "backend": "",  # also the kernels, by name, on a device that needs them
     "data": "",
     "metrics": "",
@@ -22,18 +23,18 @@ ALLOWED = {
     "runtime": "models",
     "mining": "",
     "loss": "ops mining distances runtime",
-    "anomaly_map": "ops distances",
+    "anomaly_map": "ops distances float32",
     "recipes": "data",
     "architectures": "models mining loss anomaly_map recipes",
     "calibration": "data",
     "checkpoint": "data models architectures runtime recipes calibration",
-    "inference": "data metrics ops models runtime anomaly_map recipes calibration checkpoint",
+    "inference": "data metrics ops float32 models runtime anomaly_map recipes calibration checkpoint",
     "evaluation": "data metrics models runtime recipes calibration checkpoint inference",
-    "training": "data models architectures runtime mining loss recipes calibration checkpoint inference",
+    "training": "data models float32 architectures runtime mining loss recipes calibration checkpoint inference",
     "export": "data ops models anomaly_map recipes calibration checkpoint inference",
     "experiments": "data models runtime recipes checkpoint inference evaluation training",
     "app": "data metrics ops models architectures runtime recipes calibration checkpoint inference evaluation "
-    "training export experiments kernels backend",
+    "training export experiments kernels backend float32",
     "__main__": "app",
     "__init__": "metrics ops models loss mining anomaly_map recipes app",  # imported on first use
 }

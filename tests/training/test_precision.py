@@ -6,34 +6,44 @@ import torch
 from small_run import RECIPE
 from tiny import tiny_set
 
-from recontrast import AnomalyMap, ReContrast
+from recontrast import AnomalyMap, ReContrast, float32
 from recontrast.app import environment
+from recontrast.float32 import convolution_precision
 from recontrast.inference.infer import infer
-from recontrast.runtime.device import convolution_precision
 from recontrast.training.train import train
 
-CONV, MATMUL = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+MATMUL = torch.backends.cuda.matmul
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: TF32 WAS NOT TRIED")
+
+
+def read(backend):
+    """Return the precision of a backend, in the words of torch 2.9 and newer."""
+    value = getattr(backend, float32._ATTRIBUTE)
+    return value if isinstance(value, str) else {True: "tf32", False: "ieee"}[value]
+
+
+def read_convolutions():
+    return read(float32._convolutions())
 
 
 @pytest.fixture(autouse=True)
 def _check_restored():
-    before = CONV.fp32_precision
+    before = read_convolutions()
     yield
-    assert CONV.fp32_precision == before
+    assert read_convolutions() == before
     assert torch.backends.cudnn.allow_tf32 == (before == "tf32")  # the old name still agrees
     torch.set_float32_matmul_precision("highest")
 
 
 def record_precision(module, precisions):
     """Append the precision of convolutions to ``precisions`` whenever ``module`` runs."""
-    module.register_forward_pre_hook(lambda *_: precisions.append(CONV.fp32_precision))
+    module.register_forward_pre_hook(lambda *_: precisions.append(read_convolutions()))
 
 
 def test_default_is_that_of_cudnn():
     assert RECIPE.tf32
-    assert CONV.fp32_precision == "tf32"
-    assert MATMUL.fp32_precision != "tf32"
+    assert read_convolutions() == "tf32"
+    assert read(MATMUL) != "tf32"
 
 
 @pytest.mark.parametrize("tf32", [True, False])
@@ -47,28 +57,28 @@ def test_training_and_inference_use_the_precision_of_the_recipe(tmp_path, tf32):
     )  # fmt: skip
     images = np.zeros((3, 32, 32, 3), np.uint8)
     for _ in infer(model, images, recipe, batch=2):
-        assert CONV.fp32_precision == "tf32"  # the caller's setting is restored between two batches
+        assert read_convolutions() == "tf32"  # the caller's setting is restored between two batches
     assert len(precisions) > 4
     assert set(precisions) == {"tf32" if tf32 else "ieee"}
 
 
 def test_precision_is_restored_after_an_error():
     with pytest.raises(KeyError), convolution_precision(tf32=False):
-        assert CONV.fp32_precision == "ieee"
+        assert read_convolutions() == "ieee"
         raise KeyError
 
 
 def test_matrix_products_of_a_map_use_full_float32(monkeypatch):
     torch.set_float32_matmul_precision("medium")
-    precisions, cat = [], torch.cat
+    precisions, cat = set(), torch.cat
 
     def record_and_cat(*args, **kwargs):
-        precisions.append((MATMUL.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        precisions.update({read(backend) for backend in float32._matrix_products()})
         return cat(*args, **kwargs)
 
     monkeypatch.setattr(torch, "cat", record_and_cat)
     AnomalyMap([8, 4], 32, method="matmul").from_distances([torch.rand(1, size, size) for size in (8, 4)])
-    assert set(precisions) == {("ieee", "ieee")}
+    assert precisions == {"ieee"}
     assert torch.get_float32_matmul_precision() == "medium"
 
 
