@@ -153,6 +153,7 @@ WRITES = {
     "recontrast/data/locks.py": {"os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)"},
     "recontrast/data/prepare.py": {"(folder / MARKER_FILE).write_text(json.dumps(description, indent=1) + '\\n')"},
     "recontrast/data/regular_file.py": {"os.open(path, flags, 0o666)"},
+    "recontrast/data/system.py": {"os.open(path, flags)"},  # to sync what was written
     "recontrast/export/export.py": {
         "torch.export.save(program, target, extra_files={f'{KEY}.json': description})",
         "open(path, 'wb')",

@@ -21,6 +21,7 @@ from recontrast.checkpoint.unpickle import ForeignPickleError, unpickle
 from recontrast.data.archive import Archive, DamagedArchiveError
 from recontrast.data.atomic import replace_file
 from recontrast.data.regular_file import open_regular
+from recontrast.data.system import IS_WINDOWS
 from recontrast.recipes.describe import describe_value
 from recontrast.recipes.recipe import Recipe
 
@@ -147,6 +148,7 @@ def read(file: IO[bytes], path: str | Path, device: str | torch.device = "cpu", 
     if (start := file.read(4)) != b"PK\3\4"[: len(start)] or len(start) < 2:
         raise ValueError(f"{path}: wanted a recontrast checkpoint, got a file of another kind")
     try:
+        mapped = mapped and not IS_WINDOWS  # which would then neither replace nor remove the file
         archive = Archive(cast(BinaryIO, file), mapped=mapped)
         content, sources = unpickle(archive, device, verify=not mapped)
         if not isinstance(content, dict) or _KEY not in content:

@@ -17,6 +17,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from recontrast.data.system import count_cpus
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then lengths of the name and of the extra field
 _END_BYTES = 22  # of the end record, without a comment
 LARGEST_SMALL_MEMBER = 2**28  # bytes of a member that is read as a whole, such as the pickle of a checkpoint
@@ -121,7 +123,7 @@ class Archive:
         Raises:
             DamagedArchiveError: If a member is missing or differs from its checksum.
         """
-        workers = min(4, len(os.sched_getaffinity(0))) if self._map is not None else 1
+        workers = min(4, count_cpus()) if self._map is not None else 1
         with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(self.read, names):
                 pass

@@ -10,14 +10,17 @@ from typing import BinaryIO
 
 from recontrast.data.listing import PathLike
 from recontrast.data.locks import LOCK_NAME, lock_file, lock_folder
+from recontrast.data.system import IS_WINDOWS, sync_file, sync_folder
 from recontrast.data.temporary import (
     apply_commit,
     create_file,
     is_temporary,
+    list_content,
     sweep,
     temporary_folder,
     undo_commit,
     undo_commits,
+    unlock_folder,
     write_commit,
 )
 
@@ -80,13 +83,17 @@ def replace_file(
                 if size is not None:
                     os.fsync(file.fileno())
                 os.close(os.dup(file.fileno()))  # network file systems report write errors on closing
+                if IS_WINDOWS:  # replaces no open file
+                    file.close()
                 os.replace(partial, path)
             except BaseException:  # includes Ctrl-C
+                if IS_WINDOWS:
+                    file.close()
                 with suppress(OSError):
                     partial.unlink()
                 raise
         if size is not None:
-            _sync_folder(path.parent)  # makes the rename durable
+            sync_folder(path.parent)  # makes the rename durable
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps the file's error
         # Errors without a number, and errors about other files, come from the caller's block: raise them unchanged.
@@ -124,12 +131,12 @@ def replace_files(folder: PathLike, *, remove: Sequence[str] = ()) -> Iterator[P
         sweep(folder)
         with temporary_folder(folder) as staging:
             yield staging
-            names = sorted(child.name for child in staging.iterdir())
+            names = list_content(staging)
             for name in names:
-                _sync_file(staging / name)
+                sync_file(staging / name)
             write_commit(staging, names, remove)
             apply_commit(staging)
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         if error.errno is None or not _concerns(error.filename, None, folder / "file"):
             raise
@@ -170,12 +177,14 @@ def create_folder(path: PathLike) -> Iterator[Path]:
             if inside:
                 _move_content(staging)
             else:
+                if IS_WINDOWS:  # moves no folder with an open file
+                    unlock_folder(staging)
                 os.replace(staging, path)
 
 
 def _move_content(staging: Path) -> None:
     """Move everything in a temporary folder to its parent; if one move fails, remove what was moved."""
-    write_commit(staging, sorted(child.name for child in staging.iterdir()), [])
+    write_commit(staging, list_content(staging), [])
     try:
         apply_commit(staging)
     except BaseException:  # includes Ctrl-C
@@ -201,21 +210,3 @@ def _concerns(filename: PathLike | int | None, partial: Path | None, path: Path)
     if not isinstance(filename, (str, os.PathLike)):
         return True
     return Path(filename) in (partial, path, *path.parents) or any(map(is_temporary, Path(filename).parts[-2:]))
-
-
-def _sync_file(path: Path) -> None:
-    """Sync the content of a file to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync a folder's entries to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

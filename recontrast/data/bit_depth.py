@@ -11,6 +11,7 @@ from recontrast.data import images
 from recontrast.data.decode import decode, read_bits
 from recontrast.data.eight_bits import read_deep
 from recontrast.data.samples import LARGEST_KEY
+from recontrast.data.system import count_cpus
 
 _CAMERAS = (8, 10, 12, 14)  # bits of usual cameras below 16
 _PROBES = 64  # files whose headers are read, to save the time for large sets of 8-bit images
@@ -35,7 +36,7 @@ def detect_bits(items: Sequence[Any]) -> int | None:
     step = max(len(items) // _PROBES, 1)
     if all(_read_bits(item) < 16 for item in items[::step]):
         return None
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(count_cpus()) as pool:
         largest = max(pool.map(_read_largest_sample, items), default=0)
     if not largest:
         return None

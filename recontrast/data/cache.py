@@ -25,6 +25,7 @@ from recontrast.data.atomic import replace_file
 from recontrast.data.images import Size, image_size, parse_size, read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.regular_file import is_regular, open_regular
+from recontrast.data.system import count_cpus
 from recontrast.data.tiles import Tiles, count_tiles
 
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
@@ -76,7 +77,7 @@ class ImageCache:
         self._crop = None if crop is None else parse_size(crop, "crop")
         if workers is not None and workers < 1:
             raise ValueError(f"ImageCache: workers: wanted at least 1, got {workers}")
-        self._workers = workers or len(os.sched_getaffinity(0))
+        self._workers = workers or count_cpus()
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)
         self._bits = bits

@@ -10,6 +10,7 @@ from PIL import Image
 
 from recontrast.data.decode import apply_orientation
 from recontrast.data.images import Size, fit_picture, parse_size, read_image
+from recontrast.data.system import count_cpus
 
 ACCEPTED = "a sequence of paths or PIL images, or an array (n, h, w, 3) or (n, h, w) of uint8, or of floats in [0, 1]"
 TOLERANCE = 1e-6  # float arrays can exceed [0, 1] by the rounding errors of float32
@@ -61,7 +62,7 @@ class InMemoryImages:
         """
         positions = np.asarray(index, np.intp)
         batch = np.empty((len(positions), *self.shape[1:]), np.uint8)
-        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), max(len(positions), 1))) as pool:
+        with ThreadPoolExecutor(min(count_cpus(), max(len(positions), 1))) as pool:
             for i, pixels in enumerate(pool.map(self._read, positions.tolist())):
                 batch[i] = pixels
         return batch

@@ -20,6 +20,15 @@ from typing import Any
 
 from recontrast.data.json_text import parse_json
 from recontrast.data.listing import PathLike
+from recontrast.data.system import (
+    IS_WINDOWS,
+    NO_FOLLOW,
+    NO_WAIT,
+    is_running,
+    read_start,
+    register_after_fork,
+    replace_content,
+)
 from recontrast.data.temporary import is_lockable, sweep, try_lock
 
 LOCK_NAME = ".recontrast.lock"
@@ -48,7 +57,7 @@ def _forget_locks() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget_locks)
+register_after_fork(_forget_locks)
 
 
 @contextmanager
@@ -146,10 +155,19 @@ def _hold(path: Path, reported: Path, kind: str) -> Iterator[None]:
         with _registry_lock:
             held.depth -= 1
             if not held.depth and _held.pop(key, None) is held:
-                with suppress(OSError):
-                    os.unlink(key)  # while the lock is held: whoever opened the file before finds it gone
-                with suppress(OSError):
-                    os.close(held.handle)
+                _release(held.handle, key)
+
+
+def _release(handle: int, path: str) -> None:
+    """Remove a lock file and end the lock."""
+    with suppress(OSError):
+        if not IS_WINDOWS:  # whoever opened the file before finds it gone
+            os.unlink(path)
+    with suppress(OSError):
+        os.close(handle)
+    with suppress(OSError):
+        if IS_WINDOWS:  # refused while another process has the file open
+            os.unlink(path)
 
 
 def _acquire(path: Path, reported: Path, kind: str) -> int:
@@ -182,7 +200,7 @@ def _acquire(path: Path, reported: Path, kind: str) -> int:
 
 def _open(path: Path) -> tuple[int, bool]:
     """Open a lock file without following a link; return its descriptor and whether it can be written."""
-    flags, is_writable = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, True
+    flags, is_writable = NO_FOLLOW | NO_WAIT, True
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except PermissionError:
@@ -219,26 +237,19 @@ def _is_held_without_lock(handle: int) -> bool:
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1 or pid == os.getpid():
         return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
+    return is_running(pid)
 
 
 def _write_holder(handle: int) -> None:
     """Write who holds the lock. A full disk does not prevent it."""
     with suppress(OSError):
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(describe_process()).encode()[:_HOLDER_BYTES], 0)
+        replace_content(handle, json.dumps(describe_process()).encode()[:_HOLDER_BYTES])
 
 
 def _read_holder(handle: int) -> dict[str, Any] | None:
     """Read who holds a lock; None if it is not written yet."""
     try:
-        holder = parse_json(os.pread(handle, _HOLDER_BYTES, 0))
+        holder = parse_json(read_start(handle, _HOLDER_BYTES))
     except (OSError, ValueError):
         return None
     return holder if isinstance(holder, dict) else None

@@ -19,6 +19,7 @@ from recontrast.data.downloads import Entry
 from recontrast.data.heatmaps import save_png
 from recontrast.data.listing import PathLike
 from recontrast.data.published_counts import PUBLISHED_COUNTS, Counts
+from recontrast.data.system import count_cpus
 
 MARKER_FILE = "prepared.json"  # file beside the categories that describes the download
 TRANSFER_METHODS = ("hard links", "symbolic links", "copies", "pictures written")
@@ -199,7 +200,7 @@ def _fill(
         save_png(target, pixels)
         return "pictures written"
 
-    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(workers or count_cpus())
     try:
         for done, method in enumerate(pool.map(transfer, entries), 1):
             counts[method] += 1

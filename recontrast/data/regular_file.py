@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from recontrast.data.listing import PathLike
+from recontrast.data.system import NO_FOLLOW, NO_WAIT
 
 LARGEST_TEXT = 2**26  # bytes; the largest recipes, lists and logs are far smaller
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -40,7 +41,7 @@ def open_regular(path: PathLike, wanted: str = "a file") -> BinaryIO:
     """
     check_regular(path, wanted)  # opening a device can already change its state
     # Without O_NONBLOCK, opening a pipe would wait if it replaced the file after the check.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    handle = os.open(path, os.O_RDONLY | NO_WAIT)
     try:
         _check_mode(path, os.fstat(handle).st_mode, wanted)
         return os.fdopen(handle, "rb")
@@ -70,7 +71,7 @@ def open_to_change(
         OSError: If the file cannot be opened.
     """
     flags = os.O_WRONLY | os.O_APPEND if append else os.O_RDWR
-    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    flags |= NO_FOLLOW | NO_WAIT | (os.O_CREAT if create else 0)
     if not create or os.path.lexists(path):
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):

@@ -20,11 +20,16 @@ from filelock import lock_descriptor
 
 from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import read_bytes
+from recontrast.data.system import IS_WINDOWS, NO_FOLLOW, NO_WAIT
 
 _LOCKED_NAME = re.compile(r"\.recontrast-[0-9a-f]{16}\.tmp")
 _OLD_NAME = re.compile(r"\.([0-9a-f]{12}|images-[0-9a-f]{32}\.u8\.[0-9a-f]{32})\.tmp")  # files of earlier versions
 _OLD_SECONDS = 3600  # earlier versions held no locks: what they wrote to in the last hour may be in use
+# Windows replaces no open file: between closing and replacing it, a file of a running process has no lock.
+_CLOSED_SECONDS = 60 if IS_WINDOWS else -1
+FOLDER_LOCK = ".recontrast-folder.lock"  # on Windows, which opens no folders, in each temporary folder
 COMMIT = "commit.json"  # list of the replacements that a temporary folder is ready for; see `apply_commit`
+_folder_locks: dict[Path, int] = {}  # descriptors that lock the temporary folders of this process
 _swept: set[tuple[int, str]] = set()  # process and folder of each `sweep`
 
 
@@ -71,14 +76,39 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
         OSError: If the folder cannot be created.
     """
     path, handle = _create_locked_folder(folder)
+    _folder_locks[path] = handle
     try:
         yield path
     finally:
         try:
+            if IS_WINDOWS:  # removes no folder with an open file
+                unlock_folder(path)
             if not (path / COMMIT).exists():  # a failed commit is completed by the next process
                 remove(path)
         finally:
-            os.close(handle)
+            unlock_folder(path)
+
+
+def unlock_folder(path: Path) -> None:
+    """End the lock of a temporary folder, if it is locked.
+
+    Args:
+        path: Folder of `temporary_folder`.
+    """
+    handle = _folder_locks.pop(path, None)
+    if handle is not None:
+        os.close(handle)
+        if IS_WINDOWS:
+            (path / FOLDER_LOCK).unlink(missing_ok=True)
+
+
+def list_content(path: Path) -> list[str]:
+    """List the names in a temporary folder, in order, without that of its lock.
+
+    Args:
+        path: Folder of `temporary_folder`.
+    """
+    return sorted(child.name for child in path.iterdir() if child.name != FOLDER_LOCK)
 
 
 def sweep(folder: Path, *, once: bool = False, keep: Collection[Path] = ()) -> None:
@@ -105,13 +135,17 @@ def sweep(folder: Path, *, once: bool = False, keep: Collection[Path] = ()) -> N
         return
     for path in set(leftovers).difference(keep):
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(_get_lock(path), os.O_RDONLY | NO_FOLLOW | NO_WAIT)
         except OSError:  # a link, which is never one of ours, or removed by another process
             continue
         try:
-            _remove_unused(path, handle)
+            is_unused = _is_unused(path, handle)
+            if is_unused and not IS_WINDOWS:  # while it is locked
+                _remove_unused(path)
         finally:
             os.close(handle)
+        if is_unused and IS_WINDOWS:
+            _remove_unused(path)
 
 
 def write_commit(staging: Path, names: Sequence[str], removed: Sequence[str]) -> None:
@@ -273,29 +307,35 @@ def _create_locked_folder(folder: Path) -> tuple[Path, int]:
         path = folder / f".recontrast-{uuid.uuid4().hex[:16]}.tmp"
         path.mkdir()
         with suppress(FileNotFoundError):  # removed as a leftover before it was locked
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(_get_lock(path), os.O_RDWR | os.O_CREAT if IS_WINDOWS else os.O_RDONLY)
             if try_lock(handle) and os.fstat(handle).st_nlink:
                 return path, handle
             os.close(handle)
 
 
-def _remove_unused(path: Path, handle: int) -> None:
-    """Remove an opened leftover unless a process uses it."""
+def _get_lock(path: Path) -> Path:
+    """Return what is locked for a temporary file or folder: itself, or on Windows a file in the folder."""
+    return path / FOLDER_LOCK if IS_WINDOWS and path.is_dir() else path
+
+
+def _is_unused(path: Path, handle: int) -> bool:
+    """Return whether an opened temporary file or folder was left by a killed process; it is locked then."""
     status = os.fstat(handle)
-    is_folder = stat.S_ISDIR(status.st_mode)
     is_ours = bool(_LOCKED_NAME.fullmatch(path.name))
-    if not (stat.S_ISREG(status.st_mode) or (is_folder and is_ours)):
-        return
-    is_old = time.time() - status.st_mtime > _OLD_SECONDS
-    if not is_ours and not is_old:
-        return
+    if not (stat.S_ISREG(status.st_mode) or (stat.S_ISDIR(status.st_mode) and is_ours)):
+        return False
+    age = time.time() - status.st_mtime
+    if age <= (_CLOSED_SECONDS if is_ours else _OLD_SECONDS):
+        return False
     try:
-        if not lock_descriptor(handle, blocking=False):
-            return
+        return lock_descriptor(handle, blocking=False)
     except OSError:  # no locks on this file system: only age tells
-        if not is_old:
-            return
-    if is_folder and (path / COMMIT).is_file():
+        return age > _OLD_SECONDS
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove a temporary file or folder that a killed process left, after its commit."""
+    if path.is_dir() and (path / COMMIT).is_file():
         apply_commit(path)
     with suppress(OSError):
         remove(path)

@@ -1,6 +1,5 @@
 """Images of samples at the size of a recipe. An image that cannot be read is black, and named."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from recontrast.data.datasets import Sample
 from recontrast.data.image_files import describe_image_error
 from recontrast.data.images import read_image
 from recontrast.data.sources import Images
+from recontrast.data.system import count_cpus
 from recontrast.recipes.recipe import Recipe
 
 READ_ERRORS = (OSError, ValueError)  # of one image or mask
@@ -48,7 +48,7 @@ class SampleImages:
         if self.unread is None:
             samples = [self.samples[i] for i in index]
             return ImageCache(samples, recipe.size, recipe.crop, bits=recipe.bits, workers=self.workers)[:]
-        with ThreadPoolExecutor(self.workers or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(self.workers or count_cpus()) as pool:
             return np.stack(list(pool.map(self._read, index)))
 
     def find_unread(self) -> dict[int, str]:
@@ -58,7 +58,7 @@ class SampleImages:
             One sentence for each image that cannot be read, by position.
         """
         images = SampleImages(self.samples, self.recipe, self.workers, {})
-        with ThreadPoolExecutor(self.workers or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(self.workers or count_cpus()) as pool:
             for _ in pool.map(lambda position: images._read(position).size, range(len(images))):
                 pass
         return images.unread or {}

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,7 @@ from recontrast.recipes.recipe import to_pair
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
 OPSET = 18  # of ONNX
+OLDEST_TORCH = (2, 11)  # torch.export of earlier versions fixes the size of the batch
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def export(
     Raises:
         ValueError: If the format or suffix is unknown, the format cannot hold the model, or scores or decisions differ;
             no file is then written.
-        ImportError: If a package that the format needs is not installed.
+        ImportError: If a package that the format needs is not installed, or torch is too old.
         OSError: If the checkpoint cannot be read or the file cannot be written.
     """
     check_target(kind, out)
@@ -138,7 +140,7 @@ def check_target(kind: str, out: Path) -> None:
 
     Raises:
         ValueError: If the format is unknown, or the file has the suffix of another one.
-        ImportError: If a package that the format needs is not installed.
+        ImportError: If a package that the format needs is not installed, or torch is too old.
     """
     if kind not in SUFFIXES:
         raise ValueError(f"export: format: wanted {', '.join(SUFFIXES)}, got {kind!r}")
@@ -243,13 +245,16 @@ def _write(
 
 
 def _require(kind: str) -> None:
-    """Raise an error if a package that the format ``kind`` needs is not installed."""
+    """Raise an error if a package that the format ``kind`` needs is not installed, or torch is too old."""
     missing = [name for name in NEEDS[kind] if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(missing)
         raise ImportError(
             f"export to {kind}: wanted {', '.join(NEEDS[kind])}, got no {', '.join(missing)}: pip install {names}"
         )
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(f"export to {kind}: wanted torch >= {wanted}, got torch {torch.__version__}: upgrade torch")
 
 
 @contextmanager
@@ -268,7 +273,7 @@ def _move_files(folder: Path, names: Sequence[str], target: Path) -> None:
     try:
         with replace_files(target) as staging:
             for name in names:
-                os.rename(folder / name, staging / name)
+                os.replace(folder / name, staging / name)
     except OSError as error:
         raise OSError(f"cannot write {target / names[0]}: {error.strerror or error}") from error
 

@@ -5,7 +5,8 @@ import signal
 import threading
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+# Windows has no SIGHUP.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def interrupt_on_termination() -> None:

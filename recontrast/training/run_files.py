@@ -85,7 +85,7 @@ class RunFiles:
         with replace_files(self.folder, remove=list_results(self.folder)) as staging:
             checkpoint.save(staging / CHECKPOINT, content)
             for name in (LOG, yaml_file.FILE_NAME):
-                os.rename(self._staging / name, staging / name)
+                os.replace(self._staging / name, staging / name)
         self._staging = None
         if self._log is not None:
             self._log.path = self.folder / LOG

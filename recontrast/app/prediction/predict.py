@@ -174,6 +174,7 @@ def _run(
         colours = writer.write_overlays()
         results = [writer.failures.get(path) or writer.entries[path].prediction for path in names]
         description = _describe_run(name, detector, calibration, threshold, maps, colours, unread)
+        journal.close()  # Windows removes no open file
         save_scores(out, results, description, earlier, [LINES, MAPS])
     finally:
         journal.close()

@@ -29,6 +29,7 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.system import count_cpus
 from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector, run_checked
@@ -270,7 +271,7 @@ def _connect(ray: Any, address: str | None, cpus: int | None) -> None:
             ray.init(address=address, **logging_options)
         else:
             ray.init("local", include_dashboard=False, object_store_memory=STORE, _node_ip_address="127.0.0.1",
-                     num_cpus=cpus or len(os.sched_getaffinity(0)), **logging_options)  # fmt: skip
+                     num_cpus=cpus or count_cpus(), **logging_options)  # fmt: skip
     except ConnectionError as error:
         used = address or os.environ.get("RAY_ADDRESS")
         raise OSError(f"--address: wanted a running Ray cluster, got none at {used}") from error

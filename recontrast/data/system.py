@@ -1,0 +1,133 @@
+"""What differs between operating systems: processors, flags of open files, and what Windows refuses to do.
+
+Windows neither replaces nor removes a file that is open, and opens no folders.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+IS_WINDOWS = os.name == "nt"
+_STILL_ACTIVE = 259  # exit code of a running process in Windows
+_QUERY = 0x1000  # PROCESS_QUERY_LIMITED_INFORMATION
+
+
+def _get_flag(name: str) -> int:
+    return getattr(os, name, 0)
+
+
+NO_FOLLOW = _get_flag("O_NOFOLLOW")
+"""Flag of `os.open` that refuses symbolic links; 0 where there is none."""
+NO_WAIT = (
+    _get_flag("O_NONBLOCK") | _get_flag("O_NOCTTY") | _get_flag("O_CLOEXEC") | _get_flag("O_BINARY")
+    | _get_flag("O_NOINHERIT")
+)  # fmt: skip
+"""Flags of `os.open` for files that a user names: never wait, pass nothing on to other programs, change no bytes."""
+
+
+def count_cpus() -> int:
+    """Return the number of processors that this process may use."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def sync_file(path: Path) -> None:
+    """Write the content of a file to the disk.
+
+    Args:
+        path: File that this process may write.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    _sync(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Write the names in a folder to the disk; do nothing on Windows, which has no such call.
+
+    Args:
+        path: Folder.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    if not IS_WINDOWS:
+        _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_start(handle: int, size: int) -> bytes:
+    """Read the first bytes of an open file.
+
+    Args:
+        handle: File descriptor.
+        size: Largest number of bytes.
+
+    Returns:
+        At most ``size`` bytes.
+    """
+    os.lseek(handle, 0, os.SEEK_SET)
+    return os.read(handle, size)
+
+
+def replace_content(handle: int, content: bytes) -> None:
+    """Replace the content of an open file.
+
+    Args:
+        handle: File descriptor.
+        content: New content.
+    """
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, content)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process of this machine runs.
+
+    Args:
+        pid: Number of the process, at least 1.
+    """
+    if IS_WINDOWS:  # os.kill would end the process
+        return _is_running_on_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+def _is_running_on_windows(pid: int) -> bool:
+    kernel: Any = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]  # of Windows alone
+    process = kernel.OpenProcess(_QUERY, False, pid)
+    if not process:
+        return False
+    code = ctypes.c_ulong()
+    is_known = kernel.GetExitCodeProcess(process, ctypes.byref(code))
+    kernel.CloseHandle(process)
+    return bool(is_known) and code.value == _STILL_ACTIVE
+
+
+def register_after_fork(function: Callable[[], None]) -> None:
+    """Call a function in each forked process, on systems that fork.
+
+    Args:
+        function: Function without arguments.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)

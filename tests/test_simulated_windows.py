@@ -1,0 +1,93 @@
+"""Every command where the system refuses what Windows refuses, see `simulate_windows`.
+
+This shows that nothing of the package needs a call that Windows lacks, and that no open file is replaced or removed. It
+does not show that the package runs on Windows.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import SMALL
+from tiny import tiny_set
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks up open files in /proc")
+
+
+def run(*arguments, status=0):
+    done = subprocess.run(
+        [sys.executable, TESTS / "simulate_windows.py", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a data set and a trained, calibrated run."""
+    folder = tmp_path_factory.mktemp("windows")
+    tiny_set(folder / "data", train=24)
+    tiny_set(folder / "more", train=24, seed=5)
+    run("train", folder / "data" / "nut", "--out", folder / "run", "--holdout", "0.8", *SMALL)
+    return folder
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob(".recontrast*")]
+
+
+def test_run_is_complete_and_can_be_replaced_and_resumed(work):
+    names = {path.name for path in (work / "run").iterdir()}
+    assert {"checkpoint.pt", "log.jsonl", "recipe.yaml"} <= names
+    assert not leftovers(work)
+    arguments = ("train", work / "data" / "nut", "--out", work / "other", *SMALL)
+    run(*arguments)
+    run(*arguments, "--overwrite")
+    run(*arguments, "--resume", "--steps", "3", status=2)  # another recipe: one sentence
+    assert not leftovers(work)
+
+
+def test_results_of_every_command(work):
+    run("calibrate", work / "run", "--good", work / "more" / "nut" / "train" / "good", "--false-alarm-rate", "0.2")
+    run("evaluate", work / "run", work / "data", "--save-maps", "--out", work / "evaluation")
+    for _ in range(2):  # the second call replaces the results of the first
+        run(
+            "predict",
+            work / "run",
+            work / "data" / "nut" / "test",
+            "--out",
+            work / "out",
+            "--maps",
+            "npy",
+        )
+    assert (work / "out" / "scores.csv").exists()
+    run("report", work / "run", work / "data" / "nut", "--out", work / "report.html")
+    run("prepare", "--help")
+    run("info")
+    assert not leftovers(work)
+
+
+def test_export(work):
+    run("export", work / "run", "--format", "onnx", "--out", work / "detector.onnx")
+    run("export", work / "run", "--format", "openvino", "--out", work / "detector.xml")
+    run("predict", work / "detector.onnx", work / "data" / "nut" / "test", "--out", work / "exported")
+    assert not leftovers(work)
+
+
+def test_leftovers_of_a_killed_command_are_removed(work):
+    killed = work / "run" / ".recontrast-0123456789abcdef.tmp"
+    killed.mkdir()
+    (killed / ".recontrast-folder.lock").touch()
+    (work / "run" / ".recontrast-fedcba9876543210.tmp").touch()
+    for path in (killed / ".recontrast-folder.lock", work / "run" / ".recontrast-fedcba9876543210.tmp"):
+        os.utime(path, (0, 0))
+    run("calibrate", work / "run", "--good", work / "more" / "nut" / "train" / "good", "--false-alarm-rate", "0.2")
+    assert not leftovers(work)
