@@ -8,15 +8,18 @@ if TYPE_CHECKING:
     from recontrast.anomaly_map import AnomalyMap
     from recontrast.app.api import calibrate, evaluate, extend, find_samples, load, train
     from recontrast.app.estimator import ReContrastDetector
+    from recontrast.architectures import Architecture
     from recontrast.loss import global_cosine, hard_mined_cosine, pairs_loss, point_cosine
     from recontrast.mining import alpha_at, deviation, hardest, power
     from recontrast.models.recontrast import ReContrast
     from recontrast.recipes.paper import RECIPES
     from recontrast.recipes.recipe import Recipe
+    from recontrast.registration import import_architectures, register_architecture
 
 __all__ = [
     "RECIPES",
     "AnomalyMap",
+    "Architecture",
     "ReContrast",
     "ReContrastDetector",
     "Recipe",
@@ -29,12 +32,14 @@ __all__ = [
     "global_cosine",
     "hard_mined_cosine",
     "hardest",
+    "import_architectures",
     "load",
     "metrics",
     "ops",
     "pairs_loss",
     "point_cosine",
     "power",
+    "register_architecture",
     "train",
 ]
 __version__ = "0.2.0"
@@ -42,6 +47,7 @@ __version__ = "0.2.0"
 # Imported on first use: torch and timm take seconds to import, and `recontrast --help` needs neither.
 _MODULES = {
     "AnomalyMap": "anomaly_map",
+    "Architecture": "architectures",
     "RECIPES": "recipes.paper",
     "ReContrast": "models.recontrast",
     "ReContrastDetector": "app.estimator",
@@ -55,10 +61,12 @@ _MODULES = {
     "global_cosine": "loss",
     "hard_mined_cosine": "loss",
     "hardest": "mining",
+    "import_architectures": "registration",
     "load": "app.api",
     "pairs_loss": "loss",
     "point_cosine": "loss",
     "power": "mining",
+    "register_architecture": "registration",
     "train": "app.api",
 }
 

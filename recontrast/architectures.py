@@ -5,8 +5,8 @@ what it keeps. Everything else needs the methods of `recontrast.models.network.N
 inference, tiles, calibration, checkpoints, export and report have no case for any architecture.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -32,7 +32,8 @@ Loss = Callable[[Any, Recipe, float | Tensor, Sequence[int] | None], Tensor]
 class Architecture:
     """An architecture: its network, and how a recipe builds, trains or fits it.
 
-    Either ``compute_loss`` or ``fit`` is set.
+    Either ``compute_loss`` or ``fit`` is set. Those of this package are ReContrast (Guo et al., NeurIPS 2023,
+    https://arxiv.org/abs/2306.02602) and the methods that it is compared with.
 
     Attributes:
         network: Class of the network.
@@ -43,6 +44,11 @@ class Architecture:
         plan_memory: Checks before a pass that it fits into memory. Takes the network, the recipe, the number of images
             and the available bytes, and returns a remark for the user, or None. Raises ValueError if it cannot fit.
         is_extendable: Whether a fitted network can be fitted to further images.
+        fields: Recipe fields that only some architectures have, such as "levels", "rule" or "optimiser", and that this
+            one uses. For an architecture of your own; a recipe that changes others is refused.
+        options: Options that this architecture alone has, and their defaults: texts, numbers, true, false or tuples.
+            ``recipe.options`` holds their values.
+        settings: Values of recipe fields to begin with if this architecture is chosen without a recipe.
     """
 
     network: type[Network]
@@ -52,11 +58,25 @@ class Architecture:
     fit: Callable[[Any, Recipe], None] | None = None
     plan_memory: Callable[[Any, Recipe, int, int], str | None] | None = None
     is_extendable: bool = False
+    fields: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def get_architecture(recipe: Recipe) -> Architecture:
-    """Return the architecture of a recipe."""
-    return ARCHITECTURES[recipe.architecture]
+    """Return the architecture of a recipe.
+
+    Raises:
+        ValueError: If it is an architecture of a user that is not imported. A name never imports anything.
+    """
+    name = recipe.architecture
+    if name not in ARCHITECTURES:
+        module = name.partition(":")[0]
+        raise ValueError(
+            f"wanted an architecture that is imported, got {name!r}: if you trust its module, add --import {module} "
+            f"(in Python: recontrast.import_architectures({module!r}))"
+        )
+    return ARCHITECTURES[name]
 
 
 def build_model(recipe: Recipe, category: str) -> Network:

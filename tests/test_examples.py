@@ -18,6 +18,7 @@ SHORT = {"--steps": "2", "--size": "64"}
 # Patterns of the output. An example without an entry must print something; all must exit with 0 and an empty stderr.
 OUTPUTS = {
     "own_loop": r"step 1: loss [\d.]+\n(.*\n)*64 test images: I-AUROC [\d.]+",
+    "own_architecture": r"\| brick \| 64 \| [\d.]+ \|(.*\n)*.*mean of the pairs, blur zero5, score 0.01",
     "losses_in_your_model": r"Dinomaly's rule: loss [\d.]+ -> [\d.]+, I-AUROC .*\nINP-Former's rule: loss",
     "scikit_learn": r"AUROC [\d.]+\n(.*\n)*maps: \(2, 64, 64\)\n(.*\n)*read from the disk, it scores the same: True",
 }

@@ -26,17 +26,18 @@ ALLOWED = {
     "anomaly_map": "ops distances float32",
     "recipes": "data",
     "architectures": "models mining loss anomaly_map recipes",
+    "registration": "architectures recipes",
     "calibration": "data",
     "checkpoint": "data models architectures runtime recipes calibration",
     "inference": "data metrics ops float32 models runtime anomaly_map recipes calibration checkpoint",
     "evaluation": "data metrics models runtime recipes calibration checkpoint inference",
     "training": "data models float32 architectures runtime mining loss recipes calibration checkpoint inference",
     "export": "data ops models anomaly_map recipes calibration checkpoint inference",
-    "experiments": "data models runtime recipes checkpoint inference evaluation training",
-    "app": "data metrics ops models architectures runtime recipes calibration checkpoint inference evaluation "
-    "training export experiments kernels backend float32",
+    "experiments": "data models architectures runtime recipes registration checkpoint inference evaluation training",
+    "app": "data metrics ops models architectures runtime recipes registration calibration checkpoint inference "
+    "evaluation training export experiments kernels backend float32",
     "__main__": "app",
-    "__init__": "metrics ops models loss mining anomaly_map recipes app",  # imported on first use
+    "__init__": "metrics ops models loss mining anomaly_map architectures recipes registration app",  # on first use
 }
 # Packages that only some folders may import, so that `import recontrast` stays light and the losses need no timm.
 OUTSIDE = {

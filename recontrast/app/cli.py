@@ -20,6 +20,7 @@ from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
 from recontrast.app.commands.train import train
 from recontrast.app.console import is_silent
+from recontrast.app.options import add_imports
 from recontrast.runtime.termination import interrupt_on_termination
 
 app = typer.Typer(
@@ -60,4 +61,4 @@ def _root(
 
 
 for command in (train, compare, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info):
-    app.command(cls=Command)(command)
+    app.command(cls=Command)(command if command in (demo, prepare, info) else add_imports(command))

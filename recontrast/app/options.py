@@ -81,6 +81,12 @@ Views = Annotated[
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as trained.")]
 
 
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Module of your architectures, whose code runs; may be repeated."),
+]
+
+
 @dataclass(frozen=True)
 class InferenceArguments:
     """Options of commands that score images; `add_inference_arguments` adds them to a command."""
@@ -143,6 +149,33 @@ def add_inference_arguments(command: Callable[..., None]) -> Callable[..., None]
             parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def add_imports(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option ``--import`` to a command, which imports the modules before the command runs.
+
+    Args:
+        command: Function of the command.
+
+    Returns:
+        The command with the option.
+    """
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+
+    @functools.wraps(command)
+    def run(*arguments: Any, imports: list[str] | None = None, **values: Any) -> None:
+        if imports:
+            from recontrast.registration import import_architectures
+
+            for module in imports:
+                import_architectures(module)
+        command(*arguments, **values)
+
+    option = inspect.Parameter("imports", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Imports)
+    parameters = [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
+    run.__signature__ = inspect.Signature([*parameters, option])  # type: ignore[attr-defined]
+    run.__annotations__ = {**hints, "imports": Imports}
     return run
 
 

@@ -14,7 +14,7 @@ import torch
 from recontrast import checkpoint
 from recontrast.app.console import is_silent
 from recontrast.app.options import check_writable
-from recontrast.architectures import get_architecture
+from recontrast.architectures import ARCHITECTURES, get_architecture
 from recontrast.data import datasets
 from recontrast.data.augment import count_views
 from recontrast.data.copies import group_equal_files
@@ -24,6 +24,7 @@ from recontrast.data.own_files import check_replaceable
 from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
+from recontrast.registration import import_architecture
 from recontrast.runtime.device import resolve_device
 from recontrast.training.budget import BudgetPlan, plan_budget
 from recontrast.training.holdout import split_holdout
@@ -155,7 +156,7 @@ def prepare_job(
         all_good: Whether all images in plain folders are good, see `recontrast.data.datasets.load`.
         option: Option or argument that names ``out``, for error messages.
         budget: Seconds that the training may take, see `recontrast.training.budget.plan_budget`. Fields in ``changes``
-            stay as they are; with a recipe, its architecture does.
+            stay as they are; with a recipe, its architecture does. An architecture "MODULE:NAME" is imported.
         device: Device of the training, for the budget.
 
     Returns:
@@ -164,7 +165,11 @@ def prepare_job(
     Raises:
         ValueError: If an option is invalid, does not fit the others, or names something that does not exist.
     """
-    done, started = 0, time.perf_counter()
+    done, started, changes = 0, time.perf_counter(), dict(changes)
+    if isinstance(architecture := changes.get("architecture"), str):
+        import_architecture(architecture)  # the user names it, here and nowhere else
+        if recipe is None and resume is None and architecture in ARCHITECTURES:
+            changes = {**ARCHITECTURES[architecture].settings, **changes}
     if resume is not None:
         stored = checkpoint.load(resume)
         base, category, out, done = stored.recipe, category or stored.category, out or resume.parent, stored.step

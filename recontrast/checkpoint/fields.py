@@ -10,6 +10,7 @@ from torch import Tensor
 from recontrast.calibration.conformal import Calibration
 from recontrast.recipes.describe import describe_value
 from recontrast.recipes.recipe import Recipe
+from recontrast.recipes.validation import is_own_name
 
 _MAX_OPTIMISERS = 16
 _CONFIG_TYPES = {
@@ -33,6 +34,9 @@ def check_fields(content: Mapping[str, Any]) -> None:
     for name, (is_valid, wanted) in _RULES.items():
         if not is_valid(content[name]):
             raise ValueError(f"{name}: wanted {wanted}, got {describe_value(content[name])}")
+    recipe = content["recipe"]
+    if isinstance(recipe, Mapping) and is_own_name(recipe.get("architecture")):
+        return  # arguments of a class of the user
     for name, kind in _CONFIG_TYPES.items():
         value = content["model_config"].get(name)
         if value is not None and type(value) is not kind:

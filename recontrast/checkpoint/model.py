@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import recontrast
-from recontrast.architectures import ARCHITECTURES
+from recontrast.architectures import get_architecture
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint.checksums import digest
 from recontrast.checkpoint.fields import find_not_finite
@@ -38,7 +38,10 @@ def build(checkpoint: Checkpoint, path: str | Path) -> Network:
 def _build_random(checkpoint: Checkpoint, path: str | Path) -> Network:
     """Build the model of a checkpoint with random weights."""
     try:
-        network = ARCHITECTURES[checkpoint.recipe.architecture].network
+        network = get_architecture(checkpoint.recipe).network
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
         return network(**{**checkpoint.model_config, "weights": "random"})
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

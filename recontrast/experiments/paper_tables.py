@@ -43,6 +43,7 @@ class Entry:
         recipe: Name of the recipe of a rival; empty for the recipe of the table.
         metrics: Metrics to show beside those with published numbers, as fields of
             `recontrast.evaluation.results.Row`.
+        settings: Recipe fields that differ from the table's recipe unless a call changes them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     trained_as: str = ""
     recipe: str = ""
     metrics: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

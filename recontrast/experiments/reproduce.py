@@ -27,12 +27,12 @@ from recontrast.evaluation.results import Result, Row, parse_row
 from recontrast.experiments.comparison import FILES as COMPARISON_FILES
 from recontrast.experiments.comparison import Comparison, Line
 from recontrast.experiments.paper_tables import TABLES, Entry, Table
-from recontrast.experiments.variants import count_shots, vary_table
+from recontrast.experiments.variants import add_architectures, count_shots, vary_table
 from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe, list_differences
-from recontrast.recipes.validation import ARCHITECTURE_FIELDS
+from recontrast.recipes.validation import ARCHITECTURE_FIELDS, SHARED_FIELDS, is_own_name
 from recontrast.runtime import distributed
 from recontrast.runtime.distributed import World
 from recontrast.training.run_files import CHECKPOINT, LOG
@@ -90,6 +90,7 @@ def reproduce(
     categories: Sequence[str] = (),
     entries: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
+    architectures: Sequence[str] = (),
     vary: Mapping[str, Sequence[Any]] | None = None,
     long_tail: float | None = None,
     device: str | None = None,
@@ -110,6 +111,8 @@ def reproduce(
         categories: Names of the categories; by default all in ``data``.
         entries: Names of the entries; by default all.
         changes: Recipe fields to change in every run, such as ``backbone``, ``weights`` or ``steps``.
+        architectures: Names "MODULE:NAME" of your own architectures, which are imported. Each makes an entry called
+            ``MODULE.NAME``, with the recipe of the table and the settings of the architecture.
         vary: Values by recipe field. Every entry is run with every combination of them, as an entry of its own:
             ``{"shots": [1, 2, 4], "augment": ["none", "rotations"]}`` makes the tables of few-shot detection.
         long_tail: Number of good training images of the largest class over that of the smallest one; the images of
@@ -129,7 +132,8 @@ def reproduce(
     """
     if name not in TABLES:
         raise ValueError(f"reproduce: table: wanted one of {', '.join(TABLES)}, got {name!r}")
-    table, out, changes = vary_table(TABLES[name], entries, vary or {}), Path(out), dict(changes or {})
+    table = vary_table(add_architectures(TABLES[name], architectures), entries, vary or {})
+    out, changes = Path(out), dict(changes or {})
     given = [*changes, *(vary or ()), *(() if long_tail is None else ("shots",))]
     if clash := {name for name in given if given.count(name) > 1}:
         raise ValueError(f"reproduce: wanted one way to set {min(clash)}, got two")
@@ -187,12 +191,14 @@ def _plan_runs(
 
 
 def _build_recipe(table: Table, entry: Entry, changes: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of an entry. Changes of fields that the architecture of a rival lacks do not concern it."""
-    if not entry.recipe:
-        return RECIPES[table.recipe].replace(**entry.changes, **changes)
-    base = RECIPES[entry.recipe]
+    """Return the recipe of an entry. Changes of fields that another architecture lacks do not concern it."""
+    base = RECIPES[entry.recipe or table.recipe]
+    if is_own_name(entry.changes.get("architecture")):
+        base = base.replace(**{**entry.settings, "architecture": entry.changes["architecture"]})
+    elif not entry.recipe:
+        return base.replace(**entry.changes, **changes)
     own = ARCHITECTURE_FIELDS[base.architecture]
-    others = {field for fields in ARCHITECTURE_FIELDS.values() for field in fields} - set(own)
+    others = SHARED_FIELDS - set(own)
     adapted: dict[str, Any] = {}
     if base.crop is not None and "size" in changes:  # the crop belongs to the size of the recipe
         adapted["crop"] = None

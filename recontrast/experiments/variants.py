@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from recontrast.architectures import ARCHITECTURES
 from recontrast.data.datasets import Sample
 from recontrast.experiments.paper_tables import Entry, Table
+from recontrast.recipes.validation import is_own_name
+from recontrast.registration import import_architecture
 from recontrast.training.shots import count_long_tail
 
 
@@ -44,12 +47,38 @@ def vary_table(table: Table, names: Sequence[str], vary: Mapping[str, Sequence[A
                                         for combination in combinations))  # fmt: skip
 
 
+def add_architectures(table: Table, names: Sequence[str]) -> Table:
+    """Add an entry for each architecture of a user, which has no published numbers.
+
+    Args:
+        table: Table of the paper.
+        names: Names such as "MODULE:NAME"; their modules are imported.
+
+    Returns:
+        The table with these entries, named ``MODULE.NAME``. Each has the recipe of the table with the settings of the
+        architecture.
+
+    Raises:
+        ValueError: If a module cannot be imported, or a name is not that of an architecture in it.
+    """
+    first = table.entries[0].numbers.values()
+    metrics = tuple(dict.fromkeys(metric for numbers in first for metric in numbers))
+    added = []
+    for name in dict.fromkeys(names):
+        if not is_own_name(name):
+            raise ValueError(f"--architecture: wanted one of your own as MODULE:NAME, got {name!r}")
+        settings = ARCHITECTURES[import_architecture(name)].settings
+        changes = {"architecture": name}
+        added.append(Entry(name.replace(":", "."), {}, changes, metrics=metrics, settings=settings))
+    return replace(table, entries=(*table.entries, *added))
+
+
 def _make_variant(entry: Entry, changes: Mapping[str, Any]) -> Entry:
     """Return an entry with other values, and without published numbers."""
     suffix = "".join(f"-{field}={value}" for field, value in changes.items()).replace("/", "-")  # names a folder
     return replace(
         entry, name=entry.name + suffix, changes={**entry.changes, **changes}, numbers={},
-        metrics=tuple(dict.fromkeys(metric for numbers in entry.numbers.values() for metric in numbers)),
+        metrics=tuple(dict.fromkeys([*(m for numbers in entry.numbers.values() for m in numbers), *entry.metrics])),
         trained_as=entry.trained_as + suffix if entry.trained_as else "",
     )  # fmt: skip
 

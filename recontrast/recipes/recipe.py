@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from recontrast.recipes.describe import describe_value
 from recontrast.recipes.frozen_mapping import FrozenMapping
-from recontrast.recipes.validation import ARCHITECTURE_FIELDS, FIELD_RULES, FLOAT_FIELDS
+from recontrast.recipes.validation import (
+    ARCHITECTURE_FIELDS,
+    FIELD_RULES,
+    FLOAT_FIELDS,
+    ONE_PASS,
+    SHARED_FIELDS,
+    check_options,
+    is_own_name,
+)
 
 # Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py, according to the
 # authors "chosen empirically".
@@ -34,8 +42,9 @@ class Recipe:
     Attributes:
         name: Name in results and error messages. Default: "mvtec".
         architecture: Network: "recontrast", the default (with RD4AD, see above), "patchcore", "padim", "ensemble" (both
-            on one encoder) or "uniad". PatchCore, PaDiM and their ensemble are fitted in one pass over the images and
-            ignore ``steps`` and all fields of the optimisers.
+            on one encoder), "uniad", or one of your own as "MODULE:NAME", see `recontrast.register_architecture`.
+            PatchCore, PaDiM and their ensemble are fitted in one pass over the images and ignore ``steps`` and all
+            fields of the optimisers.
         backbone: timm name of the encoder. Default: "wide_resnet50_2.tv_in1k", torchvision's WideResNet-50-2 with its
             first ImageNet weights, as in the paper.
         weights: Source of the pretrained weights: a file, "package" (an installed package) or "random". None, the
@@ -143,6 +152,8 @@ class Recipe:
         layers: Blocks of each level of a vision transformer, counted from 0, such as ``((2, 3, 4, 5), (6, 7, 8, 9))``:
             a level is the mean of its blocks. None, the default, divides the middle blocks into ``levels`` groups, see
             `recontrast.models.backbone.list_layers`.
+        options: Options that an architecture of your own has beside the fields of a recipe. Missing ones take its
+            defaults. ``replace(**{"options.width": 64})`` changes one. Default: none.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -197,7 +208,7 @@ class Recipe:
     views: Literal["both", "trained", "frozen"] = "both"
     holdout: float = 0.0
     bits: int | None = None
-    architecture: Literal["recontrast", "patchcore", "padim", "ensemble", "uniad"] = "recontrast"
+    architecture: str = "recontrast"
     levels: int | tuple[int, ...] | None = None
     decoder: Literal["auto", "resnet", "mirror"] = "auto"
     rule: Literal["deviation", "hardest", "power", "none"] = "deviation"
@@ -220,6 +231,7 @@ class Recipe:
     shots: int | Mapping[str, int] | None = None
     augment: Literal["none", "rotations", "flips", "inp_former"] = "none"
     layers: tuple[tuple[int, ...], ...] | None = None
+    options: Mapping[str, Any] = FrozenMapping({})
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -238,6 +250,10 @@ class Recipe:
                 name = describe_value(self.name)
                 raise ValueError(f"recipe {name}: {field.name}: wanted {wanted}, got {describe_value(value)}")
             object.__setattr__(self, field.name, value)
+        try:
+            object.__setattr__(self, "options", FrozenMapping(check_options(self.architecture, self.options)))
+        except ValueError as error:
+            raise ValueError(f"recipe {self.name!r}: {error}") from None
         for contradicts, message in self._contradictions():
             if contradicts:
                 raise ValueError(f"recipe {self.name!r}: {message}")
@@ -292,7 +308,7 @@ class Recipe:
                 "score: wanted 'max', 'mean' or a share for architecture 'recontrast', got 'model'",
             ),
             (
-                architecture != "recontrast" and self.views != "both",
+                architecture != "recontrast" and not is_own_name(architecture) and self.views != "both",
                 f"views: wanted 'both' for architecture {architecture!r}, which has one encoder, got {self.views!r}",
             ),
             (
@@ -307,7 +323,7 @@ class Recipe:
                 f"{self.small_size!r}",
             ),
             (
-                architecture != "patchcore" and isinstance(self.levels, tuple),
+                architecture != "patchcore" and not is_own_name(architecture) and isinstance(self.levels, tuple),
                 f"levels: wanted one number for architecture {architecture!r}, got {self.levels!r}",
             ),
             (
@@ -330,15 +346,15 @@ class Recipe:
 
     def _find_unused_field(self) -> str | None:
         """Return the first field that differs from its default although the architecture does not have it."""
-        own = ARCHITECTURE_FIELDS[self.architecture]
-        names = dict.fromkeys(name for names in ARCHITECTURE_FIELDS.values() for name in names)
-        defaults = {field.name: field.default for field in fields(self)}
-        return next((name for name in names if name not in own and getattr(self, name) != defaults[name]), None)
+        own = ARCHITECTURE_FIELDS.get(self.architecture)  # None: an architecture of a user that is not imported
+        defaults = {field.name: field.default for field in fields(self) if field.name in SHARED_FIELDS}
+        unused = [name for name, default in defaults.items() if getattr(self, name) != default]
+        return None if own is None else next((name for name in unused if name not in own), None)
 
     @property
     def uses_steps(self) -> bool:
         """Whether the architecture is trained by steps; otherwise it is fitted in one pass over the images."""
-        return self.architecture in ("recontrast", "uniad")
+        return self.architecture not in ONE_PASS
 
     @property
     def uses_mining(self) -> bool:
@@ -366,7 +382,8 @@ class Recipe:
         """Return a copy of the recipe with some fields changed.
 
         Args:
-            **changes: New values by field name.
+            **changes: New values by field name. "options.NAME" changes one option; another architecture begins with
+                its own defaults.
 
         Returns:
             The new recipe.
@@ -374,8 +391,12 @@ class Recipe:
         Raises:
             ValueError: If a field is unknown or a value is invalid.
         """
+        is_same = changes.get("architecture", self.architecture) == self.architecture
+        options = dict(changes.pop("options", self.options if is_same else {}) or {})
+        for key in [key for key in changes if key.startswith("options.")]:
+            options[key.removeprefix("options.")] = changes.pop(key)
         _check_names(changes, self.name)
-        return replace(self, **changes)
+        return replace(self, **changes, options=options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can represent; tuples become lists.

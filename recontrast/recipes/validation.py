@@ -1,8 +1,11 @@
 """Rules for the fields of a `Recipe`: which values are valid."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from recontrast.recipes.describe import describe_value
 
 # Function that returns whether a value is valid, and a description of valid values for error messages.
 FieldRule = tuple[Callable[[Any], bool], str]
@@ -69,6 +72,20 @@ def _is_layers(value: Any) -> bool:
     return all(_is_integer(v) and 0 <= v < 1024 for v in blocks) and blocks == sorted(set(blocks))
 
 
+def _is_options(value: Any) -> bool:
+    """Return whether ``value`` maps up to 64 names to plain values or tuples of them."""
+    return isinstance(value, Mapping) and len(value) <= 64 and all(
+        isinstance(name, str) and name.isidentifier() and all(map(_is_plain, v if isinstance(v, tuple) else (v,)))
+        for name, v in value.items()
+    )  # fmt: skip
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | bool) or _is_integer(value)
+
+
 _SIZE: FieldRule = (_is_size, "a whole number of pixels or a pair (height, width)")
 _NAMES: FieldRule = (_is_names, "a list of category names")
 _FLAG: FieldRule = (lambda v: isinstance(v, bool), "true or false")
@@ -87,10 +104,54 @@ ARCHITECTURE_FIELDS: dict[str, tuple[str, ...]] = {
     "ensemble": ("layers", "bank_share", "gaussian_features", "small_size"),
     "uniad": (*_STEP_FIELDS, "levels", "layers", "jitter"),
 }
+ONE_PASS = {"patchcore", "padim", "ensemble"}  # architectures that are fitted in one pass
+OWN_OPTIONS: dict[str, Mapping[str, Any]] = {}  # architecture of a user -> its options and their defaults
+SHARED_FIELDS = frozenset(name for names in ARCHITECTURE_FIELDS.values() for name in names)  # that not all have
+_OWN_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+def is_own_name(value: Any) -> bool:
+    """Return whether a value is the name of an architecture of a user: ``MODULE:NAME``, as Python writes both."""
+    return isinstance(value, str) and len(value) <= 200 and _OWN_NAME.fullmatch(value) is not None
+
+
+def check_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the options of an architecture, and complete them by its defaults.
+
+    Args:
+        name: Name of the architecture.
+        given: Options by name.
+
+    Returns:
+        All options. Those of an architecture that is not imported stay as they are.
+
+    Raises:
+        ValueError: If the architecture has no such option, or a value is not of the type of its default.
+    """
+    if is_own_name(name) and name not in OWN_OPTIONS:
+        return dict(given)
+    defaults = OWN_OPTIONS.get(name, {})
+    options = dict(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            wanted = f"options among {', '.join(defaults)}" if defaults else f"none for architecture {name!r}"
+            raise ValueError(f"options: wanted {wanted}, got {describe_value(key)}")
+        kind = type(defaults[key])
+        if kind is float and _is_integer(value):
+            value = float(value)
+        if type(value) is not kind and defaults[key] is not None:
+            raise ValueError(f"options: {key}: wanted a value such as {defaults[key]!r}, got {describe_value(value)}")
+        options[key] = value
+    return options
+
 
 FIELD_RULES: dict[str, FieldRule] = {
     "name": (lambda v: isinstance(v, str) and bool(v), "a name"),
-    "architecture": _one_of(*ARCHITECTURE_FIELDS),
+    "architecture": (
+        lambda v: isinstance(v, str) and (v in ARCHITECTURE_FIELDS or is_own_name(v)),
+        f"one of {', '.join(map(repr, ARCHITECTURE_FIELDS))}, or an architecture of your own as 'MODULE:NAME'",
+    ),
+    "options": (_is_options, "options by name, with texts, numbers, true, false, none or lists of them"),
     "backbone": (lambda v: isinstance(v, str) and bool(v), "the name of a timm model"),
     "weights": (lambda v: v is None or (isinstance(v, str) and bool(v)), 'none, a file, "package" or "random"'),
     "steps": _integer(1),

@@ -128,7 +128,7 @@ def test_tiles(name, data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--architecture", "yolo"), "'patchcore', 'padim', 'ensemble', 'uniad', got 'yolo'"),
+        (("--architecture", "yolo"), "'uniad', or an architecture of your own as 'MODULE:NAME', got 'yolo'"),
         (("--architecture", "patchcore", "--set", "rule=power"), "rule: wanted the default for architecture"),
         (("--set", "bank_share=0.2"), "bank_share: wanted the default for architecture 'recontrast'"),
         (("--set", "rule=softest"), "rule: wanted one of 'deviation', 'hardest', 'power', 'none', got 'softest'"),

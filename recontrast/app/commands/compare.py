@@ -16,7 +16,10 @@ def compare(  # 14 options and the output; the package `compare` does the work
     data: Data,
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods, such as patchcore,padim. Default: those, ensemble, recontrast, rd4ad and uniad."),
+        typer.Option(
+            help="Methods, such as patchcore,padim, or your own as MODULE:NAME. "
+            "Default: those, ensemble, recontrast, rd4ad and uniad."
+        ),
     ] = None,
     category: Annotated[
         str | None,

@@ -32,6 +32,10 @@ def reproduce(  # 14 options and the output; `recontrast.experiments.reproduce` 
         str | None, typer.Option(help="Categories, such as screw,grid. Default: all in DATA.")
     ] = None,
     entries: Annotated[str | None, typer.Option(help="Lines of the table, such as A,E,ours. Default: all.")] = None,
+    architecture: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:NAME", help="Your own architecture as a further line; may be repeated."),
+    ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field; may be repeated.")
     ] = None,
@@ -73,6 +77,7 @@ def reproduce(  # 14 options and the output; `recontrast.experiments.reproduce` 
                 name, data, out, seeds=parse_numbers("--seeds", seeds),
                 categories=parse_list(categories), entries=parse_list(entries),
                 changes=dict(map(parse_change, changes or [])), vary=varied, long_tail=long_tail,
+                architectures=architecture or [],
                 device=device, cache_dir=cache, keep=keep, overwrite=overwrite,
                 on_step=lambda task, done, total, note: progress(done, total, f"{task}: {note}"),
             )  # fmt: skip

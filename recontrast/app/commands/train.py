@@ -24,7 +24,7 @@ from recontrast.app.options import (
 )
 from recontrast.app.progress_bar import ProgressBar
 
-EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device")  # that go together
+EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device", "imports")  # that go together
 
 
 def train(  # 34 options and the output; `train_job` does the work
@@ -47,7 +47,10 @@ def train(  # 34 options and the output; `train_job` does the work
     ] = None,
     architecture: Annotated[
         str | None,
-        typer.Option(help="recontrast, patchcore, padim or uniad. Default: as in the recipe; in mvtec: recontrast."),
+        typer.Option(
+            help="recontrast, patchcore, padim, ensemble or uniad, or your own as MODULE:NAME, which is imported. "
+            "Default: as in the recipe; in mvtec: recontrast."
+        ),
     ] = None,
     backbone: Annotated[
         str | None,
@@ -80,8 +83,7 @@ def train(  # 34 options and the output; `train_job` does the work
     shots: Annotated[
         str | None,
         typer.Option(
-            metavar="N | CLASS=N,...",
-            help="Good images of each class to use, drawn with --seed: a number, or numbers by class. Default: all.",
+            help="Good images of each class to use, drawn with --seed: 4, or screw=4,tile=16. Default: all.",
         ),
     ] = None,
     augment: Annotated[

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recontrast.experiments.paper_tables import RD4AD
+from recontrast.recipes.validation import is_own_name
+from recontrast.registration import import_architecture
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "patchcore": {"architecture": "patchcore"},
@@ -17,20 +19,30 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 """Recipe fields that a method changes, by the names of ``--methods``."""
 
 
+def get_changes(name: str) -> Mapping[str, Any]:
+    """Return the recipe fields that a method changes; an architecture of a user changes itself alone.
+
+    Args:
+        name: Key of `METHODS`, or "MODULE:NAME".
+    """
+    return METHODS[name] if name in METHODS else {"architecture": name}
+
+
 def select_methods(names: Sequence[str]) -> list[str]:
     """Check the names of methods.
 
     Args:
-        names: Names, in any order; empty selects all methods.
+        names: Names, in any order; empty selects all methods. Architectures "MODULE:NAME" of a user are imported.
 
     Returns:
         The names without repetitions, in their order.
 
     Raises:
-        ValueError: If a name is unknown.
+        ValueError: If a name is unknown, or a module cannot be imported.
     """
     for name in names:
-        if name not in METHODS:
-            *others, last = METHODS
-            raise ValueError(f"--methods: wanted {', '.join(others)} or {last}, got {name!r}")
+        if name not in METHODS and not is_own_name(name):
+            known = ", ".join(METHODS)
+            raise ValueError(f"--methods: wanted {known} or your own MODULE:NAME, got {name!r}")
+        import_architecture(name)
     return list(dict.fromkeys(names or METHODS))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from recontrast.app.compare.measure import OnProgress, measure_method
-from recontrast.app.compare.methods import METHODS, select_methods
+from recontrast.app.compare.methods import get_changes, select_methods
 from recontrast.app.compare.peak_memory import PeakMemory
 from recontrast.app.compare.record import RECORD, MethodResult, Record, describe_changes, digest_files, read_record
 from recontrast.app.errors import USER_ERRORS, describe_error, is_memory_error
@@ -101,7 +101,7 @@ def prepare_comparison(
     if not is_labelled and "holdout" not in changes:
         changes = {**changes, "holdout": UNLABELLED_HOLDOUT if good >= MIN_HOLDOUT_SOURCE else 0.0}
     unlabelled = list_images(images) if images else []
-    runs = [_prepare_run(name, groups, changes, category, out / name, overwrite) for name in names]
+    runs = [_prepare_run(name, groups, changes, category, out / name.replace(":", "."), overwrite) for name in names]
     if all(run.job is None for run in runs) and len({run.error for run in runs}) == 1:
         raise ValueError(runs[0].error)
     return Comparison(runs, groups, category, out, resolved, unlabelled, overwrite, budget)
@@ -111,7 +111,7 @@ def _prepare_run(
     name: str, groups: dict[str, list[Sample]], changes: dict[str, Any], category: str, out: Path, overwrite: bool
 ) -> MethodRun:
     """Check the run of one method; an error concerns this method alone."""
-    changes = {**METHODS[name], **changes}
+    changes = {**get_changes(name), **changes}
     try:
         job = prepare_job(groups, None, changes, category=category, out=out, resume=None, overwrite=True)
         check_replaceable(out, [*TABLES, RECORD, "checkpoint.pt"], overwrite=overwrite)

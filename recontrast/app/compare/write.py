@@ -46,7 +46,8 @@ def write_comparison(comparison: Comparison, results: Sequence[MethodResult]) ->
         comparison.category, _describe_settings(comparison), list(results), agreement, len(pool), recommend(results),
         _write_notes(comparison, measured), differing,
     )  # fmt: skip
-    checkpoints = {result.name: comparison.out / result.name / "checkpoint.pt" for result in measured}
+    targets = {run.name: run.job.target for run in comparison.runs if run.job is not None}
+    checkpoints = {result.name: targets[result.name] for result in measured}
     cards = draw_cards(checkpoints, str(comparison.device), differing, ranks, _label_images(comparison, measured))
     texts = (summary.to_json(), summary.to_csv(), summary.to_markdown(), render_page(summary, cards))
     with replace_files(comparison.out) as staging:

@@ -33,6 +33,7 @@ from recontrast.data.system import count_cpus
 from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import open_detector, run_checked
+from recontrast.registration import import_architectures, list_imported
 
 MISSING = "--engine ray: wanted the package ray[data], got none installed: pip install 'ray[data]' pyarrow"
 COMMAND = "predict-ray"  # in the name of the mark of unfinished results
@@ -109,6 +110,7 @@ def predict(
             mark_unfinished(out, COMMAND, [], ["predict.json"])  # which describes the parts of the earlier call
             with _cluster(ray, address):
                 settings = {"checkpoint": checkpoint, "folder": folder, "batch": batch, "device": device}
+                settings["modules"] = list_imported()
                 for count in _run_workers(ray, parts, workers, {**settings, "identity": identity, **options}):
                     finished += count
                     if on_progress is not None:
@@ -161,8 +163,12 @@ class Worker:
         identity: str,
         threshold: float | None,
         rate: float | None,
+        modules: Sequence[str] = (),
     ) -> None:
         import torch
+
+        for module in modules:  # that the user has imported in the calling process
+            import_architectures(module)
 
         torch.set_num_threads(self.cpus)
         # The workers of a machine share its memory.
