@@ -39,6 +39,7 @@ MISSING = "--engine ray: wanted the package ray[data], got none installed: pip i
 COMMAND = "predict-ray"  # in the name of the mark of unfinished results
 TRIES = 4  # an error is raised after this many workers died on the same part; Ray would retry forever
 STORE = 128 << 20  # bytes of Ray's object store on this machine; only paths pass through it
+CONNECT_SECONDS = 10  # until a host must have answered
 CPUS_EACH = 4  # CPUs per worker without GPUs; one network scales badly beyond that
 
 
@@ -270,21 +271,65 @@ def _cluster(ray: Any, address: str | None, cpus: int | None = None) -> Iterator
 
 
 def _connect(ray: Any, address: str | None, cpus: int | None) -> None:
+    used = address or os.environ.get("RAY_ADDRESS")
+    if used:
+        _check_reachable(used)
     logging_options = {"log_to_driver": False, "logging_level": "error"}
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # hides execution plans and durations
     try:
-        if address or os.environ.get("RAY_ADDRESS"):
-            ray.init(address=address, **logging_options)
+        if used:
+            with _hide_stderr():
+                ray.init(address=address, **logging_options)
         else:
             ray.init("local", include_dashboard=False, object_store_memory=STORE, _node_ip_address="127.0.0.1",
                      num_cpus=cpus or count_cpus(), **logging_options)  # fmt: skip
     except ConnectionError as error:
-        used = address or os.environ.get("RAY_ADDRESS")
-        raise OSError(f"--address: wanted a running Ray cluster, got none at {used}") from error
+        raise OSError(
+            f"--address: wanted a running Ray cluster, got none at {used} that lets this process in: if it has a "
+            "token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
+    except ray.exceptions.AuthenticationError as error:
+        raise OSError(f"--engine ray: wanted a token for Ray, got none: {str(error).split('. Ensure')[0]}") from error
     except Exception as error:  # Ray raises a plain Exception if its processes do not start in time
         if type(error) is not Exception:
             raise
         raise OSError(f"ray could not start here: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise an error at once if no process listens at an address: Ray would try for minutes.
+
+    Raises:
+        ValueError: If it is not an address.
+        OSError: If there is no connection.
+    """
+    if address in ("auto", "local") or ("://" in address and not address.startswith("ray://")):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+        raise ValueError(f"--address: wanted auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"--address: wanted a running Ray cluster, got none at {address}: {reason}") from error
+
+
+@contextmanager
+def _hide_stderr() -> Iterator[None]:
+    """Hide what Ray's C++ code prints while it connects: every second an error that is also raised."""
+    try:
+        saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def _import_ray(address: str | None) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -233,3 +234,43 @@ def test_no_ray(checkpoint, folder, tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_share_of_the_cpus(cpus, workers, each):
     assert ray_predict.compute_cpus_per_worker(cpus, workers) == each
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nonsense", "--address: wanted auto, HOST:PORT or ray://HOST:PORT, got 'nonsense'"),
+        ("a b:c", "--address: wanted auto, HOST:PORT or ray://HOST:PORT, got 'a b:c'"),
+        ("127.0.0.1:70000", "--address: wanted auto, HOST:PORT or ray://HOST:PORT, got '127.0.0.1:70000'"),
+        ("127.0.0.1:1", "--address: wanted a running Ray cluster, got none at 127.0.0.1:1: Connection refused"),
+        ("ray://127.0.0.1:1", "--address: wanted a running Ray cluster, got none at ray://127.0.0.1:1: Connection"),
+        ("host..invalid:1", "--address: wanted a running Ray cluster, got none at host..invalid:1: "),
+    ],
+)
+def test_wrong_address(address, message, monkeypatch):
+    module = ray_predict._import_ray(address)
+    monkeypatch.setattr(module, "init", None)  # Ray itself would try for minutes
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        ray_predict._connect(module, address, None)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        ray_predict._connect(module, None, None)
+
+
+@pytest.mark.parametrize("name", ["ConnectionError", "AuthenticationError"])
+def test_wrong_token(name, monkeypatch, capfd):
+    module = ray_predict._import_ray(None)
+
+    def refuse(**options):
+        os.write(2, b"gcs_client.cc: Unauthenticated")
+        text = "RAY_AUTH_TOKEN_PATH is set but file cannot be opened: x. Ensure that ..."
+        raise ConnectionError(text) if name == "ConnectionError" else module.exceptions.AuthenticationError(text)
+
+    monkeypatch.setattr(module, "init", refuse)
+    message = {
+        "ConnectionError": "that lets this process in: if it has a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN",
+        "AuthenticationError": "wanted a token for Ray, got none: RAY_AUTH_TOKEN_PATH is set but file cannot be opened",
+    }[name]
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match=message) as raised:
+        ray_predict._connect(module, f"127.0.0.1:{server.getsockname()[1]}", None)
+    assert "Ensure" not in str(raised.value) and capfd.readouterr().err == ""
