@@ -47,12 +47,14 @@ def print_error(text: str) -> None:
 
 
 def print_image_errors(errors: Sequence[str], source: str) -> None:
-    """Print one line for each image that failed, at most `MAX_PRINTED_ERRORS`.
+    """Print one line for each image that failed, at most `MAX_PRINTED_ERRORS`; nothing if this process is silent.
 
     Args:
-        errors: One sentence for each image.
+        errors: One sentence for each image, the same in every process.
         source: Where all sentences can be found.
     """
+    if is_silent():
+        return
     for text in errors[:MAX_PRINTED_ERRORS]:
         print_error(text)
     if len(errors) > MAX_PRINTED_ERRORS:

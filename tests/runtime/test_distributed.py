@@ -1,5 +1,6 @@
 """Processes started by torchrun give the same result as one process with the full batch."""
 
+import csv
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import process_endings
 import pytest
 import torch
 import torchrun_worker
+from saved_model import RECIPE, save
 from tiny import tiny_set
 
 from recontrast.runtime.distributed import World
@@ -97,6 +99,32 @@ def test_table_reproduced_by_all_processes(outputs):
     assert all(line["ours"] is not None for line in tables[0]["lines"])
     run = outputs / "table" / "both" / "nut" / "seed-111"
     assert (run / "results.json").exists() and not (run / "checkpoint.pt").exists()
+
+
+def test_evaluation_names_images_that_fail(tmp_path):
+    """A broken image in the share of each process: every process ends with status 2, and the others have scores."""
+    root, checkpoint = tmp_path / "data", save(tmp_path / "checkpoint.pt", RECIPE)
+    tiny_set(root, train=1, good=4, defects=4)
+    (root / "nut/test/good/001.png").write_bytes(b"no image")
+    (root / "nut/test/square/002.png").write_bytes(b"no image")
+    (root / "nut/ground_truth/square/003_mask.png").write_bytes(b"no image")
+    broken = {"good/001.png", "square/002.png", "square/003.png"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    tables = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        command += ["-m", "recontrast", "evaluate", checkpoint, root, "--out", out, "--device", "cpu", "--batch", "1"]
+        done = subprocess.run([*command, "--save-maps"], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.stderr.count("exitcode  : 2") == count and done.stdout.count("3 of 8 test images are missing") == 1
+        assert all(done.stderr.count(f"test/{name}: ") == 1 for name in broken), done.stderr
+        with (out / "scores.csv").open(newline="") as file:
+            rows = {row["path"].split("/test/")[1]: row for row in csv.DictReader(file)}
+        assert len(rows) == 8 and {name for name, row in rows.items() if row["error"]} == broken
+        maps = {path.relative_to(out / "maps").as_posix() for path in out.rglob("*.tiff")}
+        assert len(maps) == 6 and not (out / "unfinished-evaluate.json").exists()  # the image without its mask has one
+        tables.append({name: row["score"] for name, row in rows.items()})
+    assert tables[0] == tables[1]
 
 
 def test_example_prints_the_same_with_two_processes():
