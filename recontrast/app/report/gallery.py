@@ -70,13 +70,17 @@ def _render_placeholder(image: UnreadImage) -> str:
     """Return the card of an image without a score: its name and its error."""
     sample, name = image.sample, escape(image.sample.path.name)
     description = f"{sample.category}, {sample.defect if sample.label else 'good'}"
-    empty = "".join(f'<span class="pic empty">no {kind}</span>' for kind in ("heat map", "mask"))
+    photo, mask = _render_missing(name), '<span class="pic empty">no mask</span>'
+    if sample.mask is not None and str(sample.mask) in image.error:  # the mask is what fails
+        photo, mask = '<span class="pic empty missing">left out</span>', _render_missing(escape(sample.mask.name))
+    heat = '<span class="pic empty">no heat map</span>'
+    error = image.error.removeprefix(f"{sample.path}: ")
     return (
         f'<li class="card wrong" data-category="{escape(sample.category)}" data-defect="{escape(sample.defect)}" '
-        f'data-outcome="{UNREAD}"><figure><span class="panes">{_render_missing(name)}{empty}</span>'
+        f'data-outcome="{UNREAD}"><figure><span class="panes">{photo}{heat}{mask}</span>'
         f'<figcaption><strong class="outcome"><span aria-hidden="true">{SIGNS[UNREAD]}</span> {UNREAD}</strong>'
         f'<span class="file">{escape(description)}<br><span title="{escape(str(sample.path))}">{name}</span><br>'
-        f"{escape(image.error)}</span></figcaption></figure></li>"
+        f"{escape(error)}</span></figcaption></figure></li>"
     )
 
 

@@ -198,8 +198,8 @@ def test_damaged_pictures_and_masks_have_placeholders(tmp_path, monkeypatch):
     page = Page(text)
     cards = page.find_all("li")
     assert [card["data-outcome"] for card in cards].count("not read") == 2 and len(cards) == 8
-    for index in (1, 2, 4, 6):
-        assert f"{tests[index].path.name} cannot be read" in page.text
+    for path in (tests[1].path, tests[2].path, tests[4].path, tests[6].mask):
+        assert f"{path.name} cannot be read" in page.text
     assert page.text.count("cannot be read") == 4 and text.rstrip().endswith("</html>")
     assert "2 of 8 test images are missing" in page.text
     assert len([img for img in page.find_all("img") if img.get("class") == "photo"]) == 4
