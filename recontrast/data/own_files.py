@@ -38,6 +38,7 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "unfinished-predict.json": (b'{\n "note": ',),
     "unfinished-evaluate.json": (b'{\n "note": ',),
     "unfinished-demo.json": (b'{\n "note": ',),
+    "unfinished-compare.json": (b'{\n "note": ',),
     "unfinished-predict.jsonl": (b'{"identity": ',),
 }
 _SHEET = re.compile(r"heatmaps_[^/]+\.png")  # of the demo

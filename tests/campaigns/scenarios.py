@@ -19,7 +19,8 @@ from tiny import tiny_set
 from recontrast import checkpoint as checkpoints
 from recontrast.recipes.yaml_file import read_recipe
 
-TIMES = ("seconds", "since", "pid", "host", "images_per_second")  # differ from run to run
+TIMES = ("seconds", "since", "pid", "host", "images_per_second")  # differ from run to run, as the next ones
+MEASURED = ("train_seconds", "image_seconds", "memory", "train_memory", "image_memory")
 TINY = ["--backbone", "test_resnet", "--weights", "random", "--size", "32", "--batch", "2", "--device", "cpu"]
 
 
@@ -49,20 +50,20 @@ def normalise(name, content):
         calibration = None if stored.calibration is None else sorted(stored.calibration.to_dict().items())
         return stored.step, checkpoints.digest(stored.model, stored.recipe), stored.recipe, repr(calibration)
     if name.endswith("log.jsonl"):
-        return [(line["step"], line["loss"]) for line in map(json.loads, content.splitlines())]
+        return [(line["step"], line.get("loss"), line.get("images")) for line in map(json.loads, content.splitlines())]
     if name.endswith(".json"):
         return json.dumps(_drop_times(json.loads(content)), sort_keys=True)
-    if name.endswith("results.csv"):
+    if name.endswith(("results.csv", "compare.csv")):
         rows = csv.DictReader(content.decode().splitlines())
-        return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
-    if name.endswith(("results.md", ".html")):  # with times
+        return [{key: value for key, value in row.items() if not re.search("seconds|memory", key)} for row in rows]
+    if name.endswith(("results.md", "compare.md", ".html")):  # with times
         return re.sub(r"[0-9.]+", "0", content.decode())
     return hashlib.sha256(content).hexdigest()
 
 
 def _drop_times(value):
     if isinstance(value, dict):
-        return {key: _drop_times(entry) for key, entry in value.items() if key not in TIMES}
+        return {key: _drop_times(entry) for key, entry in value.items() if key not in (*TIMES, *MEASURED)}
     return [_drop_times(entry) for entry in value] if isinstance(value, list) else value
 
 
@@ -80,6 +81,26 @@ def train_only(root, is_new):
     """Training without the evaluation at its end, in a new folder."""
     scenario = train(root, is_new)
     return Scenario((*scenario.arguments, "--no-evaluate"), scenario.former)
+
+
+def extend(root, is_new):
+    """Extension of a fitted run, or of one that was evaluated, with a calibration."""
+    tiny_set(root / "data", train=6, good=2, defects=2)
+    tiny_set(root / "more", train=4, seed=1)
+    options = ["--architecture", "patchcore", "--holdout", "0", *(["--no-evaluate"] if is_new else [])]
+    works("train", root / "data", "--out", root / "former", *TINY, *options)
+    arguments = ("train", "--extend", "OUT", "--good", str(root / "more/nut/train/good"), "--device", "cpu")
+    return Scenario(arguments if is_new else (*arguments, "--holdout", "0.3"), root / "former")
+
+
+def compare(root, is_new):
+    tiny_set(root / "data", train=8, good=2, defects=2)
+    arguments = ["compare", str(root / "data"), "--out", "OUT", *TINY, "--methods", "padim,recontrast"]
+    arguments += ["--steps", "4", "--holdout", "0.25"]
+    if is_new:
+        return Scenario((*arguments, "--seed", "2"))
+    works(*(argument.replace("OUT", str(root / "former")) for argument in arguments), "--seed", "1")
+    return Scenario((*arguments, "--seed", "2", "--overwrite"), root / "former")
 
 
 def predict(root, is_new):
@@ -201,8 +222,9 @@ def demo(root, is_new):
 
 SCENARIOS = {
     function.__name__: function
-    for function in (train, predict, evaluate, calibrate, export, report, prepare, reproduce, demo)
+    for function in (train, extend, predict, evaluate, calibrate, export, report, prepare, reproduce, demo, compare)
 }
+ONCE = ("prepare", "extend")  # refuse to do the same again, so that the next run only completes what is left
 RESUMED = ("train", "reproduce")  # what a killed run leaves is neither old nor new, and is continued
 torch.set_num_threads(1)
 
@@ -245,10 +267,33 @@ def check_run(name, folder, former, whole):
         return f"a part of the data set: {sorted(content)}"
     if name == "train":
         return check_training(folder, content, former, whole)
+    if name == "compare":
+        return check_comparison(folder, content, former, whole)
     if name in RESUMED:
         return None
     changed = [path for path in {*content, *former, *whole} if content.get(path) not in (former.get(path),)]
     return f"neither old nor new: {changed} of {sorted(content)}"
+
+
+def check_comparison(folder, content, former, whole):
+    """Return whether the tables describe the runs beside them, and whether each run is of one call."""
+    errors = {}
+    if "compare.json" in content:  # of a call in which a method failed
+        errors = {entry["method"]: entry["error"] for entry in json.loads(content["compare.json"])["methods"]}
+        if not any(errors.values()):
+            return f"tables beside other runs: {sorted(content)}"
+    for method in ("padim", "recontrast"):
+        start = f"{method}/"
+        parts = [
+            {path.removeprefix(start): entry for path, entry in run.items() if path.startswith(start)}
+            for run in (content, former, whole)
+        ]
+        if errors and errors[method] is None and parts[0] != parts[2]:
+            return f"{method}: not the run that the tables describe"
+        wrong = check_training(folder / method, *parts) if parts[0].keys() - {"method.json"} else None
+        if wrong is not None:
+            return f"{method}: {wrong}"
+    return None
 
 
 def check_training(folder, content, former, whole):

@@ -6,7 +6,7 @@ import random
 import resource
 from pathlib import Path
 
-from campaigns.scenarios import build, check_run, continue_run, normalise, select_scenarios
+from campaigns.scenarios import ONCE, build, check_run, continue_run, normalise, select_scenarios
 from faults import copy, list_hidden, read_folder, refuse, run_command, start, wait
 
 TABLES = {"scores.csv", "scores.json", "results.json", "results.csv", "results.md"}  # name the images that failed
@@ -47,12 +47,11 @@ def try_refusal(name, folder, scenario, points, former, whole, chance):
     is_named = name in ("predict", "evaluate") and result["code"] == 2 and names_failures(out, whole)
     if out.exists() and not is_named and (wrong := check_run(name, out, former, whole)) is not None:
         return f"{kind}: {wrong}"
-    if name == "prepare" and out.exists() and read_folder(out, normalise) == whole:
-        return None
     result = wait(start(run_command(continue_run(name, scenario, out), setup=scenario.setup), report), report)
-    if result["code"] != 0:
+    content = read_folder(out, normalise)
+    if result["code"] != 0 and not (name in ONCE and content == whole):
         return f"{kind}: the next run ended with {result['code']}: {result['text'][-300:]}"
-    if (content := read_folder(out, normalise)) != whole:
+    if content != whole:
         names = [path for path in {*content, *whole} if content.get(path) != whole.get(path)]
         return f"{kind}: the next run differs in {names}"
     return f"{kind}: the next run leaves {hidden}" if (hidden := list_hidden(out.parent)) else None

@@ -16,9 +16,12 @@ CHANGES = {
     "calibrate": ("0.2", "0.5"),
     "report": ("after", "before"),
     "demo": ("1", "2"),
+    "compare": ("2", "3"),
 }
 IN_USE = re.compile(r"no other process writes to, got one in use since [-\d]+ [:\d]+ by process \d+ on \S+ \(")
-TOO_LATE = re.compile("exists already|wanted a new or an empty folder")  # the first has finished
+TOO_LATE = re.compile(  # the first has finished
+    "exists already|wanted a new or an empty folder|detector was not trained on|wanted a run of this comparison"
+)
 
 
 def change(arguments, name):

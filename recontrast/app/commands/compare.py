@@ -65,6 +65,7 @@ def compare(  # 14 options and the output; the package `compare` does the work
     from recontrast.app.compare.tables import FILES
     from recontrast.app.compare.write import write_comparison
     from recontrast.data import datasets
+    from recontrast.data.locks import lock_folder
     from recontrast.data.own_files import check_replaceable
 
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
@@ -84,19 +85,22 @@ def compare(  # 14 options and the output; the package `compare` does the work
     check_replaceable(comparison.out, FILES, overwrite=overwrite)
     print_data(datasets.describe(comparison.groups))
     results: list[Any] = []
-    try:
-        with ProgressBar("compare") as progress:
-            run_comparison(
-                comparison, lambda activity, done, total, note: progress(done, total, f"{activity}: {note}"), results
-            )
-    except KeyboardInterrupt:
-        _exit_interrupted(comparison, results)
-    failed = [result for result in results if result.error is not None]
-    for result in failed:
-        print_error(f"{result.name}: {result.error}")
-    if len(failed) == len(results):
-        raise typer.Exit(2)
-    summary = write_comparison(comparison, results)
+    with lock_folder(comparison.out):  # until the tables are written
+        try:
+            with ProgressBar("compare") as progress:
+                run_comparison(
+                    comparison,
+                    lambda activity, done, total, note: progress(done, total, f"{activity}: {note}"),
+                    results,
+                )
+        except KeyboardInterrupt:
+            _exit_interrupted(comparison, results)
+        failed = [result for result in results if result.error is not None]
+        for result in failed:
+            print_error(f"{result.name}: {result.error}")
+        if len(failed) == len(results):
+            raise typer.Exit(2)
+        summary = write_comparison(comparison, results)
     print_table("", *summary.cells())
     print_line(f"recommended: {summary.recommendation.sentence}" if summary.recommendation else "no recommendation")
     print_line(f"comparison: {comparison.out / 'compare.html'}, .md, .csv, .json")

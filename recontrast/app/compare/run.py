@@ -2,9 +2,9 @@
 
 import gc
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from recontrast.app.compare.measure import OnProgress, measure_method
 from recontrast.app.compare.methods import get_changes, select_methods
 from recontrast.app.compare.peak_memory import PeakMemory
 from recontrast.app.compare.record import RECORD, MethodResult, Record, describe_changes, digest_files, read_record
+from recontrast.app.compare.tables import FILES
 from recontrast.app.errors import USER_ERRORS, describe_error, is_memory_error
 from recontrast.app.train_job import TrainJob, prepare_job, run_job
 from recontrast.data import datasets
@@ -22,9 +23,11 @@ from recontrast.data.datasets import Sample
 from recontrast.data.listing import list_images
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.evaluation.results import FILES as TABLES
 from recontrast.runtime.device import resolve_device
 
+COMMAND = "compare"  # in the name of the mark of an unfinished comparison
 UNLABELLED_HOLDOUT = 0.2  # share of the good images that is held out if no labelled test images exist
 MIN_HOLDOUT_SOURCE = 10  # good images; of fewer, none are held out unless the user asks for it
 
@@ -140,11 +143,13 @@ def complete_method(run: MethodRun, comparison: Comparison, on_progress: OnProgr
         with lock_folder(run.job.out):
             record = _find_record(run.job, comparison)
             if not record.is_trained:
+                _mark_changed(comparison)
                 _train(run, run.job, record, comparison, on_progress)
             tests = [sample for sample in run.job.samples if sample.split == "test"]
             paths = [*comparison.unlabelled, *(path for s in tests for path in (s.path, s.mask))]
             measured_on = digest_files(paths)
             if record.result is None or record.measured_on != measured_on:
+                _mark_changed(comparison)
                 record.result = measure_method(run.name, run.job, record, comparison.unlabelled, on_progress)
                 record.measured_on = measured_on
                 record.write(run.job.out, run.name)
@@ -172,8 +177,15 @@ def _find_record(job: TrainJob, comparison: Comparison) -> Record:
     if job.target.exists() and not comparison.overwrite:
         other = "another run" if record is None else f"one with {describe_changes(record.settings, settings)}"
         raise ValueError(f"{job.out}: wanted a run of this comparison, got {other}: use --overwrite or another --out")
+    _mark_changed(comparison)
     job.target.unlink(missing_ok=True)
     return Record(settings)
+
+
+def _mark_changed(comparison: Comparison) -> None:
+    """Mark the comparison as unfinished, and remove the tables of an earlier one: they describe other runs."""
+    if not os.path.lexists(comparison.out / name_mark(COMMAND)):
+        mark_unfinished(comparison.out, COMMAND, [], FILES)
 
 
 def _train(run: MethodRun, job: TrainJob, record: Record, comparison: Comparison, on_progress: OnProgress) -> None:
@@ -214,12 +226,10 @@ def run_comparison(comparison: Comparison, on_progress: OnProgress, results: lis
     """Complete all methods, one after the other.
 
     Args:
-        comparison: Checked comparison.
+        comparison: Checked comparison, whose folder is locked.
         on_progress: See `complete_method`.
         results: List that receives the result of each method as soon as it is complete.
     """
-    with ExitStack() as stack:
-        stack.enter_context(lock_folder(comparison.out))
-        for run in comparison.runs:
-            results.append(complete_method(run, comparison, on_progress))
-            gc.collect()
+    for run in comparison.runs:
+        results.append(complete_method(run, comparison, on_progress))
+        gc.collect()

@@ -10,11 +10,12 @@ from recontrast.app.compare.page import render_page
 from recontrast.app.compare.peak_memory import describe_measurement
 from recontrast.app.compare.recommend import recommend
 from recontrast.app.compare.record import MethodResult
-from recontrast.app.compare.run import Comparison
+from recontrast.app.compare.run import COMMAND, Comparison
 from recontrast.app.compare.tables import FILES, Summary
 from recontrast.app.compare.unlabelled import compute_agreement
 from recontrast.data.atomic import replace_files
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.unfinished import name_mark
 
 
 def write_comparison(comparison: Comparison, results: Sequence[MethodResult]) -> Summary:
@@ -50,7 +51,7 @@ def write_comparison(comparison: Comparison, results: Sequence[MethodResult]) ->
     checkpoints = {result.name: targets[result.name] for result in measured}
     cards = draw_cards(checkpoints, str(comparison.device), differing, ranks, _label_images(comparison, measured))
     texts = (summary.to_json(), summary.to_csv(), summary.to_markdown(), render_page(summary, cards))
-    with replace_files(comparison.out) as staging:
+    with replace_files(comparison.out, remove=[name_mark(COMMAND)]) as staging:
         for name, text in zip(FILES, texts, strict=True):
             errors = "surrogateescape" if name.endswith(".csv") else "backslashreplace"  # names that are not UTF-8
             (staging / name).write_bytes(text.encode(errors=errors))

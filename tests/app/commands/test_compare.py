@@ -121,6 +121,24 @@ def test_second_call_trains_nothing(labelled, data, monkeypatch):
     assert works("compare", data, *QUICK, "--holdout", 0.4, "--out", out) == printed
 
 
+def test_interrupted_comparison_says_so(labelled, data, tmp_path, monkeypatch):
+    """Tables never lie beside runs that they do not describe."""
+    out, mark = tmp_path / "copy", tmp_path / "copy" / "unfinished-compare.json"
+    shutil.copytree(labelled[0], out)
+    arguments = ("compare", data, *QUICK, "--seed", 5, "--holdout", 0.4, "--out", out, "--overwrite")
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for name in ("run_job", "measure_method"):
+        with monkeypatch.context() as patch:
+            patch.setattr(compare_run, name, interrupt)
+            assert call(*arguments).exit_code == 130
+        assert mark.exists() and not list(out.glob("compare.*"))
+    works(*arguments)
+    assert not mark.exists() and read_json(out)["compared"] == ["padim", "patchcore"]
+
+
 def test_other_settings_are_refused_without_overwrite(labelled, data, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(labelled[0], out)
