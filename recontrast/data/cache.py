@@ -26,7 +26,7 @@ from recontrast.data.images import Size, image_size, parse_size, read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.system import count_cpus
-from recontrast.data.tiles import Tiles, count_tiles
+from recontrast.data.tiles import Tiles, count_tiles, join_tiles
 
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
 _PREFIX = "images-"
@@ -115,6 +115,24 @@ class ImageCache:
             return self._images[indices].copy()
         index = np.atleast_1d(np.asarray(indices))
         return self._images[index if index.size else index.astype(np.intp)]  # NumPy turns an empty list into floats
+
+    def read_file(self, position: int) -> np.ndarray:
+        """Copy the whole image of one file; with tiles, it is put together from them.
+
+        Args:
+            position: Position of the file in ``samples``.
+
+        Returns:
+            (H, W, 3) uint8; with tiles, at its original size.
+
+        Raises:
+            OSError: With tiles, if the size of the file can no longer be read.
+            ValueError: With tiles, if the file is no longer an image.
+        """
+        images = self[self.offsets[position] : self.offsets[position + 1]]
+        if self._tile is None:
+            return images[0]
+        return join_tiles(images, image_size(self._files[position]), self._tile[1])
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Copy all images to a tensor, in pieces of 64 MB.

@@ -78,6 +78,25 @@ def count_tiles(shape: tuple[int, int], tile: int, stride: int) -> int:
     return len(tile_starts(shape[0], tile, stride)) * len(tile_starts(shape[1], tile, stride))
 
 
+def join_tiles(tiles: NDArray[np.uint8], shape: tuple[int, int], stride: int) -> NDArray[np.uint8]:
+    """Put the tiles of an image together; the inverse of `Tiles`.
+
+    Args:
+        tiles: All tiles of the image in reading order, (tiles, tile, tile, 3) uint8.
+        shape: Height and width of the image, in pixels.
+        stride: Distance from one tile to the next, in pixels.
+
+    Returns:
+        The image, (height, width, 3) uint8.
+    """
+    (height, width), tile = shape, tiles.shape[1]
+    pixels = np.empty((max(height, tile), max(width, tile), 3), np.uint8)
+    corners = [(y, x) for y in tile_starts(height, tile, stride) for x in tile_starts(width, tile, stride)]
+    for (y, x), part in zip(corners, tiles, strict=True):
+        pixels[y : y + tile, x : x + tile] = part
+    return pixels[:height, :width]
+
+
 class Tiles:
     """Tiles of one decoded image, cut on access, in reading order.
 

@@ -130,7 +130,9 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
     return [path for index, path in enumerate(files.paths) if owners[index] == index]
 
 
-def split_trained_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
+def split_trained_images(
+    option: str, paths: Sequence[Path], checkpoint: Checkpoint
+) -> tuple[list[Path], list[Path], list[NDArray[np.float32]]]:
     """Separate new images from those that a detector was trained on.
 
     Args:
@@ -139,7 +141,8 @@ def split_trained_images(option: str, paths: Sequence[Path], checkpoint: Checkpo
         checkpoint: Checkpoint of the detector.
 
     Returns:
-        The different new images; and the images that were trained on, or are copies of one of the new images.
+        The different new images; the images that were trained on, or are copies of one of the new images; and the
+        sketches of the new images, (1024,) float32 each, see `recontrast.data.near_copies.sketch_image`.
 
     Raises:
         ValueError: If a file cannot be read.
@@ -148,15 +151,20 @@ def split_trained_images(option: str, paths: Sequence[Path], checkpoint: Checkpo
     files = ImageFiles(paths)
     new: list[Path] = []
     others: list[Path] = []
+    sketches: list[NDArray[np.float32]] = []
     for path, result in zip(files.paths, _identify_images(files, checkpoint.recipe), strict=True):
         if result is None:
             continue
-        (others if result[0] in seen else new).append(path)
+        if result[0] in seen:
+            others.append(path)
+        else:
+            new.append(path)
+            sketches.append(result[1])
         seen.add(result[0])
     if files.errors:
         first = files.errors[min(files.errors)]
         raise ValueError(f"{option}: wanted images that can be read, got {len(files.errors)} others: {first}")
-    return new, others
+    return new, others, sketches
 
 
 def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, NDArray[np.float32]] | None]:

@@ -27,8 +27,9 @@ from recontrast.inference.calibrate import split_trained_images
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
 from recontrast.training.device_images import DeviceImages
-from recontrast.training.holdout import calibrate_holdout, split_holdout
+from recontrast.training.holdout import calibrate_holdout
 from recontrast.training.json_log import read_log
+from recontrast.training.new_images import split_new_images
 from recontrast.training.one_pass import observe, plan_memory
 from recontrast.training.open_images import sketch_images
 from recontrast.training.run_files import CHECKPOINT, LOG, list_results
@@ -73,6 +74,9 @@ def extend(
     The bank keeps its vectors and gains a share of those of the new images. The file is replaced at the end, so that an
     error or Ctrl-C leaves it as it was. The stored calibration is removed: it belongs to the detector before.
 
+    Warns (`recontrast.data.listing.DataWarning`) of pictures that were saved again. Such pictures stay on one side of
+    the division into added and held-out images, and those of an image that the detector was trained on are added.
+
     Args:
         path: Checkpoint, which is replaced. Results of an evaluation beside it are removed.
         paths: Files of good images. Those that the detector was trained on already are left out.
@@ -96,12 +100,12 @@ def extend(
     with lock_checkpoint(path):
         saved = checkpoint.load(path)
         _check_extendable(saved, path)
-        new, left_out = split_trained_images(option, paths, saved)
+        new, left_out, sketches = split_trained_images(option, paths, saved)
         if not new:
             raise ValueError(
                 f"{option}: wanted good images that the detector was not trained on, got {len(left_out)} that it was"
             )
-        training, held_out = split_holdout(new, holdout, saved.recipe.seed)
+        training, held_out = split_new_images(new, sketches, saved, holdout, option)
         with convolution_precision(saved.recipe.tf32):
             state = _fit_further(saved, path, training, resolved, on_step)
             content, calibration = snapshot(state), None
@@ -172,7 +176,7 @@ def _describe_together(before: Mapping[str, Any], images: ImageCache) -> dict[st
         "digest": hashlib.sha256(f"{before['digest']} {added['digest']}".encode()).hexdigest(),
         "each": before.get("each", "") + added["each"],
     }
-    if len(sketches := read_sketches(before)):  # not of tiles
+    if len(sketches := read_sketches(before)):  # else of an older version
         new = read_sketches({"sketches": sketch_images(images)})
         joined["sketches"] = encode_sketches([*sketches, *new]) if len(new) else ""
     return joined

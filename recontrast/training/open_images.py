@@ -12,6 +12,7 @@ from recontrast.data.augment import count_views
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import describe_images
+from recontrast.data.images import read_image
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import (
     MOST_SKETCHES,
@@ -36,8 +37,8 @@ class OpenImages:
         samples: Their samples; empty if the images were given decoded.
         held_out: Samples held out for the calibration.
         held_out_images: Their images; None if no images are held out, or training takes tiles.
-        sketches: Encoded sketches of the images to train on, see `recontrast.data.near_copies.encode_sketches`; empty
-            for tiles.
+        sketches: Encoded sketches of the images to train on, see `recontrast.data.near_copies.encode_sketches`; with
+            tiles, of the whole images.
     """
 
     training: Images
@@ -67,9 +68,7 @@ def open_images(settings: RunSettings, resumed: Checkpoint | None) -> OpenImages
     if settings.images is not None:
         return OpenImages(settings.images, (), (), None, sketch_images(settings.images))
     training = _decode(settings, settings.samples)
-    if settings.recipe.tile is not None:
-        return OpenImages(training, settings.samples, settings.held_out, None, "")
-    held_out_images = _decode(settings, settings.held_out) if settings.held_out else None
+    held_out_images = _decode_held_out(settings, settings.held_out)
     opened = OpenImages(training, settings.samples, settings.held_out, held_out_images, "")
     sketches = _sketch_in_order(settings, opened)
     pairs = [] if len(sketches) > MOST_SKETCHES else find_near_copies(np.stack(sketches))
@@ -112,7 +111,7 @@ def _separate(
     held_out = [sample for sample in held_out if sample.path in first]
     if recipe.drop_last and len(samples) * count_views(recipe.augment) < recipe.batch:
         return opened
-    return OpenImages(_decode(settings, samples), samples, held_out, _decode(settings, held_out), "")
+    return OpenImages(_decode(settings, samples), samples, held_out, _decode_held_out(settings, held_out), "")
 
 
 def _warn(settings: RunSettings, pairs: Sequence[tuple[int, int]], sketches: Sequence[NDArray[np.float32]]) -> None:
@@ -133,6 +132,8 @@ def _sketch_in_order(settings: RunSettings, opened: OpenImages) -> list[NDArray[
     sketches = dict(zip([sample.path for sample in opened.samples], _sketch(opened.training), strict=True))
     if opened.held_out_images is not None:
         sketches |= zip([sample.path for sample in opened.held_out], _sketch(opened.held_out_images), strict=True)
+    else:  # one whole image in memory at a time
+        sketches |= {s.path: sketch_image(read_image(s.path, bits=settings.recipe.bits)) for s in opened.held_out}
     return [sketches[sample.path] for sample in settings.good]
 
 
@@ -145,7 +146,15 @@ def _decode(settings: RunSettings, samples: Sequence[Sample]) -> ImageCache:
     )  # fmt: skip
 
 
+def _decode_held_out(settings: RunSettings, samples: Sequence[Sample]) -> ImageCache | None:
+    """Decode the images held out; None without any, and for tiles, which the calibration reads as prediction does."""
+    return _decode(settings, samples) if samples and settings.recipe.tile is None else None
+
+
 def _sketch(images: Images) -> list[NDArray[np.float32]]:
+    """Sketch images; those that are cut into tiles as a whole."""
+    if isinstance(images, ImageCache):
+        return [sketch_image(images.read_file(position)) for position in range(len(images.offsets) - 1)]
     return [sketch_image(images[np.arange(index, index + 1)][0]) for index in range(len(images))]
 
 
@@ -153,9 +162,10 @@ def sketch_images(images: Images) -> str:
     """Sketch images and encode the sketches, see `recontrast.data.near_copies.encode_sketches`.
 
     Args:
-        images: Decoded images.
+        images: Decoded images; those that are cut into tiles are sketched as a whole.
 
     Returns:
         Text; empty if there are too many images.
     """
-    return encode_sketches(_sketch(images)) if len(images) <= MOST_SKETCHES else ""
+    count = len(images.offsets) - 1 if isinstance(images, ImageCache) else len(images)
+    return encode_sketches(_sketch(images)) if count <= MOST_SKETCHES else ""

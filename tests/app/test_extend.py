@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import near_copies
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from recontrast.data.fingerprint import read_fingerprints
 from recontrast.data.near_copies import read_sketches
 from recontrast.inference.detector import open_detector
 from recontrast.models.patchcore import PatchCore
+from recontrast.training import extend as extend_module
 from tests.command_line import call, fails, works
 from tests.tiny import tiny_set
 
@@ -110,6 +112,63 @@ def test_calibration_is_removed_or_made_again(run, data):
 
 def _images(run):
     return checkpoints.load(run / "checkpoint.pt").images
+
+
+@pytest.fixture(scope="module", params=[(), ("--tile", 64)], ids=["whole", "tiles"])
+def pictures(request, tmp_path_factory):
+    """A run on 12 pictures, and new ones: two of the run and eight others, each of which was saved twice."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(8)
+    drawn = [near_copies.draw(rng) for _ in range(20)]
+    for folder, part in (("old", drawn[:12]), ("new", drawn[12:])):
+        (root / folder).mkdir()
+        for index, picture in enumerate(part):
+            picture.save(root / folder / f"{index:02}.png")
+    for index, picture in enumerate(drawn[12:]):
+        near_copies.rescale(picture, 0.95).save(root / "new" / f"{index:02}-again.png")
+    for index in (3, 7):
+        near_copies.rescale(drawn[index], 0.95).save(root / "new" / f"old{index}.png")
+    small = SMALL if not request.param else [option for option in SMALL if option not in ("--size", "64")]
+    works("train", root / "old", "--architecture", "patchcore", *small, *request.param, "--holdout", 0,
+          "--out", root / "run")  # fmt: skip
+    return root
+
+
+def test_pictures_saved_again_stay_on_one_side(pictures, tmp_path, monkeypatch):
+    run, taken = shutil.copytree(pictures / "run", tmp_path / "run"), []
+    split = extend_module.split_new_images
+    monkeypatch.setattr(extend_module, "split_new_images", lambda *args: taken.extend(split(*args)) or tuple(taken))
+    result = call("train", "--extend", run, "--good", pictures / "new", "--holdout", 0.5, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    added, held_out = [[path.stem for path in part] for part in taken]
+    assert "--good: 8 of 18 images seem to be another one of them" in result.stderr
+    assert "--good: 2 of 18 images seem to be training images, saved again or rescaled" in result.stderr
+    assert "count as one image of the calibration" in result.stderr and "not searched" not in result.stderr
+    assert {"old3", "old7"} < set(added) and len(added) == 2 + 2 * 4 and len(held_out) == 4
+    assert not {name[:2] for name in held_out} & {name[:2] for name in added}
+    images = _images(run)
+    assert checkpoints.load(run / "checkpoint.pt").calibration.count == 4
+    assert read_sketches(images).shape == (22, 1024)
+
+
+def test_checkpoint_without_sketches_compares_new_images_alone(pictures, tmp_path):
+    run = shutil.copytree(pictures / "run", tmp_path / "run")
+    saved = checkpoints.load(run / "checkpoint.pt")
+    del saved.images["sketches"]
+    checkpoints.save(run / "checkpoint.pt", saved)
+    result = call("train", "--extend", run, "--good", pictures / "new", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "--good: 8 of 18 images seem to be another one of them" in result.stderr
+    assert "the detector sees them more often than others" in result.stderr
+    assert "--good: training images that were saved again are not searched" in result.stderr
+    assert "sketches" not in _images(run)
+
+
+def test_only_training_images_saved_again(pictures, tmp_path):
+    run = shutil.copytree(pictures / "run", tmp_path / "run")
+    again = [option for index in (3, 7) for option in ("--good", pictures / "new" / f"old{index}.png")]
+    result = call("train", "--extend", run, *again, "--holdout", 0.5, "--device", "cpu")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "wanted new images to hold out, got 2 that seem to be training images" in result.stderr
 
 
 def test_results_of_an_evaluation_are_removed(run, data):

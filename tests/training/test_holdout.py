@@ -2,6 +2,7 @@ import dataclasses
 import math
 import shutil
 
+import near_copies
 import numpy as np
 import pytest
 from command_line import SMALL, call, fails, works
@@ -14,10 +15,12 @@ from recontrast.app.evaluate_job import decide_on_result
 from recontrast.calibration.conformal import Calibration, conformal_threshold
 from recontrast.checkpoint import digest
 from recontrast.data.copies import group_equal_files
+from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.images import read_image
 from recontrast.data.listing import DataWarning
-from recontrast.data.near_copies import read_sketches
+from recontrast.data.near_copies import read_sketches, sketch_image
+from recontrast.data.tiles import Tiles
 from recontrast.evaluation.results import Result, ScoredImage
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
@@ -185,6 +188,42 @@ def test_pictures_saved_again_stay_on_one_side(samples, tmp_path, monkeypatch):
     assert resumed.state.images["digest"] == former["digest"]
     with pytest.warns(DataWarning, match="training sees them more often than others"):
         train(SHARED.replace(holdout=0.0), good + again, device="cpu")
+
+
+def test_pictures_saved_again_stay_on_one_side_with_tiles(tmp_path):
+    """Whole images are compared, also where training cuts them into tiles."""
+    rng, good = np.random.default_rng(5), []
+    for index in range(10):
+        picture = near_copies.draw(rng)
+        picture.save(tmp_path / f"{index}.png")
+        near_copies.rescale(picture, 0.95).save(tmp_path / f"{index}-again.png")
+        good += [Sample(tmp_path / f"{index}{end}.png", None, 0, "nut", "train", "good") for end in ("", "-again")]
+    recipe = SHARED.replace(tile=64, stride=64, holdout=0.4)
+    with pytest.warns(DataWarning, match=r"^train: 10 of 20 images .* saved again or rescaled .*, and count as one"):
+        result = train(recipe, good, out=tmp_path / "run", device="cpu")
+    trained = read_fingerprints(result.state.images)
+
+    def is_trained(sample):
+        tiles = Tiles(read_image(sample.path), 64, 64)
+        return compute_fingerprint(tiles[range(len(tiles))]) in trained
+
+    sides = [(is_trained(first), is_trained(again)) for first, again in zip(good[::2], good[1::2], strict=True)]
+    assert all(first == again for first, again in sides) and sum(first for first, _ in sides) == 6
+    assert result.calibration.count == 4
+    used = [sample for sample in good if is_trained(sample)]
+    sketches = np.stack([sketch_image(read_image(sample.path)) for sample in used])
+    np.testing.assert_allclose(read_sketches(result.state.images), sketches, atol=1e-3)
+    with pytest.warns(DataWarning):
+        resumed = train(recipe, good, resume=tmp_path / "run" / "checkpoint.pt", device="cpu")
+    assert resumed.state.images == result.state.images
+    (tmp_path / "new").mkdir()
+    for index in range(9):
+        near_copies.draw(rng).save(tmp_path / "new" / f"{index}.png")
+    near_copies.rescale(Image.open(used[0].path), 0.94).save(tmp_path / "new" / "old.png")
+    arguments = ("--good", tmp_path / "new", "--false-alarm-rate", 0.1, "--device", "cpu")
+    result = call("calibrate", tmp_path / "run", *arguments)
+    assert result.exit_code == 0 and "1 of 10 images seem to be training images, saved again" in result.stderr
+    assert "old.png" in result.stderr
 
 
 def test_test_images_saved_again_are_named(root, samples, tmp_path):
