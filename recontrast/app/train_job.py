@@ -34,7 +34,6 @@ from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_wr
 from recontrast.training.train import TrainResult, train
 
 HOLDOUT = 0.1  # share of the good images held out for calibration if no recipe is given
-AFTER_FACTOR = 1.5  # on the estimated time of what follows a pass over the images
 MIN_HOLDOUT = 9  # images; fewer cannot promise even one false alarm in ten images
 OnStep = Callable[[str, int, int, str], None]  # category, finished steps, all steps, text with loss and speed
 
@@ -93,12 +92,12 @@ class TrainJob:
         count = _count_good(self.groups)
         return count - round(self.recipe.holdout * (self.different or count))
 
-    def describe_end(self, seconds: float) -> str:
-        """Describe the finished run in one sentence."""
+    def describe_end(self, seconds: float, steps: int) -> str:
+        """Describe the finished run and its number of steps in one sentence."""
         is_pass = not self.recipe.uses_steps
         count, views = self.count_training(), count_views(self.recipe.augment)
         images = f"{count} images" if views == 1 else f"{count} images in {views} views each"
-        work = f"one pass over {images}" if is_pass else f"{self.recipe.steps} steps"
+        work = f"one pass over {images}" if is_pass else f"{steps} steps"
         return f"{work} in {seconds:.1f} s: {self.target}"
 
     def describe_elapsed(self, seconds: float) -> str:
@@ -112,11 +111,10 @@ class TrainJob:
         return f"for {self.budget:g} s: {self.plan.description}; expected: {self.plan.seconds:.0f} s"
 
     def compute_time_limit(self) -> float | None:
-        """Return the seconds in which a single pass must have observed its images; None without a budget."""
+        """Return the seconds in which training must have seen its last image; None without a budget."""
         if self.plan is None or self.budget is None:
             return None
-        spent = time.perf_counter() - self.started
-        return self.budget - spent - self.plan.seconds_after * AFTER_FACTOR
+        return self.plan.compute_time_limit(self.budget - (time.perf_counter() - self.started))
 
     def describe_shots(self) -> str | None:
         """Describe which good images were drawn; None if the recipe uses all."""

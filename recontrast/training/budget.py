@@ -31,6 +31,7 @@ BANK = 4096  # vectors of the bank, unless 1 % of all vectors are more
 MIN_SHARE = 0.01
 BYTES = 2 << 30  # of features that may be in memory at once
 SAFETY = 0.75  # share of the budget that is planned; the speed of a machine varies
+AFTER_FACTOR = 1.5  # on the estimated time of what follows the last image or step
 WRITING = 2.0  # seconds for the files of a run
 BFLOAT16_GAIN = 1.2  # bfloat16 is used if it is this many times faster
 MIN_IMAGES = 10  # for the Gaussians of PaDiM
@@ -45,7 +46,7 @@ class BudgetPlan:
     Attributes:
         recipe: Recipe of the run.
         seconds: Expected duration, in seconds.
-        seconds_after: Part of ``seconds`` after the last image is observed, for architectures fitted in one pass.
+        seconds_after: Part of ``seconds`` after the last image is observed, or after the last step.
         description: What was chosen and why, in one sentence.
     """
 
@@ -53,6 +54,17 @@ class BudgetPlan:
     seconds: float
     description: str
     seconds_after: float = 0.0
+
+    def compute_time_limit(self, remaining: float) -> float:
+        """Compute in what time the training must have seen its last image.
+
+        Args:
+            remaining: Time until the end of the budget, in seconds.
+
+        Returns:
+            Argument ``time_limit`` of `recontrast.training.train.train`, in seconds.
+        """
+        return remaining - AFTER_FACTOR * self.seconds_after
 
 
 def plan_budget(
@@ -170,7 +182,8 @@ def _plan_steps(
     parameter = compute_rule_parameter(recipe, 0)
     batch = min(recipe.batch, probe.count)
     per_step = probe.time(lambda: train_step(model, optimisers, x, parameter, recipe)) * batch / PROBE_BATCH * pixels
-    once = (probe.count + held_out) * probe.reading + held_out * probe.time_network(recipe.precision) * pixels
+    after = held_out * probe.time_network(recipe.precision) * pixels + WRITING
+    once = (probe.count + held_out) * probe.reading + after - WRITING
     steps = math.floor((remaining - once) / per_step)
     if steps < 1 or ("steps" in fixed and steps < recipe.steps):
         least = recipe.steps if "steps" in fixed else 1
@@ -179,7 +192,7 @@ def _plan_steps(
     expected = seconds * SAFETY - remaining + once + steps * per_step
     size = " x ".join(map(str, recipe.out))
     text = f"{steps} steps of {batch} images at {size} px ({per_step:.3g} s a step on this machine)"
-    return BudgetPlan(recipe.replace(steps=steps), expected, f"{recipe.architecture}: {text}")
+    return BudgetPlan(recipe.replace(steps=steps), expected, f"{recipe.architecture}: {text}", after)
 
 
 def _plan_pass(

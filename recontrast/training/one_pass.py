@@ -37,8 +37,6 @@ class OnePassTrainer(Trainer):
     def _prepare_step(self, images: Images) -> None:
         """Set up the images."""
         self.images = DeviceImages(images, self.settings.device)
-        limit = self.settings.time_limit
-        self.deadline = math.inf if limit is None else self.started + limit
 
     def _choose_order(self, count: int) -> np.ndarray:
         """Return the order of the images: theirs, or a random one if time may end before the last one."""

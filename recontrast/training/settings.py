@@ -34,7 +34,7 @@ class RunSettings:
         cache_dir: Folder for decoded images; None keeps them in memory.
         model: Model to train in place; None builds one.
         teacher_cache: Size of the cache of frozen features on the device, bytes.
-        time_limit: Seconds after which a pass over the images ends, see `recontrast.training.train.train`.
+        time_limit: Seconds after which the training ends, see `recontrast.training.train.train`.
         world: Rank of this process and number of processes.
         device: Device of this process.
     """

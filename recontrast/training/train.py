@@ -104,9 +104,10 @@ def train(
         model: Model to train in place; by default a new one is built.
         teacher_cache: Size of the cache of frozen features on the device, bytes; see
             `recontrast.training.teacher_cache.TeacherCache`.
-        time_limit: Seconds from the call after which an architecture that is fitted in one pass observes no further
-            images. It then takes them in random order, and warns (RuntimeWarning) of those left out. None: all
-            images, in their order. Architectures that are trained by steps ignore it.
+        time_limit: Seconds from the call after which no further step is made, and an architecture that is fitted in
+            one pass observes no further images. It then takes them in random order. A warning (RuntimeWarning) names
+            how many steps were made or images observed. The checkpoint of a run that was ended early can be resumed.
+            None: all steps, or all images in their order.
 
     Returns:
         The trained model in eval mode, the losses and the path of the checkpoint.

@@ -4,7 +4,9 @@ The loss stays on the device and is read only for log lines and checkpoints, so 
 between them.
 """
 
+import math
 import time
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +57,8 @@ class Trainer:
     """
 
     def __init__(self, settings: RunSettings, files: RunFiles | None) -> None:
-        self.started = time.perf_counter()
+        limit = settings.time_limit
+        self.deadline = math.inf if limit is None else time.perf_counter() + limit
         resumed = checkpoint.load(settings.resume) if settings.resume is not None else None
         if resumed is not None and settings.recipe.bits is None:  # the run has detected them when it was started
             settings = replace(settings, recipe=settings.recipe.replace(bits=resumed.recipe.bits))
@@ -108,30 +111,40 @@ class Trainer:
             )
 
     def run_loop(self) -> None:
-        """Make the remaining steps, with log lines and checkpoints at the recipe's intervals.
+        """Make the remaining steps, or those that the time allows, with log lines and checkpoints at their intervals.
 
         An interrupt is held back until the current step is complete, so that the checkpoint holds the same state as in
         an uninterrupted run.
         """
         recipe, world = self.settings.recipe, self.settings.world
+        is_late = False
         self.progress.start_interval()
         with interrupts.defer_interrupts(world.size == 1) as is_interrupted:
             try:
-                while not self.is_complete:
+                while not self.is_complete and not is_late:
                     parameter = self._make_step()
-                    is_logged = self._is_due(recipe.log_every)
-                    if is_logged:
-                        self._log(parameter)
                     # Several processes agree at log lines only, so that all stop after the same step.
+                    is_logged = self._is_due(recipe.log_every)
+                    if self.deadline < math.inf and (world.size == 1 or is_logged):
+                        is_late = world.any(not self.is_complete and time.perf_counter() >= self.deadline)
+                    if is_logged or is_late:
+                        self._log(parameter)
                     if is_interrupted() if world.size == 1 else is_logged and world.any(is_interrupted()):
                         raise KeyboardInterrupt
-                    if self._is_due(recipe.checkpoint_every):
+                    if self._is_due(recipe.checkpoint_every) or is_late:
                         with self.progress.paused():
                             self._save()
             except KeyboardInterrupt:
                 if self.is_between_steps:
                     self._save()
                 raise
+        if not self.is_complete and world.first:
+            warnings.warn(
+                f"train: the time was enough for {self.state.step} of {recipe.steps} steps: resume it, give more time, "
+                "or choose a smaller size",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def calibrate(self) -> Checkpoint:
         """Calibrate on the held-out images, unless the resumed run already did.

@@ -95,10 +95,11 @@ def test_command(data, tmp_path):
     assert "for 60 s: patchcore at" in printed and re.search(r"one pass over 9 images in .*\(\d+ of 60 s\)", printed)
     recipe = checkpoints.load(tmp_path / "run" / "checkpoint.pt").recipe
     assert recipe.architecture == "patchcore" and recipe.size in budget.SIZES
-    printed = works("train", data, *SMALL, "--recipe", "mvtec", "--size", 64, "--budget", "8s", "--out", tmp_path / "b",
-                    "--set", "checkpoint_every=100000")  # fmt: skip
+    printed = works("train", data, *SMALL, "--recipe", "mvtec", "--size", 64, "--budget", "2m", "--out", tmp_path / "b",
+                    "--steps", 3)  # fmt: skip
     saved = checkpoints.load(tmp_path / "b" / "checkpoint.pt")
-    assert saved.recipe.architecture == "recontrast" and saved.step == saved.recipe.steps and "recontrast:" in printed
+    assert saved.recipe.architecture == "recontrast" and saved.step == saved.recipe.steps == 3
+    assert "recontrast: 3 steps of 3 images" in printed and "\n3 steps in " in printed
 
 
 @pytest.mark.parametrize(
@@ -140,3 +141,27 @@ def test_time_limit_ends_a_pass(tmp_path, limit, count):
         "train: the time was enough for 12 of 30 images: give more time, or choose a smaller size"])  # fmt: skip
     assert len(result.model.bank) == count * 16 and result.state.step == -(-count // 4)
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["images"] == count
+
+
+def test_time_limit_ends_steps(tmp_path):
+    """The checkpoint is complete, and the run goes on from it to the weights of a run without a limit."""
+    images = np.random.default_rng(1).integers(0, 255, (6, 32, 32, 3), np.uint8)
+    recipe = RECIPE.replace(size=32, batch=2, steps=4, checkpoint_every=1000, log_every=1000)
+    text = "train: the time was enough for 1 of 4 steps: resume it, give more time, or choose a smaller size"
+    with pytest.warns(RuntimeWarning, match=text):
+        result = train(recipe, images, out=tmp_path, device="cpu", time_limit=0.0)
+    assert result.state.step == len(result.losses) == 1
+    assert checkpoints.load(tmp_path / "checkpoint.pt").step == 1
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 1
+    rest = train(recipe, images, out=tmp_path, device="cpu", resume=tmp_path / "checkpoint.pt", time_limit=600.0)
+    whole = train(recipe, images, device="cpu")
+    assert rest.state.step == 4
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, rest.model.state_dict()[name]), name
+
+
+def test_plan_leaves_time_for_what_follows(paths, steady):
+    plan = plan_budget(RECIPE.replace(size=64), ["architecture", "size"], paths, 40, 60, CPU)
+    network = 0.04 * (64 / 256) ** 2  # in float32
+    assert plan.seconds_after == pytest.approx(40 * network + budget.WRITING)
+    assert plan.compute_time_limit(50.0) == pytest.approx(50 - budget.AFTER_FACTOR * plan.seconds_after)

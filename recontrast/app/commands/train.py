@@ -197,7 +197,8 @@ def train(  # 34 options and the output; `train_job` does the work
         if not job.recipe.uses_steps:
             next_step = f"{job.recipe.architecture} is fitted in one pass, which begins anew"
         exit_with_error(f"interrupted; {next_step}", status=130)
-    print_line(job.describe_end(result.seconds) + job.describe_elapsed(time.perf_counter() - started))
+    end = job.describe_end(result.seconds, result.state.step)
+    print_line(end + job.describe_elapsed(time.perf_counter() - started))
     for line in () if result.calibration is None else describe_promise(result.calibration):
         print_line(line)
     if evaluate and any(sample.split == "test" for sample in job.samples):
