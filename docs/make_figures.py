@@ -81,7 +81,9 @@ def draw_prediction(run: Path) -> None:
     """The drawing of one prediction, the first hole in brick: ``prediction.png``."""
     path = min((run / "data" / "brick" / "test" / "hole").iterdir())
     picture = load(run).predict(path)[0].draw()
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.LANCZOS).save(FIGURES / "prediction.png")
+    width = 12 * SIZE  # three pictures side by side
+    size = (width, round(picture.height * width / picture.width))
+    picture.resize(size, Image.Resampling.LANCZOS).save(FIGURES / "prediction.png")
 
 
 def draw_sheet(run: Path) -> None:

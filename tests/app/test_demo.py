@@ -5,9 +5,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from recontrast import checkpoint
 from recontrast.app import demo
 from recontrast.app.cli import app
 from recontrast.data import synthetic
+from recontrast.training import budget
 
 CATEGORIES = ("brick", "grass", "gravel")
 
@@ -69,6 +71,35 @@ def test_contact_sheet_shows_image_mask_and_heat(made):
         (names == 255).any() and (names < 128).any() for names in np.split(sheet[demo.LINE : -demo.MARGIN, :first], 3)
     )
     assert (masks[:, -demo.MARGIN - 64 : -demo.MARGIN] == 255).any()
+
+
+def test_trains_what_fits_into_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "RECIPE", demo.RECIPE.replace(backbone="test_resnet", weights="random", size=64))
+    monkeypatch.setattr(budget, "SIZES", (128,))
+    result = call("--out", tmp_path / "demo", "--short", "--budget", "1h")
+    assert result.exit_code == 0, result.output
+    assert "chosen: ensemble at 128 x 128 px" in result.stdout and "\nensemble" in f"\n{result.stdout}"
+    assert demo.TRAINED not in result.stdout
+    recipe = checkpoint.load(tmp_path / "demo" / "checkpoint.pt").recipe
+    assert (recipe.architecture, recipe.out, recipe.name) == ("ensemble", (128, 128), "demo")
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
+    assert [row["category"] for row in rows] == list(CATEGORIES)
+    with Image.open(tmp_path / "demo" / "heatmaps_grass.png") as image:  # the images keep their size
+        assert image.height == demo.LINE + 3 * (64 + demo.MARGIN) + demo.MARGIN
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "1m", "--steps", 3), "--budget: wanted either a time or --steps, got both"),
+        (("--budget", "soon"), "--budget: wanted a duration such as 90s, 3m or 1h, got 'soon'"),
+        (("--budget", "0.1s"), "--budget: wanted at least "),
+    ],
+)
+def test_wrong_budget(options, message, tmp_path):
+    result = call("--out", tmp_path / "demo", "--short", *options)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "demo" / "checkpoint.pt").exists()
 
 
 def test_again_is_the_same(made, tmp_path, monkeypatch):
