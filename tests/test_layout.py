@@ -35,7 +35,7 @@ ALLOWED = {
     "export": "data ops models anomaly_map recipes calibration checkpoint inference",
     "experiments": "data models architectures runtime recipes registration checkpoint inference evaluation training",
     "app": "data metrics ops models architectures runtime recipes registration calibration checkpoint inference "
-    "evaluation training export experiments kernels backend float32",
+    "evaluation training export experiments kernels backend float32 reference",
     "__main__": "app",
     "__init__": "metrics ops models loss mining anomaly_map architectures recipes registration app",  # on first use
 }

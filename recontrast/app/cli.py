@@ -11,6 +11,7 @@ from recontrast.app.command_group import Command, CommandGroup
 from recontrast.app.commands.calibrate import calibrate
 from recontrast.app.commands.compare import compare
 from recontrast.app.commands.demo import demo
+from recontrast.app.commands.doctor import doctor
 from recontrast.app.commands.evaluate import evaluate
 from recontrast.app.commands.export import export
 from recontrast.app.commands.info import info
@@ -60,5 +61,5 @@ def _root(
     pass
 
 
-for command in (train, compare, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info):
-    app.command(cls=Command)(command if command in (demo, prepare, info) else add_imports(command))
+for command in (train, compare, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info, doctor):
+    app.command(cls=Command)(command if command in (demo, prepare, info, doctor) else add_imports(command))

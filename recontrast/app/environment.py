@@ -23,11 +23,9 @@ def describe_environment() -> dict[str, str]:
     environment |= {name: _find_version(name) for name in PACKAGES}
     environment["demo weights"] = _find_version(WEIGHTS)
     environment["threads"] = str(torch.get_num_threads())
-    environment["device cpu"] = _describe_cpu()
+    environment["device cpu"] = describe_cpu()
     for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        name = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-        environment[f"device cuda:{index}"] = name
+        environment[f"device cuda:{index}"] = describe_gpu(index)
     if torch.cuda.is_available():
         environment["float32 on CUDA"] = f"{describe_precision()}; a recipe's tf32 decides its own convolutions"
     for device, backend in ops.BACKEND.items():
@@ -45,7 +43,13 @@ def _find_version(package: str) -> str:
         return "not installed"
 
 
-def _describe_cpu() -> str:
+def describe_gpu(index: int) -> str:
+    """Return name, compute capability and memory of a CUDA device."""
+    gpu = torch.cuda.get_device_properties(index)
+    return f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+
+
+def describe_cpu() -> str:
     """Return the processor, and the instruction sets that PyTorch and the kernels use."""
     capability = getattr(ops, "cpu_capability", None)
     ours = f", our kernels use {capability()}" if capability else ""
