@@ -310,3 +310,19 @@ def test_numbers_of_the_example(data, folder):
     )  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (trained.path.parent / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_ray_workers_import_what_the_caller_imported(data, folder):
+    """The modules travel by name; a worker without them says what is missing."""
+    from recontrast.app.prediction.ray_predict import Worker
+
+    works("train", data, *TINY, *ON_CPU, "--architecture", "own_architecture:TINY", "--out", "run", "--no-evaluate")
+    assert registration.list_imported() == ["own_architecture"]
+    options = {"folder": folder, "batch": 2, "device": "cpu", "identity": "", "threshold": None, "rate": None}
+    forget_example()
+    parts = {"name": ["part"], "paths": [[]]}
+    without = Worker(1, checkpoint=folder / "run/checkpoint.pt", modules=[], **options)(parts)
+    assert "wanted an architecture that is imported" in without["error"][0]
+    with_module = Worker(1, checkpoint=folder / "run/checkpoint.pt", modules=["own_architecture"], **options)
+    with_module._load(**with_module.settings)
+    assert with_module.detector.recipe.architecture == "own_architecture:TINY"
