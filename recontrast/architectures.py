@@ -16,11 +16,14 @@ from recontrast.anomaly_map import AnomalyMap
 from recontrast.loss import compute_mean, pairs_loss
 from recontrast.mining import Rule, alpha_at, deviation, hardest, power
 from recontrast.models.backbone import get_strides, list_layers
+from recontrast.models.dinomaly import Dinomaly
 from recontrast.models.ensemble import Ensemble
+from recontrast.models.inp_former import INPFormer
 from recontrast.models.network import Network
 from recontrast.models.padim import PaDiM
 from recontrast.models.patchcore import PatchCore
 from recontrast.models.recontrast import ReContrast
+from recontrast.models.token_network import GROUPS
 from recontrast.models.uniad import UniAD
 from recontrast.recipes.recipe import Recipe, to_pair
 
@@ -225,6 +228,34 @@ def _compute_uniad_loss(
     return compute_mean((reconstruction - target).square(), shares)
 
 
+def _build_dinomaly(recipe: Recipe, category: str) -> Network:
+    return Dinomaly(recipe.backbone, weights=recipe.weights, layers=recipe.layers, dropout=recipe.bottleneck_dropout)
+
+
+def _build_inp_former(recipe: Recipe, category: str) -> Network:
+    return INPFormer(recipe.backbone, weights=recipe.weights, layers=recipe.layers, prototypes=recipe.prototypes)
+
+
+def _compute_dinomaly_loss(
+    pairs: Sequence[tuple[Tensor, Tensor]], recipe: Recipe, parameter: float | Tensor, shares: Sequence[int] | None
+) -> Tensor:
+    """Compute the mean loss of all groups of layers, see `recontrast.loss.pairs_loss`."""
+    rule = build_rule(recipe, parameter)
+    return pairs_loss(pairs, rule, form=recipe.loss, groups=len(pairs), shares=shares)
+
+
+def _compute_inp_former_loss(
+    outputs: tuple[Sequence[tuple[Tensor, Tensor]], Tensor],
+    recipe: Recipe,
+    parameter: float | Tensor,
+    shares: Sequence[int] | None,
+) -> Tensor:
+    """Compute the loss of Dinomaly's form and the coherence of the prototypes, weighted (equation 9)."""
+    pairs, coherence = outputs
+    loss = _compute_dinomaly_loss(pairs, recipe, parameter, shares)
+    return loss + recipe.coherence * compute_mean(coherence.to(loss.dtype), shares)
+
+
 def _count_levels(recipe: Recipe) -> int:
     return recipe.levels if isinstance(recipe.levels, int) else 3
 
@@ -239,6 +270,11 @@ def _compute_recontrast_stride(recipe: Recipe) -> int:
     """Return the stride of the code: twice that of the coarsest level, or with a vision transformer the same."""
     is_transformer = recipe.layers is not None or list_layers(recipe.backbone, _count_levels(recipe)) is not None
     return (1 if is_transformer else 2) * _compute_last_stride(recipe)
+
+
+def _get_patch_size(recipe: Recipe) -> int:
+    """Return the side of a patch of a vision transformer, in pixels."""
+    return get_strides(recipe.backbone, GROUPS, recipe.layers)[-1]
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -261,5 +297,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         plan_memory=lambda network, recipe, count, available: network.plan_memory(count, recipe.out, available),
     ),
     "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss),
+    "dinomaly": Architecture(Dinomaly, _build_dinomaly, _get_patch_size, _compute_dinomaly_loss),
+    "inp_former": Architecture(INPFormer, _build_inp_former, _get_patch_size, _compute_inp_former_loss),
 }  # fmt: skip
 """Architectures by the names of `Recipe.architecture`."""

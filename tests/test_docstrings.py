@@ -40,9 +40,9 @@ FOLDERS = {
     "app.": "api",
     "inference.": "prediction calibrate detector exported_detector infer options programs protocol",
     "metrics.": "exact streaming curves",
-    "models.": "recontrast fold patchcore padim uniad coreset",
+    "models.": "recontrast fold patchcore padim uniad coreset token_network dinomaly inp_former",
     "recipes.": "recipe paper",
-    "training.": "train",
+    "training.": "train stable_adamw",
 }
 MODULES = [
     "recontrast",

@@ -16,7 +16,7 @@ _MAX_OPTIMISERS = 16
 _CONFIG_TYPES = {
     "backbone": str, "decoder": str, "activation": str, "partial_norm": bool, "pairs": str, "train_encoder": bool,
     "encoder_bn": str, "embedding": str, "dimension": int, "neighbours": int, "features": int, "seed": int,
-    "width": int, "heads": int, "layers": int, "feedforward": int, "dropout": float, "jitter": float,
+    "width": int, "heads": int, "feedforward": int, "dropout": float, "jitter": float, "prototypes": int,
 }  # fmt: skip
 _CONFIG_NUMBERS = ("levels", "size", "small_size")  # a whole number, a list of up to 16, or none
 
@@ -47,6 +47,9 @@ def check_fields(content: Mapping[str, Any]) -> None:
         if len(numbers) > 16 or not all(_is_whole(number, 1) for number in numbers):
             wanted = "a whole number of at least 1 or up to 16 of them"
             raise ValueError(f"model_config: {name}: wanted {wanted}, got {describe_value(value)}")
+    if not _is_layers(layers := content["model_config"].get("layers")):
+        wanted = "a whole number of at least 1 or groups of blocks"
+        raise ValueError(f"model_config: layers: wanted {wanted}, got {describe_value(layers)}")
 
 
 def parse_recipe(values: Any) -> Recipe:
@@ -114,6 +117,15 @@ def find_not_finite(weights: Mapping[str, Tensor]) -> str | None:
 
 def _is_whole(value: Any, least: int = 0) -> bool:
     return type(value) is int and least <= value < 2**63
+
+
+def _is_layers(value: Any) -> bool:
+    """Return whether a value is none, a number of layers, or up to 64 groups of up to 64 block indices."""
+    if value is None or _is_whole(value, 1):
+        return True
+    return isinstance(value, list | tuple) and len(value) <= 64 and all(
+        isinstance(group, list | tuple) and len(group) <= 64 and all(map(_is_whole, group)) for group in value
+    )  # fmt: skip
 
 
 def is_finite(value: Any) -> bool:

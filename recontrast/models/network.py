@@ -51,6 +51,22 @@ class Network(nn.Module):
         """Encoder whose features do not change in training and can be cached; None if there is none."""
         return next((e for e in (self.frozen, self.encoder) if e is not None and e.frozen), None)
 
+    def constant_features(self, images: Tensor) -> list[Tensor]:
+        """Compute what `forward` takes as ``frozen_features`` and does not change in training.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+
+        Returns:
+            Features of `constant_encoder`, one tensor (N, ...) for each of its levels.
+
+        Raises:
+            ValueError: If all encoders are trained.
+        """
+        if self.constant_encoder is None:
+            raise ValueError(f"{type(self).__name__}: constant_features: wanted a frozen encoder, got none")
+        return self.constant_encoder(images)
+
     @property
     def max_distance(self) -> float:
         """Upper end of the scale of distances. Maps that are stored as integers are clipped there."""

@@ -42,9 +42,9 @@ class Recipe:
     Attributes:
         name: Name in results and error messages. Default: "mvtec".
         architecture: Network: "recontrast", the default (with RD4AD, see above), "patchcore", "padim", "ensemble" (both
-            on one encoder), "uniad", or one of your own as "MODULE:NAME", see `recontrast.register_architecture`.
-            PatchCore, PaDiM and their ensemble are fitted in one pass over the images and ignore ``steps`` and all
-            fields of the optimisers.
+            on one encoder), "uniad", "dinomaly" and "inp_former" (both on a vision transformer), or one of your own as
+            "MODULE:NAME", see `recontrast.register_architecture`. PatchCore, PaDiM and their ensemble are fitted in one
+            pass over the images and ignore ``steps`` and all fields of the optimisers.
         backbone: timm name of the encoder. Default: "wide_resnet50_2.tv_in1k", torchvision's WideResNet-50-2 with its
             first ImageNet weights, as in the paper.
         weights: Source of the pretrained weights: a file, "package" (an installed package) or "random". None, the
@@ -131,9 +131,11 @@ class Recipe:
         fraction_end: The same after the ramp. Default: 0.1.
         exponent_start: Exponent at the first step, for "power". Default: 3.
         exponent_end: The same after the ramp. Default: 3.
-        optimiser: "adamw", the default, "adam", or "sgd" with momentum ``betas[0]``.
+        optimiser: "adamw", the default, "adam", "sgd" with momentum ``betas[0]``, or "stableadamw", which scales down
+            steps that are too large (`recontrast.training.stable_adamw.StableAdamW`).
         schedule: Learning rates over the steps: "drop", the default, is constant with one drop (``lr_drop``);
-            "cosine" and "linear" fall to ``lr_end`` of the learning rates at the last step.
+            "cosine" and "linear" fall to ``lr_end`` of the learning rates at the last step; "cosine_from_zero" is
+            "cosine" whose warm-up begins with a step of rate zero, as in Dinomaly's code.
         warmup: Share of the steps over which the learning rates rise linearly from zero, in [0, 1). Default: 0.
         lr_end: Factor on the learning rates at the end of "cosine" and "linear", in [0, 1]. Default: 0.
         clip: Largest norm of the gradient of all weights; a longer one is scaled down. None, the default, keeps it.
@@ -154,6 +156,9 @@ class Recipe:
             `recontrast.models.backbone.list_layers`.
         options: Options that an architecture of your own has beside the fields of a recipe. Missing ones take its
             defaults. ``replace(**{"options.width": 64})`` changes one. Default: none.
+        bottleneck_dropout: Probability of dropout in the bottleneck of Dinomaly. Default: 0.2.
+        prototypes: Number of prototypes of INP-Former. Default: 6.
+        coherence: Weight of the coherence loss of INP-Former. Default: 0.2.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -216,8 +221,8 @@ class Recipe:
     fraction_end: float = 0.1
     exponent_start: float = 3.0
     exponent_end: float = 3.0
-    optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
-    schedule: Literal["drop", "cosine", "linear"] = "drop"
+    optimiser: Literal["adamw", "adam", "sgd", "stableadamw"] = "adamw"
+    schedule: Literal["drop", "cosine", "linear", "cosine_from_zero"] = "drop"
     warmup: float = 0.0
     lr_end: float = 0.0
     clip: float | None = None
@@ -232,6 +237,9 @@ class Recipe:
     augment: Literal["none", "rotations", "flips", "inp_former"] = "none"
     layers: tuple[tuple[int, ...], ...] | None = None
     options: Mapping[str, Any] = FrozenMapping({})
+    bottleneck_dropout: float = 0.2
+    prototypes: int = 6
+    coherence: float = 0.2
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -304,8 +312,8 @@ class Recipe:
                 f"have it, got {describe_value(getattr(self, unused or 'name'))}",
             ),
             (
-                self.uses_steps and self.score == "model" and architecture == "recontrast",
-                "score: wanted 'max', 'mean' or a share for architecture 'recontrast', got 'model'",
+                self.score == "model" and architecture in ("recontrast", "dinomaly", "inp_former"),
+                f"score: wanted 'max', 'mean' or a share for architecture {architecture!r}, got 'model'",
             ),
             (
                 architecture != "recontrast" and not is_own_name(architecture) and self.views != "both",
@@ -337,6 +345,10 @@ class Recipe:
             (
                 rule not in ("deviation", "none") and self.graph,
                 f"graph: wanted false if rule is {rule!r}, whose parameter is a constant of the graph, got true",
+            ),
+            (
+                self.optimiser == "stableadamw" and self.graph,
+                "graph: wanted false if optimiser is 'stableadamw', whose step count is not on the device, got true",
             ),
         ]
 

@@ -103,6 +103,8 @@ ARCHITECTURE_FIELDS: dict[str, tuple[str, ...]] = {
     "padim": ("levels", "layers", "gaussian_features"),
     "ensemble": ("layers", "bank_share", "gaussian_features", "small_size"),
     "uniad": (*_STEP_FIELDS, "levels", "layers", "jitter"),
+    "dinomaly": (*_RULE_FIELDS, *_STEP_FIELDS, "layers", "bottleneck_dropout"),
+    "inp_former": (*_RULE_FIELDS, *_STEP_FIELDS, "layers", "prototypes", "coherence"),
 }
 ONE_PASS = {"patchcore", "padim", "ensemble"}  # architectures that are fitted in one pass
 OWN_OPTIONS: dict[str, Mapping[str, Any]] = {}  # architecture of a user -> its options and their defaults
@@ -191,8 +193,8 @@ FIELD_RULES: dict[str, FieldRule] = {
     "fraction_end": _POSITIVE_SHARE,
     "exponent_start": _RATE,
     "exponent_end": _RATE,
-    "optimiser": _one_of("adamw", "adam", "sgd"),
-    "schedule": _one_of("drop", "cosine", "linear"),
+    "optimiser": _one_of("adamw", "adam", "sgd", "stableadamw"),
+    "schedule": _one_of("drop", "cosine", "linear", "cosine_from_zero"),
     "warmup": _float(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
     "lr_end": _SHARE,
     "clip": (lambda v: v is None or (isinstance(v, float) and 0 < v < math.inf), "none or a number above 0"),
@@ -205,6 +207,9 @@ FIELD_RULES: dict[str, FieldRule] = {
     "sampling": _one_of("images", "classes"),
     "shots": (_is_shots, "none, a whole number of at least 1 or numbers by class"),
     "augment": _one_of("none", "rotations", "flips", "inp_former"),
+    "bottleneck_dropout": _float(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
+    "prototypes": _integer(1),
+    "coherence": _RATE,
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,
@@ -252,4 +257,6 @@ FLOAT_FIELDS = (
     "clip",
     "bank_share",
     "jitter",
+    "bottleneck_dropout",
+    "coherence",
 )

@@ -7,6 +7,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
+from recontrast.training.stable_adamw import StableAdamW
 
 
 def build_optimisers(model: Network, recipe: Recipe, device: torch.device) -> list[Optimizer]:
@@ -31,6 +32,8 @@ def build_optimisers(model: Network, recipe: Recipe, device: torch.device) -> li
         if recipe.optimiser == "sgd":
             decay, momentum = recipe.weight_decay, recipe.betas[0]
             optimisers.append(SGD(trained, lr, momentum, weight_decay=decay, fused=fused))
+        elif recipe.optimiser == "stableadamw":
+            optimisers.append(StableAdamW(trained, lr, *options))
         else:
             kind = AdamW if recipe.optimiser == "adamw" else Adam
             optimisers.append(kind(trained, lr, *options, fused=fused))
@@ -73,13 +76,16 @@ def compute_lr_factor(recipe: Recipe, step: int) -> float:
         step: Number of completed steps.
 
     Returns:
-        The factor. "cosine" and "linear" reach ``lr_end`` after the last step.
+        The factor. "cosine" and "linear" reach ``lr_end`` after the last step. The warm-up of "cosine_from_zero"
+        starts with a step of rate zero and ends with one of the full rate, as `WarmCosineScheduler` of Dinomaly's code.
     """
     warmup = int(recipe.steps * recipe.warmup)
     if step < warmup:
+        if recipe.schedule == "cosine_from_zero":
+            return step / max(warmup - 1, 1)
         return (step + 1) / (warmup + 1)
     if recipe.schedule == "drop":
         return recipe.lr_drop if step >= int(recipe.steps * recipe.lr_drop_at) else 1.0
     share = (step - warmup) / max(recipe.steps - warmup, 1)
-    remaining = (1 + math.cos(math.pi * share)) / 2 if recipe.schedule == "cosine" else 1 - share
+    remaining = (1 + math.cos(math.pi * share)) / 2 if recipe.schedule != "linear" else 1 - share
     return recipe.lr_end + (1 - recipe.lr_end) * remaining

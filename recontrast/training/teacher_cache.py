@@ -1,20 +1,20 @@
 """Cache of the frozen encoder's features, which never change, as there is no augmentation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recontrast.models.backbone import Backbone
+Encoder = Callable[[Tensor], Sequence[Tensor]]  # images (N, 3, H, W) -> features (N, ...) of each level
 
 
 class TeacherCache:
     """Cache of the frozen encoder's features, filled when an image is first used.
 
     Args:
-        encoder: Frozen encoder.
+        encoder: Frozen encoder, or `recontrast.models.network.Network.constant_features`.
         count: Number of training images.
         budget: Memory on the encoder's device, bytes. If it is too small for all images, the first ones are cached.
         autocast: Whether to compute the features under autocast to bfloat16, like those of the trained encoder.
@@ -24,11 +24,11 @@ class TeacherCache:
         bytes: Memory of the cache, bytes.
     """
 
-    def __init__(self, encoder: Backbone, count: int, budget: int, *, autocast: bool = False) -> None:
+    def __init__(self, encoder: Encoder, count: int, budget: int, *, autocast: bool = False) -> None:
         self.encoder, self.budget, self.autocast = encoder, budget, autocast
         self.is_cached = np.zeros(count, bool)  # on the host, so that a lookup does not wait for the device
         self.capacity = self.bytes = 0
-        # Features of each level, (capacity, C, h, w), or (capacity, h, w, C) for channels_last images.
+        # Features of each level: (capacity, C, h, w); (capacity, h, w, C) for channels_last; tokens (capacity, T, C)
         self.levels: list[Tensor] = []
 
     def __call__(self, index: NDArray[np.int64], images: Tensor) -> list[Tensor]:
@@ -39,10 +39,10 @@ class TeacherCache:
             images: These images, normalised, (N, 3, H, W), in the same memory format in every call.
 
         Returns:
-            For each level (N, C, h, w), in the encoder's output dtype.
+            For each level (N, C, h, w) or tokens (N, T, C), in the encoder's output dtype.
         """
         if len(index) == 0:  # a process without a share of the batch
-            return self.encoder(images)
+            return list(self.encoder(images))
         channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
         missing = np.flatnonzero(~self.is_cached[index])
         new_features: Sequence[Tensor] = []
@@ -63,7 +63,7 @@ class TeacherCache:
                 merged.index_copy_(0, _to_device(cached, images.device), features)
                 new_level = _to_storage_layout(new_features[number], channels_last)
                 features = merged.index_copy_(0, _to_device(missing, images.device), new_level)
-            batch_features.append(features.permute(0, 3, 1, 2) if channels_last else features)
+            batch_features.append(features.permute(0, 3, 1, 2) if channels_last and features.ndim == 4 else features)
         return batch_features
 
     def _store(self, index: NDArray[np.int64], features: Sequence[Tensor], channels_last: bool) -> None:
@@ -84,7 +84,7 @@ class TeacherCache:
 
 def _to_storage_layout(features: Tensor, channels_last: bool) -> Tensor:
     """Return features (N, C, h, w) as (N, h, w, C) if they are channels_last, so that each image is contiguous."""
-    return features.permute(0, 2, 3, 1) if channels_last else features
+    return features.permute(0, 2, 3, 1) if channels_last and features.ndim == 4 else features
 
 
 def _select_images(images: Tensor, rows: NDArray[np.int64], channels_last: bool) -> Tensor:

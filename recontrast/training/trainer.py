@@ -99,9 +99,9 @@ class Trainer:
         if recipe.compile:
             self.network = torch.compile(self.network, dynamic=False)
         self.teacher: TeacherCache | None = None
-        if self.settings.teacher_cache and (encoder := model.constant_encoder) is not None:
-            autocast = recipe.precision == "bfloat16"
-            self.teacher = TeacherCache(encoder, len(images), self.settings.teacher_cache, autocast=autocast)
+        if self.settings.teacher_cache and model.constant_encoder is not None:
+            budget, autocast = self.settings.teacher_cache, recipe.precision == "bfloat16"
+            self.teacher = TeacherCache(model.constant_features, len(images), budget, autocast=autocast)
         self.images = DeviceImages(images, device)
         self.graphed_step: GraphedStep | None = None
         if recipe.graph and device.type == "cuda":

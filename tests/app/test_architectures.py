@@ -9,7 +9,9 @@ import torch
 
 from recontrast import checkpoint as checkpoints
 from recontrast.inference.detector import CheckpointDetector, open_detector
+from recontrast.models.dinomaly import Dinomaly
 from recontrast.models.ensemble import Ensemble
+from recontrast.models.inp_former import INPFormer
 from recontrast.models.padim import PaDiM
 from recontrast.models.patchcore import PatchCore
 from recontrast.models.recontrast import ReContrast
@@ -19,7 +21,10 @@ from recontrast.training import one_pass
 from tests.command_line import call, fails, works
 from tests.tiny import tiny_set
 
-CLASSES = {"patchcore": PatchCore, "padim": PaDiM, "uniad": UniAD, "ensemble": Ensemble, "recontrast": ReContrast}
+CLASSES = {"patchcore": PatchCore, "padim": PaDiM, "uniad": UniAD, "ensemble": Ensemble, "recontrast": ReContrast,
+           "dinomaly": Dinomaly, "inp_former": INPFormer}  # fmt: skip
+STEPPED = ("uniad", "recontrast", "dinomaly", "inp_former")  # trained by steps
+TRANSFORMERS = ("dinomaly", "inp_former")
 OPTIONS = {
     "patchcore": ("bank_share=0.05", "bank_neighbours=3", "score=model"),
     "padim": ("gaussian_features=9", "score=model"),
@@ -27,6 +32,9 @@ OPTIONS = {
     "uniad": ("score=model", "decoder_lr=1e-4", "schedule=linear", "clip=0.1"),
     "recontrast": ("rule=hardest", "factor=0.1", "levels=2", "decoder=mirror", "clip=1", "warmup=0.2",
                    "schedule=cosine", "optimiser=sgd"),
+    "dinomaly": ("rule=hardest", "factor=0.1", "optimiser=stableadamw", "amsgrad=true", "schedule=cosine_from_zero",
+                 "warmup=0.5", "lr_end=0.1", "clip=0.1", "bottleneck_dropout=0.1", "score=0.01", "reduce=mean"),
+    "inp_former": ("rule=power", "optimiser=stableadamw", "clip=0.1", "prototypes=3", "coherence=0.1", "score=0.01"),
 }  # fmt: skip
 SMALL = ("--backbone", "test_resnet", "--weights", "random", "--size", "64", "--batch", "3", "--device", "cpu",
          "--steps", "2", "--set", "channels_last=false")  # fmt: skip
@@ -44,15 +52,17 @@ def run(request, data, tmp_path_factory):
     """A trained detector of each architecture: its name, its folder and what the command printed."""
     folder = tmp_path_factory.mktemp(request.param)
     changes = [part for change in OPTIONS[request.param] for part in ("--set", change)]
-    printed = works("train", data, "--architecture", request.param, *SMALL, *changes, "--holdout", 0.4, "--out", folder)
+    backbone = ("--backbone", "test_vit") if request.param in TRANSFORMERS else ()
+    options = ("--architecture", request.param, *SMALL, *backbone, *changes, "--holdout", 0.4)
+    printed = works("train", data, *options, "--out", folder)
     return request.param, folder, printed
 
 
 def test_training_says_what_it_did(run):
     name, folder, printed = run
-    assert ("2 steps in" if name in ("uniad", "recontrast") else "one pass over 14 images in") in printed
+    assert ("2 steps in" if name in STEPPED else "one pass over 14 images in") in printed
     saved = checkpoints.load(folder / "checkpoint.pt")
-    assert saved.recipe.architecture == name and saved.step == (2 if name in ("uniad", "recontrast") else 5)
+    assert saved.recipe.architecture == name and saved.step == (2 if name in STEPPED else 5)
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == saved.step and ("loss" in last) == saved.recipe.uses_steps
 
@@ -69,7 +79,7 @@ def test_score_is_that_of_the_recipe(run, data):
     predictions = list(open_detector(folder / "checkpoint.pt", "cpu").predict(data / "nut" / "test"))
     maps = [prediction.anomaly_map.max() for prediction in predictions]
     scores = [prediction.score for prediction in predictions]
-    if name == "recontrast":
+    if name == "recontrast":  # the maximum of the map
         np.testing.assert_allclose(scores, maps, rtol=1e-6)
     else:
         assert not np.allclose(scores, maps, rtol=1e-3)
@@ -114,10 +124,11 @@ def test_exported_files_give_the_same_scores(run, data, tmp_path, suffix):
     np.testing.assert_allclose([p.anomaly_map for p in got], [p.anomaly_map for p in wanted], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["patchcore", "uniad"])
+@pytest.mark.parametrize("name", ["patchcore", "uniad", "dinomaly"])
 def test_tiles(name, data, tmp_path):
     changes = [part for change in OPTIONS[name] for part in ("--set", change)]
     options = [option for option in SMALL if option not in ("--size", "64")]
+    options += ["--backbone", "test_vit"] if name in TRANSFORMERS else []
     works("train", data, "--architecture", name, "--tile", 32, *options, *changes, "--holdout", 0, "--out", tmp_path)
     works("predict", tmp_path, data / "nut" / "test", "--out", tmp_path / "p", "--device", "cpu")
     detector = open_detector(tmp_path / "checkpoint.pt", "cpu")
@@ -128,7 +139,12 @@ def test_tiles(name, data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--architecture", "yolo"), "'uniad', or an architecture of your own as 'MODULE:NAME', got 'yolo'"),
+        (("--architecture", "yolo"), "'inp_former', or an architecture of your own as 'MODULE:NAME', got 'yolo'"),
+        (("--architecture", "dinomaly"), "Dinomaly: backbone: wanted a vision transformer, got 'test_resnet'"),
+        (("--architecture", "dinomaly", "--backbone", "test_vit", "--size", "72"), "--size: wanted a multiple of 16"),
+        (("--architecture", "inp_former", "--set", "score=model"), "score: wanted 'max', 'mean' or a share for"),
+        (("--architecture", "dinomaly", "--set", "prototypes=3"), "prototypes: wanted the default for architecture"),
+        (("--set", "optimiser=stableadamw", "--set", "graph=true"), "graph: wanted false if optimiser is"),
         (("--architecture", "patchcore", "--set", "rule=power"), "rule: wanted the default for architecture"),
         (("--set", "bank_share=0.2"), "bank_share: wanted the default for architecture 'recontrast'"),
         (("--set", "rule=softest"), "rule: wanted one of 'deviation', 'hardest', 'power', 'none', got 'softest'"),

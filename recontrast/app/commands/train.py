@@ -48,8 +48,8 @@ def train(  # 34 options and the output; `train_job` does the work
     architecture: Annotated[
         str | None,
         typer.Option(
-            help="recontrast, patchcore, padim, ensemble or uniad, or your own as MODULE:NAME, which is imported. "
-            "Default: as in the recipe; in mvtec: recontrast."
+            help="recontrast, patchcore, padim, ensemble, uniad, dinomaly, inp_former, or your own as "
+            "MODULE:NAME, which is imported. Default: as in the recipe; in mvtec: recontrast."
         ),
     ] = None,
     backbone: Annotated[
