@@ -138,6 +138,9 @@ def test_missing_or_wrong_parts_are_refused(tmp_path, state):
     few = {key: value for key, value in state.model.items() if "decoder" not in key}
     checkpoint.save(path, replace(state, model=few))
     refused(path, "its weights do not fit the model")
+    for layers in ([[1.5]], [["a"]], [[-1]], "ab", [3], 0, [[0]] * 65):
+        checkpoint.save(path, replace(state, model_config={**state.model_config, "layers": layers}))
+        refused(path, "model_config: layers: wanted a whole number of at least 1 or groups of blocks, got ")
     checkpoint.save(path, replace(state, model_config={**state.model_config, "wings": 2}))
     refused(path, "wanted a model that recontrast .* can build, got one of ")
 

@@ -47,9 +47,10 @@ def check_fields(content: Mapping[str, Any]) -> None:
         if len(numbers) > 16 or not all(_is_whole(number, 1) for number in numbers):
             wanted = "a whole number of at least 1 or up to 16 of them"
             raise ValueError(f"model_config: {name}: wanted {wanted}, got {describe_value(value)}")
-    if not _is_layers(layers := content["model_config"].get("layers")):
-        wanted = "a whole number of at least 1 or groups of blocks"
-        raise ValueError(f"model_config: layers: wanted {wanted}, got {describe_value(layers)}")
+    for name in ("layers", "blocks"):
+        if not _is_layers(value := content["model_config"].get(name)):
+            wanted = "a whole number of at least 1 or groups of blocks"
+            raise ValueError(f"model_config: {name}: wanted {wanted}, got {describe_value(value)}")
 
 
 def parse_recipe(values: Any) -> Recipe:

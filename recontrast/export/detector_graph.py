@@ -39,6 +39,7 @@ class DetectorGraph(nn.Module):
             for start, length in ((round((size[0] - height) / 2), height), (round((size[1] - width) / 2), width))
         )
         self.network = fold(model, recipe.out).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.network.fix_size(recipe.out)
         self.views, self.score_rule = recipe.views, recipe.score
         self.amap = build_anomaly_map(model, recipe, "matmul")
         rows, cols = self.amap.matrices()

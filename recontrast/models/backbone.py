@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from recontrast.models.transformer_layers import check_layers, group_middle_blocks
@@ -108,6 +109,34 @@ class Backbone(nn.Module):
         """Disable gradients and stay in eval mode from now on."""
         self.frozen = True
         return self.requires_grad_(False).eval()
+
+    def fix_size(self, size: tuple[int, int]) -> "Backbone":
+        """Resample the position embeddings of a vision transformer for good, so that it takes one image size.
+
+        `forward` then has no operator that resamples; not every runtime of exported files knows one. Other models take
+        images of any size without it and do not change.
+
+        Args:
+            size: Height and width of images in pixels, multiples of the patch size.
+
+        Returns:
+            The backbone itself.
+        """
+        if self.layers is None:
+            return self
+        old: Any = self.extractor
+        new: Any = timm.create_model(self.name, img_size=size, dynamic_img_size=False)
+        new.prune_intermediate_layers(self.layers[-1][-1:], prune_norm=True)
+        new.to(next(old.parameters()).device, next(old.parameters()).dtype)
+        state = old.state_dict()
+        if new.pos_embed is not None:
+            grids = [list(extractor.patch_embed.grid_size) for extractor in (new, old)]
+            prefix = 0 if old.no_embed_class else old.num_prefix_tokens
+            state["pos_embed"] = resample_abs_pos_embed(old.pos_embed, *grids, num_prefix_tokens=prefix)
+        new.load_state_dict(state)
+        self.extractor = new.train(old.training)
+        self.requires_grad_(any(p.requires_grad for p in old.parameters()))
+        return self
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode; a frozen backbone stays in eval mode."""

@@ -108,6 +108,17 @@ class Ensemble(OnePassNetwork):
         fine, finest = self.encoder.strides[self.patchcore.levels[0] - 1], self.encoder.strides[0]
         return [(height // fine, width // fine), (self.small_size[0] // finest, self.small_size[1] // finest)]
 
+    def fix_size(self, size: tuple[int, int]) -> "Ensemble":
+        """Change nothing, because the encoder sees images of two sizes, see `Network.fix_size`.
+
+        Args:
+            size: Height and width of images in pixels.
+
+        Returns:
+            The network itself.
+        """
+        return self
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the feature vectors of both members.
 

@@ -164,6 +164,18 @@ class FoldedModel(Network):
         self.model.cast(dtype)
         return self
 
+    def fix_size(self, size: tuple[int, int]) -> "FoldedModel":
+        """Fix the image size, see `Network.fix_size`.
+
+        Args:
+            size: Height and width of images in pixels.
+
+        Returns:
+            The network itself.
+        """
+        self.model.fix_size(size)
+        return self
+
     def compile(self, *arguments: Any, **options: Any) -> None:
         """Compile the network, whose ``distances`` calls it.
 

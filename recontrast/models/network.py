@@ -100,6 +100,20 @@ class Network(nn.Module):
         height, width = self.check_size(size)
         return [(height // stride, width // stride) for stride in self.encoder.strides]
 
+    def fix_size(self, size: tuple[int, int]) -> "Network":
+        """Fix the image size, so that the graph of an exported file resamples no position embeddings.
+
+        Args:
+            size: Height and width of images in pixels.
+
+        Returns:
+            The network itself.
+        """
+        for encoder in (self.encoder, self.frozen):
+            if encoder is not None:
+                encoder.fix_size(size)
+        return self
+
     def check_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """Return height and width of ``size`` if the network takes images of this size.
 

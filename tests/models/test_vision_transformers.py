@@ -61,6 +61,22 @@ def test_blocks_that_are_not_used_are_removed():
     assert all(p.grad is not None for p in backbone.parameters())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grid", [(3, 5), (8, 8), (10, 10)])
+def test_fixed_size_computes_the_same_without_resampling(name, grid, tmp_path):
+    _, backbone = build_pair(name, tmp_path)
+    images = torch.randn(2, 3, *(backbone.strides[0] * side for side in grid))
+    with torch.no_grad():
+        expected = backbone.forward_tokens(images)
+        backbone.freeze()
+        assert backbone.fix_size(tuple(images.shape[2:])) is backbone
+        for a, b in zip(backbone.forward_tokens(images), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        program = torch.export.export(backbone, (images,))
+    assert not [n for n in program.graph.nodes if "upsample" in str(n.target)]
+    assert not backbone.extractor.training and not any(p.requires_grad for p in backbone.parameters())
+
+
 def test_frozen_and_cast():
     backbone = Backbone("tiny_registers", weights="random", frozen=True).train()
     images = torch.randn(1, 3, 16, 24, requires_grad=True)

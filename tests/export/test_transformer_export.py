@@ -1,0 +1,50 @@
+"""Exported detectors on vision transformers: equal scores in every format, without operators that few runtimes have."""
+
+import onnx
+import pytest
+import tiny_transformers  # noqa: F401 - registers the backbones
+import torch
+from saved_model import save
+
+from recontrast.export import export as exporting
+from recontrast.export.export import export
+from recontrast.recipes.recipe import Recipe
+
+KINDS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+pytestmark = [
+    # Raised by the imports of onnxscript and openvino.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*"),
+]
+
+
+@pytest.fixture(scope="module", params=["tiny_registers", "tiny_rotary"])
+def files(request, tmp_path_factory):
+    """Result of one export for each format; the position embeddings of the backbone have another grid."""
+    folder, programs, trace = tmp_path_factory.mktemp(request.param), [], exporting.trace
+    checkpoint = save(folder / "checkpoint.pt", Recipe(backbone=request.param, weights="random", size=(40, 24)))
+
+    def trace_once(graph):
+        if not programs:
+            programs.append(trace(graph))
+        return programs[0]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(exporting, "trace", trace_once)
+    try:
+        return {kind: export(checkpoint, kind, folder / f"d{end}") for kind, end in KINDS.items()}
+    finally:
+        patch.undo()
+
+
+def test_scores_equal_those_of_the_checkpoint(files):
+    for result in files.values():
+        assert result.difference < 1e-5 and result.images == 8
+
+
+def test_graphs_resample_no_position_embeddings(files):
+    program = torch.export.load(files["pt2"].path)
+    assert not [node for node in program.graph.nodes if "upsample" in str(node.target)]
+    assert "recontrast::" not in str(program)
+    graph = onnx.load(files["onnx"].path).graph
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    assert "Resize" not in {node.op_type for node in graph.node}
