@@ -35,7 +35,7 @@ GOOD_WORDS = _words("""
     normaal dobre dobry dobra poprawne poprawny prawidlowe prawidlowy normalne bra godkand godkanda godkendt
     godkendte godkjent normalt spravne spravny poradku iyi saglam kusursuz hatasiz hyva hyvat ehja megfelelo
     hibatlan baik bagus годные годный годен хорошие хороший хорошо норма нормальные нормальный исправные исправный
-    καλο καλα
+    καλο καλα добре добрий придатний придатні dobar dobri добар geras korras gecti adecuado adecuados
     """)
 BAD_WORDS = _words("""
     poke poked squeezed squeeze frayed fray blowhole blowholes crease creases creased abrasion abraded pitted pitting
@@ -62,7 +62,9 @@ BAD_WORDS = _words("""
     underkand darlig darlige fejl feil vadne vadny spatne spatny vada vady zmetek zmetky kotu hatali hata kusurlu
     bozuk defolu huono huonot vika viat viallinen vialliset hibas rossz selejt rusak cacat buruk брак бракованные
     бракованный дефект дефекты дефектные дефектный плохие плохой плохо аномалия аномалии аномальные негодные
-    негодный неисправные неисправный ελαττωμα ελαττωματικα κακο κακα
+    негодный неисправные неисправный ελαττωμα ελαττωματικα ελαττωματικο κακο κακα погано поганий непридатний непридатні
+    несправний лош лоше blogas blogi defektne praak kaldi incorrecto incorrectos incorrecta inadecuado inadecuados
+    incorreto incorretos scorretto scorretti loi
     """)
 MASK_WORDS = _words("""
     mask masks groundtruth gt gts label labels annotation annotations annot annots seg segs segmentation
@@ -71,7 +73,7 @@ MASK_WORDS = _words("""
 TRAIN_WORDS = _words("train training trn")
 TEST_WORDS = _words("test testing tests tst val valid validation eval evaluation")
 _NEGATIONS = _words("not no non un without nicht kein keine keinen ohne pas sans sin senza sem niet geen zonder bez nie"
-                    " ne ikke inte utan uden ei yok без не free")  # fmt: skip
+                    " ne ikke inte utan uden ei yok без не free nao nem fara degil exempt exempte")  # fmt: skip
 _UNCLEAR_WORDS = _words("""
     positive positives positiv positif negative negatives negativ negatif pos neg true false yes suspect suspicious
     uncertain unsure maybe unknown unlabeled unlabelled mixed borderline ambiguous rework reworked repair repaired
@@ -93,11 +95,14 @@ _CLASS_WORDS = _words("class classes type types grade grades kind category klass
 _CJK = r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]"
 # Words of languages without spaces, searched in the whole name; the first group that matches decides.
 _UNSPACED: tuple[tuple[FolderKind, tuple[str, ...]], ...] = (
-    ("good", ("無欠陥", "欠陥なし", "无缺陷", "無缺陷", "无异常", "異常なし", "無異常", "无瑕疵", "결함없음", "無傷")),
+    ("good", ("無欠陥", "欠陥なし", "无缺陷", "無缺陷", "无异常", "異常なし", "無異常", "无瑕疵", "결함없음", "無傷",
+              "ללא פגם")),
     ("mask", ("マスク", "掩码", "掩膜", "遮罩", "标注", "標註", "마스크")),
     ("bad", ("不良", "不合格", "不正常", "非正常", "非良品", "次品", "残次", "废品", "廃棄", "缺陷", "瑕疵", "異常", 
-             "异常", "不好", "欠陥", "キズ", "傷", "破损", "裂纹", "划痕", "坏", "불량", "비정상", "결함", "이상")),
-    ("good", ("良品", "合格", "正常", "良好", "양품", "정상", "好")),
+             "异常", "不好", "欠陥", "キズ", "傷", "破损", "裂纹", "划痕", "坏", "불량", "비정상", "결함", "이상",
+             "เสีย", "ชำรุด", "ไม่ดี", "معيب", "تالف", "غير سليم", "פגום", "תקול", "לא תקין", "खराब",
+             "दोष", "अच्छा नहीं")),
+    ("good", ("良品", "合格", "正常", "良好", "양품", "정상", "好", "正品", "سليم", "תקין", "अच्छा")),
 )  # fmt: skip
 
 

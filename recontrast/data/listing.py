@@ -1,5 +1,6 @@
 """Find image files, in an order that does not depend on the locale or the file system."""
 
+import errno
 import os
 import re
 import warnings
@@ -180,12 +181,13 @@ def scan_folder(path: Path, recursive: bool = True) -> Folder:
         with entries:
             for entry in entries:
                 name = entry.name
-                if entry.is_dir():
+                is_folder, is_file = classify_entry(entry)
+                if is_folder:
                     if recursive and not is_system_folder(name):
                         subfolders.append(name)
                 elif is_image(name):
-                    # A named pipe, a device, or a link to nothing is no image.
-                    (folder.images if entry.is_file() else folder.unread).append(name)
+                    # A named pipe, a device, or a link to nothing or to itself is no image.
+                    (folder.images if is_file else folder.unread).append(name)
                 elif not is_hidden(name):
                     unknown.append(name)
         if holds_results(unknown):
@@ -198,6 +200,25 @@ def scan_folder(path: Path, recursive: bool = True) -> Folder:
         return folder
 
     return scan(Folder(Path(path)))
+
+
+def classify_entry(entry: "os.DirEntry[str]") -> tuple[bool, bool]:
+    """Return whether an entry of a folder is a folder, and whether it is a regular file.
+
+    An image whose kind cannot be found, such as a link to itself, is neither: it costs no other image.
+
+    Args:
+        entry: Entry as `os.scandir` lists it.
+
+    Raises:
+        OSError: If the kind of anything else cannot be found, which may be a folder.
+    """
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError as error:
+        if error.errno != errno.ELOOP and not is_image(entry.name):
+            raise
+        return False, False
 
 
 def warn_of_unread(folder: Folder) -> None:

@@ -4,7 +4,14 @@ import os
 from pathlib import Path
 
 from recontrast.data.class_names import classify_folder
-from recontrast.data.listing import is_system_folder, list_names, natural_sort_key, scan_folder, warn_of_unread
+from recontrast.data.listing import (
+    classify_entry,
+    is_system_folder,
+    list_names,
+    natural_sort_key,
+    scan_folder,
+    warn_of_unread,
+)
 
 
 def find_mask_folder(path: Path) -> Path | None:
@@ -63,5 +70,5 @@ def list_folders(path: Path) -> list[Path]:
         Paths of the folders, in natural order.
     """
     with os.scandir(path) as entries:
-        names = [entry.name for entry in entries if not is_system_folder(entry.name) and entry.is_dir()]
+        names = [entry.name for entry in entries if not is_system_folder(entry.name) and classify_entry(entry)[0]]
     return [path / name for name in sorted(names, key=natural_sort_key)]
