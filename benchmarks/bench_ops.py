@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import upstream
 from scipy.ndimage import gaussian_filter
 
-from recontrast import AnomalyMap, deviation, hard_mined_cosine, reference
+from recontrast import AnomalyMap, deviation, hard_mined_cosine, ops, reference
 from recontrast.loss import point_distance
 
 # The three feature maps of WideResNet-50-2 at 256 x 256, batch 16 (Guo et al. 2023, section 4).
@@ -81,6 +81,59 @@ def test_op(timed, benchmark, op, kernel, dtype, layout, shape, device):
     points = point_distance(teacher, student)
     grad = torch.randn(3, *points.shape, device=device) * deviation(1.0)(points, points)
     return timed(lambda: function(grad, teacher, student), teacher.nbytes * 3, rounds=9)
+
+
+NORM_SHAPE = SHAPES[0]
+
+
+def norm_rivals(mode, has_residual, weight, bias):
+    """Return the implementations of BatchNorm, residual add and ReLU by name."""
+    mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+    training = mode == "train"
+
+    def stock(x, residual):
+        y = F.batch_norm(x, mean, var, weight, bias, training, 0.1)
+        return F.relu(y.add_(residual) if has_residual else y, inplace=True)
+
+    def ours(x, residual):
+        statistics = {} if training else {"mean": mean, "var": var}
+        return ops.norm_act(x, residual if has_residual else None, weight, bias, act="relu", **statistics)[0]
+
+    return {"stock": stock, "stock, compiled": torch.compile(stock, fullgraph=True), "ours": ours}
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("rival", ["stock", "stock, compiled", "ours", "copy of the same bytes"])
+def test_norm_act(timed, benchmark, rival, has_residual, mode, dtype, layout, device):
+    """Time forward and backward of BatchNorm, residual add and ReLU on the finest level, batch 16.
+
+    The tensors to move, in training mode: forward reads x twice and writes y; backward reads grad and x twice and
+    writes the gradient of x. Eval mode reads each once. A residual is one read more in forward, and in backward one
+    read of y and one write of its gradient, which the second pass reads in place of grad.
+    """
+    name = f"BatchNorm, {'add, ' if has_residual else ''}ReLU, {mode}"
+    benchmark.group = f"{name}, {NORM_SHAPE}, {str(dtype)[6:]}, {layout}, {device}"
+    x, residual, grad = (
+        torch.randn(NORM_SHAPE, device=device).to(dtype).contiguous(memory_format=FORMATS[layout]) for _ in range(3)
+    )
+    moved = ((8 if mode == "train" else 5) + 3 * has_residual) * x.nbytes
+    if rival == "copy of the same bytes":
+        source = torch.randn(moved // 2 // dtype.itemsize, device=device).to(dtype)
+        target = torch.empty_like(source).copy_(source)
+        return timed(lambda: target.copy_(source), moved)
+    weight, bias = (torch.rand(NORM_SHAPE[1], device=device, requires_grad=True) for _ in range(2))
+    function = norm_rivals(mode, has_residual, weight, bias)[rival]
+    leaves = [t.requires_grad_() for t in (x, residual)]
+
+    def step():
+        for t in (*leaves, weight, bias):
+            t.grad = None
+        function(*leaves).backward(grad)
+
+    return timed(step, moved)
 
 
 def blurred(maps):

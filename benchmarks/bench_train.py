@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the re
 import upstream
 from upstream_model import upstream_from
 
+from recontrast.models.norm_act import fuse_norm_act
 from recontrast.recipes.paper import RECIPES
 from recontrast.runtime.device import move_model, resolve_device
 from recontrast.training.optimisers import build_optimisers
@@ -41,6 +42,12 @@ WAYS = {  # name -> recipe fields; "cache" enables the teacher cache
     "compile": {"channels_last": False, "compile": True},
     "cache": {"channels_last": False, "cache": True},
     "bfloat16, channels_last": {"channels_last": True, "precision": "bfloat16"},
+    "channels_last, norms not fused": {"channels_last": True, "fused_norm": False},
+    "bfloat16, channels_last, norms not fused": {
+        "channels_last": True,
+        "precision": "bfloat16",
+        "fused_norm": False,
+    },
     "bfloat16, channels_last, cache": {"channels_last": True, "precision": "bfloat16", "cache": True},
     "bfloat16, channels_last, compile": {"channels_last": True, "precision": "bfloat16", "compile": True},
     "all": {"channels_last": True, "precision": "bfloat16", "compile": True, "cache": True},
@@ -75,6 +82,8 @@ def our_step(recipe, device, cached):
     model = build_model(recipe, "any")
     layout = move_model(model, device, recipe.channels_last)
     both = build_optimisers(model.train(), recipe, device)
+    if recipe.fused_norm:
+        fuse_norm_act(model)
     network = torch.compile(model, dynamic=False) if recipe.compile else model
     bfloat16 = recipe.precision == "bfloat16"
     teacher = TeacherCache(model.frozen, recipe.batch, 2**34, autocast=bfloat16) if cached else None

@@ -25,7 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(2, str(Path(__file__).resolve().parents[1] / "tests"))
 import gpu_rivals
 import upstream
-from bench_ops import SHAPES, features, interpolate_and_scipy, loss_rivals
+from bench_ops import FORMATS, SHAPES, features, interpolate_and_scipy, loss_rivals, norm_rivals
 from measurements import Function, Run, table
 from upstream_model import upstream_from
 
@@ -36,6 +36,7 @@ from recontrast.data.images import normalise, read_mask
 from recontrast.evaluation.evaluate import evaluate, infer
 from recontrast.inference.options import InferenceOptions
 from recontrast.loss import point_distances
+from recontrast.models.norm_act import fuse_norm_act
 from recontrast.recipes.paper import RECIPES
 from recontrast.runtime.device import convolution_precision, move_model
 from recontrast.training.cuda_graph import GraphedStep, record_graph
@@ -183,6 +184,42 @@ def maps(run: Run) -> None:
     run.measure(group, "reference, image by image", per_image, seconds=0.4, most=5)
 
 
+# ---- norms -------------------------------------------------------------------
+
+
+def norms(run: Run) -> None:
+    """Measure forward and backward of BatchNorm, residual add and ReLU on the finest level of WideResNet-50-2."""
+    backend = ops.BACKEND[run.device.type]
+    kinds = itertools.product((torch.bfloat16, torch.float32), ("channels_last", "NCHW"), (False, True))
+    for batch, (dtype, layout, has_residual) in itertools.product((2,) if run.tiny else (64, 16), kinds):
+        if run.is_out_of_time():
+            return
+        shape = (batch, 32, 16, 16) if run.tiny else (batch, *SHAPES[0][1:])
+        group = f"BatchNorm, {'add, ' if has_residual else ''}ReLU, batch {batch}, {str(dtype)[6:]}, {layout}"
+        x, residual, grad = (
+            torch.randn(shape, device=run.device, dtype=dtype).contiguous(memory_format=FORMATS[layout])
+            for _ in range(3)
+        )
+        weight, bias = (torch.rand(shape[1], device=run.device, requires_grad=True) for _ in range(2))
+        leaves = [x.requires_grad_(), residual.requires_grad_(), weight, bias]
+        moved = (8 + 3 * has_residual) * x.nbytes
+        rivals = norm_rivals("train", has_residual, weight, bias)
+        names = (
+            {"ours": f"ours ({backend})"} if backend == "triton" else {"ours": f"ours ({backend})", "stock": "stock"}
+        )
+        for rival, name in names.items():
+
+            def work(function=rivals[rival], leaves=leaves, grad=grad):
+                for t in leaves:
+                    t.grad = None
+                function(*leaves[:2]).backward(grad)
+                return [t.grad for t in leaves]
+
+            run.measure(group, name, work, moved=moved)
+            if run.cuda:
+                run.measure(group, f"{name}, graph", make=partial(record_replay, work), moved=moved)
+
+
 # ---- training ----------------------------------------------------------------
 
 CACHED = "teacher cache"  # holds the features of all images before timing
@@ -193,6 +230,12 @@ WAYS = {
     "ours + graph": {"channels_last": True, "precision": "bfloat16", "graph": True},
     f"ours, bfloat16, {CACHED}, no graph": {"channels_last": True, "precision": "bfloat16"},
     "ours, float32, graph": {"channels_last": True, "graph": True},
+    "ours, bfloat16, graph, norms not fused": {
+        "channels_last": True,
+        "precision": "bfloat16",
+        "graph": True,
+        "fused_norm": False,
+    },
     "ours, full float32": {"channels_last": True, "tf32": False},
 }
 
@@ -252,6 +295,8 @@ def our_step(run: Run, initial: ReContrast, recipe, pixels: np.ndarray, batch: i
     channels_last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
     model.train()
     both = build_optimisers(model, recipe, run.device)
+    if recipe.fused_norm:
+        fuse_norm_act(model)
     device_images = DeviceImages(pixels, run.device)
 
     index = np.random.default_rng(1).permutation(len(pixels))[:batch]
@@ -375,6 +420,7 @@ def draw_samples(folder: Path, count: int, size: int) -> list[Sample]:
 STAGES = {
     "loss": loss,
     "map": maps,
+    "norms": norms,
     "train": training,
     "evaluate": evaluation,
     "rivals": gpu_rivals.rivals,

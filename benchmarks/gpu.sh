@@ -100,8 +100,8 @@ if [ $# -eq 0 ]; then rm -f "$out"; fi # a full run starts a new file; single st
 
 # Every operator against the float64 oracle on random inputs: odd sizes, all dtypes and layouts, empty inputs, gradcheck,
 # opcheck, graph capture, a step without synchronisation. Parallel with pytest-xdist: most of the time, Triton compiles.
-tests=(tests/test_cosine_sums.py tests/test_mined_loss.py tests/test_anomaly_map_op.py tests/test_loss.py tests/training/test_cuda_graph.py
-       tests/training/test_precision.py tests/metrics/test_streaming.py::test_any_path_counts_the_same)
+tests=(tests/test_cosine_sums.py tests/test_mined_loss.py tests/test_norm_act.py tests/test_anomaly_map_op.py tests/test_loss.py
+       tests/training/test_cuda_graph.py tests/training/test_precision.py tests/metrics/test_streaming.py::test_any_path_counts_the_same)
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "${WORKERS:-$(($(nproc) > 4 ? $(nproc) - 2 : 2))}")
 choice=()
@@ -124,14 +124,16 @@ fi
 # Each measures its most important rows first. The limits exceed the total; few stages need all of theirs.
 measure map 15 map
 measure loss 75 loss
+measure norms 25 norms
 measure train 60 train
 CUDA_LAUNCH_BLOCKING=1 measure "train blocked" 12 train --only reference
 measure evaluate 25 evaluate
 measure rivals 30 rivals
 measure whole 25 whole
-check "triton test" 75 tests/kernels/test_triton.py
+check "triton test" 75 tests/kernels/test_triton.py tests/kernels/test_norm_act_triton.py
 RECONTRAST_BACKEND=triton measure "triton map" 12 map --only ours
 RECONTRAST_BACKEND=triton measure "triton loss" 30 loss --only ours
+RECONTRAST_BACKEND=triton measure "triton norms" 20 norms --only ours
 if [ "$device" = cuda ]; then stage races 60 bash -c 'sanitize racecheck'; fi
 
 printf '\n'

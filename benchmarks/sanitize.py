@@ -22,6 +22,18 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
             t.requires_grad_()
         for rule in (deviation(1.0), hardest(0.1), power(3.0)):
             hard_mined_cosine(*pairs, rule).backward()
+        for act in ("none", "relu", "gelu"):
+            for shape in SHAPES:
+                x, residual = (
+                    torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout) for _ in "xr"
+                )
+                weight, bias = torch.rand(2, shape[1], device=device)
+                for t in (x, residual, weight, bias):
+                    t.requires_grad_()
+                ops.norm_act(x, residual, weight, bias, act=act)[0].sum().backward()
+                ops.norm_act(x, None, weight, bias, mean=bias.detach(), var=weight.detach(), act=act)[
+                    0
+                ].sum().backward()
 mixed = torch.randn(2, 6, 5, 4, device=device), torch.randn(2, 6, 4, 5, device=device).mT.bfloat16()
 torch.ops.recontrast.cosine_sums_backward(ops.cosine_sums(*mixed), *mixed)
 amap = AnomalyMap([13, 5], 40, method="fused")

@@ -51,9 +51,10 @@ INLINE void store(A* to, const typename Lanes<A>::V& v) {
 template <typename V>
 INLINE void store_nontemporal(void* to, const V& v) {
 #ifdef __SSE2__
-  __m128i quarters[4];
-  std::memcpy(quarters, &v, sizeof(v));
-  for (int i = 0; i < 4; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, quarters[i]);
+  constexpr int count = sizeof(V) / sizeof(__m128i);
+  __m128i parts[count];
+  std::memcpy(parts, &v, sizeof(v));
+  for (int i = 0; i < count; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, parts[i]);
 #else
   std::memcpy(to, &v, sizeof(v));
 #endif

@@ -9,13 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from recontrast import backend, reference
+from recontrast import norm_act as norm_act_op
 from recontrast.backend import BACKEND, WHY
-from recontrast.reference import EPS, RULES, compute_maximum, cosine, group_dtype, sum_dtype, void_unless_finite
+from recontrast.norm_act import norm_act
+from recontrast.op_checks import DTYPES, check_features, dtype_name, refuse_forward_mode, refuse_gradient
+from recontrast.reference import (
+    ACTIVATIONS,
+    EPS,
+    RULES,
+    compute_maximum,
+    cosine,
+    group_dtype,
+    sum_dtype,
+    void_unless_finite,
+)
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKEND",
     "DTYPES",
     "EPS",
@@ -25,12 +37,12 @@ __all__ = [
     "cosine",
     "cosine_sums",
     "cosine_sums_group",
+    "has_kernel",
     "mined_cosine",
+    "norm_act",
     "void_unless_finite",
 ]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes of features that the operators accept."""
 SCHEMAS = {
     "cosine_sums": "(Tensor x, Tensor y) -> Tensor",
     "cosine_sums_backward": "(Tensor grad, Tensor x, Tensor y) -> Tensor",
@@ -41,6 +53,7 @@ SCHEMAS = {
     "mined_loss_backward": "(Tensor grad, Tensor sums, Tensor state, int[] images, int[] points, str rule,"
     " float parameter, float factor) -> Tensor",
     "anomaly_map": "(Tensor[] distances, Tensor[] rows, Tensor[] cols, float scale) -> (Tensor, Tensor)",
+    **norm_act_op.SCHEMAS,
 }
 KERNEL_MODULES = {  # operator -> module of recontrast.kernels that implements it
     "cosine_sums": "cosine_sums",
@@ -50,9 +63,12 @@ KERNEL_MODULES = {  # operator -> module of recontrast.kernels that implements i
     "mined_loss": "mined_loss",
     "mined_loss_backward": "mined_loss",
     "anomaly_map": "anomaly_map",
+    "norm_act": "norm_act",
+    "norm_act_backward": "norm_act",
 }
 for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"recontrast::{_name}", _schema)
+    if _name not in norm_act_op.SCHEMAS:
+        torch.library.define(f"recontrast::{_name}", _schema)
 
 
 def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
@@ -69,7 +85,7 @@ def cosine_sums(x: Tensor, y: Tensor) -> Tensor:
         ValueError: If the shapes, devices or dtypes do not match.
         RuntimeError: In forward-mode differentiation.
     """
-    _check_features("cosine_sums", x, y)
+    check_features("cosine_sums", x, y)
     return torch.ops.recontrast.cosine_sums(x, y)
 
 
@@ -90,7 +106,7 @@ def cosine_sums_group(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
     if not 0 < len(x) == len(y):
         raise ValueError(f"cosine_sums_group: x and y: wanted lists of one length > 0, got {len(x)} and {len(y)}")
     for a, b in zip(x, y, strict=True):
-        _check_features("cosine_sums_group", a, b)
+        check_features("cosine_sums_group", a, b)
         if a.device != x[0].device:
             raise ValueError(f"cosine_sums_group: x and y: wanted all pairs on {x[0].device}, got one on {a.device}")
     return torch.ops.recontrast.cosine_sums_group(list(x), list(y))
@@ -125,7 +141,7 @@ def mined_cosine(
     if rule not in RULES:
         raise ValueError(f"mined_cosine: rule: wanted one of {', '.join(RULES)}, got {rule!r}")
     if alpha is not None and not (alpha.is_floating_point() and alpha.numel() == 1):
-        got = f"{_dtype_name(alpha.dtype)} {tuple(alpha.shape)}"
+        got = f"{dtype_name(alpha.dtype)} {tuple(alpha.shape)}"
         raise ValueError(f"mined_cosine: alpha: wanted one floating-point number, got {got}")
     if alpha is not None and alpha.dtype not in (torch.float32, torch.float64):  # the dtypes that the kernels read
         alpha = alpha.float()
@@ -134,29 +150,20 @@ def mined_cosine(
     return torch.ops.recontrast.mined_loss(sums, images, points, rule, parameter, alpha, factor)[0]
 
 
-def _check_features(op: str, x: Tensor, y: Tensor) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x: wanted (N, C, H, W), got {tuple(x.shape)}")
-    if x.shape != y.shape:
-        raise ValueError(f"{op}: y: wanted the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
-    if x.dtype not in DTYPES or y.dtype not in DTYPES:
-        dtypes = f"{_dtype_name(x.dtype)} and {_dtype_name(y.dtype)}"
-        raise ValueError(f"{op}: x and y: wanted float16, bfloat16, float32 or float64, got {dtypes}")
-    if x.device != y.device:
-        raise ValueError(f"{op}: y: wanted the device of x, {x.device}, got {y.device}")
-    _refuse_forward_mode(op, x, y)
+def has_kernel(op: str, device: torch.device) -> bool:
+    """Return whether an operator has a kernel of its own on a device.
 
+    Without one it runs its oracle: there is none where PyTorch is the backend, or the library is older than the
+    operator.
 
-def _refuse_forward_mode(op: str, *tensors: Tensor) -> None:
-    """Raise an error in forward-mode differentiation: PyTorch would drop the tangents, as if they were zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(f"recontrast::{op} has no forward-mode derivative: use backward mode")
+    Args:
+        op: Name of an operator in ``torch.ops.recontrast``.
+        device: Device of the tensors.
 
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    Returns:
+        Whether a native or Triton kernel is registered.
+    """
+    return (op, device.type) in _KERNELS
 
 
 def anomaly_map(
@@ -193,9 +200,9 @@ def anomaly_map(
             got = f"{tuple(r.shape)} and {tuple(c.shape)}"
             raise ValueError(f"anomaly_map: rows[{i}] and cols[{i}]: wanted {wanted}, got {got}")
         if any(t.dtype != torch.float32 for t in (d, r, c)):
-            dtypes = f"{_dtype_name(d.dtype)}, {_dtype_name(r.dtype)} and {_dtype_name(c.dtype)}"
+            dtypes = f"{dtype_name(d.dtype)}, {dtype_name(r.dtype)} and {dtype_name(c.dtype)}"
             raise ValueError(f"anomaly_map: pair {i}: wanted float32, got {dtypes}")
-    _refuse_forward_mode("anomaly_map", *distances)
+    refuse_forward_mode("anomaly_map", *distances)
     return torch.ops.recontrast.anomaly_map(list(distances), list(rows), list(cols), scale)
 
 
@@ -287,18 +294,9 @@ def _backward_mined(ctx, grad, _):
     return grad_sums, None, None, None, None, None, None
 
 
-def _refuse_gradient(name: str, advice: str) -> None:
-    """Register an error as the gradient of an operator; without it, its gradient would silently be zero."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(f"recontrast::{name} has no gradient: {advice}")
-
-    torch.library.register_autograd(f"recontrast::{name}", backward)
-
-
 for _operator in ("cosine_sums_backward", "cosine_sums_group_backward", "mined_loss_backward"):
-    _refuse_gradient(_operator, "the losses can be differentiated once, not twice")
-_refuse_gradient("anomaly_map", 'AnomalyMap(method="matmul") is differentiable')
+    refuse_gradient(_operator, "the losses can be differentiated once, not twice")
+refuse_gradient("anomaly_map", 'AnomalyMap(method="matmul") is differentiable')
 torch.library.register_autograd("recontrast::cosine_sums", _backward, setup_context=_setup_context)
 torch.library.register_autograd("recontrast::cosine_sums_group", _backward_group, setup_context=_setup_group)
 torch.library.register_autograd("recontrast::mined_loss", _backward_mined, setup_context=_setup_mined)
@@ -327,3 +325,9 @@ if torch.cuda.is_available():
     backend.choose("cuda", KERNEL_MODULES)
 else:
     WHY["cuda"] = "no CUDA device"
+_KERNELS = {
+    (name, device)
+    for name in SCHEMAS
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"recontrast::{name}", key)
+}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 EPS = 1e-8
 """Minimum norm of a feature vector in a cosine, as in torch.nn.CosineSimilarity, which upstream uses."""
+ACTIVATIONS = ("none", "relu", "gelu")
+"""Activations of `norm_act`."""
 RULES = ("deviation", "hardest", "power")  # of `mined_loss`; see recontrast/mining.py
 
 
@@ -185,6 +187,108 @@ def mined_loss_backward(
         gradients.append((grad * weight * slope).flatten())
         offset += 1 + 3 * n
     return torch.cat(gradients)
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    act: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute BatchNorm, an optional residual add and an activation, in float32 (float64 for float64 features).
+
+    With a residual, the norm is rounded to the dtype of the features before the add, as by three layers of PyTorch, so
+    that a network keeps its scores in bfloat16.
+
+    Args:
+        x: Features (N, C, H, W), floating point.
+        residual: Features to add before the activation, in the shape and dtype of ``x``; None adds nothing.
+        weight: Scale of each channel (C,); None is 1.
+        bias: Offset of each channel (C,); None is 0.
+        mean: Mean of each channel (C,); None takes mean and variance of the batch.
+        var: Biased variance of each channel (C,); None where ``mean`` is None.
+        act: One of `ACTIVATIONS`.
+        eps: Constant added to the variance.
+
+    Returns:
+        y: ``act((x - mean) / sqrt(var + eps) * weight + bias + residual)``, in the shape, dtype and layout of ``x``.
+        moments: The mean and the biased variance that were used, (2, C), float32 or float64.
+    """
+    wide = x.to(sum_dtype(x, x))
+    if mean is None or var is None:
+        moments = wide.new_zeros(2, x.shape[1])
+        if x.numel():
+            moments = torch.stack(torch.var_mean(wide, (0, 2, 3), correction=0)[::-1])
+    else:
+        moments = torch.stack([mean.to(wide), var.to(wide)])
+    y = _normalise(wide, residual, weight, bias, moments, eps)
+    y = y.relu() if act == "relu" else torch.nn.functional.gelu(y) if act == "gelu" else y
+    return torch.empty_like(x).copy_(y), moments
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor,
+    training: bool,
+    act: str,
+    eps: float,
+    wants_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of `norm_act`.
+
+    Args:
+        grad: Gradient of y, (N, C, H, W).
+        x: Features (N, C, H, W).
+        kept: With a residual, the output y for "relu" and the residual for "gelu"; otherwise None.
+        weight: Scale of each channel (C,), or None.
+        bias: Offset of each channel (C,), or None.
+        moments: Moments from `norm_act`, (2, C).
+        training: Whether the moments are those of the batch, and have a gradient in x too.
+        act: One of `ACTIVATIONS`.
+        eps: Constant added to the variance.
+        wants_x: Whether the gradient in x is needed.
+
+    Returns:
+        grad_x: Gradient in x, in its dtype and layout; empty if it is not needed.
+        grad_residual: Gradient in the residual; empty unless ``kept`` is given and ``act`` is not "none".
+        sums: Gradients in bias and weight, (2, C), in the dtype of ``moments``.
+    """
+    wide, g = x.to(moments), grad.to(moments)
+    if act == "relu":
+        gate = _normalise(wide, None, weight, bias, moments, eps) if kept is None else kept
+        g = torch.where(gate <= 0, 0.0, g)
+    elif act == "gelu":
+        g = torch.ops.aten.gelu_backward(g, _normalise(wide, kept, weight, bias, moments, eps))
+    unit = _normalise(wide, None, None, None, moments, eps)
+    sums = torch.stack([g.sum((0, 2, 3)), (g * unit).sum((0, 2, 3))])
+    grad_x, grad_residual = x.new_empty(0), x.new_empty(0)
+    if kept is not None and act != "none":
+        grad_residual = torch.empty_like(x).copy_(g)
+    if wants_x:
+        if training:
+            by_bias, by_weight = sums[:, :, None, None] / max(x.numel() // max(x.shape[1], 1), 1)
+            g = g - by_bias - unit * by_weight
+        scale = (moments[1] + eps).rsqrt() * (1 if weight is None else weight.to(moments))
+        grad_x = torch.empty_like(x).copy_(g * scale[:, None, None])
+    return grad_x, grad_residual, sums
+
+
+def _normalise(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, moments: Tensor, eps: float
+) -> Tensor:
+    """Compute the input of the activation, in the dtype of ``x``."""
+    scale = (moments[1] + eps).rsqrt() * (1 if weight is None else weight.to(x))
+    y = (x - moments[0, :, None, None]) * scale[:, None, None]
+    y = y if bias is None else y + bias.to(x)[:, None, None]
+    return y if residual is None else y.to(residual.dtype) + residual.to(y)
 
 
 def split_pairs(flat: Tensor, images: Sequence[int], points: Sequence[int]) -> Iterator[Tensor]:

@@ -17,7 +17,9 @@ ALLOWED = {
     "backend": "",  # also the kernels, by name, on a device that needs them
     "data": "",
     "metrics": "",
-    "ops": "reference backend",
+    "op_checks": "",
+    "norm_act": "reference op_checks",
+    "ops": "reference backend op_checks norm_act",
     "distances": "ops",
     "models": "data reference ops distances",
     "runtime": "models",

@@ -1,13 +1,16 @@
 """Inference options: views, precision, memory layout, BatchNorm folding, compilation."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from recontrast.calibration.conformal import Calibration
+from recontrast.models.cast import cast_convolutions
 from recontrast.models.fold import FoldedModel, fold
 from recontrast.models.network import Network
+from recontrast.models.norm_act import fuse_norm_act
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model
 
@@ -136,21 +139,28 @@ class InferenceOptions:
         """Build the network that `recontrast.inference.infer.infer` runs.
 
         Args:
-            model: Trained model, on its device. If it is folded, a new network is returned and the model is unchanged;
-                if not, the model itself is returned, and it may be compiled in place.
+            model: Trained model, on its device. If it is folded or runs in bfloat16, a new network is returned and the
+                model is unchanged; if not, the model itself is returned, with fused norms, and it may be compiled in
+                place.
             recipe: Recipe returned by `apply_to`.
             trained: Recipe of the training.
             keep: Whether to keep ``model`` usable. False saves the memory of a second model.
 
         Returns:
-            The model, or the folded network.
+            The model, or a copy for inference.
 
         Raises:
             ValueError: If the image size is not a multiple of the model's stride.
         """
         network = fold(model, recipe.out, keep=keep) if self.folds_batchnorm(trained) else model
-        if isinstance(network, FoldedModel) and recipe.precision == "bfloat16":
-            network.cast(torch.bfloat16)  # autocast would round the weights again in each pass
+        if recipe.precision == "bfloat16":  # autocast would round the weights again in each pass
+            if isinstance(network, FoldedModel):
+                network.cast(torch.bfloat16)
+            else:
+                network = copy.deepcopy(model) if keep else model
+                cast_convolutions(network, torch.bfloat16)
+        if recipe.fused_norm:
+            fuse_norm_act(network)  # the norms that are left
         move_model(network, next(network.parameters()).device, recipe.channels_last)
         if self.compiled:
             network.compile(**COMPILE)

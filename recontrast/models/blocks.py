@@ -76,6 +76,10 @@ class ResidualBlock(nn.Module):
         step: "same" keeps the size, "down" halves it (3x3, stride 2), "up" doubles it (2x2 transposed, stride 2).
         plan: Kind and width of the block.
         activation: "relu" or "gelu".
+
+    Attributes:
+        adds_in_norm: Whether the last layer of ``body`` takes the shortcut too, adds it and applies the activation, see
+            `recontrast.models.norm_act`.
     """
 
     def __init__(self, inputs: int, outputs: int, step: str, plan: ResNetPlan, activation: str = "relu") -> None:
@@ -97,10 +101,17 @@ class ResidualBlock(nn.Module):
         keeps_shape = step == "same" and inputs == outputs
         self.shortcut = nn.Identity() if keeps_shape else _build_shortcut(inputs, outputs, step)
         self.activation = build_activation(activation)
+        self.adds_in_norm = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H', W')."""
-        return self.activation(self.body(x).add_(self.shortcut(x)))
+        if not self.adds_in_norm:
+            return self.activation(self.body(x).add_(self.shortcut(x)))
+        *layers, norm = self.body
+        hidden = x
+        for layer in layers:
+            hidden = layer(hidden)
+        return norm(hidden, self.shortcut(x))
 
 
 def build_activation(name: str) -> nn.Module:

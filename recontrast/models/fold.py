@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from recontrast.models.backbone import Backbone
 from recontrast.models.network import Network, Views
+from recontrast.models.norm_act import AddAct, NormAct2d
 from recontrast.models.partial_norm import PartialNorm2d
 
 # Compared by exact type, because a subclass may transform its weights (by standardisation, for example).
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
-NORMS = (nn.BatchNorm2d, BatchNormAct2d, PartialNorm2d)
+NORMS = (nn.BatchNorm2d, BatchNormAct2d, PartialNorm2d, NormAct2d)
 
 
 def fold(model: Network, size: int | tuple[int, int] | None = None, *, keep: bool = True) -> "FoldedModel":
@@ -287,7 +288,9 @@ def _fold_norm(convolution: Any, norm: Any) -> None:
 
 
 def _get_activation(norm: Any) -> nn.Module:
-    """Return the activation inside a norm of timm, or the identity."""
+    """Return what a norm does besides normalising: nothing, or an activation after an optional residual add."""
+    if isinstance(norm, NormAct2d):
+        return AddAct(norm.act)
     if isinstance(norm, PartialNorm2d):
         return norm.after
     return norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()

@@ -159,6 +159,8 @@ class Recipe:
         bottleneck_dropout: Probability of dropout in the bottleneck of Dinomaly. Default: 0.2.
         prototypes: Number of prototypes of INP-Former. Default: 6.
         coherence: Weight of the coherence loss of INP-Former. Default: 0.2.
+        fused_norm: Whether BatchNorm, the residual add and the activation after it run as one operator
+            (`recontrast.models.norm_act`), which changes results by rounding errors alone. Default: True.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -240,6 +242,7 @@ class Recipe:
     bottleneck_dropout: float = 0.2
     prototypes: int = 6
     coherence: float = 0.2
+    fused_norm: bool = True
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""

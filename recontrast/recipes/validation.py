@@ -210,6 +210,7 @@ FIELD_RULES: dict[str, FieldRule] = {
     "bottleneck_dropout": _float(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
     "prototypes": _integer(1),
     "coherence": _RATE,
+    "fused_norm": _FLAG,
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,

@@ -25,6 +25,7 @@ from recontrast.data.fingerprint import describe_images
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
 from recontrast.models.network import Network
+from recontrast.models.norm_act import fuse_norm_act
 from recontrast.runtime import distributed
 from recontrast.runtime.device import move_model
 from recontrast.training import interrupts
@@ -95,6 +96,8 @@ class Trainer:
     def _prepare_step(self, images: Images) -> None:
         """Wrap the model for several processes, compile it, and set up caches and the CUDA graph."""
         recipe, world, device, model = self.settings.recipe, self.settings.world, self.settings.device, self.state.model
+        if recipe.fused_norm and world.size == 1:  # several processes share their batch statistics
+            fuse_norm_act(model)
         self.network: Any = distributed.wrap_model(model, world, device)  # shares the parameters of ``model``
         if recipe.compile:
             self.network = torch.compile(self.network, dynamic=False)

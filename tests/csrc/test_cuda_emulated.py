@@ -7,6 +7,7 @@ import subprocess
 import emulate_cuda
 import pytest
 import torch
+from emulate_cuda import twice
 from op_cases import (
     GROUPS,
     LAYOUTS,
@@ -21,36 +22,13 @@ from op_cases import (
 
 from recontrast import reference
 
-pytestmark = pytest.mark.skipif(emulate_cuda.COMPILER is None, reason="NO G++: THE CUDA KERNELS WERE NOT EMULATED")
+pytestmark = [
+    pytest.mark.skipif(emulate_cuda.COMPILER is None, reason="NO G++: THE CUDA KERNELS WERE NOT EMULATED"),
+    pytest.mark.usefixtures("_poisoned_memory"),
+]
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # Whole vectors; odd sizes; more channels than a batch of loads; few positions; one position.
 SHAPES = [(2, 64, 8, 8), (3, 5, 7, 13), (1, 1030, 2, 2), (1, 40, 16, 12), (1, 1, 1, 1)]
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    return emulate_cuda.load(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fills new memory with NaN, so that elements that are never written are noticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def twice(emulated, function, processors=4):
-    """The result of ``function``, which must not depend on the order of threads."""
-    operators, emulate = emulated
-    results = []
-    for backwards in (False, True):
-        emulate(processors, backwards)
-        result = function(operators)
-        results.append([result] if isinstance(result, torch.Tensor) else list(result))
-    for forwards, reversed_order in zip(*results, strict=True):
-        assert torch.equal(forwards.nan_to_num(7.0), reversed_order.nan_to_num(7.0))
-    return results[0]
 
 
 def check(emulated, x, y, processors=4):

@@ -47,3 +47,16 @@ def load(folder: Path):
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.argtypes = (ctypes.c_int, ctypes.c_bool)
     return getattr(torch.ops, NAMESPACE), emulate
+
+
+def twice(emulated, function, processors=4):
+    """The result of ``function``, which must not depend on the order of threads."""
+    operators, emulate = emulated
+    results = []
+    for backwards in (False, True):
+        emulate(processors, backwards)
+        result = function(operators)
+        results.append([result] if isinstance(result, torch.Tensor) else list(result))
+    for forwards, reversed_order in zip(*results, strict=True):
+        assert torch.equal(forwards.nan_to_num(7.0), reversed_order.nan_to_num(7.0))
+    return results[0]

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -77,6 +78,25 @@ def test_folded_bfloat16_weights_are_stored_in_bfloat16(model, images):
     exact, _ = scores_of(model, images[:1], RECIPE)
     assert maps.dtype == scores.dtype == torch.float32
     torch.testing.assert_close(maps, exact, rtol=0.1, atol=0.05)
+
+
+def test_bfloat16_without_folding_converts_the_convolutions_once(model, images):
+    options = InferenceOptions(precision="bfloat16", folded=False)
+    recipe = options.apply_to(RECIPE)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    network = options.build_network(model, recipe, RECIPE)
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
+    assert {m.weight.dtype for m in convolutions} == {torch.bfloat16}
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16, torch.float32}
+    plain = options.build_network(model, recipe.replace(fused_norm=False), RECIPE)
+    fused = options.build_network(model, recipe, RECIPE, keep=True)
+    for cast, original in zip(scores_of(plain, images, recipe), scores_of(model, images, recipe), strict=True):
+        assert torch.equal(cast, original)  # as autocast converts them
+    for cast, original in zip(scores_of(fused, images, recipe), scores_of(model, images, recipe), strict=True):
+        torch.testing.assert_close(cast, original, rtol=0.02, atol=0.01)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    consumed = copy.deepcopy(model)
+    assert options.build_network(consumed, recipe, RECIPE, keep=False) is consumed
 
 
 @pytest.mark.parametrize("last", [True, False])
