@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import plot_budget
 import torch
 
 from recontrast.app.options import parse_duration
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16", help="precision of the methods trained by steps")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", action="store_true", help="also draw accuracy against time, as SVG beside --out")
     arguments = parser.parse_args()
     stored = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
     runs: list[dict[str, Any]] = stored["runs"]
@@ -130,6 +132,9 @@ def main() -> None:
                     with replace_file(arguments.out) as file:
                         file.write((json.dumps(stored, indent=1) + "\n").encode())
     print_table(runs)
+    if arguments.plot and runs:
+        with replace_file(arguments.out.with_suffix(".svg")) as file:
+            file.write(plot_budget.plot(stored).encode())
 
 
 if __name__ == "__main__":

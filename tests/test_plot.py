@@ -39,3 +39,22 @@ def test_no_file_is_an_error():
     process = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert process.returncode == 1
     assert "wanted at least one JSON" in process.stderr
+
+
+def test_plot_of_budgets(tmp_path):
+    """A point for each method and budget in each panel; a metric that no run has leaves no panel."""
+    common = {"category": "nut", "p_ap": 1.0, "seconds": 3.0}
+    runs = [
+        {**common, "method": method, "budget": budget, "seed": seed, "cpu_seconds": budget / 3,
+         "i_auroc": 90.0 + seed, "p_auroc": 80.0, "aupro": None}
+        for method in ("budget", "rd4ad") for budget in (15.0, 60.0) for seed in (1, 2)
+    ]  # fmt: skip
+    path = tmp_path / "budget.json"
+    path.write_text(json.dumps({"runs": runs}))
+    subprocess.run([sys.executable, SCRIPT.with_name("plot_budget.py"), path], check=True)
+    drawing = path.with_suffix(".svg").read_text()
+    root = ElementTree.fromstring(drawing)
+    circles = [e for e in root.iter() if e.tag.endswith("circle") and e.get("r") == "4"]
+    assert len(circles) == 2 * 2 * 2  # methods, budgets, panels
+    assert "I-AUROC" in drawing and "P-AUROC" in drawing and "AUPRO" not in drawing
+    assert "--budget" in drawing and "PatchCore" not in drawing
