@@ -104,6 +104,8 @@ class AnomalyMap:
             uses "matmul" if a gradient is needed, otherwise "fused".
         align_corners: How distances are upsampled, see `build_upsampling_matrix`. Upstream aligns corners, the authors
             of PatchCore do not.
+        through: Size in pixels to which distances are upsampled first; the result is then resized to ``out`` without
+            aligned corners and without smoothing, and blurred (``evaluation_batch`` of Dinomaly). None: directly.
 
     Raises:
         ValueError: If an argument has a value not listed above.
@@ -117,18 +119,25 @@ class AnomalyMap:
         reduce: Literal["sum", "mean"] = "sum",
         method: Literal["auto", "fused", "matmul"] = "auto",
         align_corners: bool = True,
+        through: Size | None = None,
     ):
         _check_choice("blur", blur, ("reflect", "zero5", None))
         _check_choice("reduce", reduce, ("sum", "mean"))
         _check_choice("method", method, ("auto", "fused", "matmul"))
         self.sizes = [_to_height_width(size) for size in sizes]
         self.out = _to_height_width(out)
-        if not self.sizes or min(min(size) for size in [*self.sizes, self.out]) < 1:
+        middle = self.out if through is None else _to_height_width(through)
+        if not self.sizes or min(min(size) for size in [*self.sizes, self.out, middle]) < 1:
             raise ValueError(f"AnomalyMap: sizes and out: wanted at least 1 px, got {self.sizes} and {self.out}")
         self.blur, self.reduce, self.method = blur, reduce, method
         blur_y, blur_x = (build_blur_matrix(size, blur) for size in self.out)
-        rows = [build_upsampling_matrix(self.out[0], h, align_corners) for h, _ in self.sizes]  # each (H, h)
-        cols = [build_upsampling_matrix(self.out[1], w, align_corners) for _, w in self.sizes]  # each (W, w)
+        if through is not None:
+            blur_y, blur_x = (
+                blur @ build_upsampling_matrix(out, side, align_corners=False)
+                for blur, out, side in zip((blur_y, blur_x), self.out, middle, strict=True)
+            )
+        rows = [build_upsampling_matrix(middle[0], h, align_corners) for h, _ in self.sizes]  # each (H, h)
+        cols = [build_upsampling_matrix(middle[1], w, align_corners) for _, w in self.sizes]  # each (W, w)
         self._rows = [(blur_y @ matrix).float() for matrix in rows]
         self._cols = [(blur_x @ matrix).float() for matrix in cols]
 

@@ -70,7 +70,7 @@ class Category:
         self.scores = torch.zeros(len(own))
         self.has_masks = self.defect_count > 0 and not self.maskless_count
         map_count = len(own) if self.has_masks and streaming is None else 0
-        self.maps = _allocate_maps((map_count, *recipe.out), memory)
+        self.maps = _allocate_maps((map_count, *recipe.map_out), memory)
         # The first process computes exact metrics of all images; each process streams the maps of its own images.
         masked = [] if not self.has_masks else own if streaming is not None else tests if world.first else []
         self.defective = {index: sample for index, sample in enumerate(masked) if sample.label}
@@ -156,7 +156,7 @@ class Category:
         """Compute the metrics of the images without an error, and a note that names the undefined ones."""
         begin, total = time.perf_counter(), len(self.tests)
         is_exact = self.has_masks and self.streaming is None
-        masks = self._read_masks(0, total, self.recipe.out) if is_exact else None
+        masks = self._read_masks(0, total, self.recipe.map_out) if is_exact else None
         usable = self._list_usable(0, total)
         count, defect_count = len(usable), sum(self.tests[index].label for index in usable)
         values: dict[str, float] = {}

@@ -134,7 +134,7 @@ def evaluate(
     rows = distributed.broadcast_from_first(world, _add_untested(rows, samples))
     scored = [image for category, lost in zip(categories, left_out, strict=True)
               for image in category.list_scored_images(lost)]  # fmt: skip
-    settings = (recipe.name, recipe.out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
+    settings = (recipe.name, recipe.map_out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
     checks.warn(sum(map(len, groups.values())))
     return Result(rows, *settings, scored=scored, tile=recipe.tile)
 

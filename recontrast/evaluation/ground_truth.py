@@ -14,7 +14,7 @@ def read_ground_truth(sample: Sample, recipe: Recipe, notes: MaskNotes | None = 
 
     Args:
         sample: Sample with a mask.
-        recipe: Recipe, for size, crop and mask rule. With ``tile``, the mask keeps its original size.
+        recipe: Recipe, for size, crop, map size and mask rule. With ``tile``, the mask keeps its original size.
         notes: Collects notes on unusual masks. None warns of the first of each kind.
 
     Returns:
@@ -27,6 +27,9 @@ def read_ground_truth(sample: Sample, recipe: Recipe, notes: MaskNotes | None = 
         raise ValueError(f"{sample.path}: wanted an image with a mask, got one without")
     size = None if recipe.tile is not None else recipe.size
     mask = read_mask(sample.mask, size=size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path, notes=notes)
+    if recipe.map_size is not None:  # nearest neighbours, as F.interpolate takes them
+        rows, columns = (np.arange(new) * old // new for new, old in zip(recipe.map_out, mask.shape, strict=True))
+        mask = mask[np.ix_(rows, columns)]
     if not mask.any():
         note_mask("empty", sample.mask, notes)
     return mask

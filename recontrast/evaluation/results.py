@@ -143,7 +143,7 @@ class Result:
     Attributes:
         rows: One row for each category, with metrics in [0, 1].
         recipe: Name of the recipe.
-        size: Height and width of images and maps in pixels.
+        size: Height and width of the maps in pixels.
         score, blur, reduce, mask_rule: Fields of the recipe.
         scored: Scores of all test images; NaN for those that are missing from the metrics.
         decided: Summary of the calibrated decisions on these images; None without a calibration.

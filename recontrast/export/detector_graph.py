@@ -62,7 +62,7 @@ class DetectorGraph(nn.Module):
                 `recontrast.data.pillow_resize.max_exact_length`.
 
         Returns:
-            Maps (N, height, width), float32, at the size of the network's input, and scores (N,), float32. With a
+            Maps (N, height, width), float32, of size ``recipe.map_out``, and scores (N,), float32. With a
             calibration also p-values (N,), float32, and decisions (N,), bool, True for a defect. The score and the
             p-value of a map that is not finite are NaN, and its decision is True, so that it never passes as good.
         """

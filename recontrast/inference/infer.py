@@ -93,8 +93,9 @@ def build_anomaly_map(model: Network, recipe: Recipe, method: Literal["auto", "m
         ValueError: If the image size is not a multiple of the model's stride.
     """
     return AnomalyMap(
-        model.map_sizes(recipe.out), recipe.out, recipe.blur, recipe.reduce, method, align_corners=model.align_corners
-    )
+        model.map_sizes(recipe.out), recipe.map_out, recipe.blur, recipe.reduce, method,
+        align_corners=model.align_corners, through=None if recipe.map_size is None else recipe.out,
+    )  # fmt: skip
 
 
 def select_scores(amap: AnomalyMap, maps: Tensor, maximum: Tensor, own: Tensor | None, recipe: Recipe) -> Tensor:

@@ -7,6 +7,7 @@ the last step.
 
 from recontrast.recipes.recipe import VISA_BN_EVAL, VISA_BN_TRAIN, Recipe
 from recontrast.recipes.rivals import RIVALS
+from recontrast.recipes.transformers import TRANSFORMERS
 
 # recontrast_mvtec.py: one model per category. The mode of the encoder's BatchNorm is chosen by category.
 _MVTEC = Recipe(name="mvtec")
@@ -49,24 +50,30 @@ _OCT2017 = _APTOS.replace(name="oct2017", encoder_bn="eval")
 _ISIC2018 = _APTOS.replace(name="isic2018", steps=2000, crop=224, score="mean")
 
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _MVTEC,
-        _VISA,
-        _MVTEC_STABLE,
-        _VISA_STABLE,
-        _MVTEC_UNIFIED,
-        _VISA_UNIFIED,
-        _APTOS,
-        _OCT2017,
-        _ISIC2018,
-    )
-} | RIVALS
+RECIPES: dict[str, Recipe] = (
+    {
+        recipe.name: recipe
+        for recipe in (
+            _MVTEC,
+            _VISA,
+            _MVTEC_STABLE,
+            _VISA_STABLE,
+            _MVTEC_UNIFIED,
+            _VISA_UNIFIED,
+            _APTOS,
+            _OCT2017,
+            _ISIC2018,
+        )
+    }
+    | RIVALS
+    | TRANSFORMERS
+)
 """Recipes of the nine scripts in the paper's public code (Guo et al., NeurIPS 2023, https://arxiv.org/abs/2306.02602).
 
 "patchcore_mvtec", "patchcore_visa", "padim_mvtec", "uniad_mvtec" and "uniad_visa" have the settings of the published
-results of PatchCore, PaDiM and UniAD, see `recontrast.recipes.rivals`. The others:
+results of PatchCore, PaDiM and UniAD, see `recontrast.recipes.rivals`; "dinomaly_mvtec", "dinomaly_visa",
+"inp_former_mvtec" and "inp_former_visa" those of Dinomaly and INP-Former, see `recontrast.recipes.transformers`. The
+others:
 "mvtec", "visa", "mvtec_stable" and "visa_stable" (appendix E), "mvtec_unified", "visa_unified", "aptos",
 "oct2017" and "isic2018". To change a setting: ``RECIPES["mvtec"].replace(steps=500)``.
 """

@@ -161,6 +161,9 @@ class Recipe:
         coherence: Weight of the coherence loss of INP-Former. Default: 0.2.
         fused_norm: Whether BatchNorm, the residual add and the activation after it run as one operator
             (`recontrast.models.norm_act`), which changes results by rounding errors alone. Default: True.
+        map_size: Size of the anomaly map in pixels. It is computed at the size of the network's input, then resized and
+            blurred; masks are resized to it by nearest neighbour. Dinomaly and INP-Former use 256. None, the default,
+            keeps the size of the input.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -243,6 +246,7 @@ class Recipe:
     prototypes: int = 6
     coherence: float = 0.2
     fused_norm: bool = True
+    map_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -285,6 +289,10 @@ class Recipe:
             (
                 self.tile is not None and self.crop is not None,
                 f"crop: wanted none if tile is given ({self.tile}), got {self.crop!r}",
+            ),
+            (
+                self.tile is not None and self.map_size is not None,
+                f"map_size: wanted none if tile is given ({self.tile}), got {self.map_size!r}",
             ),
             (
                 self.stride is not None and self.stride > (self.tile or 0),
@@ -378,10 +386,15 @@ class Recipe:
 
     @property
     def out(self) -> tuple[int, int]:
-        """Height and width of the network input and of the anomaly map, in pixels."""
+        """Height and width of the network input, in pixels."""
         if self.tile is not None:
             return self.tile, self.tile
         return to_pair(self.size if self.crop is None else self.crop)
+
+    @property
+    def map_out(self) -> tuple[int, int]:
+        """Height and width of the anomaly map, in pixels."""
+        return self.out if self.map_size is None else to_pair(self.map_size)
 
     def encoder_bn_for(self, category: str) -> Literal["train", "eval"]:
         """Return the BatchNorm mode of the trained encoder for ``category``.

@@ -211,6 +211,7 @@ FIELD_RULES: dict[str, FieldRule] = {
     "prototypes": _integer(1),
     "coherence": _RATE,
     "fused_norm": _FLAG,
+    "map_size": (lambda v: v is None or _is_size(v), f"none, {_SIZE[1]}"),
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,

@@ -34,7 +34,8 @@ OPTIONS = {
                    "schedule=cosine", "optimiser=sgd"),
     "dinomaly": ("rule=hardest", "factor=0.1", "optimiser=stableadamw", "amsgrad=true", "schedule=cosine_from_zero",
                  "warmup=0.5", "lr_end=0.1", "clip=0.1", "bottleneck_dropout=0.1", "score=0.01", "reduce=mean"),
-    "inp_former": ("rule=power", "optimiser=stableadamw", "clip=0.1", "prototypes=3", "coherence=0.1", "score=0.01"),
+    "inp_former": ("rule=power", "optimiser=stableadamw", "clip=0.1", "prototypes=3", "coherence=0.1", "score=0.01",
+                   "map_size=[40,56]", "mask_rule=half"),
 }  # fmt: skip
 SMALL = ("--backbone", "test_resnet", "--weights", "random", "--size", "64", "--batch", "3", "--device", "cpu",
          "--steps", "2", "--set", "channels_last=false")  # fmt: skip

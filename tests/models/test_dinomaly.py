@@ -117,6 +117,21 @@ def test_map(images):
         torch.testing.assert_close(distance, expected[:, 0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [(40, 56), (100, 96), (1, 130)])
+def test_map_size(size, images):
+    """Maps are resized from the size of the images without smoothing, and then blurred, as in `evaluation_batch`."""
+    model, recipe = build(), RECIPE.replace(size=(64, 96), map_size=size)
+    with torch.no_grad():
+        distances = model.distances(images)[0]
+        large = [F.interpolate(d.unsqueeze(1), (64, 96), mode="bilinear", align_corners=True) for d in distances]
+        resized = F.interpolate(torch.stack(large).mean(0), size, mode="bilinear", align_corners=False)
+        offsets = torch.arange(-2, 3).double()
+        kernel = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / 32)
+        blurred = F.conv2d(resized, (kernel / kernel.sum())[None, None], padding=2)[:, 0]
+        maps, _ = build_anomaly_map(model, recipe).from_distances(distances)
+    torch.testing.assert_close(maps.double(), blurred, rtol=0, atol=1e-6)
+
+
 def test_dropout_acts_three_times_in_the_bottleneck_and_in_training_only(images):
     model = build(dropout=0.5).train()
     torch.manual_seed(3)

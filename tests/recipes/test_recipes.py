@@ -10,7 +10,9 @@ from recontrast.recipes import yaml_file
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe, list_differences
 from recontrast.recipes.rivals import RIVALS
+from recontrast.recipes.transformers import TRANSFORMERS
 from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS
+from recontrast.training.optimisers import compute_lr_factor
 
 INVALID = {
     "steps": [0, -1, 2.0, "10", True, None],
@@ -133,7 +135,26 @@ def test_settings_of_every_script(name):
 
 
 def test_every_recipe_is_in_the_table():
-    assert {*TABLE, *RIVALS} == set(RECIPES) and not set(TABLE) & set(RIVALS)
+    assert {*TABLE, *RIVALS, *TRANSFORMERS} == set(RECIPES)
+    assert len(TABLE) + len(RIVALS) + len(TRANSFORMERS) == len(RECIPES)
+
+
+def test_dinomaly_and_inp_former_have_their_published_settings():
+    for name, recipe in TRANSFORMERS.items():
+        assert recipe.name == name == f"{recipe.architecture}_{name.split('_')[-1]}"
+        assert (recipe.size, recipe.out, recipe.map_out, recipe.batch) == (448, (392, 392), (256, 256), 16)
+        assert (recipe.optimiser, recipe.amsgrad, recipe.eps, recipe.weight_decay, recipe.clip) == (
+            "stableadamw", True, 1e-10, 1e-4, 0.1)  # fmt: skip
+        assert [compute_lr_factor(recipe, step) for step in (0, 99, 100)] == [0, 1, 1]
+        assert compute_lr_factor(recipe, recipe.steps) == pytest.approx(0.1)
+    steps = {name: recipe.steps for name, recipe in TRANSFORMERS.items()}
+    assert steps == {"dinomaly_mvtec": 10_000, "dinomaly_visa": 10_000, "inp_former_mvtec": 200 * 226,
+                     "inp_former_visa": 200 * 541}  # fmt: skip
+    dinomaly, inp_former = TRANSFORMERS["dinomaly_mvtec"], TRANSFORMERS["inp_former_mvtec"]
+    assert (dinomaly.decoder_lr, dinomaly.rule, dinomaly.factor, dinomaly.mask_rule) == (2e-3, "hardest", 0.1, "any")
+    assert (inp_former.decoder_lr, inp_former.rule, inp_former.coherence) == (1e-3, "power", 0.2)
+    with pytest.raises(ValueError, match="map_size: wanted none if tile is given"):
+        dinomaly.replace(tile=392, crop=None)
 
 
 def test_rivals_have_their_published_settings():
@@ -185,7 +206,7 @@ def test_every_field_has_a_rule():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_round_trip_through_yaml(tmp_path, name):
-    recipe = RECIPES[name].replace(size=(256, 224), weights="wéights.pth", decoder_lr=1e-5)
+    recipe = RECIPES[name].replace(size=(512, 448), weights="wéights.pth", decoder_lr=1e-5)
     assert yaml_file.read_recipe(yaml_file.write_recipe(tmp_path / "recipe.yaml", recipe)) == recipe
 
 

@@ -18,7 +18,7 @@ def compare(  # 14 options and the output; the package `compare` does the work
         str | None,
         typer.Option(
             help="Methods, such as patchcore,padim, or your own as MODULE:NAME. "
-            "Default: those, ensemble, recontrast, rd4ad and uniad."
+            "Default: those, ensemble, recontrast, rd4ad and uniad. Also: dinomaly and inp_former."
         ),
     ] = None,
     category: Annotated[

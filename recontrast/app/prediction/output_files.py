@@ -97,7 +97,7 @@ def save_overlays(
 
 def describe_maps(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
     """Return what a reader of the map files needs: format, size, range and scale."""
-    size = "as the image" if recipe.tile is not None else list(recipe.out)
+    size = "as the image" if recipe.tile is not None else list(recipe.map_out)
     description: dict[str, Any] = {"format": maps, "size": size, "range": [0.0, top]}
     if maps == "tiff16":
         description["scale"] = top / 65535  # anomaly value = stored integer x scale

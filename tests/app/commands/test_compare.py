@@ -237,7 +237,7 @@ def test_budget_is_that_of_each_training(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--methods", "padim,yolo"), "--methods: wanted patchcore, padim, ensemble, recontrast, rd4ad or uniad, got"),
+        (("--methods", "padim,yolo"), "--methods: wanted patchcore, padim, ensemble, recontrast, rd4ad, uniad, "),
         (("--methods", ","), "--methods: wanted names such as patchcore,padim, got ','"),
         (("--budget", "soon"), "--budget: wanted a duration such as 90s, 3m or 1h, got 'soon'"),
         (("--size", "0"), "size: wanted a whole number of pixels"),
