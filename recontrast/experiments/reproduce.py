@@ -334,6 +334,8 @@ def _write_notes(
     if changes:
         changed = ", ".join(f"{key} {value}" for key, value in changes.items())
         notes.append(f"Not the paper's settings: {changed}.")
+    if not any(entry.numbers for entry in table.entries):  # nothing to compare with
+        return notes
     if table.categories and set(categories) != set(table.categories):
         same = len(set(categories) & set(table.categories))
         notes.append(f"{same} of the {len(categories)} categories are among the paper's {len(table.categories)}; the "

@@ -205,6 +205,7 @@ def test_long_tail(data, tmp_path):
     recipe = yaml_file.read_recipe(tmp_path / "ours-sampling=classes/all/seed-1/recipe.yaml")
     assert dict(recipe.shots) == {"grid": 4, "screw": 1} and recipe.sampling == "classes"
     assert any("shots {'grid': 4, 'screw': 1}" in note for note in comparison.notes)
+    assert not any("paper.s mean" in note or "published" in note for note in comparison.notes)
 
 
 # ---- errors ---------------------------------------------------------------------------
