@@ -66,7 +66,7 @@ def train(  # 34 options and the output; `train_job` does the work
         str | None,
         typer.Option(
             help="Time for the training, such as 90s, 3m or 1h. What fits is chosen from the speed of this machine: "
-            "PatchCore at the largest image size, or with --architecture or --recipe its number of steps."
+            "an ensemble at the largest image size, or with --architecture or --recipe its number of steps."
         ),
     ] = None,
     steps: Annotated[
