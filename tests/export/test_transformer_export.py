@@ -17,11 +17,17 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["tiny_registers", "tiny_rotary"])
+@pytest.fixture(
+    scope="module",
+    params=[("recontrast", "tiny_registers"), ("dinomaly", "tiny_registers"), ("inp_former", "tiny_rotary")],
+    ids=lambda pair: " ".join(pair),
+)
 def files(request, tmp_path_factory):
     """Result of one export for each format; the position embeddings of the backbone have another grid."""
-    folder, programs, trace = tmp_path_factory.mktemp(request.param), [], exporting.trace
-    checkpoint = save(folder / "checkpoint.pt", Recipe(backbone=request.param, weights="random", size=(40, 24)))
+    architecture, backbone = request.param
+    folder, programs, trace = tmp_path_factory.mktemp(architecture), [], exporting.trace
+    recipe = Recipe(architecture=architecture, backbone=backbone, weights="random", size=(40, 24))
+    checkpoint = save(folder / "checkpoint.pt", recipe)
 
     def trace_once(graph):
         if not programs:
