@@ -34,11 +34,12 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise, read_mask
 from recontrast.evaluation.evaluate import evaluate, infer
+from recontrast.float32 import convolution_precision
 from recontrast.inference.options import InferenceOptions
 from recontrast.loss import point_distances
 from recontrast.models.norm_act import fuse_norm_act
 from recontrast.recipes.paper import RECIPES
-from recontrast.runtime.device import convolution_precision, move_model
+from recontrast.runtime.device import move_model
 from recontrast.training.cuda_graph import GraphedStep, record_graph
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.optimisers import build_optimisers
