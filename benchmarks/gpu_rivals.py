@@ -1,11 +1,13 @@
-"""Stage `rivals` of `gpu.sh`: PatchCore, PaDiM and UniAD with the sizes of their published results."""
+"""Stage `rivals` of `gpu.sh`: other methods with the sizes of their published results."""
 
 from functools import partial
 
 import numpy as np
 import torch
+from bench_transformers import GROUPS, RULES, SHAPES, weight_by_hook
 from measurements import Run
 
+from recontrast import pairs_loss
 from recontrast.architectures import build_model
 from recontrast.data.images import normalise
 from recontrast.models.coreset import find_nearest, select_coreset
@@ -22,6 +24,8 @@ TINY = {"backbone": "resnet18", "size": 64}
 def rivals(run: Run) -> None:
     """Measure the parts of fitting and prediction, those that take longest first."""
     _measure_patchcore(run)
+    _measure_token_loss(run)
+    _measure_transformers(run)
     _measure_uniad(run)
     _measure_padim(run)
 
@@ -30,7 +34,8 @@ def _build(run: Run, name: str, **changes) -> tuple[Recipe, Network, torch.Tenso
     """Build the network of a recipe with random weights, and normalised images of noise."""
     recipe = RECIPES[name].replace(weights="random", **changes)
     if run.tiny:
-        recipe = recipe.replace(**TINY, **({} if recipe.crop is None else {"crop": None}))
+        tokens = {"backbone": "test_vit", "layers": None, "map_size": None} if recipe.layers is not None else {}
+        recipe = recipe.replace(**{**TINY, **tokens}, **({} if recipe.crop is None else {"crop": None}))
     model = build_model(recipe, "all")
     channels_last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
     count = 2 if run.tiny else 64
@@ -80,6 +85,47 @@ def _measure_uniad(run: Run) -> None:
     model.eval()
     with torch.no_grad():
         run.measure(group, "distances and scores", lambda: model.distances(images), images=len(images), most=10)
+
+
+def _measure_token_loss(run: Run) -> None:
+    """Measure the losses of Dinomaly and INP-Former beside the hooks of both codes, on two groups of ViT-B."""
+    shape = (2, 8, 4, 4) if run.tiny else SHAPES[-1]
+    teachers, leaves = ([torch.randn(shape, device=run.device) for _ in range(GROUPS)] for _ in range(2))
+    for rule in RULES:
+        if run.is_out_of_time():
+            return
+
+        def work(compute, rule=rule):
+            students = [leaf.requires_grad_() * 1 for leaf in leaves]
+            return torch.autograd.grad(compute(list(zip(teachers, students, strict=True)), rule), leaves)
+
+        group = f"loss of token groups, forward and backward, {rule}, {shape}"
+        run.measure(group, "ours", partial(work, lambda pairs, rule: pairs_loss(pairs, RULES[rule], groups=GROUPS)))
+        run.measure(group, "hook", partial(work, weight_by_hook), seconds=0.4, most=10)
+
+
+def _measure_transformers(run: Run) -> None:
+    """Measure a training step of Dinomaly and INP-Former with computed and with cached features, and a prediction."""
+    for name in ("dinomaly_mvtec", "inp_former_mvtec"):
+        if run.is_out_of_time():
+            return
+        recipe, model, images = _build(run, name, precision="bfloat16")
+        images = images[:2] if run.tiny else images[: recipe.batch]
+        optimisers = build_optimisers(model, recipe, run.device)
+        group = f"{recipe.architecture}, {recipe.backbone}, {recipe.out[0]} px, batch {len(images)}, bfloat16"
+        with torch.autocast(run.device.type, torch.bfloat16):
+            features = [part.clone() for part in model.constant_features(images)]
+        parameter = 0.1 if recipe.rule == "hardest" else 3.0
+        for label, cached in (("computed", None), ("cached", features)):
+
+            def step(cached=cached, model=model, optimisers=optimisers, images=images, recipe=recipe, p=parameter):
+                model.train()
+                return train_step(model, optimisers, images, p, recipe, frozen_features=cached)
+
+            run.measure(group, f"training step, features {label}", step, images=len(images), seconds=1.0, most=10)
+        model.eval()
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):
+            run.measure(group, "distances", partial(model.distances, images), images=len(images), most=10)
 
 
 @torch.no_grad()
