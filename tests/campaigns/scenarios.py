@@ -309,7 +309,7 @@ def check_training(folder, content, former, whole):
     if "checkpoint.pt" in content:
         if checkpoints.load(folder / "checkpoint.pt").recipe != read_recipe(folder / "recipe.yaml"):
             return "a checkpoint of another run"
-        if len(log) < content["checkpoint.pt"][0]:
+        if (log[-1][0] if log else 0) < content["checkpoint.pt"][0]:
             return "a log without lines of the checkpoint"
     if "results.json" in content and content["results.json"] != runs[0]["results.json"]:
         return "results of another run"
