@@ -42,11 +42,11 @@ WAYS = {  # name -> recipe fields; "cache" enables the teacher cache
     "compile": {"channels_last": False, "compile": True},
     "cache": {"channels_last": False, "cache": True},
     "bfloat16, channels_last": {"channels_last": True, "precision": "bfloat16"},
-    "channels_last, norms not fused": {"channels_last": True, "fused_norm": False},
-    "bfloat16, channels_last, norms not fused": {
+    "channels_last, norms fused": {"channels_last": True, "fused_norm": True},
+    "bfloat16, channels_last, norms fused": {
         "channels_last": True,
         "precision": "bfloat16",
-        "fused_norm": False,
+        "fused_norm": True,
     },
     "bfloat16, channels_last, cache": {"channels_last": True, "precision": "bfloat16", "cache": True},
     "bfloat16, channels_last, compile": {"channels_last": True, "precision": "bfloat16", "compile": True},

@@ -231,11 +231,11 @@ WAYS = {
     "ours + graph": {"channels_last": True, "precision": "bfloat16", "graph": True},
     f"ours, bfloat16, {CACHED}, no graph": {"channels_last": True, "precision": "bfloat16"},
     "ours, float32, graph": {"channels_last": True, "graph": True},
-    "ours, bfloat16, graph, norms not fused": {
+    "ours, bfloat16, graph, norms fused": {
         "channels_last": True,
         "precision": "bfloat16",
         "graph": True,
-        "fused_norm": False,
+        "fused_norm": True,
     },
     "ours, full float32": {"channels_last": True, "tf32": False},
 }

@@ -160,7 +160,8 @@ class Recipe:
         prototypes: Number of prototypes of INP-Former. Default: 6.
         coherence: Weight of the coherence loss of INP-Former. Default: 0.2.
         fused_norm: Whether BatchNorm, the residual add and the activation after it run as one operator
-            (`recontrast.models.norm_act`), which changes results by rounding errors alone. Default: True.
+            (`recontrast.models.norm_act`), which changes results by rounding errors alone. Default: False, since it
+            does not shorten a step on a CPU (benchmarks/README.md).
         map_size: Size of the anomaly map in pixels. It is computed at the size of the network's input, then resized and
             blurred; masks are resized to it by nearest neighbour. Dinomaly and INP-Former use 256. None, the default,
             keeps the size of the input.
@@ -245,7 +246,7 @@ class Recipe:
     bottleneck_dropout: float = 0.2
     prototypes: int = 6
     coherence: float = 0.2
-    fused_norm: bool = True
+    fused_norm: bool = False
     map_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

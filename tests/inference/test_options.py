@@ -88,8 +88,8 @@ def test_bfloat16_without_folding_converts_the_convolutions_once(model, images):
     convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
     assert {m.weight.dtype for m in convolutions} == {torch.bfloat16}
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16, torch.float32}
-    plain = options.build_network(model, recipe.replace(fused_norm=False), RECIPE)
-    fused = options.build_network(model, recipe, RECIPE, keep=True)
+    plain = options.build_network(model, recipe, RECIPE)
+    fused = options.build_network(model, recipe.replace(fused_norm=True), RECIPE, keep=True)
     for cast, original in zip(scores_of(plain, images, recipe), scores_of(model, images, recipe), strict=True):
         assert torch.equal(cast, original)  # as autocast converts them
     for cast, original in zip(scores_of(fused, images, recipe), scores_of(model, images, recipe), strict=True):

@@ -1,6 +1,6 @@
 """Dinomaly against its formulas, restated in float64 token by token.
 
-The public code on equal weights and images, in float64 on four vision transformers: features to 3e-15 (relative), loss
+The public code on equal weights and images, in float64 on three vision transformers: features to 3e-15 (relative), loss
 to 4e-16, gradients to 2e-14 (relative), weights after 12 steps of its optimiser and schedule to 3e-15, and maps, which
 are float32 here, to 2e-7.
 """
