@@ -1,6 +1,7 @@
 """Short descriptions of values for error messages, whatever a file holds."""
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 _LARGEST = 200  # characters
@@ -17,6 +18,8 @@ def describe_value(value: Any) -> str:
     Returns:
         Text without line breaks.
     """
+    if isinstance(value, Mapping):
+        value = dict(value)  # reprlib bounds dictionaries, and prints other mappings whole
     try:
         text = " ".join(_SHORT.repr(value).split())
     except (ValueError, RecursionError):  # an integer with more digits than Python prints

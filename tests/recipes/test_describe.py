@@ -38,3 +38,13 @@ def test_long_values_are_shortened():
         assert 0 < len(text) <= 203 and "\n" not in text
         assert "..." in text
     assert describe_value(10**6000) == "a very large int"
+
+
+def test_mapping_of_another_kind_is_bounded():
+    """A frozen mapping of aliases, each of which holds the one before ten times, would be printed for minutes."""
+    from recontrast.recipes.frozen_mapping import FrozenMapping
+
+    value = ["x"]
+    for _ in range(9):
+        value = [value] * 10
+    assert len(describe_value(FrozenMapping({"a": value}))) <= 203
