@@ -19,6 +19,8 @@ class Dinomaly(TokenNetwork):
 
     Class and register tokens pass through bottleneck and decoder; the loss and the map leave them out.
 
+    The attributes are those of `recontrast.models.token_network.TokenNetwork`.
+
     Args:
         backbone: Vision transformer, by its model name in timm. The authors use DINOv2 with registers:
             "vit_base_patch14_reg4_dinov2".
@@ -26,9 +28,6 @@ class Dinomaly(TokenNetwork):
         layers: Groups of block indices that are rebuilt, such as ((2, 3, 4, 5), (6, 7, 8, 9)). None takes two groups
             of the middle blocks, as the authors' code does. The decoder has one block for each.
         dropout: Probability of dropout in the noisy bottleneck, in training. Default: 0.2.
-
-    Attributes:
-        encoder, width, heads, depth, mean, std, stride: See `recontrast.models.token_network.TokenNetwork`.
 
     Raises:
         ValueError: If the backbone is not a vision transformer, a layer does not exist, ``dropout`` is not in [0, 1),

@@ -22,6 +22,8 @@ class INPFormer(TokenNetwork):
 
     Class and register tokens are left out throughout.
 
+    The other attributes are those of `recontrast.models.token_network.TokenNetwork`.
+
     Args:
         backbone: Vision transformer, by its model name in timm. The authors use DINOv2 with registers:
             "vit_base_patch14_reg4_dinov2".
@@ -32,7 +34,6 @@ class INPFormer(TokenNetwork):
 
     Attributes:
         prototype_tokens: Learned tokens from which the prototypes of each image start, (prototypes, width).
-        encoder, width, heads, depth, mean, std, stride: See `recontrast.models.token_network.TokenNetwork`.
 
     Raises:
         ValueError: If the backbone is not a vision transformer, a layer does not exist, ``prototypes`` is out of range,
@@ -79,9 +80,8 @@ class INPFormer(TokenNetwork):
             frozen_features: Result of `constant_features` for these images. None computes it.
 
         Returns:
-            pairs: Pairs (teacher, student) of features (N, width, h, w), one for each group, in the dtype of the
-                weights or of autocast.
-            coherence: Cosine distance of each token to the closest prototype, (N, h * w), in the same dtype.
+            pairs: Pairs (teacher, student) of features (N, width, h, w), one for each group.
+            coherence: Cosine distance of each token to the closest prototype, (N, h * w), in the dtype of the features.
         """
         groups = self.encode(images, frozen_features)
         tokens, outputs = self.fuse(groups), []
