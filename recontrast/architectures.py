@@ -229,7 +229,13 @@ def _compute_uniad_loss(
 
 
 def _build_dinomaly(recipe: Recipe, category: str) -> Network:
-    return Dinomaly(recipe.backbone, weights=recipe.weights, layers=recipe.layers, dropout=recipe.bottleneck_dropout)
+    return Dinomaly(
+        recipe.backbone,
+        weights=recipe.weights,
+        layers=recipe.layers,
+        dropout=recipe.bottleneck_dropout,
+        recentre=recipe.recentre,
+    )
 
 
 def _build_inp_former(recipe: Recipe, category: str) -> Network:

@@ -1,7 +1,8 @@
 """Tiny vision transformers that timm does not have, registered under names of their own.
 
 ``test_vit`` of timm has 6 blocks of 64 channels, patches of 16 px and a class token. `NAMES` adds one with class and
-register tokens, one without either, and an Eva with rotary position embeddings, as DINOv3 has.
+register tokens, one without either, and an Eva with rotary position embeddings, as DINOv3 has. ``tiny_clip`` has the
+norm before the blocks that CLIP has.
 """
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -14,7 +15,9 @@ _CONFIG = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "num_cla
 _CONFIG |= {"first_conv": "patch_embed.proj", "classifier": "head"}
 NAMES = ("test_vit", "tiny_registers", "tiny_plain", "tiny_rotary")
 
-default_cfgs = generate_default_cfgs(dict.fromkeys((*NAMES[1:], "tiny_linear"), _CONFIG))  # timm looks for this name
+default_cfgs = generate_default_cfgs(
+    dict.fromkeys((*NAMES[1:], "tiny_clip", "tiny_linear"), _CONFIG)
+)  # timm looks for this name
 
 
 def _build(kind, name, options, **given):
@@ -31,6 +34,11 @@ def tiny_registers(pretrained=False, **given):
 @register_model
 def tiny_plain(pretrained=False, **given):
     return _build(VisionTransformer, "tiny_plain", {"class_token": False, "global_pool": "avg"}, **given)
+
+
+@register_model
+def tiny_clip(pretrained=False, **given):
+    return _build(VisionTransformer, "tiny_clip", {"pre_norm": True}, **given)
 
 
 @register_model

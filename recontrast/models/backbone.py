@@ -51,6 +51,7 @@ class Backbone(nn.Module):
         is_token_model: Whether the model is a vision transformer, with `forward_tokens`.
         layers: Blocks of each level of a vision transformer; None for other models.
         prefix_tokens: Number of class and register tokens, which precede those of the patches; 0 for other models.
+        has_class_token: Whether the first of them is a class token.
 
     Raises:
         ValueError: If the model, its tag, the levels or the layers do not exist, or the weights do not fit.
@@ -71,7 +72,7 @@ class Backbone(nn.Module):
         plan = _plan_levels(name, levels, layers)
         self.name = name
         self.layers: Layers | None = plan.layers
-        self.prefix_tokens = 0
+        self.prefix_tokens, self.has_class_token = 0, False
         extractor: Any
         if plan.layers is None:
             extractor = timm.create_model(name, features_only=True, out_indices=plan.outputs)
@@ -85,6 +86,7 @@ class Backbone(nn.Module):
             extractor.prune_intermediate_layers(plan.layers[-1][-1:], prune_norm=True)
             self.channels = (extractor.embed_dim,) * len(plan.layers)
             self.prefix_tokens = extractor.num_prefix_tokens
+            self.has_class_token = getattr(extractor, "cls_token", None) is not None
         load_weights(extractor, name, weights)
         self.extractor: nn.Module = extractor
         self.strides: tuple[int, ...] = plan.strides

@@ -2,7 +2,8 @@
 
 https://arxiv.org/abs/2405.14325; the authors' code: models/uad.py, ``ViTill``. Four measures keep it from copying
 anomalies: dropout in the bottleneck, linear attention that cannot focus, groups of layers that are rebuilt as a whole,
-and a loss that mines the hardest points (`recontrast.mining.hardest`).
+and a loss that mines the hardest points (`recontrast.mining.hardest`). Dinomaly2 (https://arxiv.org/abs/2510.17611)
+adds context-aware recentring: patch tokens minus the class token, so that what is rebuilt depends on the class.
 """
 
 import os
@@ -17,7 +18,8 @@ from recontrast.models.transformer_blocks import DecoderBlock, Mlp, initialise
 class Dinomaly(TokenNetwork):
     """Dinomaly: reconstruction of groups of layers of a frozen vision transformer.
 
-    Class and register tokens pass through bottleneck and decoder; the loss and the map leave them out.
+    Class and register tokens pass through bottleneck and decoder, unless they are subtracted (``recentre``); the loss
+    and the map leave them out.
 
     The attributes are those of `recontrast.models.token_network.TokenNetwork`.
 
@@ -28,10 +30,12 @@ class Dinomaly(TokenNetwork):
         layers: Groups of block indices that are rebuilt, such as ((2, 3, 4, 5), (6, 7, 8, 9)). None takes two groups
             of the middle blocks, as the authors' code does. The decoder has one block for each.
         dropout: Probability of dropout in the noisy bottleneck, in training. Default: 0.2.
+        recentre: Whether the class token of a layer is subtracted from its patch tokens (Dinomaly2); class and register
+            tokens then do not pass through the decoder. Default: False.
 
     Raises:
-        ValueError: If the backbone is not a vision transformer, a layer does not exist, ``dropout`` is not in [0, 1),
-            or the weights do not fit.
+        ValueError: If the backbone is not a vision transformer, or has no class token to recentre by, a layer does not
+            exist, ``dropout`` is not in [0, 1), or the weights do not fit.
         OSError: If the weight file or the hub cannot be read.
     """
 
@@ -42,14 +46,35 @@ class Dinomaly(TokenNetwork):
         weights: str | os.PathLike | None = None,
         layers: Layers | None = None,
         dropout: float = 0.2,
+        recentre: bool = False,
     ) -> None:
         if not 0 <= dropout < 1:
             raise ValueError(f"Dinomaly: dropout: wanted a number of at least 0 and below 1, got {dropout}")
-        super().__init__(backbone, weights=weights, layers=layers, options={"dropout": dropout})
+        options = {"dropout": dropout} | ({"recentre": True} if recentre else {})
+        super().__init__(backbone, weights=weights, layers=layers, options=options)
+        if recentre and not self.encoder.has_class_token:
+            raise ValueError(f"Dinomaly: recentre: wanted a backbone with a class token, got {backbone!r}")
+        self.recentre = recentre
         self.bottleneck = Mlp(self.width, dropout, drop_input=True)
         self.decoder = nn.ModuleList(DecoderBlock(self.width, self.heads) for _ in range(self.depth))
         initialise(self.bottleneck)
         initialise(self.decoder)
+
+    def constant_features(self, images: Tensor) -> list[Tensor]:
+        """Compute the mean tokens of each group, which do not change in training.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+
+        Returns:
+            Tokens (N, prefix + h * w, width) of each group, without gradient, in the encoder's output dtype; with
+                ``recentre``, patch tokens (N, h * w, width) minus the class token.
+        """
+        groups = super().constant_features(images)
+        if not self.recentre:
+            return groups
+        # The mean over the layers of a group of what is subtracted in each layer.
+        return [group[:, self.encoder.prefix_tokens :] - group[:, :1] for group in groups]
 
     def forward(self, images: Tensor, frozen_features: Sequence[Tensor] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Compute the features of each group of layers (teacher) and their reconstruction (student).

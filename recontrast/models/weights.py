@@ -25,6 +25,7 @@ from recontrast.data.regular_file import check_regular, is_regular, open_regular
 from recontrast.data.sidecar import check_sidecar
 from recontrast.models import hub
 from recontrast.models.position_embeddings import fit_position_embeddings
+from recontrast.models.published_names import rename_published
 from recontrast.models.safetensors_file import check_header
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -69,6 +70,8 @@ def load_weights(extractor: nn.Module, name: str, weights: str | os.PathLike | N
         source = f"file {str(path)!r}"
         tensors = read_weights(path)
         _check_published_hash(path, extractor, name)
+        if hasattr(extractor, "num_prefix_tokens"):
+            tensors = rename_published(tensors, extractor, create_meta_model(name), name, source)
         tensors = fit_position_embeddings(tensors, extractor, name, source)
         state = _rename_to_timm(tensors, extractor, name, source)
     matched = {}

@@ -157,6 +157,7 @@ class Recipe:
         options: Options that an architecture of your own has beside the fields of a recipe. Missing ones take its
             defaults. ``replace(**{"options.width": 64})`` changes one. Default: none.
         bottleneck_dropout: Probability of dropout in the bottleneck of Dinomaly. Default: 0.2.
+        recentre: Whether Dinomaly rebuilds patch tokens minus the class token, as Dinomaly2. Default: False.
         prototypes: Number of prototypes of INP-Former. Default: 6.
         coherence: Weight of the coherence loss of INP-Former. Default: 0.2.
         fused_norm: Whether BatchNorm, the residual add and the activation after it run as one operator
@@ -244,6 +245,7 @@ class Recipe:
     layers: tuple[tuple[int, ...], ...] | None = None
     options: Mapping[str, Any] = FrozenMapping({})
     bottleneck_dropout: float = 0.2
+    recentre: bool = False
     prototypes: int = 6
     coherence: float = 0.2
     fused_norm: bool = False

@@ -103,7 +103,7 @@ ARCHITECTURE_FIELDS: dict[str, tuple[str, ...]] = {
     "padim": ("levels", "layers", "gaussian_features"),
     "ensemble": ("layers", "bank_share", "gaussian_features", "small_size"),
     "uniad": (*_STEP_FIELDS, "levels", "layers", "jitter"),
-    "dinomaly": (*_RULE_FIELDS, *_STEP_FIELDS, "layers", "bottleneck_dropout"),
+    "dinomaly": (*_RULE_FIELDS, *_STEP_FIELDS, "layers", "bottleneck_dropout", "recentre"),
     "inp_former": (*_RULE_FIELDS, *_STEP_FIELDS, "layers", "prototypes", "coherence"),
 }
 ONE_PASS = {"patchcore", "padim", "ensemble"}  # architectures that are fitted in one pass
@@ -208,6 +208,7 @@ FIELD_RULES: dict[str, FieldRule] = {
     "shots": (_is_shots, "none, a whole number of at least 1 or numbers by class"),
     "augment": _one_of("none", "rotations", "flips", "inp_former"),
     "bottleneck_dropout": _float(lambda v: 0 <= v < 1, "a share of at least 0 and below 1"),
+    "recentre": _FLAG,
     "prototypes": _integer(1),
     "coherence": _RATE,
     "fused_norm": _FLAG,

@@ -33,7 +33,8 @@ OPTIONS = {
     "recontrast": ("rule=hardest", "factor=0.1", "levels=2", "decoder=mirror", "clip=1", "warmup=0.2",
                    "schedule=cosine", "optimiser=sgd"),
     "dinomaly": ("rule=hardest", "factor=0.1", "optimiser=stableadamw", "amsgrad=true", "schedule=cosine_from_zero",
-                 "warmup=0.5", "lr_end=0.1", "clip=0.1", "bottleneck_dropout=0.1", "score=0.01", "reduce=mean"),
+                 "warmup=0.5", "lr_end=0.1", "clip=0.1", "bottleneck_dropout=0.1", "recentre=true", "score=0.01",
+                 "reduce=mean"),
     "inp_former": ("rule=power", "optimiser=stableadamw", "clip=0.1", "prototypes=3", "coherence=0.1", "score=0.01",
                    "map_size=[40,56]", "mask_rule=half"),
 }  # fmt: skip

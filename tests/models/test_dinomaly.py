@@ -8,6 +8,7 @@ are float32 here, to 2e-7.
 import numpy as np
 import pytest
 import timm
+import tiny_transformers  # noqa: F401 - registers its models
 import torch
 import torch.nn.functional as F
 from token_models import LAYERS, average, expand, gradients, linear, mine, normalise, run_encoder, shake
@@ -48,6 +49,8 @@ def attend(block, tokens):
 def rebuild(model, images):
     """Teachers and students, (N, C, h, w), as in `ViTill.forward` of the authors' code."""
     encoded = run_encoder(model, images)
+    if model.recentre:  # Dinomaly2
+        encoded = [layer[:, model.encoder.prefix_tokens :] - layer[:, :1] for layer in encoded]
     tokens = expand(model.bottleneck, torch.stack(encoded).mean(0))
     decoded = []
     for block in model.decoder:
@@ -76,6 +79,21 @@ def test_features(backbone, images):
         torch.testing.assert_close(pair[0], expected[0], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(pair[1], expected[1], rtol=1e-10, atol=1e-10)
         assert not pair[0].requires_grad and pair[1].requires_grad
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "tiny_registers"])  # one class token; with register tokens behind it
+def test_recentred_features(backbone, images):
+    """Patch tokens minus the class token of the same layer (Dinomaly2), on cached features too."""
+    model = build(backbone, recentre=True)
+    expected = rebuild(model, images)
+    for pairs in (model(images), model(images, model.constant_features(images))):
+        for pair, wanted in zip(pairs, expected, strict=True):
+            torch.testing.assert_close(pair[0], wanted[0], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(pair[1], wanted[1], rtol=1e-10, atol=1e-10)
+    plain = build(backbone)
+    assert not torch.allclose(plain(images)[0][0], expected[0][0])
+    again = Dinomaly(**model.config, weights="random")
+    assert again.recentre and "recentre" not in plain.config
 
 
 @pytest.mark.parametrize("share", [1.0, 0.37, 0.1])
@@ -199,6 +217,10 @@ def test_defaults_are_those_of_the_authors():
     [
         ({"backbone": "test_resnet", "layers": None}, "Dinomaly: backbone: wanted a vision transformer"),
         ({"layers": ((0, 9),)}, "layers: wanted blocks 0 to 5 of 'test_vit', got 9"),
+        (
+            {"backbone": "tiny_plain", "recentre": True},
+            "recentre: wanted a backbone with a class token, got 'tiny_plain'",
+        ),
         ({"dropout": 1.0}, "dropout: wanted a number of at least 0 and below 1, got 1.0"),
     ],
 )

@@ -152,6 +152,81 @@ def test_position_embeddings_of_another_grid_are_resampled_as_in_timm(name, tmp_
     torch.testing.assert_close(backbone.extractor.pos_embed, expected, rtol=0, atol=0)
 
 
+def name_as_dinov2(state):
+    """The names of the authors' files: the class token has a position of its own, and LayerScale is `ls1.gamma` too."""
+    position = torch.full((1, 1, 32), 0.3)
+    state = {**state, "mask_token": torch.zeros(1, 32), "register_tokens": state["reg_token"]}
+    state |= {"cls_token": state["cls_token"] - position, "pos_embed": torch.cat([position, state["pos_embed"]], dim=1)}
+    return {k: v for k, v in state.items() if not k.startswith(("reg_token", "head", "fc_norm"))}
+
+
+def name_as_dinov3(state):
+    state = {k.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v for k, v in state.items()}
+    state |= {"storage_tokens": state.pop("reg_token"), "mask_token": torch.zeros(1, 32)}
+    state |= {f"blocks.{i}.attn.qkv.bias": torch.zeros(96) for i in range(6)}
+    state |= {"rope_embed.periods": torch.ones(4), "blocks.0.attn.qkv.bias_mask": torch.ones(96)}
+    return {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm"))}
+
+
+def name_as_clip(state):
+    names = {"patch_embed.proj": "conv1", "pos_embed": "positional_embedding", "blocks.": "transformer.resblocks.",
+             "norm_pre": "ln_pre", "norm1": "ln_1", "norm2": "ln_2", "qkv.": "in_proj_", "attn.proj": "attn.out_proj",
+             "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "cls_token": "class_embedding"}  # fmt: skip
+    renamed = {}
+    for key, value in state.items():
+        for own, theirs in names.items():
+            key = key.replace(own, theirs)
+        renamed[f"visual.{key.replace('norm.', 'ln_post.')}"] = value.squeeze(0) if "embedding" in key else value
+    renamed["visual.class_embedding"] = renamed["visual.class_embedding"].squeeze(0)
+    return {**renamed, "logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(48)}
+
+
+def name_as_open_clip(state):
+    return {f"visual.trunk.{k}": v for k, v in state.items()} | {"logit_scale": torch.ones(())}
+
+
+def name_as_mae(state):
+    return state | {"mask_token": torch.zeros(1, 1, 16), "decoder_embed.weight": torch.zeros(16, 64)}
+
+
+@pytest.mark.parametrize(
+    ("name", "rename"),
+    [
+        ("tiny_registers", name_as_dinov2),
+        ("tiny_rotary", name_as_dinov3),
+        ("tiny_clip", name_as_clip),
+        ("tiny_registers", name_as_open_clip),
+        ("test_vit", name_as_mae),
+    ],
+)
+def test_files_of_the_authors(name, rename, tmp_path):
+    whole, backbone = build_pair(name, tmp_path)
+    given = rename(whole.state_dict())
+    torch.save({"model": given}, tmp_path / "authors.pth")
+    again = Backbone(name, weights=tmp_path / "authors.pth", layers=LAYERS)
+    for (key, a), b in zip(again.state_dict().items(), backbone.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if "cls_token" in key else 0, msg=key)
+
+
+def test_files_of_the_authors_of_another_transformer_raise(tmp_path):
+    path, state = tmp_path / "w.pth", name_as_dinov2(timm.create_model("tiny_registers").state_dict())
+
+    def message_for(name, **changes):
+        torch.save({k: v for k, v in {**state, **changes}.items() if v is not None}, path)
+        message = error_message(name, weights=path)
+        assert str(path) in message and name in message
+        return message
+
+    assert "reg_token: wanted one of shape (1, 4, 32)" in message_for("tiny_registers", register_tokens=None)
+    fewer = message_for("tiny_registers", register_tokens=torch.zeros(1, 2, 32))
+    assert "reg_token: wanted one of shape (1, 4, 32)" in fewer and "got one of shape (1, 2, 32)" in fewer
+    assert "reg_token: wanted none" in message_for("tiny_plain", **{"patch_embed.proj.bias": None})
+    patches = {"patch_embed.proj.weight": torch.zeros(32, 3, 14, 14)}  # timm would resample them
+    assert "wanted one of shape (32, 3, 8, 8)" in message_for("tiny_registers", **patches)
+    assert "that timm cannot convert" in message_for("tiny_registers", pos_embed=torch.zeros(6))
+    assert "wanted blocks.2.attn.qkv.weight" in message_for("tiny_registers", **{"blocks.2.attn.qkv.weight": None})
+
+
 def test_files_of_another_transformer_raise(tmp_path):
     path = tmp_path / "w.pth"
 
