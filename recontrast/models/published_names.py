@@ -36,10 +36,9 @@ def rename_published(
     convert = getattr(sys.modules[type(extractor).__module__], "checkpoint_filter_fn", None)
     if convert is None or not hasattr(extractor, "num_prefix_tokens") or not any(mark in state for mark in MARKS):
         return state
-    _check_shape(
-        state, PATCHES, getattr(model.patch_embed.proj, "weight", None), "patch_embed.proj.weight", name, source
-    )
-    _check_shape(state, (*REGISTERS, "visual.trunk.reg_token"), getattr(model, "reg_token", None), "reg_token", name, source)
+    patches, registers = model.patch_embed.proj.weight, getattr(model, "reg_token", None)
+    _check_shape(state, PATCHES, patches, "patch_embed.proj.weight", name, source)
+    _check_shape(state, (*REGISTERS, "visual.trunk.reg_token"), registers, "reg_token", name, source)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # timm prints what a model lacks
             return dict(convert(dict(state), model))

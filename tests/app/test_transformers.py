@@ -1,9 +1,13 @@
 """Detectors on a vision transformer through the command line."""
 
 import csv
+import json
 
+import pytest
 from command_line import fails, works
 from tiny import tiny_set
+
+from recontrast.inference.detector import open_detector
 
 OPTIONS = ("--backbone", "test_vit", "--weights", "random", "--batch", "4", "--steps", "3", "--no-evaluate")
 
@@ -24,6 +28,22 @@ def test_tiles_in_bfloat16(tmp_path):
           "--out", tmp_path / "run")  # fmt: skip
     works("predict", tmp_path / "run", tmp_path / "nut/test/good", "--out", tmp_path / "scores", "--no-overlays")
     assert len((tmp_path / "scores/scores.csv").read_text().splitlines()) == 4
+
+
+def test_evaluate_and_compare(tmp_path):
+    """Dinomaly beside PatchCore on one transformer: the metrics of `compare` are those of `evaluate`."""
+    tiny_set(tmp_path, train=6)
+    options = ("--backbone", "test_vit", "--weights", "random", "--size", "64", "--batch", "4", "--steps", "2")
+    out = tmp_path / "compare"
+    printed = works("compare", tmp_path / "nut", "--methods", "dinomaly,patchcore", "--shots", "4",
+                    "--augment", "flips", *options, "--holdout", "0", "--out", out)  # fmt: skip
+    assert "few shots: 4 good images" in printed
+    found = json.loads((out / "compare.json").read_text())["methods"][0]["metrics"]
+    works("evaluate", out / "dinomaly", tmp_path, "--out", tmp_path / "tables", "--device", "cpu", "--batch", "4")
+    (row,) = json.loads((tmp_path / "tables/results.json").read_text())["rows"]
+    assert found and all(row[name] == pytest.approx(value, rel=1e-6) for name, value in found.items())
+    recipe = open_detector(out / "patchcore/checkpoint.pt", "cpu").recipe
+    assert (recipe.shots, recipe.augment) == (4, "flips")
 
 
 def test_wrong_sizes_and_layers_are_one_sentence(tmp_path):

@@ -5,10 +5,12 @@ import pytest
 import tiny_transformers  # noqa: F401 - registers the backbones
 import torch
 from saved_model import save
+from tiny import tiny_set
 
 from recontrast.export import export as exporting
 from recontrast.export.export import export
 from recontrast.recipes.recipe import Recipe
+from recontrast.training.train import train
 
 KINDS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 pytestmark = [
@@ -54,3 +56,13 @@ def test_graphs_resample_no_position_embeddings(files):
     graph = onnx.load(files["onnx"].path).graph
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     assert "Resize" not in {node.op_type for node in graph.node}
+
+
+def test_ensemble(tmp_path):
+    """PatchCore and PaDiM on one transformer, at two image sizes and so with two grids of position embeddings."""
+    recipe = Recipe(architecture="ensemble", backbone="tiny_registers", weights="random", size=64, small_size=32,
+                    score="model", bank_share=1.0, gaussian_features=8, seed=0)  # fmt: skip
+    train(recipe, tiny_set(tmp_path, train=10), out=tmp_path / "run", device="cpu")
+    for kind in ("onnx", "pt2"):
+        result = export(tmp_path / "run/checkpoint.pt", kind, tmp_path / f"d{KINDS[kind]}")
+        assert result.difference < 1e-5

@@ -23,12 +23,15 @@ TINY = {
     "log_every": 1,
     "checkpoint_every": 99,
 }
+VIT = {**TINY, "backbone": "test_vit", "steps": 5, "encoder_bn": "eval", "optimiser": "stableadamw", "clip": 0.1}
 RUNS = {
     "stable": RECIPES["mvtec_stable"].replace(steps=7, wipe_every=3, rest=2, **TINY),
     "unified": RECIPES["mvtec_unified"].replace(steps=5, **TINY),
     "rd4ad": RECIPES["mvtec"].replace(
         **{**TINY, "batch": 4}, steps=4, train_encoder=False, pairs="self", mining=False, loss="point"
     ),
+    "dinomaly": RECIPES["dinomaly_mvtec"].replace(**VIT, crop=None, layers=None, map_size=None),  # dropout draws too
+    "inp_former": RECIPES["inp_former_mvtec"].replace(**VIT, crop=None, layers=None, map_size=None),
 }
 
 
@@ -54,7 +57,16 @@ def assert_equal_optimisers(first, second):
 
 @pytest.mark.parametrize(
     "name, stop",
-    [("stable", 2), ("stable", 3), ("stable", 4), ("unified", 3), ("unified", 4), ("rd4ad", 2)],
+    [
+        ("stable", 2),
+        ("stable", 3),
+        ("stable", 4),
+        ("unified", 3),
+        ("unified", 4),
+        ("rd4ad", 2),
+        ("dinomaly", 3),
+        ("inp_former", 3),
+    ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(samples, uninterrupted, tmp_path, name, stop):
     """Stopped before, at and after a reset of the optimiser, and before and at the drop of the learning rates."""

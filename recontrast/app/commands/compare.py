@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from recontrast.app.console import exit_with_error, print_data, print_error, print_image_errors, print_line
-from recontrast.app.options import Data, Device, check_writable, expand_home, parse_duration, parse_list, path_option
+from recontrast.app.options import (
+    Data,
+    Device,
+    check_writable,
+    expand_home,
+    parse_duration,
+    parse_list,
+    parse_shots,
+    path_option,
+)
 from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.tables import print_table
 
@@ -50,6 +59,16 @@ def compare(  # 14 options and the output; the package `compare` does the work
     batch: Annotated[int | None, typer.Option(help="Images per step. Default: 16.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the resized images in pixels. Default: 256.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed. Default: 111.")] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            help="Good images of each class to train on, drawn with --seed: 4, or screw=4,tile=16. Default: all."
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="Augmented copies of the good images: none, rotations, flips or inp_former. Default: none."),
+    ] = None,
     holdout: Annotated[
         float | None,
         typer.Option(help="Share of the good images that are held out. Default: 0.1; without labelled images 0.2."),
@@ -74,7 +93,7 @@ def compare(  # 14 options and the output; the package `compare` does the work
         raise ValueError(f"--methods: wanted names such as patchcore,padim, got {methods!r}")
     values = {
         "backbone": backbone, "weights": expand_home(weights), "steps": steps, "batch": batch, "size": size,
-        "seed": seed, "holdout": holdout,
+        "seed": seed, "shots": None if shots is None else parse_shots(shots), "augment": augment, "holdout": holdout,
     }  # fmt: skip
     comparison = prepare_comparison(
         data, select_methods(parse_list(methods)), {key: value for key, value in values.items() if value is not None},
@@ -84,6 +103,8 @@ def compare(  # 14 options and the output; the package `compare` does the work
     check_writable(comparison.out)
     check_replaceable(comparison.out, FILES, overwrite=overwrite)
     print_data(datasets.describe(comparison.groups))
+    if drawn := next((run.job.describe_shots() for run in comparison.runs if run.job is not None), None):
+        print_line(drawn)
     results: list[Any] = []
     with lock_folder(comparison.out):  # until the tables are written
         try:

@@ -25,7 +25,9 @@ from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.evaluation.results import FILES as TABLES
+from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
+from recontrast.training.shots import select_shots
 
 COMMAND = "compare"  # in the name of the mark of an unfinished comparison
 UNLABELLED_HOLDOUT = 0.2  # share of the good images that is held out if no labelled test images exist
@@ -100,7 +102,8 @@ def prepare_comparison(
     out = out or Path("runs") / f"compare-{category}"
     samples = [sample for group in groups.values() for sample in group]
     is_labelled = len({sample.label for sample in samples if sample.split == "test"}) > 1
-    good = sum(sample.split == "train" and not sample.label for sample in samples)
+    drawn = select_shots(samples, changes.get("shots"), changes.get("seed", Recipe().seed))
+    good = sum(sample.split == "train" and not sample.label for sample in drawn)
     if not is_labelled and "holdout" not in changes:
         changes = {**changes, "holdout": UNLABELLED_HOLDOUT if good >= MIN_HOLDOUT_SOURCE else 0.0}
     unlabelled = list_images(images) if images else []

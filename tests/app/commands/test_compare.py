@@ -165,6 +165,14 @@ def test_without_any_held_out_image(data, tmp_path):
     assert read_json(tmp_path / "out")["recommendation"]["rule"] == "cost"
 
 
+def test_few_shots_without_labels(data, tmp_path):
+    """Of four images none is held out, though the folder has twenty."""
+    out = tmp_path / "out"
+    options = ("--methods", "patchcore", *SMALL, "--shots", "4", "--out", out)
+    assert "few shots: 4 good images" in works("compare", data / "train" / "good", *options)
+    assert read_json(out)["recommendation"]["rule"] == "cost"
+
+
 def test_without_masks(data, tmp_path):
     root = tmp_path / "nut"
     shutil.copytree(data, root)
@@ -244,6 +252,9 @@ def test_budget_is_that_of_each_training(data, tmp_path, monkeypatch):
         (("--device", "cuda:99"), "cuda:99"),
         (("--images", "nothing"), "nothing"),
         (("--category", "bolt"), "wanted category 'bolt'"),
+        (("--shots", "21"), "shots: wanted at most the 20 good images of nut, got 21"),
+        (("--shots", "few"), "--shots: wanted"),
+        (("--augment", "mirror"), "augment: wanted one of"),
         (("--holdout", "1"), "holdout: wanted a share of at least 0 and below 1"),
         (("--backbone", "no_such_net"), "no_such_net"),
     ],

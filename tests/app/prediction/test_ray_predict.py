@@ -1,5 +1,6 @@
 """Prediction over Ray: every image exactly once, whoever dies; what needs no Ray is in test_parts.py."""
 
+import csv
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 import torch
 from command_line import call
 from PIL import Image
+from saved_model import save
 
 from recontrast import checkpoint as checkpoints
 from recontrast.app.prediction import parquet_parts, ray_predict
@@ -197,6 +199,18 @@ def test_error_of_a_worker_is_one_sentence(ray, checkpoint, folder, tmp_path):
     (tmp_path / parquet_parts.FOLDER).symlink_to("/proc")
     with pytest.raises(OSError, match=r"^a worker stopped: .*part-.*: No such file or directory$"):
         ray_predict.predict(checkpoint, [folder], tmp_path)
+
+
+def test_vision_transformer(ray, folder, tmp_path):
+    """Dinomaly and its position embeddings in workers of their own: the scores of one process."""
+    recipe = Recipe(architecture="dinomaly", backbone="test_vit", weights="random", size=64, rule="hardest")
+    transformer = save(tmp_path / "transformer.pt", recipe)
+    ray_predict.predict(transformer, [folder], tmp_path / "workers", workers=2, part=4)
+    call("predict", transformer, folder, "--out", tmp_path / "alone", "--no-overlays", "--device", "cpu")  # one is bad
+    found = {path: row["score"] for path, row in rows(tmp_path / "workers").items() if row["error"] is None}
+    with (tmp_path / "alone/scores.csv").open(newline="") as file:
+        wanted = {row["path"]: float(row["score"]) for row in csv.DictReader(file) if not row["error"]}
+    assert len(found) == IMAGES and found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_too_many_workers(ray, checkpoint, folder, tmp_path):
