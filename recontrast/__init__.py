@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recontrast import metrics, ops
     from recontrast.anomaly_map import AnomalyMap
-    from recontrast.app.api import calibrate, evaluate, extend, find_samples, load, train
+    from recontrast.app.api import calibrate, evaluate, extend, find_samples, train
     from recontrast.app.estimator import ReContrastDetector
     from recontrast.architectures import Architecture
+    from recontrast.app.load import load
     from recontrast.loss import global_cosine, hard_mined_cosine, pairs_loss, point_cosine
     from recontrast.mining import alpha_at, deviation, hardest, power
     from recontrast.models.recontrast import ReContrast
@@ -62,7 +63,7 @@ _MODULES = {
     "hard_mined_cosine": "loss",
     "hardest": "mining",
     "import_architectures": "registration",
-    "load": "app.api",
+    "load": "app.load",
     "pairs_loss": "loss",
     "point_cosine": "loss",
     "power": "mining",

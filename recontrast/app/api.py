@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from recontrast import checkpoint as checkpoints
 from recontrast.app import evaluate_job, train_job
 from recontrast.app.calibrate_job import calibrate_detector
@@ -23,46 +21,11 @@ from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_images
-from recontrast.inference.detector import CheckpointDetector, Detector, open_detector
-from recontrast.inference.options import InferenceOptions
+from recontrast.inference.detector import CheckpointDetector, Detector
+from recontrast.app.load import load, resolve_detector
 from recontrast.training.extend import extend as extend_detector
 
 Data = PathLike | Sequence[PathLike] | Sequence[Sample]
-CHECKPOINT = "checkpoint.pt"
-
-
-def load(
-    path: PathLike,
-    device: str | torch.device | None = None,
-    *,
-    tile: int | None = None,
-    overlap: int | None = None,
-    views: Literal["both", "trained", "frozen"] | None = None,
-    precision: Literal["float32", "bfloat16"] | None = None,
-) -> Detector:
-    """Load a detector (ReContrast, Guo et al., https://arxiv.org/abs/2306.02602) for prediction.
-
-    Args:
-        path: A checkpoint, the folder of a run, or a file of ``recontrast export`` (.onnx, .xml, .pt2).
-        device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
-        tile: Side of the tiles in pixels, for a detector trained on tiles. None: as trained.
-        overlap: Pixels that neighboring tiles share. None: a quarter of the tile.
-        views: "both", "trained" or "frozen": which pairs of features make up the map. None: as trained.
-        precision: "float32" or "bfloat16". None: as trained.
-
-    Returns:
-        The detector. Its ``predict`` takes images, see `recontrast.inference.prediction.predict`.
-
-    Raises:
-        ValueError: If this version cannot read a detector from the file, or an option does not fit the detector.
-        FileNotFoundError: If there is no such file.
-
-    Examples:
-        >>> detector = recontrast.load("runs/mine")  # doctest: +SKIP
-        >>> detector.predict("photos")[0].show()  # doctest: +SKIP
-    """
-    file = _resolve_detector(path)
-    return open_detector(file, device, tile, overlap, InferenceOptions(views=views, precision=precision))
 
 
 def train(
@@ -114,7 +77,7 @@ def train(
         KeyboardInterrupt: On Ctrl-C, after the current step is complete and a checkpoint is written.
     """
     groups = _group_samples(data, category, all_good)
-    file = None if resume is None else _resolve_detector(resume)
+    file = None if resume is None else resolve_detector(resume)
     job = train_job.prepare_job(
         groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
         overwrite=overwrite, option="out", device=device,
@@ -254,7 +217,7 @@ def extend(
         ValueError: If the architecture cannot be extended, an image cannot be read, or no image is new.
         OSError: If the checkpoint cannot be written.
     """
-    file = detector.path if isinstance(detector, CheckpointDetector) else _resolve_detector(detector)
+    file = detector.path if isinstance(detector, CheckpointDetector) else resolve_detector(detector)
     paths = list_good_images(good, all_good)
     result = extend_detector(file, paths, holdout=holdout, device=device, on_step=on_progress)
     return CheckpointDetector(result.checkpoint, device)
@@ -280,18 +243,6 @@ def find_samples(
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
     groups = datasets.load(paths, None if category in (None, "all") else [category], all_good=all_good)
     return [sample for group in groups.values() for sample in group]
-
-
-def _resolve_detector(path: PathLike) -> Path:
-    """Return the file of a detector: ``path`` itself, or checkpoint.pt in the folder of a run."""
-    file = Path(path)
-    if not file.is_dir():
-        return file
-    if not (file / CHECKPOINT).is_file():
-        raise ValueError(
-            f"{path}: wanted a checkpoint, an exported file or the folder of a run, got a folder without {CHECKPOINT}"
-        )
-    return file / CHECKPOINT
 
 
 def _open_checkpoint_detector(function: str, detector: Detector | PathLike, device: str | None) -> CheckpointDetector:

@@ -10,6 +10,8 @@ USER_ERRORS = (
     OSError,
     ImportError,
 )  # caused by arguments, files or the installation: one sentence, no traceback
+# Modules of required packages, which an installation without dependencies lacks.
+_REQUIRED = {"torch": "torch", "timm": "timm", "safetensors": "timm", "sklearn": "scikit-learn", "scipy": "scipy"}
 # Texts of allocation failures: PyTorch on a CPU and on a GPU, cuDNN, cuBLAS, C++, ONNX Runtime.
 _MEMORY_TEXTS = re.compile(
     r"DefaultCPUAllocator|out of memory|can(?:no|')t allocate memory|(?:CUDNN|CUBLAS)_STATUS_ALLOC_FAILED|"
@@ -30,6 +32,12 @@ def describe_error(error: BaseException) -> str:
     """Describe an error in one line; ``file: reason`` if the system gave both."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name in _REQUIRED:
+        package = _REQUIRED[error.name]
+        return (
+            f"wanted the package {package} for this command, got none installed: pip install {package} (recontrast "
+            "predict with an exported .onnx or .xml file works without)"
+        )
     return " ".join(str(error).split()) or type(error).__name__
 
 

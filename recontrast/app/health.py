@@ -22,6 +22,10 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "ray": (("ray", "pyarrow"), "predict --ray"),
     "tensorboard": (("tensorboard",), "train --tensorboard"),
 }
+RUNTIMES = {"onnxruntime": ".onnx", "openvino": ".xml"}  # run exported files without PyTorch
+# Module -> package that prediction with exported files needs beside a runtime.
+RUNTIME_PACKAGES = {"numpy": "numpy", "PIL": "pillow", "typer": "typer", "rich": "rich", "yaml": "pyyaml",
+                    "filelock": "filelock"}  # fmt: skip
 LEAST_DISK = 2 << 30  # bytes free below which a note is given
 LEAST_MEMORY = 4 << 30
 
@@ -45,6 +49,9 @@ class Check:
 def check_installation() -> Iterator[Check]:
     """Check the installation, and yield each result as soon as it is known."""
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    if importlib.util.find_spec("torch") is None and (runtimes := [name for name in RUNTIMES if _is_installed(name)]):
+        yield from _check_without_torch(runtimes)
+        return
     yield from _check_requirements()
     if importlib.util.find_spec("torch") is None:
         return  # already reported; nothing else can run
@@ -54,6 +61,23 @@ def check_installation() -> Iterator[Check]:
     yield from _check_extras()
     yield from _check_space()
     yield _check_weights_cache()
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _check_without_torch(runtimes: list[str]) -> Iterator[Check]:
+    """Check an installation that predicts with exported files alone."""
+    endings = " and ".join(RUNTIMES[name] for name in runtimes)
+    yield Check("torch", "missing", f"not installed: predict runs exported {endings} files ({', '.join(runtimes)}) "
+                "without it; every other command needs it: pip install torch")  # fmt: skip
+    for module, package in RUNTIME_PACKAGES.items():
+        if not _is_installed(module):
+            yield Check(package, "failed", f"not installed: pip install {package}")
+    if not _is_installed("recontrast._metrics") and not _is_installed("scipy"):
+        yield Check("scipy", "failed", "not installed: pip install scipy, or a wheel with compiled metrics for this "
+                    "Python: one of them finds the regions of defects")  # fmt: skip
 
 
 def _check_requirements() -> Iterator[Check]:

@@ -190,7 +190,6 @@ def build_inference_options(
 ) -> "InferenceOptions":
     """Build the inference options of a command line; warn if bfloat16 is slow on the device."""
     from recontrast.inference.options import InferenceOptions
-    from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
     for name, value, choices in (
         ("views", views, ("both", "trained", "frozen")), ("precision", precision, ("float32", "bfloat16")),
@@ -198,17 +197,22 @@ def build_inference_options(
     ):  # fmt: skip
         if value not in (None, *choices):
             raise ValueError(f"--{name}: wanted {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
-    if device is not None:
+    if device not in (None, "cpu"):
+        from recontrast.runtime.device import resolve_device
+
         resolve_device(device)  # raises an error if this machine does not have it
     if workers is not None and workers < 1:
         raise ValueError(f"--workers: wanted at least 1, got {workers}")
-    compiler = os.environ.get("CXX", "g++")
-    if compiled and resolve_device(device).type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(
-            f"--compile: wanted a C++ compiler for the CPU, got no {compiler} on the PATH (CXX names another)"
-        )
-    if precision == "bfloat16" and not is_bfloat16_fast(resolve_device(device)):
-        print_error("this CPU has no kernels for bfloat16: it takes several times as long as float32")
+    if compiled or precision == "bfloat16":  # of a checkpoint, which needs PyTorch
+        from recontrast.runtime.device import is_bfloat16_fast, resolve_device
+
+        compiler = os.environ.get("CXX", "g++")
+        if compiled and resolve_device(device).type == "cpu" and shutil.which(compiler) is None:
+            raise ValueError(
+                f"--compile: wanted a C++ compiler for the CPU, got no {compiler} on the PATH (CXX names another)"
+            )
+        if precision == "bfloat16" and not is_bfloat16_fast(resolve_device(device)):
+            print_error("this CPU has no kernels for bfloat16: it takes several times as long as float32")
     channels_last = None if layout is None else layout == "channels_last"
     return InferenceOptions(
         cast("Any", views), cast("Any", precision), channels_last, False if no_fold else None, compiled

@@ -5,9 +5,13 @@ leaves the last complete checkpoint. No code in the file is executed when it is 
 against checksums. The reference implementation saves no checkpoints.
 """
 
-from recontrast.checkpoint.checksums import SCORE_FIELDS, digest
-from recontrast.checkpoint.file import FORMAT, Checkpoint, load, read, save, write
-from recontrast.checkpoint.model import build, check_calibration, load_model, restore, write_calibration
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recontrast.checkpoint.checksums import SCORE_FIELDS, digest
+    from recontrast.checkpoint.file import FORMAT, Checkpoint, load, read, save, write
+    from recontrast.checkpoint.model import build, check_calibration, load_model, restore, write_calibration
 
 __all__ = [
     "FORMAT",
@@ -24,3 +28,17 @@ __all__ = [
     "write",
     "write_calibration",
 ]
+
+_MODULES = {
+    "checksums": ("SCORE_FIELDS", "digest"),
+    "file": ("FORMAT", "Checkpoint", "load", "read", "save", "write"),
+    "model": ("build", "check_calibration", "load_model", "restore", "write_calibration"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` when it is used: the checks of fields also serve exported files, without PyTorch."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from recontrast.calibration.conformal import Calibration
+from recontrast.lazy_import import LazyModule
 from recontrast.recipes.describe import describe_value
 from recontrast.recipes.recipe import Recipe
 from recontrast.recipes.validation import is_own_name
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 _MAX_OPTIMISERS = 16
 _CONFIG_TYPES = {
@@ -103,7 +106,7 @@ def parse_calibration(values: Any) -> Calibration | None:
         raise ValueError(f"calibration: wanted valid values, got {describe_value(values)}") from error
 
 
-def find_not_finite(weights: Mapping[str, Tensor]) -> str | None:
+def find_not_finite(weights: "Mapping[str, torch.Tensor]") -> str | None:
     """Return the name of the first tensor with a value that is NaN or infinite; None if all values are finite.
 
     Args:
@@ -164,7 +167,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_weights(value: Any) -> bool:
-    return _is_mapping(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    return _is_mapping(value) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
 
 def _is_optimiser(value: Any) -> bool:
@@ -173,7 +176,8 @@ def _is_optimiser(value: Any) -> bool:
         return False
     states, groups = value["state"].values(), value["param_groups"]
     return all(
-        _is_mapping(state) and all(isinstance(v, Tensor) or is_finite(v) for v in state.values()) for state in states
+        _is_mapping(state) and all(isinstance(v, torch.Tensor) or is_finite(v) for v in state.values())
+        for state in states
     ) and (
         isinstance(groups, list)
         and len(groups) <= _MAX_OPTIMISERS
@@ -183,7 +187,7 @@ def _is_optimiser(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, str | bool | Tensor) or is_finite(value)
+    return value is None or isinstance(value, str | bool | torch.Tensor) or is_finite(value)
 
 
 def _is_rng(value: Any) -> bool:
@@ -196,7 +200,7 @@ def _is_rng(value: Any) -> bool:
     if not _is_mapping(batches) or not _is_whole(batches.get("place")):
         return False
     states += [batches.get("generator"), *([] if value.get("cuda") is None else [value["cuda"]])]
-    return all(isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1 for state in states)
+    return all(isinstance(state, torch.Tensor) and state.dtype == torch.uint8 and state.ndim == 1 for state in states)
 
 
 # Field -> function that returns whether a value is valid, and a description of valid values.

@@ -15,7 +15,7 @@ same picture gives the same array in every file format:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -25,9 +25,11 @@ from recontrast.data.decode_budget import BUDGET
 from recontrast.data.eight_bits import to_eight_bits
 from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
 from recontrast.data.masks import MaskNotes, is_compressed_with_loss, to_mask_levels
-from recontrast.data.normalise import normalise
 from recontrast.data.resize import Size, crop_centre, parse_size, resize, to_rgb_array
 from recontrast.data.samples import to_full_scale
+
+if TYPE_CHECKING:
+    from recontrast.data.normalise import normalise
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -45,6 +47,16 @@ __all__ = [
 
 MAX_PIXELS = 512_000_000
 """Largest number of pixels of an image, 1.5 GB as RGB; a header that states more is damaged or malicious."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import `normalise`, which needs PyTorch, when it is used: an exported detector runs without."""
+    if name == "normalise":
+        from recontrast.data.normalise import normalise
+
+        return normalise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _FULL_SIZE_BYTES = 12  # of a pixel: the decoded image, its RGB copy and what a caller derives from it
 

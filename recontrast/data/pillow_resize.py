@@ -14,19 +14,15 @@ Pillow divides in float64. Both results agree, because n * 2**22 / S is never ex
 S < 2**23, but at least 1 / (2 S) away from it. `max_exact_length` is the size up to which this holds.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from recontrast.data.exact_length import max_exact_length
+
+__all__ = ["PillowResize", "compute_coefficients", "max_exact_length"]
+
 DIGIT = 2048  # 2**11: two digits hold the 22 bits of a weight in Pillow (32 bits, less 8 for a pixel and 2 to spare)
 STEPS = (64, 64, 32, 32)  # factors of 2**22; a remainder times 64 fits into an int32 while S < 2**25
-MAX_REDUCTION = 60  # largest exact reduction factor; beyond it, the sum of lo * p can exceed 2**24
-
-
-def max_exact_length(out: int) -> int:
-    """Return the longest axis that is resized to ``out`` pixels exactly as by Pillow, in pixels: 15,360 for 256."""
-    return min(MAX_REDUCTION * out, math.isqrt(2**22 * out))
 
 
 def compute_coefficients(length: int, out: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,28 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from recontrast import checkpoint as checkpoints
 from recontrast.data.image_files import ImageFiles
-from recontrast.inference import tiling
 from recontrast.inference.exported_detector import PROGRAMS, ExportedDetector
-from recontrast.inference.infer import infer, max_map_value
+from recontrast.inference.finite import is_finite
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.protocol import Detector, MapsAndScores
+from recontrast.lazy_import import LazyModule
 from recontrast.recipes.recipe import Recipe, to_pair
-from recontrast.runtime.device import trim_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from recontrast.inference import infer, tiling
+    from recontrast.runtime import device as devices
+else:  # exported files run without PyTorch
+    infer = LazyModule("recontrast.inference.infer")
+    tiling = LazyModule("recontrast.inference.tiling")
+    devices = LazyModule("recontrast.runtime.device")
 
 
 def run_checked(detector: Detector, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
@@ -32,9 +40,9 @@ def run_checked(detector: Detector, files: ImageFiles, batch: int) -> Iterator[M
         Maps (N, H, W) and scores (N,), float32.
     """
     for maps, scores in detector.run(files, batch):
-        is_finite = [tiling.is_finite(anomaly) for anomaly in maps]
-        if not all(is_finite):
-            scores = np.where(is_finite, scores, np.float32(np.nan))
+        finite = [is_finite(anomaly) for anomaly in maps]
+        if not all(finite):
+            scores = np.where(finite, scores, np.float32(np.nan))
         yield maps, scores
         del maps  # a map may be large, and should not stay in memory beside the next image
 
@@ -53,7 +61,7 @@ class CheckpointDetector(Detector):
     def __init__(
         self,
         path: Path,
-        device: str | torch.device | None = None,
+        device: "str | torch.device | None" = None,
         tile: int | None = None,
         overlap: int | None = None,
         inference: InferenceOptions | None = None,
@@ -90,11 +98,11 @@ class CheckpointDetector(Detector):
                 self.calibration = state.calibration
             else:
                 self.calibration_note = f"{path}: {mismatch}"
-        trim_memory()
+        devices.trim_memory()
         self.model = options.build_network(model, self.recipe, trained, keep=False)
-        self.max_map_value = max_map_value(self.model, self.recipe)
+        self.max_map_value = infer.max_map_value(self.model, self.recipe)
         del model
-        trim_memory()
+        devices.trim_memory()
 
     def __repr__(self) -> str:
         calibration = self.calibration
@@ -128,7 +136,7 @@ class CheckpointDetector(Detector):
             yield from tiling.infer_tiled(self.model, files, self.recipe, self.overlap, batch)
             return
         images = files.resized(self.recipe.size, self.recipe.crop, self.recipe.bits)
-        for maps, scores in infer(self.model, images, self.recipe, batch=batch):
+        for maps, scores in infer.infer(self.model, images, self.recipe, batch=batch):
             yield maps.cpu().numpy(), scores.cpu().numpy()
 
 
@@ -138,7 +146,7 @@ OPENERS: dict[str, Callable[[Path, Any], Detector]] = dict.fromkeys(PROGRAMS, Ex
 
 def open_detector(
     path: Path,
-    device: str | torch.device | None = None,
+    device: "str | torch.device | None" = None,
     tile: int | None = None,
     overlap: int | None = None,
     inference: InferenceOptions | None = None,

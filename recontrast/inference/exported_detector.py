@@ -2,20 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from recontrast.checkpoint.fields import parse_calibration, parse_recipe
+from recontrast.data.exact_length import max_exact_length
 from recontrast.data.image_files import ImageFiles
-from recontrast.data.pillow_resize import max_exact_length
 from recontrast.data.regular_file import check_regular, is_regular
 from recontrast.data.sidecar import check_sidecar
 from recontrast.inference.file_checks import ForeignFileError
 from recontrast.inference.programs import PROGRAMS, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
 from recontrast.recipes.recipe import to_pair
+
+if TYPE_CHECKING:
+    import torch
 
 DECODED_AHEAD = 4  # images in memory at their original size
 PIXELS_PER_CALL = 2**23  # the graph holds several float copies of its input; a single image may be larger
@@ -42,7 +45,7 @@ class ExportedDetector(Detector):
         ImportError: If the runtime of the file is not installed.
     """
 
-    def __init__(self, path: Path, device: str | torch.device | None = None) -> None:
+    def __init__(self, path: Path, device: "str | torch.device | None" = None) -> None:
         if device is not None and str(device).partition(":")[0] != "cpu":
             raise ValueError(f"{path}: wanted the CPU for an exported detector, got device {str(device)!r}")
         check_regular(path, "an exported detector")

@@ -2,17 +2,13 @@
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from recontrast.calibration.conformal import Calibration
-from recontrast.models.cast import cast_convolutions
-from recontrast.models.fold import FoldedModel, fold
-from recontrast.models.network import Network
-from recontrast.models.norm_act import fuse_norm_act
 from recontrast.recipes.recipe import Recipe
-from recontrast.runtime.device import move_model
+
+if TYPE_CHECKING:
+    from recontrast.models.network import Network
 
 # Freezing lets the compiler reorder constants for its kernels and fuse activations into convolutions.
 COMPILE: dict[str, Any] = {"options": {"freezing": True}}
@@ -135,7 +131,7 @@ class InferenceOptions:
             return self.folded
         return trained.precision == "float32" or self.apply_to(trained).precision != trained.precision
 
-    def build_network(self, model: Network, recipe: Recipe, trained: Recipe, *, keep: bool = True) -> Network:
+    def build_network(self, model: "Network", recipe: Recipe, trained: Recipe, *, keep: bool = True) -> "Network":
         """Build the network that `recontrast.inference.infer.infer` runs.
 
         Args:
@@ -152,6 +148,13 @@ class InferenceOptions:
         Raises:
             ValueError: If the image size is not a multiple of the model's stride.
         """
+        import torch  # here, because a detector in an exported file has options and runs without PyTorch
+
+        from recontrast.models.cast import cast_convolutions
+        from recontrast.models.fold import FoldedModel, fold
+        from recontrast.models.norm_act import fuse_norm_act
+        from recontrast.runtime.device import move_model
+
         network = fold(model, recipe.out, keep=keep) if self.folds_batchnorm(trained) else model
         if recipe.precision == "bfloat16":  # autocast would round the weights again in each pass
             if isinstance(network, FoldedModel):

@@ -9,15 +9,21 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from recontrast.inference.onnx_file import read_onnx
 from recontrast.inference.openvino_file import read_openvino
 from recontrast.inference.pt2_file import read_pt2
+from recontrast.lazy_import import LazyModule
+from recontrast.runtime.thread_count import count_threads
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 OUTPUTS = ("map", "score", "p_value", "defect")  # the last two only with a calibration
 
@@ -60,7 +66,7 @@ class OnnxProgram:
         onnxruntime = _import_runtime("onnxruntime")
         content, self.description = read_onnx(path)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = count_threads()
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
 
@@ -94,7 +100,7 @@ class OpenVinoProgram:
         core = openvino.Core()
         model = core.read_model(content, openvino.Tensor(self._weights) if len(self._weights) else b"")
         # Without the hint, OpenVINO computes in bfloat16 on processors that support it.
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": count_threads()}
         self._model = core.compile_model(model, "CPU", settings)
 
     def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
@@ -118,9 +124,11 @@ class TorchExportProgram:
 
     Raises:
         ValueError: If the file is damaged, or `recontrast export` did not write it.
+        ImportError: If PyTorch is not installed.
     """
 
     def __init__(self, path: Path) -> None:
+        _import_runtime("torch")
         archive, self.description = read_pt2(path)
         with _silence_torch():
             program = torch.export.load(archive)

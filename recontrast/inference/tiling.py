@@ -16,6 +16,7 @@ from recontrast.data.image_files import ImageFiles, describe_image_error
 from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.tiles import Tiles, tile_weights
+from recontrast.inference.finite import is_finite
 from recontrast.inference.infer import infer
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, to_pair
@@ -217,18 +218,6 @@ def infer_files(
     for position in range(len(paths)):
         anomaly, score = score_tiled_image(model, read(position), recipe, batch=batch, clock=clock)
         yield torch.from_numpy(anomaly)[None], torch.tensor([score])
-
-
-def is_finite(anomaly: NDArray[Any]) -> bool:
-    """Return whether all values of a map are finite, without a copy of the map.
-
-    Args:
-        anomaly: Anomaly map (H, W), floating point.
-
-    Returns:
-        False if a value is NaN or infinite. True for a map without pixels.
-    """
-    return not anomaly.size or bool(np.isfinite(anomaly.min()) and np.isfinite(anomaly.max()))
 
 
 def score_map(anomaly: NDArray[np.float32], how: str | float) -> float:

@@ -4,16 +4,22 @@ Scores and maps are NumPy arrays (memory maps included) or torch tensors on any 
 masks have the same shape and are bool, 0/1 or 0/255.
 """
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from recontrast.lazy_import import LazyModule
 from recontrast.metrics import reference
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 native: Any
 try:
@@ -31,7 +37,7 @@ def get_kernels() -> Any:
 
 def as_array(x: Any) -> Array:
     """Convert to NumPy, without a copy if possible; bfloat16 becomes float32."""
-    if isinstance(x, torch.Tensor):
+    if "torch" in sys.modules and isinstance(x, torch.Tensor):
         x = x.detach().cpu()
         return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
     return np.asarray(x)

@@ -8,15 +8,19 @@ units of 2^-40. Sums of integers do not depend on their order: batches, threads 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from recontrast.lazy_import import LazyModule
 from recontrast.metrics import bounds, inputs, reference
 from recontrast.metrics.bounds import UNIT, Estimate
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 DETAIL = 17  # 2 ** 17 bins per octave; with fewer, the bounds of maps with a narrow range exceed 1e-4
 OCTAVES = 20  # at most 63 MB of histograms; values below a millionth of the largest share the lowest bin
@@ -80,7 +84,7 @@ class Streaming:
         self,
         high: float,
         limit: float = 0.3,
-        device: str | torch.device = "cpu",
+        device: "str | torch.device" = "cpu",
         detail: int = DETAIL,
         *,
         clip: bool = False,
@@ -120,7 +124,9 @@ class Streaming:
             rounded = _round_down(scores)  # keeps the order, although values may become equal
             regions = inputs.native.histogram(rounded, positive, self.counts.numpy(), self._shift, self._base)
         else:
-            tensor = maps if isinstance(maps, Tensor) else torch.from_numpy(np.array(inputs.as_scores(maps, "maps")))
+            tensor = (
+                maps if isinstance(maps, torch.Tensor) else torch.from_numpy(np.array(inputs.as_scores(maps, "maps")))
+            )
             positive = inputs.check_masks(tensor.shape, masks, labels)
             if tensor.is_complex():
                 raise ValueError(f"maps: wanted real numbers, got dtype {tensor.dtype}")
@@ -131,7 +137,7 @@ class Streaming:
             areas, reasons, regions = self._fill_on_device(tensor, positive)
         self._add_totals(len(positive), regions, areas, reasons)
 
-    def merge(self, other: "Streaming | Mapping[str, Tensor]") -> None:
+    def merge(self, other: "Streaming | Mapping[str, torch.Tensor]") -> None:
         """Add the counts of another accumulator, exactly.
 
         Args:
@@ -153,7 +159,7 @@ class Streaming:
         for name, tensor in self.state().items():
             tensor += other[name].to(tensor.device)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> "dict[str, torch.Tensor]":
         """Return the int64 tensors ``counts`` (3, bins) and ``totals`` (6,), not copied; states can be added up."""
         return {"counts": self.counts, "totals": self.totals}
 
@@ -246,7 +252,7 @@ class Streaming:
         added = [images, regions, int(high.sum()), int(low.sum()), words.size, undefined]
         self.totals += torch.tensor(added, device=self.totals.device)
 
-    def _fill_on_device(self, maps: Tensor, positive: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], int]:
+    def _fill_on_device(self, maps: "torch.Tensor", positive: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], int]:
         """Fill the histograms with PyTorch operators; return per-image areas, reasons for NaN and number of regions."""
         labels, regions = inputs.regions(positive)
         label = labels[positive] - 1
@@ -267,7 +273,7 @@ class Streaming:
         return areas, reasons, regions
 
     def _compute_per_image(
-        self, maps: Tensor, positive: NDArray[Any], labels: NDArray[Any]
+        self, maps: "torch.Tensor", positive: NDArray[Any], labels: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Compute `reference.per_image`, with the pixels of all images ranked at once on the device."""
         areas, reasons = np.full(len(maps), np.nan), np.full(len(maps), reference.GOOD_IMAGE)
