@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from recontrast.anomaly_map import AnomalyMap
     from recontrast.app.api import calibrate, evaluate, extend, find_samples, train
     from recontrast.app.estimator import ReContrastDetector
-    from recontrast.architectures import Architecture
     from recontrast.app.load import load
+    from recontrast.architectures import Architecture
     from recontrast.loss import global_cosine, hard_mined_cosine, pairs_loss, point_cosine
     from recontrast.mining import alpha_at, deviation, hardest, power
     from recontrast.models.recontrast import ReContrast

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from recontrast import checkpoint as checkpoints
 from recontrast.app import evaluate_job, train_job
 from recontrast.app.calibrate_job import calibrate_detector
+from recontrast.app.load import load, resolve_detector
 from recontrast.app.options import parse_duration
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, allowed_false_alarms
 from recontrast.data import datasets
@@ -22,7 +23,6 @@ from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_images
 from recontrast.inference.detector import CheckpointDetector, Detector
-from recontrast.app.load import load, resolve_detector
 from recontrast.training.extend import extend as extend_detector
 
 Data = PathLike | Sequence[PathLike] | Sequence[Sample]
