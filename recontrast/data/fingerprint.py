@@ -55,6 +55,22 @@ def compute_fingerprint(pixels: NDArray[np.uint8]) -> str:
     return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=_BYTES).hexdigest()
 
 
+def compute_tiled_fingerprint(tiles: Images, block: int = 16) -> str:
+    """Compute the fingerprint of an image that training cuts into tiles, without a copy of all tiles.
+
+    Args:
+        tiles: Tiles of the image, n of (H, W, 3) uint8, as in training.
+        block: Number of tiles that are in memory at once.
+
+    Returns:
+        The result of `compute_fingerprint` for the array of all tiles.
+    """
+    digest = hashlib.blake2b(digest_size=_BYTES)
+    for start in range(0, len(tiles), block):
+        digest.update(np.ascontiguousarray(tiles[np.arange(start, min(start + block, len(tiles)))]).data)
+    return digest.hexdigest()
+
+
 def read_fingerprints(images: Mapping[str, Any]) -> frozenset[str]:
     """Return the fingerprints in a description of images.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from recontrast import metrics
 from recontrast.data.datasets import Sample
 from recontrast.data.sources import ConcatImages
+from recontrast.data.tiles import Tiles
 from recontrast.evaluation.category import Category
 from recontrast.evaluation.results import Result, Row
 from recontrast.evaluation.sample_images import open_images
@@ -78,10 +79,9 @@ def evaluate(
             instead of exactly. Map values above `recontrast.inference.infer.max_map_value` count as equal to it.
         memory: Number of bytes; if the maps of a category have more, they are kept in a temporary file.
         trained: Fingerprints of the training images (`recontrast.data.fingerprint.read_fingerprints`). Test images
-            among them are named in a `recontrast.data.listing.DataWarning`. Not used with tiles.
+            among them are named in a `recontrast.data.listing.DataWarning`.
         sketches: Sketches of the training images, (n, 1024) float32 (`recontrast.data.near_copies.read_sketches`).
-            Test images that seem to be one of them, saved again, are named as well. Not used with tiles, or without
-            ``trained``.
+            Test images that seem to be one of them, saved again, are named as well. Not used without ``trained``.
         errors: "raise" stops at an image or mask that cannot be read, or a map that is not finite. "keep" leaves the
             image out of all metrics, gives it a `ScoredImage.error`, and counts it in `Row.skipped`.
 
@@ -196,12 +196,15 @@ def _infer_samples(
     Images that cannot be read are recorded in ``unread``, by group and position; None raises their errors.
     """
     if recipe.tile is not None:
-        parts = [
-            tiling.infer_files(
-                [sample.path for sample in group], model, recipe, batch, clock, None if unread is None else unread[name]
-            )
-            for name, group in groups.items()
-        ]
+        tile, stride = recipe.tile, recipe.stride or recipe.tile
+
+        def compare(path: Path, pixels: NDArray[np.uint8]) -> None:
+            checks.compare(path, pixels, Tiles(pixels, tile, stride))
+
+        parts = []
+        for name, group in groups.items():
+            paths, missing = [sample.path for sample in group], None if unread is None else unread[name]
+            parts.append(tiling.infer_files(paths, model, recipe, batch, clock, missing, compare))
         return (result for part in parts for result in part)
     images = [
         open_images(group, recipe, workers, cache_dir, None if unread is None else unread[name])

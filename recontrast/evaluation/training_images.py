@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.data.datasets import Sample
-from recontrast.data.fingerprint import compute_fingerprint
+from recontrast.data.fingerprint import compute_fingerprint, compute_tiled_fingerprint
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import describe_trained, match_known, sketch_image
 from recontrast.data.sources import Images
@@ -47,6 +47,22 @@ class TrainingImageChecks:
             return list(images)
         return [_CheckedImages(self, source, group) for source, group in zip(images, groups, strict=True)]
 
+    def compare(self, path: Path, pixels: NDArray[np.uint8], tiles: Images | None = None) -> None:
+        """Compare an image with the training images.
+
+        Args:
+            path: Path of the image.
+            pixels: Image (H, W, 3), uint8, at the size at which training reads it.
+            tiles: Tiles that training cuts it into; None for a detector of whole images.
+        """
+        if not self.trained:
+            return
+        fingerprint = compute_fingerprint(pixels) if tiles is None else compute_tiled_fingerprint(tiles)
+        if fingerprint in self.trained:
+            self.matches[path] = None
+        elif self.sketches is not None:
+            self.sketched[path] = sketch_image(pixels)
+
     def warn(self, count: int) -> None:
         """Warn of test images that were trained on, also saved again: their scores are too low.
 
@@ -77,9 +93,5 @@ class _CheckedImages:
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
         pixels = self.images[index]
         for position, image in zip(np.arange(len(self))[index], pixels, strict=True):
-            path = self.samples[position].path
-            if compute_fingerprint(image) in self.checks.trained:
-                self.checks.matches[path] = None
-            elif self.checks.sketches is not None:
-                self.checks.sketched[path] = sketch_image(image)
+            self.checks.compare(self.samples[position].path, image)
         return pixels

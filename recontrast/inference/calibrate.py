@@ -21,7 +21,7 @@ from recontrast.calibration.conformal import (
 )
 from recontrast.checkpoint import Checkpoint, digest
 from recontrast.data.copies import describe_copies
-from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
+from recontrast.data.fingerprint import compute_fingerprint, compute_tiled_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import (
@@ -178,7 +178,7 @@ def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, N
         if recipe.tile is None:
             return compute_fingerprint(pixels), sketch_image(pixels)
         tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
-        return compute_fingerprint(tiles[range(len(tiles))]), sketch_image(pixels)
+        return compute_tiled_fingerprint(tiles), sketch_image(pixels)
 
     # With tiles, images are decoded at their original size: one at a time keeps the memory small.
     with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:

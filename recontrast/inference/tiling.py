@@ -5,6 +5,7 @@ Apart from the decoded image and its map, memory holds one batch of tiles and th
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,7 @@ def infer_files(
     batch: int = 16,
     clock: Clock | None = None,
     unread: dict[int, str] | None = None,
+    on_image: Callable[[Path, NDArray[np.uint8]], object] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute maps and scores of image files at their original scale, like `recontrast.inference.infer.infer`.
 
@@ -197,6 +199,7 @@ def infer_files(
         clock: Clock that measures loading, forward pass and maps.
         unread: Receives one sentence for each image that cannot be read, by position; a black tile takes its place.
             None raises the error instead.
+        on_image: Called with the path and the pixels (H, W, 3) of each image that can be read, before it is scored.
 
     Yields:
         Map (1, H, W) and score (1,), float32, on the CPU.
@@ -208,12 +211,15 @@ def infer_files(
 
     def read(position: int) -> NDArray[np.uint8]:
         try:
-            return read_image(paths[position], bits=recipe.bits)
+            pixels = read_image(paths[position], bits=recipe.bits)
         except (OSError, ValueError) as error:
             if unread is None:
                 raise
             unread[position] = describe_image_error(str(paths[position]), error)
             return np.zeros((*recipe.out, 3), np.uint8)
+        if on_image is not None:
+            on_image(Path(paths[position]), pixels)
+        return pixels
 
     for position in range(len(paths)):
         anomaly, score = score_tiled_image(model, read(position), recipe, batch=batch, clock=clock)

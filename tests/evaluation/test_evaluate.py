@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 import upstream
+from near_copies import draw, save_again
 from small_run import RECIPE as SMALL
 from tiny import tiny_set
 
 from recontrast import metrics
 from recontrast.data.cache import ImageCache
-from recontrast.data.fingerprint import compute_fingerprint
+from recontrast.data.datasets import Sample
+from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
 from recontrast.data.images import normalise, read_image, read_mask
 from recontrast.data.listing import DataWarning
+from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import METRICS, Result, Row
 from recontrast.inference.infer import infer, max_map_value
@@ -342,6 +345,30 @@ def test_test_images_that_were_trained_on_are_named(model, samples, tmp_path):
     assert [image.score for image in checked.scored] == [
         image.score for image in evaluate(model, samples, RECIPE).scored
     ]
+
+
+def test_test_images_that_were_trained_on_are_named_with_tiles(tmp_path):
+    """A copy in another format, and a picture that was saved again, in a detector of tiles."""
+    rng = np.random.default_rng(5)
+    pictures = [draw(rng) for _ in range(16)]
+    samples = []
+    for index, picture in enumerate(pictures):
+        split = "train" if index < 12 else "test"
+        picture.save(tmp_path / f"{index:02}.png")
+        samples.append(Sample(tmp_path / f"{index:02}.png", None, int(index > 13), "nut", split, "good"))
+    pictures[3].save(tmp_path / "copy.bmp")
+    save_again(pictures[7]).save(tmp_path / "again.png")
+    samples += [Sample(tmp_path / name, None, 0, "nut", "test", "good") for name in ("copy.bmp", "again.png")]
+    recipe = RECIPE.replace(size=64, tile=64, steps=1, batch=4, backbone="test_resnet", weights="random")
+    trained = training.train(recipe, samples, device="cpu")
+    known = {"trained": read_fingerprints(trained.state.images), "sketches": read_sketches(trained.state.images)}
+    with pytest.warns(DataWarning) as caught:
+        checked = evaluate(trained.model, samples, trained.recipe, **known)
+    texts = [str(warning.message) for warning in caught]
+    assert any(re.match(r"1 of 6 test images were trained on, .*copy\.bmp$", text) for text in texts), texts
+    assert any("test: 1 of 6" in text and "again.png" in text for text in texts), texts
+    plain = evaluate(trained.model, samples, trained.recipe)
+    assert [image.score for image in checked.scored] == [image.score for image in plain.scored]
 
 
 def test_category_without_test_images_stays_in_the_table(model, samples, tmp_path):
