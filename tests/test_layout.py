@@ -159,11 +159,10 @@ WRITES = {
     "recontrast/data/prepare.py": {"(folder / MARKER_FILE).write_text(json.dumps(description, indent=1) + '\\n')"},
     "recontrast/data/regular_file.py": {"os.open(path, flags, 0o666)"},
     "recontrast/data/system.py": {"os.open(path, flags)"},  # to sync what was written
-    "recontrast/export/export.py": {
+    "recontrast/export/write_files.py": {
         "torch.export.save(program, target, extra_files={f'{KEY}.json': description})",
         "open(path, 'wb')",
-        "onnx.save(path)",
-        "onnx.save(intermediate)",
+        "path.write_bytes(model.SerializeToString())",
         "openvino.save_model(model, path, compress_to_fp16=False)",
     },
     "recontrast/inference/file_checks.py": {"path.write_bytes(content)"},

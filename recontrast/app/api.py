@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from recontrast import checkpoint as checkpoints
 from recontrast.app import evaluate_job, train_job
-from recontrast.app.calibrate_job import calibrate_detector
+from recontrast.app.calibrate_job import CheckpointTarget, ExportedTarget, calibrate_detector
 from recontrast.app.load import load, resolve_detector
 from recontrast.app.options import parse_duration
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, allowed_false_alarms
@@ -23,6 +23,7 @@ from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_images
 from recontrast.inference.detector import CheckpointDetector, Detector
+from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.training.extend import extend as extend_detector
 
 Data = PathLike | Sequence[PathLike] | Sequence[Sample]
@@ -108,7 +109,7 @@ def evaluate(
     """Measure a detector on test images: AUROC, AP, F1 and AUPRO by category (protocol of the paper, section 4.1).
 
     Args:
-        detector: A detector from a checkpoint, or the path of one.
+        detector: A detector from a checkpoint or an exported file, or the path of one.
         data: Data sets or categories in MVTec AD layout, or samples of `find_samples`.
         category: Name of one category, or "all". None: all.
         out: Folder for results.json, results.csv, results.md and scores.csv. None writes nothing.
@@ -125,19 +126,19 @@ def evaluate(
         Metrics in [0, 1] by category, and the score of each image; printed as a table.
 
     Raises:
-        ValueError: If there are no test images, an image or a mask cannot be decoded, the detector is an exported file,
-            or ``out`` holds files of others with the names of results.
+        ValueError: If there are no test images, an image or a mask cannot be decoded, or ``out`` holds files of others
+            with the names of results.
         OSError: If a file cannot be read or written.
     """
-    loaded = _open_checkpoint_detector("evaluate", detector, device)
+    loaded = _open_own_detector("evaluate", detector, device)
     groups = _group_samples(data, category, incomplete=errors == "keep")
     if out is not None:
         evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
-    trained = checkpoints.load(loaded.path, mapped=True).images
+    network = loaded if isinstance(loaded, ExportedDetector) else loaded.model
     return evaluate_job.measure_network(
-        loaded.model, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
+        network, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
         batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress, errors=errors,
-        trained=read_fingerprints(trained), sketches=read_sketches(trained),
+        trained=read_fingerprints(loaded.images), sketches=read_sketches(loaded.images),
     )[0]  # fmt: skip
 
 
@@ -151,11 +152,13 @@ def calibrate(
     device: str | None = None,
     batch: int = 16,
     on_progress: Callable[[int, int], None] | None = None,
-) -> CheckpointDetector:
+) -> Detector:
     """Set the threshold for a promised false-alarm rate (split conformal, Vovk et al., 2005), and store it.
 
+    An exported file is calibrated on its own scores.
+
     Args:
-        detector: A detector from a checkpoint, or the path of one.
+        detector: A detector from a checkpoint or an exported file, or the path of one.
         good: Good images that the detector was not trained on: paths of files or folders.
         false_alarm_rate: Promised share of good images called defects, at least 1 / (n + 1) for n images.
         pixel_rate: Promised share of a good image's map that is flagged.
@@ -165,27 +168,33 @@ def calibrate(
         on_progress: Called with the number of finished images and of all images.
 
     Returns:
-        The calibrated detector, loaded from its checkpoint; see its ``calibration``.
+        The calibrated detector, loaded from its file; see its ``calibration``.
 
     Raises:
-        ValueError: If the images are too few for the rate, an image cannot be read or was trained on, or the detector
-            is an exported file.
-        OSError: If the checkpoint cannot be written.
+        ValueError: If the images are too few for the rate, or an image cannot be read or was trained on.
+        OSError: If the file cannot be written.
     """
-    loaded = _open_checkpoint_detector("calibrate", detector, device)
+    loaded = _open_own_detector("calibrate", detector, device)
     paths = list_good_images(good, all_good)
     allowed_false_alarms(len(paths), false_alarm_rate)  # raises if there are too few images
-    stored = checkpoints.load(loaded.path, mapped=True)
-    paths = select_new_images("calibrate: good", paths, stored)
+    target: CheckpointTarget | ExportedTarget
+    if isinstance(loaded, ExportedDetector):
+        target = ExportedTarget(loaded.path, loaded)
+    else:
+        model_device = next(loaded.model.parameters()).device
+        target = CheckpointTarget(
+            loaded.path, checkpoints.load(loaded.path, mapped=True), model_device, loaded.inference
+        )
+    paths = select_new_images("calibrate: good", paths, target)
     allowed_false_alarms(len(paths), false_alarm_rate)  # again, without copies
     calibration, unread = calibrate_detector(
-        loaded, stored, paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
-        inference=loaded.inference, batch=batch, on_progress=on_progress or (lambda done, total: None),
+        target, loaded, paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
+        batch=batch, on_progress=on_progress or (lambda done, total: None),
     )  # fmt: skip
     if unread:
         raise ValueError(f"calibrate: good: wanted images that can be read, got {len(unread)} others: {unread[0]}")
-    checkpoints.write_calibration(loaded.path, calibration)
-    return CheckpointDetector(loaded.path, next(loaded.model.parameters()).device, inference=loaded.inference)
+    target.store(calibration)
+    return ExportedDetector(loaded.path) if isinstance(loaded, ExportedDetector) else target.open(calibrated=True)
 
 
 def extend(
@@ -245,11 +254,15 @@ def find_samples(
     return [sample for group in groups.values() for sample in group]
 
 
-def _open_checkpoint_detector(function: str, detector: Detector | PathLike, device: str | None) -> CheckpointDetector:
+def _open_own_detector(
+    function: str, detector: Detector | PathLike, device: str | None
+) -> CheckpointDetector | ExportedDetector:
     if isinstance(detector, str | os.PathLike):
         detector = load(detector, device)
-    if not isinstance(detector, CheckpointDetector):
-        raise ValueError(f"{function}: detector: wanted one from a checkpoint, got {type(detector).__name__}")
+    if not isinstance(detector, CheckpointDetector | ExportedDetector):
+        raise ValueError(
+            f"{function}: detector: wanted one from a checkpoint or an exported file, got {type(detector).__name__}"
+        )
     return detector
 
 

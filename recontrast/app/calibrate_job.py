@@ -1,38 +1,187 @@
-"""Calibration of a checkpoint on image files, for the command line and for `recontrast.calibrate`."""
+"""Calibration of a checkpoint or an exported file on images, for the command line and for `recontrast.calibrate`."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
+from recontrast import checkpoint as checkpoints
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint, digest
 from recontrast.inference.calibrate import calibrate_files
-from recontrast.inference.detector import CheckpointDetector
+from recontrast.inference.detector import CheckpointDetector, Detector, is_exported, open_detector
+from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
+from recontrast.recipes.recipe import Recipe
+
+
+class CalibrationTarget(Protocol):
+    """A file that holds a detector and its calibration."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Recipe of the training."""
+
+    @property
+    def images(self) -> Mapping[str, Any]:
+        """Description of the training images."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Calibration in the file."""
+
+    def open(self, *, calibrated: bool) -> Detector:
+        """Return the detector in the file, with its calibration if ``calibrated``."""
+
+    def finish(self, calibration: Calibration, detector: Detector) -> Calibration:
+        """Return a calibration of the detector's scores with the options that it is valid for."""
+
+    def weights(self) -> str:
+        """Return the digest of the weights that a calibration belongs to."""
+
+    def store(self, calibration: Calibration) -> None:
+        """Store a calibration in the file."""
+
+
+@dataclass(frozen=True)
+class CheckpointTarget:
+    """A checkpoint, see `CalibrationTarget`.
+
+    Attributes:
+        path: Path of the checkpoint.
+        stored: Its content.
+        device: Device of the model; None selects the GPU if there is one.
+        inference: Inference options. If they change the scores, the calibration is valid only for them.
+    """
+
+    path: Path
+    stored: Checkpoint
+    device: Any
+    inference: InferenceOptions
+
+    @property
+    def recipe(self) -> Recipe:
+        """Recipe of the training."""
+        return self.stored.recipe
+
+    @property
+    def images(self) -> Mapping[str, Any]:
+        """Description of the training images."""
+        return self.stored.images
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Calibration in the file."""
+        return self.stored.calibration
+
+    def open(self, *, calibrated: bool) -> Detector:
+        """Load the detector, with its calibration if ``calibrated``."""
+        return CheckpointDetector(self.path, self.device, inference=self.inference, calibrated=calibrated)
+
+    def finish(self, calibration: Calibration, detector: Detector) -> Calibration:
+        """Return a calibration of the detector's scores with the options that it is valid for."""
+        if self.inference.has_same_scores(self.recipe):
+            return calibration
+        return replace(calibration, views=detector.recipe.views, precision=detector.recipe.precision)
+
+    def weights(self) -> str:
+        """Return the digest of the weights."""
+        return digest(self.stored.model, self.stored.recipe)
+
+    def store(self, calibration: Calibration) -> None:
+        """Store a calibration in the file."""
+        checkpoints.write_calibration(self.path, calibration)
+
+
+@dataclass(frozen=True)
+class ExportedTarget:
+    """An exported file, see `CalibrationTarget`. Its calibration is made from the file's own scores.
+
+    Attributes:
+        path: Path of the file.
+        detector: Detector in the file.
+    """
+
+    path: Path
+    detector: ExportedDetector
+
+    @property
+    def recipe(self) -> Recipe:
+        """Recipe of the training."""
+        return self.detector.recipe
+
+    @property
+    def images(self) -> Mapping[str, Any]:
+        """Description of the training images."""
+        return self.detector.images
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Calibration in the file."""
+        return self.detector.calibration
+
+    def open(self, *, calibrated: bool) -> Detector:
+        """Return the detector; its scores do not depend on its calibration."""
+        return self.detector
+
+    def finish(self, calibration: Calibration, detector: Detector) -> Calibration:
+        """Return the calibration: a file has no options that change its scores."""
+        return calibration
+
+    def weights(self) -> str:
+        """Return the digest of the weights that were exported."""
+        return str(self.detector.description.get("weights", ""))
+
+    def store(self, calibration: Calibration) -> None:
+        """Store a calibration in the file, and in the graph that makes its decisions."""
+        from recontrast.export.store_calibration import store_calibration
+
+        store_calibration(self.path, calibration)
+
+
+def open_target(path: Path, device: Any = None, inference: InferenceOptions | None = None) -> CalibrationTarget:
+    """Open a file to be calibrated.
+
+    Args:
+        path: Path of a checkpoint or of an exported file.
+        device: Device of the model; None selects the GPU if there is one.
+        inference: Inference options, only for checkpoints.
+
+    Returns:
+        The file with its detector.
+
+    Raises:
+        ValueError: If the file is damaged or not a detector, or an option does not apply to it.
+        OSError: If the file does not exist or cannot be read.
+    """
+    if is_exported(path):
+        detector = open_detector(path, device, inference=inference)
+        if not isinstance(detector, ExportedDetector):  # another class in `OPENERS`
+            raise ValueError(f"{path}: wanted a checkpoint or a file of recontrast export, got another detector")
+        return ExportedTarget(path, detector)
+    return CheckpointTarget(path, checkpoints.load(path, mapped=True), device, inference or InferenceOptions())
 
 
 def calibrate_detector(
-    detector: CheckpointDetector,
-    stored: Checkpoint,
+    target: CalibrationTarget,
+    detector: Detector,
     good: Sequence[Path],
     *,
     false_alarm_rate: float,
     pixel_rate: float,
     source: str,
-    inference: InferenceOptions,
     batch: int,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Calibration, list[str]]:
     """Score good images and set both thresholds; nothing is written.
 
     Args:
-        detector: Detector, opened with ``inference``.
-        stored: Checkpoint of the detector.
+        target: File of the detector.
+        detector: Detector, as `CalibrationTarget.open` returns it.
         good: Paths of good images that the detector was not trained on.
         false_alarm_rate: Promised share of good images called defects.
         pixel_rate: Promised share of a good image's map that is flagged.
         source: Description of where the images come from.
-        inference: Inference options. If they change the scores, the calibration is valid only for them.
         batch: Number of images per forward pass.
         on_progress: Called with the number of finished images and of all images.
 
@@ -44,8 +193,6 @@ def calibrate_detector(
     """
     calibration, unread = calibrate_files(
         detector, good, batch, on_progress, rate=false_alarm_rate, pixel_rate=pixel_rate, source=source,
-        weights=digest(stored.model, stored.recipe),
+        weights=target.weights(),
     )  # fmt: skip
-    if not inference.has_same_scores(stored.recipe):
-        calibration = replace(calibration, views=detector.recipe.views, precision=detector.recipe.precision)
-    return calibration, unread
+    return target.finish(calibration, detector), unread

@@ -25,7 +25,8 @@ from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinish
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import FILES, Result
 from recontrast.evaluation.sample_images import open_images
-from recontrast.inference.infer import max_map_value
+from recontrast.evaluation.scorers import build_scorer
+from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
@@ -83,7 +84,7 @@ class DecisionSummary:
 
 
 def measure(
-    model: Network,
+    model: Network | ExportedDetector,
     groups: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     out: Path | None,
@@ -96,9 +97,9 @@ def measure(
     """Compute metrics by category and write them below ``out``.
 
     Args:
-        model: Trained model.
+        model: Trained model, or the detector in an exported file.
         groups: Samples by category.
-        recipe: Recipe that the model was trained with.
+        recipe: Recipe that the model was trained with, or that of the file.
         out: Folder for ``results.*`` and ``scores.csv``. None writes nothing.
         save_maps: Whether to write ``maps/NAME.tiff`` (uint16) and ``maps/scale.json`` as well.
         inference: Inference options. None: as trained, with folded BatchNorm.
@@ -109,14 +110,15 @@ def measure(
         The result, the decisions of the calibration or None, and the written files. Under torchrun only the first
         process has the last two, and writes.
     """
-    inference = inference or InferenceOptions()
-    trained, recipe = recipe, inference.apply_to(recipe)
-    network = inference.build_network(model, recipe, trained)
+    network, inference = model, inference or InferenceOptions()
+    if not isinstance(model, ExportedDetector):
+        trained, recipe = recipe, inference.apply_to(recipe)
+        network = inference.build_network(model, recipe, trained)
     return measure_network(network, groups, recipe, out, save_maps=save_maps, calibration=calibration, **options)
 
 
 def measure_network(
-    network: Network,
+    network: Network | ExportedDetector,
     groups: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     out: Path | None,
@@ -125,14 +127,14 @@ def measure_network(
     calibration: Calibration | None = None,
     **options: Any,
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:
-    """Do the same as `measure` for a network that is ready for inference, with the recipe of its maps and scores."""
+    """Do the same as `measure` for a network or file that is ready for inference, with the recipe of its maps."""
     is_writer = out is not None and distributed.current_world().first
     with lock_folder(out) if out is not None and is_writer else nullcontext():
         return _measure_and_write(network, groups, recipe, out, save_maps, calibration, options)
 
 
 def _measure_and_write(
-    network: Network, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, out: Path | None,
+    network: Network | ExportedDetector, groups: Mapping[str, Sequence[Sample]], recipe: Recipe, out: Path | None,
     save_maps: bool, calibration: Calibration | None, options: dict[str, Any],
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:  # fmt: skip
     """Compute metrics and write them to a folder that is locked."""
@@ -143,7 +145,7 @@ def _measure_and_write(
         if earlier or names:
             mark_unfinished(out, COMMAND, earlier.union(names.values()), _list_own_tables(out))
     if out is not None and names:  # every process writes the maps of its images
-        writer = _MapWriter(names, out, max_map_value(network, recipe), recipe)
+        writer = _MapWriter(names, out, build_scorer(network, recipe, None).max_value, recipe)
     result = evaluate(network, groups, recipe, on_maps=None if writer is None else writer.write, **options)
     errors, maps = ({}, set()) if writer is None else writer.gather()
     if not is_first:

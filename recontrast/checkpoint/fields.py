@@ -152,7 +152,8 @@ def _is_preprocessing(value: Any) -> bool:
     )
 
 
-def _is_images(value: Any) -> bool:
+def is_images(value: Any) -> bool:
+    """Return whether a value is a description of images, see `recontrast.data.fingerprint.describe_images`."""
     return (
         _is_mapping(value)
         and _is_whole(value.get("count"))
@@ -209,7 +210,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "category": (lambda v: type(v) is str, "a name"),
     "model_config": (_is_mapping, "arguments by name"),
     "preprocessing": (_is_preprocessing, "the sizes, and mean and std of three channels"),
-    "images": (_is_images, "the count and the digest of the training images"),
+    "images": (is_images, "the count and the digest of the training images"),
     "model": (_is_weights, "tensors by name"),
     "optimisers": (
         lambda v: isinstance(v, list) and len(v) <= _MAX_OPTIMISERS and all(map(_is_optimiser, v)),

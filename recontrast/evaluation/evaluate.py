@@ -24,14 +24,13 @@ from recontrast.data.tiles import Tiles
 from recontrast.evaluation.category import Category
 from recontrast.evaluation.results import Result, Row
 from recontrast.evaluation.sample_images import open_images
+from recontrast.evaluation.scorers import Scorer, build_scorer
 from recontrast.evaluation.training_images import TrainingImageChecks
-from recontrast.inference import tiling
-from recontrast.inference.infer import infer, max_map_value
+from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.clock import Clock
-from recontrast.runtime.device import move_model, resolve_device
 from recontrast.runtime.distributed import World
 
 __all__ = ["Result", "Row", "evaluate"]
@@ -41,7 +40,7 @@ OnMaps = Callable[[Sequence[Sample], NDArray[np.float32]], None]  # samples and 
 
 
 def evaluate(
-    model: Network,
+    model: Network | ExportedDetector,
     samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     *,
@@ -64,7 +63,7 @@ def evaluate(
 
     Args:
         model: Model, moved to ``device``. Its training mode is restored afterwards. `recontrast.inference.options`
-            builds faster versions of a model.
+            builds faster versions of a model. Or the detector in an exported file, with its own recipe.
         samples: Samples of one or several categories; those of the train split are ignored.
         recipe: Recipe, for size, crop, map, score, mask rule and precision. With ``tile``, images keep their original
             scale, maps are blended from tiles that share a quarter, and pixel metrics are streamed.
@@ -99,16 +98,13 @@ def evaluate(
     groups = _group_test_samples(samples)
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
-    model.map_sizes(recipe.out)  # raises an error if the size is not a multiple of the stride
-    if device is not None:
-        move_model(model, resolve_device(device), recipe.channels_last)
-    model_device, world = next(model.parameters()).device, distributed.current_world()
+    scorer, world = build_scorer(model, recipe, device), distributed.current_world()
     shares = {name: tests[world.share(len(tests))] for name, tests in groups.items()}
-    clock = Clock(model_device)
+    clock = Clock(scorer.device)
     checks = TrainingImageChecks(trained, sketches)
     keep_errors = errors == "keep"
     unread: dict[str, dict[int, str]] | None = {name: {} for name in groups} if keep_errors else None
-    batches = _Batches(_infer_samples(model, shares, recipe, batch, workers, cache_dir, clock, checks, unread))
+    batches = _Batches(_infer_samples(scorer, shares, recipe, batch, workers, cache_dir, clock, checks, unread))
     streaming = streaming or recipe.tile is not None  # images at their original scale have too many pixels to sort
     jobs: list[Future[Row]] = []
     categories: list[Category] = []
@@ -116,11 +112,11 @@ def evaluate(
         category: Category | None = None
         try:
             for name, tests in groups.items():
-                histograms = _build_histograms(model, recipe, model_device) if streaming else None
+                histograms = _build_histograms(scorer) if streaming else None
                 category = Category(name, tests, recipe, world, readers, histograms, memory, keep_errors)
                 categories.append(category)
                 missing = None if unread is None else unread[name]
-                _collect(category, shares[name], batches, clock, model_device, on_progress, on_maps, missing)
+                _collect(category, shares[name], batches, clock, scorer.device, on_progress, on_maps, missing)
                 if jobs:
                     jobs[-1].result()  # waits, so that at most two categories have their maps in memory
                 if world.first:
@@ -139,9 +135,9 @@ def evaluate(
     return Result(rows, *settings, scored=scored, tile=recipe.tile)
 
 
-def _build_histograms(model: Network, recipe: Recipe, device: torch.device) -> metrics.Streaming:
+def _build_histograms(scorer: Scorer) -> metrics.Streaming:
     """Build the histograms of the maps of one category."""
-    return metrics.Streaming(max_map_value(model, recipe), device=device, clip=not model.has_bounded_distances)
+    return metrics.Streaming(scorer.max_value, device=scorer.device, clip=not scorer.is_bounded)
 
 
 def _share_errors(world: World, categories: Sequence[Category]) -> list[dict[int, str]]:
@@ -181,7 +177,7 @@ def _group_test_samples(samples: Sequence[Sample] | Mapping[str, Sequence[Sample
 
 
 def _infer_samples(
-    model: Network,
+    scorer: Scorer,
     groups: Mapping[str, Sequence[Sample]],
     recipe: Recipe,
     batch: int,
@@ -204,14 +200,14 @@ def _infer_samples(
         parts = []
         for name, group in groups.items():
             paths, missing = [sample.path for sample in group], None if unread is None else unread[name]
-            parts.append(tiling.infer_files(paths, model, recipe, batch, clock, missing, compare))
+            parts.append(scorer.score_files(paths, batch, clock, missing, compare))
         return (result for part in parts for result in part)
     images = [
         open_images(group, recipe, workers, cache_dir, None if unread is None else unread[name])
         for name, group in groups.items()
     ]
     images = checks.wrap(images, list(groups.values()))
-    return infer(model, ConcatImages(images), recipe, batch=batch, clock=clock)
+    return scorer.score_images(ConcatImages(images), batch, clock)
 
 
 def _collect(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from recontrast.calibration.conformal import Calibration
 from recontrast.data.pillow_resize import PillowResize
+from recontrast.export.decisions import decide, round_scores
 from recontrast.inference.infer import build_anomaly_map
 from recontrast.models.fold import fold
 from recontrast.models.network import Network
@@ -50,8 +51,9 @@ class DetectorGraph(nn.Module):
         self.register_buffer("stds", torch.tensor(model.std).view(1, 3, 1, 1), persistent=False)
         self.calibrated = calibration is not None
         if calibration is not None:  # the scores are float32 values, so the conversion is exact
-            self.register_buffer("good", torch.tensor(calibration.scores, dtype=torch.float32), persistent=False)
-            self.threshold = float(torch.tensor(calibration.threshold, dtype=torch.float32))
+            good, threshold = round_scores(calibration)
+            self.register_buffer("good", torch.from_numpy(good), persistent=False)
+            self.threshold = float(threshold)
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -76,9 +78,7 @@ class DetectorGraph(nn.Module):
             score = void_unless_finite(own_scores, maps)
         if not self.calibrated:
             return maps, score
-        above = (self.good >= score.unsqueeze(1)).float().sum(1)
-        p_value = (1 + above) / (1 + self.good.shape[0])
-        return maps, score, torch.where(score == score, p_value, torch.nan), ~(score <= self.threshold)
+        return maps, score, *decide(score, self.good, self.threshold)
 
     def _build_map(self, distances: list[Tensor]) -> Tensor:
         """Upsample, blur and sum the distances by the two matrix products of `AnomalyMap`."""

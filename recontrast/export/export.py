@@ -6,13 +6,12 @@ images of many sizes. It moves to its destination only if all scores agree.
 
 import importlib.util
 import json
-import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,22 +21,16 @@ import recontrast
 from recontrast.checkpoint import digest
 from recontrast.data.atomic import replace_files
 from recontrast.data.locks import lock_file
-from recontrast.data.names import escape_bytes
 from recontrast.data.pillow_resize import max_exact_length
 from recontrast.data.temporary import temporary_folder
+from recontrast.export.decisions import list_files
 from recontrast.export.detector_graph import DetectorGraph
+from recontrast.export.tracing import silence_exporters, trace_images
 from recontrast.export.verify import TOLERANCE, compare_scores, draw_images
-from recontrast.inference import onnx_file, openvino_file
+from recontrast.export.write_files import write_onnx, write_openvino, write_pt2
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.exported_detector import ExportedDetector
-from recontrast.inference.file_checks import (
-    CHECKSUM_KEY,
-    FORMAT,
-    KEY,
-    NO_CHECKSUM,
-    compute_sha256,
-    write_checksum,
-)
+from recontrast.inference.file_checks import CHECKSUM_KEY, FORMAT
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
 from recontrast.recipes.recipe import to_pair
@@ -115,7 +108,7 @@ def export(
     with lock_file(out), _temporary_folder(out) as folder:
         draft = folder / out.name
         try:
-            with _silence_exporters():
+            with silence_exporters():
                 _write(trace(graph), graph, kind, draft, description)
         except RuntimeError as error:  # raised by torch.export, the ONNX exporter and OpenVINO
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -124,7 +117,7 @@ def export(
             ) from error
         samples = [*images, *draw_images(folder / "samples", to_pair(detector.recipe.size))]
         count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
-        names = [draft.name, *([draft.with_suffix(".bin").name] if kind == "openvino" else [])]
+        names = [file.name for file in list_files(draft)]
         _move_files(folder, names, out.absolute().parent)
     files = tuple(out.with_name(name) for name in names)
     outputs = OUTPUTS if detector.calibration is not None else OUTPUTS[:2]
@@ -174,6 +167,8 @@ def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
         },
         "calibration": None if detector.calibration is None else detector.calibration.to_dict(),
         "weights": digest(model.state_dict(), recipe),
+        # Without sketches, which are small pictures: by the fingerprints, calibrate refuses what was trained on.
+        "images": {name: value for name, value in detector.images.items() if name in ("count", "digest", "each")},
     }  # fmt: skip
 
 
@@ -202,11 +197,7 @@ def trace(graph: DetectorGraph) -> torch.export.ExportedProgram:
     Returns:
         Program with dynamic N, H and W.
     """
-    size, any_length = graph.resize.out, torch.export.Dim.DYNAMIC
-    example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
-    lengths = ((any_length, any_length, any_length, torch.export.Dim.STATIC),)
-    with torch.no_grad():
-        return torch.export.export(graph, (example,), dynamic_shapes=lengths)
+    return trace_images(graph, graph.resize.out)
 
 
 def _write(
@@ -214,34 +205,19 @@ def _write(
 ) -> None:
     """Write a traced graph in the format ``kind``, with its description as metadata."""
     if kind == "pt2":
-        with ExitStack() as stack:  # PyTorch ends the process if it opens a path that is not UTF-8
-            is_utf8 = str(path) == escape_bytes(str(path))
-            target = path if is_utf8 else stack.enter_context(open(path, "wb"))
-            torch.export.save(program, target, extra_files={f"{KEY}.json": description})
+        write_pt2(program, path, description)
         return
     names = list(OUTPUTS if graph.calibrated else OUTPUTS[:2])
     exported = torch.onnx.export(
         program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names
     )
-    onnx = cast(torch.onnx.ONNXProgram, exported)  # None is returned only without dynamo
+    model = cast(torch.onnx.ONNXProgram, exported).model_proto  # None is returned only without dynamo
     if kind == "onnx":
-        onnx.model.metadata_props[KEY] = description
-        onnx.model.metadata_props[CHECKSUM_KEY] = NO_CHECKSUM
-        onnx.save(path)
-        write_checksum(path, onnx_file.CHECKSUM_PREFIX)
+        write_onnx(model, path, description)
         return
     import openvino
 
-    intermediate = path.with_suffix(".onnx")
-    onnx.save(intermediate)
-    model = openvino.convert_model(intermediate)
-    model.set_rt_info(description, KEY)
-    openvino.save_model(model, path, compress_to_fp16=False)
-    # Ties the .xml file to its .bin file.
-    model.set_rt_info(compute_sha256(path.with_suffix(".bin")), openvino_file.WEIGHTS_KEY)
-    model.set_rt_info(NO_CHECKSUM, CHECKSUM_KEY)
-    openvino.save_model(model, path, compress_to_fp16=False)
-    write_checksum(path, openvino_file.CHECKSUM_PREFIX)
+    write_openvino(openvino.convert_model(BytesIO(model.SerializeToString())), path, description)
 
 
 def _require(kind: str) -> None:
@@ -276,19 +252,3 @@ def _move_files(folder: Path, names: Sequence[str], target: Path) -> None:
                 os.replace(folder / name, staging / name)
     except OSError as error:
         raise OSError(f"cannot write {target / names[0]}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _silence_exporters() -> Iterator[None]:
-    """Suppress log lines and deprecation warnings of the exporters; the exported file itself is checked."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
 from recontrast.data.image_files import ImageFiles
 from recontrast.inference.detector import CheckpointDetector
@@ -75,12 +76,24 @@ def compare_scores(
             f"of {wanted[worst]:.9g} for {files.paths[worst].name}: nothing was written"
         )
     if detector.calibration is not None:
-        outputs = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
-        p = detector.calibration.p_values(outputs["score"])
-        defect = detector.calibration.is_defect(outputs["score"])
-        if not (np.allclose(outputs["p_value"], p, atol=1e-6) and (outputs["defect"] == defect).all()):
-            raise ValueError(
-                f"export: wanted the calibration's p-values {p} and decisions {defect}, got "
-                f"{outputs['p_value']} and {outputs['defect']}: nothing was written"
-            )
+        check_decisions(exported, detector.calibration)
     return len(files), float(differences[worst])
+
+
+def check_decisions(exported: ExportedDetector, calibration: Calibration) -> None:
+    """Raise an error unless the decisions of a file follow from its scores by a calibration.
+
+    Args:
+        exported: Detector in the file.
+        calibration: Calibration of its scores.
+
+    Raises:
+        ValueError: If p-values or decisions differ.
+    """
+    outputs = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
+    p, defect = calibration.p_values(outputs["score"]), calibration.is_defect(outputs["score"])
+    if not (np.allclose(outputs["p_value"], p, atol=1e-6) and (outputs["defect"] == defect).all()):
+        raise ValueError(
+            f"export: wanted the calibration's p-values {p} and decisions {defect}, got "
+            f"{outputs['p_value']} and {outputs['defect']}: nothing was written"
+        )

@@ -2,11 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from recontrast.calibration.conformal import (
     allowed_false_alarms,
     calibrate_maps,
 )
-from recontrast.checkpoint import Checkpoint, digest
+from recontrast.checkpoint import digest
 from recontrast.data.copies import describe_copies
 from recontrast.data.fingerprint import compute_fingerprint, compute_tiled_fingerprint, read_fingerprints
 from recontrast.data.image_files import ImageFiles
@@ -37,10 +37,22 @@ from recontrast.data.near_copies import (
 from recontrast.data.sources import Images
 from recontrast.data.tiles import Tiles
 from recontrast.inference.decisions import describe_undecided
-from recontrast.inference.detector import CheckpointDetector, MapsAndScores, run_checked
+from recontrast.inference.detector import Detector, MapsAndScores, run_checked
 from recontrast.inference.infer import infer
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
+
+
+class TrainedDetector(Protocol):
+    """What is known of the training of a detector: a `Checkpoint`, or an `ExportedDetector`."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Recipe of the training, for the size of the images."""
+
+    @property
+    def images(self) -> Mapping[str, Any]:
+        """Description of the training images, see `recontrast.data.fingerprint.describe_images`."""
 
 
 def calibrate(
@@ -80,7 +92,7 @@ def calibrate(
     )  # fmt: skip
 
 
-def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint) -> list[Path]:
+def select_new_images(option: str, paths: Sequence[Path], trained: TrainedDetector) -> list[Path]:
     """Return the different images among the given ones, or raise an error if a detector was trained on any of them.
 
     A detector scores its training images lower than new images, and a threshold computed from them would be too low.
@@ -89,12 +101,12 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
     training images saved again.
 
     Checkpoints of older versions do not store the fingerprints and sketches of their training images; for them only
-    copies among the given images are found.
+    copies among the given images are found. Exported files store no sketches, which are small pictures.
 
     Args:
         option: Name of the command-line option that gave the images, for messages.
         paths: Image files.
-        checkpoint: Checkpoint of the detector.
+        trained: Checkpoint or exported file of the detector.
 
     Returns:
         The files without copies, in their order; files that cannot be read are among them.
@@ -102,17 +114,17 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
     Raises:
         ValueError: If at least one of the images was used in training.
     """
-    trained = read_fingerprints(checkpoint.images)
+    known_prints = read_fingerprints(trained.images)
     files = ImageFiles(paths)
     first: dict[str, int] = {}  # position of the first image with each fingerprint
     owners = list(range(len(files)))
     used: list[Path] = []
     sketches: list[NDArray[np.float32]] = []
-    for index, result in enumerate(_identify_images(files, checkpoint.recipe)):
+    for index, result in enumerate(_identify_images(files, trained.recipe)):
         if result is None:  # reported later, when the image is scored
             continue
         fingerprint, sketch = result
-        if fingerprint in trained:
+        if fingerprint in known_prints:
             used.append(files.paths[index])
         owners[index] = first.setdefault(fingerprint, index)
         if owners[index] == index and len(sketches) <= MOST_SKETCHES:
@@ -123,7 +135,7 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
             f"(first: {used[0]})"
         )
     names = [files.paths[index] for index in first.values()]
-    known = read_sketches(checkpoint.images)
+    known = read_sketches(trained.images)
     for text in (describe_copies(files.paths, owners), *_describe_sketches(names, sketches, known)):
         if text is not None:
             warnings.warn(f"{option}: {text}", DataWarning, stacklevel=2)
@@ -131,7 +143,7 @@ def select_new_images(option: str, paths: Sequence[Path], checkpoint: Checkpoint
 
 
 def split_trained_images(
-    option: str, paths: Sequence[Path], checkpoint: Checkpoint
+    option: str, paths: Sequence[Path], checkpoint: TrainedDetector
 ) -> tuple[list[Path], list[Path], list[NDArray[np.float32]]]:
     """Separate new images from those that a detector was trained on.
 
@@ -200,7 +212,7 @@ def _describe_sketches(
 
 
 def calibrate_files(
-    detector: CheckpointDetector,
+    detector: Detector,
     paths: Sequence[Path],
     batch: int,
     on_progress: Callable[[int, int], None],
@@ -249,7 +261,7 @@ def calibrate_files(
 
 
 def score_files(
-    detector: CheckpointDetector, paths: Sequence[Path], batch: int
+    detector: Detector, paths: Sequence[Path], batch: int
 ) -> tuple[list[float], NDArray[np.float64], list[str]]:
     """Score all image files that can be read, and describe their appearance.
 
@@ -278,7 +290,7 @@ def score_files(
     return [scores[index] for index in read], appearance[read], unread
 
 
-def _describe_files(detector: CheckpointDetector, files: ImageFiles) -> NDArray[np.float64]:
+def _describe_files(detector: Detector, files: ImageFiles) -> NDArray[np.float64]:
     """Read each file again, at the size of the recipe, and describe its appearance."""
     recipe = detector.recipe
     return describe_appearance(files.resized(recipe.size, recipe.crop, recipe.bits))

@@ -55,6 +55,7 @@ class CheckpointDetector(Detector):
     Attributes:
         model: Network in eval mode, on its device; BatchNorm is folded unless ``inference`` disables it.
         path: Path of the checkpoint.
+        images: Description of the training images (`recontrast.data.fingerprint.describe_images`).
         inference: Inference options of the model.
     """
 
@@ -90,7 +91,7 @@ class CheckpointDetector(Detector):
         model, trained, state = checkpoints.load_model(path, device, calibrated=calibrated)
         recipe = options.apply_to(trained)
         self.recipe, self.overlap = tiling.resolve_tiling(model, recipe, tile, overlap, f"{path}")
-        self.category = state.category
+        self.category, self.images = state.category, state.images
         self.calibration = self.calibration_note = None
         if state.calibration is not None:
             mismatch = options.describe_mismatch(trained, state.calibration) or self._describe_other_tiles(recipe)
@@ -142,6 +143,18 @@ class CheckpointDetector(Detector):
 
 # File suffix -> function that opens such a file; every other suffix is opened as a checkpoint.
 OPENERS: dict[str, Callable[[Path, Any], Detector]] = dict.fromkeys(PROGRAMS, ExportedDetector)
+
+
+def is_exported(path: Path) -> bool:
+    """Return whether a path is that of an exported file, by its suffix.
+
+    Args:
+        path: Path of a detector.
+
+    Returns:
+        False for a checkpoint, or the folder of a run.
+    """
+    return path.suffix.lower() in PROGRAMS
 
 
 def open_detector(

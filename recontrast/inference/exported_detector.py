@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ class ExportedDetector(Detector):
         path: Path of the file.
         program: Loaded program, for direct calls with arrays of images.
         description: Content of the stored description: recipe, preprocessing, calibration, digest of the weights.
+        images: Description of the training images, with their fingerprints
+            (`recontrast.data.fingerprint.read_fingerprints`); empty for files of earlier versions.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -66,6 +68,12 @@ class ExportedDetector(Detector):
         self.calibration = parse_calibration(self.description["calibration"])
         self.category, self.max_map_value = self.description["category"], float(self.description["top"])
         self.calibration_note = self.overlap = None
+        self.images: dict[str, Any] = self.description.get("images") or {}
+
+    def __repr__(self) -> str:
+        decides = "no calibration" if self.calibration is None else f"false-alarm rate {self.calibration.rate:g}"
+        size = " x ".join(map(str, self.recipe.out))
+        return f"ExportedDetector({str(self.path)!r}: {self.category}, {self.recipe.backbone}, {size} px, {decides})"
 
     def run(self, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
         """Compute maps and scores; consecutive images of the same size share a batch.
@@ -86,25 +94,36 @@ class ExportedDetector(Detector):
                 image = self._replace_unusable(files, index, decoded)
                 limit = min(batch, max(PIXELS_PER_CALL // (image.shape[0] * image.shape[1]), 1))
                 if group and (len(group) >= limit or group[0].shape != image.shape):
-                    yield self._score(group)
+                    yield self.score(np.stack(group))
                     group = []
                 group.append(image)
         if group:
-            yield self._score(group)
+            yield self.score(np.stack(group))
 
-    def _score(self, group: list[NDArray[np.uint8]]) -> MapsAndScores:
-        """Run the program on images of one size, and check its outputs."""
+    def score(self, images: NDArray[np.uint8]) -> MapsAndScores:
+        """Run the program on images of one size, and check its outputs.
+
+        Args:
+            images: RGB images (N, H, W, 3), uint8.
+
+        Returns:
+            Maps (N, h, w) and scores (N,), float32.
+
+        Raises:
+            ValueError: If the network fails, or its outputs are not those of a detector.
+        """
         try:
-            results = self.program(np.stack(group))
+            results = self.program(images)
         except MemoryError:
             raise
         except Exception as error:  # each runtime raises exceptions of its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{self.path}: wanted a network that runs, got one that fails: {reason}") from error
         maps, scores = results.get("map"), results.get("score")
-        if maps is None or scores is None or maps.ndim != 3 or scores.shape != (len(group),) or len(maps) != len(group):
+        count = len(images)
+        if maps is None or scores is None or maps.ndim != 3 or scores.shape != (count,) or len(maps) != count:
             shapes = ", ".join(f"{name} {value.shape}" for name, value in results.items())[:200]
-            raise ValueError(f"{self.path}: wanted a map and a score for each of {len(group)} images, got {shapes}")
+            raise ValueError(f"{self.path}: wanted a map and a score for each of {count} images, got {shapes}")
         return maps, scores
 
     def _replace_unusable(self, files: ImageFiles, index: int, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recontrast.checkpoint.fields import is_finite, parse_calibration, parse_recipe
+from recontrast.checkpoint.fields import is_finite, is_images, parse_calibration, parse_recipe
 from recontrast.data.json_text import parse_json
 from recontrast.data.sidecar import compute_sha256
 from recontrast.recipes.describe import describe_value
@@ -58,7 +58,9 @@ def parse_description(path: Path, text: str | None) -> dict[str, Any]:
         parse_calibration(description["calibration"])
     except ValueError as error:
         raise ForeignFileError(f"{path}: {error}") from error
-    category, top = description["category"], description["top"]
+    category, top, images = description["category"], description["top"], description.get("images")
+    if images is not None and not is_images(images):
+        raise ForeignFileError(f"{path}: images: wanted a description of images, got {describe_value(images)}")
     if not isinstance(category, str):
         raise ForeignFileError(f"{path}: category: wanted a name, got {describe_value(category)}")
     if not is_finite(top) or top <= 0:

@@ -29,7 +29,7 @@ COMMANDS = {
     "compare": ["compare", "{data}", "--out", "{out}"],
 }
 BESIDE = {  # what they write stands beside the checkpoint, or in it
-    "CHECKPOINT": ["calibrate", "{out}/no.pt", "--good", "{data}", "--false-alarm-rate", "0.5"],
+    "DETECTOR": ["calibrate", "{out}/no.pt", "--good", "{data}", "--false-alarm-rate", "0.5"],
     "RUN": ["export", "{out}/no.pt", "--format", "onnx"],
     "RUN ": ["report", "{out}/no.pt"],
 }

@@ -97,7 +97,7 @@ def test_metrics_are_those_of_the_other_images(model, data, tmp_path, mode, kind
 @pytest.mark.parametrize("streaming", [False, True])
 def test_map_that_is_not_finite_is_missing(model, data, monkeypatch, streaming):
     samples = read_tests(data)
-    from recontrast.evaluation import evaluate as module
+    from recontrast.evaluation import scorers as module
 
     infer = module.infer
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch
 from command_line import call, fails, works
 from PIL import Image
 from saved_model import save
+from tiny import tiny_set
 
+import recontrast
 from recontrast import checkpoint as checkpoints
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import digest
@@ -112,6 +114,18 @@ def test_scores_and_decisions_equal_those_of_the_checkpoint(kind, files, run, ph
     for row, exported_row in zip(expected, actual, strict=True):
         assert float(exported_row["score"]) == pytest.approx(float(row["score"]), rel=1e-4)
         assert {k: v for k, v in row.items() if k != "score"} == {k: v for k, v in exported_row.items() if k != "score"}
+
+
+def test_evaluation_equals_that_of_the_checkpoint(files, run, tmp_path):
+    tiny_set(tmp_path / "data")
+    results = [recontrast.evaluate(path, tmp_path / "data", device="cpu", batch=4)
+               for path in (run, *(result.path for result in files.values()))]  # fmt: skip
+    for result in results[1:]:
+        for name, value in asdict(results[0].mean).items():
+            if isinstance(value, float):
+                assert getattr(result.mean, name) == pytest.approx(value, abs=1e-4), name
+        scores, wanted = ([image.score for image in item.scored] for item in (result, results[0]))
+        assert scores == pytest.approx(wanted, rel=1e-4)
 
 
 def test_batch_size_does_not_change_scores(files):

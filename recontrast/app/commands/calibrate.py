@@ -10,7 +10,7 @@ from recontrast.app.console import print_data, print_error, print_line
 from recontrast.app.options import (
     AllGood,
     Batch,
-    CheckpointFile,
+    DetectorFile,
     Device,
     Precision,
     Views,
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from recontrast.calibration.appearance_drift import AppearanceDrift
     from recontrast.calibration.conformal import Calibration
     from recontrast.calibration.score_drift import ScoreDrift
-    from recontrast.inference.detector import CheckpointDetector
+    from recontrast.inference.detector import Detector
 
 
 def calibrate(  # 10 options and their checks; `calibrate_job` does the work
     context: typer.Context,
-    checkpoint: CheckpointFile,
+    checkpoint: DetectorFile,
     good: Annotated[
         list[Path] | None,
         path_option(
@@ -56,47 +56,46 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
     batch: Batch = 16,
     device: Device = None,
 ) -> None:
-    """Set the threshold that keeps a promised false-alarm rate, and save it in the checkpoint."""
+    """Set the threshold that keeps a promised false-alarm rate, and save it in the checkpoint or exported file."""
     if batch < 1:
         raise ValueError(f"--batch: wanted at least 1 image, got {batch}")
     if not good and not check:
         raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
-    from recontrast import checkpoint as checkpoints
-    from recontrast.app.calibrate_job import calibrate_detector
+    from recontrast.app.calibrate_job import calibrate_detector, open_target
     from recontrast.calibration.conformal import allowed_false_alarms, check_rates
     from recontrast.data.class_folders import describe_files, list_good_images
     from recontrast.data.locks import lock_checkpoint
     from recontrast.inference.calibrate import select_new_images
-    from recontrast.inference.detector import CheckpointDetector
 
     check_rates(false_alarm_rate, pixel_rate)
     inference = build_inference_options(device, views, precision)
     file = resolve_checkpoint(checkpoint)
     if good and file.is_file():  # a missing file has its own message
-        check_writable(file.parent, "CHECKPOINT")
+        check_writable(file.parent, "DETECTOR")
         context.with_resource(lock_checkpoint(file))
     good_paths, check_paths = (list_good_images(folders or [], all_good) for folders in (good, check))
     if shared := {os.path.realpath(path) for path in good_paths} & {os.path.realpath(path) for path in check_paths}:
         raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
     if good:
         allowed_false_alarms(len(good_paths), false_alarm_rate)  # checked before the model is built
-    stored = checkpoints.load(file, mapped=True)
+    target = open_target(file, device, inference)
     print_data([*describe_files("--good", good_paths), *describe_files("--check", check_paths)])
-    good_paths = select_new_images("--good", good_paths, stored)
+    good_paths = select_new_images("--good", good_paths, target)
     if good:
         allowed_false_alarms(len(good_paths), false_alarm_rate)  # again, without copies
-    check_paths = select_new_images("--check", check_paths, stored)
+    check_paths = select_new_images("--check", check_paths, target)
     errors: list[str] = []
-    detector = CheckpointDetector(file, device, inference=inference, calibrated=not good)
+    detector = target.open(calibrated=not good)
     calibration = detector.calibration
     if good:
         with ProgressBar("calibrate") as progress:
             calibration, errors = calibrate_detector(
-                detector, stored, good_paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
-                source=", ".join(map(str, good)), inference=inference, batch=batch, on_progress=progress,
+                target, detector, good_paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
+                source=", ".join(map(str, good)), batch=batch, on_progress=progress,
             )  # fmt: skip
-        checkpoints.write_calibration(file, calibration)
-        _print_calibration(file, calibration, 0 if stored.calibration is None else stored.calibration.count)
+        former_count = 0 if target.calibration is None else target.calibration.count
+        target.store(calibration)
+        _print_calibration(file, calibration, former_count)
     if calibration is None:
         raise ValueError(
             detector.calibration_note
@@ -123,9 +122,7 @@ def _print_calibration(file: Path, calibration: "Calibration", former_count: int
         print_line(f"it is valid for {options} only: pass them to predict and evaluate as well")
 
 
-def _compare(
-    detector: "CheckpointDetector", calibration: "Calibration", paths: "Sequence[Path]", batch: int
-) -> list[str]:
+def _compare(detector: "Detector", calibration: "Calibration", paths: "Sequence[Path]", batch: int) -> list[str]:
     """Print whether other good images are like the calibration images; return one message per unreadable file."""
     import numpy as np
 

@@ -7,8 +7,8 @@ import typer
 
 from recontrast.app.console import print_data, print_error, print_image_errors, print_line
 from recontrast.app.options import (
-    CheckpointFile,
     Data,
+    DetectorFile,
     InferenceArguments,
     Overwrite,
     add_inference_arguments,
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 @add_inference_arguments
-def evaluate(
+def evaluate(  # 15 options and their checks; `evaluate_job` does the work
     context: typer.Context,
-    checkpoint: CheckpointFile,
+    checkpoint: DetectorFile,
     data: Data,
     *,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
@@ -54,6 +54,7 @@ def evaluate(
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
     from recontrast.data.near_copies import read_sketches
+    from recontrast.inference.detector import is_exported, open_detector
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -64,21 +65,30 @@ def evaluate(
         check_writable(cache, "--cache")
     options = inference.build()
     file = resolve_checkpoint(checkpoint)
-    _, world_device = context.with_resource(distributed.join_processes(inference.device))
+    device = "cpu" if is_exported(file) else inference.device
+    _, world_device = context.with_resource(distributed.join_processes(device))
     groups = datasets.load(data, None if category in (None, "all") else [category], incomplete=True)
     if out is not None:
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
+    reading: dict[str, Any] = {
+        "workers": inference.workers, "batch": inference.batch, "cache_dir": cache, "streaming": streaming,
+        "save_maps": save_maps,
+    }  # fmt: skip
+    if is_exported(file):
+        detector: Any = open_detector(file, inference.device, inference=options)
+        print_data(datasets.describe(groups))
+        return show_metrics(
+            detector, groups, detector.recipe, out, detector.calibration, **reading,
+            trained=read_fingerprints(detector.images),
+        )  # fmt: skip
     model, recipe, stored = checkpoints.load_model(file, world_device)
     print_data(datasets.describe(groups))
-    if stored.calibration is not None:
-        mismatch = options.describe_mismatch(recipe, stored.calibration)
-        if mismatch is not None:
-            print_error(f"warning: {file}: {mismatch}")
+    mismatch = stored.calibration and options.describe_mismatch(recipe, stored.calibration)
+    if mismatch is not None:
+        print_error(f"warning: {file}: {mismatch}")
     show_metrics(
-        model, groups, recipe, out, options.valid_calibration(recipe, stored.calibration),
-        inference=options, workers=inference.workers, device=world_device, batch=inference.batch, cache_dir=cache,
-        streaming=streaming, save_maps=save_maps, trained=read_fingerprints(stored.images),
-        sketches=read_sketches(stored.images),
+        model, groups, recipe, out, options.valid_calibration(recipe, stored.calibration), inference=options,
+        device=world_device, trained=read_fingerprints(stored.images), sketches=read_sketches(stored.images), **reading,
     )  # fmt: skip
 
 

@@ -1,0 +1,163 @@
+"""What an evaluation needs of a detector: a network in PyTorch, or the program in an exported file."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recontrast.data.sources import Images
+from recontrast.inference import tiling
+from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.inference.finite import is_finite
+from recontrast.inference.infer import infer, max_map_value
+from recontrast.models.network import Network
+from recontrast.recipes.recipe import Recipe, to_pair
+from recontrast.runtime.clock import Clock
+from recontrast.runtime.device import move_model, resolve_device
+
+MapsAndScores = Iterator[tuple[Tensor, Tensor]]  # maps (N, H, W) and scores (N,), float32, batch after batch
+OnImage = Callable[[Path, NDArray[np.uint8]], None]
+
+
+class Scorer(Protocol):
+    """Interface of what computes maps and scores in an evaluation.
+
+    Attributes:
+        device: Device of the maps and scores.
+        max_value: Upper end of the scale of maps.
+        is_bounded: Whether no map value exceeds ``max_value``.
+    """
+
+    device: torch.device
+    max_value: float
+    is_bounded: bool
+
+    def score_images(self, images: Images, batch: int, clock: Clock) -> MapsAndScores:
+        """Compute maps and scores of images that were resized and cropped.
+
+        Args:
+            images: Images at ``recipe.out``, (N, H, W, 3) uint8.
+            batch: Number of images per batch.
+            clock: Clock that measures the parts.
+
+        Returns:
+            Maps and scores, batch after batch.
+        """
+
+    def score_files(
+        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage
+    ) -> MapsAndScores:
+        """Compute maps and scores of image files at their original scale, from tiles.
+
+        Args:
+            paths: Image files.
+            batch: Number of tiles per batch.
+            clock: Clock that measures the parts.
+            unread: Receives one sentence for each image that cannot be read, by position; None raises the error.
+            on_image: Called with the path and the pixels (H, W, 3) of each image that was read.
+
+        Returns:
+            Maps and scores, image after image.
+        """
+
+
+class NetworkScorer:
+    """A network with the recipe of its maps and scores; see `Scorer` for the attributes.
+
+    Args:
+        network: Network, moved to ``device``.
+        recipe: Recipe.
+        device: Device; None leaves the network where it is.
+
+    Raises:
+        ValueError: If the image size is not a multiple of the network's stride.
+    """
+
+    def __init__(self, network: Network, recipe: Recipe, device: str | torch.device | None) -> None:
+        network.map_sizes(recipe.out)  # raises an error if the size is not a multiple of the stride
+        if device is not None:
+            move_model(network, resolve_device(device), recipe.channels_last)
+        self.network, self.recipe = network, recipe
+        self.device = next(network.parameters()).device
+        self.max_value, self.is_bounded = max_map_value(network, recipe), network.has_bounded_distances
+
+    def score_images(self, images: Images, batch: int, clock: Clock) -> MapsAndScores:
+        """Compute maps and scores of images (N, H, W, 3) uint8, see `Scorer`."""
+        return infer(self.network, images, self.recipe, batch=batch, clock=clock)
+
+    def score_files(
+        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage
+    ) -> MapsAndScores:
+        """Compute maps and scores of image files from tiles, see `Scorer`."""
+        return tiling.infer_files(paths, self.network, self.recipe, batch, clock, unread, on_image)
+
+
+class ExportedScorer:
+    """The program in an exported file; see `Scorer` for the attributes.
+
+    Args:
+        detector: Detector in the file.
+    """
+
+    def __init__(self, detector: ExportedDetector) -> None:
+        self.detector, self.device = detector, torch.device("cpu")
+        self.max_value, self.is_bounded = detector.max_map_value, False  # the file does not say whether it is
+
+    def score_images(self, images: Images, batch: int, clock: Clock) -> MapsAndScores:
+        """Compute maps and scores of images (N, H, W, 3) uint8, see `Scorer`.
+
+        The resize in the graph does not change an image that has the size after resizing. A cropped image is therefore
+        put back into a black image of this size, from which the graph crops it again.
+        """
+        recipe = self.detector.recipe
+        size, (height, width) = to_pair(recipe.size), recipe.out
+        top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+
+        def load(start: int) -> NDArray[np.uint8]:
+            cropped = images[np.arange(start, min(start + batch, len(images)))]
+            pixels = np.zeros((len(cropped), *size, 3), np.uint8)
+            pixels[:, top : top + height, left : left + width] = cropped
+            return pixels
+
+        with ThreadPoolExecutor(1) as pool:  # the next batch is loaded while the program runs
+            starts = range(0, len(images), batch)
+            queue: list[Future[NDArray[np.uint8]]] = [pool.submit(load, start) for start in starts[:1]]
+            while queue:
+                queue += [pool.submit(load, start) for start in starts[1:2]]
+                starts = starts[1:]
+                pixels = queue.pop(0).result()
+                clock.mark("loading")
+                maps, scores = self.detector.score(pixels)
+                scores = np.where([is_finite(anomaly) for anomaly in maps], scores, np.float32(np.nan))
+                clock.mark("forward")
+                yield torch.from_numpy(maps), torch.from_numpy(scores)
+
+    def score_files(
+        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage
+    ) -> MapsAndScores:
+        """Raise an error: files of detectors of tiles are not evaluated."""
+        raise ValueError(f"{self.detector.path}: wanted a detector of whole images, got one of tiles")
+
+
+def build_scorer(model: Network | ExportedDetector, recipe: Recipe, device: str | torch.device | None) -> Scorer:
+    """Return the scorer of a network or of an exported file.
+
+    Args:
+        model: Network, or detector in an exported file.
+        recipe: Recipe of the maps and scores.
+        device: Device to move a network to; None leaves it where it is. Exported files run where they were opened.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        ValueError: If the image size is not a multiple of the network's stride.
+    """
+    if isinstance(model, ExportedDetector):
+        return ExportedScorer(model)
+    return NetworkScorer(model, recipe, device)

@@ -1,0 +1,42 @@
+"""Tracing of a graph by `torch.export`, for any number of images of any size."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def trace_images(module: nn.Module, size: tuple[int, int]) -> torch.export.ExportedProgram:
+    """Trace a module that takes images.
+
+    Args:
+        module: Module with the input (N, H, W, 3), uint8.
+        size: Height and width to which the module resizes the images, in pixels.
+
+    Returns:
+        Program with dynamic N, H and W.
+    """
+    any_length = torch.export.Dim.DYNAMIC
+    example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
+    lengths = ((any_length, any_length, any_length, torch.export.Dim.STATIC),)
+    with torch.no_grad():
+        return torch.export.export(module, (example,), dynamic_shapes=lengths)
+
+
+@contextmanager
+def silence_exporters() -> Iterator[None]:
+    """Suppress log lines and deprecation warnings of the exporters; the exported file itself is checked."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
