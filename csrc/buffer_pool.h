@@ -8,6 +8,8 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#elif defined(_WIN32)
+#include <malloc.h>
 #endif
 
 #include <algorithm>
@@ -19,6 +21,23 @@
 #include "tensor_arguments.h"
 
 namespace recontrast {
+
+// Memory whose address is a multiple of `alignment`, or nullptr; `bytes` is one too. Windows has functions of its own.
+inline void* allocate_aligned(int64_t alignment, int64_t bytes) {
+#ifdef _WIN32
+  return _aligned_malloc(bytes, alignment);
+#else
+  return std::aligned_alloc(alignment, bytes);
+#endif
+}
+
+inline void free_aligned(void* block) {
+#ifdef _WIN32
+  _aligned_free(block);
+#else
+  std::free(block);
+#endif
+}
 
 class BufferPool {
  public:
@@ -45,7 +64,7 @@ class BufferPool {
         return block;
       }
     }
-    void* block = std::aligned_alloc(kHugePage, bytes);
+    void* block = allocate_aligned(kHugePage, bytes);
     STD_TORCH_CHECK(block, "recontrast: not enough memory for a result of ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     madvise(block, bytes, MADV_HUGEPAGE);  // only advice: where it fails, memory is slower
@@ -60,7 +79,7 @@ class BufferPool {
     free_bytes_ += bytes;
     while (free_bytes_ > kCapacity) {
       free_bytes_ -= free_.front().first;
-      std::free(free_.front().second);
+      free_aligned(free_.front().second);
       free_.erase(free_.begin());
     }
   }

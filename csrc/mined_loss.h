@@ -6,6 +6,10 @@
 
 #include "tensor_arguments.h"
 
+#ifndef NAN  // MinGW hides it in C++
+#define NAN __builtin_nanf("")
+#endif
+
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #else

@@ -11,7 +11,13 @@
 namespace recontrast {
 namespace {
 
-void atomic_add(int64_t& count, int64_t value) { std::atomic_ref(count).fetch_add(value, std::memory_order_relaxed); }
+void atomic_add(int64_t& count, int64_t value) {
+#ifdef __cpp_lib_atomic_ref
+  std::atomic_ref(count).fetch_add(value, std::memory_order_relaxed);
+#else  // libc++ of clang 16
+  __atomic_fetch_add(&count, value, __ATOMIC_RELAXED);
+#endif
+}
 
 }  // namespace
 

@@ -20,6 +20,14 @@ inline int64_t thread_count(int64_t threads, int64_t pixels) {
   return std::min(threads, std::max<int64_t>(pixels / kGrain, 1));
 }
 
+// Threads that are joined at the end of their scope. libc++ of clang 16 has no std::jthread.
+struct JoinedThreads {
+  std::vector<std::thread> threads;
+  ~JoinedThreads() {
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
 // Calls work(task) for each task, on thread_count(threads, pixels) threads; rethrows an exception of `work`.
 template <typename Work>
 void parallel_for(int64_t tasks, int64_t threads, int64_t pixels, const Work& work) {
@@ -37,9 +45,9 @@ void parallel_for(int64_t tasks, int64_t threads, int64_t pixels, const Work& wo
     }
   };
   {
-    std::vector<std::jthread> pool;
+    JoinedThreads pool;
     try {
-      for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run);
+      for (int64_t i = 1; i < threads; ++i) pool.threads.emplace_back(run);
     } catch (const std::system_error&) {  // the system has no more threads: continue with those that were started
     }
     run();
