@@ -40,9 +40,10 @@ struct ChannelSplit {
 
 // Threads (lanes, channel groups): a lane has S::V positions, a channel group every `step`-th channel.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, kBlocks) sums_by_planes(const __grid_constant__ Group group) {
+__global__ void __launch_bounds__(kThreads, S::V == 8 ? 2 : kBlocks)
+    sums_by_planes(const __grid_constant__ Group group) {
   using A = typename S::A;
-  constexpr int V = S::V;
+  constexpr int V = S::V;  // with 8, only two blocks have registers for all loads of a batch
   unsigned block;
   const Pair& pair = group.find(block);
   const FeatureSize size = pair.size;
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ Gr
 template <typename S>
 int plane_lanes(const Group& group) {
   int lanes = kWarp;
-  while (lanes * S::bytes > kSegment && positions_of(group) < 4 * processors() * lanes * S::V) lanes /= 2;
+  while (lanes * S::bytes > kSegment && positions_of(group) < 8 * processors() * lanes * S::V) lanes /= 2;
   return lanes;
 }
 
@@ -218,10 +219,9 @@ void run(const char* op, const std::vector<Pair>& pairs, bool backward, const Te
       const auto blocks_of = [&](const Pair& pair) {
         return across(pair) * std::max(1u, blocks(pair.size.C, pair.share));
       };
-      if constexpr (S::by_rows)
-        launch_group(rows ? sums_by_rows<S> : sums_by_planes<S>, group, stream, blocks_of);
-      else
-        launch_group(sums_by_planes<S>, group, stream, blocks_of);
+      auto* kernel = sums_by_planes<S>;
+      if constexpr (S::by_rows) kernel = rows ? sums_by_rows<S> : kernel;
+      launch_group(kernel, group, stream, blocks_of);
       if (parts.defined())
         launch_group(add_parts<A>, group, stream, [](const Pair& pair) -> int64_t {
           return pair.parts == nullptr ? 0 : blocks(3 * static_cast<int64_t>(pair.size.count), kThreads);

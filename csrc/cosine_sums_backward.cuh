@@ -1,7 +1,7 @@
 // The gradient of cosine_sums on the GPU; recontrast/reference.py defines it.
 //
 // Memory-bound like the sums (cosine_sums.cu). Blocks split the channels, so that few positions occupy the whole GPU
-// too.
+// too. Blocks walk from the last pair and position to the first: the L2 cache still holds what the sums read last.
 #pragma once
 
 #include "feature_pairs.cuh"
@@ -10,6 +10,25 @@ namespace recontrast {
 
 constexpr int kChannels = 64;  // channels per block by planes: two batches of loads for each read of the weights
 
+// V consecutive numbers, 16 bytes at a time where they are aligned: element by element, the lanes of a warp would ask
+// for each sector V times. `aligned` must be equal for all threads.
+template <typename A, int V>
+__device__ __forceinline__ void load_numbers(const A* from, bool aligned, A (&to)[V]) {
+  constexpr int per_load = kVector<A>;
+  if constexpr (V % per_load == 0)
+    if (aligned) {
+#pragma unroll
+      for (int i = 0; i < V; i += per_load) {
+        const auto words = *reinterpret_cast<const Words<A>*>(from + i);
+#pragma unroll
+        for (int v = 0; v < per_load; ++v) to[i + v] = words.get(v);
+      }
+      return;
+    }
+#pragma unroll
+  for (int v = 0; v < V; ++v) to[v] = from[v];
+}
+
 // Threads (lanes, channel groups), blocks (positions, kChannels channels each). V positions that all have weight 0 are
 // not read.
 template <typename S>
@@ -17,23 +36,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_planes(const __
   using A = typename S::A;
   constexpr int V = S::V;
   unsigned block;
-  const Pair& pair = group.find(block);
+  const Pair& pair = group.find_backwards(block);
   const FeatureSize size = pair.size;
   const int lanes = pair.lanes, step = kThreads / lanes;
-  const unsigned across = (size.count + lanes * V - 1) / (lanes * V);  // blocks that cover the positions
-  const unsigned first = (block % across * lanes + threadIdx.x % lanes) * V;
+  // Blocks of the same positions are neighbours, as in the order in which the sums read the features.
+  const unsigned parts = (static_cast<unsigned>(size.C) + kChannels - 1) / kChannels;
+  const unsigned first = (block / parts * lanes + threadIdx.x % lanes) * V;
   if (first >= size.count) return;
   const A* grad = static_cast<const A*>(pair.sums);
   A of_x[V], of_y[V];
   bool any_weight = false;
+  const bool aligned = reinterpret_cast<uintptr_t>(grad) % kBytes == 0 && size.count % kVector<A> == 0;
+  load_numbers(grad + first, aligned, of_x);
+  load_numbers(grad + 2 * static_cast<int64_t>(size.count) + first, aligned, of_y);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    of_x[v] = grad[first + v];
-    of_y[v] = 2 * grad[2 * static_cast<int64_t>(size.count) + first + v];
+    of_y[v] *= 2;
     any_weight = any_weight || of_x[v] != 0 || of_y[v] != 0;
   }
   const S xs(pair.x, first, size), ys(pair.y, first, size), out(pair.dy, first, size);
-  const int begin = static_cast<int>(block / across) * kChannels, end = min(size.C, begin + kChannels);
+  const int begin = static_cast<int>(block % parts) * kChannels, end = min(size.C, begin + kChannels);
   for (int c = begin + static_cast<int>(threadIdx.x) / lanes; c < end; c += kUnroll * step) {
     const LoadBatch<S> batch(xs, ys, c, step, any_weight ? end : 0);
 #pragma unroll
@@ -55,7 +77,7 @@ template <typename S>
 __global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_rows(const __grid_constant__ Group group) {
   using A = typename S::A;
   unsigned block;
-  const Pair& pair = group.find(block);
+  const Pair& pair = group.find_backwards(block);
   const FeatureSize size = pair.size;
   const int lanes = pair.lanes, step = lanes * S::V;
   const unsigned position = block * (kThreads / lanes) + threadIdx.x / lanes;
@@ -73,11 +95,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gradient_by_rows(const __gr
     const LoadBatch<S> batch(xs, ys, c, step, size.C);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (c + u * step >= size.C) break;
       A value[S::V];
 #pragma unroll
       for (int v = 0; v < S::V; ++v) value[v] = of_x * xs.get(batch.x[u], v) + of_y * ys.get(batch.y[u], v);
-      out.store(c + u * step, value);
+      if (c + u * step < size.C) out.store(c + u * step, value);  // a break would hold back loads of the batch
     }
   }
 }

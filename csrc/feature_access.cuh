@@ -20,6 +20,10 @@ constexpr int kUnroll = 4;
 template <typename T>
 constexpr int kVector = kBytes / sizeof(T);
 
+__host__ __device__ constexpr int64_t bytes_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 // A feature tensor as kernels see it; strides in elements.
 struct FeatureView {
   void* data;
@@ -119,7 +123,62 @@ struct VectorAccess {
   }
 };
 
-// Accesses one element, with any strides and a dtype known only at run time: mixed dtypes (autocast), rare layouts.
+constexpr int kMixed = 4;  // elements that MixedAccess accesses at once: 16 bytes of float32, 8 of 16-bit dtypes
+
+// Accesses kMixed neighbouring positions (by planes) or channels (by rows) of float32, bfloat16 or float16, known only
+// at run time: pairs of two dtypes, as autocast makes them.
+struct MixedAccess {
+  using A = float;
+  using Raw = Words<float>;  // 16-bit elements fill the first half
+  static constexpr int V = kMixed, bytes = sizeof(Raw);
+  static constexpr bool by_rows = true;
+  char* pointer;  // channel 0 of the position
+  int64_t step;   // from channel to channel, in bytes
+  ScalarType type;
+
+  __device__ MixedAccess(const FeatureView& f, unsigned position, const FeatureSize& size)
+      : pointer(static_cast<char*>(f.data) + (position / size.P * f.n + position % size.P * f.p) * bytes_of(f.type)),
+        step(f.c * bytes_of(f.type)),
+        type(f.type) {}
+  __device__ __forceinline__ Raw load(int c) const {
+    const char* from = pointer + c * step;
+    if (type == ScalarType::Float) return *reinterpret_cast<const Raw*>(from);
+    const uint2 half = *reinterpret_cast<const uint2*>(from);
+    return {{half.x, half.y, 0, 0}};
+  }
+  __device__ __forceinline__ float get(const Raw& raw, int v) const {
+    if (type == ScalarType::Float) return __uint_as_float(raw.word[v]);
+    const unsigned word = raw.word[v / 2];
+    if (type == ScalarType::BFloat16) return __uint_as_float(v % 2 ? word & 0xffff0000u : word << 16);
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(v % 2 ? word >> 16 : word)));
+  }
+  __device__ __forceinline__ void store(int c, const float (&value)[V]) const {
+    char* to = pointer + c * step;
+    if (type == ScalarType::Float) {
+      Raw raw;
+      raw.set(value);
+      *reinterpret_cast<Raw*>(to) = raw;
+    } else if (type == ScalarType::BFloat16) {
+      const __nv_bfloat162 low = __floats2bfloat162_rn(value[0], value[1]);
+      const __nv_bfloat162 high = __floats2bfloat162_rn(value[2], value[3]);
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(*reinterpret_cast<const unsigned*>(&low), *reinterpret_cast<const unsigned*>(&high));
+    } else {
+      const __half2 low = __floats2half2_rn(value[0], value[1]), high = __floats2half2_rn(value[2], value[3]);
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(*reinterpret_cast<const unsigned*>(&low), *reinterpret_cast<const unsigned*>(&high));
+    }
+  }
+  __device__ __forceinline__ void zero(int c) const {
+    if (type == ScalarType::Float)
+      __stcs(reinterpret_cast<uint4*>(pointer + c * step), make_uint4(0, 0, 0, 0));
+    else
+      __stcs(reinterpret_cast<uint2*>(pointer + c * step), make_uint2(0, 0));
+  }
+};
+
+// Accesses one element, with any strides and a dtype known only at run time: rare layouts, float64 beside another
+// dtype.
 template <typename A_>
 struct GenericAccess {
   using A = A_;
@@ -130,14 +189,11 @@ struct GenericAccess {
   int64_t step;   // from channel to channel, in bytes
   ScalarType type;
 
-  static __device__ int64_t width(ScalarType type) {
-    return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-  }
   __device__ GenericAccess(const FeatureView& f, unsigned position, const FeatureSize& size)
-      : step(f.c * width(f.type)), type(f.type) {
+      : step(f.c * bytes_of(f.type)), type(f.type) {
     const unsigned p = position % size.P;
     pointer =
-        static_cast<char*>(f.data) + (position / size.P * f.n + p / size.W * f.h + p % size.W * f.w) * width(type);
+        static_cast<char*>(f.data) + (position / size.P * f.n + p / size.W * f.h + p % size.W * f.w) * bytes_of(type);
   }
   __device__ __forceinline__ Raw load(int c) const {
     const char* from = pointer + c * step;

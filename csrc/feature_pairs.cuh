@@ -27,10 +27,17 @@ struct Group {
   int pairs;
 
   // The pair that this block works on. block: its index among the blocks of that pair.
-  __device__ __forceinline__ const Pair& find(unsigned& block) const {
+  __device__ __forceinline__ const Pair& find(unsigned& block) const { return find(blockIdx.x, block); }
+  // The same, where blocks start with the last one.
+  __device__ __forceinline__ const Pair& find_backwards(unsigned& block) const {
+    return find(gridDim.x - 1 - blockIdx.x, block);
+  }
+
+ private:
+  __device__ __forceinline__ const Pair& find(unsigned index, unsigned& block) const {
     int i = 0;
-    while (i + 1 < pairs && blockIdx.x >= pair[i + 1].first) ++i;
-    block = blockIdx.x - pair[i].first;
+    while (i + 1 < pairs && index >= pair[i + 1].first) ++i;
+    block = index - pair[i].first;
     return pair[i];
   }
 };
@@ -39,7 +46,7 @@ static_assert(sizeof(Group) <= 4096);  // bytes; the kernel arguments that every
 // Determines the kernel; pairs of the same kind share a launch.
 struct Kind {
   ScalarType type;
-  bool generic;  // GenericAccess, else VectorAccess
+  bool generic;  // GenericAccess or MixedAccess (vectors), else VectorAccess
   bool rows;     // by rows (channels_last), else by planes
   bool vectors;  // 16 bytes at once, else one element
   bool operator==(const Kind&) const = default;
@@ -52,15 +59,20 @@ inline Kind kind_of(const Pair& pair, bool backward, ScalarType acc) {
   };
   const ScalarType type = pair.x.type;
   const bool acc_fits = (type == ScalarType::Double) == (acc == ScalarType::Double);
-  if (!acc_fits || !all_views([&](const FeatureView& f) { return f.one_stride && f.type == type; }))
+  const bool one_type = acc_fits && all_views([&](const FeatureView& f) { return f.type == type; });
+  const bool mixed =
+      acc == ScalarType::Float && all_views([](const FeatureView& f) { return f.type != ScalarType::Double; });
+  if (!(one_type || mixed) || !all_views([](const FeatureView& f) { return f.one_stride; }))
     return {acc, true, false, false};
   const bool rows = pair.size.C > 1 && all_views([](const FeatureView& f) { return f.c == 1; });
-  const int64_t V = kBytes / (type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2);
+  const int64_t V = one_type ? kBytes / bytes_of(type) : kMixed;
   const bool vectors = (rows ? pair.size.C : pair.size.P) % V == 0 && all_views([&](const FeatureView& f) {
-                         return (rows || f.p == 1) && reinterpret_cast<uintptr_t>(f.data) % kBytes == 0 &&
-                                f.n % V == 0 && (rows ? f.p : f.c) % V == 0;
+                         return (rows || f.p == 1) &&
+                                reinterpret_cast<uintptr_t>(f.data) % (V * bytes_of(f.type)) == 0 && f.n % V == 0 &&
+                                (rows ? f.p : f.c) % V == 0;
                        });
-  return {type, false, rows, vectors};
+  if (one_type) return {type, false, rows, vectors};
+  return {acc, true, rows && vectors, vectors};
 }
 
 template <typename T>
@@ -71,6 +83,7 @@ struct TypeTag {
 // Calls f with the TypeTag of the access class for pairs of `kind`.
 template <typename F>
 void with_access(const char* op, const Kind& kind, const F& f) {
+  if (kind.generic && kind.vectors) return f(TypeTag<MixedAccess>{});
   if (kind.generic)
     return kind.type == ScalarType::Double ? f(TypeTag<GenericAccess<double>>{}) : f(TypeTag<GenericAccess<float>>{});
   dispatch(op, kind.type, [&](auto element) {
@@ -79,9 +92,11 @@ void with_access(const char* op, const Kind& kind, const F& f) {
   });
 }
 
-// Calls f(kind, group) for each launch that the pairs need. Empty pairs must be left out.
+// Calls f(kind, group) for each launch that the pairs need. Empty pairs must be left out. Blocks with many channels
+// come first in a launch: last, they would run alone.
 template <typename F>
 void for_each_launch(std::vector<Pair> pairs, bool backward, ScalarType acc, const F& f) {
+  std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.size.C > b.size.C; });
   while (!pairs.empty()) {
     const Kind kind = kind_of(pairs[0], backward, acc);
     Group group{};

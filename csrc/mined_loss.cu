@@ -48,10 +48,12 @@ __global__ void __launch_bounds__(kThreads)
   const A* sums = all_sums + pair.sums;
   const int64_t volume = pair.N * pair.P, first = image * pair.P + begin;
   A value[4] = {}, d[kPointsPerThread], squares[1] = {};
+  unsigned bin[kPointsPerThread];
 #pragma unroll
   for (int e = 0; e < kPointsPerThread; ++e) {
     const int i = e * kThreads + threadIdx.x;
     d[e] = 0;
+    bin[e] = kNoBin;
     if (i >= count) continue;
     const A xy = sums[first + i], xx = sums[first + i + volume], yy = sums[first + i + 2 * volume];
     d[e] = distance_of(xy, xx, yy);
@@ -59,9 +61,9 @@ __global__ void __launch_bounds__(kThreads)
     value[1] += xy;
     value[2] += xx;
     value[3] += yy;
-    if (arguments.rule == Rule::hardest)
-      atomicAdd(bins + number * kBins + (Keys<A>::of(d[e]) >> (kDigit * (Keys<A>::digits - 1))), 1u);
+    bin[e] = static_cast<unsigned>(Keys<A>::of(d[e]) >> (kDigit * (Keys<A>::digits - 1)));
   }
+  if (arguments.rule == Rule::hardest) count_bins(bins + number * kBins, bin);
   add_over_block(value);
   if (arguments.rule == Rule::deviation) {
     value[0] /= static_cast<A>(count);

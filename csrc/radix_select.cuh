@@ -40,6 +40,27 @@ struct Selection {
   long long rank;   // its rank, from 1, among the distances with these digits
 };
 
+constexpr unsigned kNoBin = ~0u;
+
+// Adds 1 to the counter of each bin that the threads of a warp have (kNoBin: none). All 32 threads must call it.
+// Equal bins of a warp are added at once, because additions to one counter wait for each other: the points of dead
+// features all have the same distance.
+template <int count>
+__device__ __forceinline__ void count_bins(unsigned* bins, unsigned (&bin)[count]) {
+#pragma unroll
+  for (int e = 0; e < count; ++e) {
+    unsigned times = 1;
+#pragma unroll
+    for (int later = e + 1; later < count; ++later)
+      if (bin[later] == bin[e] && bin[e] != kNoBin) {
+        bin[later] = kNoBin;
+        ++times;
+      }
+    const unsigned equal = __match_any_sync(~0u, bin[e]), total = __reduce_add_sync(equal, times);
+    if (bin[e] != kNoBin && static_cast<int>(threadIdx.x) % kWarp == __ffs(equal) - 1) atomicAdd(bins + bin[e], total);
+  }
+}
+
 // One block per pair: the next digit of the k-th largest distance. digit: how many digits are known.
 __global__ void __launch_bounds__(kThreads) select_digit(const __grid_constant__ LossArguments arguments,
                                                          const unsigned* __restrict__ bins,   // [pairs, kBins]
@@ -81,14 +102,17 @@ __global__ void __launch_bounds__(kThreads)
   const A* from = all_sums + pair.sums + block / pair.pieces * pair.P + begin;
   const int64_t volume = pair.N * pair.P;
   bins += number * kBins;
+  unsigned bin[kPiece / kThreads];
 #pragma unroll
   for (int e = 0; e < kPiece / kThreads; ++e) {
     const int i = e * kThreads + threadIdx.x;
-    if (i >= count) break;
+    bin[e] = kNoBin;
+    if (i >= count) continue;
     const uint64_t key = Keys<A>::of(distance_of(from[i], from[i + volume], from[i + 2 * volume]));
     const int shift = kDigit * (Keys<A>::digits - 1 - digit);
-    if (key >> shift >> kDigit == selections[number].prefix) atomicAdd(bins + (key >> shift) % kBins, 1u);
+    if (key >> shift >> kDigit == selections[number].prefix) bin[e] = static_cast<unsigned>((key >> shift) % kBins);
   }
+  count_bins(bins, bin);
 }
 
 }  // namespace

@@ -84,7 +84,7 @@ def _sums(
             out = out_ptr + firsts[i]
             if PARTS > 1:
                 out += (tile // tiles).to(tl.int64) * length
-            count = N[i] * P[i]
+            count = tl.cast(N[i], tl.int64) * P[i]
             _sums_tile(
                 xs[i], ys[i], out, tile % tiles, part, count, C[i], PARTS, P[i], x_s[i], y_s[i], BLOCK_C, BLOCK_P
             )
@@ -154,7 +154,7 @@ def _gradient(
         programs = tiles * tl.cdiv(C[i], BLOCK_C)
         if (program >= 0) & (program < programs):
             grad = grad_ptr + firsts[i]
-            tile, group, count = program % tiles, program // tiles, N[i] * P[i]
+            tile, group, count = program % tiles, program // tiles, tl.cast(N[i], tl.int64) * P[i]
             _gradient_tile(
                 grad,
                 xs[i],

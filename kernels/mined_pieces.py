@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from recontrast.kernels.point_blocks import _distance, _find_pair, _norms
-from recontrast.kernels.radix_select import _key
+from recontrast.kernels.radix_select import _count_bins, _key
 
 FIELDS = 5  # per piece: mean ("power": sum) of distances, squares about the mean, the three sums
 DEVIATION, HARDEST, POWER = (tl.constexpr(i) for i in range(3))
@@ -43,7 +43,7 @@ def _summarise_pieces(
     if RULE == POWER:
         tl.store(piece_ptr, tl.sum(tl.where(inside, tl.where(d < 0, 0.0, d), 0.0)))
     if RULE == HARDEST:
-        tl.atomic_add(bins_ptr + number * BINS + (_key(d, FRACTION) >> SHIFT), 1, mask=inside, sem="relaxed")
+        _count_bins(bins_ptr + number * BINS, _key(d, FRACTION) >> SHIFT, inside)
     tl.store(piece_ptr + 2, tl.sum(xy))
     tl.store(piece_ptr + 3, tl.sum(xx))
     tl.store(piece_ptr + 4, tl.sum(yy))

@@ -44,9 +44,10 @@ def _find_pair(program, N, P, BLOCK: tl.constexpr, BY_IMAGE: tl.constexpr):
     points = tl.full([], 0, tl.int64)
     first = tl.full([], 0, tl.int64)
     sums_before = tl.full([], 0, tl.int64)
+    program = tl.cast(program, tl.int64)  # a pair may have more than 2^31 points
     block = program
     for i in tl.static_range(len(N)):
-        programs = N[i] * tl.cdiv(P[i], BLOCK) if BY_IMAGE else tl.cdiv(N[i] * P[i], BLOCK)
+        programs = N[i] * tl.cdiv(P[i], BLOCK) if BY_IMAGE else tl.cdiv(tl.cast(N[i], tl.int64) * P[i], BLOCK)
         in_pair = (program >= 0) & (program < programs)
         number = tl.where(in_pair, i, number)
         images = tl.where(in_pair, N[i], images)

@@ -23,6 +23,25 @@ def _key(d, FRACTION: tl.constexpr):
 
 
 @triton.jit
+def _count_bins(bins_ptr, bin, counted):
+    """Add 1 to the counters of the bins of all points that are ``counted``.
+
+    Additions to one counter wait for each other, and the points of dead features all have the same distance. So the
+    points in the lowest and in the highest bin of a program are added at once.
+    """
+    lowest = tl.min(tl.where(counted, bin, 2147483647))
+    highest = tl.max(tl.where(counted, bin, -1))
+    in_lowest = counted & (bin == lowest)
+    in_highest = counted & (bin == highest) & (bin != lowest)
+    low_count = tl.sum(in_lowest.to(tl.int32))
+    high_count = tl.sum(in_highest.to(tl.int32))
+    tl.atomic_add(bins_ptr + lowest, low_count, mask=low_count > 0, sem="relaxed")
+    tl.atomic_add(bins_ptr + highest, high_count, mask=high_count > 0, sem="relaxed")
+    between = counted & (bin != lowest) & (bin != highest)
+    tl.atomic_add(bins_ptr + bin, 1, mask=between, sem="relaxed")
+
+
+@triton.jit
 def _select_digit(
     bins_ptr,  # (pairs, BINS)
     selected_ptr,  # (pairs, 2): first digits of the k-th largest distance, its rank among those with these digits
@@ -75,4 +94,4 @@ def _count_digits(
     yy = tl.load(xy_ptr + 2 * volume, mask=inside, other=0.0)
     key = _key(_distance(xy, xx, yy), FRACTION) >> SHIFT
     same_prefix = inside & ((key >> DIGIT) == tl.load(selected_ptr + 2 * number))
-    tl.atomic_add(bins_ptr + number * BINS + (key & (BINS - 1)), 1, mask=same_prefix, sem="relaxed")
+    _count_bins(bins_ptr + number * BINS, key & (BINS - 1), same_prefix)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sass import count_loads_in_flight, find_cuobjdump, read_sass
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
@@ -41,6 +42,13 @@ def test_cmake_builds_every_source():
         assert re.search(rf"CMAKE_CUDA_ARCHITECTURES [^)]*\b{arch}\b", CMAKE)
 
 
+IN_FLIGHT = {  # 16-byte loads that a thread starts before it waits for the first, on an H100 or H200
+    f"{kernel}<{access}>": 8
+    for kernel in ("sums_by_planes", "sums_by_rows", "gradient_by_planes", "gradient_by_rows")
+    for access in ("VectorAccess<float, 4>", "VectorAccess<BFloat16, 8>", "VectorAccess<Half, 8>", "MixedAccess")
+}
+
+
 @pytest.mark.skipif(NVCC is None, reason="NO NVCC ON THIS MACHINE: THE CUDA KERNELS WERE NOT COMPILED")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_source_compiles_without_spills(source, tmp_path):
@@ -54,3 +62,25 @@ def test_source_compiles_without_spills(source, tmp_path):
     assert len(set(counts.values())) == 1 and min(counts.values()) > 0, counts
     spills = [f"{k['kernel']} on sm_{k['arch']}" for k in kernels if int(k["stores"]) or int(k["loads"])]
     assert not spills
+    if source.name == "cosine_sums.cu" and (cuobjdump := find_cuobjdump()) is not None:
+        in_flight = {
+            name: count_loads_in_flight(sass) for name, sass in read_sass(cuobjdump, tmp_path / "out.fatbin").items()
+        }
+        print(*(f"{count} loads in flight {name}" for name, count in in_flight.items()), sep="\n")
+        assert {name: in_flight[name] for name in IN_FLIGHT} == IN_FLIGHT
+
+
+SASS = """
+LDG.E.128 R4, desc[UR4][R2.64]
+@!P1 LDG.E.128 R8, desc[UR4][R2.64+0x200]
+IMAD.WIDE R2, R0, 0x4, R2
+FADD R20, R4, R9
+LDG.E.128 R12, desc[UR4][R2.64]
+STG.E.128 desc[UR4][R2.64], R12
+"""
+
+
+def test_loads_in_flight_are_counted():
+    assert count_loads_in_flight(SASS.strip().splitlines()) == 2
+    assert count_loads_in_flight(SASS.strip().splitlines()[3:]) == 1
+    assert count_loads_in_flight(["EXIT"]) == 0

@@ -245,6 +245,7 @@ def test_emulator_detects_errors(tmp_path):
     source.write_text(WRONG)
     include = [f"-I{emulate_cuda.HERE}", "-isystem", f"{torch.__path__[0]}/include"]
     flags = ["-std=c++20", "-U_FORTIFY_SOURCE", *include]
-    subprocess.run([emulate_cuda.COMPILER, *flags, source, "-o", program], check=True)
+    sources = [source, emulate_cuda.HERE / "traffic.cpp"]
+    subprocess.run([emulate_cuda.COMPILER, *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=True)
     assert done.stdout == "other emulated: threads wait at a barrier that others do not reach"

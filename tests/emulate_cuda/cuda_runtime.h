@@ -11,12 +11,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "numbers.h"
+#include "traffic.h"
 
 #define __global__
 #define __device__
@@ -39,10 +41,14 @@ struct int2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 inline int2 make_int2(int x, int y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <typename T>
 void __stcs(T* to, const T& value) {
@@ -84,18 +90,24 @@ inline const std::function<void()>* body;
 
 inline void enter() {
   (*body)();
+  counting.in_kernel = false;
   fibers[running].state = State::done;
   _longjmp(scheduler, 1);
 }
 
 inline void wait(State state) {
+  counting.in_kernel = false;
   fibers[running].state = state;
   if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+  counting.in_kernel = counting.enabled;
 }
 
 inline void resume(int i) {
   running = i;
   threadIdx = fibers[i].index;
+  counting.thread = i;
+  counting.stack_begin = reinterpret_cast<uintptr_t>(fibers[i].stack.data());
+  counting.stack_end = counting.stack_begin + fibers[i].stack.size();
   if (_setjmp(scheduler)) return;
   if (fibers[i].begun) _longjmp(fibers[i].at, 1);
   fibers[i].begun = true;
@@ -138,6 +150,7 @@ inline void run_block() {
     if (!moved && finished < count)
       throw std::runtime_error("emulated: threads wait at a barrier that others do not reach");
   }
+  end_block();
 }
 
 inline void run(dim3 grid, dim3 shape, const std::function<void()>& kernel) {
@@ -155,17 +168,25 @@ inline void run(dim3 grid, dim3 shape, const std::function<void()>& kernel) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
 }
 
-template <typename T>
-T shuffle(T value, int lane) {
+// Exchanges a value with the threads of the warp: calls read(values of the 32 lanes), each in 8 bytes.
+template <typename T, typename Read>
+T exchange(T value, const Read& read) {
+  const Paused paused;
   Thread& self = fibers[running];
   uint64_t* slots = exchanged.data() + (self.shuffles++ % 2) * fibers.size() + running / 32 * 32;
   std::memcpy(slots + running % 32, &value, sizeof(T));
-  const int mine = running;
   wait(State::at_warp);
-  T result;
-  std::memcpy(&result, exchanged.data() + ((fibers[mine].shuffles - 1) % 2) * fibers.size() + mine / 32 * 32 + lane,
-              sizeof(T));
-  return result;
+  counting.in_kernel = false;
+  return read([&](int lane) {
+    T result;
+    std::memcpy(&result, slots + lane, sizeof(T));
+    return result;
+  });
+}
+
+template <typename T>
+T shuffle(T value, int lane) {
+  return exchange(value, [&](const auto& at) { return at(lane); });
 }
 
 }  // namespace emulated
@@ -180,23 +201,43 @@ T __shfl_down_sync(unsigned, T value, int by) {
   const int lane = emulated::running % 32;
   return emulated::shuffle(value, lane + by < 32 ? lane + by : lane);
 }
+// The lanes that have the same value.
+inline unsigned __match_any_sync(unsigned, unsigned value) {
+  return emulated::exchange(value, [&](const auto& at) {
+    unsigned equal = 0;
+    for (int lane = 0; lane < 32; ++lane) equal |= static_cast<unsigned>(at(lane) == value) << lane;
+    return equal;
+  });
+}
+// The sum over the lanes of the mask.
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  return emulated::exchange(value, [&](const auto& at) {
+    unsigned total = 0;
+    for (int lane = 0; lane < 32; ++lane) total += mask >> lane & 1 ? at(lane) : 0;
+    return total;
+  });
+}
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+
+template <typename T, typename Change>
+T emulated_atomic(T* to, const Change& change) {
+  const emulated::Paused paused;
+  emulated::record_atomic(to);
+  const T before = *to;
+  *to = change(before);
+  return before;
+}
 template <typename T>
 T atomicAdd(T* to, T value) {
-  const T before = *to;
-  *to += value;
-  return before;
+  return emulated_atomic(to, [&](T before) { return before + value; });
 }
 template <typename T>
 T atomicMin(T* to, T value) {
-  const T before = *to;
-  *to = std::min(before, value);
-  return before;
+  return emulated_atomic(to, [&](T before) { return std::min(before, value); });
 }
 template <typename T>
 T atomicMax(T* to, T value) {
-  const T before = *to;
-  *to = std::max(before, value);
-  return before;
+  return emulated_atomic(to, [&](T before) { return std::max(before, value); });
 }
 
 inline int cudaGetDevice(int* device) { return *device = 0; }
@@ -206,7 +247,15 @@ inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 template <typename... P, typename... Args>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const Args&... args) {
-  emulated::run(config->gridDim, config->blockDim, [&] { kernel(args...); });
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  emulated::begin_launch(reinterpret_cast<const void*>(kernel), uint64_t{grid.x} * grid.y * grid.z,
+                         uint64_t{block.x} * block.y * block.z);
+  const auto body = [&] {
+    emulated::counting.in_kernel = emulated::counting.enabled;
+    kernel(args...);
+  };
+  emulated::run(grid, block, std::ref(body));  // on the stack, whose reads are not counted
+  emulated::end_launch();
   return 0;
 }
 inline int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {

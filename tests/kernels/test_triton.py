@@ -3,6 +3,7 @@
 conftest.py enables the interpreter before triton is imported. There is no importorskip: the test extra installs Triton.
 """
 
+import collections
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import triton
 from op_cases import GROUPS, RULES, find_far_points, make_sums
 
 from recontrast import reference
@@ -212,6 +214,27 @@ def test_no_kernel_reads_memory_that_none_wrote(rule, monkeypatch):
     results = mined_loss.mined_loss(sums, [3, 1, 2], [91, 1, 1300], name, parameter, None, factor)
     for ours, theirs in zip(results, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(GPU, reason="THE INTERPRETER COUNTS")
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_equal_distances_do_not_queue(dtype, monkeypatch):
+    """Points of dead features all have one distance, and additions to one counter wait for each other."""
+    builder = type(triton.runtime.interpreter.interpreter_builder)
+    original, counts = builder.create_atomic_rmw, collections.Counter()
+
+    def count(self, operation, pointers, values, mask, *rest):
+        counts.update(np.atleast_1d(pointers.data)[np.atleast_1d(mask.data)].tolist())
+        return original(self, operation, pointers, values, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_atomic_rmw", count)
+    points, programs = 4096, 4
+    sums = torch.zeros(3 * points, dtype=dtype)  # distance 1
+    sums[:128] = sums[points : points + 128] = sums[2 * points : 2 * points + 128] = 1.0  # distance 0
+    _, state = mined_loss.mined_loss(sums, [1], [points], "hardest", 0.5, None, 0.0)
+    assert state[0] == 1
+    assert counts
+    assert max(counts.values()) <= programs
 
 
 @pytest.mark.parametrize("points", [1, 37, 1025])
