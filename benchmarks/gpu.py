@@ -13,6 +13,8 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +72,10 @@ def eager_mathematics(teachers, students):
 
 
 def loss(run: Run) -> None:
-    """Measure forward and backward of six WideResNet-50-2 pairs with alpha 1; compiled implementations come last."""
+    """Measure forward and backward of six WideResNet-50-2 pairs, with alpha 1 where no other is named.
+
+    Compiled implementations come last. With alpha -3 no point is easy, as at the beginning of a training run.
+    """
     sizes = [(n, c // 8, h // 4, w // 4) for n, c, h, w in SHAPES] if run.tiny else SHAPES
     batches, dtypes = (2,) if run.tiny else (64, 16, 256), (torch.float32, torch.bfloat16)
     for compiled, batch, dtype, layout in itertools.product((False, True), batches, dtypes, ("channels_last", "NCHW")):
@@ -124,8 +129,8 @@ def measure_group(run: Run, group: str, teachers: list, students: list, compiled
         run.measure(group, "repaired, compiled", backward_of(rivals["repaired, compiled"]), moved=moved)
         return
 
-    def ours(t, s):
-        return hard_mined_cosine(t, s, deviation(1.0))
+    def ours(t, s, alpha=1.0):
+        return hard_mined_cosine(t, s, deviation(alpha))
 
     if "channels_last" in group:  # easy points are not read in the backward pass
         least = volume * (3 + 2 * hard_share(teachers, students))
@@ -133,6 +138,8 @@ def measure_group(run: Run, group: str, teachers: list, students: list, compiled
     if run.cuda:
         make = partial(record_replay, backward_of(ours))
         run.measure(group, f"ours ({backend}), graph", make=make, moved=moved, least=least)
+        make = partial(record_replay, backward_of(partial(ours, alpha=-3.0)))
+        run.measure(group, f"ours ({backend}), graph, alpha -3", make=make, moved=moved)
         for s in students:
             s.grad = None  # the gradient is in memory of the graph
     if backend == "triton":
@@ -224,20 +231,22 @@ def norms(run: Run) -> None:
 # ---- training ----------------------------------------------------------------
 
 CACHED = "teacher cache"  # holds the features of all images before timing
-WAYS = {
-    "ours": {"channels_last": False},
+TUNED = "cudnn.benchmark"  # cuDNN times its algorithms
+BFLOAT16 = {"channels_last": True, "precision": "bfloat16"}
+WAYS = {  # the most useful rows first
+    "ours + graph": {**BFLOAT16, "graph": True},
+    f"ours, bfloat16, graph, {CACHED}": {**BFLOAT16, "graph": True},
+    f"ours, bfloat16, graph, {TUNED}": {**BFLOAT16, "graph": True},
+    "ours, bfloat16, graph, norms fused": {**BFLOAT16, "graph": True, "fused_norm": True},
+    f"ours, bfloat16, graph, norms fused, {CACHED}, {TUNED}": {**BFLOAT16, "graph": True, "fused_norm": True},
+    "ours + bfloat16": BFLOAT16,
     "ours + channels_last": {"channels_last": True},
-    "ours + bfloat16": {"channels_last": True, "precision": "bfloat16"},
-    "ours + graph": {"channels_last": True, "precision": "bfloat16", "graph": True},
-    f"ours, bfloat16, {CACHED}, no graph": {"channels_last": True, "precision": "bfloat16"},
+    "ours": {"channels_last": False},
+    f"ours, bfloat16, {CACHED}, no graph": BFLOAT16,
     "ours, float32, graph": {"channels_last": True, "graph": True},
-    "ours, bfloat16, graph, norms fused": {
-        "channels_last": True,
-        "precision": "bfloat16",
-        "graph": True,
-        "fused_norm": True,
-    },
+    f"ours, float32, graph, {TUNED}": {"channels_last": True, "graph": True},
     "ours, full float32": {"channels_last": True, "tf32": False},
+    "ours, bfloat16, graph, compiled": {**BFLOAT16, "graph": True, "compile": True},  # takes a minute to compile
 }
 
 
@@ -248,7 +257,7 @@ def training(run: Run) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2 if run.tiny else 160, size, size, 3), dtype=np.uint8)
     blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
     initial = build_model(base, "carpet")  # built once, since drawing random weights takes longer than a step
-    for batch in (2,) if run.tiny else (64, 16, 128):
+    for batch in (2,) if run.tiny else (64, 16):
         group = f"training step, {backbone}, {size} px, batch {batch}"
         name = "reference, launches blocked, as its scripts run it" if blocking else "reference"
         make = partial(reference_step, run, initial, base, pixels, batch)
@@ -259,7 +268,7 @@ def training(run: Run) -> None:
             recipe = base.replace(batch=batch, **changes)
             if recipe.graph and not run.cuda:
                 continue
-            make = partial(our_step, run, initial, recipe, pixels, batch, cached=CACHED in name)
+            make = partial(our_step, run, initial, recipe, pixels, batch, cached=CACHED in name, tuned=TUNED in name)
             run.measure(group, name, make=make, images=batch, seconds=1.0, most=10)
             if run.cuda:
                 torch.cuda.empty_cache()
@@ -290,7 +299,15 @@ def reference_step(run: Run, initial: ReContrast, recipe, pixels: np.ndarray, ba
     return work
 
 
-def our_step(run: Run, initial: ReContrast, recipe, pixels: np.ndarray, batch: int, cached: bool = False) -> Function:
+def our_step(
+    run: Run,
+    initial: ReContrast,
+    recipe,
+    pixels: np.ndarray,
+    batch: int,
+    cached: bool = False,
+    tuned: bool = False,
+) -> Function:
     """Return our step as in `recontrast.training.train`, including batch selection and normalisation."""
     model = copy.deepcopy(initial)
     channels_last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
@@ -298,6 +315,7 @@ def our_step(run: Run, initial: ReContrast, recipe, pixels: np.ndarray, batch: i
     both = build_optimisers(model, recipe, run.device)
     if recipe.fused_norm:
         fuse_norm_act(model)
+    network = torch.compile(model, dynamic=False) if recipe.compile else model
     device_images = DeviceImages(pixels, run.device)
 
     index = np.random.default_rng(1).permutation(len(pixels))[:batch]
@@ -305,20 +323,76 @@ def our_step(run: Run, initial: ReContrast, recipe, pixels: np.ndarray, batch: i
     if cached:
         teacher = TeacherCache(model.frozen, len(pixels), 2**34, autocast=recipe.precision == "bfloat16")
 
-    def step(optimisers, images, alpha):
-        features = None if teacher is None else teacher(index, images)
-        return train_step(model, optimisers, images, alpha, recipe, frozen_features=features)
+    def step(optimisers, images, alpha, features):
+        return train_step(network, optimisers, images, alpha, recipe, frozen_features=features)
 
     call = GraphedStep(step, batch, run.device) if recipe.graph else step
 
     def work():
-        with convolution_precision(recipe.tf32):
-            return call(both, normalise(device_images[index], model.mean, model.std, channels_last=channels_last), 1.0)
+        with convolution_precision(recipe.tf32), tuned_convolutions(tuned):
+            images = normalise(device_images[index], model.mean, model.std, channels_last=channels_last)
+            return call(both, images, 1.0, None if teacher is None else teacher(index, images))
 
     if recipe.graph:
         for _ in range(4):
             work()
     return work
+
+
+@contextmanager
+def tuned_convolutions(tuned: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms for each shape, if ``tuned``."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = tuned
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def profile(run: Run) -> None:
+    """Write what takes the time of three training steps: the kernels, by their time on the device."""
+    backbone, size, batch = ("resnet18", 64, 2) if run.tiny else ("wide_resnet50_2", 256, 64)
+    recipe = RECIPES["mvtec"].replace(
+        backbone=backbone, weights="random", encoder_bn="train", size=size, batch=batch, **BFLOAT16
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+    work = our_step(run, build_model(recipe, "carpet"), recipe, pixels, batch)
+    for _ in range(3):
+        work()
+    kind = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kind.CPU, kind.CUDA] if run.cuda else [kind.CPU]) as profiler:
+        for _ in range(3):
+            work()
+        if run.cuda:
+            torch.cuda.synchronize()
+    name = "self_device_time_total" if run.cuda else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
+    total = sum(getattr(event, name) for event in events) or 1
+    rows = [
+        {
+            "name": event.key[:120],
+            "ms": round(getattr(event, name) / 3e3, 3),
+            "share": round(getattr(event, name) / total, 4),
+        }
+        for event in events[:40]
+    ]
+    run.record["profile"] = {"what": f"step of {backbone}, {size} px, batch {batch}, bfloat16", "rows": rows}
+    run.save()
+    for row in rows[:15]:
+        print(f"{row['ms']:9.3f} ms {100 * row['share']:5.1f} %  {row['name']}")
+
+
+def kernels(run: Run) -> None:
+    """Run the loss once for each layout and dtype, for a profiler of kernels; nothing is timed."""
+    sizes = [(n, c // 8, h // 4, w // 4) for n, c, h, w in SHAPES] if run.tiny else SHAPES
+    batch = 2 if run.tiny else 64
+    for dtype, layout in itertools.product((torch.bfloat16, torch.float32), ("channels_last", "NCHW")):
+        pairs = [features((batch, *size[1:]), run.device, dtype, layout) for size in sizes * 2]
+        teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
+        hard_mined_cosine(teachers, students, deviation(-3.0)).backward()
+    if run.cuda:
+        torch.cuda.synchronize()
 
 
 # ---- evaluation --------------------------------------------------------------
@@ -423,6 +497,8 @@ STAGES = {
     "map": maps,
     "norms": norms,
     "train": training,
+    "profile": profile,
+    "kernels": kernels,
     "evaluate": evaluation,
     "rivals": gpu_rivals.rivals,
     "whole": whole,

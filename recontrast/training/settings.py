@@ -64,10 +64,10 @@ def check_options(settings: RunSettings) -> None:
         settings: Settings of the run.
 
     Raises:
-        ValueError: If an architecture that is fitted in one pass has several processes, a compiled or graphed step is
-            requested with several processes, or a graphed step with a cache.
+        ValueError: If an architecture that is fitted in one pass has several processes, or a compiled or graphed step
+            is requested with several processes.
     """
-    recipe, processes, cache = settings.recipe, settings.world.size, settings.teacher_cache
+    recipe, processes = settings.recipe, settings.world.size
     if processes > 1 and not recipe.uses_steps:
         raise ValueError(
             f"train: wanted one process for architecture {recipe.architecture!r}, which is fitted in one pass, got the "
@@ -76,5 +76,3 @@ def check_options(settings: RunSettings) -> None:
     for name, is_set in (("compile", recipe.compile), ("graph", recipe.graph)):
         if is_set and processes > 1:
             raise ValueError(f"train: {name}: wanted false for the {processes} processes of torchrun, got true")
-    if recipe.graph and cache and settings.device.type == "cuda":
-        raise ValueError(f"train: teacher_cache: wanted 0 where steps are replayed as a graph, got {cache}")

@@ -110,7 +110,11 @@ class Trainer:
         if recipe.graph and device.type == "cuda":
             batch, network = self.state.sampler.batch, self.network  # a reference to self would delay freeing the GPU
             self.graphed_step = GraphedStep(
-                lambda active, x, parameter: train_step(network, active, x, parameter, recipe, [batch]), batch, device
+                lambda active, x, parameter, features: train_step(
+                    network, active, x, parameter, recipe, [batch], features
+                ),
+                batch,
+                device,
             )
 
     def run_loop(self) -> None:
@@ -180,9 +184,9 @@ class Trainer:
         self, active: list[Optimizer], batch: Tensor, parameter: float, indices: NDArray[np.int64], shares: list[int]
     ) -> Tensor:
         """Run or replay `train_step` on this process's images of the batch."""
-        if self.graphed_step is not None:
-            return self.graphed_step(active, batch, parameter)
         frozen_features = self.teacher(indices, batch) if self.teacher is not None and len(indices) else None
+        if self.graphed_step is not None:
+            return self.graphed_step(active, batch, parameter, frozen_features)
         return train_step(self.network, active, batch, parameter, self.settings.recipe, shares, frozen_features)
 
     def _is_due(self, every: int) -> bool:

@@ -21,10 +21,10 @@ SIZES = [4, 4, 4, 3] * 3  # each epoch ends with a smaller batch
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: THE STEP WAS NOT RECORDED")
 
 
-def model_and_optimisers(device):
+def model_and_optimisers(device, recipe=RECIPE):
     torch.manual_seed(1)
     model = ReContrast("test_resnet", weights="random").to(device).train()
-    return model, build_optimisers(model, RECIPE, torch.device(device))
+    return model, build_optimisers(model, recipe, torch.device(device))
 
 
 def batches(device):
@@ -38,12 +38,12 @@ def record_by_rerunning(work):
     return lambda: result.copy_(work()), result
 
 
-def run(device, replay, reset_at=None, paused_at=()):
+def run(device, replay, reset_at=None, paused_at=(), cached=False, recipe=RECIPE):
     """Train over the whole ramp of alpha, with a drop of the learning rates; return losses, weights and replays."""
-    model, optimisers = model_and_optimisers(device)
+    model, optimisers = model_and_optimisers(device, recipe)
 
-    def one(moving, images, alpha):
-        return train_step(model, moving, images, alpha, RECIPE)
+    def one(moving, images, alpha, features=None):
+        return train_step(model, moving, images, alpha, recipe, frozen_features=features)
 
     call = one
     if replay:
@@ -57,7 +57,8 @@ def run(device, replay, reset_at=None, paused_at=()):
         if i == reset_at:
             optimisers[0].state.clear()
         alpha = float(np.float32(alpha_at(i, RECIPE.steps, RECIPE.ramp)))
-        losses.append(call(optimisers[:1] if i in paused_at else optimisers, images, alpha))
+        features = model.constant_features(images) if cached else None
+        losses.append(call(optimisers[:1] if i in paused_at else optimisers, images, alpha, features))
     rates = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
     assert all(isinstance(rate, float) for rate in rates), "checkpoints hold numbers"
     return torch.stack(losses), [p.detach() for p in model.parameters()], call.replays if replay else 0
@@ -103,12 +104,55 @@ def test_optimiser_may_pause(device):
     compare(device, FULL, paused_at=range(5, 9))
 
 
+@pytest.mark.usefixtures("_deterministic_cudnn")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_features_may_come_from_a_cache(device):
+    compare(device, FULL, cached=True)
+
+
+def test_optimiser_without_the_option_capturable():
+    compare("cpu", FULL, recipe=RECIPE.replace(optimiser="sgd"))
+
+
+def test_states_at_an_old_address_are_recorded_again():
+    """Whether a recording is valid depends on the tensors of all states, wherever they lie."""
+    weights = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimiser = torch.optim.AdamW(weights, lr=0.1)
+    memory = torch.zeros(4)
+
+    def give_states():
+        for weight in weights:
+            optimiser.state[weight] = {"step": torch.ones(()), "exp_avg": memory[:4], "exp_avg_sq": torch.zeros(4)}
+
+    recorded = []
+
+    def record(work):
+        recorded.append([optimiser.state[weight]["exp_avg_sq"] for weight in weights])
+        return record_by_rerunning(work)
+
+    replay = GraphedStep(lambda moving, images, alpha, features: images.sum(), 2, torch.device("cpu"), record)
+    images = torch.ones(2, 3, 4, 4)
+    give_states()
+    for _ in range(WARMUP_STEPS + 2):
+        replay([optimiser], images, 0.0)
+    assert len(recorded) == 1
+    give_states()  # the state of the first parameter begins at the same address
+    replay([optimiser], images, 0.0)
+    replay([optimiser], images, 0.0)
+    assert len(recorded) == 2
+    optimiser.state[weights[1]]["exp_avg_sq"] = torch.zeros(4)  # the last tensor of all
+    replay([optimiser], images, 0.0)
+    assert len(recorded) == 3
+
+
 def test_inputs_are_copied_to_static_buffers():
-    """A recorded step reads the images and the alpha of each call at fixed addresses."""
+    """A recorded step reads images, features and alpha of each call at fixed addresses."""
     calls = []
 
-    def one(moving, images, alpha):
-        calls.append((images.data_ptr(), alpha.data_ptr(), images.sum().item(), alpha.item()))
+    def one(moving, images, alpha, features):
+        assert features[0].sum() == images.sum()
+        addresses = images.data_ptr(), alpha.data_ptr(), features[0].data_ptr()
+        calls.append((addresses, images.sum().item(), alpha.item()))
         return images.sum()
 
     weight = torch.nn.Parameter(torch.zeros(1))
@@ -118,9 +162,9 @@ def test_inputs_are_copied_to_static_buffers():
     replay = GraphedStep(one, 2, torch.device("cpu"), record_by_rerunning)
     for i in range(WARMUP_STEPS + 3):
         images = torch.full((2, 3, 4, 4), float(i))
-        assert replay([optimiser], images, float(i)).item() == i * images[0].numel() * 2
-    assert [call[2:] for call in calls] == [(96.0 * i, float(i)) for i in range(WARMUP_STEPS + 3)]
-    assert len({call[:2] for call in calls[WARMUP_STEPS:]}) == 1
+        assert replay([optimiser], images, float(i), [images.clone()]).item() == i * images[0].numel() * 2
+    assert [call[1:] for call in calls] == [(96.0 * i, float(i)) for i in range(WARMUP_STEPS + 3)]
+    assert len({call[0] for call in calls[WARMUP_STEPS:]}) == 1
     assert replay.replays == 3
 
 
@@ -215,7 +259,7 @@ def test_steps_do_not_wait_for_the_device(precision):
     pixels = DeviceImages(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), device)
     assert pixels.resident
 
-    def one(moving, images, alpha):
+    def one(moving, images, alpha, features=None):
         return train_step(model, moving, images, alpha, recipe)
 
     replay = GraphedStep(one, 4, device)
