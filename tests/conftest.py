@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # set before triton is imported, so that its kernels run on the CPU
 
 torch.set_num_threads(1)  # tensors are small, so a second thread only adds overhead
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that tests start
 with warnings.catch_warnings():  # the tests also run on plain PyTorch; the header says which kernels they run
     warnings.filterwarnings("ignore", "recontrast runs")
     from recontrast import ops

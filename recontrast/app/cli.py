@@ -21,7 +21,7 @@ from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
 from recontrast.app.commands.train import train
 from recontrast.app.console import is_silent
-from recontrast.app.options import add_imports
+from recontrast.app.options import add_imports, add_threads
 from recontrast.runtime.termination import interrupt_on_termination
 
 app = typer.Typer(
@@ -62,4 +62,5 @@ def _root(
 
 
 for command in (train, compare, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info, doctor):
-    app.command(cls=Command)(command if command in (demo, prepare, info, doctor) else add_imports(command))
+    extended = command if command in (demo, prepare, info, doctor) else add_imports(command)
+    app.command(cls=Command)(add_threads(extended) if command in (train, evaluate, calibrate, predict) else extended)

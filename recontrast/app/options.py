@@ -87,6 +87,15 @@ Imports = Annotated[
 ]
 
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of the network on the CPU. Default: what is faster, measured again now and then; the last digits "
+        "depend on it.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class InferenceArguments:
     """Options of commands that score images; `add_inference_arguments` adds them to a command."""
@@ -176,6 +185,33 @@ def add_imports(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
     run.__signature__ = inspect.Signature([*parameters, option])  # type: ignore[attr-defined]
     run.__annotations__ = {**hints, "imports": Imports}
+    return run
+
+
+def add_threads(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option ``--threads`` to a command, see `recontrast.runtime.threads.choose_threads`.
+
+    Args:
+        command: Function of the command.
+
+    Returns:
+        The command with the option.
+    """
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+
+    @functools.wraps(command)
+    def run(*arguments: Any, threads: int | None = None, **values: Any) -> None:
+        from recontrast.runtime.threads import choose_threads
+
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads: wanted at least 1, got {threads}")
+        with choose_threads(threads, print_error):
+            command(*arguments, **values)
+
+    option = inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Threads)
+    parameters = [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
+    run.__signature__ = inspect.Signature([*parameters, option])  # type: ignore[attr-defined]
+    run.__annotations__ = {**hints, "threads": Threads}
     return run
 
 

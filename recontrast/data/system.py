@@ -4,6 +4,7 @@ Windows neither replaces nor removes a file that is open, and opens no folders.
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,54 @@ NO_WAIT = (
 
 
 def count_cpus() -> int:
-    """Return the number of processors that this process may use."""
+    """Return the number of processors that this process may use: its affinity, and the limit of its container."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = read_cpu_quota()
+    return count if quota is None else max(min(count, math.ceil(quota)), 1)
+
+
+def read_cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the processors' worth of time that the control groups of this process allow it.
+
+    Args:
+        root: Root of the file system, with ``proc`` and ``sys``.
+
+    Returns:
+        Processors, such as 1.5; None without a limit, or without control groups (Linux has them).
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # version 1 has a folder for each controller
+        folder = mount / path.lstrip("/")
+        for group in (folder, *folder.parents):  # a container may see its own group at the mount alone
+            quotas.append(_read_quota_file(group))
+            if group == mount:
+                break
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _read_quota_file(group: Path) -> float | None:
+    """Return the limit of one control group, of version 2 or 1."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+        except (OSError, ValueError):  # "max": no limit
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None
 
 
 def sync_file(path: Path) -> None:

@@ -17,6 +17,7 @@ from recontrast.ops import void_unless_finite
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.clock import Clock
 from recontrast.runtime.device import resolve_memory_format
+from recontrast.runtime.threads import after_step, start_threads
 
 
 def infer(
@@ -66,6 +67,7 @@ def infer(
 
     was_training = model.training
     model.eval()
+    start_threads()
     try:
         with ThreadPoolExecutor(1) as pool:
             starts = range(0, len(images), batch)
@@ -74,6 +76,7 @@ def infer(
                 queue += [pool.submit(load, start) for start in starts[1:2]]
                 starts = starts[1:]
                 yield score_batch(queue.pop(0))
+                after_step(weight.device)
     finally:
         model.train(was_training)
 

@@ -15,6 +15,7 @@ from recontrast.data.listing import DataWarning
 from recontrast.data.sources import Images
 from recontrast.models.network import Network, OnePassNetwork
 from recontrast.recipes.recipe import Recipe
+from recontrast.runtime import threads
 from recontrast.runtime.memory import measure_available_memory
 from recontrast.training import interrupts
 from recontrast.training.device_images import DeviceImages
@@ -62,6 +63,7 @@ class OnePassTrainer(Trainer):
                 self._observe(indices)
                 observed += len(indices)
                 state.step = number
+                threads.after_step(state.device)
                 is_late = time.perf_counter() >= self.deadline and observed >= min(MIN_IMAGES, count)
                 if is_interrupted():
                     raise KeyboardInterrupt

@@ -26,7 +26,7 @@ from recontrast.data.images import normalise
 from recontrast.data.sources import Images
 from recontrast.models.network import Network
 from recontrast.models.norm_act import fuse_norm_act
-from recontrast.runtime import distributed
+from recontrast.runtime import distributed, threads
 from recontrast.runtime.device import move_model
 from recontrast.training import interrupts
 from recontrast.training.cuda_graph import GraphedStep
@@ -69,6 +69,7 @@ class Trainer:
         self.settings, self.files = settings, files
         if resumed is not None:
             check_resume(resumed, f"{settings.resume}", recipe, settings.category)
+        threads.start_threads()
         torch.manual_seed(recipe.seed)
         model = _prepare_model(settings, resumed)
         self.channels_last = move_model(model, settings.device, recipe.channels_last) == torch.channels_last
@@ -178,6 +179,7 @@ class Trainer:
         state.step += 1
         self.progress.count(len(indices))
         self.is_between_steps = True
+        threads.after_step(self.settings.device)
         return parameter
 
     def _update(
@@ -201,7 +203,9 @@ class Trainer:
         if self.files is not None:
             seconds = self.progress.seconds
             named = {RULE_PARAMETERS.get(state.recipe.rule, "alpha"): parameter}
-            self.files.log(step=state.step, loss=loss, **named, images_per_second=rate, seconds=seconds)
+            count = threads.measured_threads()
+            chosen = {} if count is None or state.device.type != "cpu" else {"threads": count}
+            self.files.log(step=state.step, loss=loss, **named, images_per_second=rate, seconds=seconds, **chosen)
         if on_log is not None and self.settings.world.first:
             on_log(state.step, loss, rate, parameter)
         self.progress.start_interval()

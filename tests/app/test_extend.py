@@ -204,7 +204,7 @@ def test_bad_input(fitted, data, tmp_path):
         (("--extend", fitted, "--good", data / "new", "--holdout", "0.01"), "holdout: wanted at least 1 image"),
         (("--extend", fitted, "--good", data / "new", "--holdout", "1.5"), "holdout: wanted a share in [0, 1)"),
         (("--extend", fitted, "--good", data / "new", "--steps", "3"),
-         "--extend: wanted only --good, --all-good, --holdout, --device, --import with it, got --steps too"),
+         "--extend: wanted only --good, --all-good, --holdout, --device, --import, --threads with it, got --steps too"),
         ((data, "--extend", fitted, "--good", data / "new"), "got DATA too"),
         ((data, "--good", data / "new"), "--good: wanted --extend RUN with it"),
     ]:  # fmt: skip

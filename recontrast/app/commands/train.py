@@ -24,7 +24,7 @@ from recontrast.app.options import (
 )
 from recontrast.app.progress_bar import ProgressBar
 
-EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device", "imports")  # that go together
+EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device", "imports", "threads")  # that go together
 
 
 def train(  # 34 options and the output; `train_job` does the work

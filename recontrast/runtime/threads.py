@@ -1,0 +1,212 @@
+"""Number of threads of a computation on the CPU, chosen by measurement.
+
+The threads of a parallel loop wait for the last of them. If another program occupies a processor, that is a thread
+which is not scheduled: with two threads on two processors of which one is busy, training can take several times as long
+as with one thread. So between two steps a small computation is timed with fewer and with more threads, and what is
+faster is kept. The computation is not part of the work: results change with the number of threads alone, by rounding.
+"""
+
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from recontrast.data.system import count_cpus
+
+if TYPE_CHECKING:
+    import torch
+
+FIRST_LOOK = 2.0  # seconds of work before the first measurement: shorter work is not worth one
+LONGEST_WAIT = 60.0  # seconds between two measurements; each wait is twice the one before
+GAIN = 1.1  # how much faster another number of threads must be
+CHANGES = 10  # of the number of threads at once, at most
+ROUNDS = 2  # measurements of each number of threads, in turn
+SLOWER = 1.5  # steps that take so many times their usual time are followed by a measurement
+STEPS = 3  # so many of them in a row
+ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # set by users who choose the number themselves
+
+
+class ThreadTuner:
+    """Chooses the number of threads between the steps of a computation.
+
+    Args:
+        most: Largest number of threads, in use at the beginning.
+        report: Called with a sentence about each change.
+        set_threads: Sets the number of threads, such as `torch.set_num_threads`.
+        probe: Computation to time, which uses all threads; None takes `run_probe`.
+        clock: Seconds, such as `time.perf_counter`.
+
+    Attributes:
+        threads: Number of threads in use.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        report: Callable[[str], None],
+        set_threads: Callable[[int], None],
+        *,
+        probe: Callable[[], object] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.threads = self.most = most
+        self._report, self._clock, self._set_threads = report, clock, set_threads
+        self._probe = probe or run_probe
+        self._wait = FIRST_LOOK
+        self._last_look = self._last_step = clock()
+        self._usual: list[float] = []  # duration of the first steps since the last measurement
+        self._recent: deque[float] = deque(maxlen=STEPS)
+
+    def after_step(self) -> None:
+        """Measure and choose again, if it is time to; called after each step."""
+        now = self._clock()
+        self._recent.append(now - self._last_step)
+        if len(self._usual) < STEPS:
+            self._usual.append(now - self._last_step)
+        since = now - self._last_look
+        if self.most > 1 and (since >= self._wait or (since >= FIRST_LOOK and self._is_slower())):
+            changed = self._choose()
+            self._wait = FIRST_LOOK if changed else min(2 * self._wait, LONGEST_WAIT)
+            self._usual.clear()
+            self._recent.clear()
+            self._last_look = self._clock()
+        self._last_step = self._clock()
+
+    def _is_slower(self) -> bool:
+        """Return whether the last steps took much longer than those after the last measurement."""
+        if len(self._usual) < STEPS or len(self._recent) < STEPS:
+            return False
+        return min(self._recent) > SLOWER * statistics.median(self._usual)
+
+    def _choose(self) -> bool:
+        """Keep the fastest number of threads near the current one, and return whether it is another one."""
+        before, gain = self.threads, 1.0
+        for _ in range(CHANGES):
+            seconds = self._measure(self.threads)
+            best = min(seconds, key=lambda threads: seconds[threads])
+            if seconds[best] * GAIN > seconds[self.threads]:
+                break
+            gain *= seconds[self.threads] / seconds[best]
+            self.threads = best
+        self._set_threads(self.threads)
+        if self.threads == before:
+            return False
+        reason = "other programs use this machine" if self.threads < before else "processors are free again"
+        self._report(f"threads: {self.threads} instead of {before}, {gain:.1f} times as fast ({reason})")
+        return True
+
+    def _measure(self, current: int) -> dict[int, float]:
+        """Return the duration of the probe with the current number of threads, with one more or less, and with others.
+
+        The others are twice as many, and half of them, a quarter and so on: one busy processor slows all threads down,
+        so that only a much smaller number may be faster.
+        """
+        candidates = {current - 1, current, current + 1, min(2 * current, self.most)}
+        candidates |= {current >> shift for shift in range(current.bit_length())}
+        seconds = dict.fromkeys(sorted(n for n in candidates if 1 <= n <= self.most), 0.0)
+        for _ in range(ROUNDS):
+            for threads in seconds:
+                self._set_threads(threads)
+                started = self._clock()
+                self._probe()
+                seconds[threads] += self._clock() - started
+        return seconds
+
+
+def run_probe() -> None:
+    """Run 16 convolutions of 3 x 3 over 64 channels, about 50 ms on one processor: many short parallel loops."""
+    import torch
+    from torch.nn import functional
+
+    with torch.inference_mode():
+        features = torch.full((1, 64, 56, 56), 0.01).contiguous(memory_format=torch.channels_last)
+        weight = torch.full((64, 64, 3, 3), 0.001)
+        for _ in range(16):
+            features = functional.relu(functional.conv2d(features, weight, padding=1))
+
+
+class _Choice:
+    """What `choose_threads` was asked for, from the first computation on."""
+
+    def __init__(self, threads: int | None, report: Callable[[str], None]) -> None:
+        self.threads, self.report = threads, report
+        self.before: int | None = None  # number of threads before the first computation
+        self.tuner: ThreadTuner | None = None
+
+    def start(self) -> None:
+        """Set the number of threads."""
+        import torch
+
+        if self.before is not None:
+            return
+        self.before = torch.get_num_threads()
+        # Several processes of torchrun share the processors, and their number of threads is set by it.
+        is_set = any(os.environ.get(name) for name in ENVIRONMENT) or os.environ.get("WORLD_SIZE", "1") != "1"
+        count = self.threads or (self.before if is_set else min(self.before, count_cpus()))
+        if count != self.before:
+            torch.set_num_threads(count)
+        if self.threads is None and not is_set:
+            self.tuner = ThreadTuner(count, self.report, torch.set_num_threads)
+
+    def stop(self) -> None:
+        """Set the number of threads of before."""
+        if self.before is not None:
+            import torch
+
+            torch.set_num_threads(self.before)
+
+
+_choice: _Choice | None = None
+
+
+def start_threads() -> None:
+    """Set the number of threads that `choose_threads` was asked for; called before the first step of a computation."""
+    if _choice is not None:
+        _choice.start()
+
+
+def after_step(device: "torch.device") -> None:
+    """Let `choose_threads` measure again, if it is time to; called after each step of a computation."""
+    if _choice is not None and _choice.tuner is not None and device.type == "cpu":
+        _choice.tuner.after_step()
+
+
+def requested_threads() -> int | None:
+    """Return the number of threads that `choose_threads` was given; None if there is none."""
+    return None if _choice is None else _choice.threads
+
+
+def measured_threads() -> int | None:
+    """Return the number of threads that is in use, if it is measured; None if it is fixed."""
+    return None if _choice is None or _choice.tuner is None else _choice.tuner.threads
+
+
+@contextmanager
+def choose_threads(threads: int | None, report: Callable[[str], None]) -> Iterator[None]:
+    """Choose the number of threads of computations on the CPU in a block.
+
+    Args:
+        threads: Number of threads, which is kept. None measures between the steps, unless the environment variable
+            ``OMP_NUM_THREADS`` sets the number, or torchrun started several processes. It begins with the number that
+            PyTorch chooses, at most one for each processor that this process may use.
+        report: Called with a sentence about each change.
+
+    Yields:
+        Nothing; at the end the number of threads is as before.
+
+    Raises:
+        ValueError: If ``threads`` is less than 1.
+    """
+    global _choice
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: wanted at least 1, got {threads}")
+    outer, _choice = _choice, _Choice(threads, report)
+    own = _choice
+    try:
+        yield
+    finally:
+        _choice = outer
+        own.stop()

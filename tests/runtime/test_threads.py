@@ -1,0 +1,193 @@
+"""The number of threads is chosen by measurement; the clock and the processors are simulated."""
+
+import pytest
+import torch
+
+from recontrast.data.system import count_cpus, read_cpu_quota
+from recontrast.runtime import threads
+from recontrast.runtime.threads import FIRST_LOOK, LONGEST_WAIT, ThreadTuner, choose_threads
+
+CPU = torch.device("cpu")
+
+
+class Machine:
+    """Processors of which some are busy: a thread more than there are free ones makes all wait."""
+
+    def __init__(self, processors, busy=0):
+        self.processors, self.busy = processors, busy
+        self.now, self.threads, self.probes, self.lines = 0.0, processors, 0, []
+        self.tuner = ThreadTuner(processors, self.lines.append, self.set_threads, probe=self.probe, clock=self.clock)
+
+    def clock(self):
+        return self.now
+
+    def set_threads(self, count):
+        self.threads = count
+
+    @property
+    def seconds(self):
+        """Duration of a step that takes one thread one second."""
+        waits = 5 if self.threads > self.processors - self.busy else 1
+        return waits / self.threads
+
+    def probe(self):
+        self.probes += 1
+        self.now += 0.05 * self.seconds
+
+    def work(self, steps):
+        for _ in range(steps):
+            self.now += self.seconds
+            self.tuner.after_step()
+        return self.threads
+
+
+@pytest.mark.parametrize(
+    ("processors", "busy", "expected"), [(2, 1, 1), (4, 1, 3), (4, 2, 2), (16, 9, 7), (64, 40, 24)]
+)
+def test_busy_processors_are_left_alone(processors, busy, expected):
+    machine = Machine(processors, busy)
+    count = machine.work(400)
+    assert count == machine.tuner.threads
+    assert expected - expected // 3 <= count <= expected  # steps of less than a tenth are not made
+    assert machine.lines[0].startswith("threads: ") and f" instead of {processors}, " in machine.lines[0]
+
+
+@pytest.mark.parametrize("processors", [1, 2, 3, 8])
+def test_free_processors_are_all_used(processors):
+    machine = Machine(processors)
+    assert machine.work(300) == processors
+    assert not machine.lines
+    assert (machine.probes > 0) == (processors > 1)
+
+
+def test_processors_that_become_free_are_used_again():
+    machine = Machine(4, busy=2)
+    assert machine.work(50) == 2
+    machine.busy = 0
+    assert machine.work(500) == 4
+    assert machine.lines[-1].startswith("threads: 4 instead of 2, 2.0 times as fast")
+
+
+def test_steps_that_become_slow_are_followed_by_a_measurement():
+    machine = Machine(2)
+    machine.work(1000)  # the waits have become long
+    machine.busy = 1
+    before = machine.now
+    assert machine.work(4) == 1
+    assert machine.now - before < LONGEST_WAIT / 4
+
+
+def test_measurements_take_a_small_share_of_the_time():
+    machine = Machine(2)
+    machine.work(20)
+    early = machine.probes
+    machine.work(2000)  # 1000 s
+    assert machine.probes - early <= 4 * (1000 / LONGEST_WAIT + 6)
+
+
+def test_short_work_is_not_measured():
+    machine = Machine(8)
+    machine.work(int(FIRST_LOOK * 8) - 1)
+    assert machine.probes == 0
+
+
+def test_small_gains_change_nothing():
+    """Noise: one thread fewer is up to a tenth faster now and then."""
+    machine = Machine(2)
+    machine.probe = machine.tuner._probe = lambda: setattr(
+        machine, "now", machine.now + (0.05 if machine.threads == 2 else 0.047)
+    )
+    assert machine.work(200) == 2
+    assert not machine.lines
+
+
+@pytest.fixture
+def _no_variables(monkeypatch):
+    for name in (*threads.ENVIRONMENT, "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("_no_variables")
+def test_a_given_number_is_kept():
+    before = torch.get_num_threads()
+    with choose_threads(3, pytest.fail):
+        threads.start_threads()
+        assert torch.get_num_threads() == threads.requested_threads() == 3
+        threads.after_step(CPU)
+        assert threads.measured_threads() is None
+    assert torch.get_num_threads() == before
+    assert threads.requested_threads() is None
+    with pytest.raises(ValueError, match="threads: wanted at least 1, got 0"), choose_threads(0, pytest.fail):
+        pass
+
+
+@pytest.mark.usefixtures("_no_variables")
+def test_limits_of_the_machine_are_honoured(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(threads, "count_cpus", lambda: 6)
+    with choose_threads(None, pytest.fail):
+        threads.start_threads()
+        assert threads.measured_threads() == 6
+    assert chosen == [6, 64]
+
+
+@pytest.mark.parametrize("variable", [("OMP_NUM_THREADS", "4"), ("WORLD_SIZE", "2")], ids=str)
+@pytest.mark.usefixtures("_no_variables")
+def test_a_number_of_the_environment_is_kept(monkeypatch, variable):
+    monkeypatch.setenv(*variable)
+    before = torch.get_num_threads()
+    with choose_threads(None, pytest.fail):
+        threads.start_threads()
+        assert threads.measured_threads() is None
+        assert torch.get_num_threads() == before
+
+
+GROUPS = {
+    "none": ({}, None),
+    "version 2": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+    "no limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+    "parent": (
+        {
+            "proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+            "sys/fs/cgroup/a/b/cpu.max": "800000 100000\n",
+        },
+        2.0,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "5:memory:/x\n4:cpu,cpuacct:/docker/1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        0.5,
+    ),
+    "version 1, no limit": (
+        {
+            "proc/self/cgroup": "4:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        None,
+    ),
+    "broken": ({"proc/self/cgroup": "x\n::\n", "sys/fs/cgroup/cpu.max": "many\n"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "expected"), GROUPS.values(), ids=GROUPS)
+def test_quota_of_a_container(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert read_cpu_quota(tmp_path) == expected
+
+
+def test_quota_limits_the_processors(monkeypatch):
+    monkeypatch.setattr("recontrast.data.system.read_cpu_quota", lambda: 0.5)
+    assert count_cpus() == 1
+    monkeypatch.setattr("recontrast.data.system.read_cpu_quota", lambda: 10_000.0)
+    assert count_cpus() >= 1
+
+
+def test_probe_computes():
+    threads.run_probe()
