@@ -13,6 +13,20 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
          "--hide-scrollbars", "--window-size=1200,900")  # fmt: skip
 
+# WCAG 2.2 contrast of each element with its own text against the nearest painted background.
+CONTRAST = """
+const parse = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255)
+  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+  if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+return [...document.querySelectorAll('main *')].filter(e => !['OPTION', 'SCRIPT'].includes(e.tagName) &&
+  [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
+  const style = getComputedStyle(e), ink = e instanceof SVGElement ? style.fill : style.color;
+  const [a, b] = [light(parse(ink)), light(ground(e))].sort((x, y) => y - x);
+  return [(a + 0.05) / (b + 0.05), e.className.baseVal ?? e.className, e.textContent.slice(0, 30)]; });
+"""
+
 
 def find_programs():
     """Return the paths of Chromium and its driver; without them the test is skipped, or fails if they are required."""

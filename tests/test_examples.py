@@ -12,7 +12,8 @@ from recontrast.data.synthetic import make_demo
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
-NEEDS_A_FILE = ("onnx_production",)  # tests/export/test_export.py runs this one
+# tests/export/test_export.py and tests/service/test_examples.py run these.
+NEEDS_A_FILE = ("onnx_production", "client")
 # Options that shorten an example, if it has them.
 SHORT = {"--steps": "2", "--size": "64"}
 # Patterns of the output. An example without an entry must print something; all must exit with 0 and an empty stderr.

@@ -36,9 +36,10 @@ ALLOWED = {
     "evaluation": "data metrics models runtime recipes calibration checkpoint inference",
     "training": "data models float32 architectures runtime mining loss recipes calibration checkpoint inference",
     "export": "data ops models anomaly_map recipes calibration checkpoint inference",
+    "service": "data recipes calibration inference",
     "experiments": "data models architectures runtime recipes registration checkpoint inference evaluation training",
     "app": "data metrics ops models architectures runtime recipes registration calibration checkpoint inference "
-    "evaluation training export experiments kernels backend float32 reference",
+    "evaluation training export service experiments kernels backend float32 reference",
     "__main__": "app",
     "__init__": "metrics ops models loss mining anomaly_map architectures recipes registration app",  # on first use
 }
@@ -54,6 +55,7 @@ OUTSIDE = {
     "ray": "app",
     "sklearn": "app",
     "torchvision": "",
+    "h11": "service app",
 }
 
 

@@ -19,6 +19,7 @@ from recontrast.app.commands.predict import predict
 from recontrast.app.commands.prepare import prepare
 from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
+from recontrast.app.commands.serve import serve
 from recontrast.app.commands.train import train
 from recontrast.app.console import is_silent
 from recontrast.app.options import add_imports, add_threads
@@ -61,6 +62,8 @@ def _root(
     pass
 
 
-for command in (train, compare, reproduce, evaluate, calibrate, predict, export, demo, prepare, report, info, doctor):
-    extended = command if command in (demo, prepare, info, doctor) else add_imports(command)
-    app.command(cls=Command)(add_threads(extended) if command in (train, evaluate, calibrate, predict) else extended)
+for command in (train, compare, reproduce, evaluate, calibrate, predict, export, serve, report):
+    runs_network = command in (train, evaluate, calibrate, predict, serve)
+    app.command(cls=Command)(add_threads(add_imports(command)) if runs_network else add_imports(command))
+for command in (demo, prepare, info, doctor):
+    app.command(cls=Command)(command)

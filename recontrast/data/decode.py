@@ -13,8 +13,8 @@ from PIL import (
 
 from recontrast.data import tiff_tags
 from recontrast.data.decode_budget import BUDGET
+from recontrast.data.encoded_image import EncodedImage, ImageSource, SeveralImagesError, TooManyPixelsError
 from recontrast.data.formats import HEAD_BYTES, NAMES, detect_format
-from recontrast.data.listing import PathLike
 from recontrast.data.memory import trim_memory
 from recontrast.data.notices import warn_once
 from recontrast.data.open_image import OpenImage, read_header, read_orientation, turn_upright
@@ -29,14 +29,14 @@ LARGEST_OF_FEWER_BITS = 16383
 
 
 @contextmanager
-def decoded(path: PathLike, max_pixels: int, full: int | None = None) -> Iterator[Image.Image]:
+def decoded(path: ImageSource, max_pixels: int, full: int | None = None) -> Iterator[Image.Image]:
     """Decode the first image of a file and apply its EXIF orientation.
 
     Within the ``with`` block, the memory of the image counts towards `recontrast.data.decode_budget.BUDGET`. The image
     is closed at its end.
 
     Args:
-        path: File of one of `recontrast.data.formats.FORMATS`.
+        path: File of one of `recontrast.data.formats.FORMATS`, or its content as an `EncodedImage`.
         max_pixels: Largest number of pixels.
         full: Sample value that becomes white in colour files of 16 bits, in which larger values become white too. None
             is 65535. Grey samples are not scaled.
@@ -59,11 +59,11 @@ def decoded(path: PathLike, max_pixels: int, full: int | None = None) -> Iterato
                 trim_memory()
 
 
-def decode(path: PathLike, max_pixels: int, full: int | None = None) -> Image.Image:
+def decode(path: ImageSource, max_pixels: int, full: int | None = None) -> Image.Image:
     """Decode the first image of a file and apply its EXIF orientation.
 
     Args:
-        path: File of one of `recontrast.data.formats.FORMATS`.
+        path: File of one of `recontrast.data.formats.FORMATS`, or its content as an `EncodedImage`.
         max_pixels: Largest number of pixels.
         full: Full scale of colour files of 16 bits, see `decoded`.
 
@@ -89,11 +89,11 @@ def apply_orientation(image: Image.Image) -> Image.Image:
     return turn_upright(image, read_orientation(image), None)
 
 
-def read_upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:
+def read_upright_size(path: ImageSource, max_pixels: int) -> tuple[int, int]:
     """Read the height and width of the image that `decode` returns, from the header of the file.
 
     Args:
-        path: File of one of `recontrast.data.formats.FORMATS`.
+        path: File of one of `recontrast.data.formats.FORMATS`, or its content as an `EncodedImage`.
         max_pixels: Largest number of pixels.
 
     Returns:
@@ -109,11 +109,11 @@ def read_upright_size(path: PathLike, max_pixels: int) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def read_bits(path: PathLike, max_pixels: int) -> int:
+def read_bits(path: ImageSource, max_pixels: int) -> int:
     """Read the bits of the samples of an image, from the header of the file.
 
     Args:
-        path: File of one of `recontrast.data.formats.FORMATS`.
+        path: File of one of `recontrast.data.formats.FORMATS`, or its content as an `EncodedImage`.
         max_pixels: Largest number of pixels.
 
     Returns:
@@ -127,7 +127,7 @@ def read_bits(path: PathLike, max_pixels: int) -> int:
         return image.bits
 
 
-def warn_of_range(path: PathLike, largest: int, full: int | None) -> None:
+def warn_of_range(path: ImageSource, largest: int, full: int | None) -> None:
     """Warn if the samples of a 16-bit image use little of the scale, or exceed it.
 
     Args:
@@ -149,7 +149,7 @@ def warn_of_range(path: PathLike, largest: int, full: int | None) -> None:
 
 
 @contextmanager
-def convert_decoder_errors(path: PathLike) -> Iterator[None]:
+def convert_decoder_errors(path: ImageSource) -> Iterator[None]:
     """Convert all exceptions of decoders (OSError, SyntaxError, struct.error and others) to ValueError.
 
     Args:
@@ -171,7 +171,7 @@ def convert_decoder_errors(path: PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def _load(path: PathLike, max_pixels: int, full: int | None) -> Iterator[tuple[Image.Image, int]]:
+def _load(path: ImageSource, max_pixels: int, full: int | None) -> Iterator[tuple[Image.Image, int]]:
     """Decode an image; yield it and the bytes of the budget that the block holds."""
     with ExitStack() as stack:
         with _open(path, max_pixels, full) as image:
@@ -186,9 +186,9 @@ def _load(path: PathLike, max_pixels: int, full: int | None) -> Iterator[tuple[I
 
 
 @contextmanager
-def _open(path: PathLike, max_pixels: int, full: int | None = None) -> Iterator[OpenImage]:
+def _open(path: ImageSource, max_pixels: int, full: int | None = None) -> Iterator[OpenImage]:
     """Open an image file, read its header and check the number of pixels."""
-    with open_regular(path, "an image") as file:
+    with BytesIO(path.content) if isinstance(path, EncodedImage) else open_regular(path, "an image") as file:
         head = file.read(HEAD_BYTES)
         image_format = detect_format(head)
         if image_format is None:
@@ -198,19 +198,21 @@ def _open(path: PathLike, max_pixels: int, full: int | None = None) -> Iterator[
         with convert_decoder_errors(path):
             image = read_header(file, image_format, full)
         if image.width * image.height > max_pixels:
-            raise ValueError(
+            raise TooManyPixelsError(
                 f"{path}: wanted at most {max_pixels} pixels (recontrast.data.images.MAX_PIXELS), "
                 f"got {image.width} x {image.height} = {image.width * image.height}"
             )
         yield image
 
 
-def _warn_of_unused_parts(path: PathLike, image: OpenImage, picture: Image.Image) -> None:
+def _warn_of_unused_parts(path: ImageSource, image: OpenImage, picture: Image.Image) -> None:
     """Warn of further images in the file, and of EXIF data that cannot be read."""
     several = False
     with suppress(Exception):  # a damaged second image does not affect the first
         with ignore_pillow_warnings():
             several = image.several()
+    if several and isinstance(path, EncodedImage):
+        raise SeveralImagesError(f"{path}: wanted one image, got a file with several, such as an animation or pages")
     if several:
         warn_once("pages", path, "has several images: the first one is used, here and in other files")
     exif = picture.info.get("exif")

@@ -4,11 +4,11 @@ import numpy as np
 from PIL import Image
 
 from recontrast.data.decode import convert_decoder_errors, warn_of_range
-from recontrast.data.listing import PathLike
+from recontrast.data.encoded_image import ImageSource
 from recontrast.data.samples import FULL_SCALE_KEY, scale_to_eight_bits, to_full_scale
 
 
-def read_deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | None:
+def read_deep(path: ImageSource, image: Image.Image) -> tuple[np.ndarray, int] | None:
     """Read the samples of an image with more than 8 bits.
 
     Args:
@@ -36,7 +36,7 @@ def read_deep(path: PathLike, image: Image.Image) -> tuple[np.ndarray, int] | No
     return (full - values if image.mode != "I" and tags.get(262) == 0 else values), full  # tag 262, value 0: white is 0
 
 
-def to_eight_bits(path: PathLike, image: Image.Image, bits: int | None = None) -> Image.Image:
+def to_eight_bits(path: ImageSource, image: Image.Image, bits: int | None = None) -> Image.Image:
     """Convert an image to 8 bits.
 
     Args:

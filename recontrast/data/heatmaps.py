@@ -141,7 +141,19 @@ def save_png(path: Path, picture: np.ndarray) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    _write(path, _encode(Image.fromarray(picture), "PNG"))
+    _write(path, encode_png(picture))
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """Return an image as the bytes of a PNG file.
+
+    Args:
+        picture: (H, W) uint8 or uint16, or (H, W, 3) uint8.
+
+    Returns:
+        The file.
+    """
+    return _encode(Image.fromarray(picture), "PNG")
 
 
 def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float) -> None:

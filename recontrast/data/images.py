@@ -23,6 +23,7 @@ from PIL import Image
 from recontrast.data.decode import decoded, read_upright_size
 from recontrast.data.decode_budget import BUDGET
 from recontrast.data.eight_bits import to_eight_bits
+from recontrast.data.encoded_image import ImageSource
 from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
 from recontrast.data.masks import MaskNotes, is_compressed_with_loss, to_mask_levels
 from recontrast.data.resize import Size, crop_centre, parse_size, resize, to_rgb_array
@@ -62,12 +63,12 @@ _FULL_SIZE_BYTES = 12  # of a pixel: the decoded image, its RGB copy and what a 
 
 
 def read_image(
-    path: PathLike, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None
+    path: ImageSource, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None
 ) -> np.ndarray:
     """Decode an image file.
 
     Args:
-        path: PNG, JPEG, BMP, TIFF or WebP file.
+        path: Image file, or its content as a `recontrast.data.encoded_image.EncodedImage`.
         size: Size after resizing, in pixels: (height, width), or one number for a square. The aspect ratio is not
             kept, as upstream. None keeps the size.
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
@@ -92,7 +93,7 @@ def fit_picture(
     size: Size | None = None,
     crop: Size | None = None,
     bits: int | None = None,
-    name: PathLike = "image",
+    name: ImageSource = "image",
 ) -> np.ndarray:
     """Convert a decoded image to the pixels that `read_image` returns for its file.
 
@@ -113,7 +114,7 @@ def fit_picture(
 
 
 @contextmanager
-def reserve_memory(path: PathLike) -> Iterator[None]:
+def reserve_memory(path: ImageSource) -> Iterator[None]:
     """Hold the memory of an image at its original size within a ``with`` block.
 
     Threads that keep such images after `read_image` then hold no more together than
@@ -203,7 +204,7 @@ def read_pair(
     return image, read_mask(sample.mask, size=size, crop=crop, rule=rule, image=sample.path)
 
 
-def image_size(path: PathLike) -> tuple[int, int]:
+def image_size(path: ImageSource) -> tuple[int, int]:
     """Read the size of an image from the header of its file.
 
     Args:

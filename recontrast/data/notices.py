@@ -1,10 +1,9 @@
 """Warnings about image files: one for each kind and process, with the name of the first file."""
 
-import os
 import threading
 import warnings
 
-from recontrast.data.listing import PathLike
+from recontrast.data.encoded_image import ImageSource
 
 
 class ImageWarning(UserWarning):
@@ -15,19 +14,19 @@ _LOCK = threading.Lock()
 _WARNED: set[str] = set()  # kinds
 
 
-def warn_once(kind: str, path: PathLike, text: str) -> None:
+def warn_once(kind: str, path: ImageSource, text: str) -> None:
     """Warn about a file, unless this process has already warned about a file for the same reason.
 
     Args:
         kind: Kind of the warning.
-        path: File to name.
+        path: File or image to name.
         text: Rest of the sentence.
     """
     with _LOCK:
         if kind in _WARNED:
             return
         _WARNED.add(kind)
-    warnings.warn(f"{os.fspath(path)!s}: {text}", ImageWarning, stacklevel=2)
+    warnings.warn(f"{path}: {text}", ImageWarning, stacklevel=2)
 
 
 def forget_warnings() -> None:

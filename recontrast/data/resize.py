@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from recontrast.data.listing import PathLike
+from recontrast.data.encoded_image import ImageSource
 from recontrast.data.memory import allocate_pixels
 
 _STRIP_PIXELS = 1 << 22  # pixels copied at a time
@@ -46,7 +46,7 @@ def resize(image: Image.Image, size: Size | None) -> Image.Image:
     return horizontal.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def crop_centre(path: PathLike, image: Image.Image, crop: Size | None) -> Image.Image:
+def crop_centre(path: ImageSource, image: Image.Image, crop: Size | None) -> Image.Image:
     """Cut out the centre; margins are rounded half to even, as in torchvision."""
     if crop is None:
         return image

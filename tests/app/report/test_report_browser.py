@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from browser import browser, open_page
+from browser import CONTRAST, browser, open_page
 from report_run import make_run
 
 from recontrast.app.report.write import write_report
@@ -103,21 +103,6 @@ def test_page_does_not_scroll_sideways(driver, page, width):
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-
-
-# WCAG 2.2 contrast of each element with its own text against the nearest painted background.
-CONTRAST = """
-const parse = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255)
-  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
-  if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
-return [...document.querySelectorAll('main *')].filter(e => !['OPTION', 'SCRIPT'].includes(e.tagName) &&
-  [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
-  const style = getComputedStyle(e), ink = e instanceof SVGElement ? style.fill : style.color;
-  const [a, b] = [light(parse(ink)), light(ground(e))].sort((x, y) => y - x);
-  return [(a + 0.05) / (b + 0.05), e.className.baseVal ?? e.className, e.textContent.slice(0, 30)]; });
-"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,0 +1,1 @@
+"""An HTTP service that scores images, and its page for the browser."""
