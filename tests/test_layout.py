@@ -51,7 +51,7 @@ OUTSIDE = {
     "rich": "app",
     "yaml": "recipes",
     "PIL": "data inference app",
-    "pyarrow": "app",
+    "pyarrow": "app data",
     "ray": "app",
     "sklearn": "app",
     "torchvision": "",

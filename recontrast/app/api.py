@@ -11,17 +11,18 @@ from typing import Any, Literal
 from recontrast import checkpoint as checkpoints
 from recontrast.app import evaluate_job, train_job
 from recontrast.app.calibrate_job import CheckpointTarget, ExportedTarget, calibrate_detector
+from recontrast.app.data_options import load_data, load_tests
 from recontrast.app.load import load, resolve_detector
 from recontrast.app.options import parse_duration
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, allowed_false_alarms
-from recontrast.data import datasets
-from recontrast.data.class_folders import list_good_images
+from recontrast.data.class_folders import list_good_samples
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import read_fingerprints
+from recontrast.data.groups import count_groups
 from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import Result
-from recontrast.inference.calibrate import select_new_images
+from recontrast.inference.calibrate import select_new_samples
 from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.training.extend import extend as extend_detector
@@ -48,8 +49,8 @@ def train(
     """Train a detector (ReContrast, Guo et al., https://arxiv.org/abs/2306.02602) on good images.
 
     Args:
-        data: A data set in MVTec AD layout, a category of it, a folder of good images, several of these, or samples of
-            `find_samples`.
+        data: A data set in MVTec AD layout, a category of it, a folder of good images, a list of images (.csv, .jsonl,
+            .parquet), several of these, or samples of `find_samples`.
         out: Folder of the run: checkpoint.pt, log.jsonl, recipe.yaml. None: ``runs/CATEGORY``.
         recipe: Name of one of the paper's recipes, or a YAML file. None: "mvtec", with a tenth of the good images held
             out for calibration if that is 9 images or more.
@@ -110,7 +111,8 @@ def evaluate(
 
     Args:
         detector: A detector from a checkpoint or an exported file, or the path of one.
-        data: Data sets or categories in MVTec AD layout, or samples of `find_samples`.
+        data: Data sets or categories in MVTec AD layout, lists of images, or samples of `find_samples`. If a list has
+            no column ``split``, all its images are test images, or the part that `train` keeps for the test.
         category: Name of one category, or "all". None: all.
         out: Folder for results.json, results.csv, results.md and scores.csv. None writes nothing.
         device: For a path: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
@@ -131,7 +133,7 @@ def evaluate(
         OSError: If a file cannot be read or written.
     """
     loaded = _open_own_detector("evaluate", detector, device)
-    groups = _group_samples(data, category, incomplete=errors == "keep")
+    groups = _group_samples(data, category, detector=loaded, incomplete=errors == "keep")
     if out is not None:
         evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
     network = loaded if isinstance(loaded, ExportedDetector) else loaded.model
@@ -159,7 +161,8 @@ def calibrate(
 
     Args:
         detector: A detector from a checkpoint or an exported file, or the path of one.
-        good: Good images that the detector was not trained on: paths of files or folders.
+        good: Good images that the detector was not trained on: paths of files, folders or lists. Of images that a list
+            puts into one group, such as those of one part, the largest score counts.
         false_alarm_rate: Promised share of good images called defects, at least 1 / (n + 1) for n images.
         pixel_rate: Promised share of a good image's map that is flagged.
         all_good: Whether all images in a folder are good, whatever the names of its subfolders.
@@ -175,8 +178,8 @@ def calibrate(
         OSError: If the file cannot be written.
     """
     loaded = _open_own_detector("calibrate", detector, device)
-    paths = list_good_images(good, all_good)
-    allowed_false_alarms(len(paths), false_alarm_rate)  # raises if there are too few images
+    samples = list_good_samples(good, all_good)
+    allowed_false_alarms(count_groups(samples), false_alarm_rate)  # raises if there are too few images
     target: CheckpointTarget | ExportedTarget
     if isinstance(loaded, ExportedDetector):
         target = ExportedTarget(loaded.path, loaded)
@@ -185,10 +188,10 @@ def calibrate(
         target = CheckpointTarget(
             loaded.path, checkpoints.load(loaded.path, mapped=True), model_device, loaded.inference
         )
-    paths = select_new_images("calibrate: good", paths, target)
-    allowed_false_alarms(len(paths), false_alarm_rate)  # again, without copies
+    samples = select_new_samples("calibrate: good", samples, target)
+    allowed_false_alarms(count_groups(samples), false_alarm_rate)  # again, without copies
     calibration, unread = calibrate_detector(
-        target, loaded, paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
+        target, loaded, samples, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
         batch=batch, on_progress=on_progress or (lambda done, total: None),
     )  # fmt: skip
     if unread:
@@ -213,7 +216,7 @@ def extend(
 
     Args:
         detector: A detector from a checkpoint, or the path of one.
-        good: Good images, as paths of files or folders. Those that were trained on already are left out.
+        good: Good images, as paths of files, folders or lists. Those that were trained on already are left out.
         holdout: Share of the new images that are not added but used for a new calibration, in [0, 1).
         all_good: Whether all images in a folder are good, whatever the names of its subfolders.
         device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
@@ -227,30 +230,40 @@ def extend(
         OSError: If the checkpoint cannot be written.
     """
     file = detector.path if isinstance(detector, CheckpointDetector) else resolve_detector(detector)
-    paths = list_good_images(good, all_good)
-    result = extend_detector(file, paths, holdout=holdout, device=device, on_step=on_progress)
+    result = extend_detector(
+        file, list_good_samples(good, all_good), holdout=holdout, device=device, on_step=on_progress
+    )
     return CheckpointDetector(result.checkpoint, device)
 
 
 def find_samples(
-    data: PathLike | Sequence[PathLike], category: str | None = None, *, all_good: bool = False
+    data: PathLike | Sequence[PathLike] = (),
+    category: str | None = None,
+    *,
+    good: PathLike | Sequence[PathLike] = (),
+    bad: PathLike | Sequence[PathLike] = (),
+    all_good: bool = False,
 ) -> list[Sample]:
     """List the images of data sets with their labels, masks and splits.
 
     Args:
-        data: Data sets or categories in MVTec AD layout (the paper's section 4.1), or folders of good images.
-        category: Name of one category, or "all". None: all.
+        data: Data sets or categories in MVTec AD layout (the paper's section 4.1), folders of good images, or lists of
+            images (.csv, .jsonl, .parquet; see `recontrast.data.image_lists`).
+        category: Name of one category, or "all". None: all. With ``good``: the name of the category they make.
+        good: In place of ``data``: files or folders of good images, without any layout.
+        bad: With ``good``: files or folders of images with defects. These and a fifth of the good images, chosen by
+            their names, are test images, the others training images.
         all_good: Whether all images in a plain folder are good, see `train`.
 
     Returns:
         One `recontrast.data.datasets.Sample` for each image: categories, splits and files in natural order.
 
     Raises:
-        ValueError: If a folder has another layout, or two categories have the same name.
+        ValueError: If a folder has another layout, two categories have the same name, or a list is invalid.
         FileNotFoundError: If there is no such folder, or no such category.
     """
-    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
-    groups = datasets.load(paths, None if category in (None, "all") else [category], all_good=all_good)
+    data, good, bad = ([v] if isinstance(v, str | os.PathLike) else list(v) for v in (data, good, bad))
+    groups = load_data(data, good, bad, category=category, all_good=all_good, options=("data", "good", "bad"))
     return [sample for group in groups.values() for sample in group]
 
 
@@ -267,9 +280,9 @@ def _open_own_detector(
 
 
 def _group_samples(
-    data: Data, category: str | None, all_good: bool = False, incomplete: bool = False
+    data: Data, category: str | None, all_good: bool = False, detector: Any = None, incomplete: bool = False
 ) -> dict[str, list[Sample]]:
-    """Return the samples by category; for ``incomplete``, see `recontrast.data.datasets.load`."""
+    """Return the samples by category: for training, or to measure ``detector``."""
     given = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not given:
         raise ValueError("data: wanted paths or samples, got none")
@@ -278,8 +291,12 @@ def _group_samples(
         raise ValueError("data: wanted either paths or samples, got both")
     if not samples:
         paths = [item for item in given if not isinstance(item, Sample)]
-        wanted = None if category in (None, "all") else [category]
-        return datasets.load(paths, wanted, all_good=all_good, incomplete=incomplete)
+        names = ("data", "good", "bad")
+        if detector is not None:
+            return load_tests(
+                lambda: detector, paths, None, None, category=category, incomplete=incomplete, options=names
+            )
+        return load_data(paths, None, None, category=category, all_good=all_good, options=names)
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.category, []).append(sample)

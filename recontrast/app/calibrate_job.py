@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from recontrast import checkpoint as checkpoints
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint, digest
+from recontrast.data.datasets import Sample
+from recontrast.data.groups import number_samples
 from recontrast.inference.calibrate import calibrate_files
 from recontrast.inference.detector import CheckpointDetector, Detector, is_exported, open_detector
 from recontrast.inference.exported_detector import ExportedDetector
@@ -165,7 +167,7 @@ def open_target(path: Path, device: Any = None, inference: InferenceOptions | No
 def calibrate_detector(
     target: CalibrationTarget,
     detector: Detector,
-    good: Sequence[Path],
+    good: Sequence[Sample],
     *,
     false_alarm_rate: float,
     pixel_rate: float,
@@ -178,7 +180,7 @@ def calibrate_detector(
     Args:
         target: File of the detector.
         detector: Detector, as `CalibrationTarget.open` returns it.
-        good: Paths of good images that the detector was not trained on.
+        good: Good images that the detector was not trained on. Those of one group count once.
         false_alarm_rate: Promised share of good images called defects.
         pixel_rate: Promised share of a good image's map that is flagged.
         source: Description of where the images come from.
@@ -191,8 +193,9 @@ def calibrate_detector(
     Raises:
         ValueError: If no image can be read, or the images are too few for the rate.
     """
+    groups = dict(zip([sample.path for sample in good], number_samples(good), strict=True))
     calibration, unread = calibrate_files(
-        detector, good, batch, on_progress, rate=false_alarm_rate, pixel_rate=pixel_rate, source=source,
+        detector, list(groups), batch, on_progress, groups, rate=false_alarm_rate, pixel_rate=pixel_rate, source=source,
         weights=target.weights(),
     )  # fmt: skip
     return target.finish(calibration, detector), unread

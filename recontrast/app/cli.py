@@ -15,6 +15,7 @@ from recontrast.app.commands.doctor import doctor
 from recontrast.app.commands.evaluate import evaluate
 from recontrast.app.commands.export import export
 from recontrast.app.commands.info import info
+from recontrast.app.commands.list import list_images
 from recontrast.app.commands.predict import predict
 from recontrast.app.commands.prepare import prepare
 from recontrast.app.commands.report import report
@@ -67,3 +68,4 @@ for command in (train, compare, reproduce, evaluate, calibrate, predict, export,
     app.command(cls=Command)(add_threads(add_imports(command)) if runs_network else add_imports(command))
 for command in (demo, prepare, info, doctor):
     app.command(cls=Command)(command)
+app.command("list", cls=Command)(list_images)

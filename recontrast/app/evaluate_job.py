@@ -16,6 +16,7 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.calibration.score_drift import ScoreDrift, measure_score_drift
 from recontrast.data.atomic import replace_file
 from recontrast.data.datasets import Sample
+from recontrast.data.groups import name_group, number_groups
 from recontrast.data.image_files import IMAGE_ERRORS, assign_result_names, describe_image_error
 from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
@@ -190,7 +191,9 @@ def decide_on_result(
             appearance_drift = measure_appearance_drift(np.array(calibration.appearance), appearance)
         if unread is not None:
             unread.update({str(samples[position].path): text for position, text in missing.items()})
-    score_drift = measure_score_drift(calibration, good) if good else None
+    names = {str(sample.path): name_group(sample) for group in groups.values() for sample in group}
+    owners = number_groups([names.get(image.path) for image in scored if not image.label])
+    score_drift = measure_score_drift(calibration, good, owners) if good else None
     return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)
 
 

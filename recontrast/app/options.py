@@ -60,8 +60,8 @@ def path_argument(metavar: str, help: str) -> Any:
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU, if there is one.")]
 Batch = Annotated[int, typer.Option(help="Number of images per batch.")]
 Data = Annotated[
-    list[Path],
-    path_argument("DATA", "Data sets or categories in MVTec AD layout; train also takes folders of good images."),
+    list[Path] | None,
+    path_argument("DATA", "Data sets or categories in MVTec AD layout, or lists (.csv, .jsonl, .parquet)."),
 ]
 AllGood = Annotated[
     bool,

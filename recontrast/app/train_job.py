@@ -17,8 +17,8 @@ from recontrast.app.options import check_writable
 from recontrast.architectures import ARCHITECTURES, get_architecture
 from recontrast.data import datasets
 from recontrast.data.augment import count_views
-from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
+from recontrast.data.groups import group_samples, list_groups
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.models.weights import check_source
@@ -53,7 +53,9 @@ class TrainJob:
         budget: Seconds that the training may take; None for no limit.
         plan: What was chosen for the budget, and why.
         started: Value of `time.perf_counter` when the options of the run were given.
-        different: Number of good training images, without copies if some are held out; 0 counts all.
+        different: Number of good training images, without copies if some are held out; 0 counts all. Images of one
+            group count once.
+        training: Number of good images that are not held out; None: by the share.
         overwrite: Whether the checkpoint of an earlier run may be replaced.
     """
 
@@ -66,6 +68,7 @@ class TrainJob:
     few: bool = False
     overwrite: bool = False
     different: int = 0
+    training: int | None = None
     budget: float | None = None
     plan: BudgetPlan | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -90,7 +93,11 @@ class TrainJob:
     def count_training(self) -> int:
         """Count the good images that are not held out."""
         count = _count_good(self.groups)
-        return count - round(self.recipe.holdout * (self.different or count))
+        return (
+            self.training
+            if self.training is not None
+            else count - round(self.recipe.holdout * (self.different or count))
+        )
 
     def describe_end(self, seconds: float, steps: int) -> str:
         """Describe the finished run and its number of steps in one sentence."""
@@ -128,6 +135,8 @@ class TrainJob:
             held_out = round(self.recipe.holdout * different)
             hint = "; --holdout 0 trains on all" if self.resume is None else ""  # a resumed run keeps its share
             kind = "good images" if different == count else f"different images ({count - different} are copies)"
+            if different < count and list_groups(self.samples):
+                kind = f"groups of {count} good images"
             return f"{held_out} of {different} {kind} held out for calibration{hint}"
         if self.few:
             command = f"recontrast calibrate {self.target} --good DIR"
@@ -143,7 +152,7 @@ def prepare_job(
     """Check the options of a run, and load its recipe and data.
 
     Args:
-        data: Data sets, categories or folders of good images; or samples by category.
+        data: Data sets, categories, folders of good images or lists; or samples by category.
         recipe: Name of a recipe, or a YAML file; ignored with ``resume``. None: "mvtec", with a tenth of the good
             images held out for calibration if they are enough (the paper's recipes hold out none).
         changes: Fields of the recipe to change.
@@ -200,7 +209,7 @@ def prepare_job(
         check_source(changed.backbone, changed.weights)
     check_size(changed)
     if copies:  # without good images, training raises the error
-        split_holdout(copies, changed.holdout, changed.seed, copies)
+        job = replace(job, training=len(split_holdout(copies, changed.holdout, changed.seed, copies)[0]))
     check_writable(job.out, option)
     if budget is not None:
         job = _plan_job(job, {*changes, *(["architecture"] if recipe is not None else [])}, budget, device)
@@ -304,9 +313,8 @@ def _check_target(job: TrainJob) -> None:
 
 
 def _group_copies(groups: Mapping[str, Sequence[Sample]]) -> list[int]:
-    """Return for each good training image the position of the first one with the same content."""
-    good = [s.path for group in groups.values() for s in group if s.split == "train" and s.label == 0]
-    return group_equal_files(good)
+    """Return for each good training image the position of the first one of its group."""
+    return group_samples([s for group in groups.values() for s in group if s.split == "train" and s.label == 0])
 
 
 def _select_shots(groups: Mapping[str, list[Sample]], recipe: Recipe) -> dict[str, list[Sample]]:

@@ -8,6 +8,9 @@ false-alarm rate follows a Beta distribution; see `false_alarm_interval`.
 
 The pixel threshold comes from conformal risk control (Angelopoulos et al., ICLR 2024, arXiv 2208.02814, theorem 1): the
 flagged share of a good image's map is a loss that is at most 1 and falls as the threshold rises.
+
+Several images of one part are not exchangeable with images of other parts; parts are. With groups, n counts groups
+(`recontrast.calibration.groups`).
 """
 
 import math
@@ -19,11 +22,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from recontrast.calibration.appearance_drift import PROPERTIES
+from recontrast.calibration.groups import HighestPixels, max_by_group, select_first
 
 DEFAULT_RATE = 0.01  # promised false-alarm rate
 DEFAULT_PIXEL_RATE = 0.01  # promised share of flagged pixels in a good image's map
 _KEYS = {"appearance": "looks"}  # fields with another name in checkpoints and exported detectors
-_INFERENCE_FIELDS = ("views", "precision")  # missing in older calibrations
+_OPTIONAL_FIELDS = ("views", "precision", "image_count")  # missing in older calibrations
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Calibration:
     """Scores of good images that a detector was not trained on, and the thresholds derived from them.
 
     Attributes:
-        scores: Scores of the calibration images, in ascending order, in the units of the map.
+        scores: Scores of the calibration images, in ascending order, in the units of the map. Of a group of images,
+            such as several of one part, only the largest.
         rate: Promised false-alarm rate on good images, in (0, 1), on average over calibration sets.
         threshold: Images with a higher score are defects.
         pixel_threshold: Pixels with a higher map value are flagged; None if only scores were available or the maps
@@ -41,9 +46,10 @@ class Calibration:
             the pixel threshold is an empirical quantile without a guarantee.
         source: Description of the origin of the good images.
         weights: `digest` of the detector; the scores are valid for no other detector.
-        appearance: `PROPERTIES` of each calibration image; empty in older calibrations.
+        appearance: `PROPERTIES` of each calibration image, or of the first of each group; empty in older calibrations.
         views: Feature pairs of the maps, as in `Recipe`; None means as trained.
         precision: Precision of the maps, as in `Recipe`; None means as trained.
+        image_count: Number of images in all groups; None if each image was a group of its own.
 
     Raises:
         ValueError: If the scores are not finite or not in ascending order, if the rate is below 1 / (n + 1), or if the
@@ -61,6 +67,7 @@ class Calibration:
     appearance: tuple[tuple[float, ...], ...] = ()
     views: str | None = None
     precision: str | None = None
+    image_count: int | None = None
 
     def __post_init__(self) -> None:
         """Check that the fields are consistent."""
@@ -75,7 +82,7 @@ class Calibration:
 
     @property
     def count(self) -> int:
-        """Number of calibration images, n."""
+        """Number of calibration images, or of groups of them, n."""
         return len(self.scores)
 
     def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
@@ -125,14 +132,15 @@ class Calibration:
         values = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
         values |= {"scores": list(self.scores), "looks": [list(numbers) for numbers in self.appearance]}
         # None is left out, so that versions without these fields can read the calibration.
-        return {name: value for name, value in values.items() if name not in _INFERENCE_FIELDS or value is not None}
+        return {name: value for name, value in values.items() if name not in _OPTIONAL_FIELDS or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
         """Create a calibration from the result of `to_dict`.
 
         Args:
-            values: All fields by their serialised names; ``looks``, ``views`` and ``precision`` may be missing.
+            values: All fields by their serialised names; ``looks``, ``views``, ``precision`` and ``image_count`` may be
+                missing.
 
         Returns:
             The calibration.
@@ -141,7 +149,7 @@ class Calibration:
             ValueError: If a field is missing, unknown or invalid.
         """
         names = {_KEYS.get(field.name, field.name) for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) | {"looks", *_INFERENCE_FIELDS} != names:
+        if not isinstance(values, Mapping) or set(values) | {"looks", *_OPTIONAL_FIELDS} != names:
             got = ", ".join(sorted(map(str, values))) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"calibration: wanted the fields {', '.join(sorted(names))}, got {got}")
         arguments = {name: value for name, value in values.items() if name not in ("scores", "looks")}
@@ -163,6 +171,7 @@ def calibrate_maps(
     weights: str,
     appearance: ArrayLike = (),
     names: Sequence[str] = (),
+    groups: Sequence[int] | None = None,
 ) -> Calibration:
     """Compute both thresholds from the maps and scores of any detector.
 
@@ -179,48 +188,47 @@ def calibrate_maps(
         appearance: Result of `recontrast.calibration.appearance_drift.describe_appearance` for the images, (count, 4),
             in any order; without it, the appearance of later images cannot be compared.
         names: Name of each image, for error messages. Without them, images are counted from 0.
+        groups: Number of the group of each image, (count,): images of one part, for which the promise counts once
+            (`recontrast.calibration.groups`). None: each image is a group of its own.
 
     Returns:
         The calibration.
 
     Raises:
-        ValueError: If there are too few images for the rate, a rate is not in (0, 1), the number of scores is not
-            ``count``, or the score or the map of an image is not finite.
+        ValueError: If there are too few images or groups for the rate, a rate is not in (0, 1), the number of scores is
+            not ``count``, or the score or the map of an image is not finite.
     """
-    allowed_false_alarms(count, rate)
+    if groups is not None and len(groups) != count:
+        raise ValueError(f"calibration: groups: wanted one number for each of {count} images, got {len(groups)}")
+    groups = groups if groups is not None and len(set(groups)) < count else None
+    units = count if groups is None else len(set(groups))
+    allowed_false_alarms(units, rate)
     check_rates(rate, pixel_rate)
-    is_guaranteed = count * pixel_rate + pixel_rate >= 1
-    flagged_share = ((count + 1) * pixel_rate - 1) / count if is_guaranteed else pixel_rate  # of all pixels
+    is_guaranteed = units * pixel_rate + pixel_rate >= 1
+    flagged_share = ((units + 1) * pixel_rate - 1) / units if is_guaranteed else pixel_rate  # of all pixels
     scores: list[float] = []
-    # Only the largest map values, as many as may be flagged and one more, are kept in memory.
-    highest = np.empty(0, np.float32)
-    size: tuple[int, ...] | None = None
-    is_one_size = True
+    highest = HighestPixels(flagged_share, groups, units)
     for maps, batch_scores in batches:
         _refuse_not_finite(maps, batch_scores, len(scores), names)
         scores += batch_scores.astype(np.float64).tolist()
-        is_one_size = is_one_size and maps.shape[1:] == (size := size or maps.shape[1:])
-        if not is_one_size:
-            continue
-        pixels = np.asarray(maps, np.float32).reshape(-1)
-        pixels_per_map = pixels.size // max(len(batch_scores), 1)
-        keep = math.floor(max(flagged_share, 0) * count * pixels_per_map + 1e-6) + 1
-        highest = np.concatenate([highest, pixels])
-        if highest.size > keep:
-            highest = np.partition(highest, highest.size - keep)[-keep:]
+        highest.add(maps)
     if len(scores) != count:
         raise ValueError(f"calibration: scores: wanted those of {count} images, got {len(scores)}")
-    ordered = tuple(sorted(scores))
+    ordered = tuple(sorted(max_by_group(scores, groups)))
+    rows = np.asarray(appearance, np.float64)
+    if groups is not None and len(rows) == count:
+        rows = rows[select_first(groups)]
     return Calibration(
         scores=ordered,
         rate=rate,
         threshold=conformal_threshold(ordered, rate),
-        pixel_threshold=float(highest.min()) if is_one_size else None,
+        pixel_threshold=highest.threshold(),
         pixel_rate=pixel_rate,
-        pixel_guarantee=is_guaranteed and is_one_size,
+        pixel_guarantee=is_guaranteed and highest.is_one_size,
         source=source,
         weights=weights,
-        appearance=tuple(map(tuple, np.asarray(appearance, np.float64).tolist())),
+        appearance=tuple(map(tuple, rows.tolist())),
+        image_count=None if groups is None else count,
     )
 
 
@@ -330,12 +338,15 @@ def describe_promise(calibration: Calibration) -> list[str]:
     """
     n, m = calibration.count, allowed_false_alarms(calibration.count, calibration.rate)
     low, high = false_alarm_interval(n, calibration.rate)
+    kind, origin, subject = "images", f"{n} good images ({calibration.source})", "a new good image"
+    if calibration.image_count is not None:
+        kind, subject = "groups", "any image of a new good group"
+        origin = f"{n} groups of good images ({calibration.image_count} images, {calibration.source})"
     sentences = [
-        f"threshold {calibration.threshold:.6g} from {n} good images ({calibration.source}): a new good image of the "
-        f"same source is called a defect with probability at most {m}/{n + 1} = {m / (n + 1):.4g}, on average over "
-        "calibration sets",
-        f"for 90 % of calibration sets of {n} images, the false-alarm rate lies between {low:.4g} and {high:.4g} "
-        f"(Beta({m}, {n + 1 - m})); more images narrow this range",
+        f"threshold {calibration.threshold:.6g} from {origin}: {subject} of the same source is called a defect with "
+        f"probability at most {m}/{n + 1} = {m / (n + 1):.4g}, on average over calibration sets",
+        f"for 90 % of calibration sets of {n} {kind}, the false-alarm rate lies between {low:.4g} and {high:.4g} "
+        f"(Beta({m}, {n + 1 - m})); more {kind} narrow this range",
     ]
     if calibration.pixel_threshold is None:
         return sentences
@@ -346,6 +357,6 @@ def describe_promise(calibration: Calibration) -> list[str]:
     needed = math.ceil(1 / calibration.pixel_rate - 1e-9) - 1
     sentences.append(
         f"{threshold}: flags {calibration.pixel_rate:.3g} of the calibration images' maps, with no guarantee for new "
-        f"images, which needs {needed} good images"
+        f"images, which needs {needed} good {kind}"
     )
     return sentences

@@ -5,6 +5,7 @@ The p-values are uniform exactly if the new scores are exchangeable with the cal
 below test that, and keep their level.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from recontrast.calibration.appearance_drift import ALARM_LEVEL
 from recontrast.calibration.conformal import Calibration, allowed_false_alarms
+from recontrast.calibration.groups import max_by_group
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ScoreDrift:
         return f"p-values of good images are compatible with uniform ({test}; {counts})"
 
 
-def measure_score_drift(calibration: Calibration, scores: ArrayLike) -> ScoreDrift:
+def measure_score_drift(calibration: Calibration, scores: ArrayLike, groups: Sequence[int] | None = None) -> ScoreDrift:
     """Compare the scores of new good images with those of the calibration images.
 
     Three tests are combined; the smallest p-value is multiplied by three (Bonferroni). Kolmogorov-Smirnov detects any
@@ -63,6 +65,9 @@ def measure_score_drift(calibration: Calibration, scores: ArrayLike) -> ScoreDri
     Args:
         calibration: Calibration of the detector that computed ``scores``.
         scores: Scores of the new images, (N,), N at least 1.
+        groups: Number of the group of each new image, (N,), of which the largest score counts, as in the calibration.
+            None: each image is a group of its own. If the calibration has groups, only higher scores are a drift, since
+            its scores are the largest of several images.
 
     Returns:
         The distance, the combined p-value and the number of alarms.
@@ -76,8 +81,10 @@ def measure_score_drift(calibration: Calibration, scores: ArrayLike) -> ScoreDri
     if new.ndim != 1 or not new.size or (count := np.count_nonzero(~np.isfinite(new))):
         got = f"{count} that are not finite" if new.ndim == 1 and new.size else f"an array {new.shape}"
         raise ValueError(f"check: scores: wanted finite scores (n,) of at least 1 good image, got {got}")
+    new = np.asarray(max_by_group(new.tolist(), groups), np.float64)
     reference = np.asarray(calibration.scores)
-    smirnov, shift = ks_2samp(new, reference), mannwhitneyu(new, reference)
+    sides = ("two-sided", "two-sided") if calibration.image_count is None else ("less", "greater")
+    smirnov, shift = ks_2samp(new, reference, sides[0]), mannwhitneyu(new, reference, alternative=sides[1])
     alarms, allowed = int(calibration.is_defect(new).sum()), allowed_false_alarms(reference.size, calibration.rate)
     alarm_p_value = betabinom(new.size, allowed, reference.size + 1 - allowed).sf(alarms - 1)
     return ScoreDrift(

@@ -88,7 +88,7 @@ def parse_calibration(values: Any) -> Calibration | None:
     """
     if values is None:
         return None
-    if isinstance(values, Mapping) and values.keys() >= {"scores", *_CALIBRATION_RULES} - {"views", "precision"}:
+    if isinstance(values, Mapping) and values.keys() >= {"scores", *_CALIBRATION_RULES} - _OPTIONAL:
         scores, looks = values["scores"], values.get("looks", [])
         if not _is_numbers(scores):
             raise ValueError(f"calibration: scores: wanted a list of numbers, got {describe_value(scores)}")
@@ -159,6 +159,8 @@ def is_images(value: Any) -> bool:
         and _is_whole(value.get("count"))
         and type(value.get("digest")) is str
         and type(value.get("each", "")) is str
+        and isinstance(groups := value.get("groups", []), list)
+        and all(type(name) is str for name in groups)
     )
 
 
@@ -229,4 +231,6 @@ _CALIBRATION_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weights": (lambda v: type(v) is str, "a digest"),
     "views": (lambda v: v in (None, "both", "trained", "frozen"), "both, trained or frozen"),
     "precision": (lambda v: v in (None, "float32", "bfloat16"), "float32 or bfloat16"),
+    "image_count": (lambda v: v is None or _is_whole(v), "a number of images"),
 }
+_OPTIONAL = {"views", "precision", "image_count"}  # missing in older calibrations

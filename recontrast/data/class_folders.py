@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recontrast.data.class_names import FolderKind, classify_folder
+from recontrast.data.dataset_sample import GOOD, Sample
+from recontrast.data.list_files import is_list
 from recontrast.data.listing import (
     DataWarning,
     Folder,
@@ -29,8 +31,9 @@ def list_good_images(paths: PathLike | Iterable[PathLike], all_good: bool = Fals
     """List good images.
 
     Args:
-        paths: One or more files and folders. Files are taken as they are. Of a folder whose subfolders are classes,
-            only the good ones are taken.
+        paths: One or more files, folders and lists. Files are taken as they are. Of a folder whose subfolders are
+            classes, only the good ones are taken; of a list (`recontrast.data.image_lists`) those of the split
+            calibration or, if there are none, train.
         all_good: Whether all images in the folders are good, whatever the names of their subfolders.
 
     Returns:
@@ -40,10 +43,34 @@ def list_good_images(paths: PathLike | Iterable[PathLike], all_good: bool = Fals
         FileNotFoundError: If a file or folder does not exist.
         ValueError: If a folder contains no images, or it is unclear which of them are good.
     """
-    images: list[Path] = []
+    return [sample.path for sample in list_good_samples(paths, all_good)]
+
+
+def list_good_samples(paths: PathLike | Iterable[PathLike], all_good: bool = False) -> list[Sample]:
+    """List good images as samples, which have the region of interest and the group that a list states.
+
+    Args:
+        paths: One or more files, folders and lists, see `list_good_images`.
+        all_good: Whether all images in the folders are good, whatever the names of their subfolders.
+
+    Returns:
+        The images in the order of ``paths``; the category is the name of the folder, or as in the list.
+
+    Raises:
+        FileNotFoundError: If a file or folder does not exist.
+        ValueError: If a folder contains no images, or it is unclear which of them are good.
+    """
+    from recontrast.data.image_lists import read_good_list  # it imports this module
+
+    samples: list[Sample] = []
     for path in map(Path, [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else paths):
-        images += select_good_images(scan_folder(path), all_good) if path.is_dir() else list_images(path)
-    return images
+        if is_list(path):
+            samples += read_good_list(path)
+            continue
+        files = select_good_images(scan_folder(path), all_good) if path.is_dir() else list_images(path)
+        category = Path(os.path.abspath(path)).name
+        samples += [Sample(file, None, 0, category, "train", GOOD) for file in files]
+    return samples
 
 
 def describe_files(name: str, paths: Sequence[Path]) -> list[str]:

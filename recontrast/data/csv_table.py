@@ -132,7 +132,7 @@ def read_table(path: Path, columns: Sequence[str], *, own: bool = False) -> list
     """
     table: list[TableRow] = []
     lines_by_key: dict[str, str] = {}
-    clean = _restore if own else str.strip
+    clean = restore_cell if own else str.strip
     try:
         text = decode_text(path, read_bytes(path, "a CSV table", _LARGEST))
         if not own:
@@ -166,6 +166,13 @@ def read_table(path: Path, columns: Sequence[str], *, own: bool = False) -> list
     return table
 
 
-def _restore(cell: str) -> str:
-    """Return a cell as it was given to `format_table`."""
+def restore_cell(cell: str) -> str:
+    """Return a cell as it was given to `format_table`.
+
+    Args:
+        cell: Content of the cell in the file.
+
+    Returns:
+        The content without the ``'`` that keeps a spreadsheet from running it.
+    """
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

@@ -1,4 +1,4 @@
-"""Data sets as lists of samples: categories in MVTec AD layout (`recontrast.data.mvtec_layout`), and plain folders.
+"""Data sets as samples: categories in MVTec AD layout (`recontrast.data.mvtec_layout`), plain folders, and lists.
 
 Only file names are read, no pixels. Samples are in natural order, the same on every machine; upstream uses the order of
 ``os.listdir``.
@@ -13,6 +13,8 @@ from typing import Literal
 from recontrast.data.class_folders import select_good_images
 from recontrast.data.class_names import classify_folder
 from recontrast.data.dataset_sample import GOOD, Sample
+from recontrast.data.image_lists import read_list
+from recontrast.data.list_files import is_list
 from recontrast.data.listing import PathLike, count_images, list_folder, scan_folder
 from recontrast.data.mask_files import list_folders
 from recontrast.data.mvtec_layout import (
@@ -30,33 +32,35 @@ __all__ = ["Sample", "categories", "describe", "folder", "load", "mvtec"]
 
 def load(
     path: PathLike | Sequence[PathLike], categories: Sequence[str] | None = None, *, all_good: bool = False,
-    incomplete: bool = False,
+    incomplete: bool = False, for_test: bool = False,
 ) -> dict[str, list[Sample]]:  # fmt: skip
-    """Read the samples of a data set, a category or a plain folder.
+    """Read the samples of a data set, a category, a plain folder or a list.
 
     Args:
-        path: Root of a data set in MVTec AD layout, folder of one category, or plain folder of good images. Several
-            paths give one data set with all their categories.
+        path: Root of a data set in MVTec AD layout, folder of one category, plain folder of good images, or a list of
+            images (`recontrast.data.image_lists`). Several paths give one data set with all their categories.
         categories: Names of the categories to read, in this order. None reads all, in natural order for each path.
         all_good: Whether all images in plain folders are good. Otherwise, if their subfolders are classes, only the
             good class is read.
         incomplete: Whether a test image without its mask, or a mask without its image, is a sample with the path that
             the missing file should have, if other images of the category have masks. Otherwise it raises an error.
+        for_test: Whether all images of a list without a column ``split`` are test images.
 
     Returns:
-        Samples by category, train before test. A plain folder gives training samples, and its name is the category.
-        Pictures that are not used are named in a `recontrast.data.listing.DataWarning`.
+        Samples by category, train before test; those of a list in its order. A plain folder gives training samples, and
+        its name is the category. Pictures that are not used are named in a `recontrast.data.listing.DataWarning`.
 
     Raises:
         FileNotFoundError: If a folder does not exist.
-        ValueError: If a path is a file, a category is missing or occurs twice, a folder contains no images, images lie
-            directly in ``test``, masks and images do not match, or it is unclear which images are good.
+        ValueError: If a path is a file that is no list, a category is missing or occurs twice, a folder contains no
+            images, images lie directly in ``test``, masks and images do not match, or it is unclear which images are
+            good.
     """
     paths = [Path(p) for p in ([path] if isinstance(path, (str, os.PathLike)) else path)]
     readers: dict[str, Callable[[], list[Sample]]] = {}
     sources: dict[str, Path] = {}
     for source in paths:
-        for name, reader in _make_readers(source, all_good, incomplete).items():
+        for name, reader in _make_readers(source, all_good, incomplete, for_test).items():
             if name in readers:
                 raise ValueError(
                     f"{source}: wanted categories with different names, got {name!r} again, as in {sources[name]}"
@@ -69,8 +73,13 @@ def load(
     return {category: readers[category]() for category in categories or readers}
 
 
-def _make_readers(path: Path, all_good: bool, incomplete: bool) -> dict[str, Callable[[], list[Sample]]]:
+def _make_readers(
+    path: Path, all_good: bool, incomplete: bool, for_test: bool
+) -> dict[str, Callable[[], list[Sample]]]:
     """Return a function that reads the samples, for each category at ``path``."""
+    if is_list(path):
+        groups = read_list(path, incomplete=incomplete, for_test=for_test)
+        return {name: partial(list, samples) for name, samples in groups.items()}
     check_folder(path, "the folder of a data set")
     name = Path(os.path.abspath(path)).name
     if is_category(path):

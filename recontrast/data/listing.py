@@ -90,7 +90,8 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     Warns (`DataWarning`) of pictures in the folders that are not listed, because their format is not read.
 
     Args:
-        paths: One or more files and folders. Files are taken as they are; folders are searched with `find_images`.
+        paths: One or more files, folders and lists. Files are taken as they are; folders are searched with
+            `find_images`; of a list (`recontrast.data.image_lists`), all images are taken.
 
     Returns:
         The files in the order of ``paths``; the files of a folder in natural order.
@@ -99,10 +100,15 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
         FileNotFoundError: If a file or folder does not exist.
         ValueError: If a folder contains no images.
     """
+    from recontrast.data.image_lists import list_paths  # they import this module
+    from recontrast.data.list_files import is_list
+
     images: list[Path] = []
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if path.is_dir():
             images += list_folder(scan_folder(path))
+        elif is_list(path):
+            images += list_paths(path)
         elif path.exists():
             images.append(path)
         else:

@@ -153,12 +153,18 @@ def merge_copies(first: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list
     Returns:
         Position of the first image of its group, for each image.
     """
-    merged = list(first)
-    for pair in pairs:
-        low, high = sorted(merged[index] for index in pair)
-        if low != high:
-            merged = [low if group == high else group for group in merged]
-    return merged
+    parents = list(range(len(first)))  # disjoint sets, whose root is the smallest position
+
+    def find_root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    for low, high in (*enumerate(first), *pairs):
+        roots = find_root(low), find_root(high)
+        parents[max(roots)] = min(roots)
+    return [find_root(index) for index in range(len(first))]
 
 
 def describe_near_copies(paths: Sequence[PathLike], pairs: Sequence[tuple[int, int]], consequence: str) -> str | None:

@@ -19,9 +19,12 @@ from recontrast.calibration.conformal import (
     allowed_false_alarms,
     calibrate_maps,
 )
+from recontrast.calibration.groups import select_first
 from recontrast.checkpoint import digest
 from recontrast.data.copies import describe_copies
+from recontrast.data.dataset_sample import Sample
 from recontrast.data.fingerprint import compute_fingerprint, compute_tiled_fingerprint, read_fingerprints
+from recontrast.data.groups import check_groups_are_new
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import (
@@ -64,6 +67,7 @@ def calibrate(
     pixel_rate: float = DEFAULT_PIXEL_RATE,
     source: str = "",
     batch: int = 16,
+    groups: Sequence[int] | None = None,
 ) -> Calibration:
     """Compute both thresholds of a model from good images that it was not trained on.
 
@@ -75,20 +79,22 @@ def calibrate(
         pixel_rate: Promised share of a good image's pixels above the pixel threshold.
         source: Description of the origin of the images.
         batch: Number of images per batch.
+        groups: Number of the group of each image, (N,), see `recontrast.calibration.groups`. None: each image is a
+            group of its own.
 
     Returns:
         Calibration for the weights of the model and the recipe.
 
     Raises:
-        ValueError: If there are too few images for the rate, a rate is not in (0, 1), or the map of an image is not
-            finite.
+        ValueError: If there are too few images or groups for the rate, a rate is not in (0, 1), or the map of an image
+            is not finite.
     """
-    allowed_false_alarms(len(images), rate)
+    allowed_false_alarms(len(images) if groups is None else len(set(groups)), rate)
     batches = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
         model, images, recipe, batch=batch))  # fmt: skip
     return calibrate_maps(
         batches, len(images), rate=rate, pixel_rate=pixel_rate, source=source,
-        weights=digest(model.state_dict(), recipe), appearance=describe_appearance(images, batch),
+        weights=digest(model.state_dict(), recipe), appearance=describe_appearance(images, batch), groups=groups,
     )  # fmt: skip
 
 
@@ -140,6 +146,40 @@ def select_new_images(option: str, paths: Sequence[Path], trained: TrainedDetect
         if text is not None:
             warnings.warn(f"{option}: {text}", DataWarning, stacklevel=2)
     return [path for index, path in enumerate(files.paths) if owners[index] == index]
+
+
+def select_new_samples(option: str, samples: Sequence[Sample], checkpoint: TrainedDetector) -> list[Sample]:
+    """Do the same as `select_new_images` for samples, whose groups must not have been trained on either.
+
+    Args:
+        option: Name of the command-line option that gave the images, for messages.
+        samples: Images.
+        checkpoint: Checkpoint of the detector.
+
+    Returns:
+        The samples without copies, in their order.
+
+    Raises:
+        ValueError: If at least one of the images, or of their groups, was used in training.
+    """
+    check_groups_are_new(option, samples, checkpoint.images.get("groups", ()))
+    of_paths = {sample.path: sample for sample in reversed(samples)}
+    return [of_paths[path] for path in select_new_images(option, [s.path for s in samples], checkpoint)]
+
+
+def is_trained_on(paths: Sequence[Path], checkpoint: TrainedDetector) -> bool:
+    """Tell whether a detector was trained on one of the images.
+
+    Args:
+        paths: Image files; those that cannot be read are passed over.
+        checkpoint: Checkpoint of the detector.
+
+    Returns:
+        Whether it was; False for checkpoints of older versions, which do not say.
+    """
+    trained = read_fingerprints(checkpoint.images)
+    identified = _identify_images(ImageFiles(paths), checkpoint.recipe)
+    return bool(trained) and any(result is not None and result[0] in trained for result in identified)
 
 
 def split_trained_images(
@@ -216,6 +256,7 @@ def calibrate_files(
     paths: Sequence[Path],
     batch: int,
     on_progress: Callable[[int, int], None],
+    groups: Mapping[Path, int] | None = None,
     **options: Any,
 ) -> tuple[Calibration, list[str]]:
     """Calibrate a detector with all image files that can be read.
@@ -228,6 +269,8 @@ def calibrate_files(
         paths: Files of good images that the detector was not trained on.
         batch: Number of images per batch.
         on_progress: Called with the number of finished images and of all images.
+        groups: Number of the group of each image, by path, see `recontrast.calibration.groups`. None: each image is a
+            group of its own.
         **options: Passed on to `recontrast.calibration.conformal.calibrate_maps`: rates, source and digest.
 
     Returns:
@@ -250,9 +293,11 @@ def calibrate_files(
                     on_progress(done, len(files))
 
             names = [str(path) for path in files.paths]
-            calibration = calibrate_maps(run(), len(files), names=names, **options)
+            numbers = range(len(files)) if groups is None else [groups[path] for path in files.paths]
+            calibration = calibrate_maps(run(), len(files), names=names, groups=numbers, **options)
             appearance = _describe_files(detector, files)  # reads each file again, which can fail
             if not files.errors:
+                appearance = appearance[select_first(numbers)]
                 return replace(calibration, appearance=tuple(map(tuple, appearance.tolist()))), unread
             unread += [files.errors[index] for index in sorted(files.errors)]
             paths = [path for index, path in enumerate(files.paths) if index not in files.errors]

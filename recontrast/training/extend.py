@@ -20,6 +20,7 @@ from recontrast.data.augment import augment_images
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import describe_images
+from recontrast.data.groups import list_groups
 from recontrast.data.locks import lock_checkpoint
 from recontrast.data.near_copies import encode_sketches, read_sketches
 from recontrast.float32 import convolution_precision
@@ -62,7 +63,7 @@ class Extension:
 
 def extend(
     path: str | Path,
-    paths: Sequence[Path],
+    paths: Sequence[Path | Sample],
     *,
     holdout: float = 0.0,
     device: str | torch.device | None = None,
@@ -79,7 +80,8 @@ def extend(
 
     Args:
         path: Checkpoint, which is replaced. Results of an evaluation beside it are removed.
-        paths: Files of good images. Those that the detector was trained on already are left out.
+        paths: Files of good images, or samples with their groups. Those that the detector was trained on already are
+            left out.
         holdout: Share of the new images that are not added but used for a calibration, in [0, 1).
         device: Device of the computation; None takes the GPU if there is one.
         on_step: Called with the number of finished images and of all new images.
@@ -100,25 +102,30 @@ def extend(
     with lock_checkpoint(path):
         saved = checkpoint.load(path)
         _check_extendable(saved, path)
-        new, left_out, sketches = split_trained_images(option, paths, saved)
+        given = {item.path: item for item in (_to_sample(item, saved.category) for item in paths)}
+        new, left_out, sketches = split_trained_images(option, list(given), saved)
         if not new:
             raise ValueError(
                 f"{option}: wanted good images that the detector was not trained on, got {len(left_out)} that it was"
             )
-        training, held_out = split_new_images(new, sketches, saved, holdout, option)
+        new_samples = [given[path] for path in new]
+        training, held_out, groups = split_new_images(new_samples, sketches, saved, holdout, option)
         with convolution_precision(saved.recipe.tf32):
             state = _fit_further(saved, path, training, resolved, on_step)
             content, calibration = snapshot(state), None
             if held_out:
-                samples = [Sample(file, None, 0, saved.category, "train", "good") for file in held_out]
                 images = None if saved.recipe.tile is not None else _decode(saved.recipe, held_out)
-                calibration = calibrate_holdout(state, samples, None, images)
+                calibration = calibrate_holdout(state, held_out, None, images, groups)
         seconds = time.perf_counter() - started
         entry = {"step": state.step, "images": state.images["count"], "seconds": seconds}
         _write(path, replace(content, calibration=calibration), entry)
     return Extension(
         path, len(training), state.images["count"], tuple(left_out), saved.calibration is not None, calibration, seconds
     )
+
+
+def _to_sample(item: Path | Sample, category: str) -> Sample:
+    return item if isinstance(item, Sample) else Sample(item, None, 0, category, "train", "good")
 
 
 def _check_extendable(saved: Checkpoint, path: Path) -> None:
@@ -135,7 +142,7 @@ def _check_extendable(saved: Checkpoint, path: Path) -> None:
 
 
 def _fit_further(
-    saved: Checkpoint, path: Path, files: Sequence[Path], device: torch.device,
+    saved: Checkpoint, path: Path, files: Sequence[Sample], device: torch.device,
     on_step: Callable[[int, int], None] | None,
 ) -> TrainingState:  # fmt: skip
     """Fit the network of a checkpoint to further images, and return the state of the extended run."""
@@ -158,12 +165,14 @@ def _fit_further(
     if fit is not None:  # never None here
         fit(model, recipe)
     description = _describe_together(saved.images, images)
+    if groups := list(dict.fromkeys([*saved.images.get("groups", []), *list_groups(files)])):
+        description["groups"] = groups
     sampler = BatchSampler(description["count"], recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     step = saved.step + len(starts)
     return TrainingState(recipe, saved.category, device, model, [], sampler, description, step=step)
 
 
-def _decode(recipe: Recipe, files: Sequence[Path]) -> ImageCache:
+def _decode(recipe: Recipe, files: Sequence[Sample]) -> ImageCache:
     """Decode images as in training."""
     return ImageCache(files, recipe.size, recipe.crop, tile=recipe.tile, stride=recipe.stride, bits=recipe.bits)
 

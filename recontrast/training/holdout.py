@@ -18,6 +18,7 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
+from recontrast.data.groups import group_samples
 from recontrast.data.listing import DataWarning
 from recontrast.data.sources import Images, SelectedImages
 from recontrast.inference import tiling
@@ -37,8 +38,9 @@ def split_holdout(
         items: Images in the order of the data set.
         share: Share to hold out, in [0, 1); rounded to whole images.
         seed: Seed of the split.
-        copies: For each image the position of the first image with the same content, see
-            `recontrast.data.copies.group_equal_files`; copies stay on one side. None: all images are different.
+        copies: For each image the position of the first image of its group, see
+            `recontrast.data.groups.group_samples`; a group stays on one side, and counts once. None: all images are
+            different.
 
     Returns:
         The images to train on and the held-out images, both in their original order.
@@ -104,8 +106,9 @@ def resolve_holdout_count(count: int, rate: float | None, holdout: float | int |
 
 
 def calibrate_holdout(
-    state: TrainingState, held_out: Sequence[Sample], path: Path | None, images: Images | None
-) -> Calibration:
+    state: TrainingState, held_out: Sequence[Sample], path: Path | None, images: Images | None,
+    groups: Sequence[int] | None = None,
+) -> Calibration:  # fmt: skip
     """Calibrate a trained detector on the held-out images and save the checkpoint again with the calibration.
 
     The guaranteed false-alarm rate is 0.01, or the lowest rate that the number of images allows.
@@ -115,14 +118,18 @@ def calibrate_holdout(
         held_out: Good images that were not used for training.
         path: Path of the checkpoint; None writes nothing.
         images: Their decoded images; None for a detector of tiles.
+        groups: Number of the group of each image, for which the promise counts once. None: as the samples say.
 
     Returns:
         The calibration.
     """
     recipe, model = state.recipe, state.model
+    groups = group_samples(held_out) if groups is None else groups
     positions = _select_different(state, held_out, images)
     held_out = [held_out[position] for position in positions]
-    options: dict[str, Any] = {"rate": max(DEFAULT_RATE, 1 / (len(held_out) + 1)), "source": "held out of training"}
+    groups = [groups[position] for position in positions]
+    rate = max(DEFAULT_RATE, 1 / (len(set(groups)) + 1))
+    options: dict[str, Any] = {"rate": rate, "source": "held out of training", "groups": groups}
     if images is not None:
         selected = SelectedImages(images, np.array(positions))
         calibration = calibrate(model, recipe, selected, **options, batch=recipe.batch)

@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.checkpoint import Checkpoint
+from recontrast.data.dataset_sample import Sample
+from recontrast.data.groups import name_group, pair_groups
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import (
     MOST_SKETCHES,
@@ -21,26 +22,27 @@ from recontrast.training.holdout import split_holdout
 
 
 def split_new_images(
-    paths: Sequence[Path], sketches: Sequence[NDArray[np.float32]], saved: Checkpoint, holdout: float, option: str
-) -> tuple[list[Path], list[Path]]:
+    samples: Sequence[Sample], sketches: Sequence[NDArray[np.float32]], saved: Checkpoint, holdout: float, option: str
+) -> tuple[list[Sample], list[Sample], list[int]]:
     """Divide new images into those to add and those to hold out, with each picture that was saved again on one side.
 
-    New images that seem to be training images, saved again, are never held out. Warns
-    (`recontrast.data.listing.DataWarning`) of both.
+    So does each group. New images that seem to be training images, saved again, and those of groups that were trained
+    on are never held out. Warns (`recontrast.data.listing.DataWarning`) of copies.
 
     Args:
-        paths: New images without copies.
+        samples: New images without copies.
         sketches: Their sketches, see `recontrast.data.near_copies.sketch_image`.
         saved: Checkpoint of the detector, with the sketches of its training images.
         holdout: Share of the new images to hold out, in [0, 1).
         option: Option or argument that gave the images, for messages.
 
     Returns:
-        The images to add; and those to hold out, one of each picture.
+        The images to add; those to hold out, one of each picture; and the number of the group of each of the latter.
 
     Raises:
         ValueError: If the share is above 0 and one of the two parts is empty.
     """
+    paths = [sample.path for sample in samples]
     known = read_sketches(saved.images)
     if len(known) + len(paths) > MOST_SKETCHES:
         known = known[:0]
@@ -48,7 +50,8 @@ def split_new_images(
     pairs = find_near_copies(np.concatenate([known, np.stack(sketches)]))
     trained = sorted({second - n for first, second in pairs if first < n <= second})
     pairs = [(first - n, second - n) for first, second in pairs if first >= n]
-    owners = merge_copies(range(len(paths)), pairs)
+    pictures = merge_copies(range(len(paths)), pairs)
+    owners = merge_copies(pictures, pair_groups([name_group(sample) for sample in samples]))
     consequence = "the detector sees them more often than others"
     if holdout:
         consequence = "they are added or held out together, and count as one image of the calibration"
@@ -62,13 +65,19 @@ def split_new_images(
         if text is not None:
             warnings.warn(f"{option}: {text}", DataWarning, stacklevel=3)
     if not holdout:
-        return list(paths), []
-    used = {owners[index] for index in trained}
+        return list(samples), [], []
+    groups = set(saved.images.get("groups", []))
+    used = {owners[index] for index in trained} | {owners[i] for i, s in enumerate(samples) if s.group in groups}
     free = [owner for owner in owners if owner not in used]
     if not free:
-        raise ValueError(f"holdout: wanted new images to hold out, got {len(paths)} that seem to be training images")
-    held_out = set(split_holdout(free, holdout, saved.recipe.seed, free)[1])
+        raise ValueError(
+            f"holdout: wanted new images to hold out, got {len(paths)} that seem to be training images or of their "
+            "groups"
+        )
+    drawn = set(split_holdout(free, holdout, saved.recipe.seed, free)[1])
+    held_out = [index for index, owner in enumerate(owners) if owner in drawn and pictures[index] == index]
     return (
-        [path for path, owner in zip(paths, owners, strict=True) if owner not in held_out],
-        [path for index, path in enumerate(paths) if index in held_out],
+        [sample for sample, owner in zip(samples, owners, strict=True) if owner not in drawn],
+        [samples[index] for index in held_out],
+        [owners[index] for index in held_out],
     )

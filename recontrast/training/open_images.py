@@ -37,6 +37,7 @@ class OpenImages:
         samples: Their samples; empty if the images were given decoded.
         held_out: Samples held out for the calibration.
         held_out_images: Their images; None if no images are held out, or training takes tiles.
+        held_out_groups: Number of the group of each, for which the calibration counts once.
         sketches: Encoded sketches of the images to train on, see `recontrast.data.near_copies.encode_sketches`; with
             tiles, of the whole images.
     """
@@ -46,6 +47,7 @@ class OpenImages:
     held_out: Sequence[Sample]
     held_out_images: Images | None
     sketches: str
+    held_out_groups: Sequence[int] = ()
 
 
 def open_images(settings: RunSettings, resumed: Checkpoint | None) -> OpenImages:
@@ -69,7 +71,8 @@ def open_images(settings: RunSettings, resumed: Checkpoint | None) -> OpenImages
         return OpenImages(settings.images, (), (), None, sketch_images(settings.images))
     training = _decode(settings, settings.samples)
     held_out_images = _decode_held_out(settings, settings.held_out)
-    opened = OpenImages(training, settings.samples, settings.held_out, held_out_images, "")
+    groups = _select_owners(settings, settings.held_out, settings.copies or range(len(settings.good)))
+    opened = OpenImages(training, settings.samples, settings.held_out, held_out_images, "", groups)
     sketches = _sketch_in_order(settings, opened)
     pairs = [] if len(sketches) > MOST_SKETCHES else find_near_copies(np.stack(sketches))
     opened = _separate(settings, opened, pairs, resumed)
@@ -96,12 +99,12 @@ def list_classes(opened: OpenImages) -> NDArray[np.int64]:
 def _separate(
     settings: RunSettings, opened: OpenImages, pairs: Sequence[tuple[int, int]], resumed: Checkpoint | None
 ) -> OpenImages:
-    """Divide the images again if near-copies lie on both sides; calibrate with one image of each group."""
+    """Divide the images again if near-copies lie on both sides; calibrate with one image of each near-copy."""
     recipe, good = settings.recipe, settings.good
     if not pairs or not settings.held_out:
         return opened
     owners = merge_copies(settings.copies or range(len(good)), pairs)
-    first = {good[owner].path for owner in owners}
+    first = {good[owner].path for owner in merge_copies(range(len(good)), pairs)}
     if resumed is not None and describe_images(opened.training)["digest"] == resumed.images["digest"]:
         return opened  # also a run of an older version
     try:
@@ -111,7 +114,14 @@ def _separate(
     held_out = [sample for sample in held_out if sample.path in first]
     if recipe.drop_last and len(samples) * count_views(recipe.augment) < recipe.batch:
         return opened
-    return OpenImages(_decode(settings, samples), samples, held_out, _decode_held_out(settings, held_out), "")
+    groups = _select_owners(settings, held_out, owners)
+    return OpenImages(_decode(settings, samples), samples, held_out, _decode_held_out(settings, held_out), "", groups)
+
+
+def _select_owners(settings: RunSettings, held_out: Sequence[Sample], owners: Sequence[int]) -> list[int]:
+    """Return the group of each held-out image, given those of all good images."""
+    of_samples = {sample.path: owner for sample, owner in zip(settings.good, owners, strict=True)}
+    return [of_samples[sample.path] for sample in held_out]
 
 
 def _warn(settings: RunSettings, pairs: Sequence[tuple[int, int]], sketches: Sequence[NDArray[np.float32]]) -> None:

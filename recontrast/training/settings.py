@@ -25,8 +25,8 @@ class RunSettings:
         samples: Good images to train on; empty if ``images`` is given.
         held_out: Good images held out for the calibration.
         good: Images of ``samples`` and ``held_out``, in the order of the data set.
-        copies: For each image of ``good`` the position of the first one with the same content; None if no images are
-            held out.
+        copies: For each image of ``good`` the position of the first one of its group, see
+            `recontrast.data.groups.group_samples`; None if no images are held out.
         images: Decoded images to train on; None decodes ``samples``.
         out: Output folder; None writes nothing.
         resume: Path of the checkpoint to resume from, or None.

@@ -15,8 +15,8 @@ import torch
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.augment import count_views
-from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample, describe
+from recontrast.data.groups import group_samples
 from recontrast.data.sources import Images
 from recontrast.float32 import convolution_precision
 from recontrast.inference.options import InferenceOptions
@@ -129,7 +129,7 @@ def train(
     category = category or "+".join(dict.fromkeys(sample.category for sample in good)) or "images"
     if images is not None:
         _check_decoded(recipe)
-    copies = group_equal_files([sample.path for sample in good]) if recipe.holdout else None
+    copies = group_samples(good) if recipe.holdout else None
     training, held_out = split_holdout(good, recipe.holdout, recipe.seed, copies)
     count = (count - len(held_out)) * count_views(recipe.augment)
     if recipe.drop_last and count < recipe.batch:

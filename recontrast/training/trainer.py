@@ -22,6 +22,7 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.augment import augment_images, count_views
 from recontrast.data.fingerprint import describe_images
+from recontrast.data.groups import list_groups
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
 from recontrast.models.network import Network
@@ -163,7 +164,10 @@ class Trainer:
         settings, calibration = self.settings, self.calibration
         if settings.held_out and calibration is None and settings.world.first:
             path = None if self.files is None else self.files.folder / CHECKPOINT
-            calibration = calibrate_holdout(self.state, self.opened.held_out, path, self.opened.held_out_images)
+            opened = self.opened
+            calibration = calibrate_holdout(
+                self.state, opened.held_out, path, opened.held_out_images, opened.held_out_groups
+            )
         return replace(snapshot(self.state), optimisers=[], rng={}, calibration=calibration)
 
     def _make_step(self) -> float:
@@ -246,5 +250,7 @@ def _build_state(settings: RunSettings, model: Network, opened: OpenImages) -> T
     )
     if opened.sketches:
         description["sketches"] = opened.sketches
+    if groups := list_groups(opened.samples):
+        description["groups"] = groups
     optimisers = build_optimisers(model, recipe, device)
     return TrainingState(recipe, category, device, model, optimisers, sampler, description, world)

@@ -139,7 +139,7 @@ def test_pictures_saved_again_stay_on_one_side(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(extend_module, "split_new_images", lambda *args: taken.extend(split(*args)) or tuple(taken))
     result = call("train", "--extend", run, "--good", pictures / "new", "--holdout", 0.5, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    added, held_out = [[path.stem for path in part] for part in taken]
+    added, held_out = [[sample.path.stem for sample in part] for part in taken[:2]]
     assert "--good: 8 of 18 images seem to be another one of them" in result.stderr
     assert "--good: 2 of 18 images seem to be training images, saved again or rescaled" in result.stderr
     assert "count as one image of the calibration" in result.stderr and "not searched" not in result.stderr
@@ -206,7 +206,7 @@ def test_bad_input(fitted, data, tmp_path):
         (("--extend", fitted, "--good", data / "new", "--steps", "3"),
          "--extend: wanted only --good, --all-good, --holdout, --device, --import, --threads with it, got --steps too"),
         ((data, "--extend", fitted, "--good", data / "new"), "got DATA too"),
-        ((data, "--good", data / "new"), "--good: wanted --extend RUN with it"),
+        ((data, "--good", data / "new"), "--good: wanted either DATA or this, got both"),
     ]:  # fmt: skip
         assert message in fails("train", *arguments)
 

@@ -107,7 +107,7 @@ def kill_worker(chance, ancestor, driver, ended, seconds):
 
 def read_results(out):
     """Return the rows of all parts, in order, and the other files of a folder."""
-    _, pq = parquet_parts._import_arrow()
+    _, pq = parquet_parts.import_arrow()
     files = read_folder(out, normalise)
     names = [name for name in files if name.startswith(parquet_parts.FOLDER)]
     rows = [row for name in names for row in pq.ParquetFile(out / name).read().to_pylist()]

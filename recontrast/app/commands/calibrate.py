@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from recontrast.calibration.appearance_drift import AppearanceDrift
     from recontrast.calibration.conformal import Calibration
     from recontrast.calibration.score_drift import ScoreDrift
+    from recontrast.data.datasets import Sample
     from recontrast.inference.detector import Detector
 
 
-def calibrate(  # 10 options and their checks; `calibrate_job` does the work
+def calibrate(  # 11 options and their checks; `calibrate_job` does the work
     context: typer.Context,
     checkpoint: DetectorFile,
     good: Annotated[
@@ -50,6 +51,10 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
             help="Other good images or a folder, compared with the calibration images; several: --check A --check B."
         ),
     ] = None,
+    bad: Annotated[
+        list[Path] | None,
+        path_option(help="Images with defects or folders of them: says how many are found. May be repeated."),
+    ] = None,
     all_good: AllGood = False,
     views: Views = None,
     precision: Precision = None,
@@ -59,13 +64,15 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
     """Set the threshold that keeps a promised false-alarm rate, and save it in the checkpoint or exported file."""
     if batch < 1:
         raise ValueError(f"--batch: wanted at least 1 image, got {batch}")
-    if not good and not check:
+    if not good and not check and not bad:
         raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
     from recontrast.app.calibrate_job import calibrate_detector, open_target
     from recontrast.calibration.conformal import allowed_false_alarms, check_rates
-    from recontrast.data.class_folders import describe_files, list_good_images
+    from recontrast.data.class_folders import describe_files, list_good_samples
+    from recontrast.data.groups import count_groups
+    from recontrast.data.listing import list_images
     from recontrast.data.locks import lock_checkpoint
-    from recontrast.inference.calibrate import select_new_images
+    from recontrast.inference.calibrate import select_new_samples
 
     check_rates(false_alarm_rate, pixel_rate)
     inference = build_inference_options(device, views, precision)
@@ -73,24 +80,31 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
     if good and file.is_file():  # a missing file has its own message
         check_writable(file.parent, "DETECTOR")
         context.with_resource(lock_checkpoint(file))
-    good_paths, check_paths = (list_good_images(folders or [], all_good) for folders in (good, check))
-    if shared := {os.path.realpath(path) for path in good_paths} & {os.path.realpath(path) for path in check_paths}:
-        raise ValueError(f"--check: wanted other images than those of --good, got {len(shared)} of them again")
+    given, checks = (list_good_samples(folders or [], all_good) for folders in (good, check))
+    bad_paths = list_images(bad or [])
+    files = {option: [os.path.realpath(path) for path in paths] for option, paths in (
+        ("--good", [s.path for s in given]), ("--check", [s.path for s in checks]), ("--bad", bad_paths))}  # fmt: skip
+    for option in ("--check", "--bad"):
+        if shared := set(files["--good"]) & set(files[option]):
+            raise ValueError(f"{option}: wanted other images than those of --good, got {len(shared)} of them again")
     if good:
-        allowed_false_alarms(len(good_paths), false_alarm_rate)  # checked before the model is built
+        allowed_false_alarms(count_groups(given), false_alarm_rate)  # checked before the model is built
     target = open_target(file, device, inference)
-    print_data([*describe_files("--good", good_paths), *describe_files("--check", check_paths)])
-    good_paths = select_new_images("--good", good_paths, target)
+    for option, paths in (
+        ("--good", [s.path for s in given]), ("--check", [s.path for s in checks]), ("--bad", bad_paths)
+    ):  # fmt: skip
+        print_data(describe_files(option, paths))
+    given = select_new_samples("--good", given, target)
     if good:
-        allowed_false_alarms(len(good_paths), false_alarm_rate)  # again, without copies
-    check_paths = select_new_images("--check", check_paths, target)
+        allowed_false_alarms(count_groups(given), false_alarm_rate)  # again, without copies
+    checks = select_new_samples("--check", checks, target)
     errors: list[str] = []
     detector = target.open(calibrated=not good)
     calibration = detector.calibration
     if good:
         with ProgressBar("calibrate") as progress:
             calibration, errors = calibrate_detector(
-                target, detector, good_paths, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
+                target, detector, given, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
                 source=", ".join(map(str, good)), batch=batch, on_progress=progress,
             )  # fmt: skip
         former_count = 0 if target.calibration is None else target.calibration.count
@@ -101,8 +115,10 @@ def calibrate(  # 10 options and their checks; `calibrate_job` does the work
             detector.calibration_note
             or f"{file}: wanted a calibration to compare with, got none: create one with --good DIR"
         )
-    if check_paths:
-        errors += _compare(detector, calibration, check_paths, batch)
+    if checks:
+        errors += _compare(detector, calibration, checks, batch)
+    if bad_paths:
+        errors += _count_found(detector, calibration, bad_paths, batch)
     for text in errors:
         print_error(text)
     if errors:
@@ -122,16 +138,29 @@ def _print_calibration(file: Path, calibration: "Calibration", former_count: int
         print_line(f"it is valid for {options} only: pass them to predict and evaluate as well")
 
 
-def _compare(detector: "Detector", calibration: "Calibration", paths: "Sequence[Path]", batch: int) -> list[str]:
+def _count_found(detector: "Detector", calibration: "Calibration", paths: "Sequence[Path]", batch: int) -> list[str]:
+    """Print how many images with defects the threshold finds; return one message per unreadable file."""
+    from recontrast.inference.calibrate import score_files
+
+    scores, _, errors = score_files(detector, paths, batch)
+    if scores:
+        found = int(calibration.is_defect(scores).sum())
+        print_line(f"{found} of {len(scores)} images with defects found ({100 * found / len(scores):.1f} %)")
+    return errors
+
+
+def _compare(detector: "Detector", calibration: "Calibration", samples: "Sequence[Sample]", batch: int) -> list[str]:
     """Print whether other good images are like the calibration images; return one message per unreadable file."""
     import numpy as np
 
     from recontrast.calibration.appearance_drift import measure_appearance_drift
     from recontrast.calibration.score_drift import measure_score_drift
+    from recontrast.data.groups import number_samples
     from recontrast.inference.calibrate import score_files
 
-    scores, appearance, errors = score_files(detector, paths, batch)
-    drifts: list[AppearanceDrift | ScoreDrift] = [measure_score_drift(calibration, scores)]
+    scores, appearance, errors = score_files(detector, [sample.path for sample in samples], batch)
+    groups = number_samples(samples) if len(scores) == len(samples) else None  # without the files that cannot be read
+    drifts: list[AppearanceDrift | ScoreDrift] = [measure_score_drift(calibration, scores, groups)]
     if calibration.appearance:  # older calibrations have none
         drifts.append(measure_appearance_drift(np.asarray(calibration.appearance), appearance))
     for drift in drifts:

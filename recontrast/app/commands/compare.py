@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from recontrast.app.console import exit_with_error, print_data, print_error, print_image_errors, print_line
+from recontrast.app.data_options import Bad, Good, load_data
 from recontrast.app.options import (
     Data,
     Device,
@@ -21,8 +22,8 @@ from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.tables import print_table
 
 
-def compare(  # 14 options and the output; the package `compare` does the work
-    data: Data,
+def compare(  # 16 options and the output; the package `compare` does the work
+    data: Data = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +74,8 @@ def compare(  # 14 options and the output; the package `compare` does the work
         float | None,
         typer.Option(help="Share of the good images that are held out. Default: 0.1; without labelled images 0.2."),
     ] = None,
+    good: Good = None,
+    bad: Bad = None,
     device: Device = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace runs with other settings, and files of others in the way.")
@@ -95,8 +98,9 @@ def compare(  # 14 options and the output; the package `compare` does the work
         "backbone": backbone, "weights": expand_home(weights), "steps": steps, "batch": batch, "size": size,
         "seed": seed, "shots": None if shots is None else parse_shots(shots), "augment": augment, "holdout": holdout,
     }  # fmt: skip
+    groups = load_data(data, good, bad, category=category)
     comparison = prepare_comparison(
-        data, select_methods(parse_list(methods)), {key: value for key, value in values.items() if value is not None},
+        groups, select_methods(parse_list(methods)), {key: value for key, value in values.items() if value is not None},
         category=category, out=out, images=images or [], device=device, overwrite=overwrite,
         budget=None if budget is None else parse_duration("--budget", budget),
     )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recontrast.app.console import print_data, print_error, print_image_errors, print_line
+from recontrast.app.data_options import Bad, Good, load_tests
 from recontrast.app.options import (
     Data,
     DetectorFile,
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 
 
 @add_inference_arguments
-def evaluate(  # 15 options and their checks; `evaluate_job` does the work
+def evaluate(  # 17 options and their checks; `evaluate_job` does the work
     context: typer.Context,
     checkpoint: DetectorFile,
-    data: Data,
+    data: Data = None,
     *,
+    good: Good = None,
+    bad: Bad = None,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
     out: Annotated[
         Path | None, path_option(help="Folder for results.json, .csv and .md. Default: write nothing.")
@@ -50,6 +53,7 @@ def evaluate(  # 15 options and their checks; `evaluate_job` does the work
 ) -> None:
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast import checkpoint as checkpoints
+    from recontrast.app.calibrate_job import open_target
     from recontrast.app.evaluate_job import check_outputs
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
@@ -67,7 +71,7 @@ def evaluate(  # 15 options and their checks; `evaluate_job` does the work
     file = resolve_checkpoint(checkpoint)
     device = "cpu" if is_exported(file) else inference.device
     _, world_device = context.with_resource(distributed.join_processes(device))
-    groups = datasets.load(data, None if category in (None, "all") else [category], incomplete=True)
+    groups = load_tests(lambda: open_target(file, device), data, good, bad, category=category)
     if out is not None:
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
     reading: dict[str, Any] = {

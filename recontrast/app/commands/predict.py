@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def predict(  # 21 options and their checks; `recontrast.app.prediction` does the work
     checkpoint: DetectorFile,
     inputs: Annotated[
-        list[Path], path_argument("INPUT", "Images, or folders that are searched for images at any depth.")
+        list[Path],
+        path_argument("INPUT", "Images, folders that are searched for images at any depth, or lists of images."),
     ],
     *,
     out: Annotated[Path, path_option(help="Folder for scores.csv, scores.json, regions.csv, maps/, overlays/.")],
@@ -97,12 +98,13 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     kinds = ("tiff16", "tiff32", "npy", "none")
     if maps not in kinds:
         raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
-    from recontrast.app.prediction.parquet_parts import LISTS
     from recontrast.app.prediction.predict import predict as run
 
     for path in inputs:
-        if path.suffix.lower() in LISTS and path.is_file():
-            raise ValueError(f"{path}: wanted images or folders, got a list of images: lists need --engine ray")
+        if path.suffix.lower() == ".txt" and path.is_file():
+            raise ValueError(
+                f"{path}: wanted images, folders or lists (.csv, .jsonl, .parquet), got a .txt: it needs --engine ray"
+            )
     try:
         with ProgressBar("predict") as progress:
             summary = run(

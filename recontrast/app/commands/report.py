@@ -25,7 +25,9 @@ def report(
     run: CheckpointFile,
     data: Annotated[
         list[Path] | None,
-        path_argument("[DATA]", "Data sets or categories in MVTec AD layout. Default: what it was last evaluated on."),
+        path_argument(
+            "[DATA]", "Data sets or categories in MVTec AD layout, or lists. Default: what it was last evaluated on."
+        ),
     ] = None,
     out: Annotated[
         Path | None, path_option(help="Path of the file. Default: report.html in the folder of the run.")

@@ -10,6 +10,7 @@ import typer
 from recontrast.app.command_group import USAGE_ERROR
 from recontrast.app.commands.evaluate import show_metrics
 from recontrast.app.console import exit_with_error, is_silent, print_data, print_line
+from recontrast.app.data_options import Bad, load_data
 from recontrast.app.options import (
     AllGood,
     Device,
@@ -27,11 +28,11 @@ from recontrast.app.progress_bar import ProgressBar
 EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device", "imports", "threads")  # that go together
 
 
-def train(  # 34 options and the output; `train_job` does the work
+def train(  # 35 options and the output; `train_job` does the work
     context: typer.Context,
     data: Annotated[
         list[Path] | None,
-        path_argument("DATA", "Data sets or categories in MVTec AD layout, or folders of good images."),
+        path_argument("DATA", "Data sets or categories in MVTec AD layout, folders of good images, or lists."),
     ] = None,
     category: Annotated[
         str | None,
@@ -137,17 +138,19 @@ def train(  # 34 options and the output; `train_job` does the work
     ] = None,
     good: Annotated[
         list[Path] | None,
-        path_option(help="With --extend: good images or a folder of them; several: --good A --good B."),
+        path_option(
+            help="Good images or folders of them, without any layout, instead of DATA; with --extend, those to add. "
+            "May be repeated."
+        ),
     ] = None,
+    bad: Bad = None,
 ) -> None:
     """Train a detector on good images, and evaluate it if there are test images."""
     if extend is not None:
         _check_extend_options(context)
         _extend(extend, good or [], all_good=all_good, holdout=holdout or 0.0, device=device)
         return
-    if good:
-        raise ValueError("--good: wanted --extend RUN with it (images to train on are DATA), got no --extend")
-    if not data:
+    if not data and not good and not bad:
         raise USAGE_ERROR("Missing argument 'DATA'.", ctx=context)
     from recontrast.app import train_job as application
     from recontrast.calibration.conformal import describe_promise
@@ -171,8 +174,10 @@ def train(  # 34 options and the output; `train_job` does the work
     )
     application.check_run_options(device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard)
     resume = None if resume is None else resolve_checkpoint(resume)
+    groups = load_data(data, good, bad, category=category, all_good=all_good) if good or bad else None
     job = application.prepare_job(
-        data, recipe, changed, category=category, out=out, resume=resume, overwrite=overwrite, all_good=all_good,
+        data or [] if groups is None else groups, recipe, changed, category=category, out=out, resume=resume,
+        overwrite=overwrite, all_good=all_good,
         budget=None if budget is None else parse_duration("--budget", budget), device=device,
     )  # fmt: skip
     check_replaceable(job.out, TABLES, overwrite=overwrite)
@@ -192,7 +197,8 @@ def train(  # 34 options and the output; `train_job` does the work
                     step, steps, note + job.describe_elapsed(time.perf_counter() - started)),
             )  # fmt: skip
     except KeyboardInterrupt:
-        resume_command = f"continue with: recontrast train {shlex.join([*map(str, data), '--resume', str(job.target)])}"
+        given = [*map(str, data or []), *(f"--good={path}" for path in good or []), *(f"--bad={p}" for p in bad or [])]
+        resume_command = f"continue with: recontrast train {shlex.join([*given, '--resume', str(job.target)])}"
         next_step = resume_command if job.target.exists() else "no checkpoint yet"
         if not job.recipe.uses_steps:
             next_step = f"{job.recipe.architecture} is fitted in one pass, which begins anew"
@@ -231,7 +237,7 @@ def _check_extend_options(context: typer.Context) -> None:
 def _extend(run: Path, good: list[Path], *, all_good: bool, holdout: float, device: str | None) -> None:
     """Add good images to a fitted detector, and print what was added."""
     from recontrast.calibration.conformal import describe_promise
-    from recontrast.data.class_folders import describe_files, list_good_images
+    from recontrast.data.class_folders import describe_files, list_good_samples
     from recontrast.runtime.device import resolve_device
     from recontrast.training.extend import extend
 
@@ -239,11 +245,11 @@ def _extend(run: Path, good: list[Path], *, all_good: bool, holdout: float, devi
     if file.is_file():  # a missing file has its own message
         check_writable(file.parent, "--extend")
     resolve_device(device)
-    paths = list_good_images(good, all_good)
-    print_data(describe_files("--good", paths))
+    samples = list_good_samples(good, all_good)
+    print_data(describe_files("--good", [sample.path for sample in samples]))
     try:
         with ProgressBar("extend") as progress:
-            result = extend(file, paths, holdout=holdout, device=device, on_step=progress, option="--good")
+            result = extend(file, samples, holdout=holdout, device=device, on_step=progress, option="--good")
     except KeyboardInterrupt:
         exit_with_error(f"interrupted; {file} is complete: extended, or as it was before", status=130)
     if result.left_out:

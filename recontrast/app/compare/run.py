@@ -70,13 +70,14 @@ class Comparison:
 
 
 def prepare_comparison(
-    data: Sequence[Path], methods: Sequence[str], changes: dict[str, Any], *, category: str | None, out: Path | None,
+    data: Sequence[Path] | Mapping[str, list[Sample]], methods: Sequence[str], changes: dict[str, Any], *,
+    category: str | None, out: Path | None,
     images: Sequence[Path], device: str | None, overwrite: bool, budget: float | None = None,
 ) -> Comparison:  # fmt: skip
     """Check the options of a comparison, and list its images.
 
     Args:
-        data: Data sets, categories or folders of good images.
+        data: Data sets, categories, folders of good images or lists; or samples by category.
         methods: Names of the methods; empty selects all.
         changes: Recipe fields that all methods share.
         category: Name of one category, "all", or None for the only one.
@@ -94,9 +95,13 @@ def prepare_comparison(
         OSError: If a folder cannot be read.
     """
     names, resolved = select_methods(methods), resolve_device(device)
-    groups = datasets.load(data, None if category in (None, "all") else [category])
+    if isinstance(data, Mapping):
+        groups, where = dict(data), "DATA"
+    else:
+        groups = datasets.load(data, None if category in (None, "all") else [category])
+        where = " ".join(map(str, data))
     if category is None and len(groups) > 1:
-        raise ValueError(f"{' '.join(map(str, data))} holds {len(groups)} categories: choose one with --category, or "
+        raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or "
                          f"all of them with --category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     out = out or Path("runs") / f"compare-{category}"

@@ -9,8 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from recontrast.data.atomic import replace_file
 from recontrast.data.csv_table import decode_text, shorten
 from recontrast.data.images import list_images
 from recontrast.data.json_text import parse_json
+from recontrast.data.parquet_file import import_arrow, open_parquet
 from recontrast.data.regular_file import open_regular, open_to_change, read_bytes
 from recontrast.data.temporary import sweep
 from recontrast.inference.decisions import REGION_COLUMNS, describe_undecided
 
 FOLDER = "scores.parquet"  # pandas, polars, DuckDB, Spark and pyarrow read a folder of parts as one table
-MISSING = "Parquet: wanted the package pyarrow, got none installed: pip install pyarrow"
 LISTS = (".txt", ".parquet")  # lists of images: one path per line, or a column named path
 
 
@@ -139,7 +138,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_part(folder: Path, part: Part, rows: Iterable[Mapping[str, Any]], metadata: Mapping[str, str]) -> None:
     """Write the rows of a part (see `build_schema`) and its metadata, completely or not at all."""
-    pa, pq = _import_arrow()
+    pa, pq = import_arrow()
     encoded = {b"recontrast": json.dumps(dict(metadata)).encode()}
     table = pa.Table.from_pylist(list(rows), schema=build_schema().with_metadata(encoded))
     sink = pa.BufferOutputStream()  # a part is small
@@ -155,7 +154,7 @@ def build_schema() -> Any:
 
     Score and p-value are NaN, and the decision is "undecided", if the map is not finite.
     """
-    pa, _ = _import_arrow()
+    pa, _ = import_arrow()
     region = {name: pa.float64() if name == "peak" else pa.int64() for name in REGION_COLUMNS}
     return pa.schema([
         pa.field("path", pa.string(), nullable=False),
@@ -203,7 +202,7 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the metadata that `write_part` stored."""
     try:
-        with _open_parquet(file) as opened:
+        with open_parquet(file) as opened:
             stored = opened.schema_arrow.metadata or {}
         return dict(parse_json(stored[b"recontrast"]))
     except (ValueError, KeyError, TypeError) as error:
@@ -230,25 +229,12 @@ def _list_parts(folder: Path) -> list[Path]:
 def _read_columns(file: Path, names: Sequence[str]) -> dict[str, list[Any]]:
     """Return columns of a part, whose types are those of `build_schema`."""
     schema = build_schema()
-    with _open_parquet(file) as opened:
+    with open_parquet(file) as opened:
         for name in names:
             if name not in opened.schema_arrow.names or opened.schema_arrow.field(name).type != schema.field(name).type:
                 raise ValueError(f"{file}: wanted a part of predictions, got one without a valid column {name}")
         table = opened.read(columns=list(names))
         return {name: table[name].to_pylist() for name in names}
-
-
-@contextmanager
-def _open_parquet(path: Path) -> Iterator[Any]:
-    """Open a Parquet file, whose pages are compared with their checksums; what fails in the block is its damage."""
-    pa, pq = _import_arrow()
-    try:
-        with open_regular(path, "a Parquet file") as file:
-            yield pq.ParquetFile(file, page_checksum_verification=True)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and (error.errno is not None or isinstance(error, FileNotFoundError)):
-            raise
-        raise ValueError(f"{path}: wanted a Parquet file, got a file of another kind or a damaged one") from error
 
 
 def _name_part(identity: str, paths: Sequence[str]) -> str:
@@ -261,7 +247,7 @@ def _read_text_paths(path: Path) -> list[str]:
 
 
 def _read_parquet_paths(path: Path) -> list[str]:
-    with _open_parquet(path) as opened:
+    with open_parquet(path) as opened:
         columns = opened.schema_arrow
         if "path" not in columns.names:
             raise ValueError(f"{path}: wanted a column path, got {shorten(', '.join(columns.names)) or 'none'}")
@@ -269,15 +255,6 @@ def _read_parquet_paths(path: Path) -> list[str]:
     if not all(isinstance(name, str) for name in listed):
         raise ValueError(f"{path}: path: wanted text, got {columns.field('path').type} or empty cells")
     return listed
-
-
-def _import_arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    return pyarrow, pyarrow.parquet
 
 
 def list_regions(regions: Iterable[Any] | None) -> list[dict[str, Any]] | None:

@@ -195,7 +195,7 @@ def _describe_run(
     recipe, promise = detector.recipe, None
     if calibration is not None:
         stored = {key: value for key, value in calibration.to_dict().items() if key not in ("scores", "looks")}
-        promise = {"images": calibration.count, **stored}
+        promise = {"images": stored.pop("image_count", calibration.count), "groups": calibration.count, **stored}
     return {
         "recontrast": recontrast.__version__,
         "checkpoint": name,

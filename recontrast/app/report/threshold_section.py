@@ -39,11 +39,14 @@ def _describe_f1_threshold(findings: Findings, run: str) -> str:
 def _describe_calibration(findings: Findings, calibration: Calibration) -> str:
     low, high = false_alarm_interval(calibration.count, calibration.rate)
     count, source = calibration.count, f" ({escape(str(calibration.source))})" if calibration.source else ""
+    units, origin = "images", f"{count} good images"
+    if calibration.image_count is not None:
+        units, origin = "groups", f"{count} groups of good images ({calibration.image_count} images)"
     text = (
         f"<p>An image is called a defect if its score is above <b>{calibration.threshold:.4g}</b>. The threshold was "
-        f"calibrated on {count} good images that were not used for training{source}. At most "
+        f"calibrated on {origin} that were not used for training{source}. At most "
         f"<b>{html_tables.format_percent(calibration.rate)}</b> of new good images of the same kind are called "
-        f"defects, on average over calibration sets of {count} images. For 90 % of such sets the false alarm rate is "
+        f"defects, on average over calibration sets of {count} {units}. For 90 % of such sets the false alarm rate is "
         f"between {html_tables.format_percent(low)} and {html_tables.format_percent(high)}."
     )
     good = html_tables.pool_recalls(findings, defects=False)
@@ -54,7 +57,7 @@ def _describe_calibration(findings: Findings, calibration: Calibration) -> str:
         )
     text += "</p>" + "".join(f"<p><strong>Warning.</strong> {escape(warning)}.</p>" for warning in findings.warnings)
     text += (
-        "<p>The p-value of an image is the share of scores that are at least as high, among the calibration images "
+        f"<p>The p-value of an image is the share of scores that are at least as high, among the calibration {units} "
         f"and the image itself. The smallest possible p-value is 1/{count + 1}. An image is called a defect if its "
         f"p-value is at most {calibration.rate:.3g}.</p>"
     )

@@ -36,7 +36,8 @@ def write_report(
 
     Args:
         run: Folder of a run, or its checkpoint.
-        data: Folders of data sets or categories; if empty, the categories listed in the ``scores.csv`` of the run.
+        data: Folders of data sets or categories, or lists; if empty, the categories listed in the ``scores.csv`` of the
+            run.
         out: Output file; None writes ``report.html`` next to the checkpoint.
         category: Name of a category, or "all"; None selects the training category if ``data`` has it, else all.
         images: Maximum number of images in the gallery.
@@ -53,10 +54,10 @@ def write_report(
         OSError: If the file cannot be written; raised before the evaluation.
     """
     from recontrast import checkpoint as checkpoints
+    from recontrast.app.data_options import load_tests
     from recontrast.app.environment import describe_environment
     from recontrast.app.report import findings, thumbnails
     from recontrast.app.report.page import render_page
-    from recontrast.data import datasets
     from recontrast.data.atomic import replace_file
     from recontrast.data.locks import lock_file
     from recontrast.data.regular_file import check_regular
@@ -76,7 +77,7 @@ def write_report(
     complete_commits(file.parent)  # checkpoint and log are then of one run
     check_regular(file, "a checkpoint file")
     folders, deleted = (data, []) if data else _read_evaluated_folders(file.parent / "scores.csv")
-    categories = datasets.load(folders, incomplete=True)
+    categories = load_tests(lambda: checkpoints.load(file, mapped=True), folders, None, None)
     listed = {sample.path for group in categories.values() for sample in group}
     for sample in deleted:
         if sample.path not in listed:  # a defect whose mask is left is listed

@@ -1,0 +1,103 @@
+"""Images without a split: good ones and ones with a defect, of which a part is kept for the test."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from recontrast.data.class_folders import list_good_samples
+from recontrast.data.class_names import classify_folder
+from recontrast.data.dataset_sample import GOOD, Sample
+from recontrast.data.groups import group_samples
+from recontrast.data.list_files import is_list
+from recontrast.data.listing import PathLike, list_images
+
+TEST_SHARE = 0.2  # of the good images of a category with defects, if nothing says which are test images
+
+
+def assign_splits(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
+    """Divide images without a split into training and test.
+
+    In a category with defects, these and a fifth of the good images are test images. Which ones depends on their names
+    alone, so that they stay test images when others are added. Copies and groups are not divided.
+
+    Args:
+        samples: Images of one or several categories.
+        names: Name of each image that does not depend on where the data set lies, such as its relative path.
+
+    Returns:
+        The images with their split, in their order.
+    """
+    with_defects = {sample.category for sample in samples if sample.label}
+    splits: list[Literal["train", "test"]] = ["test" if sample.label else "train" for sample in samples]
+    for category in with_defects:
+        good = [index for index, s in enumerate(samples) if s.category == category and not s.label]
+        owners = group_samples([samples[index] for index in good])
+        keys: dict[int, str] = {}  # the smallest name of each group, in an order that is as good as random
+        for index, owner in zip(good, owners, strict=True):
+            digest = hashlib.sha256(Path(names[index]).as_posix().encode(errors="surrogateescape")).hexdigest()
+            keys[owner] = min(keys.get(owner, digest), digest)
+        count = min(max(round(TEST_SHARE * len(keys)), 1), len(keys) - 1)
+        tests = set(sorted(keys, key=lambda owner: keys[owner])[: max(count, 0)])
+        for index, owner in zip(good, owners, strict=True):
+            if owner in tests:
+                splits[index] = "test"
+    return [replace(sample, split=split) for sample, split in zip(samples, splits, strict=True)]
+
+
+def read_good_and_bad(
+    good: Sequence[PathLike], bad: Sequence[PathLike], *, category: str | None = None, all_good: bool = False,
+    for_test: bool = False,
+) -> dict[str, list[Sample]]:  # fmt: skip
+    """Read folders of good images and folders of images with defects, without any layout.
+
+    Args:
+        good: Files, folders or lists of good images.
+        bad: Files or folders of images with defects. A subfolder is a kind of defect.
+        category: Name of the category. None: the name of the first folder of good images, or of the first one above
+            it that says more than good, train or test.
+        all_good: Whether all images in ``good`` are good, whatever the names of subfolders.
+        for_test: Whether all images are test images. Otherwise, those with defects and a fifth of the good ones are,
+            see `assign_splits`; without images with defects, all are training images.
+
+    Returns:
+        Samples by category, of which there is one.
+
+    Raises:
+        OSError: If a file or folder does not exist.
+        ValueError: If there are no good images, it is unclear which are good, or an image is good and bad.
+    """
+    if not good:
+        raise ValueError("good: wanted files or folders of good images, got none")
+    name = category or _name_category(Path(good[0]))
+    samples: dict[str, Sample] = {}  # by real path: a file that is given twice counts once
+    names: dict[str, str] = {}
+    for folder in map(Path, good):
+        for sample in list_good_samples(folder, all_good):
+            key = os.path.realpath(sample.path)
+            samples.setdefault(key, replace(sample, category=name, split="train", defect=GOOD))
+            names.setdefault(key, os.path.relpath(sample.path, folder if folder.is_dir() else folder.parent))
+    for folder in map(Path, bad):
+        for path in list_images(folder):
+            key = os.path.realpath(path)
+            if key in samples and not samples[key].label:
+                raise ValueError(f"bad: wanted images with defects, got one that is among the good ones: {path}")
+            inner = path.relative_to(folder).parts[:-1] if folder.is_dir() else ()
+            samples.setdefault(key, Sample(path, None, 1, name, "test", inner[0] if inner else "defect"))
+            names.setdefault(key, str(path))
+    if for_test:
+        return {name: [replace(sample, split="test") for sample in samples.values()]}
+    return {name: assign_splits(list(samples.values()), list(names.values()))}
+
+
+def _name_category(path: Path) -> str:
+    """Return the name of a list or a folder, or of the one above it if it says only that its images are good."""
+    path = Path(os.path.abspath(path))
+    if is_list(path):
+        return path.stem
+    path = path if path.is_dir() else path.parent
+    while classify_folder(path.name) in ("good", "train", "test") and path.parent.name:
+        path = path.parent
+    return path.name or "images"
