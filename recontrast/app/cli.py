@@ -22,6 +22,7 @@ from recontrast.app.commands.report import report
 from recontrast.app.commands.reproduce import reproduce
 from recontrast.app.commands.serve import serve
 from recontrast.app.commands.train import train
+from recontrast.app.commands.watch import watch
 from recontrast.app.console import is_silent
 from recontrast.app.options import add_imports, add_threads
 from recontrast.runtime.termination import interrupt_on_termination
@@ -63,8 +64,8 @@ def _root(
     pass
 
 
-for command in (train, compare, reproduce, evaluate, calibrate, predict, export, serve, report):
-    runs_network = command in (train, evaluate, calibrate, predict, serve)
+for command in (train, compare, reproduce, evaluate, calibrate, predict, export, serve, watch, report):
+    runs_network = command in (train, evaluate, calibrate, predict, serve, watch)
     app.command(cls=Command)(add_threads(add_imports(command)) if runs_network else add_imports(command))
 for command in (demo, prepare, info, doctor):
     app.command(cls=Command)(command)

@@ -40,6 +40,7 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "unfinished-demo.json": (b'{\n "note": ',),
     "unfinished-compare.json": (b'{\n "note": ',),
     "unfinished-predict.jsonl": (b'{"identity": ',),
+    "watch.jsonl": (b'{"identity": ',),
 }
 _SHEET = re.compile(r"heatmaps_[^/]+\.png")  # of the demo
 _RECIPE_FIELDS = (b"name:", b"\nbackbone:", b"\ndecoder_lr:", b"\ncheckpoint_every:", b"\nmask_rule:")

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.calibration.conformal import Calibration
-from recontrast.data import heatmaps, images, large_maps
+from recontrast.data import heatmaps
 from recontrast.inference.decisions import decide
-from recontrast.inference.detector import Detector, map_extent
-from recontrast.inference.drawing import draw_outlines
+from recontrast.inference.detector import Detector
+from recontrast.inference.drawing import draw_overlay
 from recontrast.service.messages import RequestError, Response, json_response
 from recontrast.service.uploads import Upload
 
@@ -141,7 +141,8 @@ def build_answer(
         content["map_scale"] = detector.max_map_value / 65535
     else:
         outlined = calibration.pixel_threshold if calibration is not None and content["decision"] == "defect" else None
-        picture = heatmaps.encode_png(draw_overlay(detector, calibration, upload, anomaly, outlined, options.side))
+        drawn = draw_overlay(upload.image, anomaly, detector.recipe, calibration, outlined, options.side)
+        picture = heatmaps.encode_png(drawn)
     if options.inline:
         content["image"] = "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
         return json_response(content), content["decision"]
@@ -152,43 +153,3 @@ def build_answer(
 
 def _name_header(key: str) -> str:
     return f"X-Recontrast-{key.replace('_', '-').title()}"
-
-
-def draw_overlay(
-    detector: Detector, calibration: Calibration | None, upload: Upload, anomaly: NDArray[np.float32],
-    outlined: float | None = None, side: int | None = None,
-) -> NDArray[np.uint8]:  # fmt: skip
-    """Draw the heat map over an image, as the overlays of ``recontrast predict``.
-
-    The coldest colour stands for the median of the map. With a threshold on the maximum of the map, it has the middle
-    colour; without, the hottest colour stands for the largest value of this map.
-
-    Args:
-        detector: The detector, for the part of the image that the map covers.
-        calibration: Calibration for the threshold, or None.
-        upload: The image.
-        anomaly: Its map, (h, w).
-        outlined: Map value above which regions are outlined; None outlines none.
-        side: Largest side of the drawing; larger images are reduced by an integer factor.
-
-    Returns:
-        (H, W, 3) uint8, of at most `recontrast.data.large_maps.OVERLAY_PIXELS` pixels.
-    """
-    recipe = detector.recipe
-    with images.reserve_memory(upload.image):
-        pixels = images.read_image(upload.image, bits=recipe.bits)
-        factor = large_maps.find_reduction(upload.shape)
-        if side is not None:
-            factor = max(factor, math.ceil(max(upload.shape) / side))
-        pixels = large_maps.reduce_blocks(pixels, factor, "mean")
-    finite = anomaly[np.isfinite(anomaly)]
-    if not finite.size:
-        finite = np.zeros(1, np.float32)
-    middle = None if calibration is None or recipe.score != "max" else calibration.threshold
-    low, high = heatmaps.colour_range([float(np.median(finite))], [float(finite.max())], middle)
-    shape = pixels.shape[:2]
-    top, left, height, width = map_extent(shape, recipe)
-    whole = np.full(shape, low, np.float32)
-    whole[top : top + height, left : left + width] = heatmaps.resize_map(anomaly, (height, width))
-    drawn = large_maps.draw_overlay(pixels, (whole - low) / max(high - low, 1e-12))
-    return drawn if outlined is None else draw_outlines(drawn, whole > outlined)

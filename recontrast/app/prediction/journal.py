@@ -42,26 +42,39 @@ class Journal:
         identity: What determines the results of an image: detector and options. A journal with another identity is
             replaced. None for a run that cannot be continued.
         with_maps: Whether maps are stored.
+        lines: Name of the file of the lines.
+        keep_all: Whether to keep the entries of images that have changed or are gone.
 
     Attributes:
-        entries: Images that an earlier call scored, by path, if they have not changed since.
+        entries: Images that an earlier call scored, by path, if they have not changed since; with ``keep_all`` the last
+            entry of each path.
+        all_entries: With ``keep_all``, all entries in order.
+        stamps: Size and time of change of the file of each entry, by path.
+        has_identity: Whether there was no journal, or one with this identity.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any] | None, with_maps: bool) -> None:
-        self.out, self.identity, self.with_maps = out, identity, with_maps
+    def __init__(
+        self, out: Path, identity: Mapping[str, Any] | None, with_maps: bool, *, lines: str = LINES,
+        keep_all: bool = False,
+    ) -> None:  # fmt: skip
+        self.out, self.identity, self.with_maps, self._name, self._keep_all = out, identity, with_maps, lines, keep_all
         self.entries: dict[str, Entry] = {}
+        self.all_entries: list[Entry] = []
+        self.stamps: dict[str, list[int] | None] = {}
+        self.has_identity = not os.path.lexists(out / lines)
         self._lines: BinaryIO | None = None
         self._maps: BinaryIO | None = None
         self._end = 0  # bytes of maps
         if identity is not None:
             self._read()
 
-    def append(self, prediction: Prediction, anomaly: np.ndarray | None) -> Entry:
+    def append(self, prediction: Prediction, anomaly: np.ndarray | None, stamp: list[int] | None = None) -> Entry:
         """Write one scored image.
 
         Args:
             prediction: Prediction of the image.
             anomaly: Map (H, W) to store; None without overlays.
+            stamp: Result of `read_stamp` when the image was read; None reads it now.
 
         Returns:
             The entry.
@@ -71,7 +84,8 @@ class Journal:
         """
         entry = Entry(prediction, self._end, None if anomaly is None else tuple(anomaly.shape))
         pixels = None if anomaly is None else np.ascontiguousarray(anomaly, np.float32)
-        line = {**asdict(prediction), "stamp": read_stamp(prediction.path), "start": entry.start, "shape": entry.shape}
+        stamp = read_stamp(prediction.path) if stamp is None else stamp
+        line = {**asdict(prediction), "stamp": stamp, "start": entry.start, "shape": entry.shape}
         line["map_crc32"] = None if pixels is None else zlib.crc32(pixels.data)
         line["crc32"] = _compute_crc32(line)
         try:
@@ -85,6 +99,17 @@ class Journal:
         except OSError as error:
             raise OSError(f"cannot write below {self.out}: {error.strerror or error}") from error
         return entry
+
+    def begin(self) -> None:
+        """Write the journal's first line, if there is none yet.
+
+        Raises:
+            OSError: If the journal cannot be written.
+        """
+        try:
+            self._open()
+        except OSError as error:
+            raise OSError(f"cannot write below {self.out}: {error.strerror or error}") from error
 
     def load_map(self, entry: Entry) -> np.ndarray:
         """Return the map of an entry, (H, W) float32, as a memory map."""
@@ -103,7 +128,7 @@ class Journal:
     def remove(self) -> None:
         """Remove the journal, whose results are complete or worthless."""
         self.close()
-        for name in (LINES, MAPS):
+        for name in (self._name, MAPS):
             with suppress(OSError):
                 (self.out / name).unlink()
 
@@ -111,14 +136,14 @@ class Journal:
         if self._lines is not None:
             return
         if self.entries:
-            self._lines = open_to_change(self.out / LINES, _WANTED, append=True)
+            self._lines = open_to_change(self.out / self._name, _WANTED, append=True)
             self._maps = open_to_change(self.out / MAPS, _WANTED) if self.with_maps else None
             return
-        for name in (LINES, MAPS):  # of another run; a link is removed, not followed
+        for name in (self._name, MAPS):  # of another run; a link is removed, not followed
             with suppress(FileNotFoundError):
                 (self.out / name).unlink()
         self._maps = (self.out / MAPS).open("xb") if self.with_maps else None
-        self._lines = (self.out / LINES).open("xb")
+        self._lines = (self.out / self._name).open("xb")
         self._write_line({"identity": self.identity})
 
     def _write_line(self, content: Mapping[str, Any]) -> None:
@@ -129,7 +154,7 @@ class Journal:
     def _read(self) -> None:
         """Read the images that an earlier call scored."""
         try:
-            with open_to_change(self.out / LINES, _WANTED) as file:
+            with open_to_change(self.out / self._name, _WANTED) as file:
                 lines = file.read().split(b"\n")
             maps = np.zeros(0, np.uint8)
             if self.with_maps:
@@ -138,7 +163,8 @@ class Journal:
                         maps = np.asarray(np.memmap(file, np.uint8, "r"))
             if parse_json(lines[0])["identity"] != json.loads(json.dumps(self.identity)):
                 return
-        except (OSError, ValueError, KeyError, TypeError):
+            self.has_identity = True
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             return
         whole = lines[1:-1]  # what follows the last line break was cut off
         for line in whole:
@@ -155,10 +181,13 @@ class Journal:
             self._end = max(self._end, end)
             if self.with_maps and zlib.crc32(maps[entry.start : end].data) != map_crc32:
                 continue
-            if stamp == read_stamp(entry.prediction.path):
+            if self._keep_all or stamp == read_stamp(entry.prediction.path):
                 self.entries[entry.prediction.path] = entry
+                self.stamps[entry.prediction.path] = stamp
+            if self._keep_all:
+                self.all_entries.append(entry)
         if lines[-1] and self.entries:  # end the line that was cut off, so that the next one is whole
-            with open_to_change(self.out / LINES, _WANTED, append=True) as file:
+            with open_to_change(self.out / self._name, _WANTED, append=True) as file:
                 file.write(b"\n")
 
 
