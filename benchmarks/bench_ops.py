@@ -7,6 +7,7 @@ import upstream
 from scipy.ndimage import gaussian_filter
 
 from recontrast import AnomalyMap, deviation, hard_mined_cosine, ops, reference
+from recontrast.inside import pool_inside
 from recontrast.loss import point_distance
 
 # The three feature maps of WideResNet-50-2 at 256 x 256, batch 16 (Guo et al. 2023, section 4).
@@ -64,6 +65,26 @@ def test_loss(timed, benchmark, rival, dtype, layout, device):
         function(teachers, students).backward()
 
     return timed(step, moved, rounds=5 if rival == "reference" else 15)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("region", ["none", "all points", "half of the points"])
+def test_loss_inside(timed, benchmark, region, layout, device):
+    """Time forward and backward of the loss over three levels, alpha 1, of the points inside a region of interest."""
+    benchmark.group = f"loss with a region of interest, forward and backward, batch 16, {layout}, {device}"
+    pairs = [features(shape, device, layout=layout) for shape in SHAPES]
+    teachers, students = [t for t, _ in pairs], [s.requires_grad_() for _, s in pairs]
+    inside = torch.ones(1, 256, 256, dtype=torch.bool, device=device)
+    if region == "half of the points":
+        inside[:, :, 128:] = False
+    masks = None if region == "none" else [pool_inside(inside, size) for size in LEVELS]
+
+    def step():
+        for s in students:
+            s.grad = None
+        hard_mined_cosine(teachers, students, deviation(1.0), inside=masks).backward()
+
+    return timed(step, 5 * sum(t.nbytes for t in teachers), rounds=15)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -156,6 +177,18 @@ def test_map(timed, benchmark, rival, device):
         return timed(lambda: interpolate_and_scipy(distances))
     amap = AnomalyMap(LEVELS, OUT, method=rival.split()[-1])
     return timed(lambda: amap.from_distances(distances))
+
+
+@pytest.mark.parametrize("region", ["none", "all pixels", "half of the pixels"])
+def test_map_inside(timed, benchmark, region, device):
+    """Time maps and scores of 16 images at 256 px from the distances of six pairs, in a region of interest."""
+    benchmark.group = f"maps and scores in a region of interest, 16 images, 256 px, six pairs, {device}"
+    distances = [torch.rand(16, *size, device=device) for size in LEVELS * 2]
+    inside = torch.ones(1, *OUT, dtype=torch.bool, device=device)
+    if region == "half of the pixels":
+        inside[:, :, 128:] = False
+    amap = AnomalyMap(LEVELS, OUT)
+    return timed(lambda: amap.from_distances(distances, None if region == "none" else inside))
 
 
 @pytest.mark.parametrize("rival", ["interpolate and SciPy", "ours, fused", "ours, matmul"])

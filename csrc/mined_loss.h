@@ -32,6 +32,24 @@ inline Rule rule_of(const char* op, const std::string& name) {
 // Length of a pair's state: its threshold, then the slopes of its images [3, N].
 inline int64_t state_length(int64_t images) { return 1 + 3 * images; }
 
+// Mask of the points that count: P bytes per pair if its images share them, else N * P; null if all points count.
+struct Inside {
+  const bool* points = nullptr;
+  bool shared = false;
+
+  int64_t length(int64_t images, int64_t points_per_image) const {
+    return shared ? points_per_image : images * points_per_image;
+  }
+};
+
+// Checks the mask of all pairs.
+inline void check_inside(const char* op, const Tensor& inside, bool shared, const std::vector<int64_t>& images,
+                         const std::vector<int64_t>& points) {
+  int64_t total = 0;
+  for (size_t i = 0; i < images.size(); ++i) total += Inside{nullptr, shared}.length(images[i], points[i]);
+  check_flat(op, "inside", inside, total, ScalarType::Bool);
+}
+
 // Checks the sums of all pairs. Returns the length of the state.
 inline int64_t check_mined(const char* op, const Tensor& sums, const std::vector<int64_t>& images,
                            const std::vector<int64_t>& points) {

@@ -13,6 +13,7 @@ constexpr int kPiece = 4 * kThreads;  // points per block
 // The points of one pair and the blocks that work on them.
 struct PairPoints {
   int64_t sums, state;     // index of the pair's first element in the flat sums and in the state
+  int64_t inside;          // and in the mask of the points that count
   int64_t N, P;            // images, points per image
   unsigned first, pieces;  // first block of the pair; number of blocks per image
 };
@@ -23,6 +24,12 @@ struct LossArguments {
   int pairs;
   Rule rule;
   double parameter, factor;
+  Inside inside;  // mask of all pairs; null if all points count
+
+  // Whether point i of a pair counts, 0 <= i < N * P.
+  __device__ __forceinline__ bool counts(const PairPoints& pair, int64_t i) const {
+    return inside.points[pair.inside + (inside.shared ? i % pair.P : i)];
+  }
 
   // The pair that this block works on. block: its index among the blocks of that pair; number: the index of the pair.
   __device__ __forceinline__ const PairPoints& find(unsigned& block, int& number) const {
@@ -46,14 +53,15 @@ __device__ __forceinline__ A distance_at(const A* sums, const PairPoints& pair, 
 template <typename F>
 void for_each_launch(const std::vector<int64_t>& images, const std::vector<int64_t>& points,
                      const LossArguments& common, bool by_image, const F& f) {
-  int64_t sums = 0, state = 0;
+  int64_t sums = 0, state = 0, inside = 0;
   for (size_t i = 0; i < images.size();) {
     LossArguments arguments = common;
     int64_t total = 0;
     for (; i < images.size() && arguments.pairs < kPairs; ++i) {
       const int64_t N = images[i], P = points[i], pieces = blocks(by_image ? P : N * P, kPiece);
       arguments.pair[arguments.pairs++] = {
-          sums, state, N, P, static_cast<unsigned>(total), static_cast<unsigned>(pieces)};
+          sums, state, inside, N, P, static_cast<unsigned>(total), static_cast<unsigned>(pieces)};
+      inside += common.inside.length(N, P);
       sums += 3 * N * P;
       state += state_length(N);
       total += by_image ? N * pieces : pieces;

@@ -61,6 +61,13 @@ __device__ __forceinline__ void count_bins(unsigned* bins, unsigned (&bin)[count
   }
 }
 
+// Sum of the counts of all threads of a block.
+__device__ __forceinline__ long long add_counts(const long long* thread_counts) {
+  long long total = 0;
+  for (int t = 0; t < kThreads; ++t) total += thread_counts[t];
+  return total;
+}
+
 // One block per pair: the next digit of the k-th largest distance. digit: how many digits are known.
 __global__ void __launch_bounds__(kThreads) select_digit(const __grid_constant__ LossArguments arguments,
                                                          const unsigned* __restrict__ bins,   // [pairs, kBins]
@@ -75,10 +82,11 @@ __global__ void __launch_bounds__(kThreads) select_digit(const __grid_constant__
   for (int i = 0; i < bins_per_thread; ++i) count += pair_bins[top - i];
   thread_counts[threadIdx.x] = count;
   const Selection before = selections[blockIdx.x];
-  const long long points = pair.N * pair.P;
+  __syncthreads();
+  // The first histogram holds all points that count.
+  const long long points = arguments.inside.points == nullptr ? pair.N * pair.P : digit ? 0 : add_counts(thread_counts);
   const auto hard = static_cast<long long>(static_cast<double>(points) * arguments.parameter);
   const long long k = digit ? before.rank : hard < 1 ? 1 : hard;
-  __syncthreads();
   long long above = 0;
   for (int t = 0; t < static_cast<int>(threadIdx.x); ++t) above += thread_counts[t];
   if (above >= k || above + count < k) return;  // one thread goes on; none if there are no points
@@ -87,8 +95,9 @@ __global__ void __launch_bounds__(kThreads) select_digit(const __grid_constant__
   selections[blockIdx.x] = {(digit ? before.prefix << kDigit : 0) | static_cast<uint64_t>(bin), k - above};
 }
 
-// Histogram of the next digit of all distances that begin with the selected digits. Blocks by image.
-template <typename A>
+// Histogram of the next digit of all distances that begin with the selected digits. Blocks by image. masked: only of
+// the points inside.
+template <typename A, bool masked>
 __global__ void __launch_bounds__(kThreads)
     count_digits(const __grid_constant__ LossArguments arguments, const A* __restrict__ all_sums,  // flat
                  const Selection* __restrict__ selections,                                         // [pairs]
@@ -99,7 +108,8 @@ __global__ void __launch_bounds__(kThreads)
   const PairPoints& pair = arguments.find(block, number);
   const int64_t begin = static_cast<int64_t>(block % pair.pieces) * kPiece;
   const int count = static_cast<int>(min(pair.P - begin, static_cast<int64_t>(kPiece)));
-  const A* from = all_sums + pair.sums + block / pair.pieces * pair.P + begin;
+  const int64_t first = block / pair.pieces * pair.P + begin;
+  const A* from = all_sums + pair.sums + first;
   const int64_t volume = pair.N * pair.P;
   bins += number * kBins;
   unsigned bin[kPiece / kThreads];
@@ -107,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = 0; e < kPiece / kThreads; ++e) {
     const int i = e * kThreads + threadIdx.x;
     bin[e] = kNoBin;
-    if (i >= count) continue;
+    if (i >= count || (masked && !arguments.counts(pair, first + i))) continue;
     const uint64_t key = Keys<A>::of(distance_of(from[i], from[i + volume], from[i + 2 * volume]));
     const int shift = kDigit * (Keys<A>::digits - 1 - digit);
     if (key >> shift >> kDigit == selections[number].prefix) bin[e] = static_cast<unsigned>((key >> shift) % kBins);

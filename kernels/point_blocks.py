@@ -32,6 +32,20 @@ def _distance(xy, xx, yy):
 
 
 @triton.jit
+def _count_point(inside_ptr, number, i, points, valid, N, P, SHARED: tl.constexpr):
+    """Return which of the points ``i`` of pair ``number`` are inside, among those that are ``valid``.
+
+    The mask holds ``points`` bytes of each pair that its images share if SHARED, else those of all its images.
+    """
+    for k in tl.static_range(len(N)):
+        size = tl.cast(P[k], tl.int64) if SHARED else tl.cast(N[k], tl.int64) * P[k]
+        inside_ptr += tl.where(k < number, size, 0)
+    if SHARED:
+        i = i % tl.maximum(points, 1)
+    return valid & (tl.load(inside_ptr + i, mask=valid, other=0) != 0)
+
+
+@triton.jit
 def _find_pair(program, N, P, BLOCK: tl.constexpr, BY_IMAGE: tl.constexpr):
     """Find the pair that ``program`` works on.
 

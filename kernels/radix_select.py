@@ -7,7 +7,7 @@ are compared digit by digit, with a histogram and two launches for each digit.
 import triton
 import triton.language as tl
 
-from recontrast.kernels.point_blocks import _distance, _find_pair
+from recontrast.kernels.point_blocks import _count_point, _distance, _find_pair
 
 DIGIT = 13  # bits per digit: two digits hold a float32 distance, five a float64 one
 BINS = 1 << DIGIT
@@ -45,7 +45,9 @@ def _count_bins(bins_ptr, bin, counted):
 def _select_digit(
     bins_ptr,  # (pairs, BINS)
     selected_ptr,  # (pairs, 2): first digits of the k-th largest distance, its rank among those with these digits
-    ranks,  # tuple of k
+    ranks,  # tuple of k; with a mask, k follows from the number of points inside
+    fraction,  # tuple of three numbers whose sum it is: k must not be off by one
+    MASKED: tl.constexpr,
     FIRST: tl.constexpr,
     BINS: tl.constexpr,
     DIGIT: tl.constexpr,
@@ -55,14 +57,17 @@ def _select_digit(
     pair_ptr = selected_ptr + 2 * number
     rank = tl.full([], 0, tl.int64)
     prefix = tl.full([], 0, tl.int64)
-    if FIRST:
-        for i in tl.static_range(len(ranks)):
-            rank = tl.where(number == i, ranks[i], rank)
-    else:
-        prefix = tl.load(pair_ptr) << DIGIT
-        rank = tl.load(pair_ptr + 1)
     offsets = tl.arange(0, BINS)
     counts = tl.load(bins_ptr + number * BINS + BINS - 1 - offsets).to(tl.int64)  # the largest distances first
+    if not FIRST:
+        prefix = tl.load(pair_ptr) << DIGIT
+        rank = tl.load(pair_ptr + 1)
+    elif MASKED:  # the first histogram holds all points that count
+        share = tl.cast(fraction[0], tl.float64) + tl.cast(fraction[1], tl.float64) + tl.cast(fraction[2], tl.float64)
+        rank = tl.maximum((tl.sum(counts).to(tl.float64) * share).to(tl.int64), 1)
+    else:
+        for i in tl.static_range(len(ranks)):
+            rank = tl.where(number == i, ranks[i], rank)
     cumulative = tl.cumsum(counts, 0)
     bins_above = tl.sum((cumulative < rank).to(tl.int64))
     points_above = tl.max(tl.where(cumulative < rank, cumulative, 0))
@@ -75,8 +80,10 @@ def _count_digits(
     sums_ptr,  # flat
     selected_ptr,  # (pairs, 2)
     bins_ptr,  # (pairs, BINS), zeros
+    inside_ptr,  # mask of the points that count, or None, see `_count_point`
     N,  # tuple
     P,  # tuple
+    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
     FRACTION: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -88,6 +95,8 @@ def _count_digits(
     volume = images * points
     i = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     inside = i < volume
+    if inside_ptr is not None:
+        inside = _count_point(inside_ptr, number, i, points, inside, N, P, SHARED)
     xy_ptr = sums_ptr + first + i
     xy = tl.load(xy_ptr, mask=inside, other=0.0)
     xx = tl.load(xy_ptr + volume, mask=inside, other=0.0)

@@ -7,14 +7,16 @@ float64.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recontrast import ops
 from recontrast.distances import point_distances
 from recontrast.float32 import full_matrix_products
+from recontrast.inside import pool_inside, score_inside
 
 Size = int | tuple[int, int]
 Score = Literal["max", "mean"] | float
@@ -86,6 +88,19 @@ def _to_height_width(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+class _Region(NamedTuple):
+    """A region of interest, and the part of the matrices that its bounding box needs."""
+
+    source: Tensor  # (N, H, W) as it was passed
+    is_whole: bool
+    inside: Tensor  # in the bounding box
+    points: list[Tensor]  # of each level
+    factors: list[Tensor]  # of each level, in the bounding box
+    rows: list[Tensor]
+    cols: list[Tensor]
+    margins: tuple[int, int, int, int]  # left, right, top, bottom
+
+
 class AnomalyMap:
     """Compute anomaly maps at image size from (teacher, student) pairs, and image scores from maps.
 
@@ -141,6 +156,8 @@ class AnomalyMap:
         self._rows = [(blur_y @ matrix).float() for matrix in rows]
         self._cols = [(blur_x @ matrix).float() for matrix in cols]
 
+        self._region: _Region | None = None  # the last one
+
     def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Compute the anomaly maps of (teacher, student) pairs.
 
@@ -176,7 +193,7 @@ class AnomalyMap:
         """Return the matrices (H, h) and (W, w) of each level, float32, which combine upsampling and blur."""
         return list(self._rows), list(self._cols)
 
-    def score(self, maps: Tensor, how: Score = "max") -> Tensor:
+    def score(self, maps: Tensor, how: Score = "max", inside: Tensor | None = None) -> Tensor:
         """Compute the image scores of maps. The score of a map that holds a NaN or an infinity is NaN.
 
         Args:
@@ -184,6 +201,7 @@ class AnomalyMap:
             how: "max" (upstream's default), "mean" (upstream for ISIC 2018), or a fraction in (0, 1]: the mean of this
                 share of the pixels with the largest values, rounded down but at least one (0.01 in upstream's unified
                 protocol).
+            inside: Whether each pixel counts, (N, H, W) or (1, H, W), bool. None: all do.
 
         Returns:
             Scores (N,), in the dtype of ``maps``.
@@ -194,6 +212,8 @@ class AnomalyMap:
         if how not in ("max", "mean") and (isinstance(how, str) or not 0 < how <= 1):
             raise ValueError(f"AnomalyMap.score: how: wanted 'max', 'mean' or a fraction in (0, 1], got {how!r}")
         _check_dtype("AnomalyMap.score: maps", maps)
+        if inside is not None:
+            return score_inside(maps, inside, how)
         if how == "max":
             return ops.compute_maximum(maps)
         if how == "mean":
@@ -202,19 +222,26 @@ class AnomalyMap:
         largest = pixels.topk(max(math.floor(pixels.shape[1] * how), 1), sorted=False).values
         return ops.void_unless_finite(largest.mean(dim=1), maps)
 
-    def from_distances(self, distances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def from_distances(self, distances: Sequence[Tensor], inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute anomaly maps from point distances.
+
+        In a region of interest, the map of a level is the mean of the distances of its points inside, with the same
+        weights, those of upsampling and blur, as without a region: sum of weight times distance, divided by the sum of
+        the weights. Outside it is 0. No distance outside has an effect, and the map neither rises nor falls towards the
+        border of the region. Points inside are those of `recontrast.inside.pool_inside`.
 
         Args:
             distances: Distances (N, h, w), floating point, group by group, each with one tensor per level in the order
                 of ``sizes``.
+            inside: Region of interest, whether each pixel of the map is inside, (N, H, W), or (1, H, W) for all images,
+                bool. None: all pixels are.
 
         Returns:
             maps: Anomaly maps (N, H, W), float32.
-            maximum: Largest value of each map, (N,), float32; NaN if a value of the map is NaN or infinite.
+            maximum: Largest value inside of each map, (N,), float32; NaN if a value inside is NaN or infinite.
 
         Raises:
-            ValueError: If the number, the sizes or the dtypes of the distances do not fit.
+            ValueError: If the number, the sizes or the dtypes of the distances, or the shape of ``inside``, do not fit.
         """
         levels = len(self.sizes)
         if not distances or len(distances) % levels:
@@ -230,16 +257,85 @@ class AnomalyMap:
         self._move_to(distances[0].device)
         scale = 1 / len(distances) if self.reduce == "mean" else 1.0
         needs_gradient = torch.is_grad_enabled() and any(d.requires_grad for d in distances)
-        if self.method == "matmul" or (self.method == "auto" and needs_gradient):
+        multiplies = self.method == "matmul" or (self.method == "auto" and needs_gradient)
+        if inside is not None:
+            return self._map_inside(distances, inside, scale, multiplies)
+        if multiplies:
             return self._multiply(distances, scale)
         level = [i % levels for i in range(len(distances))]
         with torch.no_grad():
             return ops.anomaly_map(distances, [self._rows[i] for i in level], [self._cols[i] for i in level], scale)
 
+    def _map_inside(
+        self, distances: Sequence[Tensor], inside: Tensor, scale: float, multiplies: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the maps of a region of interest, see `from_distances`."""
+        images = distances[0].shape[0]
+        if inside.dtype != torch.bool or tuple(inside.shape) not in ((images, *self.out), (1, *self.out)):
+            wanted, got = (images, *self.out), f"{inside.dtype} {tuple(inside.shape)}"
+            raise ValueError(f"AnomalyMap: inside: wanted bool {wanted} or {(1, *self.out)}, got {got}")
+        region = self._prepare(inside)
+        if region.is_whole:
+            return self.from_distances(distances)
+        parts: list[Tensor] = []  # the sum of the levels so far
+        for d, mask, factor, rows, cols in zip(
+            self._sum_groups(distances), region.points, region.factors, region.rows, region.cols, strict=True
+        ):
+            d = torch.where(mask, d, 0)
+            if multiplies:
+                with torch.autocast(d.device.type, enabled=False), full_matrix_products():
+                    level = (rows @ d @ cols.mT) * (factor * scale)
+                    parts = [parts[0] + level if parts else level]
+            else:
+                with torch.no_grad():
+                    level, _ = ops.anomaly_map([d], [rows], [cols], scale)
+                    parts = [parts[0].addcmul_(level, factor) if parts else level.mul_(factor)]
+        maps = torch.where(region.inside, parts[0], 0)  # also where a value that is not finite was spread outside
+        return F.pad(maps, region.margins), score_inside(maps, region.inside, "max")
+
+    def _prepare(self, inside: Tensor) -> "_Region":
+        """Return what the maps of a region need; for one that is constant over batches it is computed once."""
+        if self._region is None or self._region.source is not inside:
+            points, factors = self.weigh_inside(inside)
+            rows, cols = (inside.any(axis).any(0).nonzero()[:, 0].tolist() or [0] for axis in (2, 1))
+            (top, bottom), (left, right) = ((span[0], span[-1] + 1) for span in (rows, cols))
+            box = (slice(None), slice(top, bottom), slice(left, right))
+            self._region = _Region(
+                inside, bool(inside.all()), inside[box], points, [factor[box].contiguous() for factor in factors],
+                [matrix[top:bottom].contiguous() for matrix in self._rows],
+                [matrix[left:right].contiguous() for matrix in self._cols],
+                (left, self.out[1] - right, top, self.out[0] - bottom),
+            )  # fmt: skip
+        return self._region
+
+    def weigh_inside(self, inside: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute what `from_distances` multiplies by in a region of interest.
+
+        Args:
+            inside: Region of interest (N, H, W), bool, on the device of the matrices.
+
+        Returns:
+            points: For each level, whether each point is inside, (N, h, w), bool.
+            factors: For each level, what renormalises the weights of each pixel, (N, H, W), float32; 0 outside.
+        """
+        points, factors = [], []
+        with torch.no_grad(), torch.autocast(inside.device.type, enabled=False), full_matrix_products():
+            for size, rows, cols in zip(self.sizes, self._rows, self._cols, strict=True):
+                mask = pool_inside(inside, size)
+                weights = rows @ mask.to(rows.dtype) @ cols.mT  # of the points inside
+                total = rows.sum(1)[:, None] * cols.sum(1)  # of all points; below 1 at the border if zeros lie outside
+                factors.append(torch.where(inside, total / weights.clamp_min(1e-12), 0))
+                points.append(mask)
+        return points, factors
+
+    def _sum_groups(self, distances: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sum over all groups for each level."""
+        levels = len(self.sizes)
+        return [sum(distances[i::levels][1:], distances[i]) for i in range(levels)]
+
     def _multiply(self, distances: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
         """Compute [K_1 .. K_L] @ stack(D_l K_l^T) with two matrix products in full precision."""
-        levels = len(self.sizes)
-        by_level = [sum(distances[i::levels][1:], distances[i]) for i in range(levels)]
+        by_level = self._sum_groups(distances)
         # The metrics depend on the ranks of the map values.
         with torch.autocast(distances[0].device.type, enabled=False), full_matrix_products():
             products = torch.cat([d @ cols.mT for d, cols in zip(by_level, self._cols, strict=True)], dim=1)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recontrast.anomaly_map import AnomalyMap
-from recontrast.loss import compute_mean, pairs_loss
+from recontrast.inside import pool_inside
+from recontrast.loss import compute_mean, compute_mean_inside, pairs_loss
 from recontrast.mining import Rule, alpha_at, deviation, hardest, power
 from recontrast.models.backbone import get_strides, list_layers
 from recontrast.models.dinomaly import Dinomaly
@@ -27,8 +28,9 @@ from recontrast.models.token_network import GROUPS
 from recontrast.models.uniad import UniAD
 from recontrast.recipes.recipe import Recipe, to_pair
 
-# Outputs of the network's forward, recipe, parameter of the mining rule, images of each process -> loss.
-Loss = Callable[[Any, Recipe, float | Tensor, Sequence[int] | None], Tensor]
+# Outputs of the network's forward, recipe, parameter of the mining rule, images of each process -> loss. With
+# `Architecture.masks_loss` also the keyword inside: whether each pixel is in the region of interest, (N or 1, H, W).
+Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Architecture:
         plan_memory: Checks before a pass that it fits into memory. Takes the network, the recipe, the number of images
             and the available bytes, and returns a remark for the user, or None. Raises ValueError if it cannot fit.
         is_extendable: Whether a fitted network can be fitted to further images.
+        masks_loss: Whether ``compute_loss`` takes a region of interest, ``inside``. Otherwise the network learns the
+            whole image, and only its map and score have the region.
         fields: Recipe fields that only some architectures have, such as "levels", "rule" or "optimiser", and that this
             one uses. For an architecture of your own; a recipe that changes others is refused.
         options: Options that this architecture alone has, and their defaults: texts, numbers, true, false or tuples.
@@ -61,6 +65,7 @@ class Architecture:
     fit: Callable[[Any, Recipe], None] | None = None
     plan_memory: Callable[[Any, Recipe, int, int], str | None] | None = None
     is_extendable: bool = False
+    masks_loss: bool = False
     fields: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -148,13 +153,27 @@ def _build_recontrast(recipe: Recipe, category: str) -> Network:
     )
 
 
+def _pool_pairs(pairs: Sequence[tuple[Tensor, Tensor]], inside: Tensor | None) -> list[Tensor] | None:
+    """Return the points inside of each pair, (N, h, w) or (1, h, w); None without a region of interest."""
+    if inside is None:
+        return None
+    sizes = [(student.shape[2], student.shape[3]) for _, student in pairs]
+    pooled = {size: pool_inside(inside, size) for size in dict.fromkeys(sizes)}
+    return [pooled[size] for size in sizes]
+
+
 def _compute_recontrast_loss(
-    pairs: Sequence[tuple[Tensor, Tensor]], recipe: Recipe, parameter: float | Tensor, shares: Sequence[int] | None
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    parameter: float | Tensor,
+    shares: Sequence[int] | None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Compute the loss of all pairs, see `recontrast.loss.pairs_loss`."""
-    groups = 2 if recipe.pairs == "cross" else 1
-    rule = build_rule(recipe, parameter)
-    return pairs_loss(pairs, rule, form=recipe.loss, groups=groups, stop_gradient=recipe.stop_gradient, shares=shares)
+    return pairs_loss(
+        pairs, build_rule(recipe, parameter), form=recipe.loss, groups=2 if recipe.pairs == "cross" else 1,
+        stop_gradient=recipe.stop_gradient, shares=shares, inside=_pool_pairs(pairs, inside),
+    )  # fmt: skip
 
 
 def _build_patchcore(recipe: Recipe, category: str) -> Network:
@@ -219,10 +238,17 @@ def _build_uniad(recipe: Recipe, category: str) -> Network:
 
 
 def _compute_uniad_loss(
-    outputs: tuple[Tensor, Tensor], recipe: Recipe, parameter: float | Tensor, shares: Sequence[int] | None
+    outputs: tuple[Tensor, Tensor],
+    recipe: Recipe,
+    parameter: float | Tensor,
+    shares: Sequence[int] | None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean squared error between targets and reconstructions."""
     target, reconstruction = outputs
+    if inside is not None:
+        mask = pool_inside(inside, target.shape[2:])
+        return compute_mean_inside((reconstruction - target).square().mean(1), mask, shares)
     if shares is None:
         return F.mse_loss(reconstruction, target)
     return compute_mean((reconstruction - target).square(), shares)
@@ -243,11 +269,15 @@ def _build_inp_former(recipe: Recipe, category: str) -> Network:
 
 
 def _compute_dinomaly_loss(
-    pairs: Sequence[tuple[Tensor, Tensor]], recipe: Recipe, parameter: float | Tensor, shares: Sequence[int] | None
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    parameter: float | Tensor,
+    shares: Sequence[int] | None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean loss of all groups of layers, see `recontrast.loss.pairs_loss`."""
-    rule = build_rule(recipe, parameter)
-    return pairs_loss(pairs, rule, form=recipe.loss, groups=len(pairs), shares=shares)
+    rule, masks = build_rule(recipe, parameter), _pool_pairs(pairs, inside)
+    return pairs_loss(pairs, rule, form=recipe.loss, groups=len(pairs), shares=shares, inside=masks)
 
 
 def _compute_inp_former_loss(
@@ -255,10 +285,15 @@ def _compute_inp_former_loss(
     recipe: Recipe,
     parameter: float | Tensor,
     shares: Sequence[int] | None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Compute the loss of Dinomaly's form and the coherence of the prototypes, weighted (equation 9)."""
     pairs, coherence = outputs
-    loss = _compute_dinomaly_loss(pairs, recipe, parameter, shares)
+    loss = _compute_dinomaly_loss(pairs, recipe, parameter, shares, inside)
+    if inside is not None:
+        mask = pool_inside(inside, pairs[0][1].shape[2:])
+        mean = compute_mean_inside(coherence.to(loss.dtype).view(len(coherence), *mask.shape[1:]), mask, shares)
+        return loss + recipe.coherence * mean
     return loss + recipe.coherence * compute_mean(coherence.to(loss.dtype), shares)
 
 
@@ -285,7 +320,7 @@ def _get_patch_size(recipe: Recipe) -> int:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "recontrast": Architecture(
-        ReContrast, _build_recontrast, _compute_recontrast_stride, _compute_recontrast_loss
+        ReContrast, _build_recontrast, _compute_recontrast_stride, _compute_recontrast_loss, masks_loss=True
     ),
     "patchcore": Architecture(
         PatchCore, _build_patchcore, _compute_last_stride,
@@ -302,8 +337,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         Ensemble, _build_ensemble, _compute_last_stride, fit=_fit_ensemble,
         plan_memory=lambda network, recipe, count, available: network.plan_memory(count, recipe.out, available),
     ),
-    "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss),
-    "dinomaly": Architecture(Dinomaly, _build_dinomaly, _get_patch_size, _compute_dinomaly_loss),
-    "inp_former": Architecture(INPFormer, _build_inp_former, _get_patch_size, _compute_inp_former_loss),
+    "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss, masks_loss=True),
+    "dinomaly": Architecture(Dinomaly, _build_dinomaly, _get_patch_size, _compute_dinomaly_loss, masks_loss=True),
+    "inp_former": Architecture(
+        INPFormer, _build_inp_former, _get_patch_size, _compute_inp_former_loss, masks_loss=True
+    ),
 }  # fmt: skip
 """Architectures by the names of `Recipe.architecture`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recontrast import ops
 from recontrast.distances import point_distance, point_distances
+from recontrast.mined_loss import flatten_inside
 from recontrast.mining import Rule, deviation, hardest, power
 from recontrast.ops import cosine, cosine_sums
 from recontrast.runtime.collectives import gather_shares, resolve_shares
@@ -22,6 +23,7 @@ __all__ = [
     "global_cosine", "hard_mined_cosine", "pairs_loss", "point_cosine", "point_distance", "point_distances",
 ]  # fmt: skip
 Features = Tensor | Sequence[Tensor]
+Masks = Tensor | Sequence[Tensor]
 
 
 def compute_mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
@@ -39,6 +41,24 @@ def compute_mean(values: Tensor, shares: Sequence[int] | None) -> Tensor:
     return values.sum() * (len(shares) / (sum(shares) * (values[0].numel() if len(values) else 1)))
 
 
+def compute_mean_inside(values: Tensor, mask: Tensor | None, shares: Sequence[int] | None) -> Tensor:
+    """Compute the mean over the points inside, scaled so that the mean over processes is that over all their points.
+
+    Args:
+        values: Values of the images of this process, (N, H, W).
+        mask: Whether each point is inside, (N, H, W) or (1, H, W), bool; None: all are.
+        shares: Number of images of each process; None for a single process.
+
+    Returns:
+        Scalar, in the dtype of ``values``; 0 without points inside.
+    """
+    if mask is None:
+        return compute_mean(values, shares)
+    inside = mask.expand(values.shape)
+    count = gather_shares(inside.flatten(1).sum(1), shares).sum().clamp_min(1)
+    return torch.where(inside, values, 0).sum() * (1 if shares is None else len(shares)) / count
+
+
 def _build_pairs(op: str, teacher: Features, student: Features) -> list[tuple[Tensor, Tensor]]:
     if isinstance(teacher, Tensor) and isinstance(student, Tensor):
         return [(teacher, student)]
@@ -53,8 +73,25 @@ def _compute_sums(teacher: Tensor, student: Tensor, stop_gradient: bool) -> Tens
     return cosine_sums(teacher.detach() if stop_gradient else teacher, student)
 
 
-def _compute_global_distance(sums: Tensor, shares: Sequence[int] | None) -> Tensor:
-    return compute_mean(1 - cosine(sums.sum(dim=(-2, -1))), shares)
+def _compute_global_distance(sums: Tensor, mask: Tensor | None, shares: Sequence[int] | None) -> Tensor:
+    """Compute the mean distance of the whole images, from sums that are 0 outside ``mask``."""
+    distances = 1 - cosine(sums.sum(dim=(-2, -1)))
+    if mask is not None:  # an image without points inside has no distance
+        distances = torch.where(mask.flatten(1).any(1), distances, 0)
+    return compute_mean(distances, shares)
+
+
+def _list_masks(op: str, inside: Masks | None, pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor | None]:
+    """Return the mask of each pair, None where all points are inside; raise ValueError for one that does not fit."""
+    if inside is None:
+        return [None] * len(pairs)
+    masks = [inside] if isinstance(inside, Tensor) else list(inside)
+    flatten_inside(op, masks, [tuple(student.shape) for _, student in pairs], pairs[0][1].device)
+    return masks
+
+
+def _select_inside(sums: Tensor, mask: Tensor | None) -> Tensor:
+    return sums if mask is None else torch.where(mask, sums, 0)
 
 
 def hard_mined_cosine(
@@ -64,6 +101,7 @@ def hard_mined_cosine(
     *,
     stop_gradient: bool = True,
     shares: Sequence[int] | None = None,
+    inside: Masks | None = None,
 ) -> Tensor:
     """Compute the global cosine distance with hard mining in the gradient (section 3.4 of the paper).
 
@@ -80,6 +118,9 @@ def hard_mined_cosine(
         rule: Mining rule: `deviation`, `hardest`, `power`, or any `Rule`.
         stop_gradient: Whether to treat the teacher as constant. Otherwise its gradient is weighted like the student's.
         shares: Number of images of each process. None gathers them, which synchronises with the GPU.
+        inside: Whether each point is inside the region of interest: (N, H, W), or (1, H, W) for all images, bool, or a
+            list with one mask per level. Other points take no gradient and no part in any mean or rule. None: all
+            points are inside.
 
     Returns:
         Scalar, float32 (float64 for float64 features), summed over the levels of a list.
@@ -88,19 +129,23 @@ def hard_mined_cosine(
         ValueError: If the shapes, dtypes or lists do not match.
     """
     pairs = _build_pairs("hard_mined_cosine", teacher, student)
+    masks = _list_masks("hard_mined_cosine", inside, pairs)
     teachers, students = [t.detach() if stop_gradient else t for t, _ in pairs], [s for _, s in pairs]
     fused = _find_fused_arguments(rule, students[0].device)
     if fused is not None:
-        return ops.mined_cosine(teachers, students, *fused)
+        return ops.mined_cosine(teachers, students, *fused, None if inside is None else masks)  # type: ignore[arg-type]
     losses = []
     shares = resolve_shares(len(students[0]), students[0].device, shares)
-    for t, s in zip(teachers, students, strict=True):
-        sums = cosine_sums(t, s)  # (3, N, H, W)
+    for t, s, mask in zip(teachers, students, masks, strict=True):
+        sums = _select_inside(cosine_sums(t, s), mask)  # (3, N, H, W)
         with torch.no_grad():
             points = 1 - cosine(sums)  # (N, H, W)
-            weight = rule(points, gather_shares(points, shares))  # (N, H, W)
+            everywhere = gather_shares(points, shares)
+            if mask is not None:  # as bytes: not every backend gathers bool
+                everywhere = everywhere[gather_shares(mask.expand(points.shape).byte(), shares) != 0]
+            weight = rule(points, everywhere)  # (N, H, W)
         sums = sums.detach() + weight * (sums - sums.detach())  # same value, weighted gradient
-        losses.append(_compute_global_distance(sums, shares))
+        losses.append(_compute_global_distance(sums, mask, shares))
     return torch.stack(losses).sum()
 
 
@@ -124,8 +169,9 @@ def _find_fused_arguments(rule: Rule, device: torch.device) -> tuple[str, float,
 
 
 def global_cosine(
-    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
-) -> Tensor:
+    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None,
+    inside: Masks | None = None,
+) -> Tensor:  # fmt: skip
     """Compute the global cosine distance without mining: `hard_mined_cosine` with all weights 1.
 
     Configuration B of the paper's Table 6; upstream's ``global_cosine``, utils.py.
@@ -135,6 +181,7 @@ def global_cosine(
         student: Features in the shape of ``teacher``.
         stop_gradient: Whether to treat the teacher as constant.
         shares: Number of images of each process, see `hard_mined_cosine`.
+        inside: Whether each point is inside the region of interest, see `hard_mined_cosine`.
 
     Returns:
         Scalar, float32 (float64 for float64 features), summed over the levels of a list.
@@ -143,13 +190,18 @@ def global_cosine(
         ValueError: If the shapes, dtypes or lists do not match.
     """
     pairs = _build_pairs("global_cosine", teacher, student)
+    masks = _list_masks("global_cosine", inside, pairs)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    return torch.stack([_compute_global_distance(_compute_sums(t, s, stop_gradient), shares) for t, s in pairs]).sum()
+    return torch.stack([
+        _compute_global_distance(_select_inside(_compute_sums(t, s, stop_gradient), mask), mask, shares)
+        for (t, s), mask in zip(pairs, masks, strict=True)
+    ]).sum()  # fmt: skip
 
 
 def point_cosine(
-    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None
-) -> Tensor:
+    teacher: Features, student: Features, *, stop_gradient: bool = True, shares: Sequence[int] | None = None,
+    inside: Masks | None = None,
+) -> Tensor:  # fmt: skip
     """Compute the mean point distance, the loss of RD4AD (https://arxiv.org/abs/2201.10703, equation 2).
 
     Args:
@@ -157,6 +209,7 @@ def point_cosine(
         student: Features in the shape of ``teacher``.
         stop_gradient: Whether to treat the teacher as constant.
         shares: Number of images of each process, see `hard_mined_cosine`.
+        inside: Whether each point is inside the region of interest, see `hard_mined_cosine`.
 
     Returns:
         Scalar, float32 (float64 for float64 features), summed over the levels of a list.
@@ -165,8 +218,12 @@ def point_cosine(
         ValueError: If the shapes, dtypes or lists do not match.
     """
     pairs = _build_pairs("point_cosine", teacher, student)
+    masks = _list_masks("point_cosine", inside, pairs)
     shares = resolve_shares(len(pairs[0][0]), pairs[0][0].device, shares)
-    return torch.stack([compute_mean(1 - cosine(_compute_sums(t, s, stop_gradient)), shares) for t, s in pairs]).sum()
+    return torch.stack([
+        compute_mean_inside(1 - cosine(_select_inside(_compute_sums(t, s, stop_gradient), mask)), mask, shares)
+        for (t, s), mask in zip(pairs, masks, strict=True)
+    ]).sum()  # fmt: skip
 
 
 def pairs_loss(
@@ -177,6 +234,7 @@ def pairs_loss(
     groups: int = 2,
     stop_gradient: bool = True,
     shares: Sequence[int] | None = None,
+    inside: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Compute the loss of all pairs: summed over levels, averaged over groups (equation 5 of the paper).
 
@@ -189,6 +247,7 @@ def pairs_loss(
         groups: Number of groups: 2, or 1 for a model with a single encoder.
         stop_gradient: Whether to treat the teachers as constant, see `hard_mined_cosine`.
         shares: Number of images of each process, see `hard_mined_cosine`.
+        inside: Whether each point is inside the region of interest, one mask for each pair, see `hard_mined_cosine`.
 
     Returns:
         Scalar, float32 (float64 for float64 features).
@@ -202,8 +261,9 @@ def pairs_loss(
         raise ValueError(f"pairs_loss: form: wanted 'global' or 'point', got {form!r}")
     teachers, students = zip(*pairs, strict=True)
     if rule is None:
-        loss = {"global": global_cosine, "point": point_cosine}[form]
-        return loss(teachers, students, stop_gradient=stop_gradient, shares=shares) / groups
+        compute = {"global": global_cosine, "point": point_cosine}[form]
+        return compute(teachers, students, stop_gradient=stop_gradient, shares=shares, inside=inside) / groups
     if form != "global":
         raise ValueError(f"pairs_loss: rule: wanted none where form is {form!r}, got {rule}")
-    return hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient, shares=shares) / groups
+    loss = hard_mined_cosine(teachers, students, rule, stop_gradient=stop_gradient, shares=shares, inside=inside)
+    return loss / groups

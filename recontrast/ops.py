@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recontrast import backend, reference
+from recontrast import mined_loss as mined_loss_op
 from recontrast import norm_act as norm_act_op
 from recontrast.backend import BACKEND, WHY
 from recontrast.norm_act import norm_act
@@ -18,7 +19,6 @@ from recontrast.op_checks import DTYPES, check_features, dtype_name, refuse_forw
 from recontrast.reference import (
     ACTIVATIONS,
     EPS,
-    RULES,
     compute_maximum,
     cosine,
     group_dtype,
@@ -48,11 +48,8 @@ SCHEMAS = {
     "cosine_sums_backward": "(Tensor grad, Tensor x, Tensor y) -> Tensor",
     "cosine_sums_group": "(Tensor[] x, Tensor[] y) -> Tensor",
     "cosine_sums_group_backward": "(Tensor grad, Tensor[] x, Tensor[] y) -> Tensor[]",
-    "mined_loss": "(Tensor sums, int[] images, int[] points, str rule, float parameter, Tensor? alpha, float factor)"
-    " -> (Tensor, Tensor)",
-    "mined_loss_backward": "(Tensor grad, Tensor sums, Tensor state, int[] images, int[] points, str rule,"
-    " float parameter, float factor) -> Tensor",
     "anomaly_map": "(Tensor[] distances, Tensor[] rows, Tensor[] cols, float scale) -> (Tensor, Tensor)",
+    **mined_loss_op.SCHEMAS,
     **norm_act_op.SCHEMAS,
 }
 KERNEL_MODULES = {  # operator -> module of recontrast.kernels that implements it
@@ -62,12 +59,14 @@ KERNEL_MODULES = {  # operator -> module of recontrast.kernels that implements i
     "cosine_sums_group_backward": "cosine_sums",
     "mined_loss": "mined_loss",
     "mined_loss_backward": "mined_loss",
+    "mined_loss_inside": "mined_loss",
+    "mined_loss_inside_backward": "mined_loss",
     "anomaly_map": "anomaly_map",
     "norm_act": "norm_act",
     "norm_act_backward": "norm_act",
 }
 for _name, _schema in SCHEMAS.items():
-    if _name not in norm_act_op.SCHEMAS:
+    if _name not in (*mined_loss_op.SCHEMAS, *norm_act_op.SCHEMAS):
         torch.library.define(f"recontrast::{_name}", _schema)
 
 
@@ -119,35 +118,34 @@ def mined_cosine(
     parameter: float,
     alpha: Tensor | None = None,
     factor: float = 0.0,
+    inside: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Compute `reference.mined_loss` of pairs of features; forward and backward each read the features once.
+
+    With ``inside``, it computes `reference.mined_loss_inside`.
 
     Args:
         x: Features of each pair, (N_i, C_i, H_i, W_i), floating point.
         y: Features of each pair, in the shapes of ``x``.
-        rule: One of `RULES`.
+        rule: One of `recontrast.reference.RULES`.
         parameter: Alpha of "deviation", fraction of "hardest", or exponent of "power".
         alpha: Tensor with one number, floating point, on the features' device. It replaces ``parameter`` in
             "deviation".
         factor: Weight of the easy points.
+        inside: Whether each point is inside the region of interest: for each pair (N_i, H_i, W_i), or (1, H_i, W_i) for
+            all its images, bool, on the features' device. None: all points are.
 
     Returns:
         Scalar, float32 (float64 for float64 features).
 
     Raises:
-        ValueError: If the rule is unknown, the features do not match, or ``alpha`` is not one floating-point number.
+        ValueError: If the rule is unknown, the features do not match, ``alpha`` is not one floating-point number, or
+            the masks do not match.
         RuntimeError: In forward-mode differentiation.
     """
-    if rule not in RULES:
-        raise ValueError(f"mined_cosine: rule: wanted one of {', '.join(RULES)}, got {rule!r}")
-    if alpha is not None and not (alpha.is_floating_point() and alpha.numel() == 1):
-        got = f"{dtype_name(alpha.dtype)} {tuple(alpha.shape)}"
-        raise ValueError(f"mined_cosine: alpha: wanted one floating-point number, got {got}")
-    if alpha is not None and alpha.dtype not in (torch.float32, torch.float64):  # the dtypes that the kernels read
-        alpha = alpha.float()
+    mined_loss_op.check_rule("mined_cosine", rule, alpha)
     sums = cosine_sums_group(x, y)
-    images, points = [t.shape[0] for t in y], [t.shape[2] * t.shape[3] for t in y]
-    return torch.ops.recontrast.mined_loss(sums, images, points, rule, parameter, alpha, factor)[0]
+    return mined_loss_op.mined_loss(sums, [tuple(t.shape) for t in y], rule, parameter, alpha, factor, inside)
 
 
 def has_kernel(op: str, device: torch.device) -> bool:
@@ -230,16 +228,6 @@ def _(grad, x, y):
     return [torch.empty_like(t) for t in y]
 
 
-@torch.library.register_fake("recontrast::mined_loss")
-def _(sums, images, points, rule, parameter, alpha, factor):
-    return sums.new_empty(()), sums.new_empty(len(images) + 3 * sum(images))
-
-
-@torch.library.register_fake("recontrast::mined_loss_backward")
-def _(grad, sums, state, images, points, rule, parameter, factor):
-    return torch.empty_like(sums)
-
-
 @torch.library.register_fake("recontrast::anomaly_map")
 def _(distances, rows, cols, scale):
     n = distances[0].shape[0]
@@ -281,25 +269,11 @@ def _backward_group(ctx, grad):
     return grad_x, grad_y
 
 
-def _setup_mined(ctx, inputs, output):
-    sums, ctx.images, ctx.points, ctx.rule, ctx.parameter, _, ctx.factor = inputs
-    ctx.save_for_backward(sums, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward_mined(ctx, grad, _):
-    sums, state = ctx.saved_tensors
-    arguments = ctx.images, ctx.points, ctx.rule, ctx.parameter, ctx.factor
-    grad_sums = torch.ops.recontrast.mined_loss_backward(grad, sums, state, *arguments)
-    return grad_sums, None, None, None, None, None, None
-
-
-for _operator in ("cosine_sums_backward", "cosine_sums_group_backward", "mined_loss_backward"):
+for _operator in ("cosine_sums_backward", "cosine_sums_group_backward"):
     refuse_gradient(_operator, "the losses can be differentiated once, not twice")
 refuse_gradient("anomaly_map", 'AnomalyMap(method="matmul") is differentiable')
 torch.library.register_autograd("recontrast::cosine_sums", _backward, setup_context=_setup_context)
 torch.library.register_autograd("recontrast::cosine_sums_group", _backward_group, setup_context=_setup_group)
-torch.library.register_autograd("recontrast::mined_loss", _backward_mined, setup_context=_setup_mined)
 
 
 # ---- kernels -----------------------------------------------------------------

@@ -4,7 +4,7 @@ Clarity comes before speed. The tests compare each kernel with these functions, 
 is available, and they document what the kernels compute.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -137,14 +137,62 @@ def mined_loss(
         state: Flat tensor with, for each pair, its threshold (points with a smaller distance are easy; for "power" the
             mean distance), then the derivatives of the loss with respect to the three sums of each image, (3, N).
     """
+    return _combine_pairs(split_pairs(sums, images, points), [None] * len(images), rule, parameter, alpha)
+
+
+def mined_loss_inside(
+    sums: Tensor,
+    inside: Tensor,
+    shared: bool,
+    images: Sequence[int],
+    points: Sequence[int],
+    rule: str,
+    parameter: float,
+    alpha: Tensor | None,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute `mined_loss` of the points inside a region of interest: what the others hold has no effect.
+
+    The cosine of an image is that of its points inside as one vector, and the rule sees their distances alone. An image
+    without points inside adds 0 to the loss, and counts as an image.
+
+    Args:
+        sums: Result of `cosine_sums_group`.
+        inside: Flat bool tensor, whether each point is inside: P points of each pair that all its images share, or
+            N * P points.
+        shared: Whether the images of a pair share their points.
+        images: Number of images N of each pair.
+        points: Number of points P = H * W of each pair.
+        rule: One of `RULES`.
+        parameter: Alpha of "deviation", fraction of "hardest", or exponent of "power".
+        alpha: 0-dim tensor that replaces ``parameter`` in "deviation" and can change between calls.
+        factor: Weight of the easy points (not used by "power").
+
+    Returns:
+        loss: Scalar, see `mined_loss`.
+        state: Flat tensor, see `mined_loss`.
+    """
+    masks = list(split_inside(inside, shared, images, points))
+    parts = (torch.where(mask, part, 0) for part, mask in zip(split_pairs(sums, images, points), masks, strict=True))
+    return _combine_pairs(parts, masks, rule, parameter, alpha)
+
+
+def _combine_pairs(
+    parts: Iterable[Tensor], masks: Sequence[Tensor | None], rule: str, parameter: float, alpha: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute loss and state from the sums (3, N, P) of each pair, which are 0 outside its mask (N, P)."""
     losses, state = [], []
-    for part in split_pairs(sums, images, points):  # (3, N, P)
+    for part, mask in zip(parts, masks, strict=True):
         whole = part.sum(2)
         xy, xx, yy = whole
         inverse = 1 / multiply_norms(whole)
-        losses.append((1 - xy * inverse).mean())
+        loss, d = 1 - xy * inverse, 1 - cosine(part)
         slope = torch.stack([-inverse, *(torch.where(s < EPS**2, 0, xy * inverse / (2 * s)) for s in (xx, yy))])
-        threshold = _compute_threshold(1 - cosine(part), rule, parameter, alpha)
+        if mask is not None:
+            has_points = mask.any(dim=1)
+            loss, slope, d = torch.where(has_points, loss, 0), torch.where(has_points, slope, 0), d[mask]
+        losses.append(loss.mean())
+        threshold = _compute_threshold(d, rule, parameter, alpha)
         state += [threshold.reshape(1), slope.flatten() / whole.shape[1]]
     return torch.stack(losses).sum(), torch.cat(state)
 
@@ -174,8 +222,56 @@ def mined_loss_backward(
     Returns:
         Gradient in the shape of ``sums``.
     """
+    return _compute_gradients(grad, sums, [None] * len(images), state, images, points, rule, parameter, factor)
+
+
+def mined_loss_inside_backward(
+    grad: Tensor,
+    sums: Tensor,
+    inside: Tensor,
+    shared: bool,
+    state: Tensor,
+    images: Sequence[int],
+    points: Sequence[int],
+    rule: str,
+    parameter: float,
+    factor: float,
+) -> Tensor:
+    """Compute the gradient of `mined_loss_inside` with respect to ``sums``: as `mined_loss_backward`, 0 outside.
+
+    Args:
+        grad: Gradient of the loss, a scalar.
+        sums: Result of `cosine_sums_group`.
+        inside: Flat bool tensor, see `mined_loss_inside`.
+        shared: Whether the images of a pair share their points.
+        state: State from `mined_loss_inside`.
+        images: Number of images of each pair.
+        points: Number of points of each pair.
+        rule: One of `RULES`.
+        parameter: Exponent of "power", not used by the other rules.
+        factor: Weight of the easy points.
+
+    Returns:
+        Gradient in the shape of ``sums``.
+    """
+    masks = list(split_inside(inside, shared, images, points))
+    return _compute_gradients(grad, sums, masks, state, images, points, rule, parameter, factor)
+
+
+def _compute_gradients(
+    grad: Tensor,
+    sums: Tensor,
+    masks: Sequence[Tensor | None],
+    state: Tensor,
+    images: Sequence[int],
+    points: Sequence[int],
+    rule: str,
+    parameter: float,
+    factor: float,
+) -> Tensor:
+    """Compute the gradient of the sums, 0 outside the mask (N, P) of each pair."""
     gradients, offset = [], 0
-    for part, n in zip(split_pairs(sums, images, points), images, strict=True):
+    for part, mask, n in zip(split_pairs(sums, images, points), masks, images, strict=True):
         d, threshold = 1 - cosine(part), state[offset]
         slope = state[offset + 1 : offset + 1 + 3 * n].reshape(3, n, 1)
         if rule == "power":
@@ -184,7 +280,8 @@ def mined_loss_backward(
             weight = torch.where(is_positive, relative**parameter, 1.0)
         else:
             weight = torch.ones_like(d).masked_fill_(d < threshold, factor)
-        gradients.append((grad * weight * slope).flatten())
+        gradient = grad * weight * slope
+        gradients.append((gradient if mask is None else torch.where(mask, gradient, 0)).flatten())
         offset += 1 + 3 * n
     return torch.cat(gradients)
 
@@ -296,6 +393,13 @@ def split_pairs(flat: Tensor, images: Sequence[int], points: Sequence[int]) -> I
     sizes = [3 * n * p for n, p in zip(images, points, strict=True)]
     for part, n, p in zip(flat.split(sizes), images, points, strict=True):
         yield part.view(3, n, p)
+
+
+def split_inside(inside: Tensor, shared: bool, images: Sequence[int], points: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the mask (N, P) of each pair from the flat one of `mined_loss_inside`."""
+    sizes = [p if shared else n * p for n, p in zip(images, points, strict=True)]
+    for part, n, p in zip(inside.split(sizes), images, points, strict=True):
+        yield part.view(1 if shared else n, p).expand(n, p)
 
 
 def _compute_threshold(d: Tensor, rule: str, parameter: float, alpha: Tensor | None) -> Tensor:

@@ -86,6 +86,16 @@ def make_sums(images, points, dtype, device):
     return sums, sums.double()
 
 
+def make_inside(images, points, shared, device, share=0.6):
+    """Make the flat mask of a random region, in which one image has no point inside and one has all."""
+    sizes = [p if shared else n * p for n, p in zip(images, points, strict=True)]
+    inside = torch.rand(sum(sizes), device=device) < share
+    if not shared and images[0] > 1:
+        inside[: points[0]] = False
+        inside[points[0] : 2 * points[0]] = True
+    return inside
+
+
 def find_far_points(sums, state, images, points, band):
     """Return a flat mask of the points whose distance differs from the threshold by more than ``band``."""
     far, offset = [], 0

@@ -21,10 +21,12 @@ from recontrast.data.fingerprint import read_fingerprints
 from recontrast.data.groups import count_groups
 from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
+from recontrast.data.roi import RoiFolder
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_samples
 from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.inference.rois import RegionOfInterest, add_rois
 from recontrast.training.extend import extend as extend_detector
 
 Data = PathLike | Sequence[PathLike] | Sequence[Sample]
@@ -43,6 +45,7 @@ def train(
     cache_dir: PathLike | None = None,
     teacher_cache: float = 0.0,
     budget: str | float | None = None,
+    roi: RegionOfInterest | None = None,
     on_step: Callable[[int, int, str], None] | None = None,
     **fields: Any,
 ) -> CheckpointDetector:
@@ -65,6 +68,8 @@ def train(
         teacher_cache: GiB of device memory for features of the frozen encoder.
         budget: Time for the training: seconds, or a text such as "3m". What fits is chosen from the speed of this
             machine, see `recontrast.training.budget.plan_budget`; given ``fields`` stay as they are.
+        roi: Region of interest: a mask image (black outside), a JSON file of rectangles and polygons, a folder with a
+            mask for each image, or a mask (H, W) of bool. None: whole images, or the masks of the samples.
         on_step: Called with the number of finished steps, of all steps, and a text with loss and speed, whenever a
             line is logged.
         fields: Fields of the recipe, such as ``backbone``, ``weights``, ``steps``, ``batch``, ``size``, ``tile``.
@@ -82,7 +87,7 @@ def train(
     file = None if resume is None else resolve_detector(resume)
     job = train_job.prepare_job(
         groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
-        overwrite=overwrite, option="out", device=device,
+        overwrite=overwrite, option="out", device=device, roi=roi,
         budget=None if budget is None else parse_duration("budget", budget),
     )  # fmt: skip
     train_job.run_job(
@@ -90,7 +95,8 @@ def train(
         tensorboard=False,
         on_step=None if on_step is None else lambda _, done, total, note: on_step(done, total, note),
     )  # fmt: skip
-    return CheckpointDetector(job.target, device)
+    has_folder = isinstance(roi, str | Path) and Path(roi).is_dir()
+    return CheckpointDetector(job.target, device, roi=roi if has_folder else None)
 
 
 def evaluate(
@@ -133,7 +139,8 @@ def evaluate(
         OSError: If a file cannot be read or written.
     """
     loaded = _open_own_detector("evaluate", detector, device)
-    groups = _group_samples(data, category, detector=loaded, incomplete=errors == "keep")
+    folder = getattr(loaded, "roi_folder", None)
+    groups = add_rois(_group_samples(data, category, detector=loaded, incomplete=errors == "keep"), folder)
     if out is not None:
         evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
     network = loaded if isinstance(loaded, ExportedDetector) else loaded.model
@@ -185,11 +192,14 @@ def calibrate(
         target = ExportedTarget(loaded.path, loaded)
     else:
         model_device = next(loaded.model.parameters()).device
+        folder = loaded.roi_folder.folder if isinstance(loaded.roi_folder, RoiFolder) else None
         target = CheckpointTarget(
-            loaded.path, checkpoints.load(loaded.path, mapped=True), model_device, loaded.inference
+            loaded.path, checkpoints.load(loaded.path, mapped=True), model_device, loaded.inference, folder
         )
     samples = select_new_samples("calibrate: good", samples, target)
     allowed_false_alarms(count_groups(samples), false_alarm_rate)  # again, without copies
+    if loaded.recipe.roi != target.recipe.roi:
+        raise ValueError("calibrate: detector: wanted one with the region of interest of its checkpoint, got another")
     calibration, unread = calibrate_detector(
         target, loaded, samples, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
         batch=batch, on_progress=on_progress or (lambda done, total: None),

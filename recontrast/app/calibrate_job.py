@@ -10,6 +10,7 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint, digest
 from recontrast.data.datasets import Sample
 from recontrast.data.groups import number_samples
+from recontrast.data.roi import EACH, RoiList
 from recontrast.inference.calibrate import calibrate_files
 from recontrast.inference.detector import CheckpointDetector, Detector, is_exported, open_detector
 from recontrast.inference.exported_detector import ExportedDetector
@@ -54,12 +55,14 @@ class CheckpointTarget:
         stored: Its content.
         device: Device of the model; None selects the GPU if there is one.
         inference: Inference options. If they change the scores, the calibration is valid only for them.
+        rois: Folder with a mask for each image, for a detector that was trained with such masks.
     """
 
     path: Path
     stored: Checkpoint
     device: Any
     inference: InferenceOptions
+    rois: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -78,7 +81,9 @@ class CheckpointTarget:
 
     def open(self, *, calibrated: bool) -> Detector:
         """Load the detector, with its calibration if ``calibrated``."""
-        return CheckpointDetector(self.path, self.device, inference=self.inference, calibrated=calibrated)
+        return CheckpointDetector(
+            self.path, self.device, inference=self.inference, calibrated=calibrated, roi=self.rois
+        )
 
     def finish(self, calibration: Calibration, detector: Detector) -> Calibration:
         """Return a calibration of the detector's scores with the options that it is valid for."""
@@ -141,13 +146,16 @@ class ExportedTarget:
         store_calibration(self.path, calibration)
 
 
-def open_target(path: Path, device: Any = None, inference: InferenceOptions | None = None) -> CalibrationTarget:
+def open_target(
+    path: Path, device: Any = None, inference: InferenceOptions | None = None, rois: Path | None = None
+) -> CalibrationTarget:
     """Open a file to be calibrated.
 
     Args:
         path: Path of a checkpoint or of an exported file.
         device: Device of the model; None selects the GPU if there is one.
         inference: Inference options, only for checkpoints.
+        rois: Folder with a mask for each image, only for checkpoints of detectors that were trained with such masks.
 
     Returns:
         The file with its detector.
@@ -156,12 +164,15 @@ def open_target(path: Path, device: Any = None, inference: InferenceOptions | No
         ValueError: If the file is damaged or not a detector, or an option does not apply to it.
         OSError: If the file does not exist or cannot be read.
     """
-    if is_exported(path):
+    stored = None if is_exported(path) else checkpoints.load(path, mapped=True)
+    if rois is not None and (stored is None or stored.recipe.roi != EACH or not rois.is_dir()):
+        raise ValueError(f"--roi: wanted a folder of masks for a detector that was trained with one, got {rois}")
+    if stored is None:
         detector = open_detector(path, device, inference=inference)
         if not isinstance(detector, ExportedDetector):  # another class in `OPENERS`
             raise ValueError(f"{path}: wanted a checkpoint or a file of recontrast export, got another detector")
         return ExportedTarget(path, detector)
-    return CheckpointTarget(path, checkpoints.load(path, mapped=True), device, inference or InferenceOptions())
+    return CheckpointTarget(path, stored, device, inference or InferenceOptions(), rois)
 
 
 def calibrate_detector(
@@ -194,6 +205,9 @@ def calibrate_detector(
         ValueError: If no image can be read, or the images are too few for the rate.
     """
     groups = dict(zip([sample.path for sample in good], number_samples(good), strict=True))
+    masks = {sample.path: sample.roi for sample in good if sample.roi is not None}
+    if masks and isinstance(detector, CheckpointDetector) and detector.roi_folder is None:
+        detector.roi_folder = RoiList(masks)
     calibration, unread = calibrate_files(
         detector, list(groups), batch, on_progress, groups, rate=false_alarm_rate, pixel_rate=pixel_rate, source=source,
         weights=target.weights(),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from recontrast.data.listing import PathLike
 from recontrast.inference.detector import Detector, open_detector
 from recontrast.inference.options import InferenceOptions
+from recontrast.inference.rois import RegionOfInterest
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ def load(
     overlap: int | None = None,
     views: Literal["both", "trained", "frozen"] | None = None,
     precision: Literal["float32", "bfloat16"] | None = None,
+    roi: RegionOfInterest | None = None,
 ) -> Detector:
     """Load a detector (ReContrast, Guo et al., https://arxiv.org/abs/2306.02602) for prediction.
 
@@ -31,6 +33,8 @@ def load(
         overlap: Pixels that neighboring tiles share. None: a quarter of the tile.
         views: "both", "trained" or "frozen": which pairs of features make up the map. None: as trained.
         precision: "float32" or "bfloat16". None: as trained.
+        roi: Another region of interest: a mask image, a JSON file of rectangles and polygons, a folder with a mask for
+            each image, or a mask (H, W) of bool. The calibration does not hold for it. None: as trained.
 
     Returns:
         The detector. Its ``predict`` takes images, see `recontrast.inference.prediction.predict`.
@@ -44,7 +48,7 @@ def load(
         >>> detector.predict("photos")[0].show()  # doctest: +SKIP
     """
     file = resolve_detector(path)
-    return open_detector(file, device, tile, overlap, InferenceOptions(views=views, precision=precision))
+    return open_detector(file, device, tile, overlap, InferenceOptions(views=views, precision=precision), roi)
 
 
 def resolve_detector(path: PathLike) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from recontrast import checkpoint
@@ -21,6 +22,8 @@ from recontrast.data.datasets import Sample
 from recontrast.data.groups import group_samples, list_groups
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.roi import EACH, describe_roi
+from recontrast.inference.rois import RegionOfInterest, add_rois, open_rois, resolve_roi
 from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
@@ -123,6 +126,10 @@ class TrainJob:
             return None
         return self.plan.compute_time_limit(self.budget - (time.perf_counter() - self.started))
 
+    def describe_roi(self) -> str | None:
+        """Describe the region of interest; None if whole images are looked at."""
+        return None if self.recipe.roi is None else f"region of interest: {describe_roi(self.recipe.roi)}"
+
     def describe_shots(self) -> str | None:
         """Describe which good images were drawn; None if the recipe uses all."""
         return describe_shots(self.samples, self.recipe.shots, self.recipe.seed)
@@ -148,6 +155,7 @@ def prepare_job(
     data: Sequence[Path] | Mapping[str, list[Sample]], recipe: str | None, changes: Mapping[str, Any], *,
     category: str | None, out: Path | None, resume: Path | None, overwrite: bool, all_good: bool = False,
     option: str = "--out", budget: float | None = None, device: str | torch.device | None = None,
+    roi: RegionOfInterest | None = None,
 ) -> TrainJob:  # fmt: skip
     """Check the options of a run, and load its recipe and data.
 
@@ -165,6 +173,8 @@ def prepare_job(
         budget: Seconds that the training may take, see `recontrast.training.budget.plan_budget`. Fields in ``changes``
             stay as they are; with a recipe, its architecture does. An architecture "MODULE:NAME" is imported.
         device: Device of the training, for the budget.
+        roi: Region of interest of all images, or a folder with a mask for each. None: that of the recipe; or the masks
+            of the samples, if these have any.
 
     Returns:
         The checked run.
@@ -182,6 +192,9 @@ def prepare_job(
         base, category, out, done = stored.recipe, category or stored.category, out or resume.parent, stored.step
     else:
         base = yaml_file.load_recipe(recipe or "mvtec")
+    folder = None
+    if roi is not None:
+        changes["roi"], folder = resolve_roi(roi, "roi" if isinstance(roi, np.ndarray) else "--roi")
     changed = base.replace(**changes)
     if isinstance(data, Mapping):
         groups, where = dict(data), "data"
@@ -192,7 +205,9 @@ def prepare_job(
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
-    groups = _select_shots(groups, changed)
+    groups = add_rois(_select_shots(groups, changed), folder)
+    if roi is None and any(sample.roi is not None for group in groups.values() for sample in group):
+        changed = changed.replace(roi=EACH)
     few = False
     is_default = recipe is None and resume is None and "holdout" not in changes
     copies = _group_copies(groups) if is_default or changed.holdout else list(range(_count_good(groups)))
@@ -208,6 +223,7 @@ def prepare_job(
     if resume is None:
         check_source(changed.backbone, changed.weights)
     check_size(changed)
+    open_rois(changed, [s for group in groups.values() for s in group if s.split == "train" and not s.label])
     if copies:  # without good images, training raises the error
         job = replace(job, training=len(split_holdout(copies, changed.holdout, changed.seed, copies)[0]))
     check_writable(job.out, option)

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ class ImageFiles:
     Attributes:
         paths: Paths without duplicates, in the order given.
         errors: Error message of each file that could not be read, by position. Filled while files are read.
+        check_shape: Function that raises ValueError for an image of a shape (H, W) that is not accepted, and gets its
+            name; None leaves it to the detector, which sets it to compare images with its region of interest.
     """
 
     def __init__(self, paths: Sequence[Path], pool: ThreadPoolExecutor | None = None) -> None:
         unique = {os.path.abspath(path): path for path in reversed(paths)}
         self.paths = list(reversed(unique.values()))
         self.errors: dict[int, str] = {}
+        self.check_shape: Callable[[tuple[int, int], str], None] | None = None
         self._map: Any = map if pool is None else pool.map
 
     def __len__(self) -> int:
@@ -64,6 +67,8 @@ class ImageFiles:
             (H, W, 3) uint8; None if the file cannot be read.
         """
         try:
+            if self.check_shape is not None:
+                self.check_shape(self.shape(position), str(self.paths[position]))
             return self._decode(position, size, crop, bits)
         except OSError as error:
             self.errors[position] = f"{self.paths[position]}: {error.strerror or error}"
@@ -103,10 +108,14 @@ class ImageFiles:
         if start < len(self):
             yield range(start, len(self))
 
+    def shape(self, index: int) -> tuple[int, int]:
+        """Return the height and width of an image in pixels, after applying its EXIF orientation."""
+        return image_size(self.paths[index])
+
     def _count_pixels(self, position: int) -> int:
         """Return the number of pixels of an image; 0 if its file cannot be read, which `read` reports."""
         try:
-            height, width = image_size(self.paths[position])
+            height, width = self.shape(position)
         except (OSError, ValueError):
             return 0
         return height * width

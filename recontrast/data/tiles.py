@@ -5,6 +5,7 @@ the image. An image smaller than a tile is extended to the tile size by mirrorin
 (a b c d | d c b a).
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -137,3 +138,43 @@ class Tiles:
         if self._release and corners:
             release_rows(self._pixels, min(y for y, _ in corners))
         return tiles
+
+
+class TileMasks:
+    """Tiles of the region of interest of one image, cut on access, in reading order.
+
+    An image smaller than a tile is inside the region where it is mirrored from a pixel inside.
+
+    Args:
+        inside: Whether each pixel is inside, (H, W) bool.
+        tile: Side of a tile, in pixels.
+        stride: Distance from one tile to the next, in pixels; at most ``tile``.
+    """
+
+    def __init__(self, inside: NDArray[np.bool_], tile: int, stride: int) -> None:
+        height, width = inside.shape
+        self.corners = [(y, x) for y in tile_starts(height, tile, stride) for x in tile_starts(width, tile, stride)]
+        self.tile = tile
+        padding = [(0, max(tile - height, 0)), (0, max(tile - width, 0))]
+        self._inside = np.pad(inside, padding, "symmetric") if height < tile or width < tile else inside
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def __getitem__(self, index: Any) -> NDArray[np.bool_]:
+        """Cut the masks of the tiles at the positions ``index`` (n,): (n, tile, tile) bool."""
+        corners = [self.corners[i] for i in index]
+        return np.stack([self._inside[y : y + self.tile, x : x + self.tile] for y, x in corners])
+
+    def list_inside(self) -> NDArray[np.int64]:
+        """Return the positions of the tiles with a pixel inside, ascending."""
+        return np.array([
+            position for position, (y, x) in enumerate(self.corners)
+            if self._inside[y : y + self.tile, x : x + self.tile].any()
+        ], np.int64)  # fmt: skip
+
+    def select(self, positions: NDArray[np.int64]) -> "TileMasks":
+        """Return the masks of some tiles, by position."""
+        selected = copy.copy(self)
+        selected.corners = [self.corners[position] for position in positions]
+        return selected

@@ -18,6 +18,7 @@ from recontrast.data.masks import MaskNotes
 from recontrast.evaluation.ground_truth import read_ground_truth
 from recontrast.evaluation.results import Row, ScoredImage, describe_missing
 from recontrast.evaluation.sample_images import READ_ERRORS
+from recontrast.inference.rois import open_rois
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.collectives import gather_shares
@@ -68,6 +69,7 @@ class Category:
         self.defect_count = sum(sample.label for sample in tests)
         self.maskless_count = sum(sample.label and sample.mask is None for sample in tests)
         self.scores = torch.zeros(len(own))
+        self.rois = open_rois(recipe, tests)
         self.has_masks = self.defect_count > 0 and not self.maskless_count
         map_count = len(own) if self.has_masks and streaming is None else 0
         self.maps = _allocate_maps((map_count, *recipe.map_out), memory)
@@ -113,7 +115,11 @@ class Category:
             begin = time.perf_counter()
             if usable:
                 is_whole = len(usable) == len(scores)
-                self.streaming.update(maps if is_whole else maps[usable], masks if is_whole else masks[usable])
+                self.streaming.update(
+                    maps if is_whole else maps[usable],
+                    masks if is_whole else masks[usable],
+                    inside=self._read_rois([self.start + start + index for index in usable], tuple(maps.shape[1:])),
+                )
             self.streaming_seconds += time.perf_counter() - begin
         elif self.has_masks:
             self.maps[start:stop] = maps.cpu().numpy()
@@ -227,6 +233,14 @@ class Category:
                 self._leave_out(offset + index, error)
         return masks
 
+    def _read_rois(self, positions: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
+        """Return the regions of interest of the maps at ``positions`` in ``tests``; None if all pixels count."""
+        if self.rois is None:
+            return None
+        if self.rois.shared is not None:
+            return self.rois.shared
+        return np.stack([self.rois.read_map(position, shape) for position in positions])
+
     def _exact_pixel_metrics(
         self, masks: NDArray[np.bool_], usable: list[int]
     ) -> tuple[dict[str, float], dict[str, float]] | None:
@@ -235,9 +249,12 @@ class Category:
             for position, index in enumerate(usable):
                 self.maps[position], masks[position] = self.maps[index], masks[index]
             self.maps, masks = self.maps[: len(usable)], masks[: len(usable)]
-        if not 0 < np.count_nonzero(masks) < masks.size:
+        inside = self._read_rois(usable, self.recipe.map_out)
+        counted = masks if inside is None else masks & inside
+        pixels = masks.size if inside is None else int(np.broadcast_to(inside, masks.shape).sum())
+        if not 0 < np.count_nonzero(counted) < pixels:
             return None
-        pixel = metrics.pixel_metrics(self.maps, masks)
+        pixel = metrics.pixel_metrics(self.maps, masks, inside=inside)
         values = {"p_auroc": pixel.auroc, "p_ap": pixel.ap, "p_f1": pixel.f1_max, "p_threshold": pixel.f1_threshold}
         return _drop_undefined({**values, "aupro": pixel.aupro, "aupro_per_image": pixel.aupro_per_image}), {}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from recontrast import metrics
 from recontrast.data.datasets import Sample
+from recontrast.data.roi import describe_roi
 from recontrast.data.sources import ConcatImages
 from recontrast.data.tiles import Tiles
 from recontrast.evaluation.category import Category
@@ -27,6 +28,7 @@ from recontrast.evaluation.sample_images import open_images
 from recontrast.evaluation.scorers import Scorer, build_scorer
 from recontrast.evaluation.training_images import TrainingImageChecks
 from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.inference.rois import open_rois
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
@@ -132,7 +134,7 @@ def evaluate(
               for image in category.list_scored_images(lost)]  # fmt: skip
     settings = (recipe.name, recipe.map_out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
     checks.warn(sum(map(len, groups.values())))
-    return Result(rows, *settings, scored=scored, tile=recipe.tile)
+    return Result(rows, *settings, scored=scored, tile=recipe.tile, roi=recipe.roi and describe_roi(recipe.roi))
 
 
 def _build_histograms(scorer: Scorer) -> metrics.Streaming:
@@ -200,14 +202,16 @@ def _infer_samples(
         parts = []
         for name, group in groups.items():
             paths, missing = [sample.path for sample in group], None if unread is None else unread[name]
-            parts.append(scorer.score_files(paths, batch, clock, missing, compare))
+            rois = open_rois(recipe, group)
+            parts.append(scorer.score_files(paths, batch, clock, missing, compare, rois))
         return (result for part in parts for result in part)
     images = [
         open_images(group, recipe, workers, cache_dir, None if unread is None else unread[name])
         for name, group in groups.items()
     ]
     images = checks.wrap(images, list(groups.values()))
-    return scorer.score_images(ConcatImages(images), batch, clock)
+    rois = open_rois(recipe, [sample for group in groups.values() for sample in group])
+    return scorer.score_images(ConcatImages(images), batch, clock, rois)
 
 
 def _collect(

@@ -149,6 +149,7 @@ class Result:
         decided: Summary of the calibrated decisions on these images; None without a calibration.
         tile: Side of a tile in pixels, or None. With tiles, images and maps have the size of the files, and ``size`` is
             the size of a tile.
+        roi: Description of the region of interest whose pixels were counted; None for whole images.
     """
 
     rows: list[Row]
@@ -161,6 +162,7 @@ class Result:
     scored: list[ScoredImage] = field(default_factory=list, repr=False)
     decided: dict[str, Any] | None = None
     tile: int | None = None
+    roi: str | None = None
 
     @property
     def mean(self) -> Row:
@@ -240,6 +242,7 @@ class Result:
             f"Percent. Maps of {'the size of the images, from tiles of ' if self.tile else ''}"
             f"{self.size[0]} x {self.size[1]} px, {self.reduce} of the pairs, blur {self.blur}, "
             f"score {self.score}, mask rule {self.mask_rule}."
+            + ("" if self.roi is None else f" Pixels in the region of interest alone: {self.roi}.")
         )
         lines += [
             f"{METRICS[name]}: from histograms, within {bound:.1e} of the exact value."

@@ -15,6 +15,7 @@ from recontrast.inference import tiling
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.finite import is_finite
 from recontrast.inference.infer import infer, max_map_value
+from recontrast.inference.rois import Rois
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
@@ -37,21 +38,23 @@ class Scorer(Protocol):
     max_value: float
     is_bounded: bool
 
-    def score_images(self, images: Images, batch: int, clock: Clock) -> MapsAndScores:
+    def score_images(self, images: Images, batch: int, clock: Clock, rois: Rois | None = None) -> MapsAndScores:
         """Compute maps and scores of images that were resized and cropped.
 
         Args:
             images: Images at ``recipe.out``, (N, H, W, 3) uint8.
             batch: Number of images per batch.
             clock: Clock that measures the parts.
+            rois: Regions of interest of the images; the graph of an exported file has its own.
 
         Returns:
             Maps and scores, batch after batch.
         """
 
     def score_files(
-        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage
-    ) -> MapsAndScores:
+        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage,
+        rois: Rois | None = None,
+    ) -> MapsAndScores:  # fmt: skip
         """Compute maps and scores of image files at their original scale, from tiles.
 
         Args:
@@ -60,6 +63,7 @@ class Scorer(Protocol):
             clock: Clock that measures the parts.
             unread: Receives one sentence for each image that cannot be read, by position; None raises the error.
             on_image: Called with the path and the pixels (H, W, 3) of each image that was read.
+            rois: Regions of interest of the files.
 
         Returns:
             Maps and scores, image after image.
@@ -86,15 +90,16 @@ class NetworkScorer:
         self.device = next(network.parameters()).device
         self.max_value, self.is_bounded = max_map_value(network, recipe), network.has_bounded_distances
 
-    def score_images(self, images: Images, batch: int, clock: Clock) -> MapsAndScores:
+    def score_images(self, images: Images, batch: int, clock: Clock, rois: Rois | None = None) -> MapsAndScores:
         """Compute maps and scores of images (N, H, W, 3) uint8, see `Scorer`."""
-        return infer(self.network, images, self.recipe, batch=batch, clock=clock)
+        return infer(self.network, images, self.recipe, batch=batch, clock=clock, rois=rois)
 
     def score_files(
-        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage
-    ) -> MapsAndScores:
+        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage,
+        rois: Rois | None = None,
+    ) -> MapsAndScores:  # fmt: skip
         """Compute maps and scores of image files from tiles, see `Scorer`."""
-        return tiling.infer_files(paths, self.network, self.recipe, batch, clock, unread, on_image)
+        return tiling.infer_files(paths, self.network, self.recipe, batch, clock, unread, on_image, rois)
 
 
 class ExportedScorer:
@@ -108,7 +113,7 @@ class ExportedScorer:
         self.detector, self.device = detector, torch.device("cpu")
         self.max_value, self.is_bounded = detector.max_map_value, False  # the file does not say whether it is
 
-    def score_images(self, images: Images, batch: int, clock: Clock) -> MapsAndScores:
+    def score_images(self, images: Images, batch: int, clock: Clock, rois: Rois | None = None) -> MapsAndScores:
         """Compute maps and scores of images (N, H, W, 3) uint8, see `Scorer`.
 
         The resize in the graph does not change an image that has the size after resizing. A cropped image is therefore
@@ -138,8 +143,9 @@ class ExportedScorer:
                 yield torch.from_numpy(maps), torch.from_numpy(scores)
 
     def score_files(
-        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage
-    ) -> MapsAndScores:
+        self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage,
+        rois: Rois | None = None,
+    ) -> MapsAndScores:  # fmt: skip
         """Raise an error: files of detectors of tiles are not evaluated."""
         raise ValueError(f"{self.detector.path}: wanted a detector of whole images, got one of tiles")
 

@@ -11,6 +11,7 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.data.pillow_resize import PillowResize
 from recontrast.export.decisions import decide, round_scores
 from recontrast.inference.infer import build_anomaly_map
+from recontrast.inference.rois import Rois
 from recontrast.models.fold import fold
 from recontrast.models.network import Network
 from recontrast.ops import void_unless_finite
@@ -30,6 +31,8 @@ class DetectorGraph(nn.Module):
     stds: Tensor
     rows: Tensor
     good: Tensor
+    inside: Tensor
+    pixels: Tensor
 
     def __init__(self, model: Network, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
@@ -47,6 +50,9 @@ class DetectorGraph(nn.Module):
         self.register_buffer("rows", torch.cat(rows, dim=1), persistent=False)
         for level, matrix in enumerate(cols):
             self.register_buffer(f"cols{level}", matrix, persistent=False)
+        self.has_region = recipe.roi is not None
+        if self.has_region:
+            self._store_region(torch.tensor(Rois(recipe)[0]))
         self.register_buffer("means", torch.tensor(model.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("stds", torch.tensor(model.std).view(1, 3, 1, 1), persistent=False)
         self.calibrated = calibration is not None
@@ -71,14 +77,38 @@ class DetectorGraph(nn.Module):
         pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
         normalised = (pixels / 255 - self.means) / self.stds
         distances, own_scores = self.network.distances(normalised, self.views, exportable=True)
-        maps = self._build_map(distances)
+        maps = self._build_map_inside(distances) if self.has_region else self._build_map(distances)
         if self.score_rule != "model":
-            score = self.amap.score(maps, self.score_rule)
+            counted = maps.flatten(1)[:, self.pixels].unsqueeze(1) if self.has_region else maps
+            score = self.amap.score(counted, self.score_rule)
         elif own_scores is not None:
             score = void_unless_finite(own_scores, maps)
         if not self.calibrated:
             return maps, score
         return maps, score, *decide(score, self.good, self.threshold)
+
+    def _store_region(self, inside: Tensor) -> None:
+        """Store a region of interest (1, H, W): its pixels, and for each level its points and their factors."""
+        points, factors = self.amap.weigh_inside(inside)
+        self.register_buffer("inside", inside, persistent=False)
+        self.register_buffer("pixels", inside.flatten().nonzero()[:, 0], persistent=False)
+        for level, (mask, factor, rows) in enumerate(zip(points, factors, self.amap.matrices()[0], strict=True)):
+            self.register_buffer(f"points{level}", mask, persistent=False)
+            self.register_buffer(f"factors{level}", factor, persistent=False)
+            self.register_buffer(f"rows{level}", rows, persistent=False)
+
+    def _build_map_inside(self, distances: list[Tensor]) -> Tensor:
+        """Compute the map of the region of interest, see `AnomalyMap.from_distances`."""
+        levels = len(self.amap.sizes)
+        parts = []
+        for level in range(levels):
+            first, *others = distances[level::levels]
+            masked = torch.where(getattr(self, f"points{level}"), sum(others, first), 0.0)
+            spread = getattr(self, f"rows{level}") @ masked @ getattr(self, f"cols{level}").mT
+            parts.append(spread * getattr(self, f"factors{level}"))
+        first, *others = parts
+        scale = 1 / len(distances) if self.amap.reduce == "mean" else 1.0
+        return torch.where(self.inside, sum(others, first) * scale, 0.0)
 
     def _build_map(self, distances: list[Tensor]) -> Tensor:
         """Upsample, blur and sum the distances by the two matrix products of `AnomalyMap`."""

@@ -22,6 +22,7 @@ from recontrast.checkpoint import digest
 from recontrast.data.atomic import replace_files
 from recontrast.data.locks import lock_file
 from recontrast.data.pillow_resize import max_exact_length
+from recontrast.data.roi import EACH
 from recontrast.data.temporary import temporary_folder
 from recontrast.export.decisions import list_files
 from recontrast.export.detector_graph import DetectorGraph
@@ -98,6 +99,10 @@ def export(
     detector = CheckpointDetector(checkpoint, "cpu", inference=InferenceOptions(views, folded=False))
     if detector.overlap is not None:
         raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
+    if detector.recipe.roi == EACH:
+        raise ValueError(
+            f"{checkpoint}: wanted a detector with one region of interest to export, got one with a mask for each image"
+        )
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
     notes += _convert_to_float32(detector)
     if on_start is not None:

@@ -42,6 +42,7 @@ from recontrast.data.tiles import Tiles
 from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.detector import Detector, MapsAndScores, run_checked
 from recontrast.inference.infer import infer
+from recontrast.inference.rois import Rois, open_folder, select_inside
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 
@@ -68,6 +69,7 @@ def calibrate(
     source: str = "",
     batch: int = 16,
     groups: Sequence[int] | None = None,
+    rois: Rois | None = None,
 ) -> Calibration:
     """Compute both thresholds of a model from good images that it was not trained on.
 
@@ -81,6 +83,7 @@ def calibrate(
         batch: Number of images per batch.
         groups: Number of the group of each image, (N,), see `recontrast.calibration.groups`. None: each image is a
             group of its own.
+        rois: Regions of interest of the images; None: that of the recipe.
 
     Returns:
         Calibration for the weights of the model and the recipe.
@@ -90,10 +93,11 @@ def calibrate(
             is not finite.
     """
     allowed_false_alarms(len(images) if groups is None else len(set(groups)), rate)
+    rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
     batches = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
-        model, images, recipe, batch=batch))  # fmt: skip
+        model, images, recipe, batch=batch, rois=rois))  # fmt: skip
     return calibrate_maps(
-        batches, len(images), rate=rate, pixel_rate=pixel_rate, source=source,
+        select_inside(batches, rois), len(images), rate=rate, pixel_rate=pixel_rate, source=source,
         weights=digest(model.state_dict(), recipe), appearance=describe_appearance(images, batch), groups=groups,
     )  # fmt: skip
 
@@ -293,8 +297,10 @@ def calibrate_files(
                     on_progress(done, len(files))
 
             names = [str(path) for path in files.paths]
+            rois = open_folder(detector.recipe, getattr(detector, "roi_folder", None), files.paths)
             numbers = range(len(files)) if groups is None else [groups[path] for path in files.paths]
-            calibration = calibrate_maps(run(), len(files), names=names, groups=numbers, **options)
+            batches = select_inside(run(), rois)
+            calibration = calibrate_maps(batches, len(files), names=names, groups=numbers, **options)
             appearance = _describe_files(detector, files)  # reads each file again, which can fail
             if not files.errors:
                 appearance = appearance[select_first(numbers)]

@@ -8,10 +8,12 @@ import numpy as np
 
 from recontrast import checkpoint as checkpoints
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.roi import RoiFolder, RoiList
 from recontrast.inference.exported_detector import PROGRAMS, ExportedDetector
 from recontrast.inference.finite import is_finite
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.protocol import Detector, MapsAndScores
+from recontrast.inference.rois import RegionOfInterest, apply_roi, describe_other_roi, open_folder
 from recontrast.lazy_import import LazyModule
 from recontrast.recipes.recipe import Recipe, to_pair
 
@@ -68,6 +70,7 @@ class CheckpointDetector(Detector):
         inference: InferenceOptions | None = None,
         *,
         calibrated: bool = True,
+        roi: RegionOfInterest | None = None,
     ) -> None:
         """Load the model.
 
@@ -80,6 +83,9 @@ class CheckpointDetector(Detector):
                 change the scores make the stored calibration invalid.
             calibrated: Whether to use the stored calibration. False ignores it, for a detector that is about to be
                 calibrated again.
+            roi: Region of interest that replaces that of the checkpoint, or a folder with a mask for each image, see
+                `recontrast.inference.rois.resolve_roi`. Another region than the stored one makes the stored
+                calibration invalid.
 
         Raises:
             ValueError: If tiles are requested from a model of whole images or vice versa, ``tile`` or ``overlap`` is
@@ -89,12 +95,17 @@ class CheckpointDetector(Detector):
         self.path = Path(path)
         self.inference = options = inference or InferenceOptions()
         model, trained, state = checkpoints.load_model(path, device, calibrated=calibrated)
-        recipe = options.apply_to(trained)
+        recipe, folder = apply_roi(options.apply_to(trained), roi)
+        self.roi_folder: RoiFolder | RoiList | None = folder  # masks of images that each have their own
         self.recipe, self.overlap = tiling.resolve_tiling(model, recipe, tile, overlap, f"{path}")
         self.category, self.images = state.category, state.images
         self.calibration = self.calibration_note = None
         if state.calibration is not None:
-            mismatch = options.describe_mismatch(trained, state.calibration) or self._describe_other_tiles(recipe)
+            mismatch = (
+                options.describe_mismatch(trained, state.calibration)
+                or self._describe_other_tiles(recipe)
+                or describe_other_roi(trained, recipe)
+            )
             if mismatch is None:
                 self.calibration = state.calibration
             else:
@@ -133,11 +144,14 @@ class CheckpointDetector(Detector):
         Yields:
             Maps (N, H, W) and scores (N,), float32.
         """
+        rois = open_folder(self.recipe, self.roi_folder, files.paths)
         if self.overlap is not None:
-            yield from tiling.infer_tiled(self.model, files, self.recipe, self.overlap, batch)
+            yield from tiling.infer_tiled(self.model, files, self.recipe, self.overlap, batch, rois)
             return
+        if rois is not None and files.check_shape is None:
+            files.check_shape = rois.check
         images = files.resized(self.recipe.size, self.recipe.crop, self.recipe.bits)
-        for maps, scores in infer.infer(self.model, images, self.recipe, batch=batch):
+        for maps, scores in infer.infer(self.model, images, self.recipe, batch=batch, rois=rois):
             yield maps.cpu().numpy(), scores.cpu().numpy()
 
 
@@ -163,6 +177,7 @@ def open_detector(
     tile: int | None = None,
     overlap: int | None = None,
     inference: InferenceOptions | None = None,
+    roi: RegionOfInterest | None = None,
 ) -> Detector:
     """Open the detector in a file.
 
@@ -172,6 +187,7 @@ def open_detector(
         tile: Side of a tile in pixels, see `CheckpointDetector`; only for checkpoints.
         overlap: Pixels shared by neighbouring tiles, see `CheckpointDetector`; only for checkpoints.
         inference: Inference options, see `CheckpointDetector`; only for checkpoints.
+        roi: Region of interest, see `CheckpointDetector`; only for checkpoints.
 
     Returns:
         The detector.
@@ -181,7 +197,9 @@ def open_detector(
         OSError: If the file does not exist or cannot be read.
     """
     if (opener := OPENERS.get(path.suffix.lower())) is None:
-        return CheckpointDetector(path, device, tile, overlap, inference)
+        return CheckpointDetector(path, device, tile, overlap, inference, roi=roi)
+    if roi is not None:
+        raise ValueError(f"{path}: roi: wanted none for an exported file, in which the region of interest is fixed")
     if tile or overlap is not None:
         raise ValueError(f"{path}: wanted a checkpoint where tile or overlap is given, got a file of another kind")
     if inference not in (None, InferenceOptions()):

@@ -14,6 +14,7 @@ from recontrast.recipes.recipe import Recipe
 
 DISPLAY_SIDE = 320  # pixels of a drawn image's longer side: three of them fit beside each other in a notebook
 OUTLINE = (0, 220, 120)  # green stands out on grey and on every heat color
+ROI_OUTLINE = (70, 170, 255)  # of the region of interest
 CAPTION_HEIGHT, MARGIN = 26, 6  # pixels
 
 
@@ -51,12 +52,15 @@ def draw_heat(
     return heatmaps.draw_overlay(pixels, (anomaly - low) / max(high - low, 1e-12))
 
 
-def draw_outlines(pixels: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def draw_outlines(
+    pixels: NDArray[np.uint8], inside: NDArray[np.bool_], color: tuple[int, int, int] = OUTLINE
+) -> NDArray[np.uint8]:
     """Draw a line around regions of an image.
 
     Args:
         pixels: Image (H, W, 3), uint8.
         inside: Pixels that belong to the regions, (H, W).
+        color: Color of the line, RGB.
 
     Returns:
         Copy of the image with the line, (H, W, 3) uint8.
@@ -64,7 +68,7 @@ def draw_outlines(pixels: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArr
     from scipy.ndimage import binary_dilation
 
     outlined = pixels.copy()
-    outlined[binary_dilation(inside, iterations=2) & ~inside] = OUTLINE
+    outlined[binary_dilation(inside, iterations=2) & ~inside] = color
     return outlined
 
 

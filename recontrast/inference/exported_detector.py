@@ -15,6 +15,7 @@ from recontrast.data.sidecar import check_sidecar
 from recontrast.inference.file_checks import ForeignFileError
 from recontrast.inference.programs import PROGRAMS, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
+from recontrast.inference.rois import Rois
 from recontrast.recipes.recipe import to_pair
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class ExportedDetector(Detector):
             ValueError: If the network fails, or its outputs are not those of a detector.
         """
         group: list[NDArray[np.uint8]] = []
+        if self.recipe.roi is not None and files.check_shape is None:
+            files.check_shape = Rois(self.recipe).check
         for indices in files.group(DECODED_AHEAD):
             for index, decoded in zip(indices, files.read_many(indices, self.recipe.bits), strict=True):
                 image = self._replace_unusable(files, index, decoded)

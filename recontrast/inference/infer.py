@@ -12,6 +12,7 @@ from recontrast.anomaly_map import AnomalyMap
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
 from recontrast.float32 import convolution_precision
+from recontrast.inference.rois import Masks, Rois
 from recontrast.models.network import Network
 from recontrast.ops import void_unless_finite
 from recontrast.recipes.recipe import Recipe
@@ -21,8 +22,9 @@ from recontrast.runtime.threads import after_step, start_threads
 
 
 def infer(
-    model: Network, images: Images, recipe: Recipe, *, batch: int = 16, clock: Clock | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    model: Network, images: Images, recipe: Recipe, *, batch: int = 16, clock: Clock | None = None,
+    rois: Masks | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Compute anomaly maps and scores, batch after batch. The next batch is loaded while the network runs.
 
     Args:
@@ -33,22 +35,30 @@ def infer(
         recipe: Recipe, for map, score and precision.
         batch: Number of images per batch.
         clock: Clock that measures loading, forward pass and maps.
+        rois: Regions of interest of the images, indexed by position: masks (n, H, W) of the maps, bool. None: that of
+            the recipe.
 
     Yields:
-        Maps (N, H, W) and scores (N,), float32, on the model's device.
+        Maps (N, H, W) and scores (N,), float32, on the model's device. Outside a region of interest the map is 0, and
+        the score is that of the pixels inside.
 
     Raises:
-        ValueError: If the image size is not a multiple of the model's stride, or an image cannot be decoded.
+        ValueError: If the image size is not a multiple of the model's stride, an image cannot be decoded, or each image
+            needs a region of interest of its own and ``rois`` is None.
         OSError: If an image file cannot be read.
     """
     weight = next(model.parameters())
     channels_last = resolve_memory_format(weight.device, recipe.channels_last) == torch.channels_last
     amap = build_anomaly_map(model, recipe)
     clock = clock or Clock(weight.device)
+    if rois is None and recipe.roi is not None:
+        rois = Rois(recipe)
+    is_shared = isinstance(rois, Rois) and rois.shared is not None
+    shared = torch.tensor(rois[0], device=weight.device) if rois is not None and is_shared else None
 
     @torch.inference_mode()  # around a yield, it would also apply to the caller
-    def score_batch(loading: Future[Tensor]) -> tuple[Tensor, Tensor]:
-        pixels = loading.result()
+    def score_batch(loading: Future[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+        pixels, masks = loading.result()
         clock.mark("loading")
         pixels = pixels.to(weight.device, non_blocking=True)
         x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=channels_last)
@@ -56,14 +66,17 @@ def infer(
             with convolution_precision(recipe.tf32):
                 distances, own_scores = model.distances(x, recipe.views)
         clock.mark("forward")
-        maps, maximum = amap.from_distances(distances)
-        scores = select_scores(amap, maps, maximum, own_scores, recipe)
+        inside = shared if masks is None else masks.to(weight.device, non_blocking=True)
+        maps, maximum = amap.from_distances(distances, inside)
+        scores = select_scores(amap, maps, maximum, own_scores, recipe, inside)
         clock.mark("maps")
         return maps, scores
 
-    def load(start: int) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(images[np.arange(start, min(start + batch, len(images)))]))
-        return pixels.pin_memory() if weight.device.type == "cuda" else pixels
+    def load(start: int) -> tuple[Tensor, Tensor | None]:
+        index = np.arange(start, min(start + batch, len(images)))
+        pixels = torch.from_numpy(np.ascontiguousarray(images[index]))
+        masks = None if rois is None or is_shared else torch.from_numpy(np.ascontiguousarray(rois[index]))
+        return pixels.pin_memory() if weight.device.type == "cuda" else pixels, masks
 
     was_training = model.training
     model.eval()
@@ -101,7 +114,9 @@ def build_anomaly_map(model: Network, recipe: Recipe, method: Literal["auto", "m
     )  # fmt: skip
 
 
-def select_scores(amap: AnomalyMap, maps: Tensor, maximum: Tensor, own: Tensor | None, recipe: Recipe) -> Tensor:
+def select_scores(
+    amap: AnomalyMap, maps: Tensor, maximum: Tensor, own: Tensor | None, recipe: Recipe, inside: Tensor | None = None
+) -> Tensor:
     """Return the image scores that a recipe asks for.
 
     Args:
@@ -110,6 +125,7 @@ def select_scores(amap: AnomalyMap, maps: Tensor, maximum: Tensor, own: Tensor |
         maximum: Largest value of each map, (N,).
         own: The network's own scores, (N,); None if it has none.
         recipe: Recipe, for ``score``.
+        inside: Whether each pixel is in the region of interest, (N, H, W) or (1, H, W) bool; None: the whole image.
 
     Returns:
         Scores (N,), float32; NaN where a map is not finite.
@@ -120,7 +136,7 @@ def select_scores(amap: AnomalyMap, maps: Tensor, maximum: Tensor, own: Tensor |
     if recipe.score == "max":
         return maximum
     if recipe.score != "model":
-        return amap.score(maps, recipe.score)
+        return amap.score(maps, recipe.score, inside)
     if own is None:
         raise ValueError("score: wanted 'max', 'mean' or a share for a network without scores of its own, got 'model'")
     return void_unless_finite(own, maps)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recontrast.data import heatmaps
+from recontrast.data.roi import EACH, decode_mask, resize_mask
 from recontrast.inference import drawing
 from recontrast.inference.given_images import GivenImages, list_given, read_pixels
 
@@ -83,6 +84,8 @@ class Prediction:
     def draw(self) -> Image.Image:
         """Draw the image, its heat map, and the image with the regions outlined, side by side.
 
+        If all images share a region of interest, it has a blue outline.
+
         Returns:
             An RGB picture with a caption: decision, score and p-value.
 
@@ -91,6 +94,9 @@ class Prediction:
         """
         pixels = drawing.fit_for_display(self.image())
         anomaly = self._fit_map(pixels.shape[:2])
+        if self._recipe is not None and self._recipe.roi not in (None, EACH):
+            region = resize_mask(decode_mask(self._recipe.roi), pixels.shape[:2])
+            pixels = drawing.draw_outlines(pixels, region, drawing.ROI_OUTLINE)
         panels = [pixels, drawing.draw_heat(pixels, anomaly, self._colors)]
         if self.regions and self._pixel_threshold is not None:
             panels.append(drawing.draw_outlines(pixels, anomaly > self._pixel_threshold))

@@ -16,9 +16,11 @@ from torch import Tensor
 from recontrast.data.image_files import ImageFiles, describe_image_error
 from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
-from recontrast.data.tiles import Tiles, tile_weights
+from recontrast.data.sources import Images, SelectedImages
+from recontrast.data.tiles import TileMasks, Tiles, tile_weights
 from recontrast.inference.finite import is_finite
 from recontrast.inference.infer import infer
+from recontrast.inference.rois import Rois
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
@@ -101,7 +103,7 @@ def resolve_tiling(
 
 
 def infer_tiled(
-    model: Network, files: ImageFiles, recipe: Recipe, overlap: int, batch: int
+    model: Network, files: ImageFiles, recipe: Recipe, overlap: int, batch: int, rois: Rois | None = None
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Compute maps and scores of image files at their original scale, one file at a time.
 
@@ -111,17 +113,29 @@ def infer_tiled(
         recipe: Recipe with ``tile``, for map, score and precision.
         overlap: Pixels shared by neighbouring tiles.
         batch: Number of tiles per batch.
+        rois: Regions of interest of the files; None: that of the recipe.
 
     Yields:
         Map (1, H, W) and score (1,), float32.
     """
+    rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
 
     def score_file(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         pixels = files.read(index, bits=recipe.bits)
+        inside = None
         if pixels is None:
             pixels = np.zeros((*recipe.out, 3), np.uint8)
+            inside = np.ones(recipe.out, bool)
+        elif rois is not None:
+            try:
+                inside = rois.read(index, pixels.shape[:2], str(files.paths[index]))
+            except (OSError, ValueError) as error:
+                files.errors[index] = describe_image_error(str(files.paths[index]), error)
+                inside = np.ones(pixels.shape[:2], bool)
         trim_memory()  # returns the memory of decoding to the system
-        anomaly, score = score_tiled_image(model, pixels, recipe, overlap=overlap, batch=batch, release=True)
+        anomaly, score = score_tiled_image(
+            model, pixels, recipe, overlap=overlap, batch=batch, release=True, inside=inside
+        )
         return anomaly[None], np.array([score], np.float32)
 
     for index in range(len(files)):
@@ -138,6 +152,7 @@ def score_tiled_image(
     batch: int = 16,
     clock: Clock | None = None,
     release: bool = False,
+    inside: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float32], float]:
     """Compute the anomaly map and the score of an image at its original scale.
 
@@ -150,13 +165,16 @@ def score_tiled_image(
         batch: Number of tiles per batch; on a CPU at most as many as have `CPU_BATCH_PIXELS` pixels.
         clock: Clock that measures loading, forward pass and maps.
         release: Whether to release the memory of ``pixels`` while the map grows. Their content is lost.
+        inside: Region of interest, whether each pixel is inside, (H, W) bool; tiles wholly outside are not computed.
+            None: that of the recipe.
 
     Returns:
         The anomaly map (H, W), float32, in the units of the map of a tile, and the score. With the score "model" it is
         the largest score of a tile.
 
     Raises:
-        ValueError: If the recipe has no tile, or tile or overlap is invalid.
+        ValueError: If the recipe has no tile, tile or overlap is invalid, or the region of the recipe has another
+            aspect ratio than the image.
     """
     if recipe.tile is None:
         raise ValueError("tiled: wanted a recipe with a tile, got one of whole resized images")
@@ -168,15 +186,25 @@ def score_tiled_image(
     blended = np.zeros((height, width), np.float32)
     if next(model.parameters()).device.type == "cpu":
         batch = min(batch, max(CPU_BATCH_PIXELS // tile**2, 1))
+    if inside is None and recipe.roi is not None:
+        inside = Rois(recipe).read(0, (height, width), "the image")
     index, largest = 0, -math.inf
-    tiles = Tiles(pixels, tile, tile - overlap, release=release)
-    for maps, scores in infer(model, tiles, recipe, batch=batch, clock=clock):
+    tiles: Images = Tiles(pixels, tile, tile - overlap, release=release)
+    rois = None
+    if inside is not None:
+        rois = TileMasks(inside, tile, tile - overlap)
+        chosen = rois.list_inside()
+        windows, tiles = [windows[position] for position in chosen], SelectedImages(tiles, chosen)
+        rois = rois.select(chosen)
+    for maps, scores in infer(model, tiles, recipe, batch=batch, clock=clock, rois=rois):
         largest = float(np.maximum(largest, scores.max().item()))  # NaN stays
         for anomaly in maps.cpu().numpy():
             y, x, row, column = windows[index]
             window = blended[y : y + tile, x : x + tile]  # smaller than a tile if the image is
             window += (anomaly * row[:, None] * column)[: window.shape[0], : window.shape[1]]
             index += 1
+    if inside is not None:
+        return blended, score_map(blended, recipe.score, inside)
     return blended, largest if recipe.score == "model" else score_map(blended, recipe.score)
 
 
@@ -188,6 +216,7 @@ def infer_files(
     clock: Clock | None = None,
     unread: dict[int, str] | None = None,
     on_image: Callable[[Path, NDArray[np.uint8]], object] | None = None,
+    rois: Rois | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute maps and scores of image files at their original scale, like `recontrast.inference.infer.infer`.
 
@@ -200,6 +229,7 @@ def infer_files(
         unread: Receives one sentence for each image that cannot be read, by position; a black tile takes its place.
             None raises the error instead.
         on_image: Called with the path and the pixels (H, W, 3) of each image that can be read, before it is scored.
+        rois: Regions of interest of the files; None: that of the recipe.
 
     Yields:
         Map (1, H, W) and score (1,), float32, on the CPU.
@@ -208,34 +238,43 @@ def infer_files(
         ValueError: If the recipe has no tile, or an image cannot be decoded and ``unread`` is None.
         OSError: If an image file cannot be read and ``unread`` is None.
     """
+    rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
 
-    def read(position: int) -> NDArray[np.uint8]:
+    def read(position: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
         try:
             pixels = read_image(paths[position], bits=recipe.bits)
+            inside = None if rois is None else rois.read(position, pixels.shape[:2], str(paths[position]))
         except (OSError, ValueError) as error:
             if unread is None:
                 raise
             unread[position] = describe_image_error(str(paths[position]), error)
-            return np.zeros((*recipe.out, 3), np.uint8)
+            return np.zeros((*recipe.out, 3), np.uint8), np.ones(recipe.out, bool)
         if on_image is not None:
             on_image(Path(paths[position]), pixels)
-        return pixels
+        return pixels, inside
 
     for position in range(len(paths)):
-        anomaly, score = score_tiled_image(model, read(position), recipe, batch=batch, clock=clock)
+        pixels, inside = read(position)
+        anomaly, score = score_tiled_image(model, pixels, recipe, batch=batch, clock=clock, inside=inside)
+        del pixels
         yield torch.from_numpy(anomaly)[None], torch.tensor([score])
 
 
-def score_map(anomaly: NDArray[np.float32], how: str | float) -> float:
+def score_map(anomaly: NDArray[np.float32], how: str | float, inside: NDArray[np.bool_] | None = None) -> float:
     """Compute the score of a whole map as `recontrast.AnomalyMap.score` does, without copying the map.
 
     Args:
         anomaly: Anomaly map (H, W), float32.
         how: "max", "mean", or a share of the pixels: the score is then the mean of that share of largest values.
+        inside: Whether each pixel counts, (H, W) bool; None: all do. The pixels that count are copied.
 
     Returns:
-        The score; NaN if a value of the map is NaN or infinite.
+        The score; NaN if a value of the map is NaN or infinite; 0 without pixels.
     """
+    if inside is not None:
+        anomaly = anomaly[inside][None]
+    if not anomaly.size:
+        return 0.0
     if not is_finite(anomaly):
         return math.nan
     if how == "max":

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.metrics import inputs, reference
+from recontrast.metrics.inside import check_inside, pack_pixels
 
 REGIONS_BACKEND = "native" if inputs.native else "scipy"
 """Implementation of metrics and regions: "native" (csrc/), or "scipy" (with NumPy) if that is not compiled."""
@@ -207,7 +208,9 @@ def aupro(
     return areas[0] if np.ndim(limit) == 0 else areas
 
 
-def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *, labels: Any = None) -> PixelMetrics:
+def pixel_metrics(
+    maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *, labels: Any = None, inside: Any = None
+) -> PixelMetrics:
     """Compute all metrics over pixels from one sort (sources: scikit-learn, upstream, and Bergmann et al. for AUPRO).
 
     Args:
@@ -216,6 +219,8 @@ def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *
         limit: False positive rate in (0, 1] at which both AUPROs end. With several, ``aupro`` and ``aupro_per_image``
             use the first, and ``aupro_at`` holds the AUPRO at each.
         labels: Label of each image, 1 anomalous, compared with the masks. None skips the comparison.
+        inside: Region of interest in the shape of ``maps``, or (H, W) for all images: bool, 0/1 or 0/255. Pixels
+            outside count for nothing; a region of a mask is what of it is inside. None: all pixels count.
 
     Returns:
         Metrics as floats.
@@ -226,9 +231,11 @@ def pixel_metrics(maps: Any, masks: Any, limit: float | Sequence[float] = 0.3, *
     """
     limits = inputs.check_limits(limit)
     scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
-    auroc, ap, f1, threshold, _, areas = _compute_rates(scores, positive, limits)
+    mask = None if inside is None else check_inside(scores.shape, inside)
+    whole = (scores, positive) if mask is None else pack_pixels(scores, positive, mask)
+    auroc, ap, f1, threshold, _, areas = _compute_rates(*whole, limits)
     try:
-        per_image = _compute_per_image_aupro(scores, positive, limits[0])
+        per_image = _compute_per_image_aupro(scores, positive, limits[0], mask)
     except ValueError:  # a single image can leave it undefined; the other metrics are still valid
         per_image = float("nan")
     return PixelMetrics(auroc, ap, f1, threshold, areas[0], per_image, dict(zip(limits, areas, strict=True)))
@@ -241,9 +248,19 @@ def _compute_rates(scores: NDArray[Any], positive: NDArray[Any], limits: list[fl
     return rates
 
 
-def _compute_per_image_aupro(scores: NDArray[Any], positive: NDArray[Any], limit: float) -> float:
+def _compute_per_image_aupro(
+    scores: NDArray[Any], positive: NDArray[Any], limit: float, inside: NDArray[Any] | None = None
+) -> float:
     """Average the per-image AUPRO over the images that have a region."""
-    areas, reasons = inputs.get_kernels().per_image(scores, positive, limit)
+    compute = inputs.get_kernels().per_image
+    if inside is None:
+        areas, reasons = compute(scores, positive, limit)
+    else:
+        images = np.flatnonzero((positive & inside).any(axis=(1, 2)))
+        areas, reasons = np.full(len(scores), np.nan), np.full(len(scores), reference.GOOD_IMAGE, np.uint8)
+        for image in images.tolist():
+            one = slice(image, image + 1)
+            areas[one], reasons[one] = compute(*pack_pixels(scores[one], positive[one], inside[one]), limit)
     for n in np.flatnonzero(reasons > reference.GOOD_IMAGE):
         reason = {
             reference.CONSTANT_MAP: "has a constant map",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from recontrast.lazy_import import LazyModule
 from recontrast.metrics import bounds, inputs, reference
 from recontrast.metrics.bounds import UNIT, Estimate
+from recontrast.metrics.inside import check_inside, pack_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -102,18 +103,28 @@ class Streaming:
         self.counts = torch.zeros(3, bins, dtype=torch.int64, device=device)
         self.totals = torch.zeros(6, dtype=torch.int64, device=device)
 
-    def update(self, maps: Any, masks: Any, labels: Any = None) -> None:
+    def update(self, maps: Any, masks: Any, labels: Any = None, inside: Any = None) -> None:
         """Add a batch. If it is invalid, none of it is added.
 
         Args:
             maps: Anomaly maps (..., H, W), NumPy or torch, real numbers in [0, high].
             masks: Masks in the shape of ``maps``: bool, 0/1 or 0/255.
             labels: Label of each image, 1 anomalous, compared with the masks. None skips the comparison.
+            inside: Region of interest in the shape of ``maps``, or (H, W) for all images: bool, 0/1 or 0/255. Pixels
+                outside count for nothing. None: all pixels count.
 
         Raises:
             ValueError: If a value is not finite or not in [0, high], the shapes differ, masks or labels have other
                 values, or a label contradicts its mask.
         """
+        if inside is not None:
+            scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
+            mask = check_inside(scores.shape, inside)
+            images = [slice(n, n + 1) for n in range(len(scores)) if mask[n].any()]
+            rows = [pack_pixels(scores[one], positive[one], mask[one]) for one in images]
+            for row, is_positive in rows:  # of one image each, like a map of height 1
+                self.update(row, is_positive)
+            return
         if self.clip:
             maps = torch.as_tensor(maps)
             maps = maps.where((maps <= self.high) | ~maps.isfinite(), self.high)

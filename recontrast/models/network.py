@@ -26,6 +26,7 @@ class Network(nn.Module):
         stride: Height and width of images must be multiples of it, in pixels.
         align_corners: Whether distances are upsampled with aligned corners.
         has_bounded_distances: Whether no distance exceeds `max_distance`.
+        fits_inside: Whether `OnePassNetwork.observe` takes the points inside a region of interest.
         fitted_buffers: Names of buffers that take the shape of a loaded state dict.
     """
 
@@ -36,6 +37,7 @@ class Network(nn.Module):
     stride: int
     align_corners: bool = True
     has_bounded_distances: bool = True
+    fits_inside: bool = False
     fitted_buffers: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -180,6 +182,10 @@ class OnePassNetwork(Network):
 
     def observe(self, images: Tensor) -> None:
         """Collect what one pass over the good images estimates.
+
+        A network with ``fits_inside`` also takes ``inside``, whether each pixel is in the region of interest, (N, H, W)
+        bool of any size, and leaves out the points outside. Another one learns the whole image, and only its map and
+        score have the region.
 
         Args:
             images: Normalised images (N, 3, H, W), of one size in all calls.

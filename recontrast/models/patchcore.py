@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recontrast.inside import pool_inside
 from recontrast.models.backbone import Backbone
 from recontrast.models.coreset import ACTIVE_SHARE, find_nearest, project_randomly, select_coreset
 from recontrast.models.network import OnePassNetwork, Views, check_choice, disable_autocast
@@ -52,6 +53,7 @@ class PatchCore(OnePassNetwork):
     """
 
     bank: Tensor
+    fits_inside = True
     fitted_buffers: ClassVar[tuple[str, ...]] = ("bank",)
 
     def __init__(
@@ -195,22 +197,26 @@ class PatchCore(OnePassNetwork):
         )
 
     @torch.no_grad()
-    def observe(self, images: Tensor) -> None:
+    def observe(self, images: Tensor, inside: Tensor | None = None) -> None:
         """Collect the feature vectors of a batch of good images for `build_bank`.
 
         Args:
             images: Normalised images (N, 3, H, W).
+            inside: Whether each pixel is in the region of interest, (N, H, W) bool of any size, on the device of the
+                images; other points are left out (`recontrast.inside.pool_inside`). None takes all.
         """
         self.check_images(images)
-        self.observe_features(self(images))
+        self.observe_features(self(images), inside)
 
-    def observe_features(self, embedded: Tensor) -> None:
+    def observe_features(self, embedded: Tensor, inside: Tensor | None = None) -> None:
         """Collect feature vectors for `build_bank`.
 
         Args:
             embedded: Vectors of good images that `forward` has computed, (N, d, h, w).
+            inside: Region of interest, as in `observe`.
         """
-        vectors = embedded.permute(0, 2, 3, 1).flatten(0, 2)
+        vectors = embedded.permute(0, 2, 3, 1)
+        vectors = vectors.flatten(0, 2) if inside is None else vectors[pool_inside(inside, embedded.shape[2:])]
         self._seen += len(vectors)
         if self._observed_share < 1:
             count = math.floor(self._observed_share * len(vectors))

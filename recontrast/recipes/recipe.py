@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from recontrast.data.roi import describe_roi
 from recontrast.recipes.describe import describe_value
 from recontrast.recipes.frozen_mapping import FrozenMapping
 from recontrast.recipes.validation import (
@@ -166,6 +167,9 @@ class Recipe:
         map_size: Size of the anomaly map in pixels. It is computed at the size of the network's input, then resized and
             blurred; masks are resized to it by nearest neighbour. Dinomaly and INP-Former use 256. None, the default,
             keeps the size of the input.
+        roi: Region of interest, outside of which nothing counts: the mask of all images as
+            `recontrast.data.roi.encode_mask` writes it, or "each" if each image has its own. None, the default, is the
+            whole image.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -250,6 +254,7 @@ class Recipe:
     coherence: float = 0.2
     fused_norm: bool = False
     map_size: int | tuple[int, int] | None = None
+    roi: str | None = None
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -310,6 +315,7 @@ class Recipe:
                 self.pairs == "self" and self.views != "both",
                 f"views: wanted 'both' if pairs is 'self', which has one target, got {self.views!r}",
             ),
+            (bool(self.roi) and self.score == "model", "score: wanted 'max', 'mean' or a share with roi, got 'model'"),
             (
                 self.rest > (self.wipe_every or 0),
                 f"rest: wanted at most wipe_every ({self.wipe_every}), got {self.rest}",
@@ -485,7 +491,8 @@ def list_differences(recipe: Recipe, other: Recipe, ignore: tuple[str, ...] = ()
     """
     defaults = {field.name: field.default for field in fields(Recipe)}
     a, b = {**defaults, **recipe.to_dict()}, {**defaults, **other.to_dict()}
-    return [f"{key}: {a[key]!r} and {b[key]!r}" for key in a if key not in ignore and a[key] != b[key]]
+    show = {key: describe_roi if key == "roi" else repr for key in a}
+    return [f"{k}: {show[k](a[k])} and {show[k](b[k])}" for k in a if k not in ignore and a[k] != b[k]]
 
 
 def _check_names(values: Mapping[str, Any], name: Any) -> None:

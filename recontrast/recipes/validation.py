@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from recontrast.data.roi import EACH, decode_mask
 from recontrast.recipes.describe import describe_value
 
 # Function that returns whether a value is valid, and a description of valid values for error messages.
@@ -78,6 +79,16 @@ def _is_options(value: Any) -> bool:
         isinstance(name, str) and name.isidentifier() and all(map(_is_plain, v if isinstance(v, tuple) else (v,)))
         for name, v in value.items()
     )  # fmt: skip
+
+
+def _is_roi(value: Any) -> bool:
+    """Return whether ``value`` is None, "each", or an encoded mask."""
+    if value is None or (isinstance(value, str) and value == EACH):
+        return True
+    try:
+        return isinstance(value, str) and decode_mask(value) is not None
+    except ValueError:
+        return False
 
 
 def _is_plain(value: Any) -> bool:
@@ -213,6 +224,7 @@ FIELD_RULES: dict[str, FieldRule] = {
     "coherence": _RATE,
     "fused_norm": _FLAG,
     "map_size": (lambda v: v is None or _is_size(v), f"none, {_SIZE[1]}"),
+    "roi": (_is_roi, "none, 'each' or a mask as recontrast.data.roi.encode_mask writes it (--roi takes files)"),
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,

@@ -98,7 +98,7 @@ def plan_budget(
     started = time.perf_counter()
     if "architecture" not in fixed:
         recipe = recipe.replace(architecture="ensemble" if len(paths) >= MIN_IMAGES else "patchcore")
-        if "score" not in fixed and recipe.architecture == "ensemble":
+        if "score" not in fixed and recipe.architecture == "ensemble" and recipe.roi is None:
             recipe = recipe.replace(score="model")
     probe = _Probe(recipe, paths, device, category)
     remaining = seconds * SAFETY - WRITING - (time.perf_counter() - started)

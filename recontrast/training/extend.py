@@ -23,6 +23,7 @@ from recontrast.data.fingerprint import describe_images
 from recontrast.data.groups import list_groups
 from recontrast.data.locks import lock_checkpoint
 from recontrast.data.near_copies import encode_sketches, read_sketches
+from recontrast.data.sources import Images, SelectedImages
 from recontrast.float32 import convolution_precision
 from recontrast.inference.calibrate import split_trained_images
 from recontrast.recipes.recipe import Recipe
@@ -33,6 +34,7 @@ from recontrast.training.json_log import read_log
 from recontrast.training.new_images import split_new_images
 from recontrast.training.one_pass import observe, plan_memory
 from recontrast.training.open_images import sketch_images
+from recontrast.training.rois import TrainingRois
 from recontrast.training.run_files import CHECKPOINT, LOG, list_results
 from recontrast.training.sampler import BatchSampler
 from recontrast.training.state import TrainingState, snapshot
@@ -148,17 +150,21 @@ def _fit_further(
     """Fit the network of a checkpoint to further images, and return the state of the extended run."""
     recipe = saved.recipe
     images = _decode(recipe, files)
+    rois = None if recipe.roi is None else TrainingRois(recipe, files, images, device)
     model = checkpoint.build(saved, path)
     channels_last = move_model(model, device, recipe.channels_last) == torch.channels_last
     model.eval()
-    augmented = augment_images(images, recipe.augment)
+    used: Images = images if rois is None else SelectedImages(images, rois.inside)
+    augmented = augment_images(used, recipe.augment)
     count = len(augmented)
     plan_memory(model, recipe, count, device)
     batches = DeviceImages(augmented, device)
     starts = range(0, count, recipe.batch)
     for start in starts:
         stop = min(start + recipe.batch, count)
-        observe(model, batches[np.arange(start, stop)], recipe, channels_last=channels_last)
+        index = np.arange(start, stop)
+        inside = None if rois is None else rois[index]
+        observe(model, batches[index], recipe, channels_last=channels_last, inside=inside)
         if on_step is not None:
             on_step(stop, count)
     fit = get_architecture(recipe).fit

@@ -23,6 +23,7 @@ from recontrast.data.listing import DataWarning
 from recontrast.data.sources import Images, SelectedImages
 from recontrast.inference import tiling
 from recontrast.inference.calibrate import calibrate
+from recontrast.inference.rois import open_rois, select_inside
 from recontrast.training.state import TrainingState, snapshot
 
 Item = TypeVar("Item")
@@ -130,13 +131,14 @@ def calibrate_holdout(
     groups = [groups[position] for position in positions]
     rate = max(DEFAULT_RATE, 1 / (len(set(groups)) + 1))
     options: dict[str, Any] = {"rate": rate, "source": "held out of training", "groups": groups}
+    rois = open_rois(recipe, held_out)
     if images is not None:
         selected = SelectedImages(images, np.array(positions))
-        calibration = calibrate(model, recipe, selected, **options, batch=recipe.batch)
+        calibration = calibrate(model, recipe, selected, **options, batch=recipe.batch, rois=rois)
     else:  # tiles of whole images at full scale, as in prediction
-        batches = tiling.infer_files([sample.path for sample in held_out], model, recipe, recipe.batch)
+        batches = tiling.infer_files([sample.path for sample in held_out], model, recipe, recipe.batch, rois=rois)
         calibration = calibrate_maps(
-            ((maps.numpy(), scores.numpy()) for maps, scores in batches),
+            select_inside(((maps.numpy(), scores.numpy()) for maps, scores in batches), rois),
             len(held_out),
             **options,
             pixel_rate=DEFAULT_PIXEL_RATE,

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,9 @@ class OnePassTrainer(Trainer):
 
     def _observe(self, indices: np.ndarray) -> None:
         """Run the network on the images at ``indices``."""
-        observe(self.state.model, self.images[indices], self.settings.recipe, channels_last=self.channels_last)
+        inside = None if self.rois is None else self.rois[indices]
+        recipe, channels_last = self.settings.recipe, self.channels_last
+        observe(self.state.model, self.images[indices], recipe, channels_last=channels_last, inside=inside)
         self.progress.count(len(indices))
 
 
@@ -111,7 +113,9 @@ def plan_memory(model: Network, recipe: Recipe, count: int, device: torch.device
 
 
 @torch.no_grad()
-def observe(model: Network, pixels: Tensor, recipe: Recipe, *, channels_last: bool) -> None:
+def observe(
+    model: Network, pixels: Tensor, recipe: Recipe, *, channels_last: bool, inside: Tensor | None = None
+) -> None:
     """Let a network observe a batch of good images.
 
     Args:
@@ -119,8 +123,13 @@ def observe(model: Network, pixels: Tensor, recipe: Recipe, *, channels_last: bo
         pixels: Images (N, H, W, 3) uint8, on the device of the network.
         recipe: Recipe of the run.
         channels_last: Whether the network computes in channels-last format.
+        inside: Whether each pixel is in the region of interest, (N, H, W) or (1, H, W) bool; None: the whole image. A
+            network without `Network.fits_inside` ignores it.
     """
     dtype = next(model.parameters()).dtype
     batch = normalise(pixels, model.mean, model.std, dtype=dtype, channels_last=channels_last)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        cast(OnePassNetwork, model).observe(batch)
+        if inside is not None and model.fits_inside:
+            cast(Any, model).observe(batch, inside.expand(len(batch), -1, -1))
+        else:
+            cast(OnePassNetwork, model).observe(batch)

@@ -20,6 +20,7 @@ def train_step(
     recipe: Recipe,
     shares: Sequence[int] | None = None,
     frozen_features: Sequence[Tensor] | None = None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Make one training step.
 
@@ -33,6 +34,8 @@ def train_step(
         shares: Number of images in each process; None for a single process.
         frozen_features: Cached features of the frozen encoder for these images, (N, C, h, w) of each level. None
             computes them.
+        inside: Whether each pixel is in the region of interest, (N, H, W), or (1, H, W) for all images, bool, of any
+            size. Ignored by an architecture that does not mask its loss. None: the whole image.
 
     Returns:
         The loss before the update, a scalar on the device, float32 (float64 for float64 weights). With several
@@ -41,12 +44,14 @@ def train_step(
     Raises:
         ValueError: If the architecture is not trained by steps.
     """
-    compute_loss = get_architecture(recipe).compute_loss
+    architecture = get_architecture(recipe)
+    compute_loss = architecture.compute_loss
     if compute_loss is None:
         raise ValueError(f"train_step: wanted an architecture that is trained by steps, got {recipe.architecture!r}")
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         outputs = model(images, frozen_features=frozen_features)
-    loss = compute_loss(outputs, recipe, parameter, shares)
+    options = {} if inside is None or not architecture.masks_loss else {"inside": inside}
+    loss = compute_loss(outputs, recipe, parameter, shares, **options)
     model.zero_grad(set_to_none=True)  # also of parameters whose optimiser is not active
     loss.backward()
     if recipe.clip is not None:

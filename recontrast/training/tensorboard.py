@@ -16,6 +16,7 @@ from recontrast.data.names import escape_bytes
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.tiles import Tiles
 from recontrast.inference.infer import infer
+from recontrast.inference.rois import open_rois
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 
@@ -92,7 +93,10 @@ class TensorBoardLogger:
         """
         selected = _alternate_kinds([s for s in samples if s.split == "test"] or list(samples))[:count]
         images = np.stack([_read_input(sample, recipe) for sample in selected])
-        maps = np.concatenate([part.cpu().numpy() for part, _ in infer(model, images, recipe, batch=count)])
+        if recipe.tile is not None:
+            recipe = recipe.replace(roi=None)
+        batches = infer(model, images, recipe, batch=count, rois=open_rois(recipe, selected))
+        maps = np.concatenate([part.cpu().numpy() for part, _ in batches])
         grey_maps = (255 * maps.clip(0) / max(float(maps.max()), 1e-12)).astype(np.uint8)
         for sample, pixels, grey in zip(selected, images, grey_maps, strict=True):
             pair = np.concatenate([pixels, np.repeat(grey[..., None], 3, axis=2)], axis=1)

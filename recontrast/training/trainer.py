@@ -24,7 +24,7 @@ from recontrast.data.augment import augment_images, count_views
 from recontrast.data.fingerprint import describe_images
 from recontrast.data.groups import list_groups
 from recontrast.data.images import normalise
-from recontrast.data.sources import Images
+from recontrast.data.sources import Images, SelectedImages
 from recontrast.models.network import Network
 from recontrast.models.norm_act import fuse_norm_act
 from recontrast.runtime import distributed, threads
@@ -36,6 +36,7 @@ from recontrast.training.holdout import calibrate_holdout
 from recontrast.training.open_images import OpenImages, list_classes, open_images
 from recontrast.training.optimisers import build_optimisers, schedule_optimisers
 from recontrast.training.progress import ProgressMeter
+from recontrast.training.rois import TrainingRois
 from recontrast.training.run_files import CHECKPOINT, RunFiles
 from recontrast.training.sampler import BatchSampler
 from recontrast.training.settings import RunSettings
@@ -77,8 +78,13 @@ class Trainer:
         model.train()
         self.dtype = next(model.parameters()).dtype
         self.opened = open_images(settings, resumed)
-        images = augment_images(self.opened.training, recipe.augment)
-        self.state = _build_state(settings, model, self.opened)
+        images, self.rois = self.opened.training, None
+        if recipe.roi is not None:
+            self.rois = TrainingRois(recipe, self.opened.samples, images, settings.device)
+            if len(self.rois.inside) < len(images):
+                images = SelectedImages(images, self.rois.inside)
+        self.state = _build_state(settings, model, self.opened, self.rois)
+        images = augment_images(images, recipe.augment)
         self.calibration: Calibration | None = None
         if resumed is not None:
             restore(self.state, resumed, f"{settings.resume}")
@@ -109,11 +115,12 @@ class Trainer:
             self.teacher = TeacherCache(model.constant_features, len(images), budget, autocast=autocast)
         self.images = DeviceImages(images, device)
         self.graphed_step: GraphedStep | None = None
-        if recipe.graph and device.type == "cuda":
+        if recipe.graph and device.type == "cuda" and (self.rois is None or self.rois.is_shared):
+            inside = None if self.rois is None else self.rois[np.arange(1)]
             batch, network = self.state.sampler.batch, self.network  # a reference to self would delay freeing the GPU
             self.graphed_step = GraphedStep(
                 lambda active, x, parameter, features: train_step(
-                    network, active, x, parameter, recipe, [batch], features
+                    network, active, x, parameter, recipe, [batch], features, inside
                 ),
                 batch,
                 device,
@@ -193,7 +200,8 @@ class Trainer:
         frozen_features = self.teacher(indices, batch) if self.teacher is not None and len(indices) else None
         if self.graphed_step is not None:
             return self.graphed_step(active, batch, parameter, frozen_features)
-        return train_step(self.network, active, batch, parameter, self.settings.recipe, shares, frozen_features)
+        inside = None if self.rois is None else self.rois[indices]
+        return train_step(self.network, active, batch, parameter, self.settings.recipe, shares, frozen_features, inside)
 
     def _is_due(self, every: int) -> bool:
         """Return whether the last step ends an interval of ``every`` steps, or the run."""
@@ -235,13 +243,19 @@ def _prepare_model(settings: RunSettings, resumed: Checkpoint | None) -> Network
     return model
 
 
-def _build_state(settings: RunSettings, model: Network, opened: OpenImages) -> TrainingState:
+def _build_state(settings: RunSettings, model: Network, opened: OpenImages, rois: TrainingRois | None) -> TrainingState:
     """Check that all processes have the same settings and images, and return the state before the first step."""
     recipe, category, device, world = settings.recipe, settings.category, settings.device, settings.world
     images = opened.training
     views = count_views(recipe.augment)
-    classes = np.tile(list_classes(opened), views) if recipe.sampling == "classes" else None
-    count = len(images) * views
+    used = slice(None) if rois is None else rois.inside
+    classes = np.tile(list_classes(opened)[used], views) if recipe.sampling == "classes" else None
+    count = (len(images) if rois is None else len(rois.inside)) * views
+    if recipe.drop_last and count < recipe.batch:
+        raise ValueError(
+            f"train: batch: wanted at most the {count} training images with a pixel in the region of interest, got "
+            f"{recipe.batch}"
+        )
     sampler = BatchSampler(count, recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed, classes=classes)
     description = describe_images(images)
     compared = {name: description[name] for name in ("count", "digest")}

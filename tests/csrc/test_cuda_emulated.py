@@ -16,6 +16,7 @@ from op_cases import (
     find_far_points,
     make_anomaly_map_arguments,
     make_features,
+    make_inside,
     make_sums,
     relative_error,
 )
@@ -144,6 +145,32 @@ def test_mining(emulated, rule, dtype, group):
     if name == "power":
         far[:] = True
     torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("rule", RULES[1::2], ids=str)
+def test_mining_inside(emulated, rule, dtype, group, shared):
+    name, parameter, factor = rule
+    sums, wide = make_sums(*group, dtype, "cpu")
+    inside = make_inside(*group, shared, "cpu")
+    flat = torch.cat([m.expand(3, -1, -1).flatten() for m in reference.split_inside(inside, shared, *group)])
+    sums[~flat] = torch.nan
+    tolerance = {"rtol": 3e-6 if dtype == F32 else 1e-12, "atol": 1e-6 if dtype == F32 else 1e-13}
+    rest = (inside, shared, *group, name, parameter, None, factor)
+    loss, state = twice(emulated, lambda ops: ops.mined_loss_inside(sums, *rest))
+    expected = reference.mined_loss_inside(wide, *rest)
+    for ours, theirs in zip((loss, state), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, equal_nan=True, **tolerance)
+    grad, rest = torch.tensor(-1.7, dtype=dtype), (*group, name, parameter, factor)
+    (ours,) = twice(emulated, lambda ops: ops.mined_loss_inside_backward(grad, sums, inside, shared, state, *rest))
+    theirs = reference.mined_loss_inside_backward(grad.double(), wide, inside, shared, expected[1], *rest)
+    far = find_far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
+    if name == "power":
+        far[:] = True
+    torch.testing.assert_close(ours.double()[far & flat], theirs[far & flat], **tolerance)
+    assert not ours[~flat].any()
 
 
 @pytest.mark.parametrize("points", [1, 37, 1025])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import triton
-from op_cases import GROUPS, RULES, find_far_points, make_sums
+from op_cases import GROUPS, RULES, find_far_points, make_inside, make_sums
 
 from recontrast import reference
 from recontrast.kernels import anomaly_map, autotune, cosine_sums, mined_loss
@@ -192,6 +192,32 @@ def test_mining(rule, dtype, group):
     if name == "power":
         far[:] = True
     torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
+@pytest.mark.parametrize("group", [GROUPS["odd"], GROUPS["empty"], ([4, 4], [256, 64])], ids=["odd", "empty", "levels"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("rule", [RULES[1], RULES[3], RULES[5], RULES[6]], ids=str)
+def test_mining_inside(rule, dtype, group, shared):
+    name, parameter, factor = rule
+    sums, wide = make_sums(*group, dtype, DEVICE)
+    inside = make_inside(*group, shared, DEVICE)
+    flat = torch.cat([m.expand(3, -1, -1).flatten() for m in reference.split_inside(inside, shared, *group)])
+    sums[~flat] = 1e30  # whatever lies outside; the interpreter warns of NaN
+    tolerance = {"rtol": 3e-6 if dtype == F32 else 1e-12, "atol": 1e-6 if dtype == F32 else 1e-13}
+    rest = (inside, shared, *group, name, parameter, None, factor)
+    loss, state = mined_loss.mined_loss_inside(sums, *rest)
+    expected = reference.mined_loss_inside(wide, *rest)
+    for ours, theirs in zip((loss, state), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, equal_nan=True, **tolerance)
+    grad, rest = torch.tensor(-1.7, dtype=dtype, device=DEVICE), (*group, name, parameter, factor)
+    ours = mined_loss.mined_loss_inside_backward(grad, sums, inside, shared, state, *rest)
+    theirs = reference.mined_loss_inside_backward(grad.double(), wide, inside, shared, expected[1], *rest)
+    far = find_far_points(wide, expected[1], *group, 1e-6 if dtype == F32 else 1e-13)
+    if name == "power":
+        far[:] = True
+    torch.testing.assert_close(ours.double()[far & flat], theirs[far & flat], **tolerance)
+    assert not ours[~flat].any()
 
 
 @pytest.mark.parametrize("rule", [RULES[1], RULES[3], RULES[6]], ids=str)

@@ -56,6 +56,10 @@ def calibrate(  # 11 options and their checks; `calibrate_job` does the work
         path_option(help="Images with defects or folders of them: says how many are found. May be repeated."),
     ] = None,
     all_good: AllGood = False,
+    roi: Annotated[
+        Path | None,
+        path_option(help="Folder with a mask for each image, for a detector that was trained with such masks."),
+    ] = None,
     views: Views = None,
     precision: Precision = None,
     batch: Batch = 16,
@@ -89,7 +93,7 @@ def calibrate(  # 11 options and their checks; `calibrate_job` does the work
             raise ValueError(f"{option}: wanted other images than those of --good, got {len(shared)} of them again")
     if good:
         allowed_false_alarms(count_groups(given), false_alarm_rate)  # checked before the model is built
-    target = open_target(file, device, inference)
+    target = open_target(file, device, inference, roi)
     for option, paths in (
         ("--good", [s.path for s in given]), ("--check", [s.path for s in checks]), ("--bad", bad_paths)
     ):  # fmt: skip

@@ -45,6 +45,12 @@ def evaluate(  # 17 options and their checks; `evaluate_job` does the work
         bool,
         typer.Option("--streaming", help="Pixel metrics from histograms, in constant memory, with proven bounds."),
     ] = False,
+    roi: Annotated[
+        Path | None,
+        path_option(
+            help="Another region of interest, as in train; the calibration does not hold for it. Default: as trained."
+        ),
+    ] = None,
     inference: InferenceArguments,
     overwrite: Overwrite = False,
     cache: Annotated[
@@ -59,6 +65,7 @@ def evaluate(  # 17 options and their checks; `evaluate_job` does the work
     from recontrast.data.fingerprint import read_fingerprints
     from recontrast.data.near_copies import read_sketches
     from recontrast.inference.detector import is_exported, open_detector
+    from recontrast.inference.rois import add_rois, apply_roi, describe_other_roi
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -79,19 +86,24 @@ def evaluate(  # 17 options and their checks; `evaluate_job` does the work
         "save_maps": save_maps,
     }  # fmt: skip
     if is_exported(file):
-        detector: Any = open_detector(file, inference.device, inference=options)
+        detector: Any = open_detector(file, inference.device, inference=options, roi=roi)
         print_data(datasets.describe(groups))
         return show_metrics(
             detector, groups, detector.recipe, out, detector.calibration, **reading,
             trained=read_fingerprints(detector.images),
         )  # fmt: skip
-    model, recipe, stored = checkpoints.load_model(file, world_device)
+    model, trained, stored = checkpoints.load_model(file, world_device)
+    recipe, folder = apply_roi(trained, roi)
+    groups = add_rois(groups, folder)
     print_data(datasets.describe(groups))
-    mismatch = stored.calibration and options.describe_mismatch(recipe, stored.calibration)
-    if mismatch is not None:
-        print_error(f"warning: {file}: {mismatch}")
+    calibration = stored.calibration
+    if calibration is not None:
+        mismatch = options.describe_mismatch(trained, calibration) or describe_other_roi(trained, recipe)
+        if mismatch is not None:
+            print_error(f"warning: {file}: {mismatch}")
+            calibration = None
     show_metrics(
-        model, groups, recipe, out, options.valid_calibration(recipe, stored.calibration), inference=options,
+        model, groups, recipe, out, calibration, inference=options,
         device=world_device, trained=read_fingerprints(stored.images), sketches=read_sketches(stored.images), **reading,
     )  # fmt: skip
 

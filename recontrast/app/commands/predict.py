@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @add_inference_arguments
-def predict(  # 21 options and their checks; `recontrast.app.prediction` does the work
+def predict(  # 22 options and their checks; `recontrast.app.prediction` does the work
     checkpoint: DetectorFile,
     inputs: Annotated[
         list[Path],
@@ -57,6 +57,12 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     overlap: Annotated[
         int | None, typer.Option(help="Overlap of the tiles in pixels. Default: a quarter of the tile.")
     ] = None,
+    roi: Annotated[
+        Path | None,
+        path_option(
+            help="Another region of interest, as in train; the calibration does not hold for it. Default: as trained."
+        ),
+    ] = None,
     inference: InferenceArguments,
     engine: Annotated[
         str, typer.Option(help="local, or ray for many workers and lists (.txt, .parquet); ray writes only a table.")
@@ -85,6 +91,8 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
     if engine == "ray":
         if tile is not None or overlap is not None:
             raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
+        if roi is not None:
+            raise ValueError(f"--roi: wanted none with --engine ray, which scores as trained, got {roi}")
         if options != InferenceArguments(device=inference.device).build():
             raise ValueError("--views, --precision, --layout, --no-fold, --compile: wanted none of them with "
                              "--engine ray, which scores as trained")  # fmt: skip
@@ -109,7 +117,7 @@ def predict(  # 21 options and their checks; `recontrast.app.prediction` does th
         with ProgressBar("predict") as progress:
             summary = run(
                 resolve_checkpoint(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,
-                threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap,
+                threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, roi=roi,
                 inference=options, workers=workers, device=inference.device, batch=inference.batch,
                 overwrite=overwrite, on_progress=progress,
             )  # fmt: skip

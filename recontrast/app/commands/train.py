@@ -80,6 +80,13 @@ def train(  # 35 options and the output; `train_job` does the work
     tile: Annotated[
         int | None, typer.Option(help="Train on tiles of this side in pixels at full resolution, instead of --size.")
     ] = None,
+    roi: Annotated[
+        Path | None,
+        path_option(
+            help="Region of interest: a mask image (black: do not look), a JSON file of rectangles and polygons, or a "
+            "folder with one of them for each image. Default: whole images."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed. Default: as in the recipe; in mvtec: 111.")] = None,
     shots: Annotated[
         str | None,
@@ -177,12 +184,12 @@ def train(  # 35 options and the output; `train_job` does the work
     groups = load_data(data, good, bad, category=category, all_good=all_good) if good or bad else None
     job = application.prepare_job(
         data or [] if groups is None else groups, recipe, changed, category=category, out=out, resume=resume,
-        overwrite=overwrite, all_good=all_good,
+        overwrite=overwrite, all_good=all_good, roi=roi,
         budget=None if budget is None else parse_duration("--budget", budget), device=device,
     )  # fmt: skip
     check_replaceable(job.out, TABLES, overwrite=overwrite)
     print_data(datasets.describe(job.groups))
-    for note in (job.describe_shots(), job.describe_holdout(), job.describe_plan()):
+    for note in (job.describe_roi(), job.describe_shots(), job.describe_holdout(), job.describe_plan()):
         if note is not None:
             print_line(note)
     if not is_silent():

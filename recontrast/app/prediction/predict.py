@@ -29,6 +29,7 @@ from recontrast.data import images
 from recontrast.data.image_files import ImageFiles, assign_result_names
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.roi import describe_roi
 from recontrast.inference.decisions import describe_undecided, select_calibration
 from recontrast.inference.detector import Detector, open_detector, run_checked
 from recontrast.inference.options import InferenceOptions
@@ -71,6 +72,7 @@ def predict(
     decide: bool = False,
     tile: int | None = None,
     overlap: int | None = None,
+    roi: Path | None = None,
     inference: InferenceOptions | None = None,
     workers: int | None = None,
     device: str | None = None,
@@ -101,6 +103,7 @@ def predict(
         decide: Whether a detector without a calibration is an error. With a calibration, decisions are always made.
         tile: Side of the tiles in pixels, for a detector trained on tiles. None: as trained.
         overlap: Pixels that neighbouring tiles share. None: a quarter of the tile.
+        roi: Another region of interest, see `recontrast.inference.detector.CheckpointDetector`. None: as trained.
         inference: Inference options. None: as trained, with folded BatchNorm. If they change the scores, the
             calibration does not apply and there are no decisions.
         workers: Number of threads that decode images. None: a few for each CPU.
@@ -135,12 +138,13 @@ def predict(
     with lock_folder(out), ThreadPoolExecutor(workers) as pool:
         detector = checkpoint
         if isinstance(detector, Path):
-            detector = open_detector(detector, device, tile, overlap, inference)
+            detector = open_detector(detector, device, tile, overlap, inference, roi)
         calibration = select_calibration(detector, rate, decide, checkpoint)
         identity = None
         if isinstance(checkpoint, Path):
             options = {"recontrast": recontrast.__version__, "maps": maps, "overlays": overlays, "threshold": threshold}
             options |= {"rate": rate, "tile": tile, "overlap": overlap, "inference": repr(inference)}
+            options["roi"] = None if roi is None else [str(roi), detector.recipe.roi]
             identity = describe_identity(checkpoint, options)
         journal = Journal(out, identity, with_maps=overlays)
         source = str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__
@@ -203,6 +207,7 @@ def _describe_run(
         "score": recipe.score,
         "threshold": threshold,
         "calibration": promise,
+        "region_of_interest": None if recipe.roi is None else describe_roi(recipe.roi),
         "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": detector.overlap},
         "maps": None if maps == "none" else describe_maps(maps, detector.max_map_value, recipe),
         "overlay_range": colours,

@@ -7,6 +7,7 @@ from html import escape
 import recontrast
 from recontrast.app.report.findings import Findings, Recall
 from recontrast.checkpoint import Checkpoint
+from recontrast.data.roi import describe_roi
 from recontrast.evaluation.results import METRICS, Row
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
@@ -107,6 +108,8 @@ def render_details(recipe: Recipe, checkpoint: Checkpoint, about: Mapping[str, s
     base = RECIPES.get(recipe.name)
     defaults = {} if base is None else base.to_dict()
     values = recipe.to_dict()
+    if recipe.roi is not None:
+        values["roi"] = describe_roi(recipe.roi)
     run = {
         "trained on": checkpoint.category,
         "training tiles" if recipe.tile else "training images": str(checkpoint.images.get("count", "?")),

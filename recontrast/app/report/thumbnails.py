@@ -16,8 +16,11 @@ from recontrast.app.report.map_summaries import SIDE, shrink_map
 from recontrast.data import heatmaps
 from recontrast.data.image_files import IMAGE_ERRORS, describe_image_error
 from recontrast.data.images import read_image, reserve_memory
+from recontrast.data.roi import resize_mask
 from recontrast.evaluation.ground_truth import read_ground_truth
 from recontrast.inference.detector import map_extent
+from recontrast.inference.drawing import ROI_OUTLINE, draw_outlines
+from recontrast.inference.rois import read_sample
 from recontrast.recipes.recipe import Recipe
 
 # Longest side of photographs in pixels, and WebP quality; tried in this order.
@@ -96,13 +99,20 @@ def _read_source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], r
 
 
 def _read_photo(shot: Shot, recipe: Recipe) -> tuple[Image.Image, float]:
-    """Return a small picture of the part of an image that the detector sees, and its width / height."""
+    """Return a small picture of the part of an image that the detector sees, and its width / height.
+
+    A region of interest has a blue outline.
+    """
     with reserve_memory(shot.sample.path):
         full = read_image(shot.sample.path, bits=recipe.bits)
         top, left, height, width = map_extent(full.shape[:2], recipe)
         image = Image.fromarray(full[top : top + height, left : left + width])
+        inside = read_sample(recipe, shot.sample, full.shape[:2])
         del full
         image.thumbnail((LEVELS[0][0],) * 2, Image.Resampling.LANCZOS)
+    if inside is not None:
+        part = resize_mask(inside[top : top + height, left : left + width], (image.height, image.width))
+        image = Image.fromarray(draw_outlines(np.asarray(image), part, ROI_OUTLINE))
     return image, width / height
 
 
