@@ -20,7 +20,7 @@ from recontrast import checkpoint as checkpoints
 from recontrast.recipes.yaml_file import read_recipe
 
 TIMES = ("seconds", "since", "pid", "host", "images_per_second")  # differ from run to run, as the next ones
-MEASURED = ("train_seconds", "image_seconds", "memory", "train_memory", "image_memory")
+MEASURED = ("train_seconds", "image_seconds", "memory", "train_memory", "image_memory", "file_bytes")
 TINY = ["--backbone", "test_resnet", "--weights", "random", "--size", "32", "--batch", "2", "--device", "cpu"]
 
 
@@ -55,7 +55,8 @@ def normalise(name, content):
         return json.dumps(_drop_times(json.loads(content)), sort_keys=True)
     if name.endswith(("results.csv", "compare.csv")):
         rows = csv.DictReader(content.decode().splitlines())
-        return [{key: value for key, value in row.items() if not re.search("seconds|memory", key)} for row in rows]
+        measured = re.compile("seconds|memory|bytes")
+        return [{key: value for key, value in row.items() if not measured.search(key)} for row in rows]
     if name.endswith(("results.md", "compare.md", ".html")):  # with times
         return re.sub(r"[0-9.]+", "0", content.decode())
     return hashlib.sha256(content).hexdigest()
@@ -299,7 +300,7 @@ def check_comparison(folder, content, former, whole):
 def check_training(folder, content, former, whole):
     """Return whether checkpoint, log, recipe and results are of one run."""
     if "recipe.yaml" not in content:
-        return None if set(content) <= {"log.jsonl"} else f"no recipe beside {sorted(content)}"
+        return None if set(content) <= {"log.jsonl", "method.json"} else f"no recipe beside {sorted(content)}"
     runs = [run for run in (former, whole) if run.get("recipe.yaml") == content["recipe.yaml"]]
     if not runs:
         return "a recipe of another run"
@@ -311,7 +312,8 @@ def check_training(folder, content, former, whole):
             return "a checkpoint of another run"
         if (log[-1][0] if log else 0) < content["checkpoint.pt"][0]:
             return "a log without lines of the checkpoint"
-    if "results.json" in content and content["results.json"] != runs[0]["results.json"]:
+    results = content.get("results.json")
+    if results not in (None, runs[0]["results.json"]) and not json.loads(results)["errors"]:  # of images that failed
         return "results of another run"
     return None
 

@@ -156,7 +156,8 @@ def complete_method(run: MethodRun, comparison: Comparison, on_progress: OnProgr
             tests = [sample for sample in run.job.samples if sample.split == "test"]
             paths = [*comparison.unlabelled, *(path for s in tests for path in (s.path, s.mask))]
             measured_on = digest_files(paths)
-            if record.result is None or record.measured_on != measured_on:
+            # An image that could not be read then may be readable now.
+            if record.result is None or record.result.image_errors or record.measured_on != measured_on:
                 _mark_changed(comparison)
                 record.result = measure_method(run.name, run.job, record, comparison.unlabelled, on_progress)
                 record.measured_on = measured_on

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -278,6 +279,20 @@ def test_unreadable_image_is_named(labelled, data, tmp_path):
     result = call("compare", data, *QUICK, "--holdout", 0.4, "--images", images, "--out", out)
     assert result.exit_code == 2 and result.stderr.count("000.png") == 1
     assert read_json(out)["agreement_images"] == 16
+
+
+def test_images_that_failed_are_measured_again(data, tmp_path, monkeypatch):
+    """A failure of the disk may be over: the file is the same, and its error would stay in the tables."""
+    options = ("--methods", "padim", *SMALL, "--holdout", 0.4, "--out", tmp_path / "out")
+    measure = compare_run.measure_method
+
+    def fail(*arguments):
+        return replace(measure(*arguments), image_errors=["nut/test/good/000.png: Input/output error"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_run, "measure_method", fail)
+        assert "Input/output error" in call("compare", data, *options).stderr
+    assert "Input/output error" not in works("compare", data, *options)
 
 
 def test_separation_of_scores():
