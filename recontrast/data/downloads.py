@@ -63,7 +63,7 @@ def read_mvtec(source: Path) -> Plan:
         ValueError: If there is no such data set below ``source``, or a category is invalid.
     """
     is_category = (source / "train").is_dir()
-    root = source if is_category else _find_root(source, "*/train", f"CATEGORY/train/{GOOD}, as MVTec AD unpacks")
+    root = source if is_category else find_root(source, "*/train", f"CATEGORY/train/{GOOD}, as MVTec AD unpacks")
     entries = []
     for category, samples in datasets.load(root).items():
         folder = root if is_category else root / category
@@ -90,7 +90,7 @@ def read_visa(source: Path) -> Plan:
     table = "split_csv/1cls.csv"
     if not _find_folders(source, table) and _find_folders(source, "*/train"):
         return read_mvtec(source)
-    root = _find_root(source, table, f"{table} of the VisA download, or the one-class layout CATEGORY/train/{GOOD}")
+    root = find_root(source, table, f"{table} of the VisA download, or the one-class layout CATEGORY/train/{GOOD}")
     entries, files = [], _ListedFiles(root)
     for row in read_table(root / table, ("image", "object", "split", "label", "mask")):
         category, split, is_good = row["object"], row["split"], row["label"] == "normal"
@@ -129,7 +129,7 @@ def read_aptos(source: Path) -> Plan:
         FileNotFoundError: If the table, or a file named by it, is missing.
         ValueError: If there is no such data set below ``source``, or the table is invalid.
     """
-    root = _find_root(source, "train.csv", "train.csv and train_images/, as APTOS 2019 unpacks")
+    root = find_root(source, "train.csv", "train.csv and train_images/, as APTOS 2019 unpacks")
     normal, anomalous, files = [], [], _ListedFiles(root)
     for row in read_table(root / "train.csv", ("id_code", "diagnosis")):
         name, grade = f"{row['id_code']}.png", row["diagnosis"]
@@ -159,7 +159,7 @@ def read_oct2017(source: Path) -> Plan:
     Raises:
         ValueError: If there is no such data set below ``source``, or a folder contains no images.
     """
-    root = _find_root(source, "train/NORMAL", "train/NORMAL and test/NORMAL, as OCT2017 unpacks")
+    root = find_root(source, "train/NORMAL", "train/NORMAL and test/NORMAL, as OCT2017 unpacks")
     if not (root / "test" / "NORMAL").is_dir():
         raise ValueError(
             f"{root}: wanted test/NORMAL beside train/NORMAL, as OCT2017 unpacks, got {_list_content(root)}"
@@ -191,7 +191,7 @@ def read_isic2018(source: Path) -> Plan:
     """
     marker = "ISIC2018_Task3_Training_Input"
     description = f"{marker}, ..._GroundTruth and the same of Validation, as ISIC 2018 Task 3 unpacks"
-    root = _find_root(source, marker, description)
+    root = find_root(source, marker, description)
     entries, files = [], _ListedFiles(root)
     for split, part in (("train", "Training"), ("test", "Validation")):
         table = Path(f"ISIC2018_Task3_{part}_GroundTruth.csv")
@@ -215,12 +215,13 @@ def read_isic2018(source: Path) -> Plan:
     return root, entries
 
 
-def binarise_mask(path: Path, image: Path) -> np.ndarray | None:
+def binarise_mask(path: Path, image: Path, *, always: bool = False) -> np.ndarray | None:
     """Convert a mask so that every nonzero value becomes 255.
 
     Args:
         path: Path of the mask.
         image: Path of its image, which must have the same size.
+        always: Whether to return the values also if the file contains exactly these.
 
     Returns:
         (H, W) uint8; None if the file contains exactly these values already.
@@ -240,7 +241,7 @@ def binarise_mask(path: Path, image: Path) -> np.ndarray | None:
     if values.ndim == 3:  # maximum over the colour channels; an alpha channel is ignored
         values = values[:, :, : 3 if values.shape[2] > 2 else 1].max(axis=2)
     full = np.where(values != 0, np.uint8(255), np.uint8(0))
-    return None if decoded.mode == "L" and np.array_equal(values, full) else full
+    return None if not always and decoded.mode == "L" and np.array_equal(values, full) else full
 
 
 class _ListedFiles:
@@ -267,8 +268,20 @@ class _ListedFiles:
             raise FileNotFoundError(self.first_error + more)
 
 
-def _find_root(source: Path, marker: str, description: str) -> Path:
-    """Return the folder that contains the glob pattern ``marker``: ``source``, or one up to three levels below it."""
+def find_root(source: Path, marker: str, description: str) -> Path:
+    """Find the root of a download: ``source``, or one folder up to three levels below it.
+
+    Args:
+        source: Folder to search.
+        marker: Glob pattern of something that the root contains.
+        description: What the root should contain, for error messages.
+
+    Returns:
+        The root.
+
+    Raises:
+        ValueError: If there is none, or there are several.
+    """
     if not source.is_dir():
         raise ValueError(f"{source}: wanted a folder with {description}, got {'a file' if source.exists() else 'none'}")
     folders = _find_folders(source, marker)

@@ -15,6 +15,7 @@ from pathlib import Path
 from recontrast.data import downloads
 from recontrast.data.atomic import check_new_or_empty, create_folder
 from recontrast.data.datasets import GOOD
+from recontrast.data.described_sets import DESCRIBED_SETS
 from recontrast.data.downloads import Entry
 from recontrast.data.heatmaps import save_png
 from recontrast.data.listing import PathLike
@@ -31,6 +32,7 @@ READERS: dict[str, Callable[[Path], downloads.Plan]] = {
     "aptos": downloads.read_aptos,
     "oct2017": downloads.read_oct2017,
     "isic2018": downloads.read_isic2018,
+    **{name: described.read for name, described in DESCRIBED_SETS.items()},
 }
 
 
@@ -46,6 +48,8 @@ class PreparedDataset:
         published: Published number of images by category.
         warnings: One sentence for each category that differs from the published counts, and one for missing categories.
         files: Number of files by transfer method (`TRANSFER_METHODS`).
+        title: Name, licence and citation; empty for the paper's data sets.
+        total: Published number of images of all categories; None if they are published by category, or not checked.
     """
 
     name: str
@@ -55,6 +59,8 @@ class PreparedDataset:
     published: dict[str, Counts]
     warnings: list[str]
     files: dict[str, int]
+    title: str = ""
+    total: Counts | None = None
 
 
 def prepare(
@@ -91,7 +97,11 @@ def prepare(
         check_new_or_empty(Path(out))  # before the download is read; again when the folder is filled
     root, entries = READERS[name](Path(source))
     counts = count_images(entries, root)
-    warnings = compare_counts(counts, PUBLISHED_COUNTS[name])
+    described, published = DESCRIBED_SETS.get(name), PUBLISHED_COUNTS.get(name, {})
+    if described is None:
+        warnings = compare_counts(counts, published)
+    else:
+        warnings = compare_total(counts, described.categories, described.total)
     files: dict[str, int] = {}
     if out is not None:
         with create_folder(out) as folder:
@@ -104,9 +114,11 @@ def prepare(
         source=root,
         out=None if out is None else Path(out),
         counts=counts,
-        published=PUBLISHED_COUNTS[name],
+        published=published,
         warnings=warnings,
         files=files,
+        title="" if described is None else described.title,
+        total=None if described is None else described.total,
     )
 
 
@@ -176,6 +188,27 @@ def compare_counts(counts: dict[str, Counts], published: dict[str, Counts]) -> l
             warnings.append(f"{category}: {'; '.join(differences)}")
     if missing := [category for category in published if category not in counts]:
         warnings.append(f"{len(missing)} of {len(published)} published categories are missing: {', '.join(missing)}")
+    return warnings
+
+
+def compare_total(counts: dict[str, Counts], categories: Sequence[str], total: Counts | None) -> list[str]:
+    """Compare the categories, and the number of all images, with the published ones.
+
+    Args:
+        counts: Number of images by category.
+        categories: Published categories.
+        total: Published number of images of all of them; None if it is not checked.
+
+    Returns:
+        One sentence for other categories, one for missing ones, and one if all are there and the number differs.
+    """
+    warnings = []
+    if others := [category for category in counts if category not in categories]:
+        warnings.append(f"not among the published categories: {', '.join(others)}")
+    if missing := [category for category in categories if category not in counts]:
+        warnings.append(f"{len(missing)} of {len(categories)} published categories are missing: {', '.join(missing)}")
+    if total is not None and not warnings and (differences := sum_counts(counts).describe_differences(total)):
+        warnings.append(f"all categories: {'; '.join(differences)}")
     return warnings
 
 

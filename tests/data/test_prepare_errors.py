@@ -241,7 +241,8 @@ def test_unusable_images(error_for, name, damage, expected):
 def test_wrong_arguments(download, tmp_path):
     source = download("mvtec")
     assert run_failing_command("mvtek", "--source", source) == (
-        "prepare: wanted one of mvtec, visa, aptos, oct2017, isic2018, got 'mvtek'"
+        "prepare: wanted one of mvtec, visa, aptos, oct2017, isic2018, mvtec_loco, mvtec_ad_2, mvtec_3d, btad, "
+        "mpdd, got 'mvtek'"
     )
     (tmp_path / "file").write_text("")
     for name in DOWNLOADS:

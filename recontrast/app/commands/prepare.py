@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="mvtec, visa, aptos, oct2017 or isic2018.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="mvtec, visa, aptos, oct2017, isic2018, mvtec_loco, mvtec_ad_2, mvtec_3d, btad or mpdd.",
+        ),
+    ],
     source: Annotated[Path, path_option(help="Folder of the unpacked original download.")],
     out: Annotated[
         Path | None, path_option(help="New folder in MVTec AD layout. Default: only check and count.")
@@ -25,7 +31,7 @@ def prepare(
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Threads. Default: one per CPU.", min=1)] = None,
 ) -> None:
-    """Convert a data set of the paper into MVTec AD layout, and check its counts."""
+    """Convert a data set into MVTec AD layout, and check its counts."""
     from recontrast.data.prepare import prepare as run
     from recontrast.data.prepare import sum_counts
 
@@ -35,12 +41,17 @@ def prepare(
         prepared = run(name, source, out, link=not copy, workers=workers, on_progress=progress)
     rows = [_row(category, counts, prepared.published.get(category)) for category, counts in prepared.counts.items()]
     if len(rows) > 1:
-        rows.append(_row("all", sum_counts(prepared.counts), sum_counts(prepared.published)))
+        published = prepared.total or (sum_counts(prepared.published) if prepared.published else None)
+        rows.append(_row("all", sum_counts(prepared.counts), published))
     columns = [text for key in ("train", "test", "good of test") for text in (key, "published")]
     print_table(f"{name} in {prepared.source}", ["category", *columns], rows)
     for text in prepared.warnings:
         print_error(f"warning: {text}")
-    if not prepared.warnings:
+    if prepared.title:
+        print_line(prepared.title)
+    if not prepared.published and prepared.total is None:
+        print_line("the counts are not compared with published ones")
+    elif not prepared.warnings:
         print_line("all counts match the published ones")
     if out is not None:
         print_line(f"{', '.join(f'{number} {way}' for way, number in prepared.files.items())}: {out}")
