@@ -95,6 +95,25 @@ struct Scalar {
   __device__ __forceinline__ void set(const Acc<T> (&from)[1]) { value = static_cast<T>(from[0]); }
 };
 
+// V consecutive numbers, 16 bytes at a time where they are aligned: element by element, the lanes of a warp would ask
+// for each sector V times. `aligned` must be equal for all threads.
+template <typename A, int V>
+__device__ __forceinline__ void load_numbers(const A* from, bool aligned, A (&to)[V]) {
+  constexpr int per_load = kVector<A>;
+  if constexpr (V % per_load == 0)
+    if (aligned) {
+#pragma unroll
+      for (int i = 0; i < V; i += per_load) {
+        const auto words = *reinterpret_cast<const Words<A>*>(from + i);
+#pragma unroll
+        for (int v = 0; v < per_load; ++v) to[i + v] = words.get(v);
+      }
+      return;
+    }
+#pragma unroll
+  for (int v = 0; v < V; ++v) to[v] = from[v];
+}
+
 // Accesses V elements at once: V neighbouring positions (by planes) or channels (by rows) of one dtype.
 template <typename T, int V_>
 struct VectorAccess {

@@ -75,18 +75,23 @@ __device__ __forceinline__ void for_rows(const Walk& walk, const Features<T> (&f
   }
 }
 
+// Numbers (C,) of the channels of a thread. Vectors of channels are aligned: V divides C.
+template <typename A, int V>
+__device__ __forceinline__ void load_channels(const A* from, const Walk& walk, unsigned channel, A (&to)[V]) {
+  if (walk.by_rows) return load_numbers(from + channel, true, to);
+  to[0] = from[channel];
+#pragma unroll
+  for (int v = 1; v < V; ++v) to[v] = to[0];
+}
+
 // Parameters of the channels, (3, C): mean, scale, bias.
 template <typename A, int V>
 struct ChannelParameters {
   A mean[V], scale[V], bias[V];
   __device__ ChannelParameters(const A* affine, const Walk& walk, unsigned channel) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const unsigned c = walk.by_rows ? channel + v : channel;
-      mean[v] = affine[c];
-      scale[v] = affine[walk.C + c];
-      bias[v] = affine[2 * walk.C + c];
-    }
+    load_channels(affine, walk, channel, mean);
+    load_channels(affine + walk.C, walk, channel, scale);
+    load_channels(affine + 2 * walk.C, walk, channel, bias);
   }
 };
 
@@ -273,12 +278,8 @@ __global__ void __launch_bounds__(kThreads)
   if (channel >= walk.C) return;
   const ChannelParameters<A, V> p(affine, walk, channel);
   A slope[V], offset[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const unsigned c = walk.by_rows ? channel + v : channel;
-    slope[v] = slopes[c];
-    offset[v] = slopes[walk.C + c];
-  }
+  load_channels(slopes, walk, channel, slope);
+  load_channels(slopes + walk.C, walk, channel, offset);
   const Features<T> inputs[2] = {f.grad, f.x};
   for_rows<T, V>(walk, inputs, channel, [&](unsigned row, const Raw<T, V>(&raw)[2]) {
     A dx[V];

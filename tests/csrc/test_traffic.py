@@ -126,6 +126,9 @@ def test_norm_act_reads_and_writes_features_as_often_as_it_must(emulated, dtype,
     )
     assert by_kernel(launches, "sums_part").moved_by_blocks <= LIMIT * 2 * x.nbytes
     assert by_kernel(launches, "gradient").moved_by_blocks <= LIMIT * 3 * x.nbytes
+    # Without a cache, the parameters of the channels would be moved again for each warp of a block.
+    assert by_kernel(launches, "sums_part").moved <= 1.6 * 2 * x.nbytes
+    assert by_kernel(launches, "gradient").moved <= 1.6 * 3 * x.nbytes
 
 
 def test_map_is_written_once(emulated):
