@@ -35,8 +35,9 @@ from recontrast import AnomalyMap, ReContrast, deviation, hard_mined_cosine, ops
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.images import normalise, read_mask
-from recontrast.evaluation.evaluate import evaluate, infer
+from recontrast.evaluation.evaluate import evaluate
 from recontrast.float32 import convolution_precision
+from recontrast.inference.infer import infer
 from recontrast.inference.options import InferenceOptions
 from recontrast.loss import point_distances
 from recontrast.models.norm_act import fuse_norm_act
