@@ -165,6 +165,23 @@ def test_folder_of_masks(run, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_list_with_a_column_of_regions(run, tmp_path):
+    samples = recontrast.find_samples(run / "data/nut")
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "split", "label", "mask", "roi"])
+        for s in samples:
+            label = "defect" if s.label else "good"
+            writer.writerow([s.path, s.split, label, s.mask or "", run / "roi.png"])
+    works("train", tmp_path / "list.csv", "--out", tmp_path / "run", *OPTIONS, "--holdout", 0.4, "--no-evaluate")
+    detector = recontrast.load(tmp_path / "run")
+    assert detector.recipe.roi == EACH
+    ours = recontrast.evaluate(detector, tmp_path / "list.csv").rows[0]
+    theirs = recontrast.evaluate(run / "run", run / "data/nut").rows[0]
+    assert ours.i_auroc == pytest.approx(theirs.i_auroc)
+    assert ours.p_auroc == pytest.approx(theirs.p_auroc, abs=1e-3)
+
+
 def bad_regions(folder):
     """Name -> file of a region that is refused, and a part of the message."""
 
