@@ -60,7 +60,8 @@ def test_mining_of_many_points():
         sums.view(q * N * P, block).fill_(value)
     state = torch.tensor([-1.0, *(float(i) for i in range(3 * N))])  # all points are hard
     mined_loss._gradient[(1,)](
-        torch.ones(1), sums.view(0, 4), state, out.view(0, 4), (N,), (P,), 0.0, 0.0, 0.0, 0.0, RULE=0, BLOCK=block
-    )
+        torch.ones(1), sums.view(0, 4), state, out.view(0, 4), None, (N,), (P,), SHARED=False, parameter=0.0,
+        parameter_rest=0.0, factor=0.0, factor_rest=0.0, RULE=0, BLOCK=block,
+    )  # fmt: skip
     for q in range(3):
         assert (out.view(q * N * P, block) == q * N).all()
