@@ -5,6 +5,9 @@ of the detector. In the second part another process sends garbage, half requests
 bombs, slow bytes, and closes connections at the same time. At the end the service gets SIGTERM under load: it must have
 answered what it accepted.
 
+Where other programs run, images per second say little: the ratio of the processor times of one image, in the detector
+alone and in the whole service, does not depend on them.
+
     python benchmarks/service.py --seconds 60 --out service.json
     python benchmarks/service.py --backbone test_resnet --size 64 --answers 10000
 """
@@ -140,8 +143,8 @@ def run_hostile(port: int, seconds: float) -> dict[str, int]:
 # ---- the benchmark ---------------------------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, backbone: str, size: int) -> tuple[Path, float]:
-    """Save an untrained detector and drawn images with their scores; return its path and its images per second."""
+def prepare(folder: Path, backbone: str, size: int) -> tuple[Path, float, float]:
+    """Save an untrained detector and drawn images with their scores; return its path and `measure_own`."""
     import numpy as np
     import torch
     from PIL import Image
@@ -169,22 +172,28 @@ def prepare(folder: Path, backbone: str, size: int) -> tuple[Path, float]:
     scores = np.concatenate([scores for _, scores in run_checked(detector, ImageFiles(paths), 1)])
     named = {file.name: float(f"{score:.9g}") for file, score in zip(paths, scores, strict=True)}
     (folder / "scores.json").write_text(json.dumps(named))
-    return path, measure_own(detector, paths)
+    return path, *measure_own(detector, paths)
 
 
-def measure_own(detector: Any, paths: list[Path], seconds: float = 15.0) -> float:
-    """Return the images per second of a detector that reads the files itself, in batches of 8."""
+def measure_own(detector: Any, paths: list[Path], seconds: float = 15.0) -> tuple[float, float]:
+    """Return images per second and processor seconds per image of a detector that reads the files itself."""
     from concurrent.futures import ThreadPoolExecutor
 
     from recontrast.data.image_files import ImageFiles
     from recontrast.inference.detector import run_checked
 
-    count, begin = 0, time.perf_counter()
+    count, begin, processor = 0, time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(2) as pool:
         while time.perf_counter() - begin < seconds:
             for _, scores in run_checked(detector, ImageFiles(paths, pool), 8):
                 count += len(scores)
-    return count / (time.perf_counter() - begin)
+    return count / (time.perf_counter() - begin), (time.process_time() - processor) / count
+
+
+def read_processor_time(pid: int) -> float:
+    """Return the seconds of processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def read_memory(pid: int) -> float:
@@ -214,7 +223,7 @@ def describe_load(found: dict[str, Any]) -> dict[str, Any]:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Run all parts."""
-    path, own = prepare(folder, options.backbone, options.size)
+    path, own, own_processor = prepare(folder, options.backbone, options.size)
     row: dict[str, Any] = {
         "date": date.today().isoformat(), "machine": platform.processor() or platform.machine(),
         "backbone": options.backbone, "size": options.size, "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -227,9 +236,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         port = int(re.search(r":(\d+)/", service.stdout.readline())[1])  # type: ignore[union-attr, index]
         client = ("--client", port, folder, "--answers", options.answers, "--seconds")
         collect(start_self(*client, 3))  # warm
-        before = read_memory(service.pid)
+        before, processor = read_memory(service.pid), read_processor_time(service.pid)
         row["load"] = describe_load(collect(start_self(*client, options.seconds)))
         row["load"]["share_of_own"] = row["load"]["images_per_second"] / own
+        spent = (read_processor_time(service.pid) - processor) / max(row["load"]["answered"], 1)
+        row["processor_seconds_per_image"] = {"own": own_processor, "service": spent, "ratio": own_processor / spent}
         row["memory_mb"] = [before, read_memory(service.pid)]
         hostile = start_self("--hostile", port, "--seconds", options.seconds / 2)
         row["beside_hostile"] = describe_load(collect(start_self(*client, options.seconds / 2)))
