@@ -187,7 +187,8 @@ def _find_record(job: TrainJob, comparison: Comparison) -> Record:
         other = "another run" if record is None else f"one with {describe_changes(record.settings, settings)}"
         raise ValueError(f"{job.out}: wanted a run of this comparison, got {other}: use --overwrite or another --out")
     _mark_changed(comparison)
-    job.target.unlink(missing_ok=True)
+    for name in (*TABLES, job.target.name):  # first the tables, which describe the checkpoint
+        (job.out / name).unlink(missing_ok=True)
     return Record(settings)
 
 

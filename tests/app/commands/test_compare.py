@@ -295,6 +295,15 @@ def test_images_that_failed_are_measured_again(data, tmp_path, monkeypatch):
     assert "Input/output error" not in works("compare", data, *options)
 
 
+def test_failed_run_keeps_no_tables_of_the_one_before(labelled, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(labelled[0], out)
+    monkeypatch.setattr(compare_run, "run_job", lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is full")))
+    result = call("compare", data, *QUICK, "--seed", 5, "--holdout", 0.4, "--out", out, "--overwrite")
+    assert result.exit_code == 2 and "padim: the disk is full" in result.stderr
+    assert {path.name for path in (out / "padim").iterdir()} <= {"log.jsonl", "method.json", "recipe.yaml"}
+
+
 def test_separation_of_scores():
     assert compute_separation(np.array([1.0, 2]), np.array([3.0, 4])) == 1
     assert compute_separation(np.array([1.0, 3]), np.array([2.0, 4, np.nan])) == 0.75
