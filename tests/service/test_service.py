@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import small_detectors
 from client import form, serving
 from command_line import works
 from PIL import Image
@@ -88,6 +89,26 @@ def test_formats_are_read_as_predict_reads_them(client, tmp_path, kind):
     (wanted,) = client.served["main"].current.detector.predict([path], batch=1)
     assert answer["score"] == float(f"{wanted.score:.9g}")
     assert (answer["height"], answer["width"]) == ((90, 70) if kind == "turned" else (70, 90))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "tiles"])
+def test_other_detectors_give_their_scores(images, tmp_path, kind):
+    if kind == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+        path = small_detectors.export_onnx(tmp_path / "detector.onnx")
+    else:
+        path = save(tmp_path / "tiles.pt", RECIPE.replace(tile=64))
+    large = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)).save(large)
+    with serving({"main": path}) as client, ThreadPoolExecutor(4) as pool:
+        chosen = [*images[:3], large]
+        answers = list(pool.map(lambda one: client.predict(one.read_bytes()), chosen))
+        overlay = client.ask("POST", "/predict?image=overlay", large.read_bytes())[2]
+        wanted = client.served["main"].current.detector.predict(chosen, batch=1)
+    for answer, prediction in zip(answers, wanted, strict=True):
+        assert answer["score"] == pytest.approx(prediction.score, rel=1e-5)
+    assert Image.open(io.BytesIO(overlay)).size == (150, 90)
 
 
 def test_form_and_raw_body_are_the_same(client, images):
