@@ -29,10 +29,11 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.roi import EACH
 from recontrast.data.system import count_cpus
 from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.inference.decisions import decide, select_calibration
-from recontrast.inference.detector import open_detector, run_checked
+from recontrast.inference.detector import Detector, open_detector, run_checked
 from recontrast.registration import import_architectures, list_imported
 
 MISSING = "--engine ray: wanted the package ray[data], got none installed: pip install 'ray[data]' pyarrow"
@@ -98,6 +99,7 @@ def predict(
     paths = parquet_parts.list_inputs(inputs)
     check_replaceable(out, ["predict.json"], overwrite=overwrite)
     detector = open_detector(checkpoint, "cpu")  # errors are raised here, before any worker starts
+    _refuse_own_masks(detector, checkpoint)
     select_calibration(detector, rate, must_decide, checkpoint)
     options = {"threshold": threshold, "rate": rate}
     identity = parquet_parts.compute_identity(checkpoint, options)
@@ -131,6 +133,15 @@ def predict(
         with replace_files(out, remove=[name_mark(COMMAND)]) as staging:
             (staging / "predict.json").write_bytes((json.dumps(description, indent=1) + "\n").encode())
     return summary
+
+
+def _refuse_own_masks(detector: Detector, checkpoint: Path) -> None:
+    """Raise ValueError if each image needs a region of interest of its own, which the workers do not get."""
+    if detector.recipe.roi == EACH:
+        raise ValueError(
+            f"{checkpoint}: wanted a detector with one region of interest or none for --engine ray, got one with a "
+            "mask for each image"
+        )
 
 
 class Worker:

@@ -159,6 +159,10 @@ def test_folder_of_masks(run, tmp_path):
     assert [d for _, d in ours] == [d for _, d in theirs]
     text = fails("predict", tmp_path / "each", run / "data/nut/test", "--out", tmp_path / "r")
     assert "roi: wanted a mask for each image, as the detector was trained with, got none" in text
+    text = fails("predict", tmp_path / "each", run / "data/nut/test", "--out", tmp_path / "r", "--engine", "ray")
+    assert "wanted a detector with one region of interest or none for --engine ray" in text
+    text = fails("export", tmp_path / "each", "--format", "onnx")
+    assert "wanted a detector with one region of interest to export, got one with a mask for each image" in text
     (tmp_path / "masks/train/good/003.png").unlink()
     text = fails("train", run / "data/nut", "--out", tmp_path / "no", *masks, *OPTIONS)
     assert "masks: wanted a mask for each image, got none named 003 for" in text
