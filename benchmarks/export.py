@@ -1,10 +1,15 @@
-"""Exported files beside the checkpoint: largest relative difference of a score, file size, images per second.
+r"""Exported files beside the checkpoint: largest relative difference of a score, file size, images per second.
 
 Each detector has the real size and weights of its backbone (random weights for wide_resnet50_2) and an untrained
 decoder with BatchNorm statistics of one batch. The export compares scores on drawn images of eight sizes and on the
 images of --images. Then the checkpoint and the exported file score the same PNG files in turn.
 
     python benchmarks/export.py --resnet18 resnet18.pth --out export-cpu.json
+
+With --checkpoint, files of less than float32 are made from a trained detector, and their reports are kept:
+
+    python benchmarks/export.py --checkpoint RUN/checkpoint.pt --formats openvino,onnx --precisions int8,float16 \
+        --images DATA/screw/train/good --data DATA/screw --out precision-cpu.json
 
 This takes many minutes on a CPU. A second call continues with the results that the file lacks.
 """
@@ -26,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import recontrast
 from recontrast import checkpoint as checkpoints
 from recontrast.data.atomic import replace_file
 from recontrast.data.image_files import ImageFiles
@@ -36,6 +42,8 @@ from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import build_model
+
+METRICS = ("i_auroc", "p_auroc", "aupro")
 
 
 def save_untrained(folder: Path, recipe: Recipe) -> Path:
@@ -96,10 +104,38 @@ def measure(recipe: Recipe, kinds: list[str], args: argparse.Namespace, save: Ca
             })  # fmt: skip
 
 
+def measure_precisions(args: argparse.Namespace) -> dict[str, Any]:
+    """Export a trained detector in each precision and format, and return the reports."""
+    good = list_images(args.images)
+
+    def measure_metrics(detector: Any) -> dict[str, float]:
+        mean = recontrast.evaluate(detector, args.data).mean
+        return {name: value for name in METRICS if (value := getattr(mean, name)) is not None}
+
+    reports = {}
+    for kind in args.formats.split(","):
+        for precision in args.precisions.split(","):
+            with tempfile.TemporaryDirectory(dir=args.work) as name:
+                start = time.perf_counter()
+                result = export(
+                    args.checkpoint, kind, Path(name) / f"detector{SUFFIXES[kind]}", precision=precision, images=good,
+                    measure=measure_metrics if args.data else None,
+                )  # fmt: skip
+                if result.report is not None:
+                    reports[f"{kind} {precision}"] = {
+                        "export_seconds": time.perf_counter() - start, **result.report.to_dict(),
+                    }  # fmt: skip
+                print(f"{kind} {precision}: {reports.get(f'{kind} {precision}')}", file=sys.stderr, flush=True)
+    return reports
+
+
 def main() -> None:
     """Measure the results that the file lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resnet18", type=Path, help="weights file of resnet18; without it, resnet18 is skipped")
+    parser.add_argument("--checkpoint", type=Path, help="trained detector, for files of less than float32")
+    parser.add_argument("--precisions", default="int8,float16", help="of the files of --checkpoint")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="labelled categories, for their metrics")
     parser.add_argument("--backbones", default="resnet18,tf_efficientnet_lite0,wide_resnet50_2")
     parser.add_argument("--formats", default=",".join(SUFFIXES))
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="further images to compare scores on")
@@ -118,6 +154,10 @@ def main() -> None:
         "count": args.count, "batch": args.batch, "rounds": args.rounds,
         "versions": {p: version(p) for p in packages},
     }  # fmt: skip
+    if args.checkpoint is not None:
+        with replace_file(args.out) as file:
+            file.write(json.dumps({"settings": about, "reports": measure_precisions(args)}, indent=1).encode() + b"\n")
+        return
     record = json.loads(args.out.read_text()) if args.out.exists() else {"settings": about, "detectors": {}}
     weights = {"resnet18": str(args.resnet18), "tf_efficientnet_lite0": "package", "wide_resnet50_2": "random"}
     for backbone in args.backbones.split(","):

@@ -164,11 +164,15 @@ WRITES = {
     "recontrast/data/prepare.py": {"(folder / MARKER_FILE).write_text(json.dumps(description, indent=1) + '\\n')"},
     "recontrast/data/regular_file.py": {"os.open(path, flags, 0o666)"},
     "recontrast/data/system.py": {"os.open(path, flags)"},  # to sync what was written
+    "recontrast/export/low_precision_file.py": {
+        "page.write_text(report.to_markdown(file.name))",
+        "table.write_text(json.dumps({'exported': file.name, **report.to_dict()}, indent=1) + '\\n')",
+    },
     "recontrast/export/write_files.py": {
         "torch.export.save(program, target, extra_files={f'{KEY}.json': description})",
         "open(path, 'wb')",
         "path.write_bytes(model.SerializeToString())",
-        "openvino.save_model(model, path, compress_to_fp16=False)",
+        "openvino.save_model(model, path, compress_to_fp16=half)",
     },
     "recontrast/inference/file_checks.py": {"path.write_bytes(content)"},
     "recontrast/inference/pt2_file.py": {"zipfile.ZipFile(buffer, 'w', zipfile.ZIP_STORED)"},

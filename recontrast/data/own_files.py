@@ -75,6 +75,8 @@ def is_own(path: Path) -> bool:
         return True  # numbers without a head; a killed command may have left it without its .jsonl
     if path.suffix.lower() in (".html", ".htm"):
         return any(title in head for title in _PAGES)
+    if head.startswith((b"# Exported detector: ", b'{\n "exported": ')):  # the report beside an exported file
+        return True
     if path.name == "recipe.yaml":
         return head.startswith(_RECIPE_FIELDS[0]) and all(name in head for name in _RECIPE_FIELDS)
     if path.name == "log.jsonl":

@@ -5,40 +5,36 @@ images of many sizes. It moves to its destination only if all scores agree.
 """
 
 import importlib.util
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 
-import recontrast
-from recontrast.checkpoint import digest
 from recontrast.data.atomic import replace_files
 from recontrast.data.locks import lock_file
-from recontrast.data.pillow_resize import max_exact_length
 from recontrast.data.roi import EACH
 from recontrast.data.temporary import temporary_folder
 from recontrast.export.decisions import list_files
+from recontrast.export.describe import describe
 from recontrast.export.detector_graph import DetectorGraph
+from recontrast.export.low_precision import TOLERANCES, PrecisionReport, check_precision, check_tolerance
+from recontrast.export.low_precision_file import LowPrecisionJob, write_low, write_report
 from recontrast.export.tracing import silence_exporters, trace_images
-from recontrast.export.verify import TOLERANCE, compare_scores, draw_images
-from recontrast.export.write_files import write_onnx, write_openvino, write_pt2
-from recontrast.inference.detector import CheckpointDetector
+from recontrast.export.verify import compare_scores, draw_images
+from recontrast.export.write_files import convert_to_onnx, write_onnx_model, write_pt2
+from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
-from recontrast.inference.file_checks import CHECKSUM_KEY, FORMAT
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
 from recontrast.recipes.recipe import to_pair
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
-OPSET = 18  # of ONNX
 OLDEST_TORCH = (2, 11)  # torch.export of earlier versions fixes the size of the batch
 
 
@@ -53,6 +49,7 @@ class ExportResult:
         images: Number of images that were compared.
         difference: Largest relative difference between the scores of the file and of the checkpoint.
         notes: Sentences for the user, such as why the file makes no decisions.
+        report: What a file of less than float32 does beside float32; else None.
     """
 
     path: Path
@@ -61,6 +58,7 @@ class ExportResult:
     images: int
     difference: float
     notes: tuple[str, ...]
+    report: PrecisionReport | None = None
 
 
 def export(
@@ -68,9 +66,11 @@ def export(
     kind: str,
     out: Path,
     *,
+    precision: str = "float32",
     images: Sequence[Path] = (),
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     views: Literal["both", "trained", "frozen"] | None = None,
+    measure: Callable[[Detector], Mapping[str, float]] | None = None,
     on_start: Callable[[], None] | None = None,
 ) -> ExportResult:
     """Export a detector as one graph, and keep the file only if its scores agree with those of the checkpoint.
@@ -80,21 +80,30 @@ def export(
         kind: File format, "onnx", "pt2" or "openvino".
         out: Path of the file, with the suffix of its format: .onnx, .pt2 or .xml (with the weights in a .bin file
             beside it).
-        images: Image files to compare on, in addition to synthetic images of many sizes.
-        tolerance: Largest relative difference allowed between two scores.
+        precision: "float32"; "float16" stores the weights in half the space and computes in float32; "bfloat16"
+            computes in it where the processor can (OpenVINO alone); "int8" quantises the network after training, see
+            `recontrast.export.low_precision.convert`. Files of less than float32 have a report beside them (.md and
+            .json), and make no decisions before they are calibrated.
+        images: Image files to compare on, in addition to synthetic images of many sizes. For int8 they must be good
+            images: they give the ranges of values, and scores are compared on them alone.
+        tolerance: Largest relative difference allowed between two scores; None for
+            `recontrast.export.low_precision.TOLERANCES`.
         views: Views of the exported map; None for those of the training. Decisions need a calibration of these views.
+        measure: Function that computes metrics of a detector on labelled images, for the report.
         on_start: Called when everything is checked and the detector is loaded, before the part that takes long.
 
     Returns:
         Paths of the files and the result of the comparison.
 
     Raises:
-        ValueError: If the format or suffix is unknown, the format cannot hold the model, or scores or decisions differ;
-            no file is then written.
+        ValueError: If the format, precision or suffix is unknown, the format cannot hold the model or the precision,
+            the images are too few for int8, or scores or decisions differ; no file is then written.
         ImportError: If a package that the format needs is not installed, or torch is too old.
         OSError: If the checkpoint cannot be read or the file cannot be written.
     """
     check_target(kind, out)
+    check_precision(precision, kind, images)
+    tolerance = TOLERANCES[precision] if tolerance is None else check_tolerance(tolerance)
     # Not folded: the graph folds BatchNorm itself, and the digest is that of the original weights.
     detector = CheckpointDetector(checkpoint, "cpu", inference=InferenceOptions(views, folded=False))
     if detector.overlap is not None:
@@ -104,29 +113,36 @@ def export(
             f"{checkpoint}: wanted a detector with one region of interest to export, got one with a mask for each image"
         )
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
-    notes += _convert_to_float32(detector)
+    notes += _convert_to_float32(detector) + _drop_calibration(detector, precision, out)
     if on_start is not None:
         on_start()
-    has_checksum = kind != "pt2"  # in which the archive has its own checksums
-    description = json.dumps(describe_detector(detector) | ({"checksum": CHECKSUM_KEY} if has_checksum else {}))
     graph = DetectorGraph(detector.model, detector.recipe, detector.calibration)
+    job = LowPrecisionJob(detector, kind, precision, list(images), tolerance, measure)
+    report = None
     with lock_file(out), _temporary_folder(out) as folder:
         draft = folder / out.name
         try:
             with silence_exporters():
-                _write(trace(graph), graph, kind, draft, description)
+                if precision == "float32":
+                    _write(trace(graph), graph, kind, draft, describe(detector, kind))
+                else:
+                    report = write_low(job, trace(graph), draft)
         except RuntimeError as error:  # raised by torch.export, the ONNX exporter and OpenVINO
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
                 f"export: wanted a model that {kind} can hold, got one that it cannot: {reason}"
             ) from error
-        samples = [*images, *draw_images(folder / "samples", to_pair(detector.recipe.size))]
-        count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
         names = [file.name for file in list_files(draft)]
+        if report is None:
+            samples = [*images, *draw_images(folder / "samples", to_pair(detector.recipe.size))]
+            count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
+        else:
+            count, difference = report.change.images, report.change.largest
+            names += write_report(report, draft)
         _move_files(folder, names, out.absolute().parent)
     files = tuple(out.with_name(name) for name in names)
     outputs = OUTPUTS if detector.calibration is not None else OUTPUTS[:2]
-    return ExportResult(out, files, outputs, count, difference, tuple(notes))
+    return ExportResult(out, files, outputs, count, difference, tuple(notes), report)
 
 
 def check_target(kind: str, out: Path) -> None:
@@ -145,36 +161,6 @@ def check_target(kind: str, out: Path) -> None:
     if out.suffix != SUFFIXES[kind]:
         raise ValueError(f"export: wanted a file name that ends in {SUFFIXES[kind]}, got {out}")
     _require(kind)
-
-
-def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
-    """Describe a detector: everything that is needed to run its exported file, and the origin of the file.
-
-    Args:
-        detector: Detector to be exported.
-
-    Returns:
-        Values that JSON can represent; they are stored in the file as text.
-    """
-    recipe, model = detector.recipe, detector.model
-    size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
-    return {
-        "format": FORMAT,
-        "recontrast": recontrast.__version__,
-        "category": detector.category,
-        "top": detector.max_map_value,
-        "recipe": recipe.to_dict(),
-        "preprocessing": {
-            "input": "uint8 RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
-            "largest": [max_exact_length(length) for length in size],
-            "size": size, "crop": crop, "resize": "Pillow's BILINEAR to the bit: across, rounded, then down",
-            "mean": list(model.mean), "std": list(model.std),
-        },
-        "calibration": None if detector.calibration is None else detector.calibration.to_dict(),
-        "weights": digest(model.state_dict(), recipe),
-        # Without sketches, which are small pictures: by the fingerprints, calibrate refuses what was trained on.
-        "images": {name: value for name, value in detector.images.items() if name in ("count", "digest", "each")},
-    }  # fmt: skip
 
 
 def _convert_to_float32(detector: CheckpointDetector) -> list[str]:
@@ -212,17 +198,17 @@ def _write(
     if kind == "pt2":
         write_pt2(program, path, description)
         return
-    names = list(OUTPUTS if graph.calibrated else OUTPUTS[:2])
-    exported = torch.onnx.export(
-        program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names
-    )
-    model = cast(torch.onnx.ONNXProgram, exported).model_proto  # None is returned only without dynamo
-    if kind == "onnx":
-        write_onnx(model, path, description)
-        return
-    import openvino
+    write_onnx_model(convert_to_onnx(program, graph.calibrated), kind, path, description)
 
-    write_openvino(openvino.convert_model(BytesIO(model.SerializeToString())), path, description)
+
+def _drop_calibration(detector: CheckpointDetector, precision: str, out: Path) -> list[str]:
+    """Drop the calibration of a detector that is exported in less than float32; return a note for the user."""
+    if precision == "float32" or detector.calibration is None:
+        return []
+    detector.calibration = None
+    return [
+        f"the calibration is for the scores in float32, so no decisions are made: recontrast calibrate {out} --good DIR"
+    ]
 
 
 def _require(kind: str) -> None:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
@@ -42,6 +43,34 @@ def draw_images(folder: Path, size: tuple[int, int]) -> list[Path]:
     return paths
 
 
+def score_both(
+    detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+    """Score images by a checkpoint and by an exported file.
+
+    Args:
+        detector: Detector in the checkpoint.
+        exported: Detector in the exported file.
+        paths: Images; a file that is listed twice counts once.
+
+    Returns:
+        Scores (N,) of the checkpoint and of the file, float64, and the names of the images.
+
+    Raises:
+        ValueError: If an image cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        files = ImageFiles(paths, pool)
+        files.check_shape = lambda shape, name: None  # any shape will do, whatever the region of interest
+        wanted, got = (
+            np.concatenate([scores for _, scores in scorer.run(files, 4)]).astype(float)
+            for scorer in (detector, exported)
+        )
+        if files.errors:
+            raise ValueError(next(iter(files.errors.values())))
+    return wanted, got, [path.name for path in files.paths]
+
+
 def compare_scores(
     detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path], tolerance: float = TOLERANCE
 ) -> tuple[int, float]:
@@ -60,25 +89,38 @@ def compare_scores(
         ValueError: If a score differs by more than ``tolerance``, if p-values or decisions in the file do not match its
             scores, or if an image cannot be read.
     """
-    with ThreadPoolExecutor() as pool:
-        files = ImageFiles(paths, pool)
-        files.check_shape = lambda shape, name: None  # any shape will do, whatever the region of interest
-        wanted, got = (
-            np.concatenate([scores for _, scores in scorer.run(files, 4)]).astype(float)
-            for scorer in (detector, exported)
-        )
-        if files.errors:
-            raise ValueError(next(iter(files.errors.values())))
+    wanted, got, names = score_both(detector, exported, paths)
+    difference = check_differences(wanted, got, names, tolerance)
+    if detector.calibration is not None:
+        check_decisions(exported, detector.calibration)
+    return len(names), difference
+
+
+def check_differences(
+    wanted: NDArray[np.float64], got: NDArray[np.float64], names: Sequence[str], tolerance: float
+) -> float:
+    """Compare the scores of an exported file with those of its checkpoint.
+
+    Args:
+        wanted: Scores (N,) of the checkpoint.
+        got: Scores (N,) of the file.
+        names: Names of the images, for the error message.
+        tolerance: Largest relative difference allowed between two scores.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        ValueError: If a score differs by more than ``tolerance``.
+    """
     differences = np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-12)
     worst = int(np.argmax(np.where(np.isnan(differences), np.inf, differences)))
     if not differences[worst] <= tolerance:  # also true for NaN
         raise ValueError(
             f"export: wanted scores within {tolerance:g} of the checkpoint's (relative), got {got[worst]:.9g} instead "
-            f"of {wanted[worst]:.9g} for {files.paths[worst].name}: nothing was written"
+            f"of {wanted[worst]:.9g} for {names[worst]}: nothing was written"
         )
-    if detector.calibration is not None:
-        check_decisions(exported, detector.calibration)
-    return len(files), float(differences[worst])
+    return float(differences[worst])
 
 
 def check_decisions(exported: ExportedDetector, calibration: Calibration) -> None:

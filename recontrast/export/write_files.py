@@ -2,13 +2,16 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from recontrast.data.names import escape_bytes
 from recontrast.inference import onnx_file, openvino_file
 from recontrast.inference.file_checks import CHECKSUM_KEY, KEY, NO_CHECKSUM, compute_sha256, write_checksum
+from recontrast.inference.programs import OUTPUTS
+
+OPSET = 18  # of ONNX
 
 
 def write_onnx(model: Any, path: Path, description: str) -> None:
@@ -19,6 +22,8 @@ def write_onnx(model: Any, path: Path, description: str) -> None:
         path: Path of the file.
         description: Description as JSON.
     """
+    for node in model.graph.node:  # where it was computed: paths of this machine, and a megabyte
+        del node.metadata_props[:]
     others = [entry for entry in model.metadata_props if entry.key not in (KEY, CHECKSUM_KEY)]
     entries = {**{entry.key: entry.value for entry in others}, KEY: description, CHECKSUM_KEY: NO_CHECKSUM}
     del model.metadata_props[:]
@@ -28,21 +33,22 @@ def write_onnx(model: Any, path: Path, description: str) -> None:
     write_checksum(path, onnx_file.CHECKSUM_PREFIX)
 
 
-def write_openvino(model: Any, path: Path, description: str) -> None:
+def write_openvino(model: Any, path: Path, description: str, *, half: bool = False) -> None:
     """Write an OpenVINO model as .xml and .bin file, which are tied to each other.
 
     Args:
         model: ``openvino.Model``; its metadata is changed.
         path: Path of the .xml file.
         description: Description as JSON.
+        half: Whether weights are stored in float16; computations stay in float32.
     """
     import openvino
 
     model.set_rt_info(description, KEY)
-    openvino.save_model(model, path, compress_to_fp16=False)
+    openvino.save_model(model, path, compress_to_fp16=half)
     model.set_rt_info(compute_sha256(path.with_suffix(".bin")), openvino_file.WEIGHTS_KEY)
     model.set_rt_info(NO_CHECKSUM, CHECKSUM_KEY)
-    openvino.save_model(model, path, compress_to_fp16=False)
+    openvino.save_model(model, path, compress_to_fp16=half)
     write_checksum(path, openvino_file.CHECKSUM_PREFIX)
 
 
@@ -58,3 +64,39 @@ def write_pt2(program: torch.export.ExportedProgram, path: Path, description: st
         is_utf8 = str(path) == escape_bytes(str(path))
         target = path if is_utf8 else stack.enter_context(open(path, "wb"))
         torch.export.save(program, target, extra_files={f"{KEY}.json": description})
+
+
+def convert_to_onnx(program: torch.export.ExportedProgram, calibrated: bool) -> Any:
+    """Convert a traced graph to ONNX.
+
+    Args:
+        program: Program of a detector.
+        calibrated: Whether it has the outputs of a calibration.
+
+    Returns:
+        ``onnx.ModelProto``.
+    """
+    names = list(OUTPUTS if calibrated else OUTPUTS[:2])
+    exported = torch.onnx.export(
+        program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names
+    )
+    return cast(torch.onnx.ONNXProgram, exported).model_proto  # None is returned only without dynamo
+
+
+def write_onnx_model(model: Any, kind: str, path: Path, description: str, *, half: bool = False) -> None:
+    """Write an ONNX model as a file for ONNX Runtime or OpenVINO.
+
+    Args:
+        model: ``onnx.ModelProto``.
+        kind: Format, "onnx" or "openvino".
+        path: Path of the file.
+        description: Description as JSON.
+        half: Whether the weights of an OpenVINO file are stored in float16.
+    """
+    if kind == "onnx":
+        write_onnx(model, path, description)
+        return
+    import openvino
+
+    # `openvino.convert_model` would do the same, but reports each call over the network, and waits for it.
+    write_openvino(openvino.Core().read_model(model.SerializeToString()), path, description, half=half)

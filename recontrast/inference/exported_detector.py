@@ -13,7 +13,7 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.data.regular_file import check_regular, is_regular
 from recontrast.data.sidecar import check_sidecar
 from recontrast.inference.file_checks import ForeignFileError
-from recontrast.inference.programs import PROGRAMS, Program
+from recontrast.inference.programs import PROGRAMS, DeviceError, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
 from recontrast.inference.rois import Rois
 from recontrast.recipes.recipe import to_pair
@@ -32,7 +32,7 @@ class ExportedDetector(Detector):
 
     Args:
         path: Path of the .onnx, .pt2 or .xml file.
-        device: None or the CPU; other devices are not supported.
+        device: None or the CPU; for an .onnx file also CUDA ("cuda", "cuda:1"), with ``onnxruntime-gpu``.
 
     Attributes:
         path: Path of the file.
@@ -44,20 +44,23 @@ class ExportedDetector(Detector):
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file was not written by `recontrast export`, is damaged, has another format version, or
-            differs from the SHA-256 in a file ``FILE.sha256`` beside it; or if the device is not the CPU.
+            differs from the SHA-256 in a file ``FILE.sha256`` beside it; or if its runtime cannot use the device.
         ImportError: If the runtime of the file is not installed.
     """
 
     def __init__(self, path: Path, device: "str | torch.device | None" = None) -> None:
-        if device is not None and str(device).partition(":")[0] != "cpu":
-            raise ValueError(f"{path}: wanted the CPU for an exported detector, got device {str(device)!r}")
+        kind, is_onnx = str(device or "cpu").partition(":")[0], path.suffix.lower() == ".onnx"
+        if kind != "cpu" and not (kind == "cuda" and is_onnx):
+            wanted = "the CPU or CUDA for an .onnx file" if is_onnx else f"the CPU for an exported {path.suffix} file"
+            raise ValueError(f"{path}: wanted {wanted}, got device {str(device)!r}")
         check_regular(path, "an exported detector")
         for file in (path, path.with_suffix(".bin")) if path.suffix.lower() == ".xml" else (path,):
             if is_regular(file):  # a missing .bin has its own message
                 check_sidecar(file)
         try:
-            self.program: Program = PROGRAMS[path.suffix.lower()](path)
-        except (ImportError, MemoryError, ForeignFileError):
+            arguments = () if kind == "cpu" else (str(device),)
+            self.program: Program = PROGRAMS[path.suffix.lower()](path, *arguments)
+        except (ImportError, MemoryError, ForeignFileError, DeviceError):
             raise
         except Exception as error:  # each runtime raises exceptions of its own
             reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,6 +15,7 @@ FORMAT = 1  # increased when inputs, outputs or the description change their mea
 KEY = "recontrast"  # metadata key of the description
 CHECKSUM_KEY = "recontrast_sha256"  # metadata key of the SHA-256 of the file, computed with zeros in its place
 NO_CHECKSUM = "0" * 64
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")  # of a file, in its description; older files have float32
 _LARGEST_DESCRIPTION = 2**26  # characters; the scores and appearances of a million calibration images
 
 
@@ -61,6 +62,9 @@ def parse_description(path: Path, text: str | None) -> dict[str, Any]:
     category, top, images = description["category"], description["top"], description.get("images")
     if images is not None and not is_images(images):
         raise ForeignFileError(f"{path}: images: wanted a description of images, got {describe_value(images)}")
+    precision = description.get("precision", "float32")
+    if precision not in PRECISIONS:
+        raise ForeignFileError(f"{path}: precision: wanted {', '.join(PRECISIONS)}, got {describe_value(precision)}")
     if not isinstance(category, str):
         raise ForeignFileError(f"{path}: category: wanted a name, got {describe_value(category)}")
     if not is_finite(top) or top <= 0:

@@ -1,7 +1,7 @@
 """Programs in exported files: checked, loaded and run by ONNX Runtime, OpenVINO or torch.export.
 
 There is one class for each file format. It checks the file before its runtime reads it, and maps a batch of images to
-named output arrays. Everything runs on the CPU in float32.
+named output arrays. Everything runs on the CPU, in float32 unless the file is quantised or asks for bfloat16.
 """
 
 import importlib
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
+_CUDA = "CUDAExecutionProvider"  # of ONNX Runtime
 OUTPUTS = ("map", "score", "p_value", "defect")  # the last two only with a calibration
 
 NamedArrays = dict[str, NDArray[Any]]
@@ -51,23 +52,41 @@ class Program(Protocol):
         """
 
 
+class DeviceError(ValueError):
+    """A device that the runtime of a file cannot use."""
+
+
 class OnnxProgram:
     """Program in an .onnx file, run by ONNX Runtime.
 
     Args:
         path: Path of the file.
+        device: "cpu", or "cuda" or "cuda:1" for ONNX Runtime's CUDAExecutionProvider.
 
     Raises:
+        DeviceError: If the installed ONNX Runtime cannot use the device.
         ValueError: If the file is damaged, or `recontrast export` did not write it.
         ImportError: If ONNX Runtime is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str = "cpu") -> None:
         onnxruntime = _import_runtime("onnxruntime")
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and _CUDA not in (available := onnxruntime.get_available_providers()):
+            raise DeviceError(
+                f"{path}: wanted an ONNX Runtime with the {_CUDA} for device {device!r}, got one with "
+                f"{', '.join(available)}: pip install onnxruntime-gpu"
+            )
+        providers: list[Any] = [] if kind == "cpu" else [(_CUDA, {"device_id": int(index or 0)})]
         content, self.description = read_onnx(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = count_threads()
-        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        providers.append("CPUExecutionProvider")
+        self._session = onnxruntime.InferenceSession(content, options, providers=providers)
+        if kind == "cuda" and _CUDA not in self._session.get_providers():  # it goes on without it by itself
+            raise DeviceError(
+                f"{path}: wanted device {device!r}, got a {_CUDA} that does not start: its CUDA libraries are missing"
+            )
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
@@ -99,8 +118,10 @@ class OpenVinoProgram:
         content, self._weights, self.description = read_openvino(path)
         core = openvino.Core()
         model = core.read_model(content, openvino.Tensor(self._weights) if len(self._weights) else b"")
-        # Without the hint, OpenVINO computes in bfloat16 on processors that support it.
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": count_threads()}
+        # Without the hint, OpenVINO computes in bfloat16 on processors that support it; without their instructions, it
+        # ignores the hint of a file that asks for bfloat16.
+        precision = "bf16" if self.description.get("precision") == "bfloat16" else "f32"
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": count_threads()}
         self._model = core.compile_model(model, "CPU", settings)
 
     def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:

@@ -23,8 +23,9 @@ from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import digest
 from recontrast.data.image_files import ImageFiles
 from recontrast.export import export as exporting
+from recontrast.export.describe import describe_detector
 from recontrast.export.detector_graph import DetectorGraph
-from recontrast.export.export import describe_detector, export
+from recontrast.export.export import export
 from recontrast.export.verify import compare_scores, draw_images
 from recontrast.inference import file_checks
 from recontrast.inference.detector import CheckpointDetector, open_detector

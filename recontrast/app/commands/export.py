@@ -1,12 +1,13 @@
 """``recontrast export``: write a detector as one file for ONNX Runtime, OpenVINO or torch.export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recontrast.app.console import print_error, print_line
 from recontrast.app.options import (
+    AllGood,
     CheckpointFile,
     Overwrite,
     Views,
@@ -16,8 +17,14 @@ from recontrast.app.options import (
     resolve_checkpoint,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def export(
+    from recontrast.export.low_precision import PrecisionReport
+    from recontrast.inference.detector import Detector
+
+
+def export(  # 11 options and their checks; `recontrast.export` does the work
     run: CheckpointFile,
     format: Annotated[str, typer.Option("--format", help="onnx, pt2 (torch.export) or openvino.")],
     out: Annotated[
@@ -29,17 +36,34 @@ def export(
     images: Annotated[
         list[Path] | None,
         path_option(
-            help="Images or folders on which the scores are compared, besides generated ones; may be repeated."
+            help="Images or folders on which the scores are compared, besides generated ones; may be repeated. "
+            "For int8: good images, which give the ranges of values."
         ),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(help="float32, float16 (half the size), bfloat16 (OpenVINO) or int8 (fast on CPUs with VNNI)."),
+    ] = "float32",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest relative difference of a score. Default: 1e-4, 5e-3, 0.05 or 0.15 by precision."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        path_option(help="Labelled data sets or categories: the report of a low precision gives their metrics."),
+    ] = None,
+    all_good: AllGood = False,
     views: Views = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a detector as one file with resize, network and decision; keep it only if the scores agree."""
+    from recontrast.data.class_folders import list_good_images
     from recontrast.data.listing import list_images
     from recontrast.data.own_files import check_replaceable
     from recontrast.export.export import SUFFIXES, check_target
     from recontrast.export.export import export as write
+    from recontrast.export.low_precision import check_precision, check_tolerance
+    from recontrast.export.low_precision_file import list_reports
 
     file = resolve_checkpoint(run)
     if out is not None or file.is_file():  # a missing file has its own message
@@ -47,18 +71,57 @@ def export(
     if out is None:
         out = file.with_name("detector" + SUFFIXES.get(format, ""))
     check_target(format, out)
-    weights = [out.with_suffix(".bin").name] if out.suffix.lower() == ".xml" else []
-    check_replaceable(out.parent, [out.name, *weights], overwrite=overwrite, inputs=[file])
+    beside = [out.with_suffix(".bin").name] if out.suffix.lower() == ".xml" else []
+    beside += [path.name for path in list_reports(out)] if precision != "float32" else []
+    check_replaceable(out.parent, [out.name, *beside], overwrite=overwrite, inputs=[file])
+    if tolerance is not None:
+        check_tolerance(tolerance)
+    if data and precision == "float32":
+        raise ValueError(
+            "--data: wanted --precision float16, bfloat16 or int8 with it, got float32, which has no report"
+        )
+    paths = (list_good_images(images, all_good) if precision == "int8" else list_images(images)) if images else []
+    check_precision(precision, format, paths)
     inference = build_inference_options("cpu", views)
     result = write(
-        file, format, out, images=list_images(images) if images else [], views=inference.views,
+        file, format, out, precision=precision, images=paths, tolerance=tolerance, views=inference.views,
+        measure=_measure(data) if data else None,
         on_start=lambda: print_line("tracing, writing, reopening and comparing takes a minute or two"),
     )  # fmt: skip
     print_line(
-        f"scores of {result.images} images of many sizes differ by at most {result.difference:.1e} (relative) from the "
-        f"checkpoint's"
+        f"scores of {result.images} images differ by at most {result.difference:.1e} (relative) from the checkpoint's"
     )
     for note in result.notes:
         print_error(f"warning: {note}")
     size = sum(path.stat().st_size for path in result.files) / 1e6
     print_line(f"outputs {', '.join(result.outputs)}, {size:.1f} MB: {', '.join(map(str, result.files))}")
+    if result.report is not None:
+        _print_report(result.report, list_reports(out)[0])
+
+
+def _print_report(report: "PrecisionReport", page: Path) -> None:
+    """Print the main figures of a report, and where it is."""
+    speed, size = report.images_per_second, report.megabytes
+    kept = [part.name for part in report.parts if part.precision == "float32"]
+    print_line(
+        f"{report.precision} beside float32: {speed[1] / speed[0]:.2f} x the images/s at batch 1, "
+        f"{size[1] / size[0]:.2f} x the size" + (f", left in float32: {', '.join(kept)}" if kept else "")
+    )
+    for name, (before, after) in report.metrics.items():
+        print_line(f"{name}: {100 * before:.2f} in float32, {100 * after:.2f} in {report.precision}")
+    print_line(f"report: {page}")
+
+
+def _measure(data: list[Path]) -> "Callable[[Detector], dict[str, float]]":
+    """Return a function that computes the mean metrics of a detector on labelled images."""
+    from recontrast.app.api import evaluate
+    from recontrast.data import datasets
+
+    samples = [sample for group in datasets.load(data, None).values() for sample in group]
+
+    def measure(detector: "Detector") -> dict[str, float]:
+        mean = evaluate(detector, samples).mean
+        names = ("i_auroc", "i_ap", "i_f1", "p_auroc", "p_ap", "p_f1", "aupro")
+        return {name: value for name in names if (value := getattr(mean, name)) is not None}
+
+    return measure

@@ -1,0 +1,57 @@
+"""Descriptions that exported files hold."""
+
+import json
+from typing import Any
+
+import recontrast
+from recontrast.checkpoint import digest
+from recontrast.data.exact_length import max_exact_length
+from recontrast.inference.detector import CheckpointDetector
+from recontrast.inference.file_checks import CHECKSUM_KEY, FORMAT
+from recontrast.recipes.recipe import to_pair
+
+
+def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
+    """Describe a detector: everything that is needed to run its exported file, and the origin of the file.
+
+    Args:
+        detector: Detector to be exported.
+
+    Returns:
+        Values that JSON can represent; they are stored in the file as text.
+    """
+    recipe, model = detector.recipe, detector.model
+    size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
+    return {
+        "format": FORMAT,
+        "recontrast": recontrast.__version__,
+        "category": detector.category,
+        "top": detector.max_map_value,
+        "recipe": recipe.to_dict(),
+        "preprocessing": {
+            "input": "uint8 RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
+            "largest": [max_exact_length(length) for length in size],
+            "size": size, "crop": crop, "resize": "Pillow's BILINEAR to the bit: across, rounded, then down",
+            "mean": list(model.mean), "std": list(model.std),
+        },
+        "calibration": None if detector.calibration is None else detector.calibration.to_dict(),
+        "weights": digest(model.state_dict(), recipe),
+        # Without sketches, which are small pictures: by the fingerprints, calibrate refuses what was trained on.
+        "images": {name: value for name, value in detector.images.items() if name in ("count", "digest", "each")},
+    }  # fmt: skip
+
+
+def describe(detector: CheckpointDetector, kind: str, precision: str = "float32") -> str:
+    """Return the description of a file as JSON.
+
+    Args:
+        detector: Detector to be exported.
+        kind: File format.
+        precision: Precision of the file.
+
+    Returns:
+        JSON text.
+    """
+    has_checksum = kind != "pt2"  # in which the archive has its own checksums
+    about = describe_detector(detector) | ({"checksum": CHECKSUM_KEY} if has_checksum else {})
+    return json.dumps(about | ({} if precision == "float32" else {"precision": precision}))

@@ -1,0 +1,63 @@
+"""``recontrast benchmark``: figures of each way, the recommendation, and refusals."""
+
+import json
+
+import pytest
+from command_line import fails, works
+from saved_model import save
+from small_detectors import RECIPE, build_onnx, describe, export_onnx, export_openvino, save_checkpoint, save_onnx
+
+from recontrast.app.benchmark_job import Timing, recommend
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*")]
+
+
+def test_checkpoint_and_files_are_timed(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "c.pt")
+    files = [export_onnx(tmp_path / "d.onnx"), export_openvino(tmp_path / "d.xml")]
+    before = sorted(tmp_path.iterdir())
+    options = ["--batches", "1,3", "--seconds", 0.05, "--device", "cpu", "--out", tmp_path / "figures.json"]
+    output = works("benchmark", checkpoint, "--file", files[0], "--file", files[1], *options)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    names = [entry["name"] for entry in figures if entry["name"] != "torch bfloat16"]
+    assert names == ["torch float32", "ONNX Runtime d.onnx", "OpenVINO d.xml"]
+    for entry in figures:
+        for batch, values in entry["batches"].items():
+            assert values["calls"] >= 3 and 0 < values["p50"] <= values["p99"]
+            assert values["images_per_second"] == pytest.approx(int(batch) / values["p50"], rel=0.5)
+    assert figures[0]["change"] == 0 and set(figures[0]["batches"]) == {"1", "3"}
+    assert figures[-1]["change"] > 0.5  # another network
+    assert "recommended at batch 1: torch" in output and "p99 ms" in output
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "figures.json"])
+
+
+def test_files_alone_are_compared_with_the_first(tmp_path):
+    files = [export_onnx(tmp_path / "d.onnx"), export_openvino(tmp_path / "d.xml")]
+    output = works("benchmark", files[0], "--file", files[1], "--batches", 2, "--seconds", 0.02)
+    assert "recommended at batch 2: " in output and "torch" not in output
+
+
+def test_recommendation():
+    slow, close, far = (Timing(name, {1: [seconds] * 3}, None, change) for name, seconds, change in (
+        ("torch float32", 0.4, 0.0), ("OpenVINO a.xml", 0.2, 1e-6), ("OpenVINO b.xml", 0.1, 0.1)))  # fmt: skip
+    assert recommend([slow, close], 1) == "recommended at batch 1: OpenVINO a.xml: 5.0 images/s, 2.00 x torch float32"
+    assert "; faster: OpenVINO b.xml: 10.0 images/s, 4.00 x" in recommend([slow, close, far], 1)
+    timing = Timing("a", {1: [i / 100 for i in range(1, 101)]})
+    assert (timing.latency(1, 0.5), timing.latency(1, 0.99)) == (0.5, 0.99)
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    path = export_onnx(tmp_path / "d.onnx")
+    for options, message in [
+        (["--batches", "0"], "--batches: wanted numbers of at least 1 image, got '0'"),
+        (["--batches", "a"], "--batches: wanted comma-separated integers"),
+        (["--seconds", "0"], "--seconds: wanted a time above 0"),
+        (["--file", tmp_path / "c.pt"], "--file: wanted a file that ends in .onnx, .xml or .pt2"),
+        (["--file", tmp_path / "none.onnx"], "none.onnx"),
+        (["--formats", "onnx"], "--formats: wanted a checkpoint to export"),
+    ]:
+        assert message in fails("benchmark", path, *options)
+    other = save_onnx(tmp_path / "other.onnx", build_onnx(), describe(recipe=RECIPE.replace(size=48).to_dict()))
+    assert "wanted files of one detector, got images of another size" in fails("benchmark", path, "--file", other)
+    tiled = save(tmp_path / "tiled.pt", RECIPE.replace(tile=32))
+    assert "wanted a detector of whole images to time" in fails("benchmark", tiled, "--device", "cpu")
