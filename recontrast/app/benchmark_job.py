@@ -46,11 +46,26 @@ class Timing:
     change: float = 0.0
 
     def images_per_second(self, batch: int) -> float:
-        """Return the images per second at a batch size, from the median call."""
+        """Return the images per second at a batch size, from the median call.
+
+        Args:
+            batch: Number of images per call.
+
+        Returns:
+            Images per second.
+        """
         return batch / statistics.median(self.latencies[batch])
 
     def latency(self, batch: int, share: float) -> float:
-        """Return the latency below which a share of the calls lies, in seconds."""
+        """Return the latency that a share of the calls does not exceed.
+
+        Args:
+            batch: Number of images per call.
+            share: Share of the calls, in (0, 1].
+
+        Returns:
+            Seconds.
+        """
         ordered = sorted(self.latencies[batch])
         return ordered[min(math.ceil(share * len(ordered)), len(ordered)) - 1]
 
