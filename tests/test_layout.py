@@ -176,6 +176,7 @@ WRITES = {
     },
     "recontrast/inference/file_checks.py": {"path.write_bytes(content)"},
     "recontrast/inference/pt2_file.py": {"zipfile.ZipFile(buffer, 'w', zipfile.ZIP_STORED)"},
+    "recontrast/data/list_files.py": {"pq.write_table(table, sink, write_page_checksum=True)"},  # to memory
     "recontrast/app/prediction/parquet_parts.py": {"pq.write_table(table, sink, write_page_checksum=True)"},
 }
 

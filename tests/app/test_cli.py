@@ -321,11 +321,17 @@ def test_wrong_arguments_of_predict(run, data, tmp_path, more, wanted):
     assert not files(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["list.txt", "list.PARQUET"])
-def test_lists_are_for_ray(run, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("list.txt", "wanted images, folders or lists (.csv, .jsonl, .parquet), got a .txt: it needs --engine ray"),
+        ("list.PARQUET", "wanted a Parquet file, got a file of another kind or a damaged one"),
+    ],
+)
+def test_lists_that_cannot_be_read(run, tmp_path, name, wanted):
     (tmp_path / name).write_text("a.png")
     message = fails("predict", run[0], tmp_path / name, "--out", tmp_path / "out")
-    assert message.endswith(f"{name}: wanted images or folders, got a list of images: lists need --engine ray")
+    assert message.endswith(f"{name}: {wanted}")
     assert not (tmp_path / "out").exists()
 
 
