@@ -11,15 +11,11 @@ hi * 2**11 + lo with lo from -1024 to 1023, and a pixel into 128 + p. These numb
 float32 and in TF32.
 
 Pillow divides in float64. Both results agree, because n * 2**22 / S is never exactly half-way between two integers for
-S < 2**23, but at least 1 / (2 S) away from it. `max_exact_length` is the size up to which this holds.
+S < 2**23, but at least 1 / (2 S) away from it. `recontrast.data.exact_length` has the size up to which this holds.
 """
 
 import torch
 from torch import Tensor, nn
-
-from recontrast.data.exact_length import max_exact_length
-
-__all__ = ["PillowResize", "compute_coefficients", "max_exact_length"]
 
 DIGIT = 2048  # 2**11: two digits hold the 22 bits of a weight in Pillow (32 bits, less 8 for a pixel and 2 to spare)
 STEPS = (64, 64, 32, 32)  # factors of 2**22; a remainder times 64 fits into an int32 while S < 2**25

@@ -27,6 +27,9 @@ COMMANDS = {
     "demo": ["demo", "--out", "{out}"],
     "train": ["train", "{data}", "--out", "{out}"],
     "compare": ["compare", "{data}", "--out", "{out}"],
+    "watch": ["watch", "none", "no.pt", "--out", "{out}"],
+    "list": ["list", "none", "--out", "{out}/l.csv"],
+    "benchmark": ["benchmark", "no.pt", "--out", "{out}/b.json"],
 }
 BESIDE = {  # what they write stands beside the checkpoint, or in it
     "DETECTOR": ["calibrate", "{out}/no.pt", "--good", "{data}", "--false-alarm-rate", "0.5"],
@@ -73,7 +76,7 @@ def test_every_command_that_writes_is_here():
     from recontrast.app.cli import app
 
     names = {found.name or found.callback.__name__ for found in app.registered_commands}
-    assert names - {"info", "doctor"} == {words[0] for words in (*COMMANDS.values(), *BESIDE.values())}
+    assert names - {"info", "doctor", "serve"} == {words[0] for words in (*COMMANDS.values(), *BESIDE.values())}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

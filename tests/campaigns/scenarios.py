@@ -313,7 +313,9 @@ def check_training(folder, content, former, whole):
         if (log[-1][0] if log else 0) < content["checkpoint.pt"][0]:
             return "a log without lines of the checkpoint"
     results = content.get("results.json")
-    if results not in (None, runs[0]["results.json"]) and not json.loads(results)["errors"]:  # of images that failed
+    if (
+        results not in (None, runs[0].get("results.json")) and not json.loads(results)["errors"]
+    ):  # of images that failed
         return "results of another run"
     return None
 

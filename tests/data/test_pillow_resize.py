@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from recontrast.data.exact_length import MAX_REDUCTION, max_exact_length
 from recontrast.data.images import fit_picture
-from recontrast.data.pillow_resize import MAX_REDUCTION, PillowResize, compute_coefficients, max_exact_length
+from recontrast.data.pillow_resize import PillowResize, compute_coefficients
 
 
 def resize_with_pillow(images, out):

@@ -48,9 +48,9 @@ def watch(
     for option, value in (("--settle", settle), ("--poll", poll)):
         if not 0 < value < 86400:
             raise ValueError(f"{option}: wanted a number of seconds above 0, got {value:g}")
+    check_writable(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: wanted a folder to watch, got no such folder (watch DIR DETECTOR)")
-    check_writable(out)
     options = inference.build()
     from recontrast.app.prediction.watch import WatchOptions
     from recontrast.app.prediction.watch import watch as run
