@@ -312,11 +312,12 @@ def check_training(folder, content, former, whole):
             return "a checkpoint of another run"
         if (log[-1][0] if log else 0) < content["checkpoint.pt"][0]:
             return "a log without lines of the checkpoint"
-    results = content.get("results.json")
-    if (
-        results not in (None, runs[0].get("results.json")) and not json.loads(results)["errors"]
-    ):  # of images that failed
-        return "results of another run"
+    if "results.json" in content and "results.json" in runs[0]:
+        found, wanted = (json.loads(run["results.json"]) for run in (content, runs[0]))
+        if found.get("decided") is None:  # written before the decisions, which could not be written
+            wanted["decided"] = None
+        if found != wanted and not found["errors"]:  # of images that failed
+            return "results of another run"
     return None
 
 
