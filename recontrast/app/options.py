@@ -161,6 +161,16 @@ def add_inference_arguments(command: Callable[..., None]) -> Callable[..., None]
     return run
 
 
+def _declare_option(run: Any, command: Callable[..., None], name: str, annotation: Any) -> Callable[..., None]:
+    """Give a wrapper the signature of the command that it wraps, with one more option, for typer."""
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+    option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    parameters = [p.replace(annotation=hints.get(key, p.annotation)) for key, p in signature.parameters.items()]
+    run.__signature__ = inspect.Signature([*parameters, option])
+    run.__annotations__ = {**hints, name: annotation}
+    return run
+
+
 def add_imports(command: Callable[..., None]) -> Callable[..., None]:
     """Add the option ``--import`` to a command, which imports the modules before the command runs.
 
@@ -170,7 +180,6 @@ def add_imports(command: Callable[..., None]) -> Callable[..., None]:
     Returns:
         The command with the option.
     """
-    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
 
     @functools.wraps(command)
     def run(*arguments: Any, imports: list[str] | None = None, **values: Any) -> None:
@@ -181,11 +190,7 @@ def add_imports(command: Callable[..., None]) -> Callable[..., None]:
                 import_architectures(module)
         command(*arguments, **values)
 
-    option = inspect.Parameter("imports", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Imports)
-    parameters = [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
-    run.__signature__ = inspect.Signature([*parameters, option])  # type: ignore[attr-defined]
-    run.__annotations__ = {**hints, "imports": Imports}
-    return run
+    return _declare_option(run, command, "imports", Imports)
 
 
 def add_threads(command: Callable[..., None]) -> Callable[..., None]:
@@ -197,7 +202,6 @@ def add_threads(command: Callable[..., None]) -> Callable[..., None]:
     Returns:
         The command with the option.
     """
-    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
 
     @functools.wraps(command)
     def run(*arguments: Any, threads: int | None = None, **values: Any) -> None:
@@ -208,11 +212,7 @@ def add_threads(command: Callable[..., None]) -> Callable[..., None]:
         with choose_threads(threads, print_error):
             command(*arguments, **values)
 
-    option = inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Threads)
-    parameters = [p.replace(annotation=hints.get(name, p.annotation)) for name, p in signature.parameters.items()]
-    run.__signature__ = inspect.Signature([*parameters, option])  # type: ignore[attr-defined]
-    run.__annotations__ = {**hints, "threads": Threads}
-    return run
+    return _declare_option(run, command, "threads", Threads)
 
 
 def build_inference_options(
