@@ -1,6 +1,7 @@
 """Miniatures of the original downloads: the same folders, file names and tables, with tiny images."""
 
 import csv
+import json
 
 import numpy as np
 from PIL import Image
@@ -122,4 +123,116 @@ DOWNLOADS = {
     "aptos": write_aptos,
     "oct2017": write_oct2017,
     "isic2018": write_isic2018,
+}
+
+
+def write_black(path, shape=(12, 16)):
+    """Write a mask that marks nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros(shape, np.uint8)).save(path)
+
+
+def write_real_iad(root, categories=("audiojack", "usb")):
+    """Write a miniature of Real-IAD: two good samples, and one whose views C1 and C3 show the defect."""
+    for category in categories:
+        lines = {"train": [], "test": []}
+        for split, sample, kind in (("train", 1, "OK"), ("test", 2, "OK"), ("test", 3, "HS")):
+            for view in range(1, 6):
+                folder = f"OK/S{sample:04}" if kind == "OK" else f"NG/{kind}/S{sample:04}"
+                ok = "OK" if kind == "OK" else "NG_HS"
+                image = f"{folder}/{category}_{sample:04}_{ok}_C{view}_20230922141132.jpg"
+                write_image(root / "realiad_1024" / category / image, seed=10 * sample + view)
+                mask = image.replace(".jpg", ".png") if kind != "OK" and view in (1, 3) else None
+                if mask is not None:
+                    write_mask(root / "realiad_1024" / category / mask, 255)
+                values = {"category": category, "anomaly_class": kind, "image_path": image, "mask_path": mask}
+                lines[split].append(values)
+        content = {"meta": {"prefix": f"{category}/", "normal_class": "OK"}, **lines}
+        listing = root / "realiad_jsons" / "realiad_jsons" / f"{category}.json"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text(json.dumps(content))
+
+
+def write_kolektor_sdd(root):
+    """Write a miniature of KolektorSDD: ten items of two parts, the last item with a defect."""
+    for item in range(1, 11):
+        for part in range(2):
+            folder = root / "KolektorSDD" / f"kos{item:02}"
+            write_image(folder / f"Part{part}.jpg", seed=10 * item + part)
+            label = folder / f"Part{part}_label.bmp"
+            write_mask(label, 2) if (item, part) == (10, 1) else write_black(label)
+
+
+def write_kolektor_sdd2(root):
+    """Write a miniature of KolektorSDD2, with its stray copies; 10001 and 20001 have a defect."""
+    for split, first in (("train", 10000), ("test", 20000)):
+        for number in range(first, first + 3):
+            write_image(root / split / f"{number}.png", seed=number)
+            label = root / split / f"{number}_GT.png"
+            write_mask(label, 255) if number % 10 == 1 else write_black(label)
+    write_image(root / "train" / "10001 (copy).png")
+    write_black(root / "train" / "10001_GT (copy).png")
+
+
+def write_dagm2007(root, categories=("Class1", "Class10")):
+    """Write a miniature of DAGM 2007: one of three images of each half has a label."""
+    for category in categories:
+        for split, first in (("Train", 576), ("Test", 1)):
+            folder = root / "DAGM" / category / split
+            for number in range(first, first + 3):
+                write_image(folder / f"{number:04}.PNG", shape=(12, 16), seed=number)
+            write_mask(folder / "Label" / f"{first:04}_label.PNG", 255)
+            (folder / "Label" / "Labels.txt").write_text("1")
+
+
+def write_aitex(root):
+    """Write a miniature of AITEX: ten good strips; one defect in two masks, one with one mask, one without a mask."""
+    for number in range(10):
+        write_image(root / "NODefect_images" / "2306881-210020u" / f"{number:04}_000_{number % 3:02}.png", seed=number)
+    for name in ("0001_002_00", "0044_019_04", "0100_025_08"):
+        write_image(root / "Defect_images" / f"{name}.png")
+    write_mask(root / "Mask_images" / "0001_002_00_mask.png", 255)
+    write_mask(root / "Mask_images" / "0044_019_04_mask1.png", 255)
+    write_mask(root / "Mask_images" / "0044_019_04_mask2.png", 3)
+
+
+def write_bmad(root):
+    """Write a miniature of BMAD, with the different names of its folders."""
+    for folder, valid, bad, image, mask in (
+        ("Brain_AD/BraTS2021_slice", "valid", "Ungood", "img/", "label"),
+        ("Liver_AD/hist_DIY", "valid", "ungood", "img/", "label"),
+        ("Retina_RESC_AD/RESC", "val", "ungood", "img/", "anomaly_mask"),
+        ("Retina_OCT2017", "val", "Ungood", "", None),
+        ("Chest_AD/Chest-RSNA", "val", "Ungood", "img/", None),
+        ("Histopathology_AD/camelyon16_256", "valid", "Ungood", "", None),
+    ):
+        for part, count in (("train/good/", 2), (f"{valid}/good/{image}", 1), (f"test/good/{image}", 1),
+                            (f"{valid}/{bad}/{image}", 1), (f"test/{bad}/{image}", 2)):  # fmt: skip
+            for number in range(count):
+                write_image(root / "BMAD" / folder / part / f"{number}_60.png", seed=number)
+        if mask is not None:
+            for number in range(2):
+                write_mask(root / "BMAD" / folder / "test" / bad / mask / f"{number}_60.png", 1)
+            write_black(root / "BMAD" / folder / "test" / "good" / mask / "0_60.png")
+
+
+def write_ham10000(root):
+    """Write a miniature of HAM10000: twelve images of ten lesions in two folders."""
+    rows = []
+    for number in range(12):
+        name, label = f"ISIC_{24306 + number:07}", "mel" if number == 5 else "bkl" if number == 6 else "nv"
+        rows.append([f"HAM_{number // 2 if number < 4 else number:07}", name, label, "histo", "80.0", "male", "scalp"])
+        write_image(root / f"HAM10000_images_part_{1 + number % 2}" / f"{name}.jpg", seed=number)
+    header = ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"]
+    write_table(root / "HAM10000_metadata.csv", header, rows)
+
+
+OTHERS = {
+    "real_iad": write_real_iad,
+    "kolektor_sdd": write_kolektor_sdd,
+    "kolektor_sdd2": write_kolektor_sdd2,
+    "dagm2007": write_dagm2007,
+    "aitex": write_aitex,
+    "bmad": write_bmad,
+    "ham10000": write_ham10000,
 }

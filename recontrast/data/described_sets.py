@@ -1,135 +1,33 @@
-"""Data sets that are read by a description of where their files lie, without code of their own.
+"""Data sets that are read by a description of where their files lie (`recontrast.data.described_set`).
 
-A description is a template for each kind of file. ``{category}``, ``{defect}``, ``{stem}`` and ``{name}`` stand for one
-part of a path or of a name. Each set is prepared in MVTec AD layout; good images for validation become
-``CATEGORY/validation/good``, to calibrate with.
+Each set is prepared in MVTec AD layout; good images for validation become ``CATEGORY/validation/good``, to calibrate
+with. Numbers of images are checked only where they could be verified.
 """
 
-import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-
-import numpy as np
-
-from recontrast.data.dataset_sample import GOOD
-from recontrast.data.downloads import Entry, Plan, binarise_mask, find_root
-from recontrast.data.listing import find_images
+from recontrast.data.described_set import DescribedSet
+from recontrast.data.download_tables import Listing, Table
+from recontrast.data.downloads import BAD
 from recontrast.data.published_counts import Counts
 
-
-@dataclass(frozen=True)
-class DescribedSet:
-    """Where the files of a data set lie, and where it comes from.
-
-    Attributes:
-        title: Name, licence and citation, as the command prints them.
-        categories: Names of the categories.
-        marker: Glob pattern by which the root of the download is found.
-        train: Template of the good training images.
-        test: Template of the test images.
-        mask: Template of the masks; several with the same category, defect and stem are masks of one image.
-        validation: Template of good images that are neither trained on nor measured with; None if there are none.
-        good: Name of the folder of good test images.
-        total: Published numbers of images of all categories; None if they are not checked.
-    """
-
-    title: str
-    categories: tuple[str, ...]
-    marker: str
-    train: str
-    test: str
-    mask: str
-    validation: str | None = None
-    good: str = GOOD
-    total: Counts | None = None
-
-    def read(self, source: Path) -> Plan:
-        """Read a download, see `recontrast.data.downloads`.
-
-        Args:
-            source: Folder of the download, or a folder up to three levels above it.
-
-        Returns:
-            Folder of the download, and the files of the prepared data set.
-
-        Raises:
-            ValueError: If there is no such data set below ``source``, an image with a defect has no mask, or a mask has
-                no image.
-        """
-        root = find_root(
-            source, self.marker, f"{self.train} and {self.test}, as {self.title.partition(' (')[0]} unpacks"
-        )
-        files = {path.relative_to(root).as_posix(): path for path in find_images(root)}
-        masks: dict[tuple[str, str, str], list[Path]] = {}
-        for parts, path in _match(self.mask, files):
-            if parts["defect"] != self.good:
-                masks.setdefault((parts["category"], parts["defect"], parts["stem"]), []).append(path)
-        entries = [
-            Entry(f"{parts['category']}/{split}/{GOOD}/{path.name}", path)
-            for split, template in (("train", self.train), ("validation", self.validation))
-            if template is not None
-            for parts, path in _match(template, files)
-        ]
-        for parts, path in _match(self.test, files):
-            category, defect, stem = parts["category"], parts["defect"], os.path.splitext(path.name)[0]
-            if defect == self.good:
-                entries.append(Entry(f"{category}/test/{GOOD}/{path.name}", path))
-                continue
-            own = masks.pop((category, defect, stem), None)
-            if own is None:
-                raise ValueError(f"{path}: wanted its mask ({self.mask}), got none")
-            entries.append(Entry(f"{category}/test/{defect}/{path.name}", path))
-            convert = partial(join_masks, others=own[1:], image=path)
-            entries.append(Entry(f"{category}/ground_truth/{defect}/{stem}_mask.png", own[0], convert))
-        if masks:
-            first = next(iter(masks.values()))[0]
-            raise ValueError(f"{first}: wanted an image for this mask ({self.test}), got none")
-        return root, entries
-
-
-def join_masks(path: Path, others: Sequence[Path], image: Path) -> np.ndarray | None:
-    """Join the masks of an image: what any of them marks becomes 255.
-
-    Args:
-        path: Path of the first mask.
-        others: Paths of further masks.
-        image: Path of the image, which must have the same size.
-
-    Returns:
-        (H, W) uint8; None if there is one mask, which contains 0 and 255 alone.
-
-    Raises:
-        OSError: If a file does not exist or cannot be opened.
-        ValueError: If a file cannot be decoded, or the sizes differ.
-    """
-    if not others:
-        return binarise_mask(path, image)
-    joined = [binarise_mask(mask, image, always=True) for mask in (path, *others)]
-    return np.maximum.reduce([mask for mask in joined if mask is not None])
-
-
-def _match(template: str, files: dict[str, Path]) -> list[tuple[dict[str, str], Path]]:
-    """Return the parts and the path of each file whose relative path fits a template."""
-    pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
-    expression = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", pattern))
-    matches = ((expression.fullmatch(name), path) for name, path in files.items())
-    return [(match.groupdict(), path) for match, path in matches if match is not None]
-
-
 _NC = "CC BY-NC-SA 4.0"
+_VALIDATION = ("{category}/validation/good/{name}",)
+_BMAD_FOLDERS = {  # category -> folder in the archive
+    "Brain": "BraTS2021_slice",
+    "Liver": "hist_DIY",
+    "Retina_RESC": "RESC",
+    "Retina_OCT2017": "OCT2017",
+    "Chest": "Chest-RSNA",
+    "Histopathology": "camelyon16_256",
+}
 DESCRIBED_SETS = {
     "mvtec_loco": DescribedSet(
         title=f"MVTec LOCO AD ({_NC}; Bergmann et al., Beyond Dents and Scratches: Logical Constraints in Unsupervised "
         "Anomaly Detection and Localization, IJCV 130, 2022)",
         categories=("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
         marker="*/test/logical_anomalies",
-        train="{category}/train/good/{name}",
-        validation="{category}/validation/good/{name}",
-        test="{category}/test/{defect}/{name}",
-        mask="{category}/ground_truth/{defect}/{stem}/{name}",
+        validation=_VALIDATION,
+        test=("{category}/test/{defect}/{stem}.{suffix}",),
+        mask=("{category}/ground_truth/{defect}/{stem}/{name}",),
         total=Counts(1772, 1568, 575),
     ),
     "mvtec_ad_2": DescribedSet(
@@ -137,20 +35,20 @@ DESCRIBED_SETS = {
         "Anomaly Detection, 2025)",
         categories=("can", "fabric", "fruit_jelly", "rice", "sheet_metal", "vial", "wallplugs", "walnuts"),
         marker="*/test_public",
-        train="{category}/train/good/{name}",
-        validation="{category}/validation/good/{name}",
-        test="{category}/test_public/{defect}/{name}",
-        mask="{category}/test_public/ground_truth/{defect}/{stem}_mask.png",
+        validation=_VALIDATION,
+        test=("{category}/test_public/{defect}/{stem}.{suffix}",),
+        mask=("{category}/test_public/ground_truth/{defect}/{stem}_mask.png",),
+        total=Counts(2528, 1084, 379),
     ),
     "mvtec_3d": DescribedSet(
         title=f"MVTec 3D-AD ({_NC}; Bergmann et al., The MVTec 3D-AD Dataset for Unsupervised 3D Anomaly Detection and "
         "Localization, VISAPP 2022), its RGB images",
         categories=("bagel", "cable_gland", "carrot", "cookie", "dowel", "foam", "peach", "potato", "rope", "tire"),
         marker="*/train/good/rgb",
-        train="{category}/train/good/rgb/{name}",
-        validation="{category}/validation/good/rgb/{name}",
-        test="{category}/test/{defect}/rgb/{name}",
-        mask="{category}/test/{defect}/gt/{stem}.png",
+        train=("{category}/train/good/rgb/{name}",),
+        validation=("{category}/validation/good/rgb/{name}",),
+        test=("{category}/test/{defect}/rgb/{stem}.{suffix}",),
+        mask=("{category}/test/{defect}/gt/{stem}.png",),
         total=Counts(2656, 1197, 249),
     ),
     "btad": DescribedSet(
@@ -158,20 +56,100 @@ DESCRIBED_SETS = {
         "and Localization, ISIE 2021)",
         categories=("01", "02", "03"),
         marker="*/train/ok",
-        train="{category}/train/ok/{name}",
-        test="{category}/test/{defect}/{name}",
-        mask="{category}/ground_truth/{defect}/{stem}.{suffix}",
+        train=("{category}/train/ok/{name}",),
+        test=("{category}/test/{defect}/{stem}.{suffix}",),
+        mask=("{category}/ground_truth/{defect}/{stem}.{suffix}",),
         good="ok",
     ),
     "mpdd": DescribedSet(
         title="MPDD (for its licence see the download; Jezek et al., Deep learning-based defect detection of metal "
         "parts: evaluating current methods in complex conditions, ICUMT 2021)",
         categories=("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
-        marker="*/train/good",
-        train="{category}/train/good/{name}",
-        test="{category}/test/{defect}/{name}",
-        mask="{category}/ground_truth/{defect}/{stem}_mask.png",
+        test=("{category}/test/{defect}/{stem}.{suffix}",),
+        mask=("{category}/ground_truth/{defect}/{stem}_mask.png",),
         total=Counts(888, 458, 176),
     ),
-}
+    "real_iad": DescribedSet(
+        title=f"Real-IAD ({_NC}; Wang et al., Real-IAD: A Real-World Multi-View Dataset for Benchmarking Versatile "
+        "Industrial Anomaly Detection, CVPR 2024), all five views",
+        categories=(
+            "audiojack", "bottle_cap", "button_battery", "end_cap", "eraser", "fire_hood", "mint", "mounts", "pcb",
+            "phone_battery", "plastic_nut", "plastic_plug", "porcelain_doll", "regulator", "rolled_strip_base",
+            "sim_card_set", "switch", "tape", "terminalblock", "toothbrush", "toy", "toy_brick", "transistor1",
+            "u_block", "usb", "usb_adaptor", "vcpill", "wooden_beads", "woodstick", "zipper",
+        ),
+        marker="realiad_jsons",
+        listing=Listing(
+            files=("realiad_jsons/{category}.json", "realiad_jsons/realiad_jsons/{category}.json"),
+            folders=("realiad_1024", "realiad_512", "realiad_256", "realiad_raw"),
+        ),
+        total=Counts(36465, 114585, 63256),
+    ),
+    "kolektor_sdd": DescribedSet(
+        title=f"KolektorSDD ({_NC}; Tabernik et al., Segmentation-based deep-learning approach for surface-defect "
+        "detection, Journal of Intelligent Manufacturing 31, 2020)",
+        categories=("kolektor_sdd",),
+        marker="kos01",
+        unsplit=(r"{group:kos\d+}/{stem:Part\d+}.jpg",),
+        mask=("{group}/{stem}_label.bmp",),
+        labels="pixels",
+        total=Counts(0, 399, 347),
+    ),
+    "kolektor_sdd2": DescribedSet(
+        title=f"KolektorSDD2 ({_NC}; Bozic et al., Mixed supervision for surface-defect detection: from weakly to "
+        "fully supervised learning, Computers in Industry 129, 2021)",
+        categories=("kolektor_sdd2",),
+        marker="train/*_GT.png",
+        train=(r"{split:train}/{stem:\d+}.png",),  # without the stray files "10301 (copy).png", "10301_GT (copy).png"
+        test=(r"{split:test}/{stem:\d+}.png",),
+        mask=(r"{split:train|test}/{stem:\d+}_GT.png",),
+        labels="pixels",
+        total=Counts(2085, 1004, 894),
+    ),
+    "dagm2007": DescribedSet(
+        title="DAGM 2007 (for its licence see the download; Wieler and Hahn, Weakly Supervised Learning for Industrial "
+        "Optical Inspection, DAGM 2007)",
+        categories=tuple(f"Class{number}" for number in range(1, 11)),
+        marker="*/Train",
+        train=(r"{category}/{split:Train}/{stem:\d+}.{suffix}",),
+        test=(r"{category}/{split:Test}/{stem:\d+}.{suffix}",),
+        mask=(r"{category}/{split:Train|Test}/Label/{stem:\d+}_label.{suffix}",),
+        labels="mask",
+    ),
+    "aitex": DescribedSet(
+        title="AITEX (for its licence see the download; Silvestre-Blanes et al., A Public Fabric Database for Defect "
+        "Detection Methods and Results, Autex Research Journal 19, 2019)",
+        categories=("aitex",),
+        marker="NODefect_images",
+        unsplit=(
+            r"NODefect_images/**/{number:\d+}_{defect:000}_{fabric:\d+}.png",
+            r"Defect_images/**/{number:\d+}_{defect:\d+}_{fabric:\d+}.png",
+        ),
+        mask=(r"Mask_images/**/{number:\d+}_{defect:\d+}_{fabric:\d+}_mask{suffix:\d*}.png",),
+        good="000",
+        left_out=("0100_025_08.png",),
+    ),
+    "bmad": DescribedSet(
+        title=f"BMAD ({_NC}; Bao et al., BMAD: Benchmarks for Medical Anomaly Detection, CVPR Workshops 2024)",
+        categories=tuple(_BMAD_FOLDERS),
+        marker="",
+        train=("**/{category}/train/good/[img/]{name}",),
+        validation=("**/{category}/{split:valid|val}/good/[img/]{name}",),
+        test=("**/{category}/test/{defect:good|Ungood|ungood}/[img/]{stem}.{suffix}",),
+        mask=("**/{category}/test/{defect:Ungood|ungood}/{folder:label|anomaly_mask}/{stem}.{suffix}",),
+        unmasked=("Retina_OCT2017", "Chest", "Histopathology"),
+        aliases={alias: name for name, folder in _BMAD_FOLDERS.items() for alias in (name, f"{name}_AD", folder)},
+        defects={"Ungood": BAD, "ungood": BAD},
+    ),
+    "ham10000": DescribedSet(
+        title="HAM10000 (CC BY-NC 4.0; Tschandl et al., The HAM10000 dataset, a large collection of multi-source "
+        "dermatoscopic images of common pigmented skin lesions, Scientific Data 5, 2018)",
+        categories=("ham10000",),
+        marker="HAM10000_metadata.csv",
+        unsplit=(r"[{folder:HAM10000_images\w*}/]{stem:ISIC_\d+}.jpg",),
+        good="nv",
+        labels=Table("HAM10000_metadata.csv", image="image_id", label="dx", group="lesion_id"),
+        total=Counts(0, 10015, 6705),
+    ),
+}  # fmt: skip
 """Data sets by the name that ``recontrast prepare`` takes."""

@@ -91,7 +91,7 @@ def read_visa(source: Path) -> Plan:
     if not _find_folders(source, table) and _find_folders(source, "*/train"):
         return read_mvtec(source)
     root = find_root(source, table, f"{table} of the VisA download, or the one-class layout CATEGORY/train/{GOOD}")
-    entries, files = [], _ListedFiles(root)
+    entries, files = [], ListedFiles(root)
     for row in read_table(root / table, ("image", "object", "split", "label", "mask")):
         category, split, is_good = row["object"], row["split"], row["label"] == "normal"
         if split not in ("train", "test"):
@@ -130,7 +130,7 @@ def read_aptos(source: Path) -> Plan:
         ValueError: If there is no such data set below ``source``, or the table is invalid.
     """
     root = find_root(source, "train.csv", "train.csv and train_images/, as APTOS 2019 unpacks")
-    normal, anomalous, files = [], [], _ListedFiles(root)
+    normal, anomalous, files = [], [], ListedFiles(root)
     for row in read_table(root / "train.csv", ("id_code", "diagnosis")):
         name, grade = f"{row['id_code']}.png", row["diagnosis"]
         if grade not in APTOS_GRADES:
@@ -162,7 +162,7 @@ def read_oct2017(source: Path) -> Plan:
     root = find_root(source, "train/NORMAL", "train/NORMAL and test/NORMAL, as OCT2017 unpacks")
     if not (root / "test" / "NORMAL").is_dir():
         raise ValueError(
-            f"{root}: wanted test/NORMAL beside train/NORMAL, as OCT2017 unpacks, got {_list_content(root)}"
+            f"{root}: wanted test/NORMAL beside train/NORMAL, as OCT2017 unpacks, got {list_content(root)}"
         )
     folders = [("train", root / "train" / "NORMAL")]
     folders += [("test", folder) for folder in sorted((root / "test").iterdir()) if folder.is_dir()]
@@ -192,7 +192,7 @@ def read_isic2018(source: Path) -> Plan:
     marker = "ISIC2018_Task3_Training_Input"
     description = f"{marker}, ..._GroundTruth and the same of Validation, as ISIC 2018 Task 3 unpacks"
     root = find_root(source, marker, description)
-    entries, files = [], _ListedFiles(root)
+    entries, files = [], ListedFiles(root)
     for split, part in (("train", "Training"), ("test", "Validation")):
         table = Path(f"ISIC2018_Task3_{part}_GroundTruth.csv")
         path = (
@@ -244,14 +244,27 @@ def binarise_mask(path: Path, image: Path, *, always: bool = False) -> np.ndarra
     return None if not always and decoded.mode == "L" and np.array_equal(values, full) else full
 
 
-class _ListedFiles:
-    """Files named by a table; missing files are counted, and reported in one error."""
+class ListedFiles:
+    """Files named by a table; missing files are counted, and reported in one error.
+
+    Args:
+        root: Folder of the files.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.first_error, self.missing = root, "", 0
 
     def resolve(self, row: TableRow, name: str, kind: str = "image") -> Path:
-        """Return the path of the file ``name`` of a row; the file can be missing."""
+        """Return the path of a file; it can be missing.
+
+        Args:
+            row: Row that names the file, for error messages.
+            name: Path below the root.
+            kind: What the file is, for error messages.
+
+        Raises:
+            ValueError: If ``name`` is no path of an image below the root.
+        """
         relative = PurePosixPath(name)
         if not is_image(relative.name) or relative.is_absolute() or ".." in relative.parts:
             raise ValueError(f"{row.location}: wanted the path of its {kind} below {self.root}, got {shorten(name)!r}")
@@ -286,7 +299,7 @@ def find_root(source: Path, marker: str, description: str) -> Path:
         raise ValueError(f"{source}: wanted a folder with {description}, got {'a file' if source.exists() else 'none'}")
     folders = _find_folders(source, marker)
     if not folders:
-        raise ValueError(f"{source}: wanted {description}, got {_list_content(source)}")
+        raise ValueError(f"{source}: wanted {description}, got {list_content(source)}")
     if len(folders) > 1:
         raise ValueError(f"{source}: wanted one folder with {description}, got {folders[0]} and {folders[1]}")
     return folders[0]
@@ -302,7 +315,7 @@ def _find_folders(source: Path, marker: str) -> list[Path]:
     return []
 
 
-def _list_content(folder: Path) -> str:
-    """Return the first names in a folder, for an error message."""
+def list_content(folder: Path) -> str:
+    """Return the first names in a ``folder``, for an error message."""
     names = sorted(path.name for path in folder.iterdir() if not is_hidden(path.name))
     return (", ".join(names[:5]) + ", ..." * (len(names) > 5)) or "an empty folder"

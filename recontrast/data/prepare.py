@@ -1,7 +1,8 @@
-"""Convert the original downloads of the paper's data sets to MVTec AD layout, and check the number of images.
+"""Convert original downloads to MVTec AD layout, and check the number of images.
 
 The new data set appears when it is complete, or not at all. Files are linked if possible: a hard link, otherwise a
-relative symbolic link, otherwise a copy. Only masks of VisA and images of APTOS 2019 are converted.
+relative symbolic link, otherwise a copy. Only masks with other values than 0 and 255 and images of APTOS 2019 are
+converted.
 """
 
 import json
@@ -50,6 +51,7 @@ class PreparedDataset:
         files: Number of files by transfer method (`TRANSFER_METHODS`).
         title: Name, licence and citation; empty for the paper's data sets.
         total: Published number of images of all categories; None if they are published by category, or not checked.
+        own_split: Whether training and test images were divided here, because no split is published.
     """
 
     name: str
@@ -61,6 +63,7 @@ class PreparedDataset:
     files: dict[str, int]
     title: str = ""
     total: Counts | None = None
+    own_split: bool = False
 
 
 def prepare(
@@ -101,7 +104,7 @@ def prepare(
     if described is None:
         warnings = compare_counts(counts, published)
     else:
-        warnings = compare_total(counts, described.categories, described.total)
+        warnings = compare_total(counts, described.categories, described.total, is_split=not described.unsplit)
     files: dict[str, int] = {}
     if out is not None:
         with create_folder(out) as folder:
@@ -119,6 +122,7 @@ def prepare(
         files=files,
         title="" if described is None else described.title,
         total=None if described is None else described.total,
+        own_split=described is not None and bool(described.unsplit),
     )
 
 
@@ -142,8 +146,9 @@ def count_images(entries: Sequence[Entry], root: Path) -> dict[str, Counts]:
             other = sources[entry.target]
             raise ValueError(f"{entry.source}: wanted one file for {entry.target}, got {other} for the same target")
         sources[entry.target] = entry.source
-        category, split, kind = entry.target.split("/")[:3]
-        folders.setdefault(category, []).append(f"{split}/{kind}")
+        category, *rest = entry.target.split("/")
+        if len(rest) > 1:  # not the configuration of a category
+            folders.setdefault(category, []).append("/".join(rest[:2]))
     counts: dict[str, Counts] = {}
     for category, kinds in folders.items():
         train, test = (sum(kind.startswith(split) for kind in kinds) for split in ("train/", "test/"))
@@ -191,13 +196,16 @@ def compare_counts(counts: dict[str, Counts], published: dict[str, Counts]) -> l
     return warnings
 
 
-def compare_total(counts: dict[str, Counts], categories: Sequence[str], total: Counts | None) -> list[str]:
+def compare_total(
+    counts: dict[str, Counts], categories: Sequence[str], total: Counts | None, *, is_split: bool = True
+) -> list[str]:
     """Compare the categories, and the number of all images, with the published ones.
 
     Args:
         counts: Number of images by category.
         categories: Published categories.
         total: Published number of images of all of them; None if it is not checked.
+        is_split: Whether the split is published. Otherwise only the sums over training and test are compared.
 
     Returns:
         One sentence for other categories, one for missing ones, and one if all are there and the number differs.
@@ -207,8 +215,10 @@ def compare_total(counts: dict[str, Counts], categories: Sequence[str], total: C
         warnings.append(f"not among the published categories: {', '.join(others)}")
     if missing := [category for category in categories if category not in counts]:
         warnings.append(f"{len(missing)} of {len(categories)} published categories are missing: {', '.join(missing)}")
-    if total is not None and not warnings and (differences := sum_counts(counts).describe_differences(total)):
-        warnings.append(f"all categories: {'; '.join(differences)}")
+    if total is not None and not warnings:
+        got = sum_counts(counts)
+        differences = got.describe_differences(total) if is_split else got.describe_differences_of_all(total)
+        warnings += [f"all categories: {'; '.join(differences)}"] if differences else []
     return warnings
 
 

@@ -34,6 +34,21 @@ class Counts:
             if expected[key] is not None and got != expected[key]
         ]
 
+    def describe_differences_of_all(self, published: "Counts") -> list[str]:
+        """Describe the differences of all images, and of all good ones, without a published split.
+
+        Args:
+            published: Published numbers, whose sums over training and test are compared.
+
+        Returns:
+            Texts such as ``"2 images, published 3"``.
+        """
+        (all_got, good_got), (all_published, good_published) = (
+            (counts.train + counts.test, counts.train + (counts.good or 0)) for counts in (self, published)
+        )
+        pairs = ((all_got, all_published, "images"), (good_got, good_published, "good images"))
+        return [f"{got} {name}, published {expected}" for got, expected, name in pairs if got != expected]
+
 
 def _parse_counts(table: str) -> dict[str, Counts]:
     """Parse lines of category, training images, good test images and defective test images."""

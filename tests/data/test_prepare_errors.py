@@ -242,7 +242,7 @@ def test_wrong_arguments(download, tmp_path):
     source = download("mvtec")
     assert run_failing_command("mvtek", "--source", source) == (
         "prepare: wanted one of mvtec, visa, aptos, oct2017, isic2018, mvtec_loco, mvtec_ad_2, mvtec_3d, btad, "
-        "mpdd, got 'mvtek'"
+        "mpdd, real_iad, kolektor_sdd, kolektor_sdd2, dagm2007, aitex, bmad, ham10000, got 'mvtek'"
     )
     (tmp_path / "file").write_text("")
     for name in DOWNLOADS:

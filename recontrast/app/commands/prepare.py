@@ -19,7 +19,8 @@ def prepare(
         str,
         typer.Argument(
             metavar="NAME",
-            help="mvtec, visa, aptos, oct2017, isic2018, mvtec_loco, mvtec_ad_2, mvtec_3d, btad or mpdd.",
+            help="mvtec, visa, aptos, oct2017, isic2018, mvtec_loco, mvtec_ad_2, mvtec_3d, btad, mpdd, real_iad, "
+            "kolektor_sdd, kolektor_sdd2, dagm2007, aitex, bmad or ham10000.",
         ),
     ],
     source: Annotated[Path, path_option(help="Folder of the unpacked original download.")],
@@ -40,7 +41,7 @@ def prepare(
     with ProgressBar(f"prepare {name}") as progress:
         prepared = run(name, source, out, link=not copy, workers=workers, on_progress=progress)
     rows = [_row(category, counts, prepared.published.get(category)) for category, counts in prepared.counts.items()]
-    if len(rows) > 1:
+    if len(rows) > 1 and not prepared.own_split:
         published = prepared.total or (sum_counts(prepared.published) if prepared.published else None)
         rows.append(_row("all", sum_counts(prepared.counts), published))
     columns = [text for key in ("train", "test", "good of test") for text in (key, "published")]
@@ -49,6 +50,8 @@ def prepare(
         print_error(f"warning: {text}")
     if prepared.title:
         print_line(prepared.title)
+    if prepared.own_split:
+        print_line("no split is published: images with a defect and a fifth of the good ones, by name, are test images")
     if not prepared.published and prepared.total is None:
         print_line("the counts are not compared with published ones")
     elif not prepared.warnings:
