@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from recontrast.app.compare.peak_memory import PeakMemory, read_resident_memory
+from recontrast.data.window import from_levels
 from recontrast.inference.detector import CheckpointDetector, Detector, open_detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.infer import infer
@@ -200,9 +201,10 @@ def _build_call(detector: Detector) -> Callable[[NDArray[np.uint8]], NDArray[np.
     return call
 
 
-def _draw(recipe: Recipe, count: int) -> NDArray[np.uint8]:
+def _draw(recipe: Recipe, count: int) -> NDArray[Any]:
     """Draw images of waves and noise in the network's size, (N, H, W, 3)."""
     random, (height, width) = np.random.default_rng(0), to_pair(recipe.size)
     rows, columns = np.arange(height)[:, None, None] / height, np.arange(width)[:, None] / width
     waves = 120 + 60 * np.sin(9 * rows) * np.cos(7 * columns)
-    return (waves + random.normal(0, 25, (count, height, width, 3))).clip(0, 255).astype(np.uint8)
+    levels = (waves + random.normal(0, 25, (count, height, width, 3))).clip(0, 255).astype(np.uint8)
+    return from_levels(levels, recipe.window)

@@ -18,7 +18,11 @@ SIZE_OPTIONS = ("--batch", "--size", "--tile", "--images", "--teacher-cache", "-
 
 
 class Command(typer.core.TyperCommand):
-    """Command whose help shows switches such as ``--overwrite`` without a value."""
+    """Command whose help shows switches such as ``--overwrite`` without a value, and that takes ``--window 0 9``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command."""
+        return super().parse_args(ctx, join_numbers("--window", args))
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the arguments and options of the command, ``--help`` included."""
@@ -66,6 +70,19 @@ class CommandGroup(typer.core.TyperGroup):
         advice = f"a smaller {' or '.join(smaller)}" if smaller else "smaller images, or end other programs"
         where = " on the GPU" if re.search("CUDA|CUDNN|CUBLAS|HIP", str(error)) else ""
         return f"out of memory{where}: try {advice}"
+
+
+def join_numbers(option: str, args: list[str]) -> list[str]:
+    """Join two numbers behind an option, which may have a word as well, to one value: ``0 9`` to ``0,9``."""
+    at = args.index(option) + 1 if option in args else len(args)
+    return [*args[:at], ",".join(args[at : at + 2]), *args[at + 2 :]] if _are_numbers(args[at : at + 2]) else args
+
+
+def _are_numbers(words: list[str]) -> bool:
+    try:
+        return len([float(word) for word in words]) == 2
+    except ValueError:
+        return False
 
 
 def hide_values_of_switches(parameters: list[Any]) -> list[Any]:

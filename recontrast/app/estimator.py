@@ -38,7 +38,7 @@ from recontrast.inference.options import InferenceOptions
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
-from recontrast.training.camera_bits import fix_bits
+from recontrast.training.camera_bits import fix_bits, fix_window
 from recontrast.training.holdout import resolve_holdout_count
 from recontrast.training.train import train
 
@@ -142,8 +142,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
         resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)  # before any image is decoded
         images = [images[index] for index in good]
-        recipe = fix_bits(recipe, images)
-        decoded = InMemoryImages(images, recipe.size, recipe.crop, recipe.bits)[np.arange(len(good))]
+        recipe = fix_bits(fix_window(recipe, images), images)
+        decoded = InMemoryImages(images, recipe.size, recipe.crop, recipe.bits, recipe.window)[np.arange(len(good))]
         split = split_images(decoded, self.false_alarm_rate, self.holdout, recipe.seed)
         device = resolve_device(self.device)
         with isolate_random_state():
@@ -273,7 +273,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     def _run(self, X: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
         check_is_fitted(self)
         recipe = self.recipe_
-        images = InMemoryImages(X, recipe.size, recipe.crop, recipe.bits)
+        images = InMemoryImages(X, recipe.size, recipe.crop, recipe.bits, recipe.window)
         move_model(self.model_, resolve_device(self.device), recipe.channels_last)
         for maps, scores in infer(self.model_, images, recipe, batch=self.batch or recipe.batch):
             yield maps.float().cpu().numpy(), scores.double().cpu().numpy()

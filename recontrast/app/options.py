@@ -331,6 +331,19 @@ def parse_shots(text: str) -> int | dict[str, int]:
         raise ValueError(f"--shots: wanted a number such as 4, or screw=4,tile=16, got {text!r}") from None
 
 
+def parse_window(text: str) -> str | list[float]:
+    """Parse the window of ``--window``: "auto", or two numbers such as "0 4095" or "0,4095"."""
+    if text.strip() == "auto":
+        return "auto"
+    try:
+        low, high = (float(word) for word in text.replace(",", " ").split())
+    except ValueError:
+        raise ValueError(f"--window: wanted auto or two numbers LOW HIGH, got {text!r}") from None
+    if not low < high or not math.isfinite(high - low):
+        raise ValueError(f"--window: wanted LOW < HIGH, got {low:g} {high:g}")
+    return [low, high]
+
+
 def parse_list(text: str | None) -> list[str]:
     """Split a comma-separated list."""
     return [word.strip() for word in text.split(",") if word.strip()] if text else []

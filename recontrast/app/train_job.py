@@ -23,6 +23,7 @@ from recontrast.data.groups import group_samples, list_groups
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.roi import EACH, describe_roi
+from recontrast.data.window import AUTO, describe_window
 from recontrast.inference.rois import RegionOfInterest, add_rois, open_rois, resolve_roi
 from recontrast.models.weights import check_source
 from recontrast.recipes import yaml_file
@@ -30,6 +31,7 @@ from recontrast.recipes.recipe import Recipe
 from recontrast.registration import import_architecture
 from recontrast.runtime.device import resolve_device
 from recontrast.training.budget import BudgetPlan, plan_budget
+from recontrast.training.camera_bits import fix_window
 from recontrast.training.holdout import split_holdout
 from recontrast.training.run_files import LOG
 from recontrast.training.shots import describe_shots, select_shots
@@ -59,6 +61,7 @@ class TrainJob:
         different: Number of good training images, without copies if some are held out; 0 counts all. Images of one
             group count once.
         training: Number of good images that are not held out; None: by the share.
+        has_auto_window: Whether the window was found from the good images.
         overwrite: Whether the checkpoint of an earlier run may be replaced.
     """
 
@@ -72,6 +75,7 @@ class TrainJob:
     overwrite: bool = False
     different: int = 0
     training: int | None = None
+    has_auto_window: bool = False
     budget: float | None = None
     plan: BudgetPlan | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -126,9 +130,21 @@ class TrainJob:
             return None
         return self.plan.compute_time_limit(self.budget - (time.perf_counter() - self.started))
 
+    def describe(self) -> list[str | None]:
+        """Describe the run in sentences for the screen; None for those that do not apply."""
+        notes = (self.describe_roi(), self.describe_window(), self.describe_shots(), self.describe_holdout())
+        return [*notes, self.describe_plan()]
+
     def describe_roi(self) -> str | None:
         """Describe the region of interest; None if whole images are looked at."""
         return None if self.recipe.roi is None else f"region of interest: {describe_roi(self.recipe.roi)}"
+
+    def describe_window(self) -> str | None:
+        """Describe the window of the samples, and what is lost; None if images are scaled to 8 bits."""
+        if self.recipe.window is None:
+            return None
+        source = " (percentiles 0.1 and 99.9 of the good images)" if self.has_auto_window else ""
+        return f"window: {describe_window(self.recipe.window)}{source}, values outside are clipped"
 
     def describe_shots(self) -> str | None:
         """Describe which good images were drawn; None if the recipe uses all."""
@@ -190,6 +206,8 @@ def prepare_job(
     if resume is not None:
         stored = checkpoint.load(resume)
         base, category, out, done = stored.recipe, category or stored.category, out or resume.parent, stored.step
+        if changes.get("window") == AUTO and base.window is not None:
+            del changes["window"]  # the run has found it when it was started
     else:
         base = yaml_file.load_recipe(recipe or "mvtec")
     folder = None
@@ -227,6 +245,9 @@ def prepare_job(
     if copies:  # without good images, training raises the error
         job = replace(job, training=len(split_holdout(copies, changed.holdout, changed.seed, copies)[0]))
     check_writable(job.out, option)
+    if changed.window == AUTO:
+        good = [s.path for group in groups.values() for s in group if s.split == "train" and not s.label]
+        job = replace(job, recipe=fix_window(changed, good), has_auto_window=True)
     if budget is not None:
         job = _plan_job(job, {*changes, *(["architecture"] if recipe is not None else [])}, budget, device)
     check_replaceable(job.out, [yaml_file.FILE_NAME, LOG], overwrite=overwrite, option=option)

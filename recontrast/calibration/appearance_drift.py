@@ -28,7 +28,8 @@ def describe_appearance(images: Images, batch: int = 16) -> NDArray[np.float64]:
     """Measure the `PROPERTIES` of images.
 
     Args:
-        images: Images decoded at one size, (n, H, W, 3) uint8; see `recontrast.inference.infer.infer`.
+        images: Images decoded at one size, (n, H, W, 3), uint8, or float32 in [0, 1]; see
+            `recontrast.inference.infer.infer`.
         batch: Number of images per batch.
 
     Returns:
@@ -36,7 +37,8 @@ def describe_appearance(images: Images, batch: int = 16) -> NDArray[np.float64]:
     """
     parts = [np.empty((0, len(PROPERTIES)))]
     for start in range(0, len(images), batch):
-        pixels = images[np.arange(start, min(start + batch, len(images)))].astype(np.float32) / 255
+        read = images[np.arange(start, min(start + batch, len(images)))]
+        pixels = read.astype(np.float32) / np.float32(255 if read.dtype == np.uint8 else 1)
         grey = np.pad(pixels @ GREY_WEIGHTS, ((0, 0), (1, 1), (1, 1)), "edge")
         inner = grey[:, 1:-1, 1:-1]
         laplacian = 4 * inner - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1] - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:]

@@ -112,18 +112,18 @@ class AugmentedImages:
         return pixels
 
 
-def change_view(pixels: NDArray[np.uint8], view: View) -> NDArray[np.uint8]:
+def change_view(pixels: NDArray[Any], view: View) -> NDArray[Any]:
     """Compute a view of images.
 
     Rotations and translations are bilinear; outside, the image is mirrored. Quarter turns of square images only move
     pixels.
 
     Args:
-        pixels: (n, H, W, 3) uint8.
+        pixels: (n, H, W, 3), uint8, or float32 in [0, 1].
         view: View to compute.
 
     Returns:
-        (n, H, W, 3) uint8.
+        (n, H, W, 3), of the same dtype.
     """
     height, width = pixels.shape[1:3]
     turns, rest = divmod(view.angle, 90.0)
@@ -133,13 +133,20 @@ def change_view(pixels: NDArray[np.uint8], view: View) -> NDArray[np.uint8]:
         planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float()
         moved = F.grid_sample(planes, _make_grid(view, height, width).expand(len(pixels), -1, -1, -1),
                               padding_mode="reflection", align_corners=False)  # fmt: skip
-        pixels = moved.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = _round_like(moved.permute(0, 2, 3, 1).numpy(), pixels.dtype)
     if view.mirror:
         pixels = np.flip(pixels, tuple(axis + 1 for axis in view.mirror))
     if view.is_grey:
-        grey = np.rint(pixels.astype(np.float32) @ np.array(GREY, np.float32)).astype(np.uint8)
+        grey = _round_like(pixels.astype(np.float32) @ np.array(GREY, np.float32), pixels.dtype)
         pixels = np.repeat(grey[..., None], 3, axis=-1)
     return np.ascontiguousarray(pixels)
+
+
+def _round_like(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return float32 values as pixels of a dtype: rounded to levels for uint8, in [0, 1] for float32."""
+    if dtype == np.uint8:
+        return np.rint(values).clip(0, 255).astype(np.uint8)
+    return values.clip(0, 1)
 
 
 def _make_grid(view: View, height: int, width: int) -> Tensor:

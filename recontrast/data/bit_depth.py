@@ -9,8 +9,7 @@ from PIL import Image
 
 from recontrast.data import images
 from recontrast.data.decode import decode, read_bits
-from recontrast.data.eight_bits import read_deep
-from recontrast.data.samples import LARGEST_KEY
+from recontrast.data.samples import LARGEST_KEY, read_deep
 from recontrast.data.system import count_cpus
 
 _CAMERAS = (8, 10, 12, 14)  # bits of usual cameras below 16
@@ -33,14 +32,18 @@ def detect_bits(items: Sequence[Any]) -> int | None:
         OSError: If a file does not exist or cannot be opened.
         ValueError: If a file is not a complete image.
     """
-    step = max(len(items) // _PROBES, 1)
-    if all(_read_bits(item) < 16 for item in items[::step]):
+    if not has_deep(items):
         return None
     with ThreadPoolExecutor(count_cpus()) as pool:
         largest = max(pool.map(_read_largest_sample, items), default=0)
     if not largest:
         return None
     return next((bits for bits in _CAMERAS if largest < 1 << bits), None)
+
+
+def has_deep(items: Sequence[Any]) -> bool:
+    """Return whether some of the ``items``, as in `detect_bits`, have 16 bits."""
+    return any(_read_bits(item) == 16 for item in items[:: max(len(items) // _PROBES, 1)])
 
 
 def _read_bits(item: Any) -> int:

@@ -1,10 +1,10 @@
 """Cache of decoded images: without augmentation, each file is decoded and resized once instead of once per epoch.
 
 A cache file holds the images of a list of files at one size: a header of `_HEADER_BYTES` bytes (JSON, padded with
-blanks), then (N, H, W, 3) uint8. Its name is a hash of the format, the Pillow version, the sizes or tiles, and the
-path, length and modification time of every file, so a change of any of these selects another cache file. Cache files
-are written atomically, so several processes can build the same one. Length and checksum are checked on opening, and a
-damaged file is built again. Outdated cache files are not deleted.
+blanks), then (N, H, W, 3) uint8, or float32 with a window. Its name is a hash of the format, the Pillow version, the
+sizes or tiles, and the path, length and modification time of every file, so a change of any of these selects another
+cache file. Cache files are written atomically, so several processes can build the same one. Length and checksum are
+checked on opening, and a damaged file is built again. Outdated cache files are not deleted.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from recontrast.data.listing import PathLike
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.system import count_cpus
 from recontrast.data.tiles import Tiles, count_tiles, join_tiles
+from recontrast.data.window import Window, parse_window, pixel_dtype
 
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
 _PREFIX = "images-"
@@ -45,6 +46,7 @@ class ImageCache:
             and are cut into tiles, the tiles of one file in sequence. See `recontrast.data.tiles`.
         stride: Distance from one tile to the next, in pixels. None uses ``tile``, without overlap.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
+        window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
         workers: Number of decoding threads. None uses one per available CPU.
         on_progress: Called with (files done, all files) while decoding; not called if the cache file exists.
 
@@ -69,6 +71,7 @@ class ImageCache:
         tile: int | None = None,
         stride: int | None = None,
         bits: int | None = None,
+        window: Window = None,
         workers: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -80,16 +83,16 @@ class ImageCache:
         self._workers = workers or count_cpus()
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)
-        self._bits = bits
+        self._bits, self._window, self._dtype = bits, parse_window(window), pixel_dtype(window)
         self.offsets = [*accumulate((self._count_images(path) for path in self._files), initial=0)]
         side = (self._crop or self._size) if tile is None else (tile, tile)
         self.shape = (self.offsets[-1], *side, 3)
         self.path: Path | None = None
         if directory is None or not self._files:
-            self._images = np.empty(self.shape, np.uint8)
+            self._images = np.empty(self.shape, self._dtype)
             self._decode(self._images.__setitem__)
             return
-        self.path = Path(directory) / f"{_PREFIX}{self._compute_key()}.u8"
+        self.path = Path(directory) / f"{_PREFIX}{self._compute_key()}.{'u8' if window is None else 'f32'}"
         images = self._map(self.path)
         if images is None:
             self._build(self.path)
@@ -109,7 +112,7 @@ class ImageCache:
             indices: List, array or CPU tensor of integers or bools, (n,), or a slice.
 
         Returns:
-            The images, (n, H, W, 3) uint8.
+            The images, (n, H, W, 3), uint8, or float32 with a window.
         """
         if isinstance(indices, slice):
             return self._images[indices].copy()
@@ -123,7 +126,7 @@ class ImageCache:
             position: Position of the file in ``samples``.
 
         Returns:
-            (H, W, 3) uint8; with tiles, at its original size.
+            (H, W, 3), uint8, or float32 with a window; with tiles, at its original size.
 
         Raises:
             OSError: With tiles, if the size of the file can no longer be read.
@@ -141,9 +144,10 @@ class ImageCache:
             device: Device of the tensor. None uses PyTorch's default.
 
         Returns:
-            All images, (N, H, W, 3) uint8.
+            All images, (N, H, W, 3), uint8, or float32 with a window.
         """
-        result = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        dtype = torch.uint8 if self._window is None else torch.float32
+        result = torch.empty(self.shape, dtype=dtype, device=device)
         step = max(1, 2**26 // max(1, self._image_bytes))
         for start in range(0, len(self), step):
             result[start : start + step].copy_(torch.from_numpy(self[start : start + step]))
@@ -152,7 +156,7 @@ class ImageCache:
     @property
     def _image_bytes(self) -> int:
         """Size of one image, in bytes."""
-        return self.shape[1] * self.shape[2] * self.shape[3]
+        return self.shape[1] * self.shape[2] * self.shape[3] * self._dtype.itemsize
 
     def _compute_key(self) -> str:
         """Return the hash that names the cache file: everything that determines its content."""
@@ -164,7 +168,8 @@ class ImageCache:
                 raise FileNotFoundError(f"{path}: wanted an image, got no such file") from None
             files.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
         layout = ["bilinear", self._size, self._crop] if self._tile is None else ["tiles", *self._tile]
-        content = [FORMAT, PIL.__version__, *layout, self._bits, files]
+        scale = [self._bits] if self._window is None else ["window", *self._window]
+        content = [FORMAT, PIL.__version__, *layout, *scale, files]
         return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _decode(self, store: Callable[[int, np.ndarray], Any]) -> None:
@@ -191,9 +196,9 @@ class ImageCache:
     def _read(self, path: Path) -> Iterator[np.ndarray]:
         """Yield the image, or the tiles, of a file."""
         if self._tile is None:
-            yield read_image(path, size=self._size, crop=self._crop, bits=self._bits)
+            yield read_image(path, size=self._size, crop=self._crop, bits=self._bits, window=self._window)
         else:
-            tiles = Tiles(read_image(path, bits=self._bits), *self._tile)
+            tiles = Tiles(read_image(path, bits=self._bits, window=self._window), *self._tile)
             yield from (tiles[[i]][0] for i in range(len(tiles)))
 
     def _build(self, path: Path) -> None:
@@ -215,7 +220,7 @@ class ImageCache:
             return None
         with open_regular(path, "decoded images") as file:
             header = file.read(_HEADER_BYTES)
-            images = np.asarray(np.memmap(file, np.uint8, "r", _HEADER_BYTES, self.shape))
+            images = np.asarray(np.memmap(file, self._dtype, "r", _HEADER_BYTES, self.shape))
         with ThreadPoolExecutor(self._workers) as pool:
             checksums = np.fromiter(pool.map(lambda image: zlib.crc32(image.data), images), "<u4", len(self))
         return images if header == self._make_header(checksums) else None

@@ -5,7 +5,9 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
+from typing import Any
 
+from numpy.typing import NDArray
 from PIL import (
     Image,
     TiffImagePlugin,
@@ -59,6 +61,27 @@ def decoded(path: ImageSource, max_pixels: int, full: int | None = None) -> Iter
                 trim_memory()
 
 
+def read_samples(path: ImageSource, max_pixels: int) -> NDArray[Any]:
+    """Decode the first image of a file as it is stored, and apply its orientation: for a window, of any scale.
+
+    Args:
+        path: File of one of `recontrast.data.formats.FORMATS`, or its content as an `EncodedImage`.
+        max_pixels: Largest number of pixels.
+
+    Returns:
+        (H, W) for grey, (H, W, 3) for RGB: integers or floats; uint8 for any image of 8 bits, which has no window.
+
+    Raises:
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not a complete image of these formats, or has too many pixels.
+    """
+    with _open(path, max_pixels, any_scale=True) as image:
+        with BUDGET.reserve(image.width * image.height * image.pixel_bytes), convert_decoder_errors(path):
+            samples = image.read_samples()
+        _warn_of_unused_parts(path, image, None)
+        return samples
+
+
 def decode(path: ImageSource, max_pixels: int, full: int | None = None) -> Image.Image:
     """Decode the first image of a file and apply its EXIF orientation.
 
@@ -103,7 +126,7 @@ def read_upright_size(path: ImageSource, max_pixels: int) -> tuple[int, int]:
         OSError: If the file does not exist or cannot be opened.
         ValueError: If the file is not an image of these formats, or has too many pixels.
     """
-    with _open(path, max_pixels) as image:
+    with _open(path, max_pixels, any_scale=True) as image:
         with ignore_pillow_warnings():
             turned = image.read_orientation() in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
@@ -186,7 +209,9 @@ def _load(path: ImageSource, max_pixels: int, full: int | None) -> Iterator[tupl
 
 
 @contextmanager
-def _open(path: ImageSource, max_pixels: int, full: int | None = None) -> Iterator[OpenImage]:
+def _open(
+    path: ImageSource, max_pixels: int, full: int | None = None, *, any_scale: bool = False
+) -> Iterator[OpenImage]:
     """Open an image file, read its header and check the number of pixels."""
     with BytesIO(path.content) if isinstance(path, EncodedImage) else open_regular(path, "an image") as file:
         head = file.read(HEAD_BYTES)
@@ -196,7 +221,7 @@ def _open(path: ImageSource, max_pixels: int, full: int | None = None) -> Iterat
             raise ValueError(f"{path}: wanted a {NAMES} image, got {got}")
         file.seek(0)
         with convert_decoder_errors(path):
-            image = read_header(file, image_format, full)
+            image = read_header(file, image_format, full, any_scale=any_scale)
         if image.width * image.height > max_pixels:
             raise TooManyPixelsError(
                 f"{path}: wanted at most {max_pixels} pixels (recontrast.data.images.MAX_PIXELS), "
@@ -205,7 +230,7 @@ def _open(path: ImageSource, max_pixels: int, full: int | None = None) -> Iterat
         yield image
 
 
-def _warn_of_unused_parts(path: ImageSource, image: OpenImage, picture: Image.Image) -> None:
+def _warn_of_unused_parts(path: ImageSource, image: OpenImage, picture: Image.Image | None) -> None:
     """Warn of further images in the file, and of EXIF data that cannot be read."""
     several = False
     with suppress(Exception):  # a damaged second image does not affect the first
@@ -215,7 +240,7 @@ def _warn_of_unused_parts(path: ImageSource, image: OpenImage, picture: Image.Im
         raise SeveralImagesError(f"{path}: wanted one image, got a file with several, such as an animation or pages")
     if several:
         warn_once("pages", path, "has several images: the first one is used, here and in other files")
-    exif = picture.info.get("exif")
+    exif = None if picture is None else picture.info.get("exif")
     if isinstance(exif, bytes) and not _is_readable_exif(exif):
         warn_once("exif", path, "has damaged EXIF data: an orientation in it may be ignored, here and in other files")
 

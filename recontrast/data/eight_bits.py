@@ -1,39 +1,10 @@
 """Convert PIL images of any mode to 8 bits."""
 
-import numpy as np
 from PIL import Image
 
 from recontrast.data.decode import convert_decoder_errors, warn_of_range
 from recontrast.data.encoded_image import ImageSource
-from recontrast.data.samples import FULL_SCALE_KEY, scale_to_eight_bits, to_full_scale
-
-
-def read_deep(path: ImageSource, image: Image.Image) -> tuple[np.ndarray, int] | None:
-    """Read the samples of an image with more than 8 bits.
-
-    Args:
-        path: Name of the image in error messages.
-        image: Decoded image.
-
-    Returns:
-        The samples, (H, W) uint16 or int32, and their full scale; None for images of 8 bits.
-
-    Raises:
-        ValueError: If the samples are floating-point numbers.
-    """
-    if image.mode == "F":
-        got = "floating-point samples, whose scale is unknown"
-        raise ValueError(f"{path}: wanted unsigned integer samples of 1 to 16 bits, got {got}")
-    if not image.mode.startswith("I"):
-        return None
-    values = np.asarray(image)
-    if values.dtype.byteorder == ">":
-        values = values.astype(values.dtype.newbyteorder("="))
-    if FULL_SCALE_KEY in image.info:
-        return values, int(image.info[FULL_SCALE_KEY])
-    tags = getattr(image, "tag_v2", {})  # of a TIFF file that a caller opened by Pillow
-    full = 4095 if image.mode != "I" and tags.get(258) == (12,) else 65535
-    return (full - values if image.mode != "I" and tags.get(262) == 0 else values), full  # tag 262, value 0: white is 0
+from recontrast.data.samples import read_deep, scale_to_eight_bits, to_full_scale
 
 
 def to_eight_bits(path: ImageSource, image: Image.Image, bits: int | None = None) -> Image.Image:

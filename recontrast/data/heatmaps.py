@@ -156,6 +156,18 @@ def encode_png(picture: np.ndarray) -> bytes:
     return _encode(Image.fromarray(picture), "PNG")
 
 
+def encode_tiff(picture: np.ndarray) -> bytes:
+    """Return an image as the bytes of a TIFF file.
+
+    Args:
+        picture: (H, W), uint8, uint16 or float32.
+
+    Returns:
+        The file.
+    """
+    return _encode(Image.fromarray(picture), "TIFF")
+
+
 def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float) -> None:
     """Write one anomaly map.
 
@@ -175,9 +187,9 @@ def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float) -> None:
         np.save(content, anomaly)
         _write(path, content.getvalue())
     elif kind == "tiff32":
-        _write(path, _encode(Image.fromarray(anomaly), "TIFF"))
+        _write(path, encode_tiff(anomaly))
     elif kind == "tiff16":
-        _write(path, _encode(Image.fromarray(to_uint16(anomaly, top)), "TIFF"))
+        _write(path, encode_tiff(to_uint16(anomaly, top)))
     else:
         raise ValueError(f"maps: wanted tiff16, tiff32 or npy, got {kind!r}")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from recontrast.data.decode_budget import BYTES_IN_FLIGHT
 from recontrast.data.images import Size, image_size, parse_size, read_image
+from recontrast.data.window import Window, pixel_dtype
 
 IMAGE_ERRORS = (OSError, ValueError, MemoryError, RuntimeError)  # that concern one image, and not the run
 
@@ -39,22 +40,26 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def resized(self, size: Size, crop: Size | None = None, bits: int | None = None) -> "ResizedImages":
+    def resized(
+        self, size: Size, crop: Size | None = None, bits: int | None = None, window: Window = None
+    ) -> "ResizedImages":
         """Return all images resized to one size, for `recontrast.inference.infer.infer`.
 
         Args:
             size: Size after resizing, in pixels.
             crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
             bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
+            window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
 
         Returns:
             The images; they are read on access.
         """
-        return ResizedImages(self, size, crop, bits)
+        return ResizedImages(self, size, crop, bits, window)
 
     def read(
-        self, position: int, size: Size | None = None, crop: Size | None = None, bits: int | None = None
-    ) -> np.ndarray | None:
+        self, position: int, size: Size | None = None, crop: Size | None = None, bits: int | None = None,
+        window: Window = None,
+    ) -> np.ndarray | None:  # fmt: skip
         """Read one image. If it fails, store the reason in ``errors``.
 
         Args:
@@ -62,37 +67,42 @@ class ImageFiles:
             size: Size after resizing, in pixels. None keeps the size.
             crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
             bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
+            window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
 
         Returns:
-            (H, W, 3) uint8; None if the file cannot be read.
+            (H, W, 3), uint8, or float32 with a window; None if the file cannot be read.
         """
         try:
             if self.check_shape is not None:
                 self.check_shape(self.shape(position), str(self.paths[position]))
-            return self._decode(position, size, crop, bits)
+            return self._decode(position, size, crop, bits, window)
         except OSError as error:
             self.errors[position] = f"{self.paths[position]}: {error.strerror or error}"
         except ValueError as error:
             self.errors[position] = str(error)
         return None
 
-    def read_many(self, positions: Sequence[int], bits: int | None = None) -> list[np.ndarray | None]:
+    def read_many(
+        self, positions: Sequence[int], bits: int | None = None, window: Window = None
+    ) -> list[np.ndarray | None]:
         """Read several images at their original sizes.
 
         Args:
             positions: Positions of the files in ``paths``.
             bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
+            window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
 
         Returns:
             The result of `read` for each position.
         """
-        return list(self._map(lambda position: self.read(position, bits=bits), positions))
+        return list(self._map(lambda position: self.read(position, bits=bits, window=window), positions))
 
-    def group(self, count: int) -> Iterator[range]:
+    def group(self, count: int, window: Window = None) -> Iterator[range]:
         """Divide the files into groups that can be in memory together at their original sizes.
 
         Args:
             count: Largest number of images in a group.
+            window: Window of the images, whose pixels then have 4 times the bytes.
 
         Yields:
             Positions of consecutive images, at most `recontrast.data.decode_budget.BYTES_IN_FLIGHT` bytes as RGB; or
@@ -100,7 +110,7 @@ class ImageFiles:
         """
         start, total = 0, 0
         for position in range(len(self)):
-            size = 3 * self._count_pixels(position)
+            size = 3 * pixel_dtype(window).itemsize * self._count_pixels(position)
             if position > start and (position - start >= count or total + size > BYTES_IN_FLIGHT):
                 yield range(start, position)
                 start, total = position, 0
@@ -120,9 +130,11 @@ class ImageFiles:
             return 0
         return height * width
 
-    def _decode(self, position: int, size: Size | None, crop: Size | None, bits: int | None = None) -> np.ndarray:
+    def _decode(
+        self, position: int, size: Size | None, crop: Size | None, bits: int | None = None, window: Window = None
+    ) -> np.ndarray:
         """Decode one image; subclasses override this to read from other sources."""
-        return read_image(self.paths[position], size=size, crop=crop, bits=bits)
+        return read_image(self.paths[position], size=size, crop=crop, bits=bits, window=window)
 
 
 class ResizedImages:
@@ -133,23 +145,26 @@ class ResizedImages:
         size: Size after resizing, in pixels.
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
+        window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
     """
 
-    def __init__(self, files: ImageFiles, size: Size, crop: Size | None, bits: int | None = None) -> None:
-        self.files, self.size, self.crop, self.bits = files, size, crop, bits
+    def __init__(
+        self, files: ImageFiles, size: Size, crop: Size | None, bits: int | None = None, window: Window = None
+    ) -> None:
+        self.files, self.size, self.crop, self.bits, self.window = files, size, crop, bits, window
         self.out = parse_size(size if crop is None else crop, "size")
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Return the images at the indices ``index``, (n, H, W, 3) uint8."""
+        """Return the images at the indices ``index``, (n, H, W, 3) uint8, or float32 with a window."""
         return np.stack(list(self.files._map(self._read, index)))
 
     def _read(self, position: int) -> np.ndarray:
-        """Read one image, (H, W, 3) uint8; black if the file cannot be read."""
-        pixels = self.files.read(position, self.size, self.crop, self.bits)
-        return np.zeros((*self.out, 3), np.uint8) if pixels is None else pixels
+        """Read one image, (H, W, 3); black if the file cannot be read."""
+        pixels = self.files.read(position, self.size, self.crop, self.bits, self.window)
+        return np.zeros((*self.out, 3), pixel_dtype(self.window)) if pixels is None else pixels
 
 
 def describe_image_error(path: str, error: BaseException) -> str:

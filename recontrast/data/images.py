@@ -8,7 +8,8 @@ same picture gives the same array in every file format:
 * Grey, palette, 1-bit, CMYK and other modes become RGB. Transparency is dropped, not composited.
 * 16-bit grey is divided by 257 and rounded (PIL's own conversion clips at 255). Of 16-bit colour, and of 16-bit grey
   with alpha, Pillow only returns the high byte, which differs from the rounded value by at most one level.
-* Float samples and integers beyond 16 bits have no known scale and raise an error.
+* Float samples and integers beyond 16 bits have no known scale and raise an error, unless a window gives it: then all
+  images become floats in [0, 1] without a step through 8 bits.
 * The EXIF orientation is applied; masks use their own EXIF data.
 * `MAX_PIXELS` replaces PIL's pixel limit, without changing it; only PIL's WebP decoder still enforces its own.
 """
@@ -20,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from recontrast.data.decode import decoded, read_upright_size
+from recontrast.data.decode import decoded, read_samples, read_upright_size
 from recontrast.data.decode_budget import BUDGET
 from recontrast.data.eight_bits import to_eight_bits
 from recontrast.data.encoded_image import ImageSource
 from recontrast.data.listing import IMAGE_SUFFIXES, PathLike, list_images
 from recontrast.data.masks import MaskNotes, is_compressed_with_loss, to_mask_levels
 from recontrast.data.resize import Size, crop_centre, parse_size, resize, to_rgb_array
-from recontrast.data.samples import to_full_scale
+from recontrast.data.samples import read_stored, to_full_scale
+from recontrast.data.window import Window, apply_window, parse_window
 
 if TYPE_CHECKING:
     from recontrast.data.normalise import normalise
@@ -36,6 +38,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "fit_picture",
+    "fit_samples",
     "image_size",
     "list_images",
     "normalise",
@@ -63,8 +66,9 @@ _FULL_SIZE_BYTES = 12  # of a pixel: the decoded image, its RGB copy and what a 
 
 
 def read_image(
-    path: ImageSource, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None
-) -> np.ndarray:
+    path: ImageSource, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None,
+    window: Window = None,
+) -> np.ndarray:  # fmt: skip
     """Decode an image file.
 
     Args:
@@ -74,15 +78,19 @@ def read_image(
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
         bits: Bits that the camera uses of 16-bit samples, from 8 to 16; larger samples become white. None is 16. Files
             with fewer than 16 bits are scaled by their own.
+        window: Lowest and highest value of images of more than 8 bits, integers or floats, that become 0 and 1; values
+            outside are clipped. The image is then resized in float32, and no level is lost. None: 8 bits.
 
     Returns:
-        (H, W, 3) uint8, RGB.
+        (H, W, 3), RGB: uint8, or float32 in [0, 1] with a window.
 
     Raises:
         OSError: If the file does not exist or cannot be opened.
-        ValueError: If the file is not a complete image of these formats, has more than `MAX_PIXELS` pixels or samples
-            of unknown scale, or if ``size`` or ``crop`` is invalid.
+        ValueError: If the file is not a complete image of these formats, has more than `MAX_PIXELS` pixels, samples of
+            unknown scale, or with a window of 8 bits or not finite, or if ``size``, ``crop`` or ``window`` is invalid.
     """
+    if (limits := parse_window(window)) is not None:
+        return fit_samples(read_samples(path, MAX_PIXELS), limits, size=size, crop=crop, name=path)
     with decoded(path, MAX_PIXELS, to_full_scale(bits)) as picture:
         return fit_picture(picture, size=size, crop=crop, bits=bits, name=path)
 
@@ -93,6 +101,7 @@ def fit_picture(
     size: Size | None = None,
     crop: Size | None = None,
     bits: int | None = None,
+    window: Window = None,
     name: ImageSource = "image",
 ) -> np.ndarray:
     """Convert a decoded image to the pixels that `read_image` returns for its file.
@@ -102,15 +111,52 @@ def fit_picture(
         size: Size after resizing, as in `read_image`.
         crop: Size of the centre crop, as in `read_image`.
         bits: Bits that the camera uses of 16-bit samples, as in `read_image`.
+        window: Values that become 0 and 1, as in `read_image`.
         name: Name of the image in error messages.
 
     Returns:
-        (H, W, 3) uint8, RGB.
+        (H, W, 3), RGB: uint8, or float32 in [0, 1] with a window.
 
     Raises:
-        ValueError: If the samples have no known scale, or if ``size`` or ``crop`` is invalid.
+        ValueError: If the samples have no known scale, or with a window 8 bits, or if ``size``, ``crop`` or ``window``
+            is invalid.
     """
+    if (limits := parse_window(window)) is not None:
+        return fit_samples(read_stored(name, picture), limits, size=size, crop=crop, name=name)
     return to_rgb_array(crop_centre(name, resize(to_eight_bits(name, picture, bits), size), crop))
+
+
+def fit_samples(
+    samples: np.ndarray,
+    window: tuple[float, float],
+    *,
+    size: Size | None = None,
+    crop: Size | None = None,
+    name: ImageSource = "image",
+) -> np.ndarray:
+    """Convert the samples of an image to the pixels that `read_image` returns for its file with a window.
+
+    Args:
+        samples: (H, W) or (H, W, 3), integers of more than 8 bits or floats.
+        window: Values that become 0 and 1.
+        size: Size after resizing, as in `read_image`.
+        crop: Size of the centre crop, as in `read_image`.
+        name: Name of the image in error messages.
+
+    Returns:
+        (H, W, 3) float32 in [0, 1], RGB.
+
+    Raises:
+        ValueError: If the samples have 8 bits or are not finite, or if ``size`` or ``crop`` is invalid.
+    """
+    scaled = apply_window(samples, window, name)
+    planes = [scaled] if scaled.ndim == 2 else [scaled[:, :, channel] for channel in range(3)]
+    for channel, plane in enumerate(planes):
+        resized = np.asarray(crop_centre(name, resize(Image.fromarray(plane), size), crop))
+        if channel == 0:
+            pixels = np.empty((*resized.shape, 3), np.float32)
+        pixels[:, :, channel:] = resized[:, :, None]  # grey: the same value in all channels
+    return np.clip(pixels, 0, 1, out=pixels)  # the rounding of a weighted mean can exceed the window
 
 
 @contextmanager

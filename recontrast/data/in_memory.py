@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recontrast.data.decode import apply_orientation
-from recontrast.data.images import Size, fit_picture, parse_size, read_image
+from recontrast.data.decode import apply_orientation, read_samples
+from recontrast.data.images import MAX_PIXELS, Size, fit_picture, fit_samples, parse_size, read_image
+from recontrast.data.samples import read_stored
 from recontrast.data.system import count_cpus
+from recontrast.data.window import Window, parse_window, pixel_dtype
 
 ACCEPTED = "a sequence of paths or PIL images, or an array (n, h, w, 3) or (n, h, w) of uint8, or of floats in [0, 1]"
 TOLERANCE = 1e-6  # float arrays can exceed [0, 1] by the rounding errors of float32
@@ -25,10 +27,12 @@ class InMemoryImages:
     Args:
         images: Sequence of paths (str or os.PathLike), PIL images of any mode, and arrays (h, w, 3) or (h, w), which
             can differ in kind and size; or one array (n, h, w, 3) or (n, h, w). Arrays are RGB or grey, uint8 or floats
-            in [0, 1]; floats are rounded to 256 levels before resizing.
+            in [0, 1]; floats are rounded to 256 levels before resizing. With a window they hold samples of more than 8
+            bits, as in a file.
         size: Size after resizing, in pixels: (height, width), or one number for a square.
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
+        window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
 
     Attributes:
         shape: (n, H, W, 3).
@@ -37,10 +41,12 @@ class InMemoryImages:
         ValueError: If ``images`` is empty or of another kind, or if ``size`` or ``crop`` is invalid.
     """
 
-    def __init__(self, images: Any, size: Size, crop: Size | None = None, bits: int | None = None) -> None:
+    def __init__(
+        self, images: Any, size: Size, crop: Size | None = None, bits: int | None = None, window: Window = None
+    ) -> None:
         self._items = as_image_list(images)
         self._size, self._crop = parse_size(size, "size"), None if crop is None else parse_size(crop, "crop")
-        self._bits = bits
+        self._bits, self._window = bits, window
         self.shape = (len(self._items), *(self._crop or self._size), 3)
 
     def __len__(self) -> int:
@@ -54,14 +60,14 @@ class InMemoryImages:
             index: Array of positions, (n,).
 
         Returns:
-            (n, H, W, 3) uint8.
+            (n, H, W, 3), uint8, or float32 with a window.
 
         Raises:
             OSError: If a file does not exist or cannot be opened.
             ValueError: If an image cannot be decoded.
         """
         positions = np.asarray(index, np.intp)
-        batch = np.empty((len(positions), *self.shape[1:]), np.uint8)
+        batch = np.empty((len(positions), *self.shape[1:]), pixel_dtype(self._window))
         with ThreadPoolExecutor(min(count_cpus(), max(len(positions), 1))) as pool:
             for i, pixels in enumerate(pool.map(self._read, positions.tolist())):
                 batch[i] = pixels
@@ -71,10 +77,54 @@ class InMemoryImages:
         """Decode one image."""
         item = self._items[position]
         if isinstance(item, str | os.PathLike):
-            return read_image(item, size=self._size, crop=self._crop, bits=self._bits)
+            return read_image(item, size=self._size, crop=self._crop, bits=self._bits, window=self._window)
         name = f"image {position}"
-        picture = apply_orientation(item) if isinstance(item, Image.Image) else Image.fromarray(to_uint8(item, name))
-        return fit_picture(picture, size=self._size, crop=self._crop, bits=self._bits, name=name)
+        return fit_given(item, size=self._size, crop=self._crop, bits=self._bits, window=self._window, name=name)
+
+
+def fit_given(
+    item: Image.Image | np.ndarray, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None,
+    window: Window = None, name: str = "image",
+) -> np.ndarray:  # fmt: skip
+    """Convert an image from a caller to the pixels of its file.
+
+    Args:
+        item: PIL image, or array (h, w, 3) or (h, w).
+        size: Size after resizing, as in `recontrast.data.images.read_image`.
+        crop: Size of the centre crop, as there.
+        bits: Bits that the camera uses of 16-bit samples of a PIL image, as there.
+        window: Values that become 0 and 1, as there.
+        name: Name of the image in error messages.
+
+    Returns:
+        (H, W, 3), RGB: uint8, or float32 in [0, 1] with a window.
+
+    Raises:
+        ValueError: If the image is invalid.
+    """
+    if isinstance(item, np.ndarray) and (limits := parse_window(window)) is not None:
+        check_shape(item, name)
+        return fit_samples(item, limits, size=size, crop=crop, name=name)
+    picture = apply_orientation(item) if isinstance(item, Image.Image) else Image.fromarray(to_uint8(item, name))
+    return fit_picture(picture, size=size, crop=crop, bits=bits, window=window, name=name)
+
+
+def read_given(item: Any) -> np.ndarray:
+    """Read the samples of an image from a caller as they are, for a window.
+
+    Args:
+        item: Path, PIL image, or array (h, w, 3) or (h, w).
+
+    Returns:
+        (h, w) or (h, w, 3), of any dtype; uint8 for a file or a PIL image of 8 bits.
+
+    Raises:
+        OSError: If a file cannot be opened.
+        ValueError: If the image cannot be decoded.
+    """
+    if isinstance(item, Image.Image):
+        return read_stored("image", apply_orientation(item))
+    return item if isinstance(item, np.ndarray) else read_samples(item, MAX_PIXELS)
 
 
 def as_image_list(images: Any) -> list[Any]:

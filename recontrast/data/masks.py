@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from recontrast.data.eight_bits import read_deep, to_eight_bits
+from recontrast.data.eight_bits import to_eight_bits
 from recontrast.data.formats import HEAD_BYTES
 from recontrast.data.listing import DataWarning, PathLike
 from recontrast.data.notices import warn_once
 from recontrast.data.regular_file import open_regular
-from recontrast.data.samples import scale_to_eight_bits
+from recontrast.data.samples import read_deep, scale_to_eight_bits
 
 MOST_LABELS = 8  # a grey mask with more values has soft borders, or traces of lossy compression
 _SOFT_BORDER = 3  # pixels

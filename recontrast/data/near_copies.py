@@ -27,6 +27,7 @@ from recontrast.data.listing import PathLike
 MOST_SKETCHES = 5000  # images among which near-copies are searched; the time grows with the square, 3 s for this many
 SKETCH_LENGTH = 32 * 32
 _SIDE = 32
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, as in Pillow (ITU-R BT.601)
 _NEAR = 0.965  # correlation of near-copies, also of what sets them apart from similar images
 _OWN = 0.85  # correlation of what sets near-copies apart if the scene does not move; that of photographs is near 0
 _SAME = 0.998  # correlation above which nothing is left that could tell two photographs apart
@@ -37,17 +38,20 @@ _NEIGHBOURS = 16  # similar images whose common structure is removed
 _LEAST_CONTRAST = 0.1  # standard deviation of the fine structure, in grey levels; below, it is rounding noise
 
 
-def sketch_image(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def sketch_image(pixels: NDArray[Any]) -> NDArray[np.float32]:
     """Reduce an image to the fine structure that stays when it is saved again, rescaled, or made brighter.
 
     Args:
-        pixels: (H, W, 3) uint8.
+        pixels: (H, W, 3), uint8, or float32 in [0, 1].
 
     Returns:
         Grey means of 32 x 32 parts of the image, less the means of their 3 x 3 neighbourhoods, scaled to norm 1,
         (1024,) float32; zeros for an image without structure.
     """
-    grey = Image.fromarray(np.ascontiguousarray(pixels)).convert("L").convert("F")
+    if pixels.dtype == np.uint8:
+        grey = Image.fromarray(np.ascontiguousarray(pixels)).convert("L").convert("F")
+    else:
+        grey = Image.fromarray(pixels @ (255 * _GREY))
     small = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float32)
     padded = np.pad(small, 1, mode="edge")
     rows = padded[:-2] + padded[1:-1] + padded[2:]

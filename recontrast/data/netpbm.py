@@ -93,13 +93,9 @@ def read_picture(file: IO[bytes], header: NetpbmHeader, full: int | None = None)
         ValueError: If samples are missing or above the maximum that the header states.
     """
     channels = 3 if header.kind in (3, 6) else 1
-    shape = (header.height, header.width * channels)
-    file.seek(header.start)
-    values = (_read_binary if header.kind >= 4 else _read_plain)(file, header, shape)
+    values = _read_values(file, header, channels)
     if header.kind in (1, 4):
         return Image.fromarray((values ^ 1) * np.uint8(255))  # 1 is black
-    if header.full not in (255, 65535) and values.max() > header.full:
-        raise ValueError(f"a sample of {values.max()} above the maximum {header.full}")
     scale = full if full is not None and header.full == 65535 else header.full
     if channels == 1 and header.full > 255:
         image = Image.fromarray(values.astype(np.uint16, copy=False))
@@ -113,6 +109,34 @@ def read_picture(file: IO[bytes], header: NetpbmHeader, full: int | None = None)
     if header.full == 65535:
         image.info[LARGEST_KEY] = int(values.max())
     return image
+
+
+def read_samples(file: IO[bytes], header: NetpbmHeader) -> np.ndarray:
+    """Read the samples as they are.
+
+    Args:
+        file: Netpbm file.
+        header: Its header.
+
+    Returns:
+        (H, W) for grey, (H, W, 3) for RGB; uint16, or uint8 for a maximum of at most 255.
+
+    Raises:
+        ValueError: If samples are missing or above the maximum that the header states.
+    """
+    channels = 3 if header.kind in (3, 6) else 1
+    values = _read_values(file, header, channels)
+    return values.reshape(header.height, header.width, 3) if channels == 3 else values
+
+
+def _read_values(file: IO[bytes], header: NetpbmHeader, channels: int) -> np.ndarray:
+    """Read and check the samples: (rows, samples of a row)."""
+    file.seek(header.start)
+    read = _read_binary if header.kind >= 4 else _read_plain
+    values = read(file, header, (header.height, header.width * channels))
+    if header.kind not in (1, 4) and header.full not in (255, 65535) and values.max() > header.full:
+        raise ValueError(f"a sample of {values.max()} above the maximum {header.full}")
+    return values
 
 
 def _read_binary(file: IO[bytes], header: NetpbmHeader, shape: tuple[int, int]) -> np.ndarray:

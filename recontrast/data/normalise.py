@@ -20,11 +20,13 @@ def normalise(
 ) -> torch.Tensor:
     """Normalise a batch of images: (x / 255 - mean) / std, bit-identical to torchvision's ToTensor and Normalize.
 
+    Images that were scaled by a window are in [0, 1] already and are not divided by 255.
+
     Args:
-        batch: Images, (N, H, W, 3) uint8.
+        batch: Images, (N, H, W, 3), uint8, or float32 in [0, 1].
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, in [0, 1].
-        device: Device of the result; the uint8 batch is moved there first. None keeps the device of the batch.
+        device: Device of the result; the batch is moved there first. None keeps the device of the batch.
         dtype: Dtype of the result; the computation is in float32.
         channels_last: Whether the result is in channels-last memory format, which needs no reordering.
 
@@ -36,12 +38,17 @@ def normalise(
     """
     if isinstance(batch, np.ndarray):
         batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
-    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
-        raise ValueError(f"normalise: batch: wanted uint8 (N, H, W, 3), got {batch.dtype} {tuple(batch.shape)}")
+    if batch.dtype not in (torch.uint8, torch.float32) or batch.ndim != 4 or batch.shape[3] != 3:
+        wanted = "uint8 or float32 (N, H, W, 3)"
+        raise ValueError(f"normalise: batch: wanted {wanted}, got {batch.dtype} {tuple(batch.shape)}")
     n, height, width, _ = batch.shape
-    rows = batch.to(device or batch.device).to(torch.float32, memory_format=torch.contiguous_format)
+    batch = batch.to(device or batch.device)
+    rows = batch.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     full, centre, scale = _build_normalisation(tuple(mean), tuple(std), width, rows.device)
-    rows = rows.view(n * height, width * 3).div_(full).sub_(centre).div_(scale)
+    rows = rows.view(n * height, width * 3)
+    if batch.dtype == torch.uint8:
+        rows.div_(full)
+    rows.sub_(centre).div_(scale)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return rows.view(n, height, width, 3).permute(0, 3, 1, 2).to(dtype, memory_format=layout)
 

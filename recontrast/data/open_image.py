@@ -4,8 +4,10 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -21,7 +23,7 @@ from PIL import (
 
 from recontrast.data import netpbm, tiff, tiff_tags
 from recontrast.data.decode_budget import BUDGET
-from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, SampleError
+from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, SampleError, read_stored
 
 # The plugins are called directly, because Image.open has a process-wide limit: it warns above 89 megapixels and fails
 # above 179.
@@ -45,6 +47,15 @@ _TRANSPOSE_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURN_BY_ORIENTATION: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # the same for arrays
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}
 _OWN_PIXEL_BYTES = 12  # of TIFF and Netpbm: samples of up to 16 bits and 4 channels, and 8-bit RGB
 
 _JPEG_2000_HEAD = 1 << 20  # bytes before the codestream: metadata
@@ -61,6 +72,8 @@ class OpenImage:
         load: Decodes the image and applies the orientation.
         several: Returns whether the file has further images; called after ``load``.
         pixel_bytes: Memory that decoding and converting to RGB need for each pixel, in bytes.
+        read_samples: Decodes the samples as they are stored, and applies the orientation; called instead of ``load``.
+            (H, W) or (H, W, 3), uint8 for an image that has no more than 8 bits.
         bits: Bits of a sample: 16 if `decode` can scale them by another full scale, else 8.
     """
 
@@ -70,16 +83,18 @@ class OpenImage:
     load: Callable[[], Image.Image]
     several: Callable[[], bool]
     pixel_bytes: int
+    read_samples: Callable[[], NDArray[Any]]
     bits: int = 8
 
 
-def read_header(file: IO[bytes], image_format: str, full: int | None) -> OpenImage:
+def read_header(file: IO[bytes], image_format: str, full: int | None, *, any_scale: bool = False) -> OpenImage:
     """Read the header of a file, and choose its decoder.
 
     Args:
         file: Image file, at its start.
         image_format: Name of its format.
         full: Sample value that should become white in colour files of 16 bits; None is 65535.
+        any_scale: Whether samples of unknown scale are accepted, for a window.
 
     Returns:
         Size, orientation and decoder of the image.
@@ -91,10 +106,10 @@ def read_header(file: IO[bytes], image_format: str, full: int | None) -> OpenIma
     if image_format == "Netpbm":
         header = netpbm.read_header(file)
         read = partial(netpbm.read_picture, file, header, full)
-        bits = 16 if header.full == 65535 else 8
-        return OpenImage(header.width, header.height, partial(int, 1), read, bool, _OWN_PIXEL_BYTES, bits)
+        bits, stored = 16 if header.full == 65535 else 8, partial(netpbm.read_samples, file, header)
+        return OpenImage(header.width, header.height, partial(int, 1), read, bool, _OWN_PIXEL_BYTES, stored, bits)
     if image_format == "TIFF":
-        return _read_tiff_header(file, full)
+        return _read_tiff_header(file, full, any_scale)
     scale = _read_jpeg_2000_scale(file) if image_format == "JPEG 2000" else None
     # Without a file name, PIL does not memory-map the file, which could be truncated later.
     image = _PLUGINS[image_format](file, "")
@@ -103,10 +118,11 @@ def read_header(file: IO[bytes], image_format: str, full: int | None) -> OpenIma
     bits = 16 if image.mode.startswith("I") and scale in (None, 65535) else 8
     pixel_bytes = 4 if image.mode in ("1", "L") else 8
     orientation = partial(_read_png_orientation if image_format == "PNG" else read_orientation, image)
-    return OpenImage(*image.size, orientation, load, several, pixel_bytes, bits)
+    stored = partial(_load_samples, image, scale)
+    return OpenImage(*image.size, orientation, load, several, pixel_bytes, stored, bits)
 
 
-def _read_tiff_header(file: IO[bytes], full: int | None) -> OpenImage:
+def _read_tiff_header(file: IO[bytes], full: int | None, any_scale: bool) -> OpenImage:
     """Read the header of a TIFF file, see `read_header`."""
     page = tiff_tags.read_tags(file)
     file.seek(0)
@@ -114,11 +130,13 @@ def _read_tiff_header(file: IO[bytes], full: int | None) -> OpenImage:
     if image is not None:
         load = partial(_load, image)
     else:
-        tiff.check_layout(page)
+        if not any_scale:
+            tiff.check_layout(page)
         load = partial(_load_unusual_tiff, file, page, full)
     bits, several = 16 if page.bits[0] == 16 else 8, partial(bool, page.pages > 1)
-    orientation = partial(int, page.orientation)
-    return OpenImage(page.width, page.height, orientation, load, several, _OWN_PIXEL_BYTES, bits)
+    orientation, stored = partial(int, page.orientation), partial(_load_tiff_samples, file, page)
+    pixel_bytes = max(_OWN_PIXEL_BYTES, max(page.bits) // 2 * min(page.samples, 3))  # with a copy as float32
+    return OpenImage(page.width, page.height, orientation, load, several, pixel_bytes, stored, bits)
 
 
 def _open_tiff_by_pillow(file: IO[bytes], page: tiff_tags.TiffPage) -> TiffImagePlugin.TiffImageFile | None:
@@ -156,6 +174,25 @@ def _load(image: ImageFile.ImageFile, scale: int | None = None, full: int | None
     if deep_colour:
         picture.info[LARGEST_KEY] = max(high for _, high in image.getextrema()) << 8 | 255  # type: ignore[misc]
     return turn_upright(picture, read_orientation(picture), scale)
+
+
+def _load_samples(image: ImageFile.ImageFile, scale: int | None) -> NDArray[Any]:
+    """Decode an image by Pillow as it is stored.
+
+    Args:
+        image: Image whose header has been read.
+        scale: Full scale of its grey samples of JPEG 2000, whose low bits Pillow fills with zeros.
+    """
+    samples = read_stored("image", _load(image, scale, 65535))
+    return samples if scale is None else samples >> (16 - scale.bit_count())
+
+
+def _load_tiff_samples(file: IO[bytes], page: tiff_tags.TiffPage) -> NDArray[Any]:
+    """Decode a TIFF page by our own reader as it is stored, and apply its orientation."""
+    if page.sample_format in (1, 4) and max(page.bits) <= 8:
+        return np.zeros((page.height, page.width), np.uint8)  # of any kind that Pillow reads
+    samples = tiff.read_samples(file, page)
+    return _TURN_BY_ORIENTATION.get(page.orientation, np.asarray)(samples)
 
 
 def _is_animated(image: Image.Image) -> bool:

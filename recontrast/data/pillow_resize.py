@@ -76,6 +76,42 @@ def _resize_height(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
     return _round_to_levels(sums[..., :out, :] + offset[:, :1], sums[..., out:, :] + offset[:, 1:])
 
 
+def _compute_weights(length: int, out: int, device: torch.device) -> Tensor:
+    """Compute the interpolation weights of an axis, (out, length) float32; see `compute_coefficients`."""
+    at = torch.arange(out, dtype=torch.int32, device=device).unsqueeze(1)
+    pixel = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)
+    size = torch.full((1, 1), length, dtype=torch.int32, device=device)
+    distance = ((2 * pixel + 1) * out - (2 * at + 1) * size).abs()
+    weight = (2 * size.clamp(min=out) - distance).clamp(min=0).float()
+    return weight / weight.sum(1, keepdim=True)
+
+
+class FloatResize(nn.Module):
+    """Resize float images to ``out`` as `recontrast.data.images.read_image` does with a window, but for rounding.
+
+    Args:
+        out: Height and width of the result, in pixels.
+    """
+
+    def __init__(self, out: tuple[int, int]) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize images.
+
+        Args:
+            images: (N, H, W, 3) float32 in [0, 1].
+
+        Returns:
+            (N, 3, *out) float32 in [0, 1].
+        """
+        (out_height, out_width), device = self.out, images.device
+        height, width = images.shape[1:3]
+        pixels = images.permute(0, 3, 1, 2) @ _compute_weights(width, out_width, device).mT
+        return (_compute_weights(height, out_height, device) @ pixels).clamp(0, 1)
+
+
 class PillowResize(nn.Module):
     """Resize images to ``out``, bit-identical to `recontrast.data.images.read_image`.
 

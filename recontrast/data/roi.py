@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.data.decode import decoded
-from recontrast.data.eight_bits import read_deep, to_eight_bits
+from recontrast.data.eight_bits import to_eight_bits
 from recontrast.data.images import MAX_PIXELS, image_size
 from recontrast.data.listing import PathLike
 from recontrast.data.notices import warn_once
 from recontrast.data.resize import Size, parse_size
 from recontrast.data.roi_shapes import read_shapes
+from recontrast.data.samples import read_deep
 
 EACH = "each"
 """Value of the recipe field ``roi`` if each image has a mask of its own."""

@@ -20,10 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from recontrast.data.exact_read import read_exactly
-from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, SampleError, scale_to_eight_bits
+from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, UNKNOWN_SCALE, SampleError, scale_to_eight_bits
 from recontrast.data.tiff_tags import COMPRESSIONS, PHOTOMETRICS, TiffPage
 
-_FORMATS = {2: "signed integer", 3: "floating-point", 4: "undefined", 5: "complex integer", 6: "complex"}
+_FORMATS = {
+    1: "unsigned integer",
+    2: "signed integer",
+    3: "floating-point",
+    4: "undefined",
+    5: "complex integer",
+    6: "complex",
+}
+_STORED = "grey or RGB samples of 1 to 16 bits, or of 32 or 64 bits, for a window"
 _BLOCK_SAMPLES = 1 << 22  # samples that are unpacked at a time
 _REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], axis=1)[:, 0].tobytes()
 
@@ -70,6 +78,54 @@ def read_page(file: IO[bytes], page: TiffPage, full: int | None = None) -> Image
     return image
 
 
+def read_samples(file: IO[bytes], page: TiffPage) -> NDArray[Any]:
+    """Decode the samples of a page as they are stored, without applying its orientation.
+
+    Args:
+        file: TIFF file.
+        page: Its layout.
+
+    Returns:
+        (H, W) for grey, (H, W, 3) for RGB: integers or floats of the size of the samples. Inverted grey is turned.
+
+    Raises:
+        ValueError: If the layout is not supported or the file is incomplete.
+    """
+    check_stored(page)
+    count = 3 if page.get(262, 1) == 2 else 1
+    if page.samples < count:
+        raise ValueError(f"{page.samples} samples per pixel of RGB")
+    planes = _read_samples(file, page, count)
+    if page.get(262, 1) == 0:
+        planes[0] = np.array((1 << page.bits[0]) - 1, planes[0].dtype) - planes[0]
+    return np.stack(planes, axis=2) if count == 3 else planes[0]
+
+
+def check_stored(page: TiffPage) -> None:
+    """Raise an error if `read_samples` cannot read a page: samples of any scale, but of a known arrangement.
+
+    Args:
+        page: Layout of the page.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    bits, kind, photometric = page.bits, page.sample_format, page.get(262, 1)
+    if len(set(bits)) > 1 or len(bits) < page.samples:
+        raise SampleError(f"samples of {', '.join(map(str, bits))} bits", _STORED)
+    known = {1: (*range(1, 17), 32), 2: (8, 16, 32), 3: (16, 32, 64)}.get(kind, ())
+    if bits[0] not in known:
+        raise SampleError(f"{bits[0]}-bit {_FORMATS.get(kind, 'mixed')} samples", _STORED)
+    if photometric not in (0, 1, 2) or (photometric == 0 and kind != 1):
+        name = PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
+        raise SampleError(f"{name} of {_FORMATS[kind]} samples", _STORED)
+    if page.get(259, 1) not in COMPRESSIONS:
+        raise SampleError(f"compression {page.get(259, 1)} with {bits[0]} bits", _STORED)
+    predictors = (1, 2) if kind != 3 and bits[0] in (8, 16, 32) else (1,)
+    if page.get(317, 1) not in predictors:
+        raise SampleError(f"predictor {page.get(317, 1)} with {bits[0]}-bit {_FORMATS[kind]} samples", _STORED)
+
+
 def check_layout(page: TiffPage) -> None:
     """Raise an error if the samples of a page have no known scale or arrangement.
 
@@ -84,11 +140,11 @@ def check_layout(page: TiffPage) -> None:
         kind = _FORMATS.get(page.sample_format, "mixed")
         if page.sample_format == 2 and bits[0] == 32 and page.samples == 1:
             return  # 0 to 65535 in a wide integer
-        raise SampleError(f"{bits[0]}-bit {kind} samples, whose scale is unknown")
+        raise SampleError(f"{bits[0]}-bit {kind} samples, {UNKNOWN_SCALE}")
     if len(set(bits)) > 1 or len(bits) < page.samples:
         raise SampleError(f"samples of {', '.join(map(str, bits))} bits")
     if bits[0] > 16 and not (bits[0] == 32 and page.samples == 1):
-        raise SampleError(f"{bits[0]}-bit integers, whose scale is unknown")
+        raise SampleError(f"{bits[0]}-bit integers, {UNKNOWN_SCALE}")
     photometric, compression = page.get(262, 1), page.get(259, 1)
     if photometric not in PHOTOMETRICS:
         raise SampleError(f"photometric interpretation {photometric} with {bits[0]} bits")
@@ -135,13 +191,7 @@ def _read_samples(file: IO[bytes], page: TiffPage, count: int) -> list[NDArray[A
         raise ValueError(f"tiles of {wide} x {high} pixels for an image of {page.width} x {page.height}")
     down, across = -(-page.height // high), -(-page.width // wide)
     group = 1 if page.planar else page.samples  # samples that are stored together
-    dtype = (
-        np.uint8
-        if page.bits[0] <= 8
-        else np.uint16
-        if page.bits[0] <= 16
-        else np.dtype(np.int32 if page.sample_format == 2 else np.uint32)
-    )
+    dtype = _get_stored_dtype(page).newbyteorder("=")
     result = [np.empty((page.height, page.width), dtype) for _ in range(count)]
     for plane in range(count if page.planar else 1):
         row_bytes = (wide * group * page.bits[0] + 7) // 8
@@ -206,8 +256,8 @@ def _unpack_rows(
     step = max(_BLOCK_SAMPLES // (wide * group), 1)
     for begin in range(0, len(packed), step):
         rows = packed[begin : begin + step]
-        if bits in (8, 16, 32):
-            stored = np.dtype(f"{page.order}{'i' if page.sample_format == 2 else 'u'}{bits // 8}")
+        if bits in (8, 16, 32, 64):
+            stored = _get_stored_dtype(page)
             block = np.ascontiguousarray(rows).view(stored).astype(stored.newbyteorder("="), copy=False)
         else:
             block = _unpack_bits(rows, bits)[:, : wide * group]
@@ -215,6 +265,13 @@ def _unpack_rows(
         if page.get(317, 1) == 2:  # differences of neighbours, which wrap around
             block = np.cumsum(block, axis=1, dtype=block.dtype)
         yield begin, block
+
+
+def _get_stored_dtype(page: TiffPage) -> np.dtype[Any]:
+    """Return the dtype of the samples in the file; that of the unpacked ones if they are packed."""
+    kind = {2: "i", 3: "f"}.get(page.sample_format, "u")
+    size = next(size for size in (8, 16, 32, 64) if page.bits[0] <= size)
+    return np.dtype(f"{page.order}{kind}{size // 8}")
 
 
 def _unpack_bits(rows: NDArray[np.uint8], bits: int) -> NDArray[Any]:

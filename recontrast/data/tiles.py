@@ -79,19 +79,19 @@ def count_tiles(shape: tuple[int, int], tile: int, stride: int) -> int:
     return len(tile_starts(shape[0], tile, stride)) * len(tile_starts(shape[1], tile, stride))
 
 
-def join_tiles(tiles: NDArray[np.uint8], shape: tuple[int, int], stride: int) -> NDArray[np.uint8]:
+def join_tiles(tiles: NDArray[Any], shape: tuple[int, int], stride: int) -> NDArray[Any]:
     """Put the tiles of an image together; the inverse of `Tiles`.
 
     Args:
-        tiles: All tiles of the image in reading order, (tiles, tile, tile, 3) uint8.
+        tiles: All tiles of the image in reading order, (tiles, tile, tile, 3), uint8 or float32.
         shape: Height and width of the image, in pixels.
         stride: Distance from one tile to the next, in pixels.
 
     Returns:
-        The image, (height, width, 3) uint8.
+        The image, (height, width, 3), of the dtype of the tiles.
     """
     (height, width), tile = shape, tiles.shape[1]
-    pixels = np.empty((max(height, tile), max(width, tile), 3), np.uint8)
+    pixels = np.empty((max(height, tile), max(width, tile), 3), tiles.dtype)
     corners = [(y, x) for y in tile_starts(height, tile, stride) for x in tile_starts(width, tile, stride)]
     for (y, x), part in zip(corners, tiles, strict=True):
         pixels[y : y + tile, x : x + tile] = part
@@ -102,7 +102,7 @@ class Tiles:
     """Tiles of one decoded image, cut on access, in reading order.
 
     Args:
-        pixels: Image, (H, W, 3) uint8; copied only if it is smaller than a tile.
+        pixels: Image, (H, W, 3), uint8 or float32; copied only if it is smaller than a tile.
         tile: Side of a tile, in pixels.
         stride: Distance from one tile to the next, in pixels; at most ``tile``.
         release: Whether to release the memory of the rows above the requested tiles
@@ -112,7 +112,7 @@ class Tiles:
         corners: Upper left pixel (y, x) of each tile.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8], tile: int, stride: int, *, release: bool = False) -> None:
+    def __init__(self, pixels: NDArray[Any], tile: int, stride: int, *, release: bool = False) -> None:
         height, width = pixels.shape[:2]
         self.corners = [(y, x) for y in tile_starts(height, tile, stride) for x in tile_starts(width, tile, stride)]
         self.tile, self._release = tile, release
@@ -122,17 +122,17 @@ class Tiles:
     def __len__(self) -> int:
         return len(self.corners)
 
-    def __getitem__(self, index: Any) -> NDArray[np.uint8]:
+    def __getitem__(self, index: Any) -> NDArray[Any]:
         """Cut tiles.
 
         Args:
             index: List or array of tile numbers, (n,).
 
         Returns:
-            Copies of the tiles, (n, tile, tile, 3) uint8.
+            Copies of the tiles, (n, tile, tile, 3), of the dtype of the image.
         """
         corners = [self.corners[i] for i in index]
-        tiles = np.empty((len(corners), self.tile, self.tile, 3), np.uint8)
+        tiles = np.empty((len(corners), self.tile, self.tile, 3), self._pixels.dtype)
         for position, (y, x) in enumerate(corners):
             tiles[position] = self._pixels[y : y + self.tile, x : x + self.tile]
         if self._release and corners:

@@ -14,6 +14,7 @@ from recontrast.data.image_files import describe_image_error
 from recontrast.data.images import read_image
 from recontrast.data.sources import Images
 from recontrast.data.system import count_cpus
+from recontrast.data.window import pixel_dtype
 from recontrast.recipes.recipe import Recipe
 
 READ_ERRORS = (OSError, ValueError)  # of one image or mask
@@ -47,7 +48,9 @@ class SampleImages:
         recipe = self.recipe
         if self.unread is None:
             samples = [self.samples[i] for i in index]
-            return ImageCache(samples, recipe.size, recipe.crop, bits=recipe.bits, workers=self.workers)[:]
+            return ImageCache(
+                samples, recipe.size, recipe.crop, bits=recipe.bits, window=recipe.window, workers=self.workers
+            )[:]
         with ThreadPoolExecutor(self.workers or count_cpus()) as pool:
             return np.stack(list(pool.map(self._read, index)))
 
@@ -67,13 +70,13 @@ class SampleImages:
         """Read one image, (H, W, 3); black if it cannot be read."""
         recipe, path = self.recipe, self.samples[position].path
         try:
-            return read_image(path, size=recipe.size, crop=recipe.crop, bits=recipe.bits)
+            return read_image(path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window)
         except READ_ERRORS as error:
             if self.unread is None:
                 raise
             self.unread[position] = describe_image_error(str(path), error)
             height, width = recipe.out
-            return np.zeros((height, width, 3), np.uint8)
+            return np.zeros((height, width, 3), pixel_dtype(recipe.window))
 
 
 def open_images(
@@ -104,7 +107,9 @@ def open_images(
     if cache_dir is None:
         return images
     try:
-        return ImageCache(samples, recipe.size, recipe.crop, cache_dir, bits=recipe.bits, workers=workers)
+        return ImageCache(
+            samples, recipe.size, recipe.crop, cache_dir, bits=recipe.bits, window=recipe.window, workers=workers
+        )
     except READ_ERRORS:
         if unread is None or not images.find_unread():
             raise

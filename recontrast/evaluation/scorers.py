@@ -125,7 +125,7 @@ class ExportedScorer:
 
         def load(start: int) -> NDArray[np.uint8]:
             cropped = images[np.arange(start, min(start + batch, len(images)))]
-            pixels = np.zeros((len(cropped), *size, 3), np.uint8)
+            pixels = np.zeros((len(cropped), *size, 3), cropped.dtype)
             pixels[:, top : top + height, left : left + width] = cropped
             return pixels
 

@@ -250,7 +250,8 @@ def _complete_run(
     for entry, recipe in sorted(recipes.items(), key=lambda item: item[0] == run.name):  # beside the checkpoint: last
         if entry not in rows:
             result = evaluate(
-                trained.model, samples, recipe.replace(bits=trained.recipe.bits), cache_dir=cache_dir,
+                trained.model, samples, recipe.replace(bits=trained.recipe.bits, window=trained.recipe.window),
+                cache_dir=cache_dir,
                 on_progress=lambda category, done, count: on_step(f"evaluate {title}", done, count, category),
             )  # fmt: skip
             rows[entry] = result.rows

@@ -6,6 +6,7 @@ from typing import Any
 import recontrast
 from recontrast.checkpoint import digest
 from recontrast.data.exact_length import max_exact_length
+from recontrast.data.window import parse_window
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.file_checks import CHECKSUM_KEY, FORMAT
 from recontrast.recipes.recipe import to_pair
@@ -21,6 +22,10 @@ def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
         Values that JSON can represent; they are stored in the file as text.
     """
     recipe, model = detector.recipe, detector.model
+    dtype, resized, window = "uint8", "Pillow's BILINEAR to the bit: across, rounded, then down", {}
+    if (limits := parse_window(recipe.window)) is not None:
+        dtype, resized = "float32 in [0, 1]", "Pillow's BILINEAR in float32: across, then down"
+        window = {"window": list(limits), "pixel": "(sample - low) / (high - low), clipped to [0, 1]"}
     size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
     return {
         "format": FORMAT,
@@ -29,10 +34,10 @@ def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
         "top": detector.max_map_value,
         "recipe": recipe.to_dict(),
         "preprocessing": {
-            "input": "uint8 RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
+            "input": f"{dtype} RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
             "largest": [max_exact_length(length) for length in size],
-            "size": size, "crop": crop, "resize": "Pillow's BILINEAR to the bit: across, rounded, then down",
-            "mean": list(model.mean), "std": list(model.std),
+            "size": size, "crop": crop, "resize": resized,
+            "mean": list(model.mean), "std": list(model.std), **window,
         },
         "calibration": None if detector.calibration is None else detector.calibration.to_dict(),
         "weights": digest(model.state_dict(), recipe),

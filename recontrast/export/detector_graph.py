@@ -1,4 +1,4 @@
-"""A detector as one graph: uint8 images of any size in; map, score, p-value and decision out.
+"""A detector as one graph: images of any size in; map, score, p-value and decision out.
 
 The graph does what the command line does with PIL, the network and the calibration. It contains only operators of
 PyTorch, so that `torch.export` can trace it.
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recontrast.calibration.conformal import Calibration
-from recontrast.data.pillow_resize import PillowResize
+from recontrast.data.pillow_resize import FloatResize, PillowResize
 from recontrast.export.decisions import decide, round_scores
 from recontrast.inference.infer import build_anomaly_map
 from recontrast.inference.rois import Rois
@@ -37,7 +37,9 @@ class DetectorGraph(nn.Module):
     def __init__(self, model: Network, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
         size, (height, width) = to_pair(recipe.size), recipe.out
-        self.resize = PillowResize(size)
+        self.resize = PillowResize(size) if recipe.window is None else FloatResize(size)
+        self.input_dtype = torch.uint8 if recipe.window is None else torch.float32
+        self.full = 255.0 if recipe.window is None else 1.0
         self.window = tuple(  # margins round half to even, as in recontrast.data.images
             slice(start, start + length)
             for start, length in ((round((size[0] - height) / 2), height), (round((size[1] - width) / 2), width))
@@ -66,8 +68,8 @@ class DetectorGraph(nn.Module):
         """Score a batch of images.
 
         Args:
-            image: RGB images (N, H, W, 3), uint8, with N at least 1 and H and W from 1 to
-                `recontrast.data.pillow_resize.max_exact_length`.
+            image: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] if the recipe has a window, with N at least 1
+                and H and W from 1 to `recontrast.data.pillow_resize.max_exact_length`.
 
         Returns:
             Maps (N, height, width), float32, of size ``recipe.map_out``, and scores (N,), float32. With a
@@ -75,7 +77,7 @@ class DetectorGraph(nn.Module):
             p-value of a map that is not finite are NaN, and its decision is True, so that it never passes as good.
         """
         pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
-        normalised = (pixels / 255 - self.means) / self.stds
+        normalised = (pixels / self.full - self.means) / self.stds
         distances, own_scores = self.network.distances(normalised, self.views, exportable=True)
         maps = self._build_map_inside(distances) if self.has_region else self._build_map(distances)
         if self.score_rule != "model":

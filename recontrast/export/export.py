@@ -19,6 +19,7 @@ from recontrast.data.atomic import replace_files
 from recontrast.data.locks import lock_file
 from recontrast.data.roi import EACH
 from recontrast.data.temporary import temporary_folder
+from recontrast.data.window import parse_window
 from recontrast.export.decisions import list_files
 from recontrast.export.describe import describe
 from recontrast.export.detector_graph import DetectorGraph
@@ -134,7 +135,8 @@ def export(
             ) from error
         names = [file.name for file in list_files(draft)]
         if report is None:
-            samples = [*images, *draw_images(folder / "samples", to_pair(detector.recipe.size))]
+            window = parse_window(detector.recipe.window)
+            samples = [*images, *draw_images(folder / "samples", to_pair(detector.recipe.size), window)]
             count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
         else:
             count, difference = report.change.images, report.change.largest
@@ -183,12 +185,12 @@ def trace(graph: DetectorGraph) -> torch.export.ExportedProgram:
     """Trace a graph by torch.export, for any number of images of any size.
 
     Args:
-        graph: Graph with the input (N, H, W, 3), uint8.
+        graph: Graph with the input (N, H, W, 3).
 
     Returns:
         Program with dynamic N, H and W.
     """
-    return trace_images(graph, graph.resize.out)
+    return trace_images(graph, graph.resize.out, graph.input_dtype)
 
 
 def _write(

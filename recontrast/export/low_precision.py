@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.window import from_levels
 from recontrast.export.quantize import list_layers, measure_ranges, quantize, store_half_weights
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.file_checks import PRECISIONS
@@ -277,7 +278,8 @@ def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[f
     Returns:
         Images per second of each, from medians.
     """
-    image = np.random.default_rng(0).integers(0, 256, (1, *to_pair(recipe.size), 3), np.uint8)
+    levels = np.random.default_rng(0).integers(0, 256, (1, *to_pair(recipe.size), 3), np.uint8)
+    image = from_levels(levels, recipe.window)
     seconds: list[list[float]] = [[] for _ in detectors]
     for _ in range(TIMED_CALLS + 1):
         for times, detector in zip(seconds, detectors, strict=True):
@@ -290,7 +292,7 @@ def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[f
 def _read_evenly(paths: Sequence[Path], recipe: Recipe, most: int) -> NDArray[np.uint8]:
     """Read images, evenly spaced in a list, resized but not cropped: (N, H, W, 3)."""
     files = ImageFiles([paths[index * len(paths) // min(most, len(paths))] for index in range(min(most, len(paths)))])
-    pixels = files.resized(recipe.size, None, recipe.bits)[range(len(files))]
+    pixels = files.resized(recipe.size, None, recipe.bits, recipe.window)[range(len(files))]
     if files.errors:
         raise ValueError(next(iter(files.errors.values())))
     return np.asarray(pixels)

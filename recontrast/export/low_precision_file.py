@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from recontrast.data.window import parse_window
 from recontrast.export.decisions import list_files
 from recontrast.export.describe import describe
 from recontrast.export.low_precision import Change, PrecisionReport, convert, time_calls
@@ -59,7 +60,8 @@ def write_low(job: LowPrecisionJob, program: torch.export.ExportedProgram, draft
     write_onnx_model(low, kind, draft, describe(detector, kind, precision), half=precision == "float16")
     write_onnx_model(model, kind, whole, describe(detector, kind))
     exported, reference = ExportedDetector(draft), ExportedDetector(whole)
-    drawn = [] if precision == "int8" else draw_images(draft.parent / "samples", to_pair(detector.recipe.size))
+    window = parse_window(detector.recipe.window)
+    drawn = [] if precision == "int8" else draw_images(draft.parent / "samples", to_pair(detector.recipe.size), window)
     wanted, got, names = score_both(detector, exported, [*job.images, *drawn])
     change = Change.measure(wanted, got)
     if not change.largest <= job.tolerance:

@@ -9,18 +9,21 @@ import torch
 from torch import nn
 
 
-def trace_images(module: nn.Module, size: tuple[int, int]) -> torch.export.ExportedProgram:
+def trace_images(
+    module: nn.Module, size: tuple[int, int], dtype: torch.dtype = torch.uint8
+) -> torch.export.ExportedProgram:
     """Trace a module that takes images.
 
     Args:
-        module: Module with the input (N, H, W, 3), uint8.
+        module: Module with the input (N, H, W, 3).
         size: Height and width to which the module resizes the images, in pixels.
+        dtype: Dtype of the input.
 
     Returns:
         Program with dynamic N, H and W.
     """
     any_length = torch.export.Dim.DYNAMIC
-    example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=torch.uint8)
+    example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=dtype)
     lengths = ((any_length, any_length, any_length, torch.export.Dim.STATIC),)
     with torch.no_grad():
         return torch.export.export(module, (example,), dynamic_shapes=lengths)

@@ -10,18 +10,20 @@ from numpy.typing import NDArray
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.window import from_levels
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.exported_detector import ExportedDetector
 
 TOLERANCE = 1e-4  # largest relative difference allowed between two scores
 
 
-def draw_images(folder: Path, size: tuple[int, int]) -> list[Path]:
+def draw_images(folder: Path, size: tuple[int, int], window: tuple[float, float] | None = None) -> list[Path]:
     """Draw images to compare scores on: at the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey.
 
     Args:
         folder: Folder of the PNG files, created if necessary.
         size: Height and width of the model's images in pixels.
+        window: Window of the model's images: they are then float TIFF files, with values beyond it; all are grey.
 
     Returns:
         Paths of the images.
@@ -37,6 +39,12 @@ def draw_images(folder: Path, size: tuple[int, int]) -> list[Path]:
         rows, columns = np.arange(height)[:, None, None] / h, np.arange(width)[:, None] / w
         waves = 60 * np.sin(9 * rows + index) * np.cos(7 * columns + np.arange(channels))
         noisy = 120 + waves + random.normal(0, 25, (height, width, channels))
+        if window is not None:
+            low, high = window
+            paths.append(folder / f"{index}.tif")
+            samples = (low + (high - low) * (noisy[:, :, 0] / 240)).astype(np.float32)
+            heatmaps.save_map(paths[-1], samples, "tiff32", 1.0)
+            continue
         pixels = noisy.clip(0, 255).astype(np.uint8)
         paths.append(folder / f"{index}.png")
         heatmaps.save_png(paths[-1], pixels.squeeze(2) if channels == 1 else pixels)
@@ -133,7 +141,8 @@ def check_decisions(exported: ExportedDetector, calibration: Calibration) -> Non
     Raises:
         ValueError: If p-values or decisions differ.
     """
-    outputs = exported.program(np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)]))
+    pair = np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)])
+    outputs = exported.program(from_levels(pair, exported.recipe.window))
     p, defect = calibration.p_values(outputs["score"]), calibration.is_defect(outputs["score"])
     if not (np.allclose(outputs["p_value"], p, atol=1e-6) and (outputs["defect"] == defect).all()):
         raise ValueError(

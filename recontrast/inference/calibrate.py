@@ -228,7 +228,7 @@ def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, N
 
     def read(index: int) -> tuple[str, NDArray[np.float32]] | None:
         size, crop = (None, None) if recipe.tile is not None else (recipe.size, recipe.crop)
-        pixels = files.read(index, size, crop, recipe.bits)
+        pixels = files.read(index, size, crop, recipe.bits, recipe.window)
         if pixels is None:
             return None
         if recipe.tile is None:
@@ -344,4 +344,4 @@ def score_files(
 def _describe_files(detector: Detector, files: ImageFiles) -> NDArray[np.float64]:
     """Read each file again, at the size of the recipe, and describe its appearance."""
     recipe = detector.recipe
-    return describe_appearance(files.resized(recipe.size, recipe.crop, recipe.bits))
+    return describe_appearance(files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window))

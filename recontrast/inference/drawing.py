@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps, images, large_maps
 from recontrast.data.encoded_image import ImageSource
+from recontrast.data.window import to_levels
 from recontrast.recipes.recipe import Recipe
 
 DISPLAY_SIDE = 320  # pixels of a drawn image's longer side: three of them fit beside each other in a notebook
@@ -120,7 +121,7 @@ def draw_overlay(
     from recontrast.inference.detector import map_extent  # it imports this module
 
     with images.reserve_memory(source):
-        pixels = images.read_image(source, bits=recipe.bits)
+        pixels = to_levels(images.read_image(source, bits=recipe.bits, window=recipe.window))
         factor = large_maps.find_reduction(pixels.shape[:2])
         if side is not None:
             factor = max(factor, math.ceil(max(pixels.shape[:2]) / side))

@@ -12,6 +12,7 @@ from recontrast.data.exact_length import max_exact_length
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.regular_file import check_regular, is_regular
 from recontrast.data.sidecar import check_sidecar
+from recontrast.data.window import pixel_dtype
 from recontrast.inference.file_checks import ForeignFileError
 from recontrast.inference.programs import PROGRAMS, DeviceError, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
@@ -92,11 +93,13 @@ class ExportedDetector(Detector):
         Raises:
             ValueError: If the network fails, or its outputs are not those of a detector.
         """
-        group: list[NDArray[np.uint8]] = []
+        group: list[NDArray[Any]] = []
         if self.recipe.roi is not None and files.check_shape is None:
             files.check_shape = Rois(self.recipe).check
-        for indices in files.group(DECODED_AHEAD):
-            for index, decoded in zip(indices, files.read_many(indices, self.recipe.bits), strict=True):
+        for indices in files.group(DECODED_AHEAD, self.recipe.window):
+            for index, decoded in zip(
+                indices, files.read_many(indices, self.recipe.bits, self.recipe.window), strict=True
+            ):
                 image = self._replace_unusable(files, index, decoded)
                 limit = min(batch, max(PIXELS_PER_CALL // (image.shape[0] * image.shape[1]), 1))
                 if group and (len(group) >= limit or group[0].shape != image.shape):
@@ -106,11 +109,11 @@ class ExportedDetector(Detector):
         if group:
             yield self.score(np.stack(group))
 
-    def score(self, images: NDArray[np.uint8]) -> MapsAndScores:
+    def score(self, images: NDArray[Any]) -> MapsAndScores:
         """Run the program on images of one size, and check its outputs.
 
         Args:
-            images: RGB images (N, H, W, 3), uint8.
+            images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
 
         Returns:
             Maps (N, h, w) and scores (N,), float32.
@@ -132,11 +135,11 @@ class ExportedDetector(Detector):
             raise ValueError(f"{self.path}: wanted a map and a score for each of {count} images, got {shapes}")
         return maps, scores
 
-    def _replace_unusable(self, files: ImageFiles, index: int, image: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    def _replace_unusable(self, files: ImageFiles, index: int, image: NDArray[Any] | None) -> NDArray[Any]:
         """Return ``image``, or a black image if it could not be read or is too large for the graph."""
         size = to_pair(self.recipe.size)
         if image is None:
-            return np.zeros((*size, 3), np.uint8)
+            return np.zeros((*size, 3), pixel_dtype(self.recipe.window))
         limit = max_exact_length(size[0]), max_exact_length(size[1])
         if image.shape[0] <= limit[0] and image.shape[1] <= limit[1]:
             return image
@@ -144,4 +147,4 @@ class ExportedDetector(Detector):
             f"{files.paths[index]}: wanted an image that the resize of an exported detector reproduces, of at most "
             f"{limit[0]} x {limit[1]} px (height x width), got {image.shape[0]} x {image.shape[1]}"
         )
-        return np.zeros((*size, 3), np.uint8)
+        return np.zeros((*size, 3), pixel_dtype(self.recipe.window))

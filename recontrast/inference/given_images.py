@@ -10,9 +10,10 @@ from PIL import Image
 
 from recontrast.data.decode import apply_orientation
 from recontrast.data.image_files import ImageFiles
-from recontrast.data.images import fit_picture, image_size, read_image
-from recontrast.data.in_memory import check_item, check_shape, refuse_container, to_uint8
+from recontrast.data.images import image_size, read_image
+from recontrast.data.in_memory import check_item, check_shape, fit_given, refuse_container
 from recontrast.data.listing import list_images
+from recontrast.data.window import Window, to_levels
 
 ACCEPTED = (
     "an image or a list of images: paths, folders, PIL images, arrays (h, w) or (h, w, 3), or one array (n, h, w, 3)"
@@ -39,12 +40,11 @@ class GivenImages(ImageFiles):
         ]
         self.paths = [Path(name) for name in self.names]
 
-    def _decode(self, index: int, size: Any, crop: Any, bits: int | None = None) -> NDArray[np.uint8]:
+    def _decode(self, index: int, size: Any, crop: Any, bits: int | None = None, window: Window = None) -> NDArray[Any]:
         source = self.sources[index]
         if isinstance(source, Path):
-            return read_image(source, size=size, crop=crop, bits=bits)
-        picture = _to_picture(source, self.names[index])
-        return fit_picture(picture, size=size, crop=crop, bits=bits, name=self.names[index])
+            return read_image(source, size=size, crop=crop, bits=bits, window=window)
+        return fit_given(source, size=size, crop=crop, bits=bits, window=window, name=self.names[index])
 
     def _count_pixels(self, index: int) -> int:
         try:
@@ -65,7 +65,9 @@ class GivenImages(ImageFiles):
         source = self.sources[index]
         if isinstance(source, Path):
             return image_size(source)
-        picture = _to_picture(source, self.names[index])
+        if isinstance(source, np.ndarray):
+            return source.shape[0], source.shape[1]
+        picture = apply_orientation(source)
         return picture.height, picture.width
 
 
@@ -113,24 +115,21 @@ def list_given(images: Any) -> list[Any]:
     return listed
 
 
-def read_pixels(source: Any, name: str, bits: int | None = None) -> NDArray[np.uint8]:
+def read_pixels(source: Any, name: str, bits: int | None = None, window: Window = None) -> NDArray[np.uint8]:
     """Read an image in its own size.
 
     Args:
         source: Path, PIL image or array.
         name: Name of the image in error messages.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
+        window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
 
     Returns:
-        Pixels (H, W, 3), uint8.
+        Pixels (H, W, 3), uint8; with a window rounded to 256 levels.
 
     Raises:
         ValueError: If the image cannot be read.
     """
     if isinstance(source, Path):
-        return read_image(source, bits=bits)
-    return fit_picture(_to_picture(source, name), bits=bits, name=name)
-
-
-def _to_picture(source: Any, name: str) -> Image.Image:
-    return apply_orientation(source) if isinstance(source, Image.Image) else Image.fromarray(to_uint8(source, name))
+        return to_levels(read_image(source, bits=bits, window=window))
+    return to_levels(fit_given(source, bits=bits, window=window, name=name))

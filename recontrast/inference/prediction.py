@@ -64,8 +64,8 @@ class Prediction:
         """
         if self.error is not None:
             raise ValueError(self.error)
-        bits = None if self._recipe is None else self._recipe.bits
-        return Image.fromarray(read_pixels(self._source, self.name, bits))
+        scale = (None, None) if self._recipe is None else (self._recipe.bits, self._recipe.window)
+        return Image.fromarray(read_pixels(self._source, self.name, *scale))
 
     def heat_map(self) -> Image.Image:
         """Return the anomaly map laid over the image.

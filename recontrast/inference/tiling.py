@@ -18,6 +18,7 @@ from recontrast.data.images import read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.sources import Images, SelectedImages
 from recontrast.data.tiles import TileMasks, Tiles, tile_weights
+from recontrast.data.window import pixel_dtype
 from recontrast.inference.finite import is_finite
 from recontrast.inference.infer import infer
 from recontrast.inference.rois import Rois
@@ -121,10 +122,10 @@ def infer_tiled(
     rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
 
     def score_file(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        pixels = files.read(index, bits=recipe.bits)
+        pixels = files.read(index, bits=recipe.bits, window=recipe.window)
         inside = None
         if pixels is None:
-            pixels = np.zeros((*recipe.out, 3), np.uint8)
+            pixels = np.zeros((*recipe.out, 3), pixel_dtype(recipe.window))
             inside = np.ones(recipe.out, bool)
         elif rois is not None:
             try:
@@ -242,13 +243,13 @@ def infer_files(
 
     def read(position: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
         try:
-            pixels = read_image(paths[position], bits=recipe.bits)
+            pixels = read_image(paths[position], bits=recipe.bits, window=recipe.window)
             inside = None if rois is None else rois.read(position, pixels.shape[:2], str(paths[position]))
         except (OSError, ValueError) as error:
             if unread is None:
                 raise
             unread[position] = describe_image_error(str(paths[position]), error)
-            return np.zeros((*recipe.out, 3), np.uint8), np.ones(recipe.out, bool)
+            return np.zeros((*recipe.out, 3), pixel_dtype(recipe.window)), np.ones(recipe.out, bool)
         if on_image is not None:
             on_image(Path(paths[position]), pixels)
         return pixels, inside

@@ -170,6 +170,9 @@ class Recipe:
         roi: Region of interest, outside of which nothing counts: the mask of all images as
             `recontrast.data.roi.encode_mask` writes it, or "each" if each image has its own. None, the default, is the
             whole image.
+        window: Lowest and highest sample of images of more than 8 bits, integers or floats, that become 0 and 1; values
+            outside are clipped, and all levels between are kept. "auto": percentiles 0.1 and 99.9 of all good images,
+            which training puts in its place. None, the default: images have 8 bits, see ``bits``.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -255,6 +258,7 @@ class Recipe:
     fused_norm: bool = False
     map_size: int | tuple[int, int] | None = None
     roi: str | None = None
+    window: tuple[float, float] | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -266,7 +270,7 @@ class Recipe:
                 value = FrozenMapping(value)
             if field.name in FLOAT_FIELDS and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value) if abs(value) < 2**1023 else math.inf
-            if field.name == "betas" and isinstance(value, tuple) and all(type(v) is int for v in value):
+            if field.name in ("betas", "window") and isinstance(value, tuple) and all(type(v) is int for v in value):
                 value = tuple(float(v) if abs(v) < 2**1023 else math.inf for v in value)
             is_valid, wanted = FIELD_RULES[field.name]
             if not is_valid(value):
@@ -315,6 +319,7 @@ class Recipe:
                 self.pairs == "self" and self.views != "both",
                 f"views: wanted 'both' if pairs is 'self', which has one target, got {self.views!r}",
             ),
+            (None not in (self.window, self.bits), f"bits: wanted none if window is given, got {self.bits}"),
             (bool(self.roi) and self.score == "model", "score: wanted 'max', 'mean' or a share with roi, got 'model'"),
             (
                 self.rest > (self.wipe_every or 0),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from recontrast.data.roi import EACH, decode_mask
+from recontrast.data.window import AUTO, is_window
 from recontrast.recipes.describe import describe_value
 
 # Function that returns whether a value is valid, and a description of valid values for error messages.
@@ -225,6 +226,10 @@ FIELD_RULES: dict[str, FieldRule] = {
     "fused_norm": _FLAG,
     "map_size": (lambda v: v is None or _is_size(v), f"none, {_SIZE[1]}"),
     "roi": (_is_roi, "none, 'each' or a mask as recontrast.data.roi.encode_mask writes it (--roi takes files)"),
+    "window": (
+        lambda v: v is None or v == AUTO or is_window(v),
+        "none, 'auto' or two numbers [LOW, HIGH], the lower one first",
+    ),
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from recontrast.data.encoded_image import EncodedImage
-from recontrast.data.heatmaps import encode_png
+from recontrast.data.heatmaps import encode_png, encode_tiff
 from recontrast.data.sidecar import compute_sha256
+from recontrast.data.window import from_levels, parse_window
 from recontrast.inference.protocol import Detector
 from recontrast.service.batches import score_images
 from recontrast.service.messages import RequestError
@@ -86,8 +87,12 @@ def check_detector(detector: Detector) -> ReadOptions:
     """
     height, width = detector.recipe.out
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    options = ReadOptions(None, None, detector.recipe.bits)
-    probe = Upload(EncodedImage(encode_png(noise)), (height, width), options, noise)
+    options = ReadOptions(None, None, detector.recipe.bits, detector.recipe.window)
+    content = encode_png(noise)
+    if (window := parse_window(detector.recipe.window)) is not None:
+        low, high = window
+        content = encode_tiff((low + (high - low) / 255 * noise[:, :, 0]).astype(np.float32))
+    probe = Upload(EncodedImage(content), (height, width), options, from_levels(noise, window))
     files = UploadedImages([probe])
     (result,) = score_images(detector, files, 1)
     if isinstance(result, RequestError) or not math.isfinite(result[1]):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.data.decode import read_upright_size
@@ -15,6 +14,7 @@ from recontrast.data.encoded_image import EncodedImage, SeveralImagesError, TooM
 from recontrast.data.formats import HEAD_BYTES, NAMES, detect_format
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import read_image
+from recontrast.data.window import Window
 from recontrast.service.messages import RequestError
 
 _PART_HEAD_BYTES = 1 << 13  # largest headers of one part of a multipart body
@@ -28,6 +28,7 @@ class ReadOptions:
     size: Any
     crop: Any
     bits: int | None
+    window: Window = None
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Upload:
         image: The file as it was sent.
         shape: Height and width of the upright image, in pixels.
         options: How the pixels were read.
-        pixels: (H, W, 3) uint8.
+        pixels: (H, W, 3), uint8, or float32 with a window.
     """
 
     image: EncodedImage
     shape: tuple[int, int]
     options: ReadOptions
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[Any]
 
 
 class UploadedImages(ImageFiles):
@@ -63,12 +64,14 @@ class UploadedImages(ImageFiles):
         self.uploads = uploads
         self.asked: list[ReadOptions] = []
 
-    def _decode(self, position: int, size: Any, crop: Any, bits: int | None = None) -> NDArray[np.uint8]:
-        upload, options = self.uploads[position], ReadOptions(size, crop, bits)
+    def _decode(
+        self, position: int, size: Any, crop: Any, bits: int | None = None, window: Window = None
+    ) -> NDArray[Any]:
+        upload, options = self.uploads[position], ReadOptions(size, crop, bits, window)
         self.asked.append(options)
         if options == upload.options:
             return upload.pixels
-        return read_image(upload.image, size=size, crop=crop, bits=bits)
+        return read_image(upload.image, size=size, crop=crop, bits=bits, window=window)
 
     def _count_pixels(self, position: int) -> int:
         height, width = self.uploads[position].shape
@@ -96,7 +99,7 @@ def decode_upload(content: bytes, options: ReadOptions, max_pixels: int) -> Uplo
         raise RequestError(415, f"image: wanted a {NAMES} image, got a file that starts with {content[:8]!r}")
     try:
         shape = read_upright_size(image, max_pixels)
-        pixels = read_image(image, size=options.size, crop=options.crop, bits=options.bits)
+        pixels = read_image(image, size=options.size, crop=options.crop, bits=options.bits, window=options.window)
     except TooManyPixelsError as error:
         got = str(error).rpartition("got ")[2].partition(" =")[0]
         raise RequestError(413, f"image: wanted at most {max_pixels:,} pixels, got {got}") from None

@@ -117,7 +117,7 @@ class _Probe:
         self.size = recipe.out if recipe.tile is not None else _probe_pair(recipe)
         chosen = [paths[index] for index in np.linspace(0, len(paths) - 1, min(PROBE_BATCH, len(paths))).astype(int)]
         begin = time.perf_counter()
-        images = [read_image(path, size=self.size, bits=recipe.bits) for path in chosen]
+        images = [read_image(path, size=self.size, bits=recipe.bits, window=recipe.window) for path in chosen]
         self.reading = (time.perf_counter() - begin) / len(images)  # seconds per image
         repeated = np.stack([images[index % len(images)] for index in range(PROBE_BATCH)])
         self.pixels = torch.from_numpy(repeated).to(device)

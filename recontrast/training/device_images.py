@@ -18,7 +18,7 @@ class DeviceImages:
     """Decoded images whose batches are indexed on the device, without waiting for it.
 
     Args:
-        images: Decoded images, (n, H, W, 3) uint8, for example an `ImageCache`.
+        images: Decoded images, (n, H, W, 3), uint8 or float32, for example an `ImageCache`.
         device: Device of the batches.
         budget: Memory for images on the device, bytes. None: `SHARE` of the free memory on a GPU, 0 elsewhere.
     """
@@ -30,7 +30,9 @@ class DeviceImages:
             budget = int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
         first = images[np.arange(1)]
         if 0 < len(images) * first.nbytes <= budget:
-            self._resident_images = torch.empty((len(images), *first.shape[1:]), dtype=torch.uint8, device=device)
+            self._resident_images = torch.empty(
+                (len(images), *first.shape[1:]), dtype=torch.from_numpy(first).dtype, device=device
+            )
             step = max(1, CHUNK_BYTES // first.nbytes)
             for start in range(0, len(images), step):
                 chunk = images[np.arange(start, min(start + step, len(images)))]
@@ -42,7 +44,7 @@ class DeviceImages:
         return self._resident_images is not None
 
     def __getitem__(self, index: NDArray[Any]) -> Tensor:
-        """Images at ``index`` (n,), (n, H, W, 3) uint8, on the device."""
+        """Images at ``index`` (n,), (n, H, W, 3), of the dtype of the images, on the device."""
         if self._resident_images is not None:
             return self._resident_images.index_select(0, self._to_device(torch.from_numpy(np.asarray(index, np.int64))))
         return self._to_device(torch.from_numpy(np.ascontiguousarray(self.images[index])))

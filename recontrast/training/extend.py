@@ -180,7 +180,9 @@ def _fit_further(
 
 def _decode(recipe: Recipe, files: Sequence[Sample]) -> ImageCache:
     """Decode images as in training."""
-    return ImageCache(files, recipe.size, recipe.crop, tile=recipe.tile, stride=recipe.stride, bits=recipe.bits)
+    return ImageCache(
+        files, recipe.size, recipe.crop, tile=recipe.tile, stride=recipe.stride, bits=recipe.bits, window=recipe.window
+    )
 
 
 def _describe_together(before: Mapping[str, Any], images: ImageCache) -> dict[str, Any]:

@@ -143,7 +143,9 @@ def calibrate_holdout(
             **options,
             pixel_rate=DEFAULT_PIXEL_RATE,
             weights=digest(model.state_dict(), recipe),
-            appearance=describe_appearance(ImageCache(held_out, recipe.size, recipe.crop, bits=recipe.bits)),
+            appearance=describe_appearance(
+                ImageCache(held_out, recipe.size, recipe.crop, bits=recipe.bits, window=recipe.window)
+            ),
         )
     if path is not None:
         checkpoint.save(path, replace(snapshot(state), calibration=calibration))

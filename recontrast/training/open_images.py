@@ -143,7 +143,10 @@ def _sketch_in_order(settings: RunSettings, opened: OpenImages) -> list[NDArray[
     if opened.held_out_images is not None:
         sketches |= zip([sample.path for sample in opened.held_out], _sketch(opened.held_out_images), strict=True)
     else:  # one whole image in memory at a time
-        sketches |= {s.path: sketch_image(read_image(s.path, bits=settings.recipe.bits)) for s in opened.held_out}
+        sketches |= {
+            s.path: sketch_image(read_image(s.path, bits=settings.recipe.bits, window=settings.recipe.window))
+            for s in opened.held_out
+        }
     return [sketches[sample.path] for sample in settings.good]
 
 
@@ -152,7 +155,7 @@ def _decode(settings: RunSettings, samples: Sequence[Sample]) -> ImageCache:
     recipe = settings.recipe
     return ImageCache(
         samples, recipe.size, recipe.crop, directory=settings.cache_dir, tile=recipe.tile, stride=recipe.stride,
-        bits=recipe.bits,
+        bits=recipe.bits, window=recipe.window,
     )  # fmt: skip
 
 

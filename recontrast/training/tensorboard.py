@@ -15,6 +15,7 @@ from recontrast.data.images import read_image
 from recontrast.data.names import escape_bytes
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.tiles import Tiles
+from recontrast.data.window import to_levels
 from recontrast.inference.infer import infer
 from recontrast.inference.rois import open_rois
 from recontrast.models.network import Network
@@ -99,7 +100,7 @@ class TensorBoardLogger:
         maps = np.concatenate([part.cpu().numpy() for part, _ in batches])
         grey_maps = (255 * maps.clip(0) / max(float(maps.max()), 1e-12)).astype(np.uint8)
         for sample, pixels, grey in zip(selected, images, grey_maps, strict=True):
-            pair = np.concatenate([pixels, np.repeat(grey[..., None], 3, axis=2)], axis=1)
+            pair = np.concatenate([to_levels(pixels), np.repeat(grey[..., None], 3, axis=2)], axis=1)
             name = f"{sample.category}/{sample.split}/{sample.defect}/{sample.path.stem}"
             self.writer.add_image(escape_bytes(name), pair, step, dataformats="HWC")
 
@@ -131,8 +132,8 @@ def list_own_events(folder: Path) -> list[Path]:
 def _read_input(sample: Sample, recipe: Recipe) -> np.ndarray:
     """Return the network's input for an image, (H, W, 3) uint8: the resized image, or its middle tile."""
     if recipe.tile is None:
-        return read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits)
-    tiles = Tiles(read_image(sample.path, bits=recipe.bits), recipe.tile, recipe.tile)
+        return read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window)
+    tiles = Tiles(read_image(sample.path, bits=recipe.bits, window=recipe.window), recipe.tile, recipe.tile)
     return tiles[[len(tiles) // 2]][0]
 
 

@@ -23,7 +23,7 @@ from recontrast.inference.options import InferenceOptions
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
-from recontrast.training.camera_bits import fix_bits
+from recontrast.training.camera_bits import fix_bits, fix_window
 from recontrast.training.holdout import split_holdout
 from recontrast.training.one_pass import OnePassTrainer
 from recontrast.training.run_files import CHECKPOINT, RunFiles
@@ -162,7 +162,7 @@ def _run(settings: RunSettings) -> TrainResult:
     check_options(settings)
     if settings.resume is None:
         paths = [sample.path for sample in (*settings.samples, *settings.held_out)]
-        settings = replace(settings, recipe=fix_bits(settings.recipe, paths))
+        settings = replace(settings, recipe=fix_bits(fix_window(settings.recipe, paths), paths))
     out, world = settings.out, settings.world
     with ExitStack() as stack:
         files = None

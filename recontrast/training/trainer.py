@@ -25,6 +25,7 @@ from recontrast.data.fingerprint import describe_images
 from recontrast.data.groups import list_groups
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images, SelectedImages
+from recontrast.data.window import AUTO
 from recontrast.models.network import Network
 from recontrast.models.norm_act import fuse_norm_act
 from recontrast.runtime import distributed, threads
@@ -63,8 +64,10 @@ class Trainer:
         limit = settings.time_limit
         self.deadline = math.inf if limit is None else time.perf_counter() + limit
         resumed = checkpoint.load(settings.resume) if settings.resume is not None else None
-        if resumed is not None and settings.recipe.bits is None:  # the run has detected them when it was started
-            settings = replace(settings, recipe=settings.recipe.replace(bits=resumed.recipe.bits))
+        if resumed is not None:  # the run has detected them when it was started
+            found: dict[str, Any] = {"bits": resumed.recipe.bits} if settings.recipe.bits is None else {}
+            found |= {"window": resumed.recipe.window} if settings.recipe.window == AUTO else {}
+            settings = replace(settings, recipe=settings.recipe.replace(**found))
             if files is not None:
                 files.recipe = settings.recipe
         recipe = settings.recipe

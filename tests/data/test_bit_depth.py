@@ -73,7 +73,9 @@ def test_bits_are_detected_and_every_reader_scales_by_them(tmp_path, bits):
 def test_images_that_use_16_bits_need_no_scale(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(camera_pixels(16)).save(path)
-    assert detect_bits([path]) is None and fix_bits(RECIPE, [path]) is RECIPE
+    assert detect_bits([path]) is None
+    with pytest.warns(notices.ImageWarning, match=r"a\.png: has 16-bit samples: they are rounded to 256 levels"):
+        assert fix_bits(RECIPE, [path]) is RECIPE
 
 
 @pytest.mark.parametrize("suffix", ["tif", "ppm"])

@@ -19,6 +19,7 @@ from recontrast.app.options import (
     parse_change,
     parse_duration,
     parse_shots,
+    parse_window,
     path_argument,
     path_option,
     resolve_checkpoint,
@@ -28,7 +29,7 @@ from recontrast.app.progress_bar import ProgressBar
 EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device", "imports", "threads")  # that go together
 
 
-def train(  # 35 options and the output; `train_job` does the work
+def train(  # 36 options and the output; `train_job` does the work
     context: typer.Context,
     data: Annotated[
         list[Path] | None,
@@ -85,6 +86,14 @@ def train(  # 35 options and the output; `train_job` does the work
         path_option(
             help="Region of interest: a mask image (black: do not look), a JSON file of rectangles and polygons, or a "
             "folder with one of them for each image. Default: whole images."
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Samples of images of more than 8 bits that become black and white, all levels between them kept, or "
+            "auto for percentiles 0.1 and 99.9 of the good images. Default: scale to 8 bits.",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed. Default: as in the recipe; in mvtec: 111.")] = None,
@@ -176,6 +185,7 @@ def train(  # 35 options and the output; `train_job` does the work
     values |= {"tile": tile, "seed": seed, "encoder_bn": encoder_bn, "precision": precision}
     values |= {"channels_last": channels_last, "holdout": holdout, "augment": augment, "sampling": sampling}
     values |= {"shots": None if shots is None else parse_shots(shots)}
+    values |= {"window": None if window is None else parse_window(window)}
     changed = {key: value for key, value in values.items() if value is not None} | dict(
         map(parse_change, changes or [])
     )
@@ -189,7 +199,7 @@ def train(  # 35 options and the output; `train_job` does the work
     )  # fmt: skip
     check_replaceable(job.out, TABLES, overwrite=overwrite)
     print_data(datasets.describe(job.groups))
-    for note in (job.describe_roi(), job.describe_shots(), job.describe_holdout(), job.describe_plan()):
+    for note in job.describe():
         if note is not None:
             print_line(note)
     if not is_silent():

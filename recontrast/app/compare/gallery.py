@@ -13,6 +13,7 @@ from recontrast.app.compare.unlabelled import rank_scores
 from recontrast.app.report.thumbnails import encode_uri
 from recontrast.data import heatmaps
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.window import to_levels
 from recontrast.inference.detector import CheckpointDetector, map_extent
 
 COUNT = 12  # images in the gallery
@@ -108,9 +109,10 @@ def _draw_method(
     low, high = heatmaps.colour_range([float(np.median(m)) for m in maps], (float(m.max()) for m in maps), threshold)
     drawn = []
     for position, path in enumerate(paths):
-        pixels = files.read(position, bits=recipe.bits)
+        pixels = files.read(position, bits=recipe.bits, window=recipe.window)
         if pixels is None:
             continue
+        pixels = to_levels(pixels)
         top, left, height, width = map_extent(pixels.shape[:2], recipe)
         image = Image.fromarray(pixels[top : top + height, left : left + width])
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -64,7 +64,7 @@ def read_chunks(detector: CheckpointDetector, paths: Sequence[Path]) -> Iterator
     recipe = detector.recipe
     for start in range(0, len(paths), CHUNK):
         files = ImageFiles(paths[start : start + CHUNK])
-        yield files.resized(recipe.size, recipe.crop, recipe.bits)[np.arange(len(files))]
+        yield files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window)[np.arange(len(files))]
 
 
 def paste_patch(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
@@ -73,21 +73,22 @@ def paste_patch(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     This is the artificial defect of CutPaste (Li et al., CVPR 2021), with a patch of an eighth to a quarter of a side.
 
     Args:
-        image: Good image (H, W, 3), uint8.
+        image: Good image (H, W, 3), uint8, or float32 in [0, 1].
         seed: Seed of the places and the brightness.
 
     Returns:
-        Copy with the patch, (H, W, 3) uint8.
+        Copy with the patch, (H, W, 3), of the same dtype.
     """
     rng = np.random.default_rng(seed)
     height, width = (int(rng.integers(max(side // 8, 1), max(side // 4, 1) + 1)) for side in image.shape[:2])
     (top, left), (y, x) = (
         (int(rng.integers(image.shape[0] - height + 1)), int(rng.integers(image.shape[1] - width + 1))) for _ in "12"
     )
-    shift = SHIFT if rng.random() < 0.5 else -SHIFT
-    patch = image[top : top + height, left : left + width][::-1, ::-1].astype(np.int16) + shift
+    full = 255 if image.dtype == np.uint8 else 1
+    shift = (SHIFT if rng.random() < 0.5 else -SHIFT) * full / 255
+    patch = image[top : top + height, left : left + width][::-1, ::-1] + shift
     defaced = image.copy()
-    defaced[y : y + height, x : x + width] = patch.clip(0, 255)
+    defaced[y : y + height, x : x + width] = patch.clip(0, full)
     return defaced
 
 

@@ -208,6 +208,7 @@ def _describe_run(
         "threshold": threshold,
         "calibration": promise,
         "region_of_interest": None if recipe.roi is None else describe_roi(recipe.roi),
+        **({} if recipe.window is None else {"window": list(recipe.window)}),
         "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": detector.overlap},
         "maps": None if maps == "none" else describe_maps(maps, detector.max_map_value, recipe),
         "overlay_range": colours,

@@ -17,6 +17,7 @@ from recontrast.data import heatmaps
 from recontrast.data.image_files import IMAGE_ERRORS, describe_image_error
 from recontrast.data.images import read_image, reserve_memory
 from recontrast.data.roi import resize_mask
+from recontrast.data.window import to_levels
 from recontrast.evaluation.ground_truth import read_ground_truth
 from recontrast.inference.detector import map_extent
 from recontrast.inference.drawing import ROI_OUTLINE, draw_outlines
@@ -104,7 +105,7 @@ def _read_photo(shot: Shot, recipe: Recipe) -> tuple[Image.Image, float]:
     A region of interest has a blue outline.
     """
     with reserve_memory(shot.sample.path):
-        full = read_image(shot.sample.path, bits=recipe.bits)
+        full = to_levels(read_image(shot.sample.path, bits=recipe.bits, window=recipe.window))
         top, left, height, width = map_extent(full.shape[:2], recipe)
         image = Image.fromarray(full[top : top + height, left : left + width])
         inside = read_sample(recipe, shot.sample, full.shape[:2])
