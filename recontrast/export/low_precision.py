@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.window import from_levels
 from recontrast.export.quantize import list_layers, measure_ranges, quantize, store_half_weights
+from recontrast.inference import openvino_file
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.file_checks import PRECISIONS
 from recontrast.recipes.recipe import Recipe, to_pair
@@ -260,10 +261,8 @@ def open_model(model: Any, kind: str) -> Scores:
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         return lambda images: session.run(["score"], {"image": images})[0]
-    import openvino
-
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    core = openvino.Core()
+    core = openvino_file.get_core()
     compiled = core.compile_model(core.read_model(content), "CPU", settings)
     return lambda images: np.array(compiled(images)["score"])
 

@@ -23,7 +23,7 @@ from recontrast.export.verify import check_decisions
 from recontrast.export.write_files import write_onnx, write_openvino, write_pt2
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.onnx_file import read_onnx
-from recontrast.inference.openvino_file import read_openvino
+from recontrast.inference.openvino_file import get_core, read_openvino
 from recontrast.inference.pt2_file import read_pt2
 from recontrast.recipes.recipe import to_pair
 
@@ -94,7 +94,7 @@ def _rewrite_openvino(path: Path, target: Path, calibration: Calibration) -> Non
 
     content, weights, description = read_openvino(path)
     text = _describe(description, calibration, path)
-    model = openvino.Core().read_model(content, openvino.Tensor(weights) if len(weights) else b"")
+    model = get_core().read_model(content, openvino.Tensor(weights) if len(weights) else b"")
     replace_openvino_decisions(model, calibration)
     write_openvino(model, target, text)
 

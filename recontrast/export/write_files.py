@@ -96,7 +96,5 @@ def write_onnx_model(model: Any, kind: str, path: Path, description: str, *, hal
     if kind == "onnx":
         write_onnx(model, path, description)
         return
-    import openvino
-
     # `openvino.convert_model` would do the same, but reports each call over the network, and waits for it.
-    write_openvino(openvino.Core().read_model(model.SerializeToString()), path, description, half=half)
+    write_openvino(openvino_file.get_core().read_model(model.SerializeToString()), path, description, half=half)

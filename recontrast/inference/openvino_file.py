@@ -1,6 +1,8 @@
 """OpenVINO files, checked before OpenVINO reads them: the network as XML, with its weights in a .bin file beside it."""
 
+import functools
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,27 @@ def read_openvino(path: Path) -> tuple[bytes, NDArray[np.uint8], dict[str, Any]]
     if hashlib.sha256(weights.data).hexdigest() != metadata.get(WEIGHTS_KEY):
         raise ValueError(f"{weights_path} holds other weights than it was exported with")
     return content, weights, description
+
+
+def get_core() -> Any:
+    """Return the ``openvino.Core`` of this process, which is kept until the process ends.
+
+    Each core replaces the alternate signal stack of its thread, and at its end brings back the one that it found. If
+    cores end in another order than the reverse of their beginnings, that one may belong to a core that has ended: the
+    next signal, a Ctrl-C or SIGTERM, then crashes the process (openvinotoolkit/openvino, pull request 11894).
+
+    Raises:
+        ImportError: If OpenVINO is not installed.
+    """
+    return _create_core(os.getpid())
+
+
+@functools.cache
+def _create_core(process: int) -> Any:
+    """Create a core for a process; a fork needs one of its own, because the threads of the first one have gone."""
+    import openvino
+
+    return openvino.Core()
 
 
 def _scan(content: bytes) -> tuple[dict[str, str], str | None]:

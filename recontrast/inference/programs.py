@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.inference.onnx_file import read_onnx
-from recontrast.inference.openvino_file import read_openvino
+from recontrast.inference.openvino_file import get_core, read_openvino
 from recontrast.inference.pt2_file import read_pt2
 from recontrast.lazy_import import LazyModule
 from recontrast.runtime.thread_count import count_threads
@@ -116,7 +116,7 @@ class OpenVinoProgram:
     def __init__(self, path: Path) -> None:
         openvino = _import_runtime("openvino")
         content, self._weights, self.description = read_openvino(path)
-        core = openvino.Core()
+        core = get_core()
         model = core.read_model(content, openvino.Tensor(self._weights) if len(self._weights) else b"")
         # Without the hint, OpenVINO computes in bfloat16 on processors that support it; without their instructions, it
         # ignores the hint of a file that asks for bfloat16.
