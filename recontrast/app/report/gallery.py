@@ -35,9 +35,11 @@ def render_gallery(
         if all(s.outcome == OPEN for s in shots)
         else "Errors come first, the largest on top. Correct decisions follow, the closest to the threshold first."
     )
+    region = "Outlined in blue: the region of interest. Pixels outside it count for nothing."
+    region = f" {region}" if any(picture.is_outlined for picture in pictures) else ""
     return f"""<section id="gallery" aria-labelledby="gallery-title">
 <h2 id="gallery-title">Images</h2>
-<p>{order}{subset} Each entry shows the image, the heat map over the image, and the annotated mask.</p>
+<p>{order}{subset} Each entry shows the image, the heat map over the image, and the annotated mask.{region}</p>
 <form id="controls" aria-label="Filter images">
 {_render_filter("category", "Category", [sample.category for sample in samples])}
 {_render_filter("defect", "Defect type", [sample.defect for sample in samples])}

@@ -117,9 +117,12 @@ def _round_numbers(low: float, high: float, count: int) -> list[float]:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    numbers: list[float] = []
+    for step in (m * power for m in (10, 5, 2, 1, 0.5)):  # the largest step that gives enough numbers
+        numbers = [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        if len(numbers) >= count - 1:
+            break
+    return numbers
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

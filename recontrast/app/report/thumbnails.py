@@ -38,6 +38,7 @@ class Pictures:
     mask: str | None  # white on black
     ratio: float  # width / height of the part that the detector sees
     error: str | None = None  # why the image, or its mask, could not be read again
+    is_outlined: bool = False  # whether a region of interest is drawn
 
     @property
     def bytes(self) -> int:
@@ -52,6 +53,7 @@ class _Source:
     mask: NDArray[np.bool_] | None
     ratio: float
     error: str | None = None
+    is_outlined: bool = False
 
 
 def encode_pictures(findings: Findings, shots: Sequence[Shot], recipe: Recipe, budget: int) -> list[Pictures]:
@@ -84,10 +86,10 @@ def encode_pictures(findings: Findings, shots: Sequence[Shot], recipe: Recipe, b
 
 def _read_source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], recipe: Recipe) -> _Source:
     """Read an image and its mask again; what was deleted or damaged after it was scored is missing, with an error."""
-    image, mask, errors = None, None, []
+    image, mask, errors, is_outlined = None, None, [], False
     ratio = anomaly.shape[1] / anomaly.shape[0]
     try:
-        image, ratio = _read_photo(shot, recipe)
+        image, ratio, is_outlined = _read_photo(shot, recipe)
     except IMAGE_ERRORS as error:
         errors.append(describe_image_error(str(shot.sample.path), error))
     if shot.sample.mask is not None and image is not None:  # the size of a mask is compared with that of its image
@@ -96,13 +98,14 @@ def _read_source(shot: Shot, anomaly: NDArray[Any], heat: tuple[float, float], r
         except IMAGE_ERRORS as error:
             errors.append(describe_image_error(str(shot.sample.path), error))
     low, high = heat
-    return _Source(image, (anomaly - low) / max(high - low, 1e-12), mask, ratio, "; ".join(errors) or None)
+    heat_map = (anomaly - low) / max(high - low, 1e-12)
+    return _Source(image, heat_map, mask, ratio, "; ".join(errors) or None, is_outlined)
 
 
-def _read_photo(shot: Shot, recipe: Recipe) -> tuple[Image.Image, float]:
-    """Return a small picture of the part of an image that the detector sees, and its width / height.
+def _read_photo(shot: Shot, recipe: Recipe) -> tuple[Image.Image, float, bool]:
+    """Return a small picture of what the detector sees, its width / height, and whether it has a region of interest.
 
-    A region of interest has a blue outline.
+    The region has a blue outline.
     """
     with reserve_memory(shot.sample.path):
         full = to_levels(read_image(shot.sample.path, bits=recipe.bits, window=recipe.window))
@@ -114,7 +117,7 @@ def _read_photo(shot: Shot, recipe: Recipe) -> tuple[Image.Image, float]:
     if inside is not None:
         part = resize_mask(inside[top : top + height, left : left + width], (image.height, image.width))
         image = Image.fromarray(draw_outlines(np.asarray(image), part, ROI_OUTLINE))
-    return image, width / height
+    return image, width / height, inside is not None
 
 
 def _encode_one(source: _Source, side: int, quality: int) -> Pictures:
@@ -137,6 +140,7 @@ def _encode_one(source: _Source, side: int, quality: int) -> Pictures:
         mask,
         source.ratio,
         source.error,
+        source.is_outlined,
     )
 
 

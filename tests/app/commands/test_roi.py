@@ -92,7 +92,7 @@ def test_report_outlines_the_region(run, tmp_path):
     output = works("report", run / "run", run / "data/nut", "--out", tmp_path / "report.html")
     assert "report.html" in output
     text = (tmp_path / "report.html").read_text()
-    assert "62.5 % of the image (64 x 64 px)" in text
+    assert "62.5 % of the image (64 x 64 px)" in text and "Outlined in blue: the region of interest." in text
     picture = np.asarray(recontrast.load(run / "run").predict(run / "data/nut/test/good")[0].draw())
     assert (picture == (70, 170, 255)).all(axis=2).any()
 

@@ -325,3 +325,15 @@ def test_small_defect_in_a_large_map_stays_visible():
         1,
         128,
     )
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_axes_have_three_to_nine_round_numbers(seed):
+    generator = np.random.default_rng(seed)
+    low = generator.normal(0, 10) ** 3
+    high = low + abs(generator.normal(0, 10)) ** 3
+    numbers = svg._round_numbers(low, high, 4)
+    steps = np.diff(numbers)
+    margin = 1e-6 * (high - low)
+    assert 3 <= len(numbers) <= 9 and low - margin <= numbers[0] and numbers[-1] <= high + margin
+    assert np.allclose(steps, steps[0]) and f"{steps[0]:e}"[0] in "125"
