@@ -24,3 +24,26 @@ def small_cases(draw):
     masks = rng.random(shape) < draw(st.sampled_from([0.1, 0.4, 0.8]))
     assume(masks.any() and not masks.all())
     return maps.astype(draw(st.sampled_from([np.float32, np.float64]))), masks
+
+
+def spro_by_definition(maps, defects, saturations, limit):
+    """Compute the mean saturated overlap and the rate at each threshold, and the area up to ``limit`` by trapezoids."""
+    good = [np.ones(anomaly.shape, bool) if not len(masks) else ~np.any(masks, axis=0)
+            for anomaly, masks in zip(maps, defects, strict=True)]  # fmt: skip
+    negatives = sum(mask.sum() for mask in good)
+    x, y = [0.0], [0.0]
+    for threshold in np.unique(np.concatenate([anomaly.ravel() for anomaly in maps]))[::-1]:
+        called = [anomaly >= threshold for anomaly in maps]
+        x.append(sum((c & g).sum() for c, g in zip(called, good, strict=True)) / negatives)
+        overlaps = [
+            min((c & mask).sum() / area, 1.0)
+            for c, masks, areas in zip(called, defects, saturations, strict=True)
+            for mask, area in zip(masks, areas, strict=True)
+        ]
+        y.append(np.mean(overlaps))
+    total = 0.0
+    for x0, x1, y0, y1 in zip(x, x[1:], y, y[1:], strict=False):
+        end = min(x1, limit)
+        if end > x0:
+            total += (end - x0) * (y0 + y0 + (y1 - y0) * (end - x0) / (x1 - x0)) / 2
+    return total / limit

@@ -39,7 +39,7 @@ FOLDERS = {
     "export.": "export verify",
     "app.": "api",
     "inference.": "prediction calibrate detector exported_detector infer options programs protocol",
-    "metrics.": "exact streaming curves",
+    "metrics.": "exact streaming curves saturated views",
     "models.": "recontrast fold patchcore padim uniad coreset token_network dinomaly inp_former",
     "recipes.": "recipe paper",
     "training.": "train stable_adamw",

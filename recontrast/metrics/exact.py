@@ -241,6 +241,68 @@ def pixel_metrics(
     return PixelMetrics(auroc, ap, f1, threshold, areas[0], per_image, dict(zip(limits, areas, strict=True)))
 
 
+def f1_at(maps: Any, masks: Any, threshold: float, *, inside: Any = None) -> float:
+    """Compute F1 of all pixels at a given threshold: SegF1 of MVTec AD 2 (Heckler-Kram et al., 2025).
+
+    The threshold is chosen elsewhere, such as on good images; `pixel_metrics` gives the largest F1 of all thresholds.
+
+    Args:
+        maps: Anomaly maps (..., H, W); pixels at or above the threshold are called anomalous.
+        masks: Masks in the shape of ``maps``: bool, 0/1 or 0/255.
+        threshold: Threshold, in units of the maps.
+        inside: Region of interest in the shape of ``maps``, or (H, W) for all images. None: all pixels count.
+
+    Returns:
+        F1 in [0, 1]; 0 if no anomalous pixel is called so.
+
+    Raises:
+        ValueError: If the shapes differ, the masks have other values or no positive pixel, or a number is not finite.
+    """
+    counts = count_pixels_at(maps, masks, threshold, inside=inside)
+    if not counts[1] + counts[2]:
+        raise ValueError("masks: wanted at least one positive, got none")
+    return f1_of_counts(counts)
+
+
+def count_pixels_at(maps: Any, masks: Any, threshold: float, *, inside: Any = None) -> NDArray[np.int64]:
+    """Count the pixels from which `f1_at` follows (Heckler-Kram et al.); the counts of batches add up.
+
+    Args:
+        maps: Anomaly maps (..., H, W).
+        masks: Masks in the shape of ``maps``.
+        threshold: Threshold, in units of the maps.
+        inside: Region of interest, as in `f1_at`.
+
+    Returns:
+        (3,) int64: false positives, true positives and false negatives.
+
+    Raises:
+        ValueError: If the shapes differ, the masks have other values, or a number is not finite.
+    """
+    scores, positive = inputs.check_maps_and_masks(maps, masks)
+    if not np.isfinite(threshold) or not np.isfinite(scores).all():
+        raise ValueError(f"maps: wanted finite numbers and a finite threshold, got others (threshold {threshold})")
+    called = scores >= threshold
+    if inside is not None:
+        mask = check_inside(scores.shape, inside)
+        called, positive = called & mask, positive & mask
+    found = int(np.count_nonzero(called & positive))
+    return np.array([np.count_nonzero(called) - found, found, np.count_nonzero(positive) - found], np.int64)
+
+
+def f1_of_counts(counts: Any) -> float:
+    """Compute F1, twice the true positives over all called and all anomalous pixels (scikit-learn's ``f1_score``).
+
+    Args:
+        counts: (3,) false positives, true positives and false negatives, see `count_pixels_at`.
+
+    Returns:
+        F1 in [0, 1]; 0 without true positives.
+    """
+    wrong, found, missed = (int(count) for count in counts)
+    return 2 * found / (2 * found + wrong + missed) if found else 0.0
+
+
 def _compute_rates(scores: NDArray[Any], positive: NDArray[Any], limits: list[float]) -> Any:
     rates = inputs.get_kernels().pixels(scores, positive, limits)
     if rates is None:

@@ -112,7 +112,7 @@ def compute_overlap_weights(label: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class Sweep:
     """Counts at the K distinct scores of the positives, from high to low."""
 
     threshold: Array  # (K,)
@@ -135,11 +135,11 @@ def _compute_rates(scores: Array, positive: Array, weight: Array | None, limits:
     f1 = 2 * sweep.tp / (sweep.tp + sweep.fp + positives)
     best = int(np.argmax(f1))
     accuracy = int(sweep.tp[best] + sweep.negatives - sweep.fp[best]) / scores.size
-    aupro = [_compute_aupro(sweep, limit) for limit in limits]
+    aupro = [compute_aupro(sweep, limit) for limit in limits]
     return auroc, ap, float(f1[best]), float(sweep.threshold[best]), accuracy, aupro
 
 
-def _build_sweep(scores: Array, positive: Array, weight: Array | None = None) -> _Sweep:
+def _build_sweep(scores: Array, positive: Array, weight: Array | None = None) -> Sweep:
     """Sort the scores and count; ``weight`` holds the contribution of each positive to the mean overlap."""
     positives = scores[positive]
     order = np.argsort(positives)[::-1]
@@ -147,7 +147,7 @@ def _build_sweep(scores: Array, positive: Array, weight: Array | None = None) ->
     last = np.flatnonzero(np.append(positives[1:] != positives[:-1], True))  # end of each run of equal scores
     threshold = positives[last]
     negatives = np.sort(scores[~positive])
-    return _Sweep(
+    return Sweep(
         threshold=threshold,
         tp=last + 1,
         fp=negatives.size - np.searchsorted(negatives, threshold, side="left"),
@@ -157,7 +157,8 @@ def _build_sweep(scores: Array, positive: Array, weight: Array | None = None) ->
     )
 
 
-def _compute_aupro(sweep: _Sweep, limit: float) -> float:
+def compute_aupro(sweep: Sweep, limit: float) -> float:
+    """Compute the area under the overlap curve up to the false positive rate ``limit``, divided by it."""
     x, y = _compute_curve(sweep)
     stop = limit * sweep.negatives
     k = int(np.searchsorted(x, stop, side="right"))
@@ -167,7 +168,7 @@ def _compute_aupro(sweep: _Sweep, limit: float) -> float:
     return _compute_area(x, y) / stop
 
 
-def _compute_curve(sweep: _Sweep) -> tuple[Array, Array]:
+def _compute_curve(sweep: Sweep) -> tuple[Array, Array]:
     """Return good pixels and mean overlap at each corner of the curve: flat up to ``above``, linear up to ``fp``."""
     x = np.concatenate([[0], np.stack([sweep.above, sweep.fp], 1).ravel(), [sweep.negatives]])
     return x, np.concatenate([[0.0, 0.0], np.repeat(sweep.overlap, 2)])
