@@ -111,6 +111,8 @@ def evaluate(
     cache_dir: PathLike | None = None,
     overwrite: bool = False,
     errors: Literal["raise", "keep"] = "raise",
+    measures: str = "auto",
+    threshold: float | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Measure a detector on test images: AUROC, AP, F1 and AUPRO by category (protocol of the paper, section 4.1).
@@ -128,6 +130,10 @@ def evaluate(
         overwrite: Whether files in ``out`` that this package did not write may be replaced. Images never are.
         errors: "raise" stops at an image or mask that cannot be read; "keep" computes the metrics of the others, and
             counts and names it in the result, see its ``errors``.
+        measures: Measures of a benchmark in the ``extra`` of each row: "mvtec_loco" (AU-sPRO), "mvtec_ad_2" (AUPRO at
+            0.05 and SegF1), "real_iad" (S-AUROC) or "none". "auto": those of the data set that ``recontrast prepare``
+            prepared.
+        threshold: Map value for SegF1, the F1 of the pixels. None: from the validation images of MVTec AD 2.
         on_progress: Called with the category, and the number of finished images and of all images in it.
 
     Returns:
@@ -147,6 +153,7 @@ def evaluate(
     return evaluate_job.measure_network(
         network, groups, loaded.recipe, None if out is None else Path(out), calibration=loaded.calibration,
         batch=batch, streaming=streaming, cache_dir=cache_dir, on_progress=on_progress, errors=errors,
+        measures=measures, threshold=threshold,
         trained=read_fingerprints(loaded.images), sketches=read_sketches(loaded.images),
     )[0]  # fmt: skip
 

@@ -61,15 +61,13 @@ def _split_columns(widths: Sequence[int], first: int, limit: int) -> Iterator[li
 
 def print_result(result: "Result", title: str = "") -> None:
     """Print the metrics of a result in percent."""
-    from recontrast.evaluation.results import METRICS
+    from recontrast.evaluation.results import METRICS, format_metrics, list_extra
 
     rows = [*result.rows, *([result.mean] if len(result.rows) > 1 else [])]
     names = [name for name in METRICS if any(getattr(row, name) is not None for row in rows)]
-    cells = [
-        [row.category, *("-" if (v := getattr(row, name)) is None else f"{100 * v:.2f}" for name in names)]
-        for row in rows
-    ]
-    print_table(title, ["category", *(METRICS[name] for name in names)], cells)
+    extra = list_extra(result.rows)
+    cells = [[row.category, *format_metrics(row, names, extra)] for row in rows]
+    print_table(title, ["category", *(METRICS[name] for name in names), *extra], cells)
     for row in rows:
         if row.note:
             print_line(f"{row.category}: {row.note}")

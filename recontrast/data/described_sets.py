@@ -28,6 +28,10 @@ DESCRIBED_SETS = {
         validation=_VALIDATION,
         test=("{category}/test/{defect}/{stem}.{suffix}",),
         mask=("{category}/ground_truth/{defect}/{stem}/{name}",),
+        keep={  # what sPRO needs
+            "{category}/defects_config.json": "{category}/defects_config.json",
+            "{category}/ground_truth/{defect}/{stem}/{name}": "{category}/defects/{defect}/{stem}/{name}",
+        },
         total=Counts(1772, 1568, 575),
     ),
     "mvtec_ad_2": DescribedSet(

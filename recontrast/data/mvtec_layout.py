@@ -31,6 +31,8 @@ from recontrast.data.listing import (
 from recontrast.data.mask_files import find_mask_folder, find_masks, list_folders
 from recontrast.data.temporary import complete_commits
 
+DEFECTS, DEFECTS_CONFIG = "defects", "defects_config.json"  # single masks of MVTec LOCO AD, and what their values mean
+
 
 def categories(root: PathLike) -> list[str]:
     """List the categories of a data set in MVTec AD layout: the folders with a ``train/good``.
@@ -121,6 +123,7 @@ def read_category(path: Path, name: str, incomplete: bool = False) -> list[Sampl
         raise ValueError(errors[0])
     samples += [_guess_image(tests[0].path, key, mask, name, samples) for key, mask in unused.items()]
     used = {test.path for test in tests} | set(_find(path, "train")) | ({mask_folder} if mask_folder else set())
+    used |= {path / DEFECTS} if (path / DEFECTS_CONFIG).is_file() else set()
     warn_of_unused(path, [child for child in list_folders(path) if child not in used])
     return training + samples
 

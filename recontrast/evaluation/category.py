@@ -16,6 +16,7 @@ from recontrast.data.datasets import Sample
 from recontrast.data.image_files import describe_image_error
 from recontrast.data.masks import MaskNotes
 from recontrast.evaluation.ground_truth import read_ground_truth
+from recontrast.evaluation.measures import Measures
 from recontrast.evaluation.results import Row, ScoredImage, describe_missing
 from recontrast.evaluation.sample_images import READ_ERRORS
 from recontrast.inference.rois import open_rois
@@ -23,6 +24,8 @@ from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 from recontrast.runtime.collectives import gather_shares
 from recontrast.runtime.distributed import World
+
+LIMIT = 0.3  # false positive rate at which AUPRO ends, as in the paper
 
 
 class Category:
@@ -41,6 +44,7 @@ class Category:
         memory: Number of bytes above which maps are kept in a temporary file.
         keep_errors: Whether an image that cannot be read or scored, or whose mask cannot be read, is left out of all
             metrics. Otherwise its error is raised.
+        measures: Measures of a benchmark; None for none.
 
     Attributes:
         errors: One sentence for each image that is left out, by position in ``tests``.
@@ -56,8 +60,12 @@ class Category:
         streaming: metrics.Streaming | None,
         memory: int,
         keep_errors: bool = False,
+        measures: Measures | None = None,
     ) -> None:
         self.keep_errors = keep_errors
+        self.measures = Measures(tests) if measures is None else measures
+        self.threshold = self.measures.threshold
+        self.pixel_counts = torch.zeros(3, dtype=torch.int64)  # of `metrics.count_pixels_at`, if they are streamed
         self.errors: dict[int, str] = {}
         self.name, self.tests, self.recipe, self.world, self.streaming = name, tests, recipe, world, streaming
         self.shares = world.shares(len(tests))
@@ -108,6 +116,12 @@ class Category:
                 self._leave_out(self.start + index, ValueError(
                     f"{self.own[index].path}: wanted a finite anomaly map, got NaN or infinite values: it has no score"
                 ))  # fmt: skip
+        for index in self._list_usable(self.start + start, self.start + stop):
+            position = self.start + start + index
+            try:
+                self.measures.update(position, maps[index])
+            except READ_ERRORS as error:
+                self._leave_out(position, error)
         with_maps = self._list_usable(self.start + start, self.start + stop)
         if self.has_masks and self.streaming is not None:
             masks = self._read_masks(start, stop, tuple(maps.shape[1:]), self.start)
@@ -115,11 +129,12 @@ class Category:
             begin = time.perf_counter()
             if usable:
                 is_whole = len(usable) == len(scores)
-                self.streaming.update(
-                    maps if is_whole else maps[usable],
-                    masks if is_whole else masks[usable],
-                    inside=self._read_rois([self.start + start + index for index in usable], tuple(maps.shape[1:])),
-                )
+                own_maps, own_masks = (maps, masks) if is_whole else (maps[usable], masks[usable])
+                inside = self._read_rois([self.start + start + index for index in usable], tuple(maps.shape[1:]))
+                self.streaming.update(own_maps, own_masks, inside=inside)
+                if self.threshold is not None:
+                    counts = metrics.count_pixels_at(own_maps, own_masks, self.threshold, inside=inside)
+                    self.pixel_counts += torch.from_numpy(counts)
             self.streaming_seconds += time.perf_counter() - begin
         elif self.has_masks:
             self.maps[start:stop] = maps.cpu().numpy()
@@ -137,8 +152,9 @@ class Category:
         if self.keep_errors:
             for errors in distributed.gather_from_all(self.world, self.errors):
                 self.errors.update(errors)
+        self.measures.merge(distributed.gather_from_all(self.world, self.measures.state()))
         if self.has_masks and self.streaming is not None:
-            distributed.sum_over_processes(self.streaming.state().values(), device)
+            distributed.sum_over_processes([*self.streaming.state().values(), self.pixel_counts], device)
         elif self.has_masks:
             self.maps = gather_shares(torch.from_numpy(self.maps).to(device), self.shares).cpu().numpy()
         if not self.world.first:
@@ -167,7 +183,8 @@ class Category:
         count, defect_count = len(usable), sum(self.tests[index].label for index in usable)
         values: dict[str, float] = {}
         bounds: dict[str, float] = {}
-        notes = []
+        extra = self.measures.compute(self.scores, usable)
+        notes = [*self.measures.notes]
         if count < total:
             notes.append(describe_missing(total - count, total))
         if 0 < defect_count < count:
@@ -181,7 +198,7 @@ class Category:
             if pixel is None:
                 notes.append("no pixel metrics: all mask pixels have the same value")
             else:
-                values, bounds = values | pixel[0], pixel[1]
+                values, bounds, extra = values | pixel[0], pixel[1], pixel[2] | extra
                 if "aupro_per_image" not in values:
                     notes.append("no AUPRO per image: it is undefined for at least one image")
         elif self.defect_count:
@@ -193,7 +210,7 @@ class Category:
         seconds = {**self.seconds, "metrics": self.streaming_seconds + time.perf_counter() - begin}
         return Row(
             self.name, count, defect_count, **values, seconds=seconds, bounds=bounds, note="; ".join(notes),
-            skipped=total - count,
+            skipped=total - count, extra=extra, seg_threshold=self.threshold if "SegF1" in extra else None,
         )  # fmt: skip
 
     def cancel(self) -> None:
@@ -243,7 +260,7 @@ class Category:
 
     def _exact_pixel_metrics(
         self, masks: NDArray[np.bool_], usable: list[int]
-    ) -> tuple[dict[str, float], dict[str, float]] | None:
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, float]] | None:
         """Compute exact pixel metrics from the maps of the usable images; None if the mask pixels are all equal."""
         if len(usable) < len(masks):  # in place: the maps may need more memory than there is
             for position, index in enumerate(usable):
@@ -254,19 +271,27 @@ class Category:
         pixels = masks.size if inside is None else int(np.broadcast_to(inside, masks.shape).sum())
         if not 0 < np.count_nonzero(counted) < pixels:
             return None
-        pixel = metrics.pixel_metrics(self.maps, masks, inside=inside)
+        pixel = metrics.pixel_metrics(self.maps, masks, (LIMIT, *self.measures.limits), inside=inside)
         values = {"p_auroc": pixel.auroc, "p_ap": pixel.ap, "p_f1": pixel.f1_max, "p_threshold": pixel.f1_threshold}
-        return _drop_undefined({**values, "aupro": pixel.aupro, "aupro_per_image": pixel.aupro_per_image}), {}
+        extra = {f"AUPRO@{limit:g}": pixel.aupro_at[limit] for limit in self.measures.limits}
+        if self.threshold is not None:
+            extra["SegF1"] = metrics.f1_at(self.maps, masks, self.threshold, inside=inside)
+        return _drop_undefined({**values, "aupro": pixel.aupro, "aupro_per_image": pixel.aupro_per_image}), {}, extra
 
-    def _streamed_pixel_metrics(self) -> tuple[dict[str, float], dict[str, float]] | None:
-        """Compute pixel metrics and their error bounds from histograms; None if the mask pixels are all equal."""
+    def _streamed_pixel_metrics(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]] | None:
+        """Compute pixel metrics, their error bounds and measures from histograms; None if the masks are all equal."""
         if self.streaming is None or not self.streaming.has_both_classes:
             return None
-        pixel = self.streaming.compute()
+        pixel = self.streaming.compute((self.streaming.limit, *self.measures.limits))
         estimates = {"p_auroc": pixel.auroc, "p_ap": pixel.ap, "p_f1": pixel.f1_max, "aupro": pixel.aupro}
         values = {name: estimate.value for name, estimate in estimates.items()}
         values |= {"p_threshold": pixel.f1_threshold, "aupro_per_image": pixel.aupro_per_image}
-        return _drop_undefined(values), {name: estimate.bound for name, estimate in estimates.items()}
+        further = {f"AUPRO@{limit:g}": pixel.aupro_at[limit] for limit in self.measures.limits}
+        bounds = {name: estimate.bound for name, estimate in (estimates | further).items()}
+        extra = {heading: estimate.value for heading, estimate in further.items()}
+        if self.threshold is not None:
+            extra["SegF1"] = metrics.f1_of_counts(self.pixel_counts.tolist())
+        return _drop_undefined(values), bounds, extra
 
 
 def _drop_undefined(values: dict[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ if they exceed a limit; streaming metrics put them into histograms batch by batc
 process runs the network on its share of every category.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +24,12 @@ from recontrast.data.roi import describe_roi
 from recontrast.data.sources import ConcatImages
 from recontrast.data.tiles import Tiles
 from recontrast.evaluation.category import Category
+from recontrast.evaluation.measures import Measures, build_measures
 from recontrast.evaluation.results import Result, Row
 from recontrast.evaluation.sample_images import open_images
 from recontrast.evaluation.scorers import Scorer, build_scorer
 from recontrast.evaluation.training_images import TrainingImageChecks
+from recontrast.evaluation.validation import choose_threshold
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.rois import open_rois
 from recontrast.models.network import Network
@@ -57,6 +60,8 @@ def evaluate(
     trained: Collection[str] = (),
     sketches: NDArray[np.float32] | None = None,
     errors: Literal["raise", "keep"] = "raise",
+    measures: str = "auto",
+    threshold: float | None = None,
 ) -> Result:
     """Compute the metrics of a model on test images, by category.
 
@@ -85,6 +90,10 @@ def evaluate(
             Test images that seem to be one of them, saved again, are named as well. Not used without ``trained``.
         errors: "raise" stops at an image or mask that cannot be read, or a map that is not finite. "keep" leaves the
             image out of all metrics, gives it a `ScoredImage.error`, and counts it in `Row.skipped`.
+        measures: Measures of a benchmark besides the usual metrics, one of `recontrast.evaluation.measures.MEASURES`.
+            "auto" takes those of the data set that ``recontrast prepare`` prepared, "none" leaves them out.
+        threshold: Map value at which SegF1, the F1 of the pixels, is computed. None: for MVTec AD 2, the mean plus
+            three standard deviations of the maps of its validation images; no SegF1 for others.
 
     Returns:
         One row for each category in the given order, their mean, and the score of each image.
@@ -92,7 +101,7 @@ def evaluate(
     Raises:
         ValueError: If there are no test images, ``batch`` is below 1, the image size is not a multiple of the model's
             stride, a file is not an image, or a mask does not fit its image; with ``errors="keep"``, if no image can be
-            scored.
+            scored. If ``measures`` is unknown or does not fit the data set, or ``threshold`` is not finite.
         OSError: If a file cannot be read, or the cache or the maps cannot be written.
     """
     if errors not in ("raise", "keep"):
@@ -101,6 +110,7 @@ def evaluate(
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
     scorer, world = build_scorer(model, recipe, device), distributed.current_world()
+    chosen = _build_measures(measures, threshold, groups, scorer, recipe, batch, workers)
     shares = {name: tests[world.share(len(tests))] for name, tests in groups.items()}
     clock = Clock(scorer.device)
     checks = TrainingImageChecks(trained, sketches)
@@ -115,7 +125,7 @@ def evaluate(
         try:
             for name, tests in groups.items():
                 histograms = _build_histograms(scorer) if streaming else None
-                category = Category(name, tests, recipe, world, readers, histograms, memory, keep_errors)
+                category = Category(name, tests, recipe, world, readers, histograms, memory, keep_errors, chosen[name])
                 categories.append(category)
                 missing = None if unread is None else unread[name]
                 _collect(category, shares[name], batches, clock, scorer.device, on_progress, on_maps, missing)
@@ -140,6 +150,23 @@ def evaluate(
 def _build_histograms(scorer: Scorer) -> metrics.Streaming:
     """Build the histograms of the maps of one category."""
     return metrics.Streaming(scorer.max_value, device=scorer.device, clip=not scorer.is_bounded)
+
+
+def _build_measures(
+    name: str, threshold: float | None, groups: Mapping[str, Sequence[Sample]], scorer: Scorer, recipe: Recipe,
+    batch: int, workers: int | None,
+) -> dict[str, Measures]:  # fmt: skip
+    """Return the measures of each category, with the threshold of SegF1: the given one, or that of its good images."""
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"evaluate: threshold: wanted a finite number, got {threshold}")
+    measures = {category: build_measures(name, tests, recipe) for category, tests in groups.items()}
+    for own in measures.values():
+        own.threshold = threshold
+        if threshold is None and own.takes_threshold:
+            own.threshold = choose_threshold(scorer, own.tests, recipe, batch, workers)
+            if own.threshold is None:
+                own.notes.append("no SegF1: there is no threshold, and no validation/good to choose it on")
+    return measures
 
 
 def _share_errors(world: World, categories: Sequence[Category]) -> list[dict[int, str]]:

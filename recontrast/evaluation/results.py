@@ -62,6 +62,8 @@ class Row:
         note: Missing images and reasons for undefined metrics; empty if there are neither.
         skipped: Number of test images that could not be read or scored, or whose mask could not be read. The metrics
             are those of the other images, and not comparable with those of the whole set.
+        extra: Measures of a benchmark in [0, 1] by heading (`recontrast.evaluation.measures`).
+        seg_threshold: Map value at which SegF1 was computed; None without SegF1.
     """
 
     category: str
@@ -82,6 +84,8 @@ class Row:
     bounds: dict[str, float] = field(default_factory=dict)
     note: str = ""
     skipped: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+    seg_threshold: float | None = None
 
 
 def parse_row(values: Any) -> Row:
@@ -103,7 +107,7 @@ def parse_row(values: Any) -> Row:
             is_valid = isinstance(value, str)
         elif name in ("images", "defects"):
             is_valid = type(value) is int and value >= 0
-        elif name in ("seconds", "bounds"):
+        elif name in ("seconds", "bounds", "extra"):
             is_valid = isinstance(value, dict) and all(map(is_finite, value.values()))
         else:
             is_valid = value is None or is_finite(value)
@@ -113,6 +117,26 @@ def parse_row(values: Any) -> Row:
 
 
 _ROW_FIELDS = {f.name for f in fields(Row)}
+
+
+def list_extra(rows: Sequence[Row]) -> list[str]:
+    """Return the headings of the measures of benchmarks in ``rows``, in the order of their first use."""
+    return list(dict.fromkeys(heading for row in rows for heading in row.extra))
+
+
+def format_metrics(row: Row, names: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Format metrics in percent.
+
+    Args:
+        row: Row.
+        names: Names of `METRICS`.
+        extra: Headings of measures of benchmarks.
+
+    Returns:
+        One cell for each, "-" if it is undefined.
+    """
+    values = [*(getattr(row, name) for name in names), *(row.extra.get(heading) for heading in extra)]
+    return ["-" if value is None else f"{100 * value:.2f}" for value in values]
 
 
 @dataclass(frozen=True)
@@ -174,6 +198,9 @@ class Result:
         values = {name: [v for row in self.rows if (v := getattr(row, name)) is not None] for name in METRICS}
         incomplete = [METRICS[name] for name, defined in values.items() if 0 < len(defined) < len(self.rows)]
         means: dict[str, Any] = {name: sum(v) / len(v) if v else None for name, v in values.items()}
+        extra = {head: [row.extra[head] for row in self.rows if head in row.extra] for head in list_extra(self.rows)}
+        incomplete += [head for head, defined in extra.items() if len(defined) < len(self.rows)]
+        means["extra"] = {head: sum(defined) / len(defined) for head, defined in extra.items()}
         images, skipped = (sum(getattr(row, name) for row in self.rows) for name in ("images", "skipped"))
         notes = [describe_missing(skipped, images + skipped)] if skipped else []
         notes += [f"not over all categories: {', '.join(incomplete)}"] if incomplete else []
@@ -201,14 +228,16 @@ class Result:
     def to_csv(self) -> str:
         """Return a CSV table with one line for each category and one for the mean; undefined metrics are empty.
 
-        There is a column ``skipped`` only if images are missing.
+        There is a column ``skipped`` only if images are missing, and one for each measure of a benchmark.
         """
-        left_out = ("seconds", "bounds") if self.mean.skipped else ("seconds", "bounds", "skipped")
+        left_out = ["seconds", "bounds", "extra"] + ([] if self.mean.skipped else ["skipped"])
+        left_out += [] if any(row.seg_threshold is not None for row in self.rows) else ["seg_threshold"]
         names = [f.name for f in fields(Row) if f.name not in left_out]
-        times = list(self.mean.seconds)
-        table: list[list[Any]] = [[*names, *(f"seconds_{name}" for name in times)]]
+        times, extra = list(self.mean.seconds), list_extra(self.rows)
+        table: list[list[Any]] = [[*names, *extra, *(f"seconds_{name}" for name in times)]]
         for row in (*self.rows, self.mean):
-            table.append([*(getattr(row, name) for name in names), *(row.seconds.get(name) for name in times)])
+            values = [*(getattr(row, name) for name in names), *(row.extra.get(heading) for heading in extra)]
+            table.append([*values, *(row.seconds.get(name) for name in times)])
         return format_table(table).decode(errors="surrogateescape")
 
     def _bounds(self) -> list[tuple[str, float]]:
@@ -229,11 +258,11 @@ class Result:
     def to_markdown(self) -> str:
         """Return a Markdown table in percent, with "-" for undefined metrics, followed by settings and notes."""
         names = [name for name in METRICS if any(getattr(row, name) is not None for row in self.rows)] or ["i_auroc"]
-        skipped = ["skipped"] if self.mean.skipped else []
-        head = ["category", "images", *skipped, *(METRICS[name] for name in names), "seconds"]
+        skipped, extra = ["skipped"] if self.mean.skipped else [], list_extra(self.rows)
+        head = ["category", "images", *skipped, *(METRICS[name] for name in names), *extra, "seconds"]
         lines = [format_row(head), format_row(["---", *["---:"] * (len(head) - 1)])]
         for row in (*self.rows, *([self.mean] if len(self.rows) > 1 else [])):
-            cells = ("-" if (value := getattr(row, name)) is None else f"{100 * value:.2f}" for name in names)
+            cells = format_metrics(row, names, extra)
             name = escape_markdown(row.category)
             counts = [str(getattr(row, column)) for column in ("images", *skipped)]
             lines.append(format_row([name, *counts, *cells, f"{sum(row.seconds.values()):.1f}"]))
@@ -244,8 +273,14 @@ class Result:
             f"score {self.score}, mask rule {self.mask_rule}."
             + ("" if self.roi is None else f" Pixels in the region of interest alone: {self.roi}.")
         )
+        thresholds = [
+            f"{escape_markdown(row.category)} {row.seg_threshold:.6g}"
+            for row in self.rows
+            if row.seg_threshold is not None
+        ]
+        lines += [f"SegF1 at the threshold: {', '.join(thresholds)}."] if thresholds else []
         lines += [
-            f"{METRICS[name]}: from histograms, within {bound:.1e} of the exact value."
+            f"{METRICS.get(name, name)}: from histograms, within {bound:.1e} of the exact value."
             for name, bound in self._bounds()
         ]
         lines += [

@@ -1,6 +1,7 @@
 """recontrast.data.described_sets: miniatures with the original names become data sets in MVTec AD layout."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -98,6 +99,25 @@ def test_masks_of_one_image_are_joined(tmp_path):
     prepare("mvtec_loco", root, tmp_path / "out")
     with Image.open(tmp_path / "out/pushpins/ground_truth/logical_anomalies/000_mask.png") as mask:
         assert (np.asarray(mask) == 255).sum() == 16 + 5
+
+
+def test_single_masks_of_loco_are_kept(tmp_path):
+    """What sPRO needs: the single masks with their values, and the file that says what these mean."""
+    root = make_download(tmp_path, "mvtec_loco", ["pushpins"])
+    (root / "unpacked/pushpins/defects_config.json").write_text("[]")
+    prepared = prepare("mvtec_loco", root, tmp_path / "out")
+    assert prepared.counts == {"pushpins": Counts(2, 3, 1)}
+    folder = tmp_path / "out/pushpins"
+    for kind, names in (("logical", ["000", "001"]), ("structural", ["000"])):
+        for name in names:
+            kept = folder / "defects" / f"{kind}_anomalies/000/{name}.png"
+            source = root / "unpacked/pushpins/ground_truth" / f"{kind}_anomalies/000/{name}.png"
+            assert kept.read_bytes() == source.read_bytes()
+    assert (folder / "defects_config.json").read_text() == "[]"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*validation")
+        warnings.filterwarnings("error", message=".*defects")
+        assert len(datasets.load(folder)["pushpins"]) == 5
 
 
 def test_private_images_of_mvtec_ad_2_have_no_labels(tmp_path):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @add_inference_arguments
-def evaluate(  # 17 options and their checks; `evaluate_job` does the work
+def evaluate(  # 19 options and their checks; `evaluate_job` does the work
     context: typer.Context,
     checkpoint: DetectorFile,
     data: Data = None,
@@ -45,6 +45,20 @@ def evaluate(  # 17 options and their checks; `evaluate_job` does the work
         bool,
         typer.Option("--streaming", help="Pixel metrics from histograms, in constant memory, with proven bounds."),
     ] = False,
+    measures: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Measures of a benchmark: mvtec_loco (AU-sPRO@0.05), mvtec_ad_2 (AUPRO@0.05, SegF1), real_iad "
+            "(S-AUROC) or none. Default: those of the data set that was prepared.",
+        ),
+    ] = "auto",
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Map value for SegF1, the F1 of the pixels. Default: from the validation images of MVTec AD 2."
+        ),
+    ] = None,
     roi: Annotated[
         Path | None,
         path_option(
@@ -83,7 +97,7 @@ def evaluate(  # 17 options and their checks; `evaluate_job` does the work
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
     reading: dict[str, Any] = {
         "workers": inference.workers, "batch": inference.batch, "cache_dir": cache, "streaming": streaming,
-        "save_maps": save_maps,
+        "save_maps": save_maps, "measures": measures, "threshold": threshold,
     }  # fmt: skip
     if is_exported(file):
         detector: Any = open_detector(file, inference.device, inference=options, roi=roi)

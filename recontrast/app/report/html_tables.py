@@ -8,7 +8,7 @@ import recontrast
 from recontrast.app.report.findings import Findings, Recall
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.roi import describe_roi
-from recontrast.evaluation.results import METRICS, Row
+from recontrast.evaluation.results import METRICS, Row, format_metrics, list_extra
 from recontrast.recipes.paper import RECIPES
 from recontrast.recipes.recipe import Recipe
 
@@ -24,6 +24,7 @@ MEANING = {
     "aupro": "regions: mean overlap up to 30 % false positive pixels; comparable with other papers",
     "aupro_per_image": "regions: the same per image, as in the authors' code; not comparable with the row above",
 }
+EXTRA_MEANING = "measure of the benchmark that the data set belongs to"
 
 
 def render_metrics(findings: Findings) -> str:
@@ -52,6 +53,10 @@ def _render_one_category(row: Row, names: list[str]) -> str:
         f'<td class="dim">{MEANING[name]}</td></tr>'
         for name in names
     )
+    lines += "".join(
+        f'<tr><th scope="row">{escape(heading)}</th><td class="n">{cell}</td><td class="dim">{EXTRA_MEANING}</td></tr>'
+        for heading, cell in zip(row.extra, format_metrics(row, [], list(row.extra)), strict=True)
+    )
     return (
         '<table class="meaning"><thead><tr><th scope="col">Metric</th><th scope="col" class="n">Percent</th>'
         f'<th scope="col">Meaning</th></tr></thead><tbody>{lines}</tbody></table>'
@@ -59,13 +64,16 @@ def _render_one_category(row: Row, names: list[str]) -> str:
 
 
 def _render_categories(rows: list[Row], names: list[str]) -> str:
-    heads = "".join(f'<th scope="col" class="n">{LABELS[name]}</th>' for name in names)
+    extra = list_extra(rows)
+    heads = "".join(f'<th scope="col" class="n">{escape(h)}</th>' for h in [*(LABELS[name] for name in names), *extra])
     lines = ""
     for row in rows:
-        cells = "".join(f'<td class="n">{format_metric(row, name)}</td>' for name in names)
+        values = [*(format_metric(row, name) for name in names), *format_metrics(row, [], extra)]
+        cells = "".join(f'<td class="n">{value}</td>' for value in values)
         kind = ' class="mean"' if row is rows[-1] else ""
         lines += f'<tr{kind}><th scope="row">{escape(row.category)}</th><td class="n">{row.images}</td>{cells}</tr>'
     meaning = "".join(_render_entry(LABELS[name], MEANING[name]) for name in names)
+    meaning += "".join(_render_entry(heading, EXTRA_MEANING) for heading in extra)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Metrics by category"><table><thead><tr>'
         f'<th scope="col">Category</th><th scope="col" class="n">Images</th>{heads}</tr></thead>'
