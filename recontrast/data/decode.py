@@ -22,7 +22,7 @@ from recontrast.data.notices import warn_once
 from recontrast.data.open_image import OpenImage, read_header, read_orientation, turn_upright
 from recontrast.data.pillow_warnings import ignore_pillow_warnings
 from recontrast.data.regular_file import open_regular
-from recontrast.data.samples import LARGEST_KEY, SampleError
+from recontrast.data.samples import LARGEST_KEY, WINDOW_KEY, SampleError
 
 _TRIM_BYTES = 1 << 27  # the allocator keeps the memory of a smaller image for the next one of the thread
 
@@ -61,25 +61,34 @@ def decoded(path: ImageSource, max_pixels: int, full: int | None = None) -> Iter
                 trim_memory()
 
 
-def read_samples(path: ImageSource, max_pixels: int) -> NDArray[Any]:
+@contextmanager
+def decoded_samples(path: ImageSource, max_pixels: int) -> Iterator[NDArray[Any]]:
     """Decode the first image of a file as it is stored, and apply its orientation: for a window, of any scale.
+
+    Within the ``with`` block, the memory of the image counts towards `recontrast.data.decode_budget.BUDGET`.
 
     Args:
         path: File of one of `recontrast.data.formats.FORMATS`, or its content as an `EncodedImage`.
         max_pixels: Largest number of pixels.
 
-    Returns:
+    Yields:
         (H, W) for grey, (H, W, 3) for RGB: integers or floats; uint8 for any image of 8 bits, which has no window.
 
     Raises:
         OSError: If the file does not exist or cannot be opened.
         ValueError: If the file is not a complete image of these formats, or has too many pixels.
     """
-    with _open(path, max_pixels, any_scale=True) as image:
-        with BUDGET.reserve(image.width * image.height * image.pixel_bytes), convert_decoder_errors(path):
-            samples = image.read_samples()
-        _warn_of_unused_parts(path, image, None)
-        return samples
+    with ExitStack() as stack:
+        with _open(path, max_pixels, any_scale=True) as image:
+            size = image.width * image.height * image.pixel_bytes
+            stack.enter_context(BUDGET.reserve(size))
+            with convert_decoder_errors(path):
+                samples = image.read_samples()
+            _warn_of_unused_parts(path, image, None)
+        yield samples
+        del samples
+        if size >= _TRIM_BYTES:
+            trim_memory()
 
 
 def decode(path: ImageSource, max_pixels: int, full: int | None = None) -> Image.Image:
@@ -205,6 +214,10 @@ def _load(path: ImageSource, max_pixels: int, full: int | None) -> Iterator[tupl
             _warn_of_unused_parts(path, image, picture)
         if LARGEST_KEY in picture.info:
             warn_of_range(path, picture.info[LARGEST_KEY], full)
+        if WINDOW_KEY in picture.info:
+            low, high = picture.info[WINDOW_KEY]
+            text = f"is scaled to 8 bits by the window in the file, {low:g} to {high:g}, as others are by theirs"
+            warn_once("window", path, f"{text}: --window in training fixes one for all")
         yield picture, size
 
 

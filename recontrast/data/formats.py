@@ -43,6 +43,7 @@ FORMATS = (
         ((0, b"\0\0\0\x0cjP  \r\n\x87\n"), (0, b"\xff\x4f\xff\x51")),
     ),
     ImageFormat("AVIF", (".avif",), ((4, b"ftypavif"), (4, b"ftypavis"))),
+    ImageFormat("DICOM", (".dcm", ".dicom"), ((128, b"DICM"),)),
 )
 """The formats, in the order in which messages name them."""
 
@@ -51,7 +52,7 @@ SUFFIXES = tuple(sorted(suffix for image_format in FORMATS for suffix in image_f
 
 _STARTS = [(offset, value, image_format.name) for image_format in FORMATS for offset, value in image_format.starts]
 
-HEAD_BYTES = 16
+HEAD_BYTES = 132
 """Bytes at the start of a file that `detect_format` needs."""
 
 NAMES = ", ".join(image_format.name for image_format in FORMATS[:-1]) + " or " + FORMATS[-1].name

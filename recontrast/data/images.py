@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from recontrast.data.decode import decoded, read_samples, read_upright_size
+from recontrast.data.decode import decoded, decoded_samples, read_upright_size
 from recontrast.data.decode_budget import BUDGET
 from recontrast.data.eight_bits import to_eight_bits
 from recontrast.data.encoded_image import ImageSource
@@ -90,7 +90,8 @@ def read_image(
             unknown scale, or with a window of 8 bits or not finite, or if ``size``, ``crop`` or ``window`` is invalid.
     """
     if (limits := parse_window(window)) is not None:
-        return fit_samples(read_samples(path, MAX_PIXELS), limits, size=size, crop=crop, name=path)
+        with decoded_samples(path, MAX_PIXELS) as samples:
+            return fit_samples(samples, limits, size=size, crop=crop, name=path)
     with decoded(path, MAX_PIXELS, to_full_scale(bits)) as picture:
         return fit_picture(picture, size=size, crop=crop, bits=bits, name=path)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recontrast.data.decode import apply_orientation, read_samples
+from recontrast.data.decode import apply_orientation, decoded_samples
 from recontrast.data.images import MAX_PIXELS, Size, fit_picture, fit_samples, parse_size, read_image
 from recontrast.data.samples import read_stored
 from recontrast.data.system import count_cpus
@@ -124,7 +124,10 @@ def read_given(item: Any) -> np.ndarray:
     """
     if isinstance(item, Image.Image):
         return read_stored("image", apply_orientation(item))
-    return item if isinstance(item, np.ndarray) else read_samples(item, MAX_PIXELS)
+    if isinstance(item, np.ndarray):
+        return item
+    with decoded_samples(item, MAX_PIXELS) as samples:
+        return samples
 
 
 def as_image_list(images: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from recontrast.data import netpbm, tiff, tiff_tags
+from recontrast.data import dicom, netpbm, tiff, tiff_tags
 from recontrast.data.decode_budget import BUDGET
 from recontrast.data.samples import FULL_SCALE_KEY, LARGEST_KEY, SampleError, read_stored
 
@@ -57,6 +57,7 @@ _TURN_BY_ORIENTATION: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {  # t
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
 _OWN_PIXEL_BYTES = 12  # of TIFF and Netpbm: samples of up to 16 bits and 4 channels, and 8-bit RGB
+_DICOM_PIXEL_BYTES = 24  # the file, its samples, and their values in float64
 
 _JPEG_2000_HEAD = 1 << 20  # bytes before the codestream: metadata
 
@@ -108,6 +109,8 @@ def read_header(file: IO[bytes], image_format: str, full: int | None, *, any_sca
         read = partial(netpbm.read_picture, file, header, full)
         bits, stored = 16 if header.full == 65535 else 8, partial(netpbm.read_samples, file, header)
         return OpenImage(header.width, header.height, partial(int, 1), read, bool, _OWN_PIXEL_BYTES, stored, bits)
+    if image_format == "DICOM":
+        return _read_dicom_header(file)
     if image_format == "TIFF":
         return _read_tiff_header(file, full, any_scale)
     scale = _read_jpeg_2000_scale(file) if image_format == "JPEG 2000" else None
@@ -120,6 +123,14 @@ def read_header(file: IO[bytes], image_format: str, full: int | None, *, any_sca
     orientation = partial(_read_png_orientation if image_format == "PNG" else read_orientation, image)
     stored = partial(_load_samples, image, scale)
     return OpenImage(*image.size, orientation, load, several, pixel_bytes, stored, bits)
+
+
+def _read_dicom_header(file: IO[bytes]) -> OpenImage:
+    """Read the header of a DICOM file, see `read_header`."""
+    data = dicom.read_header(file)
+    load, stored = partial(dicom.read_picture, file, data), partial(dicom.read_samples, file, data)
+    size, bits = (int(data.Columns), int(data.Rows)), 16 if dicom.count_bits(data) > 8 else 8
+    return OpenImage(*size, partial(int, 1), load, bool, _DICOM_PIXEL_BYTES, stored, bits)
 
 
 def _read_tiff_header(file: IO[bytes], full: int | None, any_scale: bool) -> OpenImage:

@@ -1,4 +1,4 @@
-"""Keep Pillow's warnings from the screen while a file is decoded: they do not name the file.
+"""Keep the warnings of Pillow and pydicom from the screen while a file is decoded: they do not name the file.
 
 What they say is covered otherwise: the pixel limit is `recontrast.data.images.MAX_PIXELS`, transparency is dropped, and
 damaged EXIF data is reported with the name of its file.
@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 
 _LOCK = threading.Lock()
 _active = 0  # decoders at work
-_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as `warnings.filterwarnings` builds it
+_FILTER = ("ignore", None, Warning, re.compile(r"(PIL|pydicom)\."), 0)  # as `warnings.filterwarnings` builds it
 
 
 @contextmanager
 def ignore_pillow_warnings() -> Iterator[None]:
-    """Ignore warnings from modules of Pillow until the last thread leaves the block.
+    """Ignore warnings from modules of Pillow and pydicom until the last thread leaves the block.
 
     `warnings.catch_warnings` is not made for threads: of two that overlap, the later one restores the filter of the
     earlier one.

@@ -10,6 +10,7 @@ from recontrast.data.encoded_image import ImageSource
 
 LARGEST_KEY = "largest_sample"  # in Image.info: largest sample of 16-bit colour, which the image itself no longer has
 FULL_SCALE_KEY = "full_scale"  # in Image.info: largest value of a grey sample, if it is not that of the mode
+WINDOW_KEY = "window"  # in Image.info: window in the file by which its samples were scaled to 8 bits
 UNKNOWN_SCALE = "whose scale is unknown: train with --window"  # end of the message about such samples
 _BLOCK_SAMPLES = 1 << 22  # samples that are scaled at a time
 

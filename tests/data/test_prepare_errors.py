@@ -221,12 +221,13 @@ EYE = f"train_images/{APTOS_IDS[3]}.png"
          f"SOURCE/{MASK}: wanted a mask of the size of its image SOURCE/VisA/pcb1/Data/Images/Anomaly/001.JPG, "
          "12 x 16 (height x width), got 16 x 12"),
         ("visa", lambda source: (source / MASK).write_bytes(b"%PDF-1.7"),
-         f"SOURCE/{MASK}: wanted a PNG, JPEG, BMP, TIFF, WebP, GIF, Netpbm, JPEG 2000 or AVIF image, "
+         f"SOURCE/{MASK}: wanted a PNG, JPEG, BMP, TIFF, WebP, GIF, Netpbm, JPEG 2000, AVIF or DICOM image, "
          "got a file that starts with b'%PDF-1.7'"),
         ("aptos", lambda source: Image.new("RGB", (9, 9), (9, 10, 11)).save(source / EYE),
          f"SOURCE/{EYE}: wanted a fundus photograph, got one without a pixel brighter than 30"),
         ("aptos", lambda source: (source / EYE).write_bytes(b""),
-         f"SOURCE/{EYE}: wanted a PNG, JPEG, BMP, TIFF, WebP, GIF, Netpbm, JPEG 2000 or AVIF image, got an empty file"),
+         f"SOURCE/{EYE}: wanted a PNG, JPEG, BMP, TIFF, WebP, GIF, Netpbm, JPEG 2000, AVIF or DICOM image, "
+         "got an empty file"),
     ],
     ids=["size", "kind", "dark", "empty"],
 )  # fmt: skip

@@ -1,0 +1,203 @@
+"""DICOM files, written here by pydicom: rescaled, inverted and windowed as the standard says, or refused by name."""
+
+import sys
+
+import numpy as np
+import pytest
+from command_line import fails, works
+
+from recontrast.data import notices
+from recontrast.data.bit_depth import detect_bits
+from recontrast.data.encoded_image import EncodedImage
+from recontrast.data.images import image_size, read_image
+from recontrast.data.in_memory import read_given
+from recontrast.data.window import find_window
+
+pydicom = pytest.importorskip("pydicom", minversion="3")
+RANDOM = np.random.default_rng()
+WANTED = "wanted a DICOM image of one frame, grey or RGB, got "
+
+
+@pytest.fixture(autouse=True)
+def new_process():
+    notices.forget_warnings()
+    yield
+    notices.forget_warnings()
+
+
+def write(path, values, bits=12, *, kind="MONOCHROME2", syntax=None, **attributes):
+    """Write stored values (H, W), or (H, W, 3) of RGB, as a DICOM file with further attributes."""
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax or pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.CTImageStorage, pydicom.uid.generate_uid()
+    data.Modality, data.PhotometricInterpretation = "CT", kind
+    data.Rows, data.Columns = values.shape[:2]
+    data.SamplesPerPixel = 3 if values.ndim == 3 else 1
+    data.BitsAllocated, data.BitsStored, data.HighBit = 8 * values.dtype.itemsize, bits, bits - 1
+    data.PixelRepresentation = int(values.dtype.kind == "i")
+    if values.ndim == 3:
+        data.PlanarConfiguration = 0
+    data.PixelData = values.tobytes()
+    for name, value in attributes.items():
+        setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def draw(bits=12, shape=(21, 34), dtype=np.uint16):
+    low = -(1 << bits - 1) if np.dtype(dtype).kind == "i" else 0
+    return RANDOM.integers(low, low + (1 << bits), shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+@pytest.mark.parametrize(("slope", "intercept"), [(1, 0), (1, -1024), (0.37, -5.5), (-2, 7)])
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_rescaled_values_in_a_window(tmp_path, dtype, slope, intercept, kind):
+    values = draw(12, dtype=dtype)
+    path = write(tmp_path / "a.dcm", values, kind=kind, RescaleSlope=slope, RescaleIntercept=intercept, WindowCenter=40,
+                 WindowWidth=400)  # fmt: skip
+    stored = values.astype(float)
+    if kind == "MONOCHROME1":
+        stored = (4095 if dtype == np.uint16 else -1) - stored
+    rescaled = slope * stored + intercept
+    low, high = np.quantile(rescaled, (0.1, 0.8))
+    for source in (path, EncodedImage(path.read_bytes())):
+        pixels = read_image(source, window=(low, high))
+        assert pixels.dtype == np.float32 and image_size(source) == (21, 34)
+        assert np.abs(pixels - np.clip((rescaled - low) / (high - low), 0, 1)[:, :, None]).max() < 2e-6
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", None])
+def test_the_window_in_the_file_gives_8_bits(tmp_path, function):
+    """Compared with pydicom's own window, and said once."""
+    from pydicom.pixels import apply_windowing
+
+    values = draw(12)
+    attributes = {} if function is None else {"VOILUTFunction": function}
+    for kind in ("MONOCHROME2", "MONOCHROME1"):
+        path = write(tmp_path / f"{kind}.dcm", values, kind=kind, RescaleSlope=1, RescaleIntercept=-1000,
+                     WindowCenter=[300, 5], WindowWidth=[900, 6], **attributes)  # fmt: skip
+        levels = apply_windowing(values.astype(float) - 1000, pydicom.dcmread(path)) + 1000  # from 0 to 4095
+        wanted = (levels if kind == "MONOCHROME2" else 4095 - levels) * 255 / 4095
+        if kind == "MONOCHROME2":
+            with pytest.warns(notices.ImageWarning, match=r"\.dcm: is scaled to 8 bits by the window in the file, -1"):
+                pixels = read_image(path)
+        else:
+            pixels = read_image(path)
+        assert pixels.dtype == np.uint8 and np.abs(pixels - wanted[:, :, None]).max() <= 0.5 + 1e-6
+
+
+def test_files_without_a_window_are_scaled_by_their_bits(tmp_path):
+    for bits, dtype in ((12, np.uint16), (12, np.int16), (10, np.uint16), (8, np.uint8), (6, np.uint8)):
+        values = draw(bits, dtype=dtype)
+        low = -(1 << bits - 1) if dtype == np.int16 else 0
+        wanted = (values.astype(int) - low) * 255 / ((1 << bits) - 1)
+        for kind, levels in (("MONOCHROME2", wanted), ("MONOCHROME1", 255 - wanted)):
+            path = write(tmp_path / "a.dcm", values, bits, kind=kind)
+            assert np.abs(read_image(path) - levels[:, :, None]).max() <= 0.5
+            assert detect_bits([path]) is None  # the file says how many
+
+
+def test_colour_compression_and_unused_bits(tmp_path):
+    colour = draw(8, (12, 15, 3), np.uint8)
+    assert np.array_equal(read_image(write(tmp_path / "c.dcm", colour, 8, kind="RGB")), colour)
+    values = draw(12)
+    path = write(tmp_path / "a.dcm", values)
+    packed = pydicom.dcmread(path)
+    packed.compress(pydicom.uid.RLELossless)
+    packed.save_as(tmp_path / "rle.dcm")
+    overlay = write(tmp_path / "overlay.dcm", values | np.uint16(1 << 14))
+
+    wanted = read_image(path, window=(0, 4095))
+    for other in (tmp_path / "rle.dcm", overlay):
+        assert np.array_equal(read_image(other, window=(0, 4095)), wanted)
+    assert find_window([path], read_given) == tuple(
+        float(v) for v in np.percentile(values, (0.1, 99.9), method="nearest")
+    )
+
+
+CASES = {
+    "frames": ({"NumberOfFrames": 2}, "one of 2 frames"),
+    "palette": ({"kind": "PALETTE COLOR"}, "one of PALETTE COLOR pixels"),
+    "bits": ({"BitsStored": 17}, "one of 17 bits in 16, the highest 11"),
+    "shifted": ({"HighBit": 15}, "one of 12 bits in 16, the highest 15"),
+    "wide": ({"BitsAllocated": 32}, "one of 32 bits allocated for a MONOCHROME2 sample"),
+    "slope": ({"RescaleSlope": 0, "RescaleIntercept": 3}, "one of slope 0 and intercept 3"),
+    "sigmoid": (
+        {"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "SIGMOID"},
+        "one with a window of SIGMOID, center 1 and width 2: train with --window",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_by_name(tmp_path, name):
+    attributes, got = CASES[name]
+    path = write(tmp_path / f"{name}.dcm", draw(), **attributes)
+    with pytest.raises(ValueError) as caught:
+        read_image(path)
+    assert str(caught.value) == f"{path}: {WANTED}{got}"
+
+
+def test_damaged_and_foreign_files(tmp_path, monkeypatch):
+    """Without pixels, compressed in an unknown way, deflated, cut off; each in one sentence that names the file."""
+    values = draw()
+    path = write(tmp_path / "a.dcm", values)
+    content = path.read_bytes()
+    report = pydicom.dcmread(path)
+    for name in ("PixelData", "Rows", "Columns"):
+        delattr(report, name)
+    report.Modality = "SR"
+    report.save_as(tmp_path / "report.dcm")
+    data = pydicom.dcmread(path)
+    data.PixelData = pydicom.encaps.encapsulate([RANDOM.bytes(200)])
+    data["PixelData"].VR = "OB"
+    data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+    data.save_as(tmp_path / "unknown.dcm")
+    (tmp_path / "cut.dcm").write_bytes(content[:-50])
+    cases = {
+        "report": f"{WANTED}one without pixels (modality SR)",
+        "unknown": f"{WANTED}pixels compressed as JPEG-LS Lossless Image Compression that pydicom cannot",
+        "cut": "wanted a complete image, got a file that cannot be decoded (",
+    }
+    for name, text in cases.items():
+        for window in (None, (0, 4095)):
+            with pytest.raises(ValueError) as caught:
+                read_image(tmp_path / f"{name}.dcm", window=window)
+            assert str(caught.value).startswith(f"{tmp_path / name}.dcm: {text}")
+    bomb = pydicom.dcmread(path)
+    bomb.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    bomb.save_as(tmp_path / "deflated.dcm")
+    with pytest.raises(ValueError, match=r"deflated\.dcm: wanted a DICOM image .*, got a deflated data set$"):
+        image_size(tmp_path / "deflated.dcm")
+    grey = write(tmp_path / "grey.dcm", draw(8, dtype=np.uint8), 8)
+    with pytest.raises(ValueError, match=r"grey\.dcm: wanted samples of more than 8 bits for the window 0 to 4095"):
+        read_image(grey, window=(0, 4095))
+    for index in RANDOM.integers(132, len(content), 60):  # damaged anywhere: read, or one sentence
+        damaged = bytearray(content)
+        damaged[index] ^= 1 << int(RANDOM.integers(8))
+        (tmp_path / "damaged.dcm").write_bytes(damaged)
+        try:
+            assert read_image(tmp_path / "damaged.dcm", window=(0, 4095)).ndim == 3
+        except ValueError as error:
+            assert str(error).startswith(f"{tmp_path}/damaged.dcm: wanted ")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(
+        ValueError, match=r"a\.dcm: wanted the package pydicom to read DICOM, got none .*recontrast\[dicom\]"
+    ):
+        read_image(path)
+
+
+def test_training_and_prediction(tmp_path):
+    for folder, count in (("good", 5), ("new", 2)):
+        (tmp_path / folder).mkdir()
+        for index in range(count):
+            write(tmp_path / folder / f"{index}.dcm", draw(shape=(40, 40)), RescaleIntercept=-1024, RescaleSlope=1)
+    small = "--architecture padim --backbone test_resnet --weights random --size 32 --holdout 0 --device cpu".split()
+    works("train", "--good", tmp_path / "good", *small, "--window", "-1000", "400", "--out", tmp_path / "run")
+    assert "2 images scored" in works("predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "scores")
+    assert image_size(tmp_path / "scores/overlays/0.png") == (40, 40)
+    write(tmp_path / "new/2.dcm", draw(), NumberOfFrames=3)
+    message = fails("predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "scores")
+    assert message == f"recontrast: {tmp_path}/new/2.dcm: {WANTED}one of 3 frames"
