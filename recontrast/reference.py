@@ -53,7 +53,8 @@ def multiply_norms(sums: Tensor) -> Tensor:
         Products in the shape of ``sums`` without its first axis, in the same dtype.
     """
     x_norm, y_norm = sums[1:].clamp_min(EPS**2).sqrt()
-    return torch.nan_to_num(x_norm * y_norm, nan=torch.nan, posinf=torch.nan)
+    product = x_norm * y_norm
+    return torch.where(product < torch.inf, product, torch.nan)
 
 
 def cosine_sums(x: Tensor, y: Tensor) -> Tensor:

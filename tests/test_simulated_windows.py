@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import SMALL
+from small_detectors import build_onnx, save_onnx
 from tiny import tiny_set
 
 TESTS = Path(__file__).parent
@@ -76,9 +77,12 @@ def test_results_of_every_command(work):
 
 
 def test_export(work):
-    run("export", work / "run", "--format", "onnx", "--out", work / "detector.onnx")
-    run("export", work / "run", "--format", "openvino", "--out", work / "detector.xml")
-    run("predict", work / "detector.onnx", work / "data" / "nut" / "test", "--out", work / "exported")
+    """The two files of OpenVINO, which come by way of ONNX, and a small file of ONNX."""
+    file = work / "detector.xml"
+    run("export", work / "run", "--format", "openvino", "--out", file)
+    save_onnx(work / "small.onnx", build_onnx())
+    for path in (file, work / "small.onnx"):
+        run("predict", path, work / "data" / "nut" / "test", "--out", work / f"exported-{path.suffix[1:]}")
     assert not leftovers(work)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from command_line import works
 from saved_model import RECIPE, draw, save
+from traced_once import traced_once
 
 import recontrast
-from recontrast.export import export as exporting
+from recontrast.export.export import export
 
 pytestmark = [
     # Raised by the imports of onnxscript and openvino.
@@ -34,24 +35,15 @@ PathFinder.find_spec = find
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A calibrated checkpoint, and the same detector in an .onnx and in an .xml file, traced once."""
-    folder, programs, trace = tmp_path_factory.mktemp("files"), [], exporting.trace
+    folder = tmp_path_factory.mktemp("files")
     images = draw(folder / "good", 12, seed=1)
     draw(folder / "images", 4, seed=2, spread=40.0)
     checkpoint = save(folder / "checkpoint.pt", RECIPE)
     works("calibrate", checkpoint, "--good", images, "--device", "cpu", "--false-alarm-rate", "0.2")
 
-    def trace_once(graph):
-        if not programs:
-            programs.append(trace(graph))
-        return programs[0]
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(exporting, "trace", trace_once)
-    try:
+    with traced_once():
         for kind, name in (("onnx", "detector.onnx"), ("openvino", "detector.xml")):
-            exporting.export(checkpoint, kind, folder / name)
-    finally:
-        patch.undo()
+            export(checkpoint, kind, folder / name)
     return folder
 
 

@@ -109,8 +109,8 @@ class DetectorGraph(nn.Module):
             spread = getattr(self, f"rows{level}") @ masked @ getattr(self, f"cols{level}").mT
             parts.append(spread * getattr(self, f"factors{level}"))
         first, *others = parts
-        scale = 1 / len(distances) if self.amap.reduce == "mean" else 1.0
-        return torch.where(self.inside, sum(others, first) * scale, 0.0)
+        maps = sum(others, first)
+        return torch.where(self.inside, maps / len(distances) if self.amap.reduce == "mean" else maps, 0.0)
 
     def _build_map(self, distances: list[Tensor]) -> Tensor:
         """Upsample, blur and sum the distances by the two matrix products of `AnomalyMap`."""
@@ -119,5 +119,5 @@ class DetectorGraph(nn.Module):
         for level in range(levels):
             first, *others = distances[level::levels]
             products.append(sum(others, first) @ getattr(self, f"cols{level}").mT)
-        scale = 1 / len(distances) if self.amap.reduce == "mean" else 1.0
-        return self.rows @ torch.cat(products, dim=1) * scale
+        maps = self.rows @ torch.cat(products, dim=1)
+        return maps / len(distances) if self.amap.reduce == "mean" else maps

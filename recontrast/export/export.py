@@ -25,9 +25,10 @@ from recontrast.export.describe import describe
 from recontrast.export.detector_graph import DetectorGraph
 from recontrast.export.low_precision import TOLERANCES, PrecisionReport, check_precision, check_tolerance
 from recontrast.export.low_precision_file import LowPrecisionJob, write_low, write_report
-from recontrast.export.tracing import silence_exporters, trace_images
+from recontrast.export.onnx_graph import convert_to_onnx
+from recontrast.export.tracing import pause_collection, silence_exporters, trace_images
 from recontrast.export.verify import compare_scores, draw_images
-from recontrast.export.write_files import convert_to_onnx, write_onnx_model, write_pt2
+from recontrast.export.write_files import write_onnx_model, write_pt2
 from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
@@ -123,7 +124,7 @@ def export(
     with lock_file(out), _temporary_folder(out) as folder:
         draft = folder / out.name
         try:
-            with silence_exporters():
+            with silence_exporters(), pause_collection():
                 if precision == "float32":
                     _write(trace(graph), graph, kind, draft, describe(detector, kind))
                 else:

@@ -11,8 +11,9 @@ from recontrast.data.window import parse_window
 from recontrast.export.decisions import list_files
 from recontrast.export.describe import describe
 from recontrast.export.low_precision import Change, PrecisionReport, convert, time_calls
+from recontrast.export.onnx_graph import convert_to_onnx
 from recontrast.export.verify import check_differences, draw_images, score_both
-from recontrast.export.write_files import convert_to_onnx, write_onnx_model
+from recontrast.export.write_files import write_onnx_model
 from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.recipe import to_pair

@@ -18,7 +18,7 @@ from recontrast.export.decisions import (
     replace_onnx_decisions,
     replace_openvino_decisions,
 )
-from recontrast.export.tracing import silence_exporters, trace_images
+from recontrast.export.tracing import pause_collection, silence_exporters, trace_images
 from recontrast.export.verify import check_decisions
 from recontrast.export.write_files import write_onnx, write_openvino, write_pt2
 from recontrast.inference.exported_detector import ExportedDetector
@@ -103,7 +103,7 @@ def _rewrite_pt2(path: Path, target: Path, calibration: Calibration) -> None:
     archive, description = read_pt2(path)
     text = _describe(description, calibration, path)
     size = to_pair(parse_recipe(description["recipe"]).size)
-    with silence_exporters():
+    with silence_exporters(), pause_collection():
         module = torch.export.load(archive).module()
         program = trace_images(DecidedProgram(module, calibration), size)
         write_pt2(program, target, text)

@@ -2,16 +2,13 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from recontrast.data.names import escape_bytes
 from recontrast.inference import onnx_file, openvino_file
 from recontrast.inference.file_checks import CHECKSUM_KEY, KEY, NO_CHECKSUM, compute_sha256, write_checksum
-from recontrast.inference.programs import OUTPUTS
-
-OPSET = 18  # of ONNX
 
 
 def write_onnx(model: Any, path: Path, description: str) -> None:
@@ -64,23 +61,6 @@ def write_pt2(program: torch.export.ExportedProgram, path: Path, description: st
         is_utf8 = str(path) == escape_bytes(str(path))
         target = path if is_utf8 else stack.enter_context(open(path, "wb"))
         torch.export.save(program, target, extra_files={f"{KEY}.json": description})
-
-
-def convert_to_onnx(program: torch.export.ExportedProgram, calibrated: bool) -> Any:
-    """Convert a traced graph to ONNX.
-
-    Args:
-        program: Program of a detector.
-        calibrated: Whether it has the outputs of a calibration.
-
-    Returns:
-        ``onnx.ModelProto``.
-    """
-    names = list(OUTPUTS if calibrated else OUTPUTS[:2])
-    exported = torch.onnx.export(
-        program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names
-    )
-    return cast(torch.onnx.ONNXProgram, exported).model_proto  # None is returned only without dynamo
 
 
 def write_onnx_model(model: Any, kind: str, path: Path, description: str, *, half: bool = False) -> None:

@@ -177,10 +177,9 @@ def test_unreadable_image_stops_or_is_kept(calibrated, tmp_path):
 
 
 def test_exported_file_predicts_as_the_checkpoint(calibrated, tmp_path):
-    pytest.importorskip("onnxruntime")
     detector, good = calibrated
-    works("export", detector.path, "--format", "onnx", "--out", tmp_path / "detector.onnx")
-    exported = recontrast.load(tmp_path / "detector.onnx")
+    works("export", detector.path, "--format", "pt2", "--out", tmp_path / "detector.pt2")
+    exported = recontrast.load(tmp_path / "detector.pt2")
     ours, theirs = detector.predict(good), exported.predict(good)
     assert np.allclose(ours.scores, theirs.scores, rtol=1e-4)
     assert [p.decision for p in ours] == [p.decision for p in theirs]

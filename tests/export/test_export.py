@@ -16,6 +16,7 @@ from command_line import call, fails, works
 from PIL import Image
 from saved_model import save
 from tiny import tiny_set
+from traced_once import traced_once
 
 import recontrast
 from recontrast import checkpoint as checkpoints
@@ -80,39 +81,38 @@ def run(photographs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(run, tmp_path_factory):
-    """Result of one export for each format. The graph is traced only once, because tracing takes the most time."""
-    folder, programs, trace = tmp_path_factory.mktemp("files"), [], exporting.trace
-
-    def trace_once(graph):
-        if not programs:
-            programs.append(trace(graph))
-        return programs[0]
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(exporting, "trace", trace_once)
-    try:
+    """Result of one export for each format."""
+    folder = tmp_path_factory.mktemp("files")
+    with traced_once():
         return {kind: export(run / "checkpoint.pt", kind, folder / f"d{end}") for kind, end in KINDS.items()}
-    finally:
-        patch.undo()
+
+
+def read_predictions(source, photographs, out):
+    """Rows of scores.csv that ``recontrast predict`` writes, and the maps by name."""
+    works("predict", source, photographs, "--out", out, "--no-overlays", "--maps", "npy", "--device", "cpu")
+    rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
+    assert len(rows) == 8
+    return rows, {path.name: np.load(path) for path in (out / "maps").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def wanted(run, photographs, tmp_path_factory):
+    """What ``recontrast predict`` writes with the checkpoint: rows of scores.csv, and the maps by name."""
+    rows, maps = read_predictions(run, photographs, tmp_path_factory.mktemp("wanted"))
+    assert {row["decision"] for row in rows} == {"defect", "good"}
+    return rows, maps
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_decisions_equal_those_of_the_checkpoint(kind, files, run, photographs, tmp_path):
+def test_scores_and_decisions_equal_those_of_the_checkpoint(kind, files, wanted, photographs, tmp_path):
     result = files[kind]
     assert result.difference < 1e-4 and result.images == 8 and result.outputs == ("map", "score", "p_value", "defect")
     assert all(file.is_file() for file in result.files) and not list(result.path.parent.glob(".export-*"))
-    tables = []
-    for source in (run, result.path):
-        out = tmp_path / source.name
-        works("predict", source, photographs, "--out", out, "--no-overlays", "--maps", "npy", "--device", "cpu")
-        tables.append(list(csv.DictReader((out / "scores.csv").read_text().splitlines())))
-        tables[-1][0]["maps"] = {path.name: np.load(path) for path in (out / "maps").iterdir()}
-    expected, actual = tables
-    for name, anomaly in expected[0].pop("maps").items():
-        np.testing.assert_allclose(actual[0]["maps"][name], anomaly, rtol=1e-4, atol=1e-5)
-    actual[0].pop("maps")
-    assert len(expected) == len(actual) == 8
-    for row, exported_row in zip(expected, actual, strict=True):
+    rows, maps = read_predictions(result.path, photographs, tmp_path)
+    assert maps.keys() == wanted[1].keys()
+    for name, anomaly in wanted[1].items():
+        np.testing.assert_allclose(maps[name], anomaly, rtol=1e-4, atol=1e-5)
+    for row, exported_row in zip(wanted[0], rows, strict=True):
         assert float(exported_row["score"]) == pytest.approx(float(row["score"]), rel=1e-4)
         assert {k: v for k, v in row.items() if k != "score"} == {k: v for k, v in exported_row.items() if k != "score"}
 
@@ -163,13 +163,9 @@ def test_file_describes_the_detector(files, run):
 
 
 @pytest.fixture(scope="module")
-def predicted(run, photographs, tmp_path_factory):
+def predicted(wanted):
     """Rows of scores.csv written by ``recontrast predict`` with the checkpoint, by image path."""
-    out = tmp_path_factory.mktemp("predicted")
-    works("predict", run, photographs, "--out", out, "--no-overlays", "--device", "cpu")
-    rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
-    assert len(rows) == 8 and {row["decision"] for row in rows} == {"defect", "good"}
-    return {row["path"]: row for row in rows}
+    return {row["path"]: row for row in wanted[0]}
 
 
 def without_torch(script, *arguments, **options):
@@ -403,12 +399,18 @@ def test_missing_runtime_names_the_package_to_install(files, monkeypatch):
         OnnxProgram(files["onnx"].path)
 
 
-def test_single_view_decides_only_with_its_own_calibration(run, photographs, tmp_path):
+def test_single_view_decides_only_with_its_own_calibration(run, photographs, tmp_path, monkeypatch):
     copy = tmp_path / "run" / "checkpoint.pt"
     copy.parent.mkdir()
     copy.write_bytes((run / "checkpoint.pt").read_bytes())
-    result = export(copy, "pt2", tmp_path / "none.pt2", views="trained")
+    with monkeypatch.context() as patch:  # an export without the part that takes long
+        only = InferenceOptions("trained")
+        patch.setattr(exporting, "trace", lambda graph: pytest.fail("decides") if graph.calibrated else None)
+        patch.setattr(exporting, "_write", lambda program, graph, kind, path, about: path.write_text(about))
+        patch.setattr(exporting, "ExportedDetector", lambda path: CheckpointDetector(copy, "cpu", inference=only))
+        result = export(copy, "pt2", tmp_path / "none.pt2", views="trained")
     assert result.outputs == ("map", "score") and "its calibration is for scores of views both" in result.notes[0]
+    assert json.loads(result.path.read_text())["calibration"] is None
     options = ["--good", photographs, "--false-alarm-rate", 0.2, "--views", "trained", "--device", "cpu"]
     works("calibrate", copy.parent, *options)
     output = works("export", copy.parent, "--format", "pt2", "--views", "trained", "--out", tmp_path / "one.pt2")

@@ -7,10 +7,9 @@ import pytest
 from command_line import fails, works
 from saved_model import draw, save
 from tiny import tiny_set
+from traced_once import traced_once
 
 from recontrast.data.own_files import is_own
-from recontrast.export import export as exporting
-from recontrast.export import low_precision_file
 from recontrast.export.export import export
 from recontrast.export.low_precision import Change, convert, open_model
 from recontrast.export.quantize import list_layers, measure_ranges, quantize, store_half_weights
@@ -34,37 +33,11 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def patched(run):
-    """Exports that trace and convert the graph once, because that takes the most time."""
-    models, trace, convert_to_onnx = {}, exporting.trace, low_precision_file.convert_to_onnx
-
-    def once(name, function):
-        def call(*arguments):
-            if name not in models:
-                models[name] = function(*arguments)
-            return models[name]
-
-        return call
-
-    def copy(*arguments):
-        import onnx
-
-        model = onnx.ModelProto()  # writing removes the metadata
-        model.CopyFrom(once("model", convert_to_onnx)(*arguments))
-        return model
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(exporting, "trace", once("program", trace))
-    patch.setattr(low_precision_file, "convert_to_onnx", copy)
-    yield models
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def model(patched, run, good, tmp_path_factory):
-    """The graph in float32, as an ONNX model."""
-    export(run, "onnx", tmp_path_factory.mktemp("model") / "d.onnx", precision="float16")
-    return patched["model"]
+def model(run, tmp_path_factory):
+    """The graph in float32, as an ONNX model. All exports of this file use it."""
+    with traced_once() as graphs:
+        export(run, "onnx", tmp_path_factory.mktemp("model") / "d.onnx", precision="float16")
+        yield graphs["model", False]
 
 
 @pytest.mark.parametrize(("kind", "precision"), CASES)

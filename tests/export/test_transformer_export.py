@@ -6,8 +6,8 @@ import tiny_transformers  # noqa: F401 - registers the backbones
 import torch
 from saved_model import save
 from tiny import tiny_set
+from traced_once import traced_once
 
-from recontrast.export import export as exporting
 from recontrast.export.export import export
 from recontrast.recipes.recipe import Recipe
 from recontrast.training.train import train
@@ -27,21 +27,12 @@ pytestmark = [
 def files(request, tmp_path_factory):
     """Result of one export for each format; the position embeddings of the backbone have another grid."""
     architecture, backbone = request.param
-    folder, programs, trace = tmp_path_factory.mktemp(architecture), [], exporting.trace
+    folder = tmp_path_factory.mktemp(architecture)
     recipe = Recipe(architecture=architecture, backbone=backbone, weights="random", size=(40, 24))
     checkpoint = save(folder / "checkpoint.pt", recipe)
 
-    def trace_once(graph):
-        if not programs:
-            programs.append(trace(graph))
-        return programs[0]
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(exporting, "trace", trace_once)
-    try:
+    with traced_once():
         return {kind: export(checkpoint, kind, folder / f"d{end}") for kind, end in KINDS.items()}
-    finally:
-        patch.undo()
 
 
 def test_scores_equal_those_of_the_checkpoint(files):
@@ -63,6 +54,7 @@ def test_ensemble(tmp_path):
     recipe = Recipe(architecture="ensemble", backbone="tiny_registers", weights="random", size=64, small_size=32,
                     score="model", bank_share=1.0, gaussian_features=8, seed=0)  # fmt: skip
     train(recipe, tiny_set(tmp_path, train=10), out=tmp_path / "run", device="cpu")
-    for kind in ("onnx", "pt2"):
-        result = export(tmp_path / "run/checkpoint.pt", kind, tmp_path / f"d{KINDS[kind]}")
-        assert result.difference < 1e-5
+    with traced_once():
+        for kind in ("onnx", "pt2"):
+            result = export(tmp_path / "run/checkpoint.pt", kind, tmp_path / f"d{KINDS[kind]}")
+            assert result.difference < 1e-5

@@ -11,6 +11,7 @@ import pytest
 from client import serving
 from command_line import works
 from PIL import Image
+from small_detectors import export_onnx, export_openvino
 
 from recontrast.inference.detector import open_detector
 
@@ -71,12 +72,17 @@ def test_client(calibrated, images, tmp_path):
         assert code == 1 and "wanted Bearer" in errors
 
 
+def calibrate(path, checkpoint):
+    """Calibrate an exported file on the good images of the calibrated checkpoint."""
+    works("calibrate", path, "--good", checkpoint.parent / "good", "--false-alarm-rate", "0.05")
+    return path
+
+
 def test_cpp(calibrated, pictures, tmp_path):
     utilities = pytest.importorskip("openvino.utils")
     if shutil.which("cmake") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs cmake and a C++ compiler")
-    exported = tmp_path / "detector.xml"
-    works("export", calibrated, "--format", "openvino", "--out", exported)
+    exported = calibrate(export_openvino(tmp_path / "detector.xml"), calibrated)
     build = tmp_path / "build"
     cmake = ["cmake", "-S", ROOT / "examples/cpp", "-B", build, f"-DOpenVINO_DIR={utilities.get_cmake_path()}"]
     for command in (cmake, ["cmake", "--build", build]):
@@ -98,8 +104,7 @@ def test_cpp(calibrated, pictures, tmp_path):
 def test_csharp(calibrated, pictures, tmp_path):
     if shutil.which("dotnet") is None:
         pytest.skip("needs the .NET SDK")
-    exported = tmp_path / "detector.onnx"
-    works("export", calibrated, "--format", "onnx", "--out", exported)
+    exported = calibrate(export_onnx(tmp_path / "detector.onnx"), calibrated)
     project = shutil.copytree(ROOT / "examples/csharp", tmp_path / "csharp")
     code, printed, errors = run("dotnet", "build", "-c", "Release", "-o", tmp_path / "out", project)
     assert code == 0, printed + errors

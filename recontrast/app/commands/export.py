@@ -86,7 +86,7 @@ def export(  # 11 options and their checks; `recontrast.export` does the work
     result = write(
         file, format, out, precision=precision, images=paths, tolerance=tolerance, views=inference.views,
         measure=_measure(data) if data else None,
-        on_start=lambda: print_line("tracing, writing, reopening and comparing takes a minute or two"),
+        on_start=lambda: print_line("tracing, writing, reopening and comparing takes up to a minute"),
     )  # fmt: skip
     print_line(
         f"scores of {result.images} images differ by at most {result.difference:.1e} (relative) from the checkpoint's"
