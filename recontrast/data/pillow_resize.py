@@ -134,6 +134,6 @@ class PillowResize(nn.Module):
         """
         (out_height, out_width), device = self.out, images.device
         height, width = images.shape[1:3]
-        pixels = images.permute(0, 3, 1, 2).float()
+        pixels = images.float().permute(0, 3, 1, 2)  # in this order: TensorRT takes no bytes but as input of a graph
         pixels = _resize_width(pixels, *compute_coefficients(width, out_width, device))
         return _resize_height(pixels, *compute_coefficients(height, out_height, device))

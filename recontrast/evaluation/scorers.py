@@ -10,7 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recontrast.data.image_files import describe_image_error
+from recontrast.data.images import read_image
 from recontrast.data.sources import Images
+from recontrast.data.window import pixel_dtype
 from recontrast.inference import tiling
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.finite import is_finite
@@ -146,8 +149,22 @@ class ExportedScorer:
         self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage,
         rois: Rois | None = None,
     ) -> MapsAndScores:  # fmt: skip
-        """Raise an error: files of detectors of tiles are not evaluated."""
-        raise ValueError(f"{self.detector.path}: wanted a detector of whole images, got one of tiles")
+        """Compute maps and scores of image files from tiles, see `Scorer`."""
+        recipe = self.detector.recipe
+        for position, path in enumerate(paths):
+            try:
+                pixels = read_image(path, bits=recipe.bits, window=recipe.window)
+            except (OSError, ValueError) as error:
+                if unread is None:
+                    raise
+                unread[position] = describe_image_error(str(path), error)
+                pixels = np.zeros((*recipe.out, 3), pixel_dtype(recipe.window))
+            else:
+                on_image(Path(path), pixels)
+            clock.mark("loading")
+            anomaly, score = self.detector.score_tiled(pixels, batch, release=False)
+            clock.mark("forward")
+            yield torch.from_numpy(anomaly)[None], torch.tensor([score])
 
 
 def build_scorer(model: Network | ExportedDetector, recipe: Recipe, device: str | torch.device | None) -> Scorer:

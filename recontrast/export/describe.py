@@ -27,13 +27,17 @@ def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
         dtype, resized = "float32 in [0, 1]", "Pillow's BILINEAR in float32: across, then down"
         window = {"window": list(limits), "pixel": "(sample - low) / (high - low), clipped to [0, 1]"}
     size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
-    return {
+    tiles = {} if detector.overlap is None else {"overlap": detector.overlap}
+    return tiles | {
         "format": FORMAT,
         "recontrast": recontrast.__version__,
         "category": detector.category,
         "top": detector.max_map_value,
         "recipe": recipe.to_dict(),
         "preprocessing": {
+            "input": f"{dtype} RGB (N, {recipe.tile}, {recipe.tile}, 3): tiles of an upright image, without alpha",
+            "mean": list(model.mean), "std": list(model.std), **window,
+        } if recipe.tile is not None else {
             "input": f"{dtype} RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
             "largest": [max_exact_length(length) for length in size],
             "size": size, "crop": crop, "resize": resized,

@@ -36,7 +36,8 @@ class DetectorGraph(nn.Module):
 
     def __init__(self, model: Network, recipe: Recipe, calibration: Calibration | None) -> None:
         super().__init__()
-        size, (height, width) = to_pair(recipe.size), recipe.out
+        (height, width), self.is_resized = recipe.out, recipe.tile is None
+        size = to_pair(recipe.size) if self.is_resized else recipe.out
         self.resize = PillowResize(size) if recipe.window is None else FloatResize(size)
         self.input_dtype = torch.uint8 if recipe.window is None else torch.float32
         self.full = 255.0 if recipe.window is None else 1.0
@@ -69,14 +70,18 @@ class DetectorGraph(nn.Module):
 
         Args:
             image: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] if the recipe has a window, with N at least 1
-                and H and W from 1 to `recontrast.data.pillow_resize.max_exact_length`.
+                and H and W from 1 to `recontrast.data.pillow_resize.max_exact_length`; or tiles of the size of the
+                recipe, if it has one.
 
         Returns:
             Maps (N, height, width), float32, of size ``recipe.map_out``, and scores (N,), float32. With a
             calibration also p-values (N,), float32, and decisions (N,), bool, True for a defect. The score and the
             p-value of a map that is not finite are NaN, and its decision is True, so that it never passes as good.
         """
-        pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
+        if self.is_resized:
+            pixels = self.resize(image)[:, :, self.window[0], self.window[1]]
+        else:
+            pixels = image.float().permute(0, 3, 1, 2)
         normalised = (pixels / self.full - self.means) / self.stds
         distances, own_scores = self.network.distances(normalised, self.views, exportable=True)
         maps = self._build_map_inside(distances) if self.has_region else self._build_map(distances)

@@ -33,7 +33,7 @@ from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
-from recontrast.recipes.recipe import to_pair
+from recontrast.recipes.recipe import Recipe, to_pair
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -108,17 +108,19 @@ def export(
     tolerance = TOLERANCES[precision] if tolerance is None else check_tolerance(tolerance)
     # Not folded: the graph folds BatchNorm itself, and the digest is that of the original weights.
     detector = CheckpointDetector(checkpoint, "cpu", inference=InferenceOptions(views, folded=False))
-    if detector.overlap is not None:
-        raise ValueError(f"{checkpoint}: wanted a detector of whole images to export, got one of tiles")
     if detector.recipe.roi == EACH:
         raise ValueError(
             f"{checkpoint}: wanted a detector with one region of interest to export, got one with a mask for each image"
         )
+    if detector.overlap is not None:
+        _check_tiled(detector, precision)
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
     notes += _convert_to_float32(detector) + _drop_calibration(detector, precision, out)
     if on_start is not None:
         on_start()
-    graph = DetectorGraph(detector.model, detector.recipe, detector.calibration)
+    # The graph of a tile cannot decide: the calibration is of the scores of whole images.
+    decides = detector.calibration is not None and detector.overlap is None
+    graph = DetectorGraph(detector.model, detector.recipe, detector.calibration if decides else None)
     job = LowPrecisionJob(detector, kind, precision, list(images), tolerance, measure)
     report = None
     with lock_file(out), _temporary_folder(out) as folder:
@@ -137,15 +139,20 @@ def export(
         names = [file.name for file in list_files(draft)]
         if report is None:
             window = parse_window(detector.recipe.window)
-            samples = [*images, *draw_images(folder / "samples", to_pair(detector.recipe.size), window)]
+            samples = [*images, *draw_images(folder / "samples", _get_size(detector.recipe), window)]
             count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
         else:
             count, difference = report.change.images, report.change.largest
             names += write_report(report, draft)
         _move_files(folder, names, out.absolute().parent)
     files = tuple(out.with_name(name) for name in names)
-    outputs = OUTPUTS if detector.calibration is not None else OUTPUTS[:2]
+    outputs = OUTPUTS if decides else OUTPUTS[:2]
     return ExportResult(out, files, outputs, count, difference, tuple(notes), report)
+
+
+def _get_size(recipe: Recipe) -> tuple[int, int]:
+    """Return height and width of the images that a graph resizes to, or of its tiles."""
+    return to_pair(recipe.size) if recipe.tile is None else recipe.out
 
 
 def check_target(kind: str, out: Path) -> None:
@@ -164,6 +171,16 @@ def check_target(kind: str, out: Path) -> None:
     if out.suffix != SUFFIXES[kind]:
         raise ValueError(f"export: wanted a file name that ends in {SUFFIXES[kind]}, got {out}")
     _require(kind)
+
+
+def _check_tiled(detector: CheckpointDetector, precision: str) -> None:
+    """Raise an error if a detector of tiles has what its graph cannot hold."""
+    if detector.recipe.roi is not None:
+        raise ValueError(
+            f"{detector.path}: wanted a detector of tiles without a region of interest to export, got one with a region"
+        )
+    if precision != "float32":
+        raise ValueError(f"--precision: wanted float32 for a detector of tiles, got {precision}")
 
 
 def _convert_to_float32(detector: CheckpointDetector) -> list[str]:
@@ -189,9 +206,9 @@ def trace(graph: DetectorGraph) -> torch.export.ExportedProgram:
         graph: Graph with the input (N, H, W, 3).
 
     Returns:
-        Program with dynamic N, H and W.
+        Program with dynamic N, and with dynamic H and W unless it takes tiles.
     """
-    return trace_images(graph, graph.resize.out, graph.input_dtype)
+    return trace_images(graph, graph.resize.out, graph.input_dtype, is_fixed=not graph.is_resized)
 
 
 def _write(

@@ -37,7 +37,12 @@ def convert_to_onnx(program: torch.export.ExportedProgram, calibrated: bool) -> 
             raise
         exported = _convert(program, calibrated)  # by a second trace
     _clean(exported.model)
-    return exported.model_proto
+    model = exported.model_proto
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "TopK" and attribute.name == "sorted":
+                attribute.i = 1  # TensorRT has no other; which values they are is the same
+    return model
 
 
 def _convert(program: torch.export.ExportedProgram, calibrated: bool) -> torch.onnx.ONNXProgram:
@@ -75,7 +80,7 @@ class _ReplacedProgram(torch.export.ExportedProgram):
 
 
 def replace_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram | None:
-    """Replace operators that `torch.onnx` does not know: those of `REPLACEMENTS`, and those that work in place.
+    """Replace the operators of `REPLACEMENTS`, and those that work in place.
 
     Args:
         program: Program of `torch.export`. It is not changed.
@@ -147,10 +152,16 @@ def _replace_square(node: fx.Node) -> None:
     node.target, node.args = _ATEN.mul.Tensor, (node.args[0], node.args[0])
 
 
-# Operator -> function that makes a node of it one of operators that `torch.onnx` knows.
+def _replace_matrix_transpose(node: fx.Node) -> None:
+    """``tensor.mT``, which `torch.onnx` knows as a sum by Einstein's convention: few runtimes have its ellipsis."""
+    node.target, node.args = _ATEN.transpose.int, (node.args[0], -2, -1)
+
+
+# Operator -> function that makes a node of it one of operators that `torch.onnx` converts well.
 REPLACEMENTS: dict[Any, Callable[[fx.Node], None]] = {
     _ATEN.to.dtype: _replace_conversion,
     _ATEN.conv_transpose2d.input: _replace_transposed_convolution,
     _ATEN.rsub.Scalar: _replace_reversed_difference,
     _ATEN.square.default: _replace_square,
+    _ATEN.mT.default: _replace_matrix_transpose,
 }

@@ -31,6 +31,7 @@ from recontrast.recipes.recipe import to_pair
 def store_calibration(path: Path, calibration: Calibration) -> Path:
     """Store a calibration in an exported file, which then decides by it. On failure nothing is changed.
 
+    A detector of tiles keeps its graph, whose scores are those of tiles: only its description changes.
     The new file is opened by its runtime and compared with the calibration before it replaces the old one; for
     OpenVINO, .xml and .bin are replaced together, and a ``.sha256`` file beside a file is written anew.
 
@@ -61,7 +62,9 @@ def store_calibration(path: Path, calibration: Calibration) -> Path:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise ValueError(f"{path}: wanted a file that can hold a calibration, got one that cannot: {reason}"
                                  ) from error  # fmt: skip
-            check_decisions(ExportedDetector(staging / path.name), calibration)
+            detector = ExportedDetector(staging / path.name)
+            if detector.overlap is None:  # the graph of a tile makes no decisions
+                check_decisions(detector, calibration)
             for file in list_files(path):
                 sidecar = file.name + SUFFIX
                 if file.with_name(sidecar).exists():
@@ -80,12 +83,18 @@ def _describe(description: Mapping[str, Any], calibration: Calibration, path: Pa
     return json.dumps({**description, "calibration": calibration.to_dict()})
 
 
+def _has_tiles(description: Mapping[str, Any]) -> bool:
+    """Return whether a file holds the graph of a tile, which makes no decisions."""
+    return parse_recipe(description["recipe"]).tile is not None
+
+
 def _rewrite_onnx(path: Path, target: Path, calibration: Calibration) -> None:
     import onnx
 
     content, description = read_onnx(path)
     model = onnx.load_from_string(content)
-    replace_onnx_decisions(model, calibration)
+    if not _has_tiles(description):
+        replace_onnx_decisions(model, calibration)
     write_onnx(model, target, _describe(description, calibration, path))
 
 
@@ -95,7 +104,8 @@ def _rewrite_openvino(path: Path, target: Path, calibration: Calibration) -> Non
     content, weights, description = read_openvino(path)
     text = _describe(description, calibration, path)
     model = get_core().read_model(content, openvino.Tensor(weights) if len(weights) else b"")
-    replace_openvino_decisions(model, calibration)
+    if not _has_tiles(description):
+        replace_openvino_decisions(model, calibration)
     write_openvino(model, target, text)
 
 
@@ -104,6 +114,7 @@ def _rewrite_pt2(path: Path, target: Path, calibration: Calibration) -> None:
     text = _describe(description, calibration, path)
     size = to_pair(parse_recipe(description["recipe"]).size)
     with silence_exporters(), pause_collection():
-        module = torch.export.load(archive).module()
-        program = trace_images(DecidedProgram(module, calibration), size)
+        program = torch.export.load(archive)
+        if not _has_tiles(description):
+            program = trace_images(DecidedProgram(program.module(), calibration), size)
         write_pt2(program, target, text)

@@ -11,7 +11,7 @@ from torch import nn
 
 
 def trace_images(
-    module: nn.Module, size: tuple[int, int], dtype: torch.dtype = torch.uint8
+    module: nn.Module, size: tuple[int, int], dtype: torch.dtype = torch.uint8, *, is_fixed: bool = False
 ) -> torch.export.ExportedProgram:
     """Trace a module that takes images.
 
@@ -19,13 +19,15 @@ def trace_images(
         module: Module with the input (N, H, W, 3).
         size: Height and width to which the module resizes the images, in pixels.
         dtype: Dtype of the input.
+        is_fixed: Whether images have this size already, as tiles do.
 
     Returns:
-        Program with dynamic N, H and W.
+        Program with dynamic N, and with dynamic H and W unless the size is fixed.
     """
-    any_length = torch.export.Dim.DYNAMIC
-    example = torch.zeros(2, size[0] + 3, size[1] + 5, 3, dtype=dtype)
-    lengths = ((any_length, any_length, any_length, torch.export.Dim.STATIC),)
+    any_length, same = torch.export.Dim.DYNAMIC, torch.export.Dim.STATIC
+    height, width = size if is_fixed else (size[0] + 3, size[1] + 5)
+    example = torch.zeros(2, height, width, 3, dtype=dtype)
+    lengths = ((any_length, *((same, same) if is_fixed else (any_length, any_length)), same),)
     with torch.no_grad():
         return torch.export.export(module, (example,), dynamic_shapes=lengths)
 

@@ -12,7 +12,9 @@ from recontrast.data.exact_length import max_exact_length
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.regular_file import check_regular, is_regular
 from recontrast.data.sidecar import check_sidecar
+from recontrast.data.sources import Images
 from recontrast.data.window import pixel_dtype
+from recontrast.inference.blend import blend_tiles, limit_batch, score_files
 from recontrast.inference.file_checks import ForeignFileError
 from recontrast.inference.programs import PROGRAMS, DeviceError, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
@@ -72,20 +74,23 @@ class ExportedDetector(Detector):
         self.recipe = parse_recipe(self.description["recipe"])
         self.calibration = parse_calibration(self.description["calibration"])
         self.category, self.max_map_value = self.description["category"], float(self.description["top"])
-        self.calibration_note = self.overlap = None
+        self.calibration_note = None
+        self.overlap = None if self.recipe.tile is None else int(self.description["overlap"])
         self.images: dict[str, Any] = self.description.get("images") or {}
 
     def __repr__(self) -> str:
         decides = "no calibration" if self.calibration is None else f"false-alarm rate {self.calibration.rate:g}"
-        size = " x ".join(map(str, self.recipe.out))
-        return f"ExportedDetector({str(self.path)!r}: {self.category}, {self.recipe.backbone}, {size} px, {decides})"
+        size = " x ".join(map(str, self.recipe.out)) + (" px tiles" if self.recipe.tile else " px")
+        return f"ExportedDetector({str(self.path)!r}: {self.category}, {self.recipe.backbone}, {size}, {decides})"
 
     def run(self, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
         """Compute maps and scores; consecutive images of the same size share a batch.
 
+        A detector of tiles reads one image at a time, and its tiles share batches.
+
         Args:
             files: Images to score.
-            batch: Largest number of images per batch.
+            batch: Largest number of images, or of tiles, per batch.
 
         Yields:
             Maps (N, H, W) and scores (N,), float32, in the order of the files.
@@ -93,6 +98,9 @@ class ExportedDetector(Detector):
         Raises:
             ValueError: If the network fails, or its outputs are not those of a detector.
         """
+        if self.overlap is not None:
+            yield from score_files(lambda pixels, inside: self.score_tiled(pixels, batch), files, self.recipe)
+            return
         group: list[NDArray[Any]] = []
         if self.recipe.roi is not None and files.check_shape is None:
             files.check_shape = Rois(self.recipe).check
@@ -134,6 +142,32 @@ class ExportedDetector(Detector):
             shapes = ", ".join(f"{name} {value.shape}" for name, value in results.items())[:200]
             raise ValueError(f"{self.path}: wanted a map and a score for each of {count} images, got {shapes}")
         return maps, scores
+
+    def score_tiled(self, pixels: NDArray[Any], batch: int, release: bool = True) -> tuple[NDArray[np.float32], float]:
+        """Cut an image into tiles, and blend their maps, as `recontrast.inference.tiling.score_tiled_image` does.
+
+        Args:
+            pixels: Image (H, W, 3), uint8, or float32 in [0, 1] with a window.
+            batch: Largest number of tiles per batch; fewer on a CPU, see `recontrast.inference.blend.limit_batch`.
+            release: Whether to release the memory of ``pixels`` while the map grows. Their content is lost.
+
+        Returns:
+            The anomaly map (H, W), float32, and the score.
+
+        Raises:
+            ValueError: If the detector is not one of tiles, the network fails, or its outputs are not those of a
+                detector.
+        """
+        if self.recipe.tile is None or self.overlap is None:
+            raise ValueError(f"{self.path}: wanted a detector of tiles, got one of whole images")
+        count = limit_batch(batch, self.recipe.tile)
+
+        def score_tiles(tiles: Images, masks: object) -> Iterator[MapsAndScores]:
+            for start in range(0, len(tiles), count):
+                maps, scores = self.score(tiles[np.arange(start, min(start + count, len(tiles)))])
+                yield maps, scores
+
+        return blend_tiles(score_tiles, pixels, self.recipe, self.overlap, release=release)
 
     def _replace_unusable(self, files: ImageFiles, index: int, image: NDArray[Any] | None) -> NDArray[Any]:
         """Return ``image``, or a black image if it could not be read or is too large for the graph."""

@@ -55,7 +55,7 @@ def parse_description(path: Path, text: str | None) -> dict[str, Any]:
     if missing := [key for key in ("recipe", "calibration", "category", "top") if key not in description]:
         raise ForeignFileError(f"{path}: the description of the exported detector lacks {', '.join(missing)}")
     try:
-        parse_recipe(description["recipe"])
+        tile = parse_recipe(description["recipe"]).tile
         parse_calibration(description["calibration"])
     except ValueError as error:
         raise ForeignFileError(f"{path}: {error}") from error
@@ -65,6 +65,11 @@ def parse_description(path: Path, text: str | None) -> dict[str, Any]:
     precision = description.get("precision", "float32")
     if precision not in PRECISIONS:
         raise ForeignFileError(f"{path}: precision: wanted {', '.join(PRECISIONS)}, got {describe_value(precision)}")
+    overlap = description.get("overlap")
+    if tile is not None and not (type(overlap) is int and 0 <= overlap < tile):
+        raise ForeignFileError(
+            f"{path}: overlap: wanted from 0 to {tile - 1} px (tiles of {tile} px), got {describe_value(overlap)}"
+        )
     if not isinstance(category, str):
         raise ForeignFileError(f"{path}: category: wanted a name, got {describe_value(category)}")
     if not is_finite(top) or top <= 0:

@@ -151,7 +151,7 @@ def test_recipe_without_a_tile_is_refused(model):
 @pytest.mark.parametrize("rule", ["max", "mean", 1.0, 0.37, 0.01, 1e-9])
 @pytest.mark.parametrize("ties", [False, True])
 def test_score_equals_that_of_anomaly_map(rule, ties, monkeypatch):
-    monkeypatch.setattr("recontrast.inference.tiling.BLOCK_PIXELS", 500)
+    monkeypatch.setattr("recontrast.inference.blend.BLOCK_PIXELS", 500)
     values = torch.randn(1, 83, 61) if not ties else torch.randint(-3, 9, (1, 83, 61)).float()
     expected = AnomalyMap([8], 64).score(values.double(), rule)
     assert score_map(values[0].numpy(), rule) == pytest.approx(float(expected), rel=1e-6)

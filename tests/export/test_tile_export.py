@@ -1,0 +1,137 @@
+"""Exported detectors of tiles: the scores, maps and decisions of the checkpoint, in every format and command."""
+
+import csv
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import fails, works
+from PIL import Image
+from saved_model import draw, save
+from test_without_torch import call_without
+from tiny import tiny_set
+from traced_once import traced_once
+
+import recontrast
+from recontrast import checkpoint as checkpoints
+from recontrast.calibration.conformal import Calibration
+from recontrast.checkpoint import digest
+from recontrast.export.export import export
+from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.recipes.recipe import Recipe
+
+RECIPE = Recipe(backbone="test_resnet", weights="random", size=32, tile=32, encoder_bn="eval", levels=2)
+KINDS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*"),
+    pytest.mark.filterwarnings("ignore:.*seem to show one scene:recontrast.data.listing.DataWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Images larger than a tile, of a tile, smaller in one and in both directions."""
+    folder, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for index, (height, width) in enumerate([(75, 50), (32, 32), (20, 70), (9, 5), (64, 64)]):
+        spread = 10 + 40 * index
+        pixels = 120 + random.normal(0, spread, (height, width, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(photographs, tmp_path_factory):
+    """Folder of a checkpoint, whose threshold lies between the scores of `photographs`, and its file in each format."""
+    folder = tmp_path_factory.mktemp("files")
+    checkpoint = save(folder / "checkpoint.pt", RECIPE)
+    stored = checkpoints.load(checkpoint)
+    measured = sorted(recontrast.load(checkpoint, device="cpu").predict(photographs).scores)
+    middle = (measured[2] + measured[3]) / 2
+    scores = tuple(float(np.float32(s)) for s in np.linspace(middle - 1, middle + 1, 39))
+    calibration = Calibration(scores, 0.5, scores[-20], None, 0.01, False, "drawn", digest(stored.model, stored.recipe))
+    checkpoints.write_calibration(checkpoint, calibration)
+    with traced_once():
+        for kind, suffix in KINDS.items():
+            result = export(checkpoint, kind, folder / f"tiles{suffix}")
+            assert result.difference < 1e-4 and result.images == 8 and result.outputs == ("map", "score")
+    return folder
+
+
+def predict(file, photographs, out):
+    works("predict", file, photographs, "--out", out, "--maps", "npy", "--device", "cpu", "--no-overlays")
+    rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
+    return rows, {path.name: np.load(path) for path in (out / "maps").iterdir()}
+
+
+def compare(got, wanted):
+    for row, expected in zip(got[0], wanted[0], strict=True):
+        assert float(row.pop("score")) == pytest.approx(float(expected["score"]), rel=1e-4)
+        assert row == {name: value for name, value in expected.items() if name != "score"}
+    assert got[1].keys() == wanted[1].keys() and len(wanted[1]) == 5
+    for name, anomaly in wanted[1].items():
+        np.testing.assert_allclose(got[1][name], anomaly, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_equal_those_of_the_checkpoint(files, photographs, tmp_path):
+    wanted = predict(files / "checkpoint.pt", photographs, tmp_path / "wanted")
+    assert {row["decision"] for row in wanted[0]} == {"good", "defect"}
+    for suffix in KINDS.values():
+        compare(predict(files / f"tiles{suffix}", photographs, tmp_path / suffix), wanted)
+    done = call_without("predict", files / "tiles.onnx", photographs, "--out", tmp_path / "without")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = ((tmp_path / name / "scores.csv").read_text() for name in ("without", ".onnx"))
+    assert ours == theirs
+
+
+def test_lines_of_the_guide_give_the_scores_of_predict(files, photographs, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/export.md").read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "tiles.onnx" in block]
+    (tmp_path / "tiles.onnx").write_bytes((files / "tiles.onnx").read_bytes())
+    paths = sorted(map(str, photographs.iterdir()))
+    done = subprocess.run([sys.executable, "-c", block, *paths], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = recontrast.load(files / "checkpoint.pt", device="cpu").predict(paths).scores
+    for line, path, score in zip(done.stdout.splitlines(), paths, scores, strict=True):
+        assert line.startswith(f"{path} ") and float(line.split()[-1]) == pytest.approx(score, rel=1e-4)
+
+
+def test_evaluation_equals_that_of_the_checkpoint(files, tmp_path):
+    tiny_set(tmp_path / "data")
+    ours, theirs = (recontrast.evaluate(files / name, tmp_path / "data", device="cpu", batch=4)
+                    for name in ("tiles.onnx", "checkpoint.pt"))  # fmt: skip
+    wanted = asdict(theirs.mean)
+    assert wanted["p_auroc"] is not None
+    for name, value in asdict(ours.mean).items():
+        if isinstance(value, float):
+            assert value == pytest.approx(wanted[name], abs=1e-3), name
+    for ours_scored, theirs_scored in zip(ours.scored, theirs.scored, strict=True):
+        assert ours_scored.score == pytest.approx(theirs_scored.score, rel=1e-4)
+
+
+@pytest.mark.parametrize("suffix", KINDS.values())
+def test_file_is_calibrated_on_its_own_scores(suffix, files, tmp_path):
+    path = tmp_path / f"d{suffix}"
+    for part in {suffix, suffix.replace("xml", "bin")}:
+        path.with_suffix(part).write_bytes((files / f"tiles{part}").read_bytes())
+    good = draw(tmp_path / "good", 9, seed=7, spread=30.0)
+    works("calibrate", path, "--good", good, "--false-alarm-rate", 0.2)
+    detector = ExportedDetector(path)
+    assert detector.overlap == 8 and "32 px tiles" in repr(detector)
+    assert detector.calibration.rate == 0.2 and list(detector.program.description["calibration"]["scores"])
+    scores = sorted(prediction.score for prediction in detector.predict(good))
+    np.testing.assert_allclose(sorted(detector.calibration.scores), scores, rtol=1e-6)
+
+
+def test_refusals(files, tmp_path):
+    checkpoint = files / "checkpoint.pt"
+    message = fails("export", checkpoint, "--format", "onnx", "--precision", "float16", "--out", tmp_path / "d.onnx")
+    assert "--precision: wanted float32 for a detector of tiles, got float16" in message
+    assert not list(tmp_path.iterdir())
+    images = draw(tmp_path / "images", 1, seed=1)
+    message = fails("predict", files / "tiles.onnx", images, "--out", tmp_path / "out", "--tile", 64)
+    assert "wanted a checkpoint where tile or overlap is given" in message
