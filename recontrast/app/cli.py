@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from recontrast.app.command_group import Command, CommandGroup
+from recontrast.app.commands.audit import audit
 from recontrast.app.commands.benchmark import benchmark
 from recontrast.app.commands.calibrate import calibrate
 from recontrast.app.commands.compare import compare
@@ -68,6 +69,6 @@ def _root(
 for command in (train, compare, reproduce, evaluate, calibrate, predict, export, benchmark, serve, watch, report):
     runs_network = command in (train, evaluate, calibrate, predict, serve, watch)
     app.command(cls=Command)(add_threads(add_imports(command)) if runs_network else add_imports(command))
-for command in (demo, prepare, info, doctor):
+for command in (audit, demo, prepare, info, doctor):
     app.command(cls=Command)(command)
 app.command("list", cls=Command)(list_images)

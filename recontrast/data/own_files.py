@@ -33,6 +33,8 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "compare.json": (b'{\n "compared": ',),
     "compare.csv": (b"method,error,i_auroc,",),
     "compare.md": (b"# Comparison of methods on ",),
+    "audit.csv": (b"rank,path,category,score,",),
+    "clean.csv": (b"path,split,label,",),
     "method.json": (b'{\n "method": ',),
     "scale.json": (b'{\n "format": ',),
     "unfinished-predict.json": (b'{\n "note": ',),
@@ -44,7 +46,7 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
 }
 _SHEET = re.compile(r"heatmaps_[^/]+\.png")  # of the demo
 _RECIPE_FIELDS = (b"name:", b"\nbackbone:", b"\ndecoder_lr:", b"\ncheckpoint_every:", b"\nmask_rule:")
-_PAGES = (b"Anomaly detection report", b"Anomaly detection comparison")
+_PAGES = (b"Anomaly detection report", b"Anomaly detection comparison", b"Anomaly detection audit")
 _MODEL = b"recontrast"  # in the description that an exported file holds
 _CHECKPOINT = b"recontrast_checkpoint"  # a key in the first member of the archive
 _MODEL_SUFFIXES = (".onnx", ".pt2", ".xml")

@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": ["demo", "--out", "{out}"],
     "train": ["train", "{data}", "--out", "{out}"],
     "compare": ["compare", "{data}", "--out", "{out}"],
+    "audit": ["audit", "{data}", "--out", "{out}"],
     "watch": ["watch", "none", "no.pt", "--out", "{out}"],
     "list": ["list", "none", "--out", "{out}/l.csv"],
     "benchmark": ["benchmark", "no.pt", "--out", "{out}/b.json"],

@@ -1,0 +1,131 @@
+"""Defects mixed into the good images: how many `recontrast audit` finds, and what they cost a detector.
+
+    python benchmarks/audit.py --data FOLDER --backbone resnet18 --weights FILE.pth --out FILE.json
+
+FOLDER holds categories in MVTec AD layout. For each share, some of the test images with defects are added to the
+training images as good ones, and taken out of the test. PatchCore is trained on the good images alone, on all, and on
+those that remain when twice the share is left out by the audit. Each result is written at once, and a second call
+continues where the first ended.
+"""
+
+import argparse
+import json
+import platform
+import random
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from recontrast.data.atomic import replace_file
+from recontrast.data.datasets import Sample, mvtec
+from recontrast.evaluation.evaluate import evaluate
+from recontrast.models.patchcore import PatchCore
+from recontrast.recipes.recipe import Recipe
+from recontrast.training.audit import audit_images
+from recontrast.training.train import train
+
+METRICS = {"i_auroc": "I-AUROC", "p_auroc": "P-AUROC", "aupro": "AUPRO"}
+
+
+def mix(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], set[Path]]:
+    """Add defects to the training images, so that they are ``share`` of them; return the samples and the defects."""
+    good = sum(sample.split == "train" for sample in samples)
+    defects = [sample for sample in samples if sample.split == "test" and sample.label]
+    count = min(max(round(share * good / (1 - share)), 1), len(defects) // 2)
+    chosen = {sample.path for sample in random.Random(seed).sample(defects, count)}
+    mixed = [
+        replace(sample, split="train", label=0, defect="good", mask=None) if sample.path in chosen else sample
+        for sample in samples
+    ]
+    return mixed, chosen
+
+
+def measure_detector(samples: list[Sample], recipe: Recipe, category: str) -> dict[str, float | None]:
+    """Train PatchCore and evaluate it; metrics in percent."""
+    trained = train(recipe, samples, category=category, device="cpu")
+    (row,) = evaluate(trained.model, samples, trained.recipe).rows
+    return {name: None if (value := getattr(row, name)) is None else round(100 * value, 2) for name in METRICS}
+
+
+def measure(category: str, share: float, seed: int, recipe: Recipe, data: Path) -> dict[str, Any]:
+    """Audit one mixture, and train with it, without what the audit leaves out, and without the defects."""
+    samples, defects = mix(mvtec(data, category), share, seed)
+    network = PatchCore(recipe.backbone, weights=recipe.weights)
+    begin, cpu = time.perf_counter(), time.process_time()
+    images, _ = audit_images(samples, network, size=recipe.size)
+    spent, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    is_defect = np.array([image.sample.path in defects for image in images])
+    first = 2 * len(defects)
+    gone = {image.sample.path for image in images[:first]}
+    variants = {
+        "clean": [sample for sample in samples if sample.path not in defects],
+        "mixed": samples,
+        "audited": [sample for sample in samples if sample.path not in gone],
+    }
+    return {
+        "category": category, "share": share, "seed": seed, "images": len(images), "defects": len(defects),
+        "auroc": round(100 * float(roc_auc_score(is_defect, [image.score for image in images])), 1),
+        "found_in_first": int(is_defect[: len(defects)].sum()), "found_in_twice": int(is_defect[:first].sum()),
+        "seconds": round(spent, 1), "cpu_seconds": round(cpu, 1),
+        **{name: measure_detector(chosen, recipe, category) for name, chosen in variants.items()},
+    }  # fmt: skip
+
+
+def print_table(runs: list[dict[str, Any]]) -> None:
+    """Print one line for each category and share."""
+    print("| set | share | AUROC | found in the first n | in the first 2 n | " + " | ".join(METRICS.values()) + " |")
+    print("|---" * (5 + len(METRICS)) + "|")
+    for run in runs:
+        cells = [
+            " / ".join("-" if run[name][metric] is None else f"{run[name][metric]:.1f}"
+                       for name in ("clean", "mixed", "audited"))
+            for metric in METRICS
+        ]  # fmt: skip
+        found = [f"{run[key]} of {run['defects']}" for key in ("found_in_first", "found_in_twice")]
+        print(
+            f"| {run['category']} | {100 * run['share']:.0f} % | {run['auroc']} | " + " | ".join([*found, *cells]), "|"
+        )
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--categories", nargs="+")
+    parser.add_argument("--backbone", default="wide_resnet50_2.tv_in1k")
+    parser.add_argument("--weights")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.02, 0.05, 0.1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    recipe = Recipe(
+        name="audit", architecture="patchcore", backbone=arguments.backbone, weights=arguments.weights,
+        size=arguments.size, log_every=10**6,
+    )  # fmt: skip
+    stored = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
+    runs: list[dict[str, Any]] = stored["runs"]
+    done = {(run["category"], run["share"], run["seed"]) for run in runs}
+    folders = [path.name for path in sorted(arguments.data.iterdir()) if (path / "train").is_dir()]
+    for seed in arguments.seeds:
+        for share in arguments.shares:
+            for category in arguments.categories or folders:
+                if (category, share, seed) in done:
+                    continue
+                runs.append(measure(category, share, seed, recipe, arguments.data))
+                print(runs[-1], flush=True)
+                machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+                stored = {"date": f"{date.today()}", "machine": machine, "torch": torch.__version__, "runs": runs}
+                with replace_file(arguments.out) as file:
+                    file.write((json.dumps(stored, indent=1) + "\n").encode())
+    print_table(runs)
+
+
+if __name__ == "__main__":
+    main()
