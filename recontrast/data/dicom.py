@@ -5,7 +5,6 @@ intercept (C.11.1), the window of the file maps them to grey (C.11.2), and MONOC
 """
 
 import math
-import struct
 from typing import IO, Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from recontrast.data.samples import FULL_SCALE_KEY, WINDOW_KEY, SampleError, sca
 
 _WANTED = "a DICOM image of one frame, grey or RGB"
 _GREY, _COLOUR = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_DEFLATED = "1.2.840.10008.1.2.1.99"  # of which a small file can inflate to any size
-_LONG = (b"OB", b"OW", b"OF", b"SQ", b"UT", b"UN")  # value representations with a length of 4 bytes
+_META, _SYNTAX = 0x0002, 0x00020010  # group of the meta information, and the transfer syntax in it
 
 
 def read_header(file: IO[bytes]) -> Any:
@@ -35,8 +33,7 @@ def read_header(file: IO[bytes]) -> Any:
         Exception: Any exception of pydicom, if the file is damaged.
     """
     pydicom = _import_pydicom()
-    if _read_syntax(file) == _DEFLATED:
-        raise SampleError("a deflated data set", _WANTED)
+    _check_syntax(pydicom, file)
     file.seek(0)
     data = pydicom.dcmread(file, stop_before_pixels=True)
     if not data.get("Rows") or not data.get("Columns"):
@@ -136,17 +133,24 @@ def _import_pydicom() -> Any:
     return pydicom
 
 
-def _read_syntax(file: IO[bytes]) -> str:
-    """Return the transfer syntax in the meta information, whose elements have an explicit length; empty if missing."""
+def _check_syntax(pydicom: Any, file: IO[bytes]) -> None:
+    """Refuse a data set that is deflated: a small file can inflate to any size before its header is known.
+
+    The meta information is read as `pydicom.dcmread` reads it, so that both find the same transfer syntax.
+    """
+    tags = []
+
+    def is_past(tag: int, *_: Any) -> bool:
+        tags.append(tag)
+        return tag >> 16 != _META
+
     file.seek(132)
-    while len(head := file.read(8)) == 8 and head[:2] == b"\x02\0":
-        length = struct.unpack("<H", head[6:])[0]
-        if head[4:6] in _LONG:
-            length = struct.unpack("<L", file.read(4).ljust(4, b"\0"))[0]
-        if head[2:4] == b"\x10\0":
-            return file.read(min(length, 64)).rstrip(b"\0 ").decode("ascii", "replace")
-        file.seek(length, 1)
-    return ""
+    meta = pydicom.filereader.read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=is_past)
+    if tags.count(_SYNTAX) > 1:
+        raise SampleError("one of several transfer syntaxes", _WANTED)
+    for element in meta:  # of an unknown kind: an error here, where dcmread would read all again in another way
+        if element.tag == _SYNTAX and "1.2.840.10008.1.2.1.99" in str(element.value):
+            raise SampleError("a deflated data set", _WANTED)
 
 
 def _read_stored(file: IO[bytes], data: Any) -> NDArray[Any]:

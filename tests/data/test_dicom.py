@@ -1,6 +1,8 @@
 """DICOM files, written here by pydicom: rescaled, inverted and windowed as the standard says, or refused by name."""
 
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -187,6 +189,34 @@ def test_damaged_and_foreign_files(tmp_path, monkeypatch):
         ValueError, match=r"a\.dcm: wanted the package pydicom to read DICOM, got none .*recontrast\[dicom\]"
     ):
         read_image(path)
+
+
+def meta_element(number, kind, value):
+    """An element (0002,number) as in a file; kinds of the second form have a length of 4 bytes."""
+    value += b"\0" * (len(value) % 2)
+    is_long = kind in ("OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV")
+    length = struct.pack("<HL", 0, len(value)) if is_long else struct.pack("<H", len(value))
+    return struct.pack("<HH", 2, number) + kind.encode() + length + value
+
+
+def test_deflated_files_are_refused_wherever_the_syntax_stands(tmp_path, monkeypatch):
+    """Nothing is inflated: the syntax is repeated, or stands behind an element of any kind."""
+    plain, deflated = (str(pydicom.uid.ExplicitVRLittleEndian), str(pydicom.uid.DeflatedExplicitVRLittleEndian))
+    syntaxes = [meta_element(0x10, "UI", syntax.encode()) for syntax in (plain, deflated)]
+    packed = zlib.compress(bytes(1 << 20), wbits=-15)
+    monkeypatch.setattr(zlib, "decompress", lambda *_, **__: pytest.fail("inflated"))
+    several, one = f"{WANTED}one of several transfer syntaxes", f"{WANTED}a deflated data set"
+    cases = [(b"".join(syntaxes), several), (b"".join(syntaxes[::-1]), several), (2 * syntaxes[0], several)]
+    for kind in ("OB", "OD", "OL", "OV", "SV", "UC", "UN", "UR", "UT", "UV", "SH"):
+        for size in (8, 40):
+            cases.append((meta_element(3, kind, bytes(size)) + syntaxes[1], one))
+    for meta, text in cases:
+        path = tmp_path / "bomb.dcm"
+        path.write_bytes(bytes(128) + b"DICM" + meta + packed)
+        for read in (read_image, image_size):
+            with pytest.raises(ValueError) as caught:
+                read(path)
+            assert str(caught.value) == f"{path}: {text}", meta
 
 
 def test_training_and_prediction(tmp_path):
