@@ -23,6 +23,7 @@ from recontrast.training.audit import STANDS_OUT, AuditedImage
 FILES = ("audit.csv", "audit.html")
 CLEAN = "clean.csv"
 SIDE = 224  # longest side of a picture in pixels
+CARDS = ".audited { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 2rem 1.5rem; }\n"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -114,7 +115,7 @@ def render_page(audited: Mapping[str, Sequence[AuditedImage]], left_out: set[Pat
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <link rel="icon" href="data:,">
 <title>{escape(title)}</title>
-<style>{style}</style>
+<style>{style}{CARDS}</style>
 </head>
 <body>
 <main>
@@ -142,10 +143,11 @@ def _render_category(category: str, images: Sequence[AuditedImage], left_out: se
         for rank, image in enumerate(images[:count], 1)
     )
     standing = sum(image.stands_out for image in images)
+    verb = "stands" if standing == 1 else "stand"
     shown = f"The first {count} are shown." if count < len(images) else ""
     return (
-        f'<section aria-label="{name}"><h2>{name}</h2><p>{len(images)} images, of which {standing} stand out. {shown}'
-        f'</p><ol class="differing">{cards}</ol></section>\n'
+        f'<section aria-label="{name}"><h2>{name}</h2><p>{len(images)} images, of which {standing} {verb} out. {shown}'
+        f'</p><ol class="differing audited">{cards}</ol></section>\n'
     )
 
 

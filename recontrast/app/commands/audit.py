@@ -12,7 +12,7 @@ from recontrast.app.options import AllGood, Data, Device, Overwrite, check_writa
 from recontrast.app.progress_bar import ProgressBar
 
 
-def audit(
+def audit(  # 12 options and the output; `audit_images` and `audit_files` do the work
     data: Data = None,
     good: Good = None,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
@@ -66,7 +66,8 @@ def audit(
         written = write_audit(out, audited, groups, left_out=left_out, images=images, overwrite=overwrite)
     for name, group in audited.items():
         standing = sum(image.stands_out for image in group)
-        print_line(f"{name}: {standing} of {len(group)} good images stand out; first {group[0].sample.path}")
+        verb = "stands" if standing == 1 else "stand"
+        print_line(f"{name}: {standing} of {len(group)} good images {verb} out; first {group[0].sample.path}")
     if left_out is not None:
         print_line(f"left out of {out / CLEAN}: {len(left_out)} images; train with it: recontrast train {out / CLEAN}")
     print_line(f"audit: {', '.join(map(str, written))}")
