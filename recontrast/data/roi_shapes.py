@@ -56,7 +56,11 @@ def read_shapes(path: PathLike) -> NDArray[np.bool_]:
     _check_keys(path, content, ("width", "height", *_SHAPES, "ignore"), "")
     size = [content.get(name) for name in ("width", "height")]
     if any(type(side) is not int or not 0 < side <= LARGEST_SIDE for side in size):
-        raise ValueError(f"{path}: width and height: wanted 1 to {LARGEST_SIDE} px of the image, got {size!r:.80}")
+        shown = "neither" if size == [None, None] else f"{size!r:.80}"
+        raise ValueError(
+            f"{path}: width and height: wanted those of the image that the shapes were drawn on, 1 to {LARGEST_SIDE} "
+            f"px, got {shown}"
+        )
     width, height = (int(side) for side in size if side is not None)
     ignored = content.get("ignore", {})
     if not isinstance(ignored, dict):

@@ -123,7 +123,7 @@ def test_masks_are_cropped_as_images():
 BAD_JSON = {
     "{": "wanted a region of interest in JSON, got a text that is not JSON",
     "[]": "wanted a region of interest in JSON with width, height and shapes, got list",
-    "{}": r"width and height: wanted 1 to 65536 px of the image, got \[None, None\]",
+    "{}": "width and height: wanted those of the image that the shapes were drawn on, 1 to 65536 px, got neither",
     '{"width": 30, "height": 20}': "wanted rectangles, polygons or ignore, got none of them",
     '{"width": 30, "height": 20, "circles": []}': "wanted the keys width, .* got 'circles'",
     '{"width": 30, "height": 20, "rectangles": [[25, 3, 10, 8]]}': (
