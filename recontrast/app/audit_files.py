@@ -5,6 +5,7 @@ from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,8 @@ from recontrast.data.dataset_sample import Sample
 from recontrast.data.image_files import IMAGE_ERRORS
 from recontrast.data.image_lists import write_list
 from recontrast.data.images import read_image, reserve_memory
-from recontrast.data.own_files import check_replaceable
+from recontrast.data.own_files import check_replaceable, is_own
+from recontrast.data.window import to_levels
 from recontrast.training.audit import STANDS_OUT, AuditedImage
 
 FILES = ("audit.csv", "audit.html")
@@ -35,29 +37,31 @@ def choose_images(audited: Mapping[str, Sequence[AuditedImage]], share: float) -
         share: Share of the images, between 0 and 1.
 
     Raises:
-        ValueError: If the share is not between 0 and 1, or leaves no image.
+        ValueError: If the share is not between 0 and 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"--clean: wanted a share between 0 and 1, got {share:g}")
     chosen = []
-    for category, images in audited.items():
-        count = max(round(share * len(images)), 1)
-        if count == len(images):
-            raise ValueError(f"--clean: wanted a share that leaves an image of {category}, got {share:g}")
+    for images in audited.values():
+        count = min(max(round(share * len(images)), 1), len(images) - 1)  # at least one, and one that stays
         chosen += [image.sample for image in images[:count]]
     return chosen
 
 
 def write_audit(
     out: Path, audited: Mapping[str, Sequence[AuditedImage]], groups: Mapping[str, Sequence[Sample]],
-    *, left_out: Sequence[Sample] | None = None, images: int = 60, overwrite: bool = False,
+    *, errors: Mapping[Path, str] | None = None, left_out: Sequence[Sample] | None = None, images: int = 60,
+    overwrite: bool = False,
 ) -> list[Path]:  # fmt: skip
-    """Write ``audit.csv`` and ``audit.html``, and ``clean.csv`` if images are left out.
+    """Write ``audit.csv`` and ``audit.html``, and ``clean.csv`` if images are left out; all of them or none.
+
+    A ``clean.csv`` of an earlier audit is removed.
 
     Args:
         out: Folder, which is created.
         audited: Images of each category, the highest score first.
         groups: All samples by category, for the list.
+        errors: Error message of each file that could not be read; the list does not have it.
         left_out: Training images that the list does not have. None writes no list.
         images: Largest number of images of each category on the page.
         overwrite: Whether files of others are replaced.
@@ -69,23 +73,28 @@ def write_audit(
         ValueError: If a file of others has one of the names.
         OSError: If a file cannot be written; existing files are then unchanged.
     """
-    names = [*FILES, *([] if left_out is None else [CLEAN])]
+    is_listed, errors = left_out is not None, errors or {}
+    names = [*FILES, CLEAN] if is_listed else [*FILES]
     check_replaceable(out, names, overwrite=overwrite)
     gone = {sample.path for sample in left_out or ()}
-    header = ("rank", "path", "category", "score", "deviations", "left_out")
-    rows = [
-        (rank, str(image.sample.path), category, Rounded(image.score), Rounded(image.deviations),
-         int(image.sample.path in gone))
+    header = ("rank", "path", "category", "score", "z_score", "left_out", "error")
+    rows: list[tuple[Any, ...]] = [
+        (rank, str(image.sample.path), category, Rounded(image.score), Rounded(image.z_score),
+         int(image.sample.path in gone), None)
         for category, group in audited.items()
         for rank, image in enumerate(group, 1)
     ]  # fmt: skip
+    categories = {sample.path: name for name, group in groups.items() for sample in group}
+    rows += [(None, str(path), categories.get(path), None, None, 1, text) for path, text in errors.items()]
     page = render_page(audited, gone, images)
-    with replace_files(out) as staging:
+    has_old_list = not is_listed and is_own(out / CLEAN)
+    with replace_files(out, remove=[CLEAN] if has_old_list else []) as staging:
         (staging / FILES[0]).write_bytes(format_table([header, *rows]))
         (staging / FILES[1]).write_bytes(page.encode(errors="backslashreplace"))
-    if left_out is not None:
-        kept = {name: [sample for sample in group if sample.path not in gone] for name, group in groups.items()}
-        write_list(out / CLEAN, kept)
+        if is_listed:
+            gone |= errors.keys()
+            kept = {name: [sample for sample in group if sample.path not in gone] for name, group in groups.items()}
+            write_list(staging / CLEAN, kept)
     return [out / name for name in names]
 
 
@@ -124,8 +133,8 @@ def render_page(audited: Mapping[str, Sequence[AuditedImage]], left_out: set[Pat
 <h1>{escape(title)}</h1>
 <p class="dim">The images that look least like the others come first: look at them, and decide which are defects.
 Each image was compared with the others alone. The score is the largest distance of one of its points to the nearest
-point of another image; the bright part of the heat map is where. An image stands out if its score is more than
-{STANDS_OUT} robust standard deviations above the median. That is a place to look, not a decision.
+point of another image; the bright part of the heat map is where. An image stands out if its modified z-score is above
+{STANDS_OUT}: so many robust standard deviations above the median. That is a place to look, not a decision.
 <time datetime="{date.isoformat(timespec="seconds")}">{date.day} {date:%B %Y}</time></p>
 </header>
 {sections}</main>
@@ -154,7 +163,7 @@ def _render_category(category: str, images: Sequence[AuditedImage], left_out: se
 def _render_card(rank: int, image: AuditedImage, heat: tuple[float, float], is_left_out: bool) -> str:
     path = str(image.sample.path).encode(errors="backslashreplace").decode()
     note = ("stands out, " if image.stands_out else "") + ("left out of the list, " if is_left_out else "")
-    text = f"{note}score {image.score:.4g}, {image.deviations:+.1f} deviations"
+    text = f"{note}score {image.score:.4g}, modified z-score {image.z_score:.1f}"
     try:
         photo, overlay = _draw(image, heat)
     except IMAGE_ERRORS:  # it was deleted or damaged after it was read
@@ -173,7 +182,7 @@ def _render_card(rank: int, image: AuditedImage, heat: tuple[float, float], is_l
 def _draw(image: AuditedImage, heat: tuple[float, float]) -> tuple[str, str]:
     """Return the photograph and its heat map as data URIs."""
     with reserve_memory(image.sample.path):
-        picture = Image.fromarray(read_image(image.sample.path))
+        picture = Image.fromarray(to_levels(read_image(image.sample.path, bits=image.bits, window=image.window)))
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     photo = np.asarray(picture)
     values = (image.distances - heat[0]) / max(heat[1] - heat[0], 1e-12)

@@ -68,10 +68,10 @@ def test_others_are_drawn_and_leave_out_the_own_group(count):
     assert (chosen.sum(1) == np.minimum(different, audit.MAX_OTHERS)).all()
 
 
-def test_deviations():
+def test_z_scores():
     scores = np.array([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert audit.measure_deviations(scores) == pytest.approx((scores - 3) / 1.4826)
-    assert audit.measure_deviations(np.array([1.0, 1.0, 1.0, 9.0])).tolist() == [0, 0, 0, 0]
+    assert audit.measure_z_scores(scores) == pytest.approx((scores - 3) / 1.4826)
+    assert audit.measure_z_scores(np.array([1.0, 1.0, 1.0, 9.0])).tolist() == [0, 0, 0, 0]
 
 
 def test_defects_come_first_and_copies_are_left_out_together(folder):
@@ -92,8 +92,11 @@ def test_command(folder, tmp_path):
     broken.write_bytes(b"no image")
     options = ["--weights", "random", "--backbone", "test_resnet", "--size", SIZE, "--device", "cpu"]
     text = fails("audit", folder, *options, "--out", tmp_path / "out", "--clean", 0.1)
-    assert str(broken) in text
+    assert str(broken) in text and str(broken) in (tmp_path / "out/audit.csv").read_text()
+    assert str(broken) not in (tmp_path / "out/clean.csv").read_text()  # training would stop at it
     broken.unlink()
+    works("audit", folder, *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out/clean.csv").exists()  # it would belong to another table
     text = works("audit", folder, *options, "--out", tmp_path / "out", "--clean", 0.1)
     assert f"recontrast train {tmp_path / 'out/clean.csv'}" in text
     rows = list(csv.DictReader((tmp_path / "out/audit.csv").read_text().splitlines()))
@@ -131,6 +134,36 @@ def test_too_few_images_and_shares(folder):
     with pytest.raises(ValueError, match="audit: wanted at least 3 different good training images, got 2"):
         audit.audit_images(samples[:2], network, size=SIZE)
     images, _ = audit.audit_images(samples[:4], network, size=SIZE)
-    assert len(choose_images({"nut": images}, 0.5)) == 2 and len(choose_images({"nut": images}, 0.01)) == 1
-    with pytest.raises(ValueError, match=r"--clean: wanted a share that leaves an image of nut, got 0\.9"):
-        choose_images({"nut": images}, 0.9)
+    counts = [len(choose_images({"nut": images}, share)) for share in (0.5, 0.01, 0.99)]
+    assert counts == [2, 1, 3]
+
+
+def test_categories_that_fail_lose_no_others(folder, tmp_path):
+    """Too few images are refused before anything is computed; images that cannot be read, after it, by name."""
+    options = ["--weights", "random", "--backbone", "test_resnet", "--size", SIZE, "--device", "cpu"]
+    small = tmp_path / "bolt/train/good"
+    small.mkdir(parents=True)
+    for index in range(2):
+        draw_image(np.random.default_rng(index)).save(small / f"{index}.png")
+    text = fails("audit", folder, tmp_path / "bolt", *options, "--out", tmp_path / "out")
+    assert "bolt: audit: wanted at least 3 different good training images, got 2" in text
+    assert not (tmp_path / "out").exists()
+    for index in range(3):
+        (small / f"broken{index}.png").write_bytes(b"no image %d" % index)
+    text = fails("audit", folder, tmp_path / "bolt", *options, "--out", tmp_path / "out")
+    assert "bolt: audit: wanted at least 3 different good training images, got 2 that can be read:" in text
+    assert "broken0.png" in text and len((tmp_path / "out/audit.csv").read_text().splitlines()) == 21
+
+
+def test_images_of_16_bits(tmp_path):
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "nut/train/good"
+    folder.mkdir(parents=True)
+    for index in range(8):
+        levels = generator.normal(1500, 20, (SIZE, SIZE)).astype(np.uint16)
+        levels[10:20, 10:20] += 300 * (index == 5)
+        Image.fromarray(levels).save(folder / f"{index}.png")
+    options = ["--weights", "random", "--backbone", "test_resnet", "--size", SIZE, "--device", "cpu"]
+    works("audit", tmp_path / "nut", *options, "--window", "1300 2000", "--out", tmp_path / "out")
+    first = (tmp_path / "out/audit.csv").read_text().splitlines()[1]
+    assert first.split(",")[1].endswith("5.png")

@@ -2,13 +2,22 @@
 
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from recontrast.app.console import print_data, print_image_errors, print_line
 from recontrast.app.data_options import Good, load_data
-from recontrast.app.options import AllGood, Data, Device, Overwrite, check_writable, expand_home, path_option
+from recontrast.app.options import (
+    AllGood,
+    Data,
+    Device,
+    Overwrite,
+    check_writable,
+    expand_home,
+    parse_window,
+    path_option,
+)
 from recontrast.app.progress_bar import ProgressBar
 
 
@@ -33,6 +42,10 @@ def audit(  # 12 options and the output; `audit_images` and `audit_files` do the
         ),
     ] = None,
     size: Annotated[int, typer.Option(help="Side of the resized images in pixels.", min=32)] = 256,
+    window: Annotated[
+        str | None,
+        typer.Option(metavar="LOW HIGH", help="As in train, for images of more than 8 bits. Default: scale to 8 bits."),
+    ] = None,
     images: Annotated[int, typer.Option(help="Images of each category on the page.", min=1)] = 60,
     device: Device = None,
     overwrite: Overwrite = False,
@@ -43,27 +56,46 @@ def audit(  # 12 options and the output; `audit_images` and `audit_files` do the
     from recontrast.data.locks import lock_folder
     from recontrast.data.own_files import check_replaceable
     from recontrast.models.patchcore import PatchCore
+    from recontrast.recipes.recipe import Recipe
     from recontrast.runtime.device import resolve_device
-    from recontrast.training.audit import audit_images
+    from recontrast.training.audit import audit_images, check_samples, list_readable
+    from recontrast.training.camera_bits import fix_bits, fix_window
 
     if clean is not None and not 0 < clean < 1:
         raise ValueError(f"--clean: wanted a share between 0 and 1, got {clean:g}")
+    values: dict[str, Any] = {"window": None if window is None else parse_window(window)}
+    recipe = Recipe(backbone=backbone, size=size, **values)
     check_writable(out)
     target = resolve_device(device)
     groups = load_data(data, good, None, category=category, all_good=all_good)
     check_replaceable(out, FILES if clean is None else [*FILES, CLEAN], overwrite=overwrite, inputs=data or good or ())
+    for name, samples in groups.items():
+        check_samples(name, samples)
     network = PatchCore(backbone, weights=expand_home(weights))
     network.check_size(size)
     print_data(datasets.describe(groups))
-    audited, errors = {}, []
+    audited: dict[str, Any] = {}
+    errors: dict[Path, str] = {}
+    failed: list[str] = []
     with lock_folder(out):
         with ProgressBar("audit") as progress:
             for name, samples in groups.items():
-                show = functools.partial(progress, note=name)
-                audited[name], failed = audit_images(samples, network, size=size, device=target, on_progress=show)
-                errors += failed
+                try:
+                    paths = list_readable(samples)
+                    reading = fix_bits(fix_window(recipe, paths), paths)
+                    audited[name], unread = audit_images(
+                        samples, network, size=size, bits=reading.bits, window=reading.window, device=target,
+                        on_progress=functools.partial(progress, note=name),
+                    )  # fmt: skip
+                    errors |= unread
+                except (ValueError, OSError) as error:  # the other categories are ranked all the same
+                    failed.append(f"{name}: {error}")
+        if not audited:
+            raise ValueError(failed[0])
         left_out = None if clean is None else choose_images(audited, clean)
-        written = write_audit(out, audited, groups, left_out=left_out, images=images, overwrite=overwrite)
+        written = write_audit(
+            out, audited, groups, errors=errors, left_out=left_out, images=images, overwrite=overwrite
+        )  # fmt: skip
     for name, group in audited.items():
         standing = sum(image.stands_out for image in group)
         verb = "stands" if standing == 1 else "stand"
@@ -71,6 +103,6 @@ def audit(  # 12 options and the output; `audit_images` and `audit_files` do the
     if left_out is not None:
         print_line(f"left out of {out / CLEAN}: {len(left_out)} images; train with it: recontrast train {out / CLEAN}")
     print_line(f"audit: {', '.join(map(str, written))}")
-    print_image_errors(errors, "they are not in the table")
-    if errors:
+    print_image_errors([*failed, *errors.values()], f"see {written[0]}")
+    if failed or errors:
         raise typer.Exit(2)
