@@ -21,7 +21,9 @@ def assign_splits(samples: Sequence[Sample], names: Sequence[str]) -> list[Sampl
     """Divide images without a split into training and test.
 
     In a category with defects, these and a fifth of the good images are test images. Which ones depends on their names
-    alone, so that they stay test images when others are added. Copies and groups are not divided.
+    alone, so that they stay test images when others are added. Copies and groups are not divided: those with a defect
+    are test images. Only if this would leave no good image to train on, since each group has a defect, the good images
+    of a group are divided from those with a defect, not from each other.
 
     Args:
         samples: Images of one or several categories.
@@ -33,16 +35,21 @@ def assign_splits(samples: Sequence[Sample], names: Sequence[str]) -> list[Sampl
     with_defects = {sample.category for sample in samples if sample.label}
     splits: list[Literal["train", "test"]] = ["test" if sample.label else "train" for sample in samples]
     for category in with_defects:
-        good = [index for index, s in enumerate(samples) if s.category == category and not s.label]
-        owners = group_samples([samples[index] for index in good])
+        own = [index for index, sample in enumerate(samples) if sample.category == category]
+        owners = dict(zip(own, group_samples([samples[index] for index in own]), strict=True))
+        good = [index for index in own if not samples[index].label]
         keys: dict[int, str] = {}  # the smallest name of each group, in an order that is as good as random
-        for index, owner in zip(good, owners, strict=True):
+        for index in good:
             digest = hashlib.sha256(Path(names[index]).as_posix().encode(errors="surrogateescape")).hexdigest()
-            keys[owner] = min(keys.get(owner, digest), digest)
+            keys[owners[index]] = min(keys.get(owners[index], digest), digest)
         count = min(max(round(TEST_SHARE * len(keys)), 1), len(keys) - 1)
-        tests = set(sorted(keys, key=lambda owner: keys[owner])[: max(count, 0)])
-        for index, owner in zip(good, owners, strict=True):
-            if owner in tests:
+        tests = {owners[index] for index in own if samples[index].label} & keys.keys()
+        if len(tests) == len(keys):
+            tests = set()
+        free = sorted(keys.keys() - tests, key=lambda owner: keys[owner])
+        tests.update(free[: max(count - len(tests), 0)])
+        for index in good:
+            if owners[index] in tests:
                 splits[index] = "test"
     return [replace(sample, split=split) for sample, split in zip(samples, splits, strict=True)]
 

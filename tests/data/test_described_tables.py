@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from command_line import fails, works
-from downloads import OTHERS, write_image, write_mask
+from downloads import OTHERS, write_black, write_image, write_mask
 from PIL import Image
 
 from recontrast.data import datasets
@@ -78,11 +78,27 @@ def test_groups_stay_together(tmp_path):
         samples = datasets.load(tmp_path / f"{name}_out")[name]
         splits = {}
         for sample in samples:
-            if not sample.label:
-                number = int(sample.path.stem[-7:]) - 24306 if owners is None else 0
-                owner = owners(sample.path) if owners else number // 2 if number < 4 else number
-                splits.setdefault(owner, set()).add(sample.split)
+            number = int(sample.path.stem[-7:]) - 24306 if owners is None else 0
+            owner = owners(sample.path) if owners else number // 2 if number < 4 else number
+            splits.setdefault(owner, set()).add(sample.split)
         assert all(len(found) == 1 for found in splits.values()) and len(splits) >= 8
+
+
+def test_items_that_all_have_a_defect_can_be_trained_on(tmp_path):
+    """As in the whole KolektorSDD: the good images of an item stay together, those with a defect are test images."""
+    for item in range(1, 6):
+        for part in range(3):
+            folder = tmp_path / f"download/kos{item:02}"
+            write_image(folder / f"Part{part}.jpg", seed=10 * item + part)
+            label = folder / f"Part{part}_label.bmp"
+            write_mask(label, 255) if part == 2 else write_black(label)
+    prepare("kolektor_sdd", tmp_path / "download", tmp_path / "out")
+    splits = {}
+    for sample in datasets.load(tmp_path / "out")["kolektor_sdd"]:
+        splits.setdefault((sample.path.name[:5], sample.label), []).append(sample.split)
+    good = sorted(found for (_, label), found in splits.items() if not label)
+    assert good == [["test"] * 2, *[["train"] * 2] * 4]
+    assert [found for (_, label), found in splits.items() if label] == [["test"]] * 5
 
 
 def test_one_object_of_real_iad_and_its_errors(tmp_path):

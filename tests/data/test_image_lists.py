@@ -175,6 +175,30 @@ def test_a_fifth_of_the_good_images_is_kept_for_the_test(tmp_path):
     assert all(s.split == "test" for s in read_list(path, for_test=True)["all"])
 
 
+@pytest.mark.parametrize("group", range(10))
+def test_groups_with_a_defect_are_test_images(tmp_path, group):
+    path = make_unsplit(tmp_path, bad=0)
+    rows = path.read_text().splitlines()
+    column = rows[0].split(",").index("label")
+    row = rows[1 + 2 * group].split(",")  # of two images of a part
+    rows[1 + 2 * group] = ",".join([*row[:column], "1", *row[column + 1 :]])
+    path.write_text("\n".join(rows))
+    samples = read_list(path)["all"]
+    assert all(len({s.split for s in samples if s.group == name}) == 1 for name in {s.group for s in samples})
+    assert {s.split for s in samples if s.group == f"p{group}"} == {"test"}
+    assert sum(s.split == "test" for s in samples) == 4  # a fifth of the groups
+
+
+def test_copies_of_images_with_a_defect_are_test_images(tmp_path):
+    create_files(tmp_path, *(f"ok/{i}.png" for i in range(6)), "ng/0.png")
+    for i in range(6):
+        (tmp_path / f"ok/{i}.png").write_bytes(bytes([i]))
+    for i in range(6):
+        (tmp_path / "ng/0.png").write_bytes(bytes([i]))
+        (samples,) = read_good_and_bad([tmp_path / "ok"], [tmp_path / "ng"]).values()
+        assert [s.path.name for s in samples if s.split == "test"] == [f"{i}.png", "0.png"]
+
+
 def test_copies_are_not_divided(tmp_path):
     names = [f"{i}.png" for i in range(20)]
     create_files(tmp_path, *names)
