@@ -12,7 +12,7 @@ from recontrast.data import datasets, images, listing
 from recontrast.data.datasets import Sample
 from recontrast.data.listing import DataWarning
 
-SUFFIXES = r"\(PNG, JPEG, .* or AVIF\)"
+SUFFIXES = r"\(PNG, JPEG, .* or [A-Z]+\)"
 
 
 def create_files(root, *names):
