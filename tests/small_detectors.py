@@ -54,7 +54,7 @@ def describe(**changes):
 
 
 class Network(nn.Module):
-    """Map: a convolution of the grey values. Score: the largest value of the map."""
+    """Map: a convolution of the grey values. Score: the largest value of the map. Floats are taken as they are."""
 
     def __init__(self):
         super().__init__()
@@ -63,21 +63,27 @@ class Network(nn.Module):
         self.register_buffer("offset", torch.full((1, 1, 1), 0.5))
 
     def forward(self, image):
-        maps = self.convolution(image.permute(0, 3, 1, 2) / 255).relu().squeeze(1) + self.offset
+        planes = image.permute(0, 3, 1, 2)
+        maps = self.convolution(planes / 255 if image.dtype == torch.uint8 else planes).relu().squeeze(1) + self.offset
         return maps, maps.flatten(1).amax(1)
 
 
-def export_pt2(path):
+def describe_window(window):
+    """The description of a detector with or without a window."""
+    return describe(recipe=RECIPE.replace(window=window).to_dict())
+
+
+def export_pt2(path, window=None):
     lengths = {0: torch.export.Dim("n"), 1: torch.export.Dim("h"), 2: torch.export.Dim("w")}
     network = Network().requires_grad_(False)
-    example = torch.zeros(2, 32, 40, 3, dtype=torch.uint8)
+    example = torch.zeros(2, 32, 40, 3, dtype=torch.uint8 if window is None else torch.float32)
     program = torch.export.export(network, (example,), dynamic_shapes=(lengths,))
-    torch.export.save(program, path, extra_files={f"{KEY}.json": describe()})
+    torch.export.save(program, path, extra_files={f"{KEY}.json": describe_window(window)})
     return path
 
 
-def build_onnx():
-    """The network as an ONNX model without a description."""
+def build_onnx(window=None):
+    """The network as an ONNX model without a description; with a window its images are floats."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -85,7 +91,7 @@ def build_onnx():
     constants = {
         "weight": convolution.weight.detach().numpy(),
         "bias": convolution.bias.detach().numpy(),
-        "scale": torch.full((1,), 255.0).numpy(),
+        "scale": torch.full((1,), 255.0 if window is None else 1.0).numpy(),
         "channel": torch.tensor([1]).numpy(),
         "axes": torch.tensor([1, 2]).numpy(),
     }
@@ -98,10 +104,11 @@ def build_onnx():
         helper.make_node("Squeeze", ["positive", "channel"], ["map"]),
         helper.make_node("ReduceMax", ["map", "axes"], ["score"], keepdims=0),
     ]
+    kind = TensorProto.UINT8 if window is None else TensorProto.FLOAT
     graph = helper.make_graph(
         nodes,
         "network",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", "h", "w", 3])],
+        [helper.make_tensor_value_info("image", kind, ["n", "h", "w", 3])],
         [
             helper.make_tensor_value_info("map", TensorProto.FLOAT, ["n", "h", "w"]),
             helper.make_tensor_value_info("score", TensorProto.FLOAT, ["n"]),
@@ -123,18 +130,18 @@ def save_onnx(path, model, description=None):
     return path
 
 
-def export_onnx(path):
-    return save_onnx(path, build_onnx())
+def export_onnx(path, window=None):
+    return save_onnx(path, build_onnx(window), describe_window(window))
 
 
-def export_openvino(path):
+def export_openvino(path, window=None):
     import openvino
 
     intermediate = path.with_suffix(".onnx.tmp.onnx")
-    intermediate.write_bytes(build_onnx().SerializeToString())
+    intermediate.write_bytes(build_onnx(window).SerializeToString())
     model = openvino.convert_model(intermediate)
     intermediate.unlink()
-    model.set_rt_info(describe(), KEY)
+    model.set_rt_info(describe_window(window), KEY)
     openvino.save_model(model, path, compress_to_fp16=False)
     model.set_rt_info(compute_sha256(path.with_suffix(".bin")), openvino_file.WEIGHTS_KEY)
     model.set_rt_info(NO_CHECKSUM, CHECKSUM_KEY)

@@ -112,9 +112,10 @@ def _rewrite_openvino(path: Path, target: Path, calibration: Calibration) -> Non
 def _rewrite_pt2(path: Path, target: Path, calibration: Calibration) -> None:
     archive, description = read_pt2(path)
     text = _describe(description, calibration, path)
-    size = to_pair(parse_recipe(description["recipe"]).size)
+    recipe = parse_recipe(description["recipe"])
+    dtype = torch.uint8 if recipe.window is None else torch.float32
     with silence_exporters(), pause_collection():
         program = torch.export.load(archive)
         if not _has_tiles(description):
-            program = trace_images(DecidedProgram(program.module(), calibration), size)
+            program = trace_images(DecidedProgram(program.module(), calibration), to_pair(recipe.size), dtype)
         write_pt2(program, target, text)

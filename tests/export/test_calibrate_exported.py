@@ -123,6 +123,38 @@ def test_commands_keep_the_promise_of_a_perturbed_file(tmp_path):
     assert "calibration" in result
 
 
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """Folder of 12 float images whose largest values differ, and of detectors of them with the window 290 to 400."""
+    folder, random = tmp_path_factory.mktemp("windowed"), np.random.default_rng(4)
+    (folder / "good").mkdir()
+    for index in range(12):
+        samples = random.normal(300, random.uniform(2, 20), (40, 48)).astype(np.float32)
+        Image.fromarray(samples).save(folder / f"good/{index:02}.tif")
+    for name, write in WRITERS.items():
+        write(folder / name, window=(290.0, 400.0))
+    return folder
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_detector_with_a_window(name, windowed, tmp_path):
+    """Its images are floats, also where its graph is traced again."""
+    path, images = windowed / name, windowed / "good"
+    works("calibrate", path, "--good", images, "--false-alarm-rate", 0.3)
+    works("predict", path, images, "--out", tmp_path / "out", "--no-overlays", "--decide")
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text().splitlines()))
+    detector = ExportedDetector(path)
+    scores, calibration = run_scores(detector, images), detector.calibration
+    np.testing.assert_allclose(calibration.scores, np.sort(scores), rtol=1e-6)
+    np.testing.assert_allclose([float(row["score"]) for row in rows], scores, rtol=1e-5)
+    decisions = [row["decision"] == "defect" for row in rows]
+    assert decisions == calibration.is_defect(scores).tolist() and 0 < sum(decisions) < 12
+    pixels = np.stack([read_image(file, window=(290.0, 400.0)) for file in sorted(images.iterdir())])
+    outputs = detector.program(pixels)
+    np.testing.assert_array_equal(outputs["defect"], calibration.is_defect(outputs["score"]))
+    np.testing.assert_allclose(outputs["p_value"], calibration.p_values(outputs["score"]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_failures_change_nothing(name, good, tmp_path, monkeypatch):
     path = WRITERS[name](tmp_path / name)
