@@ -89,7 +89,8 @@ def evaluate(
         sketches: Sketches of the training images, (n, 1024) float32 (`recontrast.data.near_copies.read_sketches`).
             Test images that seem to be one of them, saved again, are named as well. Not used without ``trained``.
         errors: "raise" stops at an image or mask that cannot be read, or a map that is not finite. "keep" leaves the
-            image out of all metrics, gives it a `ScoredImage.error`, and counts it in `Row.skipped`.
+            image out of all metrics, gives it a `ScoredImage.error`, and counts it in `Row.skipped`; a validation image
+            is left out of the threshold, and named in `Row.note`.
         measures: Measures of a benchmark besides the usual metrics, one of `recontrast.evaluation.measures.MEASURES`.
             "auto" takes those of the data set that ``recontrast prepare`` prepared, "none" leaves them out.
         threshold: Map value at which SegF1, the F1 of the pixels, is computed. None: for MVTec AD 2, the mean plus
@@ -110,7 +111,7 @@ def evaluate(
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
     scorer, world = build_scorer(model, recipe, device), distributed.current_world()
-    chosen = _build_measures(measures, threshold, groups, scorer, recipe, batch, workers)
+    chosen = _build_measures(measures, threshold, groups, scorer, recipe, batch, workers, errors == "keep")
     shares = {name: tests[world.share(len(tests))] for name, tests in groups.items()}
     clock = Clock(scorer.device)
     checks = TrainingImageChecks(trained, sketches)
@@ -154,7 +155,7 @@ def _build_histograms(scorer: Scorer) -> metrics.Streaming:
 
 def _build_measures(
     name: str, threshold: float | None, groups: Mapping[str, Sequence[Sample]], scorer: Scorer, recipe: Recipe,
-    batch: int, workers: int | None,
+    batch: int, workers: int | None, keep_errors: bool,
 ) -> dict[str, Measures]:  # fmt: skip
     """Return the measures of each category, with the threshold of SegF1: the given one, or that of its good images."""
     if threshold is not None and not math.isfinite(threshold):
@@ -163,9 +164,8 @@ def _build_measures(
     for own in measures.values():
         own.threshold = threshold
         if threshold is None and own.takes_threshold:
-            own.threshold = choose_threshold(scorer, own.tests, recipe, batch, workers)
-            if own.threshold is None:
-                own.notes.append("no SegF1: there is no threshold, and no validation/good to choose it on")
+            own.threshold, note = choose_threshold(scorer, own.tests, recipe, batch, workers, keep_errors=keep_errors)
+            own.notes += [note] if note else []
     return measures
 
 

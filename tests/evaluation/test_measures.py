@@ -209,6 +209,38 @@ def test_ad2(tmp_path, model):
         evaluate(model, samples, SMALL, threshold=float("nan"))
 
 
+@pytest.mark.parametrize("tile", [None, 32])
+def test_damaged_validation_images_are_left_out_and_named(tmp_path, model, tile):
+    folder = prepare_ad2(tmp_path)
+    samples, recipe = datasets.load(folder)["can"], SMALL.replace(tile=tile, map_size=None if tile else 8)
+    good = sorted((folder / "validation/good").iterdir())
+    away = tmp_path / "away.png"
+    good[1].rename(away)
+    expected = evaluate(model, samples, recipe, batch=2).rows[0]
+    good[1].write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=good[1].name):
+        evaluate(model, samples, recipe)
+    row = evaluate(model, samples, recipe, errors="keep", batch=2).rows[0]
+    assert row.seg_threshold == pytest.approx(expected.seg_threshold) and row.extra["SegF1"] == expected.extra["SegF1"]
+    assert f"threshold without 1 of 3 validation images: {good[1]}: " in row.note and row.skipped == 0
+    for path in good:
+        path.unlink()
+        path.write_bytes(b"not an image")
+    row = evaluate(model, samples, recipe, errors="keep").rows[0]
+    assert set(row.extra) == {"AUPRO@0.05"} and f"no image in {good[0].parent} could be scored: {good[0]}" in row.note
+
+
+def test_no_threshold_within_a_region_of_interest(tmp_path, model):
+    folder = prepare_ad2(tmp_path)
+    tests = [sample for sample in datasets.load(folder)["can"] if sample.split == "test"]
+    roi = np.zeros((12, 16), bool)
+    roi[2:10, 2:14] = True
+    recipe, _ = recontrast.inference.rois.apply_roi(SMALL, roi)
+    row = evaluate(model, tests, recipe).rows[0]
+    assert "SegF1" not in row.extra and "none is chosen within a region of interest" in row.note
+    assert "validation/good" not in row.note
+
+
 def test_real_iad(tmp_path, model):
     OTHERS["real_iad"](tmp_path / "download", ["usb"])
     prepare("real_iad", tmp_path / "download", tmp_path / "data")
