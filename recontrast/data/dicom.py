@@ -99,7 +99,8 @@ def read_picture(file: IO[bytes], data: Any) -> Image.Image:
         Image of mode "L" or "RGB", or "I;16" with its full scale in ``info``. The window that was used is there too.
 
     Raises:
-        SampleError: If pydicom cannot decompress the pixels, or the window has another function than LINEAR.
+        SampleError: If pydicom cannot decompress the pixels, the window has another function than LINEAR, or a lookup
+            table takes its place.
         Exception: Any exception of pydicom, if the file is damaged.
     """
     values = _read_stored(file, data)
@@ -196,6 +197,8 @@ def _read_window(data: Any) -> tuple[float, float] | None:
     """Return the rescaled values that become black and white by the first window in the file; None if it has none."""
     center, width = (_read_first(data.get(name)) for name in ("WindowCenter", "WindowWidth"))
     if center is None or width is None:
+        if data.get("VOILUTSequence"):  # beside a window it is another view of the same image
+            raise SampleError("one with a VOI lookup table in place of a window: train with --window", _WANTED)
         return None
     function = data.get("VOILUTFunction") or "LINEAR"
     if function not in ("LINEAR", "LINEAR_EXACT") or not math.isfinite(center) or not 0 < width < math.inf:

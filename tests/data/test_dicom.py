@@ -16,7 +16,7 @@ from recontrast.data.in_memory import read_given
 from recontrast.data.window import find_window
 
 pydicom = pytest.importorskip("pydicom", minversion="3")
-RANDOM = np.random.default_rng()
+RANDOM = np.random.default_rng(20)
 WANTED = "wanted a DICOM image of one frame, grey or RGB, got "
 
 
@@ -140,6 +140,23 @@ def test_refused_by_name(tmp_path, name):
     with pytest.raises(ValueError) as caught:
         read_image(path)
     assert str(caught.value) == f"{path}: {WANTED}{got}"
+
+
+def test_lookup_table_in_place_of_a_window(tmp_path):
+    """Refused by name without --window, and not used with one or beside a window in the file."""
+    table = pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData = [4096, 0, 16], [int(v) for v in np.arange(4096)[::-1]]
+    table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+    values, limits = draw(), {"WindowCenter": 2000, "WindowWidth": 900}
+    path = write(tmp_path / "a.dcm", values, VOILUTSequence=[table])
+    with pytest.raises(ValueError) as caught:
+        read_image(path)
+    assert str(caught.value) == f"{path}: {WANTED}one with a VOI lookup table in place of a window: train with --window"
+    assert np.abs(read_image(path, window=(0, 4095)) - values[:, :, None] / 4095).max() < 1e-6
+    notices.forget_warnings()
+    with pytest.warns(notices.ImageWarning, match="by the window in the file"):
+        both = read_image(write(tmp_path / "both.dcm", values, VOILUTSequence=[table], **limits))
+    assert np.array_equal(both, read_image(write(tmp_path / "window.dcm", values, **limits)))
 
 
 def test_damaged_and_foreign_files(tmp_path, monkeypatch):
