@@ -87,14 +87,15 @@ def replace_operators(program: torch.export.ExportedProgram) -> torch.export.Exp
 
     Returns:
         The new program, which `torch.onnx.export` does not trace again; None if an operator works in place on values
-        that others read.
+        that others read, or cannot be replaced.
     """
     graph = copy.deepcopy(program.graph)
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if node.target in REPLACEMENTS:
-            REPLACEMENTS[node.target](node)
+            if REPLACEMENTS[node.target](node) is False:
+                return None
         elif node.target._schema.is_mutable and not _compute_apart(node):
             return None
     graph.eliminate_dead_code()
@@ -139,13 +140,16 @@ def _replace_transposed_convolution(node: fx.Node) -> None:
     node.args = (tensor, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
 
-def _replace_reversed_difference(node: fx.Node) -> None:
-    """``number - tensor``: the tensor's negative plus the number."""
-    tensor, number, *_ = node.args
+def _replace_reversed_difference(node: fx.Node) -> bool:
+    """``number - tensor``: the tensor's negative plus the number. Return False for ``number - alpha * tensor``."""
+    tensor, number, *others = node.args
+    if (others[0] if others else node.kwargs.get("alpha", 1)) != 1:
+        return False
     with node.graph.inserting_before(node):
         negative = node.graph.call_function(_ATEN.neg.default, (tensor,))
     negative.meta = dict(node.meta)
-    node.target, node.args = _ATEN.add.Tensor, (negative, number)
+    node.target, node.args, node.kwargs = _ATEN.add.Tensor, (negative, number), {}
+    return True
 
 
 def _replace_square(node: fx.Node) -> None:
@@ -157,8 +161,8 @@ def _replace_matrix_transpose(node: fx.Node) -> None:
     node.target, node.args = _ATEN.transpose.int, (node.args[0], -2, -1)
 
 
-# Operator -> function that makes a node of it one of operators that `torch.onnx` converts well.
-REPLACEMENTS: dict[Any, Callable[[fx.Node], None]] = {
+# Operator -> function that makes a node of it one of operators that `torch.onnx` converts well; False if it cannot.
+REPLACEMENTS: dict[Any, Callable[[fx.Node], bool | None]] = {
     _ATEN.to.dtype: _replace_conversion,
     _ATEN.conv_transpose2d.input: _replace_transposed_convolution,
     _ATEN.rsub.Scalar: _replace_reversed_difference,

@@ -53,6 +53,13 @@ class View(Base):
         return y.mean(1)
 
 
+class Scaled(Base):
+    """A difference with a factor, by position or by name."""
+
+    def compute(self, x):
+        return (torch.rsub(x, 1.5, alpha=3) + torch.ops.aten.rsub.Scalar(x, 2.5, 0.5)).mean(1)
+
+
 class Unknown(Base):
     """An operator that `torch.onnx` decomposes."""
 
@@ -60,7 +67,7 @@ class Unknown(Base):
         return torch.nan_to_num(x * 3, nan=7.0).mean(1)
 
 
-@pytest.mark.parametrize("kind", [Replaced, Shared, View, Unknown])
+@pytest.mark.parametrize("kind", [Replaced, Shared, View, Scaled, Unknown])
 def test_converted_graph_gives_the_numbers_of_the_module(kind, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -75,7 +82,7 @@ def test_converted_graph_gives_the_numbers_of_the_module(kind, monkeypatch):
     with silence_exporters():
         program = trace_images(module, (16, 16))
         before = str(program.graph)
-        assert (replace_operators(program) is None) == (kind in (Shared, View))
+        assert (replace_operators(program) is None) == (kind in (Shared, View, Scaled))
         monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", count)
         model = convert_to_onnx(program, False)
     assert len(traces) == (0 if kind is Replaced else 1)
