@@ -104,8 +104,9 @@ class Category:
             Positions in ``maps`` of the images that have a map.
 
         Raises:
-            ValueError: If a score is not finite, because the map is not; the message names the image. With
-                ``keep_errors``, the image is left out instead.
+            OSError: If a mask that is needed now cannot be read.
+            ValueError: If a score is not finite, because the map is not, or a mask is invalid; the message names the
+                image. With ``keep_errors``, the image is left out instead.
         """
         stop = start + len(scores)
         self.scores[start:stop] = scores.cpu()
@@ -116,15 +117,10 @@ class Category:
                 self._leave_out(self.start + index, ValueError(
                     f"{self.own[index].path}: wanted a finite anomaly map, got NaN or infinite values: it has no score"
                 ))  # fmt: skip
-        for index in self._list_usable(self.start + start, self.start + stop):
-            position = self.start + start + index
-            try:
-                self.measures.update(position, maps[index])
-            except READ_ERRORS as error:
-                self._leave_out(position, error)
         with_maps = self._list_usable(self.start + start, self.start + stop)
         if self.has_masks and self.streaming is not None:
             masks = self._read_masks(start, stop, tuple(maps.shape[1:]), self.start)
+            self._update_measures(start, maps)
             usable = self._list_usable(self.start + start, self.start + stop)
             begin = time.perf_counter()
             if usable:
@@ -136,8 +132,12 @@ class Category:
                     counts = metrics.count_pixels_at(own_maps, own_masks, self.threshold, inside=inside)
                     self.pixel_counts += torch.from_numpy(counts)
             self.streaming_seconds += time.perf_counter() - begin
-        elif self.has_masks:
-            self.maps[start:stop] = maps.cpu().numpy()
+        else:
+            if self.has_masks and self.measures.takes_maps:
+                self._check_masks(self.start + start, self.start + stop)
+            self._update_measures(start, maps)
+            if self.has_masks:
+                self.maps[start:stop] = maps.cpu().numpy()
         return with_maps
 
     def gather(self, device: torch.device) -> None:
@@ -228,8 +228,30 @@ class Category:
             raise error
         self.errors[index] = describe_image_error(str(self.tests[index].path), error)
 
+    def _update_measures(self, start: int, maps: Tensor) -> None:
+        """Add maps to the measures, without those of images that are left out: an image counts in all or in none."""
+        for index in self._list_usable(self.start + start, self.start + start + len(maps)):
+            position = self.start + start + index
+            try:
+                self.measures.update(position, maps[index])
+            except READ_ERRORS as error:
+                self._leave_out(position, error)
+
+    def _check_masks(self, start: int, stop: int) -> None:
+        """Leave out the images from ``start`` to ``stop`` in ``tests`` whose mask cannot be read."""
+        for position in range(start, stop):
+            if self.tests[position].label and position not in self.errors:
+                try:
+                    if position in self.masks:
+                        self.masks[position].result()
+                    else:  # only the first process holds masks
+                        read_ground_truth(self.tests[position], self.recipe, MaskNotes())
+                except READ_ERRORS as error:
+                    self._leave_out(position, error)
+
     def _release(self) -> None:
-        """Release the memory of the maps."""
+        """Release the memory of the maps and of the measures."""
+        self.measures.release()
         self.maps = np.empty((0, *self.maps.shape[1:]), np.float32)
 
     def _read_masks(self, start: int, stop: int, shape: tuple[int, ...], offset: int = 0) -> NDArray[np.bool_]:

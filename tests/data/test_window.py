@@ -1,6 +1,7 @@
 """Windows: images of more than 8 bits, from the file to the exported detector, without loss of their range."""
 
 import json
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from recontrast import checkpoint as checkpoints
 from recontrast.app.options import parse_window as parse_option
 from recontrast.calibration.appearance_drift import describe_appearance
 from recontrast.data import notices
+from recontrast.data import window as windows
 from recontrast.data.augment import VIEWS, change_view
 from recontrast.data.cache import ImageCache
+from recontrast.data.decode_budget import BUDGET
 from recontrast.data.encoded_image import EncodedImage
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size, normalise, read_image
@@ -186,6 +189,24 @@ def test_auto_window_is_two_percentiles_of_all_images(tmp_path):
     flat = [np.full((8, 8), 7, np.uint16)] * 2
     with pytest.raises(ValueError, match="image 0: wanted images of different values for the window auto, got 7"):
         find_window(flat, read_given)
+
+
+def test_auto_window_stays_within_the_memory_of_decoding(tmp_path, monkeypatch):
+    """With memory for one image, the samples of one are looked at while no other is decoded."""
+    paths, seen = [save(tmp_path / f"{index}.png", draw(20, 30)) for index in range(6)], []
+    wanted, alive = find_window(paths, read_given), []
+
+    def observe(*arguments):
+        alive.append(1)
+        time.sleep(0.01)
+        seen.append((len(alive), BUDGET._used))
+        alive.pop()
+
+    monkeypatch.setattr(BUDGET, "limit", 1)
+    monkeypatch.setattr(windows, "count_cpus", lambda: 4)
+    monkeypatch.setattr(windows, "check_samples", observe)
+    assert find_window(paths, read_given) == wanted
+    assert [count for count, _ in seen] == [1] * 6 and all(used > 0 for _, used in seen)
 
 
 @pytest.mark.parametrize(
