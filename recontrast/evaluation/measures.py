@@ -43,12 +43,14 @@ class Measures:
     Attributes:
         limits: Further false positive rates at which AUPRO is computed.
         takes_threshold: Whether SegF1 belongs to the benchmark.
+        takes_maps: Whether `update` uses the maps.
         threshold: Map value at which SegF1 is computed; None for no SegF1.
         notes: Reasons why measures are missing.
     """
 
     limits: tuple[float, ...] = ()
     takes_threshold = False
+    takes_maps = False
 
     def __init__(self, tests: Sequence[Sample]) -> None:
         self.tests = tests
@@ -63,6 +65,9 @@ class Measures:
 
     def merge(self, states: Sequence[Any]) -> None:
         """Replace what was accumulated by that of all processes."""
+
+    def release(self) -> None:
+        """Release the memory of what was accumulated."""
 
     def compute(self, scores: Tensor, usable: Sequence[int]) -> dict[str, float]:
         """Compute the measures by their headings.
@@ -92,6 +97,8 @@ class LocoMeasures(Measures):
     Raises:
         ValueError: If the configuration of the defects is not of the form of the benchmark.
     """
+
+    takes_maps = True
 
     def __init__(self, tests: Sequence[Sample], folder: Path, recipe: Recipe) -> None:
         super().__init__(tests)
@@ -139,6 +146,10 @@ class LocoMeasures(Measures):
             for other in others:
                 overlap.merge(other[kind])
         self.overlaps = first
+
+    def release(self) -> None:
+        """Release the scores that the curves hold."""
+        self.overlaps = {}
 
     def compute(self, scores: Tensor, usable: Sequence[int]) -> dict[str, float]:
         """Compute the areas and I-AUROC of each kind, and their means; see `Measures.compute`."""

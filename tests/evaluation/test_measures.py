@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,11 @@ from recontrast import metrics
 from recontrast.app.report.html_tables import render_metrics
 from recontrast.data import datasets
 from recontrast.data.prepare import prepare
+from recontrast.evaluation.category import Category
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.measures import LocoMeasures, build_measures
 from recontrast.evaluation.results import Result, Row, parse_row
+from recontrast.runtime.distributed import World
 from recontrast.training.train import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::recontrast.data.listing.DataWarning")  # images for validation
@@ -147,6 +150,56 @@ def test_loco_with_damaged_masks(tmp_path, model):
     (folder / "defects_config.json").write_text("[3]")
     with pytest.raises(ValueError, match="wanted a list of pixel_value, saturation_threshold"):
         evaluate(model, samples, SMALL)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_image_with_a_damaged_mask_counts_in_no_measure(tmp_path, model, streaming):
+    """The joined mask of an image is damaged; the single ones, which AU-sPRO is computed from, are not."""
+    folder = prepare_loco(tmp_path)
+    samples = [sample for sample in datasets.load(folder)["pushpins"] if sample.split == "test"]
+    skipped = next(sample for sample in samples if sample.defect == KINDS[0])
+    rest = [sample for sample in samples if sample is not skipped]
+    expected = evaluate(model, rest, SMALL, streaming=streaming, batch=2).rows[0]
+    skipped.mask.unlink()
+    skipped.mask.write_bytes(b"not an image")
+    shown = []
+    result = evaluate(
+        model, samples, SMALL, errors="keep", streaming=streaming, batch=2, on_maps=lambda some, _: shown.extend(some)
+    )
+    assert result.rows[0].extra == pytest.approx(expected.extra) and result.rows[0].skipped == 1
+    assert len(result.errors) == 1 and str(skipped.mask) in result.errors[0]
+    assert shown == samples  # it has a map
+
+
+def test_other_processes_leave_out_images_with_a_damaged_mask(tmp_path, model):
+    """A process that is not the first one holds no masks, and reads those of its own images."""
+    folder = prepare_loco(tmp_path)
+    samples = [sample for sample in datasets.load(folder)["pushpins"] if sample.split == "test"]
+    skipped = len(samples) - 1
+    samples[skipped].mask.unlink()
+    samples[skipped].mask.write_bytes(b"not an image")
+    measures = LocoMeasures(samples, folder, SMALL)
+    added = []
+    measures.update = lambda position, anomaly: added.append(position)
+    with ThreadPoolExecutor(1) as readers:
+        category = Category("pushpins", samples, SMALL, World(1, 2), readers, None, 2**20, True, measures)
+        own = range(len(samples))[category.start :]
+        category.add(0, torch.zeros(len(own), 8, 8), torch.zeros(len(own)))
+    assert list(category.errors) == [skipped] and added == list(own[:-1])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_curves_are_released_with_their_category(tmp_path, model, monkeypatch, streaming):
+    folder = prepare_loco(tmp_path)
+    built = []
+
+    def build(*arguments):
+        built.append(build_measures(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr("recontrast.evaluation.evaluate.build_measures", build)
+    row = evaluate(model, datasets.load(folder)["pushpins"], SMALL, streaming=streaming).rows[0]
+    assert "AU-sPRO@0.05" in row.extra and [measures.overlaps for measures in built] == [{}]
 
 
 def test_loco_without_its_masks_or_with_parts_of_images(tmp_path, model):
