@@ -1,7 +1,7 @@
 """Images from a caller (paths, PIL images or arrays), converted to the same pixels as from a file."""
 
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -109,25 +109,30 @@ def fit_given(
     return fit_picture(picture, size=size, crop=crop, bits=bits, window=window, name=name)
 
 
-def read_given(item: Any) -> np.ndarray:
-    """Read the samples of an image from a caller as they are, for a window.
+def read_given(item: Any, take: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Take some of the samples of an image from a caller as they are, for a window.
 
     Args:
         item: Path, PIL image, or array (h, w, 3) or (h, w).
+        take: Function of the samples, (h, w) or (h, w, 3), of any dtype; uint8 for a file or a PIL image of 8 bits.
+            While it runs, those of a file count towards `recontrast.data.decode_budget.BUDGET`: the result must be no
+            view of them.
 
     Returns:
-        (h, w) or (h, w, 3), of any dtype; uint8 for a file or a PIL image of 8 bits.
+        The result of ``take``.
 
     Raises:
         OSError: If a file cannot be opened.
         ValueError: If the image cannot be decoded.
     """
     if isinstance(item, Image.Image):
-        return read_stored("image", apply_orientation(item))
+        return take(read_stored("image", apply_orientation(item)))
     if isinstance(item, np.ndarray):
-        return item
+        return take(item)
     with decoded_samples(item, MAX_PIXELS) as samples:
-        return samples
+        taken = take(samples)
+        del samples  # before its memory is free for others
+    return taken
 
 
 def as_image_list(images: Any) -> list[Any]:

@@ -7,7 +7,7 @@ window, samples are scaled to 8 bits, see `recontrast.data.eight_bits`.
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ AUTO = "auto"
 """Window that training finds from its good images, see `find_window`."""
 
 PERCENTILES = (0.1, 99.9)
-"""Percentiles of the samples of all good images that are the window `AUTO`."""
+"""Percentiles that are the window `AUTO`: of the samples of all good images, evenly spaced ones if they are many."""
 
 Window = Sequence[float] | str | None  # lowest and highest value, in the unit of the samples; or `AUTO`, or none
 
@@ -150,9 +150,12 @@ def from_levels(levels: NDArray[np.uint8], window: Window) -> NDArray[Any]:
 def find_window(items: Sequence[Any], read: Any) -> tuple[float, float]:
     """Find the window `AUTO`: percentiles of the samples of all good images.
 
+    From images of more than 2**24 samples in all, about as many are taken, as many of each: at even distances.
+
     Args:
         items: Good images.
-        read: Function that returns the samples of an image, (H, W) or (H, W, 3).
+        read: Function of an image and of another function, which takes some of its samples, (H, W) or (H, W, 3); see
+            `recontrast.data.in_memory.read_given`.
 
     Returns:
         Values of the `PERCENTILES`.
@@ -163,10 +166,12 @@ def find_window(items: Sequence[Any], read: Any) -> tuple[float, float]:
     most = max(_SAMPLES // max(len(items), 1), _LEAST)
 
     def choose(position: int) -> NDArray[Any]:
-        samples = read(items[position])
-        check_samples(samples, AUTO, name_item(items[position], position))
-        flat = samples.reshape(-1)
-        return flat[:: max(math.ceil(flat.size / most) | 1, 1)].copy()  # odd: not the same columns of each row
+        def take(samples: NDArray[Any]) -> NDArray[Any]:
+            check_samples(samples, AUTO, name_item(items[position], position))
+            flat = samples.reshape(-1)
+            return flat[:: max(math.ceil(flat.size / most) | 1, 1)].copy()  # odd: not the same columns of each row
+
+        return cast("NDArray[Any]", read(items[position], take))
 
     with ThreadPoolExecutor(count_cpus()) as pool:
         values = np.concatenate(list(pool.map(choose, range(len(items)))))
