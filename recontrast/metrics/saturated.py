@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from recontrast.metrics import inputs, reference
 
 Array = NDArray[Any]
+SLACK = 1 << 16  # scores beyond those that are needed, at least, before the smallest ones are dropped
 
 
 def saturation_area(area: int, threshold: float, relative: bool) -> float:
@@ -213,7 +214,7 @@ class _LargestScores:
         if scores.size:
             self.chunks.append(scores.copy())
             self.size += scores.size
-        if self.size >= self.keep + max(self.keep // 2, 1 << 16):
+        if self.size >= self.keep + max(self.keep // 2, SLACK):
             kept = np.concatenate(self.chunks)
             cutoff = np.partition(kept, kept.size - self.keep)[kept.size - self.keep]
             self.cutoff, self.tied = np.float64(cutoff), int(np.count_nonzero(kept == cutoff))
