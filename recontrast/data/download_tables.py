@@ -8,7 +8,7 @@ from typing import Any
 from recontrast.data.csv_table import TableRow, read_table, shorten
 from recontrast.data.dataset_sample import GOOD
 from recontrast.data.downloads import ListedFiles
-from recontrast.data.json_text import parse_json
+from recontrast.data.json_text import describe_json_error, parse_json
 from recontrast.data.regular_file import read_bytes
 
 _LARGEST = 2**30  # bytes of a listing
@@ -132,7 +132,8 @@ def _read_lines(path: Path) -> Iterator[tuple[TableRow, str, dict[str, Any], str
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: wanted a listing in JSON, got no such file") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: wanted JSON with meta (prefix, normal_class), train and test, got {error}") from None
+        wanted = "wanted JSON with meta (prefix, normal_class), train and test"
+        raise ValueError(f"{path}: {wanted}, got {describe_json_error(error)}") from None
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""
     for split, images in splits.items():
         for number, values in enumerate(images, 1):

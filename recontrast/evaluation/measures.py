@@ -22,7 +22,7 @@ from recontrast import metrics
 from recontrast.data.dataset_sample import Sample
 from recontrast.data.decode import decode
 from recontrast.data.images import MAX_PIXELS, image_size
-from recontrast.data.json_text import parse_json
+from recontrast.data.json_text import describe_json_error, parse_json
 from recontrast.data.listing import list_images
 from recontrast.data.mvtec_layout import DEFECTS, DEFECTS_CONFIG
 from recontrast.data.prepare import MARKER_FILE
@@ -247,7 +247,7 @@ def build_measures(name: str, tests: Sequence[Sample], recipe: Recipe) -> Measur
     elif chosen == "real_iad":
         measures = RealIadMeasures(tests)
     if name != "auto" and measures.notes:
-        raise ValueError(f"measures: wanted a data set of {name}, got one of which {measures.notes[0]}")
+        raise ValueError(f"measures: wanted those of {name}, got {measures.notes[0]}")
     return measures
 
 
@@ -286,7 +286,8 @@ def read_saturations(path: Path) -> dict[int, tuple[float, bool]]:
         }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: wanted a list of pixel_value, saturation_threshold and relative_saturation, got {error}"
+            f"{path}: wanted a list of pixel_value, saturation_threshold and relative_saturation, got "
+            f"{describe_json_error(error)}"
         ) from None
 
 

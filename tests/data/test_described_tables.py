@@ -116,7 +116,8 @@ def test_one_object_of_real_iad_and_its_errors(tmp_path):
     with pytest.raises(ValueError, match="train 6: wanted good images for training, got one of HS"):
         prepare("real_iad", tmp_path)
     for damaged, error in (
-        ({"meta": {}}, "wanted JSON with meta"), ([], "wanted JSON with meta"),
+        ({"meta": {}}, "wanted JSON with meta .*, got none with the name prefix$"),
+        ([], "wanted JSON with meta .*, got a value of another type$"),
         ({**content, "train": [{"image_path": "a.jpg"}]}, "train 1: wanted anomaly_class, image_path, mask_path, got"),
         ({**content, "train": [{"image_path": 3, "anomaly_class": "OK", "mask_path": None}]}, "as text, got"),
         ({**content, "train": [{"image_path": "../a.jpg", "anomaly_class": "OK", "mask_path": None}]}, "train 1: "

@@ -148,7 +148,10 @@ def test_loco_with_damaged_masks(tmp_path, model):
     assert result.rows[0].skipped == 1 and expected in result.errors[0]
     (folder / "defects_config.json").unlink()  # a link to the download
     (folder / "defects_config.json").write_text("[3]")
-    with pytest.raises(ValueError, match="wanted a list of pixel_value, saturation_threshold"):
+    with pytest.raises(ValueError, match=r"wanted a list of pixel_value, .*, got a value of another type"):
+        evaluate(model, samples, SMALL)
+    (folder / "defects_config.json").write_text(json.dumps([{"pixel_value": 255, "relative_saturation": True}]))
+    with pytest.raises(ValueError, match=r", got none with the name saturation_threshold$"):
         evaluate(model, samples, SMALL)
 
 
@@ -208,11 +211,15 @@ def test_loco_without_its_masks_or_with_parts_of_images(tmp_path, model):
     row = evaluate(model, samples, SMALL).rows[0]
     assert "no AU-sPRO: " in row.note and "prepare the data set again" in row.note
     assert set(row.extra) == {"I-AUROC mean", "I-AUROC logical", "I-AUROC structural"}
-    with pytest.raises(ValueError, match="wanted a data set of mvtec_loco, got one of which no AU-sPRO"):
+    with pytest.raises(ValueError, match="measures: wanted those of mvtec_loco, got no AU-sPRO: "):
         evaluate(model, samples, SMALL, measures="mvtec_loco")
     (folder / "defects_config.json").write_text(json.dumps(CONFIG))
     (folder / "defects").mkdir(exist_ok=True)
     tests = [sample for sample in samples if sample.split == "test"]
+    with pytest.raises(
+        ValueError, match=r"wanted those of mvtec_loco, got no AU-sPRO: maps show a part of the images$"
+    ):
+        build_measures("mvtec_loco", tests, SMALL.replace(crop=16))
     assert build_measures("auto", tests, SMALL.replace(crop=16)).notes == ["no AU-sPRO: maps show a part of the images"]
 
 
@@ -315,7 +322,7 @@ def test_real_iad(tmp_path, model):
         assert extra[f"I-AUROC C{view}"] == roc_auc_score(labels, scores)
     assert "I-AUROC C2" not in extra
     renamed = [replace(sample, path=sample.path.with_name(f"{number}.jpg")) for number, sample in enumerate(samples)]
-    with pytest.raises(ValueError, match="wanted a data set of real_iad, got one of which no S-AUROC"):
+    with pytest.raises(ValueError, match="measures: wanted those of real_iad, got no S-AUROC: "):
         evaluate(model, renamed, SMALL, measures="real_iad")
 
 
