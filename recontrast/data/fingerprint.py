@@ -17,7 +17,7 @@ def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
     """Describe the training images for a checkpoint.
 
     Args:
-        images: Images, n of (H, W, 3) uint8.
+        images: Images, n of (H, W, 3), uint8, or float32 in [0, 1] with a window.
         block: Number of images to read at a time; the images can be a memory map larger than the memory.
 
     Returns:
@@ -31,7 +31,7 @@ def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
     owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)).tolist()  # file of each image
     hashes = [hashlib.blake2b(digest_size=_BYTES) for _ in offsets[1:]]
 
-    def update_hashes(start: int, pixels: NDArray[np.uint8]) -> None:
+    def update_hashes(start: int, pixels: NDArray[Any]) -> None:
         for index, image in enumerate(pixels, start):
             hashes[owner[index]].update(image.data)
 
@@ -44,11 +44,12 @@ def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
     return {"count": len(images), "digest": digest.hexdigest(), "each": "".join(h.hexdigest() for h in hashes)}
 
 
-def compute_fingerprint(pixels: NDArray[np.uint8]) -> str:
+def compute_fingerprint(pixels: NDArray[Any]) -> str:
     """Compute the fingerprint of an image: BLAKE2b of its pixels at network input size.
 
     Args:
-        pixels: (H, W, 3) uint8, or (tiles, H, W, 3) uint8 for an image that training cuts into tiles.
+        pixels: (H, W, 3), or (tiles, H, W, 3) for an image that training cuts into tiles: uint8, or float32 in [0, 1]
+            with a window.
 
     Returns:
         8 bytes as 16 hexadecimal digits.
@@ -60,7 +61,7 @@ def compute_tiled_fingerprint(tiles: Images, block: int = 16) -> str:
     """Compute the fingerprint of an image that training cuts into tiles, without a copy of all tiles.
 
     Args:
-        tiles: Tiles of the image, n of (H, W, 3) uint8, as in training.
+        tiles: Tiles of the image, n of (H, W, 3), uint8, or float32 in [0, 1] with a window, as in training.
         block: Number of tiles that are in memory at once.
 
     Returns:

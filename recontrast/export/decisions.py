@@ -154,7 +154,7 @@ class DecidedProgram(nn.Module):
         """Compute maps (N, h, w), scores (N,), p-values (N,), float32, and decisions (N,), bool.
 
         Args:
-            image: RGB images (N, H, W, 3), uint8.
+            image: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
         """
         maps, score = self.program(image)[:2]
         return maps, score, *decide(score, self.good, self.threshold)

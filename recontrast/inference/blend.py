@@ -22,8 +22,8 @@ CPU_BATCH_PIXELS = 1 << 17  # pixels of a batch of tiles on a CPU, 2 tiles of 25
 MapAndScore = tuple[NDArray[np.float32], float]
 # Tiles, and their masks or None -> maps (n, tile, tile) and scores (n,), float32, batch after batch.
 ScoreTiles = Callable[[Images, TileMasks | None], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
-# Image (H, W, 3), uint8, and its mask (H, W), bool, or None -> its map (H, W) and its score.
-ScoreImage = Callable[[NDArray[np.uint8], NDArray[np.bool_] | None], MapAndScore]
+# Image (H, W, 3), uint8 or float32, and its mask (H, W), bool, or None -> its map (H, W) and its score.
+ScoreImage = Callable[[NDArray[Any], NDArray[np.bool_] | None], MapAndScore]
 
 
 def limit_batch(batch: int, tile: int) -> int:
@@ -41,7 +41,7 @@ def limit_batch(batch: int, tile: int) -> int:
 
 def blend_tiles(
     score_tiles: ScoreTiles,
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[Any],
     recipe: Recipe,
     overlap: int,
     *,
@@ -52,8 +52,8 @@ def blend_tiles(
 
     Args:
         score_tiles: Function that computes the maps and scores of tiles.
-        pixels: Image (H, W, 3), uint8. An image smaller than a tile is padded by reflection, see
-            `recontrast.data.tiles`.
+        pixels: Image (H, W, 3), uint8, or float32 in [0, 1] with a window. An image smaller than a tile is padded by
+            reflection, see `recontrast.data.tiles`.
         recipe: Recipe with ``tile`` and ``score``.
         overlap: Pixels shared by neighbouring tiles.
         inside: Region of interest, whether each pixel is inside, (H, W) bool; tiles wholly outside are not computed.

@@ -40,11 +40,11 @@ class Program(Protocol):
 
     description: Mapping[str, Any]
 
-    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any]) -> NamedArrays:
         """Run the network on a batch of images.
 
         Args:
-            images: Images (N, H, W, 3), uint8, RGB.
+            images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
 
         Returns:
             Arrays named as in `OUTPUTS`: map (N, height, width) and score (N,), float32, and with a calibration
@@ -89,11 +89,11 @@ class OnnxProgram:
             )
         self._names = [output.name for output in self._session.get_outputs()]
 
-    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any]) -> NamedArrays:
         """Run the network, see `Program`.
 
         Args:
-            images: Images (N, H, W, 3), uint8, RGB.
+            images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
 
         Returns:
             Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
@@ -124,11 +124,11 @@ class OpenVinoProgram:
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": count_threads()}
         self._model = core.compile_model(model, "CPU", settings)
 
-    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any]) -> NamedArrays:
         """Run the network, see `Program`.
 
         Args:
-            images: Images (N, H, W, 3), uint8, RGB.
+            images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
 
         Returns:
             Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
@@ -155,11 +155,11 @@ class TorchExportProgram:
             program = torch.export.load(archive)
         self._module = program.module()
 
-    def __call__(self, images: NDArray[np.uint8]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any]) -> NamedArrays:
         """Run the network, see `Program`.
 
         Args:
-            images: Images (N, H, W, 3), uint8, RGB.
+            images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
 
         Returns:
             Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).

@@ -5,6 +5,7 @@ Apart from the decoded image and its map, memory holds one batch of tiles and th
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def infer_tiled(
         Map (1, H, W) and score (1,), float32.
     """
 
-    def score_image(pixels: NDArray[np.uint8], inside: NDArray[np.bool_] | None) -> tuple[NDArray[np.float32], float]:
+    def score_image(pixels: NDArray[Any], inside: NDArray[np.bool_] | None) -> tuple[NDArray[np.float32], float]:
         return score_tiled_image(model, pixels, recipe, overlap=overlap, batch=batch, release=True, inside=inside)
 
     yield from score_files(score_image, files, recipe, rois)
@@ -126,7 +127,7 @@ def infer_tiled(
 
 def score_tiled_image(
     model: Network,
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[Any],
     recipe: Recipe,
     *,
     overlap: int | None = None,
@@ -139,8 +140,8 @@ def score_tiled_image(
 
     Args:
         model: Model on any device.
-        pixels: Image (H, W, 3), uint8. An image smaller than a tile is padded by reflection, see
-            `recontrast.data.tiles`.
+        pixels: Image (H, W, 3), uint8, or float32 in [0, 1] with a window. An image smaller than a tile is padded by
+            reflection, see `recontrast.data.tiles`.
         recipe: Recipe with ``tile``, for map and precision.
         overlap: Pixels shared by neighbouring tiles; None for a quarter of the tile.
         batch: Number of tiles per batch; fewer on a CPU, see `recontrast.inference.blend.limit_batch`.
@@ -182,7 +183,7 @@ def infer_files(
     batch: int = 16,
     clock: Clock | None = None,
     unread: dict[int, str] | None = None,
-    on_image: Callable[[Path, NDArray[np.uint8]], object] | None = None,
+    on_image: Callable[[Path, NDArray[Any]], object] | None = None,
     rois: Rois | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute maps and scores of image files at their original scale, like `recontrast.inference.infer.infer`.
@@ -207,7 +208,7 @@ def infer_files(
     """
     rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
 
-    def read(position: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    def read(position: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         try:
             pixels = read_image(paths[position], bits=recipe.bits, window=recipe.window)
             inside = None if rois is None else rois.read(position, pixels.shape[:2], str(paths[position]))

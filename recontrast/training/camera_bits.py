@@ -9,6 +9,9 @@ from recontrast.data.notices import warn_once
 from recontrast.data.window import AUTO, find_window, name_item
 from recontrast.recipes.recipe import Recipe
 
+_LOST = "rounded to 256 levels"
+_HINT = "--window auto keeps all levels but those of the lowest and highest 0.1% of the samples"
+
 
 def fix_bits(recipe: Recipe, items: Sequence[Any]) -> Recipe:
     """Set the bits of a recipe that leaves them open.
@@ -30,16 +33,13 @@ def fix_bits(recipe: Recipe, items: Sequence[Any]) -> Recipe:
     bits = detect_bits(items)
     if bits is None:
         if has_deep(items):
-            text = (
-                "has 16-bit samples: they are rounded to 256 levels, here and in other files; --window auto keeps all"
-            )
+            text = f"has 16-bit samples: they are {_LOST}, here and in other files; {_HINT}"
             warn_once("16 bits", name_item(items[0], 0), text)
         return recipe
     text = f"has 16-bit samples of {bits} bits, like all {len(items)} images: they are scaled by {bits} bits"
-    lost = "rounded to 256 levels; --window auto keeps all"
     warn_once(
         f"camera {bits}", name_item(items[0], 0),
-        f"{text} in training, evaluation and prediction (recipe field bits), and {lost}",
+        f"{text} in training, evaluation and prediction (recipe field bits), and {_LOST}; {_HINT}",
     )  # fmt: skip
     return recipe.replace(bits=bits)
 
