@@ -128,6 +128,10 @@ def test_wrong_options_write_nothing(folder, tmp_path, options, wanted):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_data():
+    assert "DATA: wanted data sets, folders of good images or lists, got none" in fails("audit")
+
+
 def test_too_few_images_and_shares(folder):
     samples = datasets.mvtec(folder.parent, "nut")
     network = PatchCore("test_resnet", weights="random", levels=(1,))
@@ -167,3 +171,10 @@ def test_images_of_16_bits(tmp_path):
     works("audit", tmp_path / "nut", *options, "--window", "1300 2000", "--out", tmp_path / "out")
     first = (tmp_path / "out/audit.csv").read_text().splitlines()[1]
     assert first.split(",")[1].endswith("5.png")
+
+
+def test_plain_folder(folder, tmp_path):
+    """All images of a folder without a layout are ranked; none is kept for a test."""
+    options = ["--weights", "random", "--backbone", "test_resnet", "--size", SIZE, "--device", "cpu"]
+    works("audit", folder / "train/good", *options, "--out", tmp_path / "out")
+    assert len((tmp_path / "out/audit.csv").read_text().splitlines()) == 21

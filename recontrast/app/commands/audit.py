@@ -7,23 +7,25 @@ from typing import Annotated, Any
 import typer
 
 from recontrast.app.console import print_data, print_image_errors, print_line
-from recontrast.app.data_options import Good, load_data
+from recontrast.app.data_options import load_data
 from recontrast.app.options import (
     AllGood,
-    Data,
     Device,
     Overwrite,
     check_writable,
     expand_home,
     parse_window,
+    path_argument,
     path_option,
 )
 from recontrast.app.progress_bar import ProgressBar
 
 
 def audit(  # 12 options and the output; `audit_images` and `audit_files` do the work
-    data: Data = None,
-    good: Good = None,
+    data: Annotated[
+        list[Path] | None,
+        path_argument("DATA", "Data sets or categories in MVTec AD layout, folders of good images, or lists."),
+    ] = None,
     category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
     all_good: AllGood = False,
     out: Annotated[Path, path_option(help="Folder of the table, the page and the list.")] = Path("audit"),
@@ -61,14 +63,16 @@ def audit(  # 12 options and the output; `audit_images` and `audit_files` do the
     from recontrast.training.audit import audit_images, check_samples, list_readable
     from recontrast.training.camera_bits import fix_bits, fix_window
 
+    if not data:
+        raise ValueError("DATA: wanted data sets, folders of good images or lists, got none")
     if clean is not None and not 0 < clean < 1:
         raise ValueError(f"--clean: wanted a share between 0 and 1, got {clean:g}")
     values: dict[str, Any] = {"window": None if window is None else parse_window(window)}
     recipe = Recipe(backbone=backbone, size=size, **values)
     check_writable(out)
     target = resolve_device(device)
-    groups = load_data(data, good, None, category=category, all_good=all_good)
-    check_replaceable(out, FILES if clean is None else [*FILES, CLEAN], overwrite=overwrite, inputs=data or good or ())
+    groups = load_data(data, None, None, category=category, all_good=all_good)
+    check_replaceable(out, FILES if clean is None else [*FILES, CLEAN], overwrite=overwrite, inputs=data)
     for name, samples in groups.items():
         check_samples(name, samples)
     network = PatchCore(backbone, weights=expand_home(weights))
