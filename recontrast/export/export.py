@@ -27,13 +27,12 @@ from recontrast.export.low_precision import TOLERANCES, PrecisionReport, check_p
 from recontrast.export.low_precision_file import LowPrecisionJob, write_low, write_report
 from recontrast.export.onnx_graph import convert_to_onnx
 from recontrast.export.tracing import pause_collection, silence_exporters, trace_images
-from recontrast.export.verify import compare_scores, draw_images
+from recontrast.export.verify import compare_scores, draw_images, graph_size
 from recontrast.export.write_files import write_onnx_model, write_pt2
 from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
-from recontrast.recipes.recipe import Recipe, to_pair
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -112,8 +111,10 @@ def export(
         raise ValueError(
             f"{checkpoint}: wanted a detector with one region of interest to export, got one with a mask for each image"
         )
-    if detector.overlap is not None:
-        _check_tiled(detector, precision)
+    if detector.overlap is not None and detector.recipe.roi is not None:
+        raise ValueError(
+            f"{checkpoint}: wanted a detector of tiles without a region of interest to export, got one with a region"
+        )
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
     notes += _convert_to_float32(detector) + _drop_calibration(detector, precision, out)
     if on_start is not None:
@@ -139,7 +140,7 @@ def export(
         names = [file.name for file in list_files(draft)]
         if report is None:
             window = parse_window(detector.recipe.window)
-            samples = [*images, *draw_images(folder / "samples", _get_size(detector.recipe), window)]
+            samples = [*images, *draw_images(folder / "samples", graph_size(detector.recipe), window)]
             count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
         else:
             count, difference = report.change.images, report.change.largest
@@ -148,11 +149,6 @@ def export(
     files = tuple(out.with_name(name) for name in names)
     outputs = OUTPUTS if decides else OUTPUTS[:2]
     return ExportResult(out, files, outputs, count, difference, tuple(notes), report)
-
-
-def _get_size(recipe: Recipe) -> tuple[int, int]:
-    """Return height and width of the images that a graph resizes to, or of its tiles."""
-    return to_pair(recipe.size) if recipe.tile is None else recipe.out
 
 
 def check_target(kind: str, out: Path) -> None:
@@ -171,16 +167,6 @@ def check_target(kind: str, out: Path) -> None:
     if out.suffix != SUFFIXES[kind]:
         raise ValueError(f"export: wanted a file name that ends in {SUFFIXES[kind]}, got {out}")
     _require(kind)
-
-
-def _check_tiled(detector: CheckpointDetector, precision: str) -> None:
-    """Raise an error if a detector of tiles has what its graph cannot hold."""
-    if detector.recipe.roi is not None:
-        raise ValueError(
-            f"{detector.path}: wanted a detector of tiles without a region of interest to export, got one with a region"
-        )
-    if precision != "float32":
-        raise ValueError(f"--precision: wanted float32 for a detector of tiles, got {precision}")
 
 
 def _convert_to_float32(detector: CheckpointDetector) -> list[str]:

@@ -14,21 +14,23 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.tiles import Tiles
 from recontrast.data.window import from_levels
 from recontrast.export.quantize import list_layers, measure_ranges, quantize, store_half_weights
+from recontrast.export.verify import graph_size
 from recontrast.inference import openvino_file
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.file_checks import PRECISIONS
-from recontrast.recipes.recipe import Recipe, to_pair
+from recontrast.recipes.recipe import Recipe
 
 # Largest relative difference allowed between two scores, by default.
 TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 0.05, "int8": 0.15}
 FEWEST_IMAGES = 8  # from which the ranges of int8 are measured
-MOST_IMAGES = 64  # for the ranges; more change them little
+MOST_IMAGES = 64  # or tiles, for the ranges; more change them little
 TRIAL_IMAGES = 16  # on which the effect of each part is measured
 TIMED_CALLS = 9
 
-Scores = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # images (N, H, W, 3) -> scores (N,)
+Scores = Callable[[NDArray[Any]], NDArray[np.float32]]  # images (N, H, W, 3) -> scores (N,)
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def open_model(model: Any, kind: str) -> Scores:
         kind: Format, "onnx" or "openvino".
 
     Returns:
-        Function that maps images (N, H, W, 3), uint8, to scores (N,), float32.
+        Function that maps images (N, H, W, 3), uint8, or float32 with a window, to scores (N,), float32.
     """
     content = model.SerializeToString()
     if kind == "onnx":
@@ -268,7 +270,7 @@ def open_model(model: Any, kind: str) -> Scores:
 
 
 def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[float, ...]:
-    """Time single images of the network's size, in turn.
+    """Time single images of the network's size, or single tiles, in turn.
 
     Args:
         detectors: Detectors in exported files.
@@ -277,7 +279,7 @@ def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[f
     Returns:
         Images per second of each, from medians.
     """
-    levels = np.random.default_rng(0).integers(0, 256, (1, *to_pair(recipe.size), 3), np.uint8)
+    levels = np.random.default_rng(0).integers(0, 256, (1, *graph_size(recipe), 3), np.uint8)
     image = from_levels(levels, recipe.window)
     seconds: list[list[float]] = [[] for _ in detectors]
     for _ in range(TIMED_CALLS + 1):
@@ -288,14 +290,30 @@ def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[f
     return tuple(1 / statistics.median(times[1:]) for times in seconds)  # without the first, which allocates
 
 
-def _read_evenly(paths: Sequence[Path], recipe: Recipe, most: int) -> NDArray[np.uint8]:
-    """Read images, evenly spaced in a list, resized but not cropped: (N, H, W, 3)."""
-    files = ImageFiles([paths[index * len(paths) // min(most, len(paths))] for index in range(min(most, len(paths)))])
-    pixels = files.resized(recipe.size, None, recipe.bits, recipe.window)[range(len(files))]
+def _read_evenly(paths: Sequence[Path], recipe: Recipe, most: int) -> NDArray[Any]:
+    """Read images, evenly spaced in a list, resized but not cropped, or tiles of them: (N, H, W, 3)."""
+    files = ImageFiles([paths[index] for index in _space_evenly(len(paths), most)])
+    if recipe.tile is None:
+        pixels = np.asarray(files.resized(recipe.size, None, recipe.bits, recipe.window)[range(len(files))])
+    else:
+        parts = []
+        for index in range(len(files)):
+            image = files.read(index, bits=recipe.bits, window=recipe.window)
+            if image is None:
+                break
+            tiles = Tiles(image, recipe.tile, recipe.stride or recipe.tile)
+            parts.append(tiles[_space_evenly(len(tiles), max(most // len(files), 1))])
+        pixels = np.concatenate(parts) if parts else np.zeros(0)
     if files.errors:
         raise ValueError(next(iter(files.errors.values())))
-    return np.asarray(pixels)
+    return pixels
 
 
-def _score(scores: Scores, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _space_evenly(count: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many positions, evenly spaced."""
+    number = min(most, count)
+    return np.arange(number) * count // number
+
+
+def _score(scores: Scores, images: NDArray[Any]) -> NDArray[np.float32]:
     return np.concatenate([scores(image[None]) for image in images])

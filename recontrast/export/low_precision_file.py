@@ -12,11 +12,10 @@ from recontrast.export.decisions import list_files
 from recontrast.export.describe import describe
 from recontrast.export.low_precision import Change, PrecisionReport, convert, time_calls
 from recontrast.export.onnx_graph import convert_to_onnx
-from recontrast.export.verify import check_differences, draw_images, score_both
+from recontrast.export.verify import check_differences, draw_images, graph_size, score_both
 from recontrast.export.write_files import write_onnx_model
 from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
-from recontrast.recipes.recipe import to_pair
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def write_low(job: LowPrecisionJob, program: torch.export.ExportedProgram, draft
     write_onnx_model(model, kind, whole, describe(detector, kind))
     exported, reference = ExportedDetector(draft), ExportedDetector(whole)
     window = parse_window(detector.recipe.window)
-    drawn = [] if precision == "int8" else draw_images(draft.parent / "samples", to_pair(detector.recipe.size), window)
+    drawn = [] if precision == "int8" else draw_images(draft.parent / "samples", graph_size(detector.recipe), window)
     wanted, got, names = score_both(detector, exported, [*job.images, *drawn])
     change = Change.measure(wanted, got)
     if not change.largest <= job.tolerance:

@@ -100,13 +100,13 @@ def _find_group(node: Any) -> str | None:
     return None
 
 
-def measure_ranges(model: Any, tensors: Collection[str], images: Iterable[NDArray[np.uint8]]) -> dict[str, Range]:
+def measure_ranges(model: Any, tensors: Collection[str], images: Iterable[NDArray[Any]]) -> dict[str, Range]:
     """Measure the values of tensors on good images.
 
     Args:
         model: ``onnx.ModelProto`` in float32; it is not changed.
         tensors: Names of the tensors, with channels along the second axis.
-        images: Images (H, W, 3), uint8.
+        images: Images (H, W, 3), uint8, or float32 in [0, 1] with a window.
 
     Returns:
         Range of each tensor.

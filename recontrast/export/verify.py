@@ -13,8 +13,21 @@ from recontrast.data.image_files import ImageFiles
 from recontrast.data.window import from_levels
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.recipes.recipe import Recipe, to_pair
 
 TOLERANCE = 1e-4  # largest relative difference allowed between two scores
+
+
+def graph_size(recipe: Recipe) -> tuple[int, int]:
+    """Return height and width of the images that a graph resizes to, or of its tiles.
+
+    Args:
+        recipe: Recipe of the detector.
+
+    Returns:
+        Height and width in pixels.
+    """
+    return to_pair(recipe.size) if recipe.tile is None else recipe.out
 
 
 def draw_images(folder: Path, size: tuple[int, int], window: tuple[float, float] | None = None) -> list[Path]:

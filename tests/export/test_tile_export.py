@@ -20,6 +20,7 @@ import recontrast
 from recontrast import checkpoint as checkpoints
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import digest
+from recontrast.data.roi import encode_mask
 from recontrast.export.export import export
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.recipe import Recipe
@@ -128,10 +129,10 @@ def test_file_is_calibrated_on_its_own_scores(suffix, files, tmp_path):
 
 
 def test_refusals(files, tmp_path):
-    checkpoint = files / "checkpoint.pt"
-    message = fails("export", checkpoint, "--format", "onnx", "--precision", "float16", "--out", tmp_path / "d.onnx")
-    assert "--precision: wanted float32 for a detector of tiles, got float16" in message
-    assert not list(tmp_path.iterdir())
+    region = save(tmp_path / "checkpoint.pt", RECIPE.replace(roi=encode_mask(np.ones((9, 9), bool))))
+    message = fails("export", region, "--format", "onnx", "--out", tmp_path / "d.onnx")
+    assert "wanted a detector of tiles without a region of interest to export, got one with a region" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
     images = draw(tmp_path / "images", 1, seed=1)
     message = fails("predict", files / "tiles.onnx", images, "--out", tmp_path / "out", "--tile", 64)
     assert "wanted a checkpoint where tile or overlap is given" in message
