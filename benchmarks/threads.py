@@ -4,7 +4,8 @@
 
 Starts processes that keep processors busy, and trains for some steps with each fixed number of threads and with
 `recontrast.runtime.threads`, in turn. Rates are images per second of whole runs, measurements included. What other
-programs do to the machine is part of every row alike.
+programs do to the machine is part of every row alike. A fixed number that is less than half as fast as the best one in
+the first round is not repeated: two threads on one free processor take ten minutes a round.
 """
 
 import argparse
@@ -63,7 +64,10 @@ def main() -> None:
     try:
         time.sleep(1)
         for _ in range(args.rounds):
+            best = max((rate for values in rates.values() for rate in values), default=0.0)
             for name, threads in [*((str(n), n) for n in range(1, most + 1)), (MEASURED, None)]:
+                if threads is not None and name in rates and max(rates[name]) < best / 2:
+                    continue
                 rates.setdefault(name, []).append(train_with(threads, recipe, pixels, lines))
                 print(f"{name:>8} threads: {rates[name][-1]:.2f} images/s", flush=True)
     finally:

@@ -6,6 +6,7 @@ Windows neither replaces nor removes a file that is open, and opens no folders.
 import ctypes
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,39 @@ def count_cpus() -> int:
         count = os.cpu_count() or 1
     quota = read_cpu_quota()
     return count if quota is None else max(min(count, math.ceil(quota)), 1)
+
+
+class ProcessorUse:
+    """Measures how many processors other programs have used since it was built.
+
+    Args:
+        root: Root of the file system, with ``proc``.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._path = root / "proc/stat"
+        self._started = self._read()
+
+    def measure_others(self) -> float | None:
+        """Return the processors' worth of time that other programs have used; None where it is not known.
+
+        It is known on Linux, after the twentieth of a second that the counters of the system need.
+        """
+        now = self._read()
+        if self._started is None or now is None or now[0] - self._started[0] < 0.05:
+            return None
+        seconds, own, used = (after - before for after, before in zip(now, self._started, strict=True))
+        return max(used - own, 0.0) / seconds
+
+    def _read(self) -> tuple[float, float, float] | None:
+        """Return the time, the processor time of this process and that of all programs, in seconds."""
+        try:
+            first = self._path.read_text().split("\n", 1)[0].split()
+            # user, nice, system, idle, waiting for disks, interrupts (two kinds), taken by other virtual machines
+            ticks = [int(value) for value in first[1:9]]
+            return time.perf_counter(), time.process_time(), (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, AttributeError):
+            return None
 
 
 def read_cpu_quota(root: Path = Path("/")) -> float | None:

@@ -80,7 +80,7 @@ def infer(
 
     was_training = model.training
     model.eval()
-    start_threads()
+    start_threads(weight.device)
     try:
         with ThreadPoolExecutor(1) as pool:
             starts = range(0, len(images), batch)

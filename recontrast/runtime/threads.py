@@ -4,6 +4,8 @@ The threads of a parallel loop wait for the last of them. If another program occ
 which is not scheduled: with two threads on two processors of which one is busy, training can take several times as long
 as with one thread. So between two steps a small computation is timed with fewer and with more threads, and what is
 faster is kept. The computation is not part of the work: results change with the number of threads alone, by rounding.
+The first such step can take ten times as long as the others, so that on Linux, which tells what other programs use, a
+busy machine is measured before it.
 """
 
 import os
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from recontrast.data.system import count_cpus
+from recontrast.data.system import ProcessorUse, count_cpus
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,9 @@ FIRST_LOOK = 2.0  # seconds of work before the first measurement: shorter work i
 LONGEST_WAIT = 60.0  # seconds between two measurements; each wait is twice the one before
 GAIN = 1.1  # how much faster another number of threads must be
 CHANGES = 10  # of the number of threads at once, at most
-ROUNDS = 2  # measurements of each number of threads, in turn
+ROUNDS = 8  # measurements of each number of threads, in turn
+HOPELESS = 1.5  # times the duration of the fastest: measured no further
+OTHERS = 0.3  # processors used by other programs: enough for a measurement before the first step
 SLOWER = 1.5  # steps that take so many times their usual time are followed by a measurement
 STEPS = 3  # so many of them in a row
 ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # set by users who choose the number themselves
@@ -59,6 +63,12 @@ class ThreadTuner:
         self._last_look = self._last_step = clock()
         self._usual: list[float] = []  # duration of the first steps since the last measurement
         self._recent: deque[float] = deque(maxlen=STEPS)
+
+    def before_steps(self) -> None:
+        """Measure and choose before the first step; for machines that are known to be busy."""
+        if self.most > 1:
+            self._choose()
+            self._last_look = self._last_step = self._clock()
 
     def after_step(self) -> None:
         """Measure and choose again, if it is time to; called after each step."""
@@ -102,29 +112,37 @@ class ThreadTuner:
         """Return the duration of the probe with the current number of threads, with one more or less, and with others.
 
         The others are twice as many, and half of them, a quarter and so on: one busy processor slows all threads down,
-        so that only a much smaller number may be faster.
+        so that only a much smaller number may be faster. Numbers that are much slower than the fastest are measured no
+        further: on a busy machine, one measurement of them can take as long as a step.
         """
         candidates = {current - 1, current, current + 1, min(2 * current, self.most)}
         candidates |= {current >> shift for shift in range(current.bit_length())}
         seconds = dict.fromkeys(sorted(n for n in candidates if 1 <= n <= self.most), 0.0)
-        for _ in range(ROUNDS):
+        slow: dict[int, float] = {}
+        for done in range(1, ROUNDS + 1):
             for threads in seconds:
                 self._set_threads(threads)
                 started = self._clock()
                 self._probe()
                 seconds[threads] += self._clock() - started
-        return seconds
+            limit = HOPELESS * min(seconds.values())
+            slow |= {threads: total * ROUNDS / done for threads, total in seconds.items() if total > limit}
+            seconds = {threads: total for threads, total in seconds.items() if threads not in slow}
+            if len(seconds) == 1:
+                seconds = {threads: total * ROUNDS / done for threads, total in seconds.items()}
+                break
+        return seconds | slow
 
 
 def run_probe() -> None:
-    """Run 16 convolutions of 3 x 3 over 64 channels, about 50 ms on one processor: many short parallel loops."""
+    """Run 4 convolutions of 3 x 3 over 64 channels, about 12 ms on one processor: short parallel loops."""
     import torch
     from torch.nn import functional
 
     with torch.inference_mode():
         features = torch.full((1, 64, 56, 56), 0.01).contiguous(memory_format=torch.channels_last)
         weight = torch.full((64, 64, 3, 3), 0.001)
-        for _ in range(16):
+        for _ in range(4):
             features = functional.relu(functional.conv2d(features, weight, padding=1))
 
 
@@ -135,21 +153,27 @@ class _Choice:
         self.threads, self.report = threads, report
         self.before: int | None = None  # number of threads before the first computation
         self.tuner: ThreadTuner | None = None
+        self._use: ProcessorUse | None = ProcessorUse()
 
-    def start(self) -> None:
-        """Set the number of threads."""
+    def start(self, device: "torch.device | None") -> None:
+        """Set the number of threads, and measure if other programs are known to use the processors."""
         import torch
 
-        if self.before is not None:
+        if self.before is None:
+            self.before = torch.get_num_threads()
+            # Several processes of torchrun share the processors, and their number of threads is set by it.
+            is_set = any(os.environ.get(name) for name in ENVIRONMENT) or os.environ.get("WORLD_SIZE", "1") != "1"
+            count = self.threads or (self.before if is_set else min(self.before, count_cpus()))
+            if count != self.before:
+                torch.set_num_threads(count)
+            if self.threads is None and not is_set:
+                self.tuner = ThreadTuner(count, self.report, torch.set_num_threads)
+        if device is None or device.type != "cpu" or self.tuner is None or self._use is None:
             return
-        self.before = torch.get_num_threads()
-        # Several processes of torchrun share the processors, and their number of threads is set by it.
-        is_set = any(os.environ.get(name) for name in ENVIRONMENT) or os.environ.get("WORLD_SIZE", "1") != "1"
-        count = self.threads or (self.before if is_set else min(self.before, count_cpus()))
-        if count != self.before:
-            torch.set_num_threads(count)
-        if self.threads is None and not is_set:
-            self.tuner = ThreadTuner(count, self.report, torch.set_num_threads)
+        if (others := self._use.measure_others()) is not None:
+            self._use = None
+            if others > OTHERS:
+                self.tuner.before_steps()
 
     def stop(self) -> None:
         """Set the number of threads of before."""
@@ -162,10 +186,14 @@ class _Choice:
 _choice: _Choice | None = None
 
 
-def start_threads() -> None:
-    """Set the number of threads that `choose_threads` was asked for; called before the first step of a computation."""
+def start_threads(device: "torch.device | None" = None) -> None:
+    """Set the number of threads that `choose_threads` was asked for; called before a computation, and before its steps.
+
+    Args:
+        device: Device of the steps; None if something is computed or loaded before them.
+    """
     if _choice is not None:
-        _choice.start()
+        _choice.start(device)
 
 
 def after_step(device: "torch.device") -> None:

@@ -55,6 +55,7 @@ class OnePassTrainer(Trainer):
         order = self._choose_order(count)
         state.model.eval()
         plan_memory(state.model, recipe, count, self.settings.device)
+        threads.start_threads(self.settings.device)
         self.progress.start_interval()
         observed = 0
         with interrupts.defer_interrupts(True) as is_interrupted:

@@ -137,6 +137,7 @@ class Trainer:
         """
         recipe, world = self.settings.recipe, self.settings.world
         is_late = False
+        threads.start_threads(self.settings.device)
         self.progress.start_interval()
         with interrupts.defer_interrupts(world.size == 1) as is_interrupted:
             try:

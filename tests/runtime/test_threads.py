@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recontrast.data.system import count_cpus, read_cpu_quota
+from recontrast.data.system import ProcessorUse, count_cpus, read_cpu_quota
 from recontrast.runtime import threads
 from recontrast.runtime.threads import FIRST_LOOK, LONGEST_WAIT, ThreadTuner, choose_threads
 
@@ -32,7 +32,7 @@ class Machine:
 
     def probe(self):
         self.probes += 1
-        self.now += 0.05 * self.seconds
+        self.now += 0.012 * self.seconds
 
     def work(self, steps):
         for _ in range(steps):
@@ -82,7 +82,7 @@ def test_measurements_take_a_small_share_of_the_time():
     machine.work(20)
     early = machine.probes
     machine.work(2000)  # 1000 s
-    assert machine.probes - early <= 4 * (1000 / LONGEST_WAIT + 6)
+    assert machine.probes - early <= 2 * threads.ROUNDS * (1000 / LONGEST_WAIT + 6)
 
 
 def test_short_work_is_not_measured():
@@ -95,10 +95,39 @@ def test_small_gains_change_nothing():
     """Noise: one thread fewer is up to a tenth faster now and then."""
     machine = Machine(2)
     machine.probe = machine.tuner._probe = lambda: setattr(
-        machine, "now", machine.now + (0.05 if machine.threads == 2 else 0.047)
+        machine, "now", machine.now + (0.012 if machine.threads == 2 else 0.0113)
     )
     assert machine.work(200) == 2
     assert not machine.lines
+
+
+def test_numbers_that_are_much_slower_are_measured_once():
+    machine = Machine(2, busy=1)
+    machine.tuner.before_steps()
+    assert machine.tuner.threads == 1
+    assert machine.lines == ["threads: 1 instead of 2, 2.5 times as fast (other programs use this machine)"]
+    assert machine.probes == 4  # two measurements: with 1 and 2 threads, then with 1 and 2 again
+
+
+def test_a_measurement_before_the_first_step_delays_the_next():
+    machine = Machine(4)
+    machine.tuner.before_steps()
+    probes = machine.probes
+    assert machine.work(int(FIRST_LOOK * 4) - 1) == 4
+    assert machine.probes == probes > 0
+    machine = Machine(1)
+    machine.tuner.before_steps()
+    assert machine.probes == 0
+
+
+class Use:
+    """Processors that other programs have used, once something was loaded."""
+
+    def __init__(self, others):
+        self.values = [None, others, others]
+
+    def measure_others(self):
+        return self.values.pop(0)
 
 
 @pytest.fixture
@@ -191,3 +220,48 @@ def test_quota_limits_the_processors(monkeypatch):
 
 def test_probe_computes():
     threads.run_probe()
+
+
+@pytest.mark.usefixtures("_no_variables")
+@pytest.mark.parametrize(("others", "looks"), [(None, 0), (0.1, 0), (0.9, 1)])
+def test_a_busy_machine_is_measured_before_the_first_step(monkeypatch, others, looks):
+    found = []
+    monkeypatch.setattr(threads, "ProcessorUse", lambda: Use(others))
+    monkeypatch.setattr(ThreadTuner, "before_steps", lambda tuner: found.append(tuner.threads))
+    with choose_threads(None, pytest.fail):
+        threads.start_threads()  # before the model is built
+        threads.start_threads(CPU)
+        assert not found
+        threads.start_threads(CPU)
+        threads.start_threads(CPU)  # once
+        assert len(found) == looks
+    with choose_threads(None, pytest.fail):
+        threads.start_threads(torch.device("cuda"))
+        threads.start_threads(torch.device("cuda"))
+    assert len(found) == looks
+
+
+def write_stat(root, user, idle):
+    (root / "proc").mkdir(exist_ok=True)
+    (root / "proc" / "stat").write_text(f"cpu  {user} 3 5 {idle} 70 0 1 2 0 0\ncpu0 1 2 3\n")
+
+
+def test_the_processors_of_other_programs(tmp_path, monkeypatch):
+    import os
+    import time
+
+    if not hasattr(os, "sysconf"):
+        pytest.skip("the counters of Linux")
+    now, own = [10.0], [1.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: own[0])
+    ticks = os.sysconf("SC_CLK_TCK")
+    write_stat(tmp_path, 100, 1000)
+    use = ProcessorUse(tmp_path)
+    assert use.measure_others() is None  # too early
+    now[0], own[0] = 12.0, 1.5
+    write_stat(tmp_path, 100 + int(2.5 * ticks), 99999)
+    assert use.measure_others() == pytest.approx(1.0)  # 2.5 s used in 2 s, 0.5 s of them by this process
+    (tmp_path / "proc" / "stat").write_text("cpu  x\n")
+    assert use.measure_others() is None
+    assert ProcessorUse(tmp_path / "missing").measure_others() is None
