@@ -23,6 +23,7 @@ from recontrast import metrics
 from recontrast.app.report.html_tables import render_metrics
 from recontrast.data import datasets
 from recontrast.data.prepare import prepare
+from recontrast.evaluation import scorers
 from recontrast.evaluation.category import Category
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.measures import LocoMeasures, build_measures
@@ -46,6 +47,25 @@ def model():
     return build_model(SMALL, "pushpins").eval()
 
 
+@pytest.fixture
+def brightness(monkeypatch):
+    """Maps of the brightness of 4 x 4 pixels in place of those of the untrained model, which find no defect."""
+
+    def infer(model, images, recipe, *, batch, **_):
+        for start in range(0, len(images), batch):
+            pixels = np.asarray(images[np.arange(start, min(start + batch, len(images)))], np.float32) / 255
+            maps = torch.from_numpy(pixels.reshape(len(pixels), 8, 4, 8, 4, 3).mean((2, 4, 5)))
+            yield maps, maps.flatten(1).amax(1)
+
+    monkeypatch.setattr(scorers, "infer", infer)
+
+
+def brighten(path, by, rows, columns):
+    pixels = np.asarray(Image.open(path)).astype(int)
+    pixels[rows, columns] += by
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+
+
 def write_mask_of_value(path, value, rows, columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = np.zeros((12, 16), np.uint8)
@@ -54,14 +74,19 @@ def write_mask_of_value(path, value, rows, columns):
 
 
 def prepare_loco(root, *, keep_config=True):
-    """Prepare a miniature of MVTec LOCO AD: three images of each kind, one of them with two defects that overlap."""
+    """Prepare a miniature of MVTec LOCO AD: three images of each kind, one of them with two defects that overlap.
+
+    Defects are brighter than what is around them, by less in the first images of a kind.
+    """
     folder = root / "download" / "pushpins"
     for split in ("train", "validation", "test"):
         for number in range(3):
             write_image(folder / split / "good" / f"{number:03}.png", seed=len(split) + number)
     for kind_number, kind in enumerate(KINDS):
         for number in range(3):
-            write_image(folder / "test" / kind / f"{number:03}.png", seed=30 + 10 * kind_number + number)
+            image = folder / "test" / kind / f"{number:03}.png"
+            write_image(image, seed=30 + 10 * kind_number + number)
+            brighten(image, 25 + 15 * number, slice(1, 4 + number), slice(2, 7))
             masks = folder / "ground_truth" / kind / f"{number:03}"
             write_mask_of_value(masks / "000.png", 255 - kind_number, slice(1, 4 + number), slice(2, 7))
             if number == 2:
@@ -99,7 +124,7 @@ def expect_loco(samples, maps, kind):
     return spro_by_definition(images, defects, areas, 0.05)
 
 
-def test_loco(tmp_path, model):
+def test_loco(tmp_path, model, brightness):
     folder = prepare_loco(tmp_path)
     samples = datasets.load(folder)["pushpins"]
     result, maps = evaluate_with_maps(model, samples)
@@ -108,6 +133,7 @@ def test_loco(tmp_path, model):
     for kind in KINDS:
         name = kind.removesuffix("_anomalies")
         assert extra[f"AU-sPRO@0.05 {name}"] == pytest.approx(expect_loco(samples, maps, kind), abs=1e-4)
+        assert 0.1 < extra[f"AU-sPRO@0.05 {name}"] < 0.9
         chosen = [s for s in samples if s.split == "test" and (not s.label or s.defect == kind)]
         expected = roc_auc_score([s.label for s in chosen], [scores[s.path] for s in chosen])
         assert extra[f"I-AUROC {name}"] == pytest.approx(expected)
@@ -119,7 +145,7 @@ def test_loco(tmp_path, model):
     assert evaluate(model, samples, SMALL, measures="none").rows[0].extra == {}
 
 
-def test_loco_of_several_processes(tmp_path, model):
+def test_loco_of_several_processes(tmp_path, model, brightness):
     folder = prepare_loco(tmp_path)
     samples = [sample for sample in datasets.load(folder)["pushpins"] if sample.split == "test"]
     _, maps = evaluate_with_maps(model, samples)
@@ -130,6 +156,7 @@ def test_loco_of_several_processes(tmp_path, model):
     parts[0].merge([part.state() for part in parts])
     scores, usable = torch.arange(float(len(samples))), list(range(len(samples)))
     assert parts[0].compute(scores, usable) == whole.compute(scores, usable)
+    assert 0.1 < whole.compute(scores, usable)["AU-sPRO@0.05"] < 0.9
 
 
 def test_loco_with_damaged_masks(tmp_path, model):
@@ -156,13 +183,14 @@ def test_loco_with_damaged_masks(tmp_path, model):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_image_with_a_damaged_mask_counts_in_no_measure(tmp_path, model, streaming):
+def test_an_image_with_a_damaged_mask_counts_in_no_measure(tmp_path, model, brightness, streaming):
     """The joined mask of an image is damaged; the single ones, which AU-sPRO is computed from, are not."""
     folder = prepare_loco(tmp_path)
     samples = [sample for sample in datasets.load(folder)["pushpins"] if sample.split == "test"]
     skipped = next(sample for sample in samples if sample.defect == KINDS[0])
     rest = [sample for sample in samples if sample is not skipped]
-    expected = evaluate(model, rest, SMALL, streaming=streaming, batch=2).rows[0]
+    expected, whole = (evaluate(model, some, SMALL, streaming=streaming, batch=2).rows[0] for some in (rest, samples))
+    assert abs(whole.extra["AU-sPRO@0.05 logical"] - expected.extra["AU-sPRO@0.05 logical"]) > 0.01
     skipped.mask.unlink()
     skipped.mask.write_bytes(b"not an image")
     shown = []
