@@ -19,6 +19,7 @@ from PIL import Image
 from saved_model import RECIPE, save
 
 from recontrast.inference.detector import open_detector
+from recontrast.service import application
 from recontrast.service.limits import Limits
 
 
@@ -261,8 +262,15 @@ def test_stop_answers_what_was_accepted(plain, images):
     assert client.events[-1] == "stopped: 7 images accepted, 7 answered"
 
 
-def test_a_client_that_leaves_costs_no_inference(plain, images):
-    content = images[0].read_bytes()
+def test_a_client_that_leaves_costs_no_inference(plain, images, monkeypatch):
+    """An image counts as active before it is decoded; only then does it wait for the detector."""
+    content, decode = images[0].read_bytes(), application.decode_upload
+
+    def decode_slowly(*arguments):
+        time.sleep(0.3)
+        return decode(*arguments)
+
+    monkeypatch.setattr(application, "decode_upload", decode_slowly)
     with serving({"main": plain}, open_file=Gate) as client:
         gate = close_gate(client)
         first = threading.Thread(target=client.predict, args=[content])
@@ -274,6 +282,7 @@ def test_a_client_that_leaves_costs_no_inference(plain, images):
             )
             gone.sendall(content)
             wait_until(lambda: client.count("active_images") == 2)
+            wait_until(lambda: client.service._batches._waiting)
             gone.setsockopt(1, 13, b"\x01\0\0\0\0\0\0\0")  # SO_LINGER of 0 seconds: closing resets the connection
         (job,) = client.service._batches._waiting
         wait_until(lambda: not job.is_wanted())
