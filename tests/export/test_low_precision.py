@@ -1,14 +1,18 @@
 """Files of less than float32: size, scores, parts that stay in float, reports, calibration, refusals."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from command_line import fails, works
+from PIL import Image
 from saved_model import draw, save
 from tiny import tiny_set
 from traced_once import traced_once
 
+import recontrast
+from recontrast.calibration.conformal import calibrate_maps
 from recontrast.data.own_files import is_own
 from recontrast.export.export import export
 from recontrast.export.low_precision import Change, convert, open_model
@@ -19,7 +23,10 @@ from recontrast.recipes.recipe import Recipe
 RECIPE = Recipe(backbone="test_resnet", weights="random", size=32, encoder_bn="eval")
 CASES = [("onnx", "int8"), ("openvino", "int8"), ("onnx", "float16"), ("openvino", "float16"), ("openvino", "bfloat16")]
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*"),
+    pytest.mark.filterwarnings("ignore:.*seem to show one scene:recontrast.data.listing.DataWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,42 @@ def test_file_keeps_the_scores_within_the_tolerance(kind, precision, model, run,
         assert again.description["precision"] == precision and again.calibration.count == 12
         image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
         np.testing.assert_allclose(again.score(image)[1], detector.score(image)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SUFFIX)
+def test_promised_rates_hold_for_a_file_of_int8(kind, model, run, good, tmp_path):
+    """Over re-splits of good images whose scores are the file's own; the command stores what such a split gives."""
+    path = tmp_path / f"d{SUFFIX[kind]}"
+    export(run, kind, path, precision="int8", images=sorted(good.iterdir()))
+    images = sorted(draw(tmp_path / "images", 90, seed=5, spread=20.0).iterdir())
+    detector, whole = ExportedDetector(path), recontrast.load(run, device="cpu")
+    found = detector.predict(images)
+    maps, scores = np.stack([one.anomaly_map for one in found]), np.array(found.scores, np.float32)
+    changes = np.abs(scores / np.array(whole.predict(images).scores) - 1)
+    assert changes.max() > 1e-4 and len(set(scores.tolist())) == 90  # the scores are those of int8, without ties
+    random, rate, splits, kept = np.random.default_rng(0), 0.1, 400, 49
+    alarms, flagged = np.zeros(splits), np.zeros(splits)
+    for index in range(splits):
+        order = random.permutation(90)
+        first, fresh = order[:kept], order[kept:]
+        calibration = calibrate_maps(
+            [(maps[first], scores[first])], kept, rate=rate, pixel_rate=rate, source="", weights=""
+        )
+        alarms[index] = calibration.is_defect(scores[fresh]).mean()
+        flagged[index] = (maps[fresh] > calibration.pixel_threshold).mean()
+    for shares in (alarms, flagged):
+        assert shares.mean() <= rate + 4 * shares.std() / splits**0.5
+    assert alarms.mean() >= rate - 4 * alarms.std() / splits**0.5  # 5 of 50: not by a threshold that is too high
+    for index in first:
+        (tmp_path / "good").mkdir(exist_ok=True)
+        os.link(images[index], tmp_path / "good" / images[index].name)
+    works("calibrate", path, "--good", tmp_path / "good", "--false-alarm-rate", rate, "--pixel-rate", rate)
+    decided = ExportedDetector(path)
+    assert decided.calibration.threshold == pytest.approx(calibration.threshold, rel=1e-6)
+    outputs = decided.program(np.stack([np.asarray(Image.open(images[index])) for index in fresh]))
+    wanted = calibration.is_defect(scores[fresh])
+    np.testing.assert_array_equal(outputs["defect"], wanted)
+    assert 0 < wanted.sum() < 20
 
 
 def test_report_gives_the_change_of_metrics(model, run, good, tmp_path):
