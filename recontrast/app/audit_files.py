@@ -1,9 +1,7 @@
 """Files of ``recontrast audit``: a table of all images, a page with those that look least like the others, a list."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from recontrast.data import heatmaps
 from recontrast.data.atomic import replace_files
 from recontrast.data.csv_table import Rounded, format_table
 from recontrast.data.dataset_sample import Sample
+from recontrast.data.html_page import read_style, render_single_file, render_today
 from recontrast.data.image_files import IMAGE_ERRORS
 from recontrast.data.image_lists import write_list
 from recontrast.data.images import read_image, reserve_memory
@@ -26,7 +25,6 @@ FILES = ("audit.csv", "audit.html")
 CLEAN = "clean.csv"
 SIDE = 224  # longest side of a picture in pixels
 CARDS = ".audited { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 2rem 1.5rem; }\n"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def choose_images(audited: Mapping[str, Sequence[AuditedImage]], share: float) -> list[Sample]:
@@ -108,26 +106,8 @@ def render_page(audited: Mapping[str, Sequence[AuditedImage]], left_out: set[Pat
     """
     total = sum(map(len, audited.values()))
     title = f"{total} good images audited"
-    style = "".join(
-        files(package).joinpath("page.css").read_text(encoding="utf-8")
-        for package in ("recontrast.app.report", "recontrast.app.compare")
-    )
-    date = datetime.now().astimezone()
     sections = "".join(_render_category(*item, left_out, count) for item in audited.items())
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="generator" content="Anomaly detection audit">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{style}{CARDS}</style>
-</head>
-<body>
-<main>
+    body = f"""<main>
 <header>
 <p class="kind">Audit of training images</p>
 <h1>{escape(title)}</h1>
@@ -135,12 +115,11 @@ def render_page(audited: Mapping[str, Sequence[AuditedImage]], left_out: set[Pat
 Each image was compared with the others alone. The score is the largest distance of one of its points to the nearest
 point of another image; the bright part of the heat map is where. An image stands out if its modified z-score is above
 {STANDS_OUT}: so many robust standard deviations above the median. That is a place to look, not a decision.
-<time datetime="{date.isoformat(timespec="seconds")}">{date.day} {date:%B %Y}</time></p>
+{render_today()}</p>
 </header>
-{sections}</main>
-</body>
-</html>
-"""
+{sections}</main>"""
+    style = read_style("recontrast.app.report", "recontrast.app.compare") + CARDS
+    return render_single_file(title, body, generator="Anomaly detection audit", style=style)
 
 
 def _render_category(category: str, images: Sequence[AuditedImage], left_out: set[Path], count: int) -> str:

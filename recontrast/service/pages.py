@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from recontrast.data.html_page import render_page
 from recontrast.service.messages import Response
 from recontrast.service.openapi import render_interface
 
@@ -14,24 +15,11 @@ POLICY = (
 )
 _HEADERS = {"Content-Security-Policy": POLICY, "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin"}
 _KINDS = {"page.css": "text/css; charset=utf-8", "page.js": "text/javascript; charset=utf-8"}
-_DOCS = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<link rel="stylesheet" href="/page.css">
-<title>Interface of the recontrast service</title>
-</head>
-<body>
-<main class="docs">
+_STYLE = '<link rel="stylesheet" href="/page.css">'
+_DOCS = """<main class="docs">
 <p><a href="/">Back to the page</a></p>
-{body}
-</main>
-</body>
-</html>
-"""
+{interface}
+</main>"""
 
 
 def load_pages(described: dict[str, Any]) -> dict[str, Response]:
@@ -41,11 +29,15 @@ def load_pages(described: dict[str, Any]) -> dict[str, Response]:
         described: Description of the interface, see `recontrast.service.openapi.describe_interface`.
     """
     folder = files("recontrast.service")
-    html = "text/html; charset=utf-8"
-    pages = {"/": Response(folder.joinpath("page.html").read_bytes(), html, headers=_HEADERS)}
+    pages = {}
+    for path, title, body in (
+        ("/", "recontrast: inspect an image", folder.joinpath("body.html").read_text(encoding="utf-8").rstrip()),
+        ("/docs", "Interface of the recontrast service", _DOCS.format(interface=render_interface(described))),
+    ):
+        content = render_page(title, body, _STYLE).encode()
+        pages[path] = Response(content, "text/html; charset=utf-8", headers=_HEADERS)
     for name, kind in _KINDS.items():
         pages[f"/{name}"] = Response(folder.joinpath(name).read_bytes(), kind, headers=_HEADERS)
-    pages["/docs"] = Response(_DOCS.format(body=render_interface(described)).encode(), html, headers=_HEADERS)
     text = json.dumps(described, indent=1).encode() + b"\n"
     pages["/openapi.json"] = Response(text, "application/json", headers=_HEADERS)
     return pages

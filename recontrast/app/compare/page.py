@@ -1,15 +1,11 @@
 """HTML page of a comparison, with inline style and pictures. All text from outside the package is escaped."""
 
 from collections.abc import Sequence
-from datetime import datetime
 from html import escape
-from importlib.resources import files
 
 from recontrast.app.compare.gallery import Card, render_gallery
 from recontrast.app.compare.tables import Column, Summary
-
-# The browser refuses to load anything from outside the file, and runs no script.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+from recontrast.data.html_page import read_style, render_single_file, render_today
 
 
 def render_page(summary: Summary, cards: Sequence[Card]) -> str:
@@ -20,10 +16,6 @@ def render_page(summary: Summary, cards: Sequence[Card]) -> str:
         cards: Images of the gallery, in order.
     """
     title = f"{summary.category}: {len(summary.results)} methods compared"
-    style = "".join(
-        files(package).joinpath("page.css").read_text(encoding="utf-8")
-        for package in ("recontrast.app.report", "recontrast.app.compare")
-    )
     body = "".join((
         _render_header(summary, title),
         _render_table(summary, "accuracy", "Accuracy", summary.accuracy_columns()),
@@ -32,28 +24,13 @@ def render_page(summary: Summary, cards: Sequence[Card]) -> str:
         render_gallery(cards, summary.pool),
         _render_notes(summary),
     ))  # fmt: skip
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="generator" content="Anomaly detection comparison">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}</main>
-</body>
-</html>
-"""
+    return render_single_file(
+        title, f"<main>\n{body}</main>", generator="Anomaly detection comparison",
+        style=read_style("recontrast.app.report", "recontrast.app.compare"),
+    )  # fmt: skip
 
 
 def _render_header(summary: Summary, title: str) -> str:
-    date = datetime.now().astimezone()
     recommended = ""
     if summary.recommendation is not None:
         recommended = f'<p class="recommended"><b>Recommended:</b> {escape(summary.recommendation.sentence)}</p>'
@@ -66,7 +43,7 @@ def _render_header(summary: Summary, title: str) -> str:
 <p class="kind">Comparison of methods</p>
 <h1>{escape(title)}</h1>
 <p class="dim">{escape(", ".join(f"{name} {value}" for name, value in summary.settings.items()))};
-<time datetime="{date.isoformat(timespec="seconds")}">{date.day} {date:%B %Y}</time></p>
+{render_today()}</p>
 {recommended}{failed}
 </header>
 """

@@ -1,7 +1,6 @@
 """HTML page of the report, with inline style and script. All text from outside the package is escaped."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -16,10 +15,8 @@ from recontrast.app.report.threshold_section import render_threshold
 from recontrast.app.report.thumbnails import Pictures
 from recontrast.checkpoint import Checkpoint
 from recontrast.data import heatmaps as heat
+from recontrast.data.html_page import read_style, render_single_file, render_today
 from recontrast.recipes.recipe import Recipe
-
-# The browser refuses to load anything from outside the file.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def render_page(
@@ -40,8 +37,6 @@ def render_page(
     """
     names = [row.category for row in findings.result.rows]
     title = f"{names[0] if len(names) == 1 else f'{len(names)} categories'}: detection results"
-    folder = files("recontrast.app.report")
-    style, script = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     body = "".join((
         _render_header(findings, title, recipe, run),
         render_threshold(findings, run),
@@ -54,31 +49,19 @@ def render_page(
         _render_training(log, checkpoint),
         html_tables.render_details(recipe, checkpoint, about),
     ))  # fmt: skip
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#gallery">Skip to the images</a>
+    page = f"""<a class="skip" href="#gallery">Skip to the images</a>
 <svg width="0" height="0" aria-hidden="true" class="defs"><defs><pattern id="hatch" width="4" height="4"
 patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><line class="hatch" y2="4"/></pattern></defs></svg>
 <main>
-{body}</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+{body}</main>"""
+    script = files("recontrast.app.report").joinpath("page.js").read_text(encoding="utf-8")
+    return render_single_file(
+        title, page, generator="Anomaly detection report", style=read_style("recontrast.app.report"), script=script
+    )
 
 
 def _render_header(findings: Findings, title: str, recipe: Recipe, run: str) -> str:
-    mean, date = findings.result.mean, datetime.now().astimezone()
+    mean = findings.result.mean
     numbers = [
         (f"{recall.called} of {recall.images}", label)
         for label, recall in (
@@ -101,7 +84,7 @@ def _render_header(findings: Findings, title: str, recipe: Recipe, run: str) -> 
 <h1>{escape(title)}</h1>
 <p class="dim">{escape(run)}, {mean.images} test images,
 {input_size}, {escape(recipe.backbone)}{_describe_few(recipe)};
-<time datetime="{date.isoformat(timespec="seconds")}">{date.day} {date:%B %Y}</time></p>
+{render_today()}</p>
 <dl class="numbers">{cells}</dl>
 </header>
 """
