@@ -14,7 +14,6 @@ AUPRO over the data set is computed by this package for both sides and is not ti
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -26,10 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the restated reference lives there
 import upstream
+from measurements import name_machine, write_record
 from upstream_model import replace_layers, upstream_from
 
 from recontrast import metrics, ops
-from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample, mvtec
 from recontrast.data.images import normalise, read_mask
@@ -196,8 +195,7 @@ def main() -> None:
     record = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "runs": {}}
     if record["settings"] != settings:
         sys.exit(f"{args.out}: wanted runs with {settings}, got {record['settings']}: choose another --out")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    record["machine"] = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record["machine"] = {"device": name_machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     record["machine"] |= {"kernels": ops.BACKEND[device.type], "date": date.today().isoformat()}
     base = RECIPES[args.recipe].replace(backbone=args.backbone, weights=args.weights, steps=args.steps)
     base = base.replace(batch=args.batch, size=args.size)
@@ -210,9 +208,7 @@ def main() -> None:
                 continue
             runs = {"ours": ours, "reference": reference}[side](samples, category, base.replace(seed=seed), device)
             record["runs"] |= {f"{name}/{seed}/{side}": run for name, run in runs.items()}
-            text = json.dumps(record, indent=1).encode() + b"\n"
-            with replace_file(args.out, size=len(text)) as file:
-                file.write(text)
+            write_record(args.out, record)
             print(f"\r{category}/{seed}/{side}: {json.dumps(runs)}", file=sys.stderr)
     print(", ".join(f"{key} {value}" for key, value in {**settings, **record["machine"]}.items()) + "\n")
     print(table(record["runs"], args.categories, args.seeds))

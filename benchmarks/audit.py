@@ -9,20 +9,17 @@ continues where the first ended.
 """
 
 import argparse
-import json
-import platform
 import random
 import time
 from dataclasses import replace
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from measurements import measure_missing
 from sklearn.metrics import roc_auc_score
 
-from recontrast.data.atomic import replace_file
 from recontrast.data.datasets import Sample, mvtec
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.models.patchcore import PatchCore
@@ -109,22 +106,15 @@ def main() -> None:
         name="audit", architecture="patchcore", backbone=arguments.backbone, weights=arguments.weights,
         size=arguments.size, log_every=10**6,
     )  # fmt: skip
-    stored = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
-    runs: list[dict[str, Any]] = stored["runs"]
-    done = {(run["category"], run["share"], run["seed"]) for run in runs}
     folders = [path.name for path in sorted(arguments.data.iterdir()) if (path / "train").is_dir()]
-    for seed in arguments.seeds:
-        for share in arguments.shares:
-            for category in arguments.categories or folders:
-                if (category, share, seed) in done:
-                    continue
-                runs.append(measure(category, share, seed, recipe, arguments.data))
-                print(runs[-1], flush=True)
-                machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-                stored = {"date": f"{date.today()}", "machine": machine, "torch": torch.__version__, "runs": runs}
-                with replace_file(arguments.out) as file:
-                    file.write((json.dumps(stored, indent=1) + "\n").encode())
-    print_table(runs)
+    planned = (
+        {"category": category, "share": share, "seed": seed}
+        for seed in arguments.seeds
+        for share in arguments.shares
+        for category in arguments.categories or folders
+    )
+    record = measure_missing(arguments.out, planned, partial(measure, recipe=recipe, data=arguments.data))
+    print_table(record["runs"])
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ seconds of the process are stored beside it. No setting is chosen by the metrics
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import plot_budget
-import torch
+from measurements import measure_missing
 
 from recontrast.app.options import parse_duration
 from recontrast.data.atomic import replace_file
-from recontrast.data.datasets import Sample, mvtec
+from recontrast.data.datasets import mvtec
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
@@ -41,9 +39,13 @@ STEP_SETTINGS = {"batch": 8, "ramp": 1.0, "encoder_lr": 1e-4, "encoder_bn": "eva
 
 
 def measure(
-    samples: list[Sample], category: str, method: str, seconds: float, seed: int, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Train within a budget and evaluate; the plan, its metrics in percent and its costs."""
+    category: str, method: str, budget: float, seed: int, arguments: argparse.Namespace
+) -> dict[str, Any] | None:
+    """Train within a budget in seconds and evaluate; the plan, its metrics in percent and its costs.
+
+    None if the budget is too short for the method.
+    """
+    samples = mvtec(arguments.data, category)
     device = resolve_device(arguments.device)
     recipe = Recipe(name=method, backbone=arguments.backbone, weights=arguments.weights, seed=seed, log_every=10**6)
     recipe = recipe.replace(**METHODS[method])
@@ -55,7 +57,11 @@ def measure(
         fixed |= {"size", "precision"}
     good = [sample.path for sample in samples if sample.split == "train" and not sample.label]
     begin, cpu = time.perf_counter(), time.process_time()
-    plan = plan_budget(recipe, fixed, good, 0, seconds, device, category)
+    try:
+        plan = plan_budget(recipe, fixed, good, 0, budget, device, category)
+    except ValueError as error:
+        print(f"{category} {method}: {error}", flush=True)
+        return None
     trained = train(plan.recipe, samples, category=category, device=device)
     spent, cpu = time.perf_counter() - begin, time.process_time() - cpu
     begin = time.perf_counter()
@@ -63,7 +69,7 @@ def measure(
     inference = (time.perf_counter() - begin) / row.images
     values = {name: getattr(row, name) for name in METRICS}
     return {
-        "category": category, "method": method, "budget": seconds, "seed": seed, "plan": plan.description,
+        "category": category, "method": method, "budget": budget, "seed": seed, "plan": plan.description,
         "seconds": round(spent, 1), "cpu_seconds": round(cpu, 1), "inference_ms": round(1000 * inference, 1),
         **{name: None if value is None else round(100 * value, 2) for name, value in values.items()},
     }  # fmt: skip
@@ -107,34 +113,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", action="store_true", help="also draw accuracy against time, as SVG beside --out")
     arguments = parser.parse_args()
-    stored = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
-    runs: list[dict[str, Any]] = stored["runs"]
-    keys = ("category", "method", "budget", "seed")
-    done = {tuple(run[key] for key in keys) for run in runs}
     folders = [path for path in sorted(arguments.data.iterdir()) if (path / "train").is_dir()]
     categories = arguments.categories or [path.name for path in folders]
-    for seconds in (parse_duration("--budgets", value) for value in arguments.budgets):
-        for seed in arguments.seeds:
-            for category in categories:
-                for method in arguments.methods:
-                    if (category, method, seconds, seed) in done:
-                        continue
-                    samples = mvtec(arguments.data, category)
-                    try:
-                        run = measure(samples, category, method, seconds, seed, arguments)
-                    except ValueError as error:  # the budget is too short for this method
-                        print(f"{category} {method}: {error}", flush=True)
-                        continue
-                    runs.append(run)
-                    print({key: value for key, value in run.items() if key != "plan"}, flush=True)
-                    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-                    stored = {"date": f"{date.today()}", "machine": machine, "torch": torch.__version__, "runs": runs}
-                    with replace_file(arguments.out) as file:
-                        file.write((json.dumps(stored, indent=1) + "\n").encode())
-    print_table(runs)
-    if arguments.plot and runs:
+    planned = (
+        {"category": category, "method": method, "budget": budget, "seed": seed}
+        for budget in [parse_duration("--budgets", value) for value in arguments.budgets]
+        for seed in arguments.seeds
+        for category in categories
+        for method in arguments.methods
+    )
+    record = measure_missing(arguments.out, planned, partial(measure, arguments=arguments))
+    print_table(record["runs"])
+    if arguments.plot and record["runs"]:
         with replace_file(arguments.out.with_suffix(".svg")) as file:
-            file.write(plot_budget.plot(stored).encode())
+            file.write(plot_budget.plot(record).encode())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ needs no detector, so it is added to an existing file within seconds.
 import argparse
 import json
 import math
-import platform
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measurements import name_machine, write_record
 
 from recontrast.calibration.appearance_drift import describe_appearance, measure_appearance_drift
 from recontrast.calibration.conformal import (
@@ -34,7 +34,6 @@ from recontrast.calibration.conformal import (
     false_alarm_interval,
 )
 from recontrast.calibration.score_drift import measure_score_drift
-from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import categories, mvtec
 from recontrast.evaluation.evaluate import evaluate
@@ -179,7 +178,7 @@ def main() -> None:
     record = json.loads(args.out.read_text()) if args.out.exists() else {"settings": about, "categories": {}}
     if record["settings"] != about:
         sys.exit(f"{args.out}: wanted runs with {about}, got {record['settings']}: choose another --out")
-    record["machine"] = {"name": platform.processor() or platform.machine(), "torch": torch.__version__}
+    record["machine"] = {"name": name_machine(device), "torch": torch.__version__}
     record["machine"]["date"] = date.today().isoformat()
     recipe = RECIPES["mvtec"].replace(weights=args.weights, **settings)
     for category in args.categories or categories(args.data):
@@ -188,9 +187,7 @@ def main() -> None:
             continue
         result = result or measure(args.data, category, recipe, args.times, device)
         record["categories"][category] = {**result, "looks": check_images(args.data, category, recipe)}
-        text = json.dumps(record, indent=1).encode() + b"\n"
-        with replace_file(args.out, size=len(text)) as file:
-            file.write(text)
+        write_record(args.out, record)
     print(", ".join(f"{key} {value}" for key, value in {**about, **record["machine"]}.items()) + "\n")
     print(tables(record["categories"]))
 

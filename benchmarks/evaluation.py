@@ -11,9 +11,7 @@ product. bfloat16 is skipped on devices without kernels for it, unless `--ways` 
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
 import resource
 import sys
 import time
@@ -27,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the restated reference lives there
 import upstream
+from measurements import name_machine, write_record
 from upstream_model import upstream_from
 
 from recontrast import checkpoint
 from recontrast.data import datasets
-from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.data.images import normalise, read_mask
 from recontrast.evaluation.evaluate import evaluate
@@ -146,16 +144,14 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[way] = pool.apply(measure, (way, args.data, args.checkpoint))
         print(f"{way}: {results[way]['seconds']:.1f} s", file=sys.stderr, flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     about = {
-        "device": device,
+        "device": name_machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bfloat16_pays": fast_bfloat16,
     }
     record = {**about, "date": date.today().isoformat(), "ways": results}
-    with replace_file(args.out) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    write_record(args.out, record)
     print("| configuration | seconds | speedup over the reference | lower bound, s | peak memory ", end="")
     print("| loading, forward, maps, metrics | I-AUROC | P-AUROC | AUPRO | AUPRO per image |")
     print("|---|" + "---:|" * 4 + "---|" + "---:|" * 4)

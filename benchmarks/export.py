@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from measurements import write_record
 from PIL import Image
 
 import recontrast
 from recontrast import checkpoint as checkpoints
-from recontrast.data.atomic import replace_file
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.listing import list_images
 from recontrast.export.export import SUFFIXES, export
@@ -155,8 +155,7 @@ def main() -> None:
         "versions": {p: version(p) for p in packages},
     }  # fmt: skip
     if args.checkpoint is not None:
-        with replace_file(args.out) as file:
-            file.write(json.dumps({"settings": about, "reports": measure_precisions(args)}, indent=1).encode() + b"\n")
+        write_record(args.out, {"settings": about, "reports": measure_precisions(args)})
         return
     record = json.loads(args.out.read_text()) if args.out.exists() else {"settings": about, "detectors": {}}
     weights = {"resnet18": str(args.resnet18), "tf_efficientnet_lite0": "package", "wide_resnet50_2": "random"}
@@ -167,8 +166,7 @@ def main() -> None:
 
         def save(kind: str, result: dict, results: dict = results, backbone: str = backbone) -> None:
             results[kind] = result
-            with replace_file(args.out) as file:
-                file.write(json.dumps(record, indent=1).encode() + b"\n")
+            write_record(args.out, record)
             print(f"{backbone} {kind}: {json.dumps(result)}", file=sys.stderr, flush=True)
 
         missing = [kind for kind in args.formats.split(",") if kind not in results]

@@ -11,8 +11,6 @@ skipped on devices without kernels for it, unless `--bfloat16` is given. `--no-c
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import sys
 import time
@@ -23,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from measurements import name_machine, write_record
 
 from recontrast import checkpoint
 from recontrast.data import datasets
-from recontrast.data.atomic import replace_file
 from recontrast.data.cache import ImageCache
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.inference.infer import infer
@@ -104,11 +102,9 @@ def main() -> None:
             mean = evaluate(network, groups, recipe, batch=args.batch).mean
             rows[name] |= {key: getattr(mean, key) for key in SHOWN}
             print(f"{name}: {rows[name]['i_auroc']}", file=sys.stderr, flush=True)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    record = {"device": card, "threads": torch.get_num_threads(), "torch": torch.__version__, "batch": args.batch}
-    record |= {"date": date.today().isoformat(), "images": len(tests), "ways": rows}
-    with replace_file(args.out) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    record = {"device": name_machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record |= {"batch": args.batch, "date": date.today().isoformat(), "images": len(tests), "ways": rows}
+    write_record(args.out, record)
     print("| views, precision | images/s | x first row | I-AUROC | P-AUROC | AUPRO |\n|---|" + "---:|" * 5)
     base = statistics.median(next(iter(rows.values()))["seconds"])
     for name, row in rows.items():

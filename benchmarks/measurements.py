@@ -1,19 +1,21 @@
-"""Timed measurements: run on the device, written to JSON one by one, and printed as a table."""
+"""Measurements: run on the device, written to JSON one by one, and printed as a table."""
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from recontrast import ops
+from recontrast.data.atomic import replace_file
 
 Function = Callable[[], object]
 
@@ -74,10 +76,7 @@ class Run:
 
     def save(self) -> None:
         """Write all rows to the file atomically."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.out.with_suffix(".part")
-        temporary.write_text(json.dumps(self.record, indent=1) + "\n")
-        os.replace(temporary, self.out)
+        write_record(self.out, self.record)
 
     def _time(self, function: Function, seconds: float, most: int) -> dict:
         synchronise = torch.cuda.synchronize if self.cuda else lambda: None
@@ -112,6 +111,47 @@ class Run:
         return {"ms": round(middle, 4), "low": round(low, 4), "high": round(high, 4), "rounds": rounds, **peak}
 
 
+def measure_missing(
+    out: Path, planned: Iterable[dict[str, Any]], measure: Callable[..., dict[str, Any] | None]
+) -> dict[str, Any]:
+    """Measure what a file does not hold yet, and write each result at once, so that a later call continues.
+
+    Args:
+        out: JSON file of the results.
+        planned: Keyword arguments of ``measure`` for each result, which holds them as well.
+        measure: Measures one result; None if there is none.
+
+    Returns:
+        The content of the file: the results, ``runs``, and date, machine and version of the last of them.
+    """
+    record = json.loads(out.read_text()) if out.exists() else {"runs": []}
+    for arguments in planned:
+        if any(arguments.items() <= run.items() for run in record["runs"]):
+            continue
+        if (run := measure(**arguments)) is None:
+            continue
+        machine = f"{name_machine()}, {torch.get_num_threads()} threads"
+        about = {"date": date.today().isoformat(), "machine": machine, "torch": torch.__version__}
+        record = {**about, "runs": [*record["runs"], run]}
+        write_record(out, record)
+        print(run, flush=True)
+    return record
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, whole or not at all."""
+    text = json.dumps(record, indent=1).encode() + b"\n"
+    with replace_file(out, size=len(text)) as file:
+        file.write(text)
+
+
+def name_machine(device: torch.device | None = None) -> str:
+    """Return the name of a GPU, or of the processor; by default of the GPU, if there is one."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
 def describe_environment(device: torch.device) -> dict:
     """Return the device, driver, versions and date."""
     environment = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
@@ -128,7 +168,7 @@ def describe_environment(device: torch.device) -> dict:
         }
         environment |= {"memory MB": properties.total_memory >> 20, "cudnn": torch.backends.cudnn.version()}
     else:
-        environment["device"] = platform.processor() or platform.machine()
+        environment["device"] = name_machine(device)
     try:
         import triton
 

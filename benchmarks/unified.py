@@ -10,17 +10,14 @@ published recipes, ramps and warm-ups keep their share of the steps.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from measurements import measure_missing
 
-from recontrast.data.atomic import replace_file
 from recontrast.data.datasets import Sample, mvtec
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.models.network import Network
@@ -142,24 +139,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    stored = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
-    runs: list[dict[str, Any]] = stored["runs"]
-    done = {(run["method"], run["seed"]) for run in runs}
     folders = [path for path in sorted(arguments.data.iterdir()) if (path / "train").is_dir()]
     categories = arguments.categories or [path.name for path in folders]
     samples = [sample for category in categories for sample in mvtec(arguments.data, category)]
-    for seed in arguments.seeds:
-        for method in arguments.methods:
-            if (method, seed) in done:
-                continue
-            run = measure(method, seed, samples, arguments)
-            runs.append(run)
-            print(run, flush=True)
-            machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-            stored = {"date": f"{date.today()}", "machine": machine, "torch": torch.__version__, "runs": runs}
-            with replace_file(arguments.out) as file:
-                file.write((json.dumps(stored, indent=1) + "\n").encode())
-    print_table(runs)
+    planned = ({"method": method, "seed": seed} for seed in arguments.seeds for method in arguments.methods)
+    record = measure_missing(arguments.out, planned, partial(measure, samples=samples, arguments=arguments))
+    print_table(record["runs"])
 
 
 if __name__ == "__main__":
