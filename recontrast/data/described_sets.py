@@ -11,6 +11,7 @@ from recontrast.data.published_counts import Counts
 
 _NC = "CC BY-NC-SA 4.0"
 _VALIDATION = ("{category}/validation/good/{name}",)
+_TEST = ("{category}/test/{defect}/{stem}.{suffix}",)
 _BMAD_FOLDERS = {  # category -> folder in the archive
     "Brain": "BraTS2021_slice",
     "Liver": "hist_DIY",
@@ -26,7 +27,7 @@ DESCRIBED_SETS = {
         categories=("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
         marker="*/test/logical_anomalies",
         validation=_VALIDATION,
-        test=("{category}/test/{defect}/{stem}.{suffix}",),
+        test=_TEST,
         mask=("{category}/ground_truth/{defect}/{stem}/{name}",),
         keep={  # what sPRO needs
             "{category}/defects_config.json": "{category}/defects_config.json",
@@ -61,7 +62,7 @@ DESCRIBED_SETS = {
         categories=("01", "02", "03"),
         marker="*/train/ok",
         train=("{category}/train/ok/{name}",),
-        test=("{category}/test/{defect}/{stem}.{suffix}",),
+        test=_TEST,
         mask=("{category}/ground_truth/{defect}/{stem}.{suffix}",),
         good="ok",
     ),
@@ -69,7 +70,7 @@ DESCRIBED_SETS = {
         title="MPDD (for its licence see the download; Jezek et al., Deep learning-based defect detection of metal "
         "parts: evaluating current methods in complex conditions, ICUMT 2021)",
         categories=("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
-        test=("{category}/test/{defect}/{stem}.{suffix}",),
+        test=_TEST,
         mask=("{category}/ground_truth/{defect}/{stem}_mask.png",),
         total=Counts(888, 458, 176),
     ),

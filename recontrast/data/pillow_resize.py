@@ -35,12 +35,7 @@ def compute_coefficients(length: int, out: int, device: torch.device | None = No
         offset: (out, 2) float32: constants added to the sums of hi * p and of lo * p, to account for the 128 in 128 + p
             and for rounding.
     """
-    at = torch.arange(out, dtype=torch.int32, device=device).unsqueeze(1)
-    pixel = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)
-    size = torch.full((1, 1), length, dtype=torch.int32, device=device)
-    # Distance between pixel centres, and half the width of the triangle, both in units of 1 / (2 out) pixels.
-    distance = ((2 * pixel + 1) * out - (2 * at + 1) * size).abs()
-    remainder = (2 * size.clamp(min=out) - distance).clamp(min=0)
+    remainder = _compute_triangles(length, out, device)
     total = remainder.sum(1, keepdim=True, dtype=torch.int32)
     weight = torch.zeros_like(remainder)
     for step in STEPS:
@@ -57,6 +52,16 @@ def compute_coefficients(length: int, out: int, device: torch.device | None = No
     low = 128 * lo.sum(1)
     carry = torch.floor(low / DIGIT)
     return torch.cat([hi, lo]), torch.stack([128 * hi.sum(1) + DIGIT // 2 + carry, low - carry * DIGIT], 1)
+
+
+def _compute_triangles(length: int, out: int, device: torch.device | None) -> Tensor:
+    """Compute how much of each pixel goes into each resized pixel, (out, length) int32, up to a factor for each row."""
+    at = torch.arange(out, dtype=torch.int32, device=device).unsqueeze(1)
+    pixel = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)
+    size = torch.full((1, 1), length, dtype=torch.int32, device=device)
+    # Distance between pixel centres, and half the width of the triangle, both in units of 1 / (2 out) pixels.
+    distance = ((2 * pixel + 1) * out - (2 * at + 1) * size).abs()
+    return (2 * size.clamp(min=out) - distance).clamp(min=0)
 
 
 def _round_to_levels(high: Tensor, low: Tensor) -> Tensor:
@@ -77,25 +82,25 @@ def _resize_height(pixels: Tensor, digits: Tensor, offset: Tensor) -> Tensor:
 
 
 def _compute_weights(length: int, out: int, device: torch.device) -> Tensor:
-    """Compute the interpolation weights of an axis, (out, length) float32; see `compute_coefficients`."""
-    at = torch.arange(out, dtype=torch.int32, device=device).unsqueeze(1)
-    pixel = torch.arange(length, dtype=torch.int32, device=device).unsqueeze(0)
-    size = torch.full((1, 1), length, dtype=torch.int32, device=device)
-    distance = ((2 * pixel + 1) * out - (2 * at + 1) * size).abs()
-    weight = (2 * size.clamp(min=out) - distance).clamp(min=0).float()
+    """Compute the interpolation weights of an axis, (out, length) float32."""
+    weight = _compute_triangles(length, out, device).float()
     return weight / weight.sum(1, keepdim=True)
 
 
-class FloatResize(nn.Module):
+class _Resize(nn.Module):
+    """A resize to ``out``: height and width of the result, in pixels."""
+
+    def __init__(self, out: tuple[int, int]) -> None:
+        super().__init__()
+        self.out = out
+
+
+class FloatResize(_Resize):
     """Resize float images to ``out`` as `recontrast.data.images.read_image` does with a window, but for rounding.
 
     Args:
         out: Height and width of the result, in pixels.
     """
-
-    def __init__(self, out: tuple[int, int]) -> None:
-        super().__init__()
-        self.out = out
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images.
@@ -112,16 +117,12 @@ class FloatResize(nn.Module):
         return (_compute_weights(height, out_height, device) @ pixels).clamp(0, 1)
 
 
-class PillowResize(nn.Module):
+class PillowResize(_Resize):
     """Resize images to ``out``, bit-identical to `recontrast.data.images.read_image`.
 
     Args:
         out: Height and width of the result, in pixels.
     """
-
-    def __init__(self, out: tuple[int, int]) -> None:
-        super().__init__()
-        self.out = out
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images.
