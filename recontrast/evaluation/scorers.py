@@ -1,24 +1,23 @@
 """What an evaluation needs of a detector: a network in PyTorch, or the program in an exported file."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recontrast.data.image_files import describe_image_error
-from recontrast.data.images import read_image
 from recontrast.data.sources import Images
-from recontrast.data.window import pixel_dtype
 from recontrast.inference import tiling
+from recontrast.inference.blend import MapAndScore
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.finite import is_finite
 from recontrast.inference.infer import infer, max_map_value
+from recontrast.inference.load_ahead import compute_batches
 from recontrast.inference.rois import Rois
+from recontrast.inference.tiled_files import score_paths
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
@@ -132,39 +131,29 @@ class ExportedScorer:
             pixels[:, top : top + height, left : left + width] = cropped
             return pixels
 
-        with ThreadPoolExecutor(1) as pool:  # the next batch is loaded while the program runs
-            starts = range(0, len(images), batch)
-            queue: list[Future[NDArray[np.uint8]]] = [pool.submit(load, start) for start in starts[:1]]
-            while queue:
-                queue += [pool.submit(load, start) for start in starts[1:2]]
-                starts = starts[1:]
-                pixels = queue.pop(0).result()
-                clock.mark("loading")
-                maps, scores = self.detector.score(pixels)
-                scores = np.where([is_finite(anomaly) for anomaly in maps], scores, np.float32(np.nan))
-                clock.mark("forward")
-                yield torch.from_numpy(maps), torch.from_numpy(scores)
+        def score(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+            clock.mark("loading")
+            maps, scores = self.detector.score(pixels)
+            scores = np.where([is_finite(anomaly) for anomaly in maps], scores, np.float32(np.nan))
+            clock.mark("forward")
+            return torch.from_numpy(maps), torch.from_numpy(scores)
+
+        return compute_batches(load, score, len(images), batch)
 
     def score_files(
         self, paths: Sequence[Path], batch: int, clock: Clock, unread: dict[int, str] | None, on_image: OnImage,
         rois: Rois | None = None,
     ) -> MapsAndScores:  # fmt: skip
         """Compute maps and scores of image files from tiles, see `Scorer`."""
-        recipe = self.detector.recipe
-        for position, path in enumerate(paths):
-            try:
-                pixels = read_image(path, bits=recipe.bits, window=recipe.window)
-            except (OSError, ValueError) as error:
-                if unread is None:
-                    raise
-                unread[position] = describe_image_error(str(path), error)
-                pixels = np.zeros((*recipe.out, 3), pixel_dtype(recipe.window))
-            else:
-                on_image(Path(path), pixels)
+
+        def score_image(pixels: NDArray[Any], inside: NDArray[np.bool_] | None) -> MapAndScore:
             clock.mark("loading")
-            anomaly, score = self.detector.score_tiled(pixels, batch, release=False)
+            result = self.detector.score_tiled(pixels, batch, release=False)
             clock.mark("forward")
-            yield torch.from_numpy(anomaly)[None], torch.tensor([score])
+            return result
+
+        for maps, scores in score_paths(score_image, paths, self.detector.recipe, unread=unread, on_image=on_image):
+            yield torch.from_numpy(maps), torch.from_numpy(scores)
 
 
 def build_scorer(model: Network | ExportedDetector, recipe: Recipe, device: str | torch.device | None) -> Scorer:

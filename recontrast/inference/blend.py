@@ -7,13 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast.data.image_files import ImageFiles, describe_image_error
-from recontrast.data.memory import trim_memory
 from recontrast.data.sources import Images, SelectedImages
 from recontrast.data.tiles import TileMasks, Tiles, tile_weights
-from recontrast.data.window import pixel_dtype
 from recontrast.inference.finite import is_finite
-from recontrast.inference.rois import Rois
 from recontrast.recipes.recipe import Recipe
 
 BLOCK_PIXELS = 1 << 20  # pixels of a map that are copied at a time: little memory compared with a large map
@@ -22,8 +18,6 @@ CPU_BATCH_PIXELS = 1 << 17  # pixels of a batch of tiles on a CPU, 2 tiles of 25
 MapAndScore = tuple[NDArray[np.float32], float]
 # Tiles, and their masks or None -> maps (n, tile, tile) and scores (n,), float32, batch after batch.
 ScoreTiles = Callable[[Images, TileMasks | None], Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]]
-# Image (H, W, 3), uint8 or float32, and its mask (H, W), bool, or None -> its map (H, W) and its score.
-ScoreImage = Callable[[NDArray[Any], NDArray[np.bool_] | None], MapAndScore]
 
 
 def limit_batch(batch: int, tile: int) -> int:
@@ -91,43 +85,6 @@ def blend_tiles(
     if inside is not None:
         return blended, score_map(blended, recipe.score, inside)
     return blended, largest if recipe.score == "model" else score_map(blended, recipe.score)
-
-
-def score_files(
-    score_image: ScoreImage, files: ImageFiles, recipe: Recipe, rois: Rois | None = None
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Compute maps and scores of image files at their original scale, one file at a time.
-
-    Args:
-        score_image: Function that computes the map and the score of an image.
-        files: Image files. A black tile takes the place of a file that cannot be read.
-        recipe: Recipe with ``tile``.
-        rois: Regions of interest of the files; None: that of the recipe.
-
-    Yields:
-        Map (1, H, W) and score (1,), float32.
-    """
-    rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
-
-    def score_file(index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        pixels = files.read(index, bits=recipe.bits, window=recipe.window)
-        inside = None
-        if pixels is None:
-            pixels = np.zeros((*recipe.out, 3), pixel_dtype(recipe.window))
-            inside = np.ones(recipe.out, bool)
-        elif rois is not None:
-            try:
-                inside = rois.read(index, pixels.shape[:2], str(files.paths[index]))
-            except (OSError, ValueError) as error:
-                files.errors[index] = describe_image_error(str(files.paths[index]), error)
-                inside = np.ones(pixels.shape[:2], bool)
-        trim_memory()  # returns the memory of decoding to the system
-        anomaly, score = score_image(pixels, inside)
-        return anomaly[None], np.array([score], np.float32)
-
-    for index in range(len(files)):
-        yield score_file(index)  # a separate function, so that no image stays in memory while the next is read
-        trim_memory()
 
 
 def score_map(anomaly: NDArray[np.float32], how: str | float, inside: NDArray[np.bool_] | None = None) -> float:

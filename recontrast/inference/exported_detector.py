@@ -14,11 +14,12 @@ from recontrast.data.regular_file import check_regular, is_regular
 from recontrast.data.sidecar import check_sidecar
 from recontrast.data.sources import Images
 from recontrast.data.window import pixel_dtype
-from recontrast.inference.blend import blend_tiles, limit_batch, score_files
+from recontrast.inference.blend import blend_tiles, limit_batch
 from recontrast.inference.file_checks import ForeignFileError
 from recontrast.inference.programs import PROGRAMS, DeviceError, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
 from recontrast.inference.rois import Rois
+from recontrast.inference.tiled_files import score_files
 from recontrast.recipes.recipe import to_pair
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """The inference loop: batches of images in, anomaly maps and scores out."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from recontrast.anomaly_map import AnomalyMap
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
 from recontrast.float32 import convolution_precision
+from recontrast.inference.load_ahead import compute_batches
 from recontrast.inference.rois import Masks, Rois
 from recontrast.models.network import Network
 from recontrast.ops import void_unless_finite
@@ -57,8 +57,8 @@ def infer(
     shared = torch.tensor(rois[0], device=weight.device) if rois is not None and is_shared else None
 
     @torch.inference_mode()  # around a yield, it would also apply to the caller
-    def score_batch(loading: Future[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
-        pixels, masks = loading.result()
+    def score_batch(loaded: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        pixels, masks = loaded
         clock.mark("loading")
         pixels = pixels.to(weight.device, non_blocking=True)
         x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=channels_last)
@@ -82,14 +82,9 @@ def infer(
     model.eval()
     start_threads(weight.device)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            starts = range(0, len(images), batch)
-            queue = [pool.submit(load, start) for start in starts[:1]]
-            while queue:
-                queue += [pool.submit(load, start) for start in starts[1:2]]
-                starts = starts[1:]
-                yield score_batch(queue.pop(0))
-                after_step(weight.device)
+        for maps, scores in compute_batches(load, score_batch, len(images), batch):
+            yield maps, scores
+            after_step(weight.device)
     finally:
         model.train(was_training)
 

@@ -12,15 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recontrast.data.image_files import ImageFiles, describe_image_error
-from recontrast.data.images import read_image
+from recontrast.data.image_files import ImageFiles
 from recontrast.data.listing import PathLike
 from recontrast.data.sources import Images
 from recontrast.data.tiles import TileMasks
-from recontrast.data.window import pixel_dtype
-from recontrast.inference.blend import blend_tiles, limit_batch, score_files, score_map
+from recontrast.inference.blend import MapAndScore, blend_tiles, limit_batch, score_map
 from recontrast.inference.infer import infer
 from recontrast.inference.rois import Rois
+from recontrast.inference.tiled_files import score_files, score_paths
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, to_pair
 from recontrast.runtime.clock import Clock
@@ -119,7 +118,7 @@ def infer_tiled(
         Map (1, H, W) and score (1,), float32.
     """
 
-    def score_image(pixels: NDArray[Any], inside: NDArray[np.bool_] | None) -> tuple[NDArray[np.float32], float]:
+    def score_image(pixels: NDArray[Any], inside: NDArray[np.bool_] | None) -> MapAndScore:
         return score_tiled_image(model, pixels, recipe, overlap=overlap, batch=batch, release=True, inside=inside)
 
     yield from score_files(score_image, files, recipe, rois)
@@ -206,23 +205,9 @@ def infer_files(
         ValueError: If the recipe has no tile, or an image cannot be decoded and ``unread`` is None.
         OSError: If an image file cannot be read and ``unread`` is None.
     """
-    rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
 
-    def read(position: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        try:
-            pixels = read_image(paths[position], bits=recipe.bits, window=recipe.window)
-            inside = None if rois is None else rois.read(position, pixels.shape[:2], str(paths[position]))
-        except (OSError, ValueError) as error:
-            if unread is None:
-                raise
-            unread[position] = describe_image_error(str(paths[position]), error)
-            return np.zeros((*recipe.out, 3), pixel_dtype(recipe.window)), np.ones(recipe.out, bool)
-        if on_image is not None:
-            on_image(Path(paths[position]), pixels)
-        return pixels, inside
+    def score_image(pixels: NDArray[Any], inside: NDArray[np.bool_] | None) -> MapAndScore:
+        return score_tiled_image(model, pixels, recipe, batch=batch, clock=clock, inside=inside)
 
-    for position in range(len(paths)):
-        pixels, inside = read(position)
-        anomaly, score = score_tiled_image(model, pixels, recipe, batch=batch, clock=clock, inside=inside)
-        del pixels
-        yield torch.from_numpy(anomaly)[None], torch.tensor([score])
+    for maps, scores in score_paths(score_image, paths, recipe, unread=unread, on_image=on_image, rois=rois):
+        yield torch.from_numpy(maps), torch.from_numpy(scores)
