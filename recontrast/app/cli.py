@@ -26,7 +26,7 @@ from recontrast.app.commands.serve import serve
 from recontrast.app.commands.train import train
 from recontrast.app.commands.watch import watch
 from recontrast.app.console import is_silent
-from recontrast.app.options import add_imports, add_threads
+from recontrast.app.option_groups import add_imports, add_threads
 from recontrast.runtime.termination import interrupt_on_termination
 
 app = typer.Typer(

@@ -1,16 +1,13 @@
 """Options shared by several commands, and how their values are parsed."""
 
 import ast
-import functools
-import inspect
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -63,6 +60,15 @@ Data = Annotated[
     list[Path] | None,
     path_argument("DATA", "Data sets or categories in MVTec AD layout, or lists (.csv, .jsonl, .parquet)."),
 ]
+TrainingData = Annotated[
+    list[Path] | None,
+    path_argument("DATA", "Data sets or categories in MVTec AD layout, folders of good images, or lists."),
+]
+TrainedCategory = Annotated[
+    str | None,
+    typer.Option(help="Name of a category in DATA, or all for one detector of all. Default: the only one."),
+]
+OneCategory = Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")]
 AllGood = Annotated[
     bool,
     typer.Option("--all-good", help="All images in a plain folder are good, whatever the names of its subfolders."),
@@ -74,6 +80,30 @@ DetectorFile = Annotated[
     Path, path_argument("DETECTOR", "checkpoint.pt, the folder of its run, or an exported .onnx, .pt2, .xml.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files in the way that recontrast did not write.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Backbone weights: a .pth, .pt or .safetensors file, package, or random. Default: timm's hub."),
+]
+OtherRoi = Annotated[
+    Path | None,
+    path_option(
+        help="Another region of interest, as in train; the calibration does not hold for it. Default: as trained."
+    ),
+]
+MapFormat = Annotated[
+    str,
+    typer.Option(
+        help="Anomaly maps: tiff16 (uint16, scale in the scores.json of predict), tiff32 or npy (float32), or none."
+    ),
+]
+MustDecide = Annotated[
+    bool,
+    typer.Option(
+        "--decide",
+        help="Fail if no decisions can be made. Without it, a detector that is not calibrated only gives scores.",
+    ),
+]
+OtherRate = Annotated[float | None, typer.Option(help="Decide at this false-alarm rate instead of the calibrated one.")]
 Views = Annotated[
     str | None,
     typer.Option(help="Features that make up the map: both, trained or frozen (0.7 of the time). Default: as trained."),
@@ -98,7 +128,7 @@ Threads = Annotated[
 
 @dataclass(frozen=True)
 class InferenceArguments:
-    """Options of commands that score images; `add_inference_arguments` adds them to a command."""
+    """Options of commands that score images."""
 
     views: Views = None
     precision: Precision = None
@@ -122,97 +152,6 @@ class InferenceArguments:
         return build_inference_options(
             self.device, self.views, self.precision, self.layout, self.no_fold, self.compiled, self.workers
         )
-
-
-def add_inference_arguments(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `InferenceArguments` to a command, which receives them as its argument ``inference``.
-
-    Args:
-        command: Function with the keyword ``inference``. An option that it declares itself, with help of its own, is
-            not added, but is passed in ``inference`` as well.
-
-    Returns:
-        The command, with these options in place of ``inference``.
-    """
-    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
-    shared = get_type_hints(InferenceArguments, include_extras=True)
-    added = [field for field in fields(InferenceArguments) if field.name not in signature.parameters]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        arguments = {field.name: values.get(field.name, field.default) for field in fields(InferenceArguments)}
-        for field in added:
-            values.pop(field.name, None)
-        command(**values, inference=InferenceArguments(**arguments))
-
-    parameters = []
-    for name, parameter in signature.parameters.items():
-        if name == "inference":
-            parameters += [
-                inspect.Parameter(
-                    field.name, parameter.KEYWORD_ONLY, default=field.default, annotation=shared[field.name]
-                )
-                for field in added
-            ]
-        else:
-            parameters.append(parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY))
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
-
-
-def _declare_option(run: Any, command: Callable[..., None], name: str, annotation: Any) -> Callable[..., None]:
-    """Give a wrapper the signature of the command that it wraps, with one more option, for typer."""
-    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
-    option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-    parameters = [p.replace(annotation=hints.get(key, p.annotation)) for key, p in signature.parameters.items()]
-    run.__signature__ = inspect.Signature([*parameters, option])
-    run.__annotations__ = {**hints, name: annotation}
-    return run
-
-
-def add_imports(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the option ``--import`` to a command, which imports the modules before the command runs.
-
-    Args:
-        command: Function of the command.
-
-    Returns:
-        The command with the option.
-    """
-
-    @functools.wraps(command)
-    def run(*arguments: Any, imports: list[str] | None = None, **values: Any) -> None:
-        if imports:
-            from recontrast.registration import import_architectures
-
-            for module in imports:
-                import_architectures(module)
-        command(*arguments, **values)
-
-    return _declare_option(run, command, "imports", Imports)
-
-
-def add_threads(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the option ``--threads`` to a command, see `recontrast.runtime.threads.choose_threads`.
-
-    Args:
-        command: Function of the command.
-
-    Returns:
-        The command with the option.
-    """
-
-    @functools.wraps(command)
-    def run(*arguments: Any, threads: int | None = None, **values: Any) -> None:
-        from recontrast.runtime.threads import choose_threads
-
-        if threads is not None and threads < 1:
-            raise ValueError(f"--threads: wanted at least 1, got {threads}")
-        with choose_threads(threads, print_error):
-            command(*arguments, **values)
-
-    return _declare_option(run, command, "threads", Threads)
 
 
 def build_inference_options(
@@ -253,6 +192,13 @@ def build_inference_options(
     return InferenceOptions(
         cast("Any", views), cast("Any", precision), channels_last, False if no_fold else None, compiled
     )
+
+
+def check_map_format(maps: str) -> None:
+    """Raise ValueError if anomaly maps cannot be written in a format."""
+    formats = ("tiff16", "tiff32", "npy", "none")
+    if maps not in formats:
+        raise ValueError(f"--maps: wanted one of {', '.join(formats)}, got {maps!r}")
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,22 +11,31 @@ from recontrast.app.data_options import load_data
 from recontrast.app.options import (
     AllGood,
     Device,
+    OneCategory,
     Overwrite,
+    TrainingData,
+    Weights,
     check_writable,
     expand_home,
     parse_window,
-    path_argument,
     path_option,
 )
 from recontrast.app.progress_bar import ProgressBar
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
-def audit(  # 12 options and the output; `audit_images` and `audit_files` do the work
-    data: Annotated[
-        list[Path] | None,
-        path_argument("DATA", "Data sets or categories in MVTec AD layout, folders of good images, or lists."),
-    ] = None,
-    category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
+    import torch
+
+    from recontrast.data.dataset_sample import Sample
+    from recontrast.models.patchcore import PatchCore
+    from recontrast.recipes.recipe import Recipe
+    from recontrast.training.audit import AuditedImage
+
+
+def audit(  # 12 options
+    data: TrainingData = None,
+    category: OneCategory = None,
     all_good: AllGood = False,
     out: Annotated[Path, path_option(help="Folder of the table, the page and the list.")] = Path("audit"),
     clean: Annotated[
@@ -37,12 +46,7 @@ def audit(  # 12 options and the output; `audit_images` and `audit_files` do the
         ),
     ] = None,
     backbone: Annotated[str, typer.Option(help="Name of a timm model.")] = "resnet18.tv_in1k",
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Backbone weights: a .pth, .pt or .safetensors file, package, or random. Default: timm's hub."
-        ),
-    ] = None,
+    weights: Weights = None,
     size: Annotated[int, typer.Option(help="Side of the resized images in pixels.", min=32)] = 256,
     window: Annotated[
         str | None,
@@ -60,8 +64,7 @@ def audit(  # 12 options and the output; `audit_images` and `audit_files` do the
     from recontrast.models.patchcore import PatchCore
     from recontrast.recipes.recipe import Recipe
     from recontrast.runtime.device import resolve_device
-    from recontrast.training.audit import audit_images, check_samples, list_readable
-    from recontrast.training.camera_bits import fix_bits, fix_window
+    from recontrast.training.audit import check_samples
 
     if not data:
         raise ValueError("DATA: wanted data sets, folders of good images or lists, got none")
@@ -78,35 +81,56 @@ def audit(  # 12 options and the output; `audit_images` and `audit_files` do the
     network = PatchCore(backbone, weights=expand_home(weights))
     network.check_size(size)
     print_data(datasets.describe(groups))
-    audited: dict[str, Any] = {}
-    errors: dict[Path, str] = {}
-    failed: list[str] = []
     with lock_folder(out):
-        with ProgressBar("audit") as progress:
-            for name, samples in groups.items():
-                try:
-                    paths = list_readable(samples)
-                    reading = fix_bits(fix_window(recipe, paths), paths)
-                    audited[name], unread = audit_images(
-                        samples, network, size=size, bits=reading.bits, window=reading.window, device=target,
-                        on_progress=functools.partial(progress, note=name),
-                    )  # fmt: skip
-                    errors |= unread
-                except (ValueError, OSError) as error:  # the other categories are ranked all the same
-                    failed.append(f"{name}: {error}")
+        audited, errors, failed = _audit_categories(groups, network, recipe, target)
         if not audited:
             raise ValueError(failed[0])
         left_out = None if clean is None else choose_images(audited, clean)
         written = write_audit(
             out, audited, groups, errors=errors, left_out=left_out, images=images, overwrite=overwrite
         )  # fmt: skip
-    for name, group in audited.items():
-        standing = sum(image.stands_out for image in group)
-        verb = "stands" if standing == 1 else "stand"
-        print_line(f"{name}: {standing} of {len(group)} good images {verb} out; first {group[0].sample.path}")
+    _print_standing(audited)
     if left_out is not None:
         print_line(f"left out of {out / CLEAN}: {len(left_out)} images; train with it: recontrast train {out / CLEAN}")
     print_line(f"audit: {', '.join(map(str, written))}")
     print_image_errors([*failed, *errors.values()], f"see {written[0]}")
     if failed or errors:
         raise typer.Exit(2)
+
+
+def _audit_categories(
+    groups: "Mapping[str, list[Sample]]", network: "PatchCore", recipe: "Recipe", device: "torch.device"
+) -> "tuple[dict[str, list[AuditedImage]], dict[Path, str], list[str]]":
+    """Rank the images of each category with a progress bar.
+
+    Returns:
+        The images by category, the first those that look least like the others; one message for each file that cannot
+        be read; and one for each category that cannot be ranked.
+    """
+    from recontrast.training.audit import audit_images, list_readable
+    from recontrast.training.camera_bits import fix_bits, fix_window
+
+    audited: dict[str, list[AuditedImage]] = {}
+    errors: dict[Path, str] = {}
+    failed: list[str] = []
+    with ProgressBar("audit") as progress:
+        for name, samples in groups.items():
+            try:
+                paths = list_readable(samples)
+                reading = fix_bits(fix_window(recipe, paths), paths)
+                audited[name], unread = audit_images(
+                    samples, network, size=recipe.out[0], bits=reading.bits, window=reading.window, device=device,
+                    on_progress=functools.partial(progress, note=name),
+                )  # fmt: skip
+                errors |= unread
+            except (ValueError, OSError) as error:  # the other categories are ranked all the same
+                failed.append(f"{name}: {error}")
+    return audited, errors, failed
+
+
+def _print_standing(audited: "Mapping[str, Sequence[AuditedImage]]") -> None:
+    """Print how many images of each category stand out, and which one comes first."""
+    for name, group in audited.items():
+        standing = sum(image.stands_out for image in group)
+        verb = "stands" if standing == 1 else "stand"
+        print_line(f"{name}: {standing} of {len(group)} good images {verb} out; first {group[0].sample.path}")

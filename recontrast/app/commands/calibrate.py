@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +22,9 @@ from recontrast.app.options import (
 from recontrast.app.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from recontrast.app.calibrate_job import CalibrationTarget
     from recontrast.calibration.appearance_drift import AppearanceDrift
     from recontrast.calibration.conformal import Calibration
     from recontrast.calibration.score_drift import ScoreDrift
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from recontrast.inference.detector import Detector
 
 
-def calibrate(  # 11 options and their checks; `calibrate_job` does the work
+def calibrate(  # 11 options
     context: typer.Context,
     checkpoint: DetectorFile,
     good: Annotated[
@@ -70,9 +71,9 @@ def calibrate(  # 11 options and their checks; `calibrate_job` does the work
         raise ValueError(f"--batch: wanted at least 1 image, got {batch}")
     if not good and not check and not bad:
         raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
-    from recontrast.app.calibrate_job import calibrate_detector, open_target
+    from recontrast.app.calibrate_job import open_target
     from recontrast.calibration.conformal import allowed_false_alarms, check_rates
-    from recontrast.data.class_folders import describe_files, list_good_samples
+    from recontrast.data.class_folders import list_good_samples
     from recontrast.data.groups import count_groups
     from recontrast.data.listing import list_images
     from recontrast.data.locks import lock_checkpoint
@@ -86,18 +87,12 @@ def calibrate(  # 11 options and their checks; `calibrate_job` does the work
         context.with_resource(lock_checkpoint(file))
     given, checks = (list_good_samples(folders or [], all_good) for folders in (good, check))
     bad_paths = list_images(bad or [])
-    files = {option: [os.path.realpath(path) for path in paths] for option, paths in (
-        ("--good", [s.path for s in given]), ("--check", [s.path for s in checks]), ("--bad", bad_paths))}  # fmt: skip
-    for option in ("--check", "--bad"):
-        if shared := set(files["--good"]) & set(files[option]):
-            raise ValueError(f"{option}: wanted other images than those of --good, got {len(shared)} of them again")
+    files = {"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths}
+    _check_different(files)
     if good:
         allowed_false_alarms(count_groups(given), false_alarm_rate)  # checked before the model is built
     target = open_target(file, device, inference, roi)
-    for option, paths in (
-        ("--good", [s.path for s in given]), ("--check", [s.path for s in checks]), ("--bad", bad_paths)
-    ):  # fmt: skip
-        print_data(describe_files(option, paths))
+    _print_files(files)
     given = select_new_samples("--good", given, target)
     if good:
         allowed_false_alarms(count_groups(given), false_alarm_rate)  # again, without copies
@@ -106,11 +101,10 @@ def calibrate(  # 11 options and their checks; `calibrate_job` does the work
     detector = target.open(calibrated=not good)
     calibration = detector.calibration
     if good:
-        with ProgressBar("calibrate") as progress:
-            calibration, errors = calibrate_detector(
-                target, detector, given, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
-                source=", ".join(map(str, good)), batch=batch, on_progress=progress,
-            )  # fmt: skip
+        calibration, errors = _calibrate(
+            target, detector, given, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
+            source=", ".join(map(str, good)), batch=batch,
+        )  # fmt: skip
         former_count = 0 if target.calibration is None else target.calibration.count
         target.store(calibration)
         _print_calibration(file, calibration, former_count)
@@ -127,6 +121,32 @@ def calibrate(  # 11 options and their checks; `calibrate_job` does the work
         print_error(text)
     if errors:
         raise typer.Exit(2)
+
+
+def _check_different(files: "Mapping[str, Sequence[Path]]") -> None:
+    """Raise ValueError if an image of another option is one of ``--good`` as well."""
+    real = {option: {os.path.realpath(path) for path in paths} for option, paths in files.items()}
+    for option in ("--check", "--bad"):
+        if shared := real["--good"] & real[option]:
+            raise ValueError(f"{option}: wanted other images than those of --good, got {len(shared)} of them again")
+
+
+def _print_files(files: "Mapping[str, Sequence[Path]]") -> None:
+    """Print which images each option gives."""
+    from recontrast.data.class_folders import describe_files
+
+    for option, paths in files.items():
+        print_data(describe_files(option, paths))
+
+
+def _calibrate(
+    target: "CalibrationTarget", detector: "Detector", samples: "Sequence[Sample]", **options: Any
+) -> "tuple[Calibration, list[str]]":
+    """Calibrate with a progress bar; ``options`` are those of `recontrast.app.calibrate_job.calibrate_detector`."""
+    from recontrast.app.calibrate_job import calibrate_detector
+
+    with ProgressBar("calibrate") as progress:
+        return calibrate_detector(target, detector, samples, on_progress=progress, **options)
 
 
 def _print_calibration(file: Path, calibration: "Calibration", former_count: int) -> None:

@@ -2,27 +2,34 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from recontrast.app.console import exit_with_error, print_data, print_error, print_image_errors, print_line
 from recontrast.app.data_options import Bad, Good, load_data
+from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     Data,
     Device,
+    TrainedCategory,
     check_writable,
-    expand_home,
     parse_duration,
     parse_list,
-    parse_shots,
     path_option,
 )
 from recontrast.app.progress_bar import ProgressBar
+from recontrast.app.recipe_options import CompareRecipeOptions
 from recontrast.app.tables import print_table
 
+if TYPE_CHECKING:
+    from recontrast.app.compare.record import MethodResult
+    from recontrast.app.compare.run import Comparison
+    from recontrast.app.compare.tables import Summary
 
-def compare(  # 16 options and the output; the package `compare` does the work
+
+@expand_options
+def compare(  # 16 options
     data: Data = None,
     methods: Annotated[
         str | None,
@@ -31,48 +38,18 @@ def compare(  # 16 options and the output; the package `compare` does the work
             "Default: those, ensemble, recontrast, rd4ad and uniad. Also: dinomaly and inp_former."
         ),
     ] = None,
-    category: Annotated[
-        str | None,
-        typer.Option(help="Name of a category in DATA, or all for one detector of all. Default: the only one."),
-    ] = None,
+    category: TrainedCategory = None,
     images: Annotated[
         list[Path] | None, path_option("--images", help="Images without labels to compare on; may be repeated.")
     ] = None,
     out: Annotated[
         Path | None, path_option(help="Folder of the comparison and its runs. Default: runs/compare-CATEGORY.")
     ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Name of a timm model. Default: wide_resnet50_2.tv_in1k.")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="Backbone weights: a .pth, .pt or .safetensors file, package, or random. Default: timm's hub."
-        ),
-    ] = None,
+    *,
+    fields: CompareRecipeOptions,
     budget: Annotated[
         str | None,
         typer.Option(help="Time for the training of each method, such as 90s, 3m or 1h; see train --budget."),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the methods that are trained by steps. Default: 2000.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per step. Default: 16.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the resized images in pixels. Default: 256.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed. Default: 111.")] = None,
-    shots: Annotated[
-        str | None,
-        typer.Option(
-            help="Good images of each class to train on, drawn with --seed: 4, or screw=4,tile=16. Default: all."
-        ),
-    ] = None,
-    augment: Annotated[
-        str | None,
-        typer.Option(help="Augmented copies of the good images: none, rotations, flips or inp_former. Default: none."),
-    ] = None,
-    holdout: Annotated[
-        float | None,
-        typer.Option(help="Share of the good images that are held out. Default: 0.1; without labelled images 0.2."),
     ] = None,
     good: Good = None,
     bad: Bad = None,
@@ -83,10 +60,9 @@ def compare(  # 16 options and the output; the package `compare` does the work
 ) -> None:
     """Train several methods on the same images, compare them in one table and one page, and recommend one."""
     from recontrast.app.compare.methods import select_methods
-    from recontrast.app.compare.run import prepare_comparison, run_comparison
+    from recontrast.app.compare.run import prepare_comparison
     from recontrast.app.compare.tables import FILES
     from recontrast.app.compare.write import write_comparison
-    from recontrast.data import datasets
     from recontrast.data.locks import lock_folder
     from recontrast.data.own_files import check_replaceable
 
@@ -94,48 +70,62 @@ def compare(  # 16 options and the output; the package `compare` does the work
         raise ValueError(f"compare: wanted one process, got {world} of torchrun")
     if methods is not None and not parse_list(methods):
         raise ValueError(f"--methods: wanted names such as patchcore,padim, got {methods!r}")
-    values = {
-        "backbone": backbone, "weights": expand_home(weights), "steps": steps, "batch": batch, "size": size,
-        "seed": seed, "shots": None if shots is None else parse_shots(shots), "augment": augment, "holdout": holdout,
-    }  # fmt: skip
+    changes = fields.list_changes()
     groups = load_data(data, good, bad, category=category)
     comparison = prepare_comparison(
-        groups, select_methods(parse_list(methods)), {key: value for key, value in values.items() if value is not None},
-        category=category, out=out, images=images or [], device=device, overwrite=overwrite,
-        budget=None if budget is None else parse_duration("--budget", budget),
+        groups, select_methods(parse_list(methods)), changes, category=category, out=out, images=images or [],
+        device=device, overwrite=overwrite, budget=None if budget is None else parse_duration("--budget", budget),
     )  # fmt: skip
     check_writable(comparison.out)
     check_replaceable(comparison.out, FILES, overwrite=overwrite)
-    print_data(datasets.describe(comparison.groups))
-    if drawn := next((run.job.describe_shots() for run in comparison.runs if run.job is not None), None):
-        print_line(drawn)
-    results: list[Any] = []
+    _print_images(comparison)
     with lock_folder(comparison.out):  # until the tables are written
-        try:
-            with ProgressBar("compare") as progress:
-                run_comparison(
-                    comparison,
-                    lambda activity, done, total, note: progress(done, total, f"{activity}: {note}"),
-                    results,
-                )
-        except KeyboardInterrupt:
-            _exit_interrupted(comparison, results)
+        results = _run(comparison)
         failed = [result for result in results if result.error is not None]
         for result in failed:
             print_error(f"{result.name}: {result.error}")
         if len(failed) == len(results):
             raise typer.Exit(2)
         summary = write_comparison(comparison, results)
-    print_table("", *summary.cells())
-    print_line(f"recommended: {summary.recommendation.sentence}" if summary.recommendation else "no recommendation")
-    print_line(f"comparison: {comparison.out / 'compare.html'}, .md, .csv, .json")
+    _print_summary(comparison, summary)
     errors = list(dict.fromkeys(error for result in results for error in result.image_errors))
     print_image_errors(errors, f"see the scores.csv of each method in {comparison.out}")
     if failed or errors:
         raise typer.Exit(2)
 
 
-def _exit_interrupted(comparison: Any, results: list[Any]) -> None:
+def _print_images(comparison: "Comparison") -> None:
+    """Print which images are compared on, and which were drawn to train on."""
+    from recontrast.data import datasets
+
+    print_data(datasets.describe(comparison.groups))
+    if drawn := next((run.job.describe_shots() for run in comparison.runs if run.job is not None), None):
+        print_line(drawn)
+
+
+def _run(comparison: "Comparison") -> "list[MethodResult]":
+    """Train and measure each method with a progress bar; Ctrl-C writes the tables of those that are complete."""
+    from recontrast.app.compare.run import run_comparison
+
+    results: list[MethodResult] = []
+    try:
+        with ProgressBar("compare") as progress:
+            run_comparison(
+                comparison, lambda activity, done, total, note: progress(done, total, f"{activity}: {note}"), results
+            )
+    except KeyboardInterrupt:
+        _exit_interrupted(comparison, results)
+    return results
+
+
+def _print_summary(comparison: "Comparison", summary: "Summary") -> None:
+    """Print the table, the recommendation, and where the page is."""
+    print_table("", *summary.cells())
+    print_line(f"recommended: {summary.recommendation.sentence}" if summary.recommendation else "no recommendation")
+    print_line(f"comparison: {comparison.out / 'compare.html'}, .md, .csv, .json")
+
+
+def _exit_interrupted(comparison: "Comparison", results: "list[MethodResult]") -> NoReturn:
     """Say which methods are complete, and write the tables of those."""
     from recontrast.app.compare.write import write_comparison
 

@@ -7,12 +7,14 @@ import typer
 
 from recontrast.app.console import print_data, print_error, print_image_errors, print_line
 from recontrast.app.data_options import Bad, Good, load_tests
+from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     Data,
     DetectorFile,
     InferenceArguments,
+    OneCategory,
+    OtherRoi,
     Overwrite,
-    add_inference_arguments,
     check_writable,
     path_option,
     resolve_checkpoint,
@@ -21,20 +23,23 @@ from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.tables import print_result
 
 if TYPE_CHECKING:
+    import torch
+
     from recontrast.calibration.conformal import Calibration
     from recontrast.data.datasets import Sample
+    from recontrast.inference.options import InferenceOptions
     from recontrast.recipes.recipe import Recipe
 
 
-@add_inference_arguments
-def evaluate(  # 19 options and their checks; `evaluate_job` does the work
+@expand_options
+def evaluate(  # 19 options
     context: typer.Context,
     checkpoint: DetectorFile,
     data: Data = None,
     *,
     good: Good = None,
     bad: Bad = None,
-    category: Annotated[str | None, typer.Option(help="Name of one category. Default: all in DATA.")] = None,
+    category: OneCategory = None,
     out: Annotated[
         Path | None, path_option(help="Folder for results.json, .csv and .md. Default: write nothing.")
     ] = None,
@@ -63,12 +68,7 @@ def evaluate(  # 19 options and their checks; `evaluate_job` does the work
             help="Map value for SegF1, the F1 of the pixels. Default: from the validation images of MVTec AD 2."
         ),
     ] = None,
-    roi: Annotated[
-        Path | None,
-        path_option(
-            help="Another region of interest, as in train; the calibration does not hold for it. Default: as trained."
-        ),
-    ] = None,
+    roi: OtherRoi = None,
     inference: InferenceArguments,
     overwrite: Overwrite = False,
     cache: Annotated[
@@ -76,14 +76,9 @@ def evaluate(  # 19 options and their checks; `evaluate_job` does the work
     ] = None,
 ) -> None:
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
-    from recontrast import checkpoint as checkpoints
     from recontrast.app.calibrate_job import open_target
     from recontrast.app.evaluate_job import check_outputs
-    from recontrast.data import datasets
-    from recontrast.data.fingerprint import read_fingerprints
-    from recontrast.data.near_copies import read_sketches
-    from recontrast.inference.detector import is_exported, open_detector
-    from recontrast.inference.rois import add_rois, apply_roi, describe_other_roi
+    from recontrast.inference.detector import is_exported
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -104,25 +99,50 @@ def evaluate(  # 19 options and their checks; `evaluate_job` does the work
         "save_maps": save_maps, "measures": measures, "threshold": threshold,
     }  # fmt: skip
     if is_exported(file):
-        detector: Any = open_detector(file, inference.device, inference=options, roi=roi)
-        print_data(datasets.describe(groups))
-        return show_metrics(
-            detector, groups, detector.recipe, out, detector.calibration, **reading,
-            trained=read_fingerprints(detector.images),
-        )  # fmt: skip
-    model, trained, stored = checkpoints.load_model(file, world_device)
+        _evaluate_exported(file, groups, out, inference.device, options, roi, reading)
+    else:
+        _evaluate_checkpoint(file, groups, out, world_device, options, roi, reading)
+
+
+def _evaluate_exported(
+    file: Path, groups: "dict[str, list[Sample]]", out: Path | None, device: str | None, inference: "InferenceOptions",
+    roi: Path | None, reading: dict[str, Any],
+) -> None:  # fmt: skip
+    """Evaluate an exported file; ``reading`` are options of `show_metrics`."""
+    from recontrast.data import datasets
+    from recontrast.data.fingerprint import read_fingerprints
+    from recontrast.inference.detector import open_detector
+
+    detector: Any = open_detector(file, device, inference=inference, roi=roi)
+    print_data(datasets.describe(groups))
+    trained = read_fingerprints(detector.images)
+    show_metrics(detector, groups, detector.recipe, out, detector.calibration, trained=trained, **reading)
+
+
+def _evaluate_checkpoint(
+    file: Path, groups: "dict[str, list[Sample]]", out: Path | None, device: "torch.device",
+    inference: "InferenceOptions", roi: Path | None, reading: dict[str, Any],
+) -> None:  # fmt: skip
+    """Evaluate a checkpoint; ``reading`` are options of `show_metrics`."""
+    from recontrast import checkpoint as checkpoints
+    from recontrast.data import datasets
+    from recontrast.data.fingerprint import read_fingerprints
+    from recontrast.data.near_copies import read_sketches
+    from recontrast.inference.rois import add_rois, apply_roi, describe_other_roi
+
+    model, trained, stored = checkpoints.load_model(file, device)
     recipe, folder = apply_roi(trained, roi)
     groups = add_rois(groups, folder)
     print_data(datasets.describe(groups))
     calibration = stored.calibration
     if calibration is not None:
-        mismatch = options.describe_mismatch(trained, calibration) or describe_other_roi(trained, recipe)
+        mismatch = inference.describe_mismatch(trained, calibration) or describe_other_roi(trained, recipe)
         if mismatch is not None:
             print_error(f"warning: {file}: {mismatch}")
             calibration = None
     show_metrics(
-        model, groups, recipe, out, calibration, inference=options,
-        device=world_device, trained=read_fingerprints(stored.images), sketches=read_sketches(stored.images), **reading,
+        model, groups, recipe, out, calibration, inference=inference, device=device,
+        trained=read_fingerprints(stored.images), sketches=read_sketches(stored.images), **reading,
     )  # fmt: skip
 
 

@@ -3,16 +3,21 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recontrast.app.console import exit_with_error, print_error, print_image_errors, print_line
+from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     DetectorFile,
     InferenceArguments,
+    MapFormat,
+    MustDecide,
+    OtherRate,
+    OtherRoi,
     Overwrite,
-    add_inference_arguments,
+    check_map_format,
     check_writable,
     path_argument,
     path_option,
@@ -21,11 +26,12 @@ from recontrast.app.options import (
 from recontrast.app.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
-    from recontrast.app.prediction.predict import Maps, PredictionSummary
+    from recontrast.app.prediction.predict import PredictionSummary
+    from recontrast.inference.options import InferenceOptions
 
 
-@add_inference_arguments
-def predict(  # 22 options and their checks; `recontrast.app.prediction` does the work
+@expand_options
+def predict(  # 22 options
     checkpoint: DetectorFile,
     inputs: Annotated[
         list[Path],
@@ -33,36 +39,21 @@ def predict(  # 22 options and their checks; `recontrast.app.prediction` does th
     ],
     *,
     out: Annotated[Path, path_option(help="Folder for scores.csv, scores.json, regions.csv, maps/, overlays/.")],
-    maps: Annotated[
-        str, typer.Option(help="tiff16 (uint16, scale in scores.json), tiff32 or npy (float32), or none.")
-    ] = "none",
+    maps: MapFormat = "none",
     no_overlays: Annotated[
         bool,
         typer.Option("--no-overlays", help="Do not write heat maps laid over the images (PNG, in their own size)."),
     ] = False,
     threshold: Annotated[float | None, typer.Option(help="Flag images whose score is at least this.")] = None,
-    decide: Annotated[
-        bool,
-        typer.Option(
-            "--decide",
-            help="Fail if no decisions can be made. Without it, a detector that is not calibrated only gives scores.",
-        ),
-    ] = False,
-    false_alarm_rate: Annotated[
-        float | None, typer.Option(help="Decide at this rate instead of the calibrated one.")
-    ] = None,
+    decide: MustDecide = False,
+    false_alarm_rate: OtherRate = None,
     tile: Annotated[
         int | None, typer.Option(help="Side of the tiles in pixels, if trained on tiles. Default: as trained.")
     ] = None,
     overlap: Annotated[
         int | None, typer.Option(help="Overlap of the tiles in pixels. Default: a quarter of the tile.")
     ] = None,
-    roi: Annotated[
-        Path | None,
-        path_option(
-            help="Another region of interest, as in train; the calibration does not hold for it. Default: as trained."
-        ),
-    ] = None,
+    roi: OtherRoi = None,
     inference: InferenceArguments,
     engine: Annotated[
         str, typer.Option(help="local, or ray for many workers and lists (.txt, .parquet); ray writes only a table.")
@@ -88,44 +79,47 @@ def predict(  # 22 options and their checks; `recontrast.app.prediction` does th
     options = inference.build()
     if false_alarm_rate is not None:
         check_rates(false_alarm_rate)
+    shared: dict[str, Any] = {
+        "threshold": threshold, "rate": false_alarm_rate, "workers": workers, "device": inference.device,
+        "batch": inference.batch, "overwrite": overwrite,
+    }  # fmt: skip
     if engine == "ray":
-        if tile is not None or overlap is not None:
-            raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
-        if roi is not None:
-            raise ValueError(f"--roi: wanted none with --engine ray, which scores as trained, got {roi}")
-        if options != InferenceArguments(device=inference.device).build():
-            raise ValueError("--views, --precision, --layout, --no-fold, --compile: wanted none of them with "
-                             "--engine ray, which scores as trained")  # fmt: skip
+        _check_ray_options(maps, tile, overlap, roi, options, inference.device)
         return _predict_with_ray(
-            resolve_checkpoint(checkpoint), inputs, out, maps=maps, workers=workers, address=address, part=part,
-            batch=inference.batch, threshold=threshold, rate=false_alarm_rate, must_decide=decide,
-            device=inference.device, overwrite=overwrite,
-        )  # fmt: skip
+            resolve_checkpoint(checkpoint), inputs, out, must_decide=decide, address=address, part=part, **shared
+        )
     if address:
         raise ValueError("--address: wanted --engine ray with it, got --engine local")
-    kinds = ("tiff16", "tiff32", "npy", "none")
-    if maps not in kinds:
-        raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
-    from recontrast.app.prediction.predict import predict as run
+    check_map_format(maps)
+    _check_inputs(inputs)
+    _predict_here(
+        resolve_checkpoint(checkpoint), inputs, out, maps=maps, overlays=not no_overlays, decide=decide, tile=tile,
+        overlap=overlap, roi=roi, inference=options, **shared,
+    )  # fmt: skip
 
+
+def _check_inputs(inputs: Sequence[Path]) -> None:
+    """Raise ValueError if an input is a list that only Ray takes."""
     for path in inputs:
         if path.suffix.lower() == ".txt" and path.is_file():
             raise ValueError(
                 f"{path}: wanted images, folders or lists (.csv, .jsonl, .parquet), got a .txt: it needs --engine ray"
             )
+
+
+def _predict_here(checkpoint: Path, inputs: Sequence[Path], out: Path, **options: Any) -> None:
+    """Run ``recontrast predict`` in this process, and print what was scored."""
+    from recontrast.app.prediction.predict import predict as run
+
     try:
         with ProgressBar("predict") as progress:
-            summary = run(
-                resolve_checkpoint(checkpoint), inputs, out, maps=cast("Maps", maps), overlays=not no_overlays,
-                threshold=threshold, rate=false_alarm_rate, decide=decide, tile=tile, overlap=overlap, roi=roi,
-                inference=options, workers=workers, device=inference.device, batch=inference.batch,
-                overwrite=overwrite, on_progress=progress,
-            )  # fmt: skip
+            summary = run(checkpoint, inputs, out, on_progress=progress, **options)
     except KeyboardInterrupt:
         exit_with_error(f"interrupted; the same command continues with what is in {out}", status=130)
     if summary.continued:
         print_line(f"{summary.continued} images were scored by an earlier call, which was stopped")
-    print_line(f"{len(summary.predictions)} images scored{_describe_counts(summary, threshold)}: {out / 'scores.csv'}")
+    counts = _describe_counts(summary, options["threshold"])
+    print_line(f"{len(summary.predictions)} images scored{counts}: {out / 'scores.csv'}")
     if summary.calibration_note is not None:
         print_error(f"warning: {summary.calibration_note}")
     failed = [*summary.unread, *summary.incomplete, *summary.undecided]
@@ -149,12 +143,24 @@ def _describe_counts(summary: "PredictionSummary", threshold: float | None) -> s
     return "".join(f", {part}" for part in parts)
 
 
-def _predict_with_ray(
-    checkpoint: Path, inputs: Sequence[Path], out: Path, *, maps: str = "none", **options: Any
-) -> None:
-    """Run ``recontrast predict --engine ray``."""
+def _check_ray_options(
+    maps: str, tile: int | None, overlap: int | None, roi: Path | None, inference: "InferenceOptions",
+    device: str | None,
+) -> None:  # fmt: skip
+    """Raise ValueError if an option was given that ``--engine ray`` does not have."""
+    if tile is not None or overlap is not None:
+        raise ValueError("--tile, --overlap: wanted neither with --engine ray, which scores as trained")
+    if roi is not None:
+        raise ValueError(f"--roi: wanted none with --engine ray, which scores as trained, got {roi}")
+    if inference != InferenceArguments(device=device).build():
+        raise ValueError("--views, --precision, --layout, --no-fold, --compile: wanted none of them with "
+                         "--engine ray, which scores as trained")  # fmt: skip
     if maps != "none":
         raise ValueError(f"--maps: wanted none with --engine ray, which writes scores alone, got {maps}")
+
+
+def _predict_with_ray(checkpoint: Path, inputs: Sequence[Path], out: Path, **options: Any) -> None:
+    """Run ``recontrast predict --engine ray``, and print what was scored."""
     from recontrast.app.prediction import parquet_parts, ray_predict
 
     with ProgressBar("predict") as progress:

@@ -1,6 +1,5 @@
 """``recontrast watch``: options and output; `recontrast.app.prediction.watch` does the work."""
 
-import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,33 +7,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recontrast.app.console import exit_with_error, print_error, print_line
+from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     DetectorFile,
     InferenceArguments,
+    MapFormat,
+    MustDecide,
+    OtherRate,
     Overwrite,
-    add_inference_arguments,
+    check_map_format,
     check_writable,
     path_argument,
     path_option,
     resolve_checkpoint,
 )
+from recontrast.runtime.termination import handle_signals
 
 if TYPE_CHECKING:
     from recontrast.app.prediction.output_files import Prediction
 
 
-@add_inference_arguments
+@expand_options
 def watch(
     folder: Annotated[Path, path_argument("DIR", "Folder to watch, with its subfolders.")],
     checkpoint: DetectorFile,
     *,
     out: Annotated[Path, path_option(help="Folder for scores.csv, regions.csv, maps/, overlays/ and watch.jsonl.")],
-    maps: Annotated[str, typer.Option(help="tiff16, tiff32, npy or none, as predict writes them.")] = "none",
+    maps: MapFormat = "none",
     overlays: Annotated[bool, typer.Option("--overlays", help="Write heat maps laid over the images (PNG).")] = False,
-    decide: Annotated[bool, typer.Option("--decide", help="Fail if no decisions can be made.")] = False,
-    false_alarm_rate: Annotated[
-        float | None, typer.Option(help="Decide at this rate instead of the calibrated one.")
-    ] = None,
+    decide: MustDecide = False,
+    false_alarm_rate: OtherRate = None,
     settle: Annotated[float, typer.Option(help="Seconds without a change after which a file is complete.")] = 1.0,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the folder.")] = 0.5,
     batch: Annotated[int, typer.Option(help="Largest number of images in a batch.")] = 8,
@@ -42,9 +44,7 @@ def watch(
     overwrite: Overwrite = False,
 ) -> None:
     """Score each image that appears in a folder once, and append its row to scores.csv; Ctrl-C ends it."""
-    kinds = ("tiff16", "tiff32", "npy", "none")
-    if maps not in kinds:
-        raise ValueError(f"--maps: wanted one of {', '.join(kinds)}, got {maps!r}")
+    check_map_format(maps)
     for option, value in (("--settle", settle), ("--poll", poll)):
         if not 0 < value < 86400:
             raise ValueError(f"{option}: wanted a number of seconds above 0, got {value:g}")
@@ -63,32 +63,20 @@ def watch(
     if detector.calibration_note is not None:
         print_error(f"warning: {detector.calibration_note}")
     stop = threading.Event()
-    former = _stop_on_signals(stop)
-    print_line(f"watching {folder}: results in {out / 'scores.csv'}; Ctrl-C stops")
-    try:
-        done = run(
-            folder, file, detector, calibration, out,
-            WatchOptions(maps, overlays, settle, poll, batch, inference.workers), is_stopped=stop.is_set,
-            on_image=_print_prediction, overwrite=overwrite,
-        )  # fmt: skip
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    print_line(f"stopped: {done} images scored; the same command goes on")
-
-
-def _stop_on_signals(stop: threading.Event) -> dict[Any, Any]:
-    """Let Ctrl-C, SIGTERM and SIGHUP set ``stop``, the second time at once; return the former handlers."""
 
     def handle(number: int, frame: Any) -> None:
         if stop.is_set():
             exit_with_error("a second signal: stopped at once; the same command goes on", status=130)
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    return {n: signal.signal(n, handle) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    with handle_signals(handle):
+        print_line(f"watching {folder}: results in {out / 'scores.csv'}; Ctrl-C stops")
+        done = run(
+            folder, file, detector, calibration, out,
+            WatchOptions(maps, overlays, settle, poll, batch, inference.workers), is_stopped=stop.is_set,
+            on_image=_print_prediction, overwrite=overwrite,
+        )  # fmt: skip
+    print_line(f"stopped: {done} images scored; the same command goes on")
 
 
 def _print_prediction(prediction: "Prediction") -> None:
