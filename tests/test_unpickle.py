@@ -80,7 +80,7 @@ def test_other_classes_are_refused_before_they_run(value, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (b"", "no pickle"), (b"garbage", "data.pkl"), (pickle.dumps({"a": 1}, 2)[:-1], "data.pkl"),
+        (b"", "not a pickle"), (b"garbage", "data.pkl"), (pickle.dumps({"a": 1}, 2)[:-1], "data.pkl"),
         (b"\x80\x02r\xff\xff\xff\x7f.", "index 2147483647"), (b"\x80\x02cos\nsystem\n.", "class os system"),
         (b"\x80\x02.", "data.pkl"), (b"\x80\x02]a.", "data.pkl"), (b"\x80\x02}Q.", "data.pkl"),
     ],

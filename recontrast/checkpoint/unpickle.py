@@ -85,7 +85,7 @@ def _check_operations(program: bytes) -> None:
     except (ValueError, UnicodeDecodeError, IndexError, OverflowError) as error:
         if isinstance(error, ForeignPickleError):
             raise
-        raise ForeignPickleError("data.pkl is no pickle") from error
+        raise ForeignPickleError("data.pkl is not a pickle") from error
 
 
 class _Unpickler(pickle.Unpickler):

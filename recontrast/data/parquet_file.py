@@ -29,7 +29,9 @@ def import_arrow() -> tuple[Any, Any]:
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Any]:
-    """Open a Parquet file, whose pages are compared with their checksums; what fails in the block is its damage.
+    """Open a Parquet file, and verify the checksums of its pages as they are read.
+
+    An error of pyarrow in the ``with`` block means that the file is damaged, and becomes a ValueError.
 
     Args:
         path: Path of the file.

@@ -52,13 +52,13 @@ def scale_to_eight_bits(values: NDArray[Any], full: int) -> NDArray[np.uint8]:
 
 
 def to_full_scale(bits: int | None) -> int | None:
-    """Convert the bits of a camera to its full scale.
+    """Return the largest sample that a camera can write.
 
     Args:
         bits: Bits that the camera uses of 16-bit samples, from 8 to 16; None is 16.
 
     Returns:
-        Value of its brightest sample; None for 16 bits.
+        ``2**bits - 1``; None for 16 bits, whose samples need no scaling.
 
     Raises:
         ValueError: If ``bits`` is out of range.

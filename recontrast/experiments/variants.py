@@ -39,7 +39,7 @@ def vary_table(table: Table, names: Sequence[str], vary: Mapping[str, Sequence[A
         if not values or len(set(map(str, values))) < len(values):
             raise ValueError(f"reproduce: {field}: wanted different values to vary, got {list(values)!r}")
         if field == "seed" or any(field in (*entry.changes, *entry.evaluation) for entry in entries):
-            raise ValueError(f"reproduce: wanted to vary a field that the table does not set, got {field}")
+            raise ValueError(f"reproduce: vary: wanted a field that the table does not set, got {field!r}")
     if not vary:
         return replace(table, entries=tuple(entries))
     combinations = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]

@@ -217,7 +217,7 @@ def describe_other_roi(trained: Recipe, recipe: Recipe) -> str | None:
         recipe: Recipe of the detector.
 
     Returns:
-        Sentence without its subject; None if both have the same region.
+        The reason, to follow the path of the detector in a message; None if both have the same region.
     """
     if trained.roi == recipe.roi:
         return None

@@ -97,7 +97,11 @@ def ap(bins: Bins) -> Estimate:
 
 
 def f1_max(bins: Bins) -> tuple[Estimate, int]:
-    """Estimate the largest F1, and return the index of the first bin whose lower edge reaches the lower value."""
+    """Estimate the largest F1 over all thresholds.
+
+    Returns:
+        The estimate, and the index of the bin whose lower edge, taken as threshold, has the lower bound as its F1.
+    """
     n, p, (t, f, _) = bins.good, bins.positive, bins.sums_above
     at_edges = 2 * (t + p) / (t + p + f + n + p.sum())
     best = int(np.argmax(at_edges))

@@ -71,7 +71,14 @@ def as_bool(labels: Any, name: str) -> Array:
 
 
 def as_scores(scores: Any, name: str) -> Array:
-    """Convert real numbers to native float32 (from float16 and float32) or float64 (from all other types).
+    """Convert scores to floats in the byte order of the machine.
+
+    Args:
+        scores: Real numbers, of any shape.
+        name: Name of the argument in the error message.
+
+    Returns:
+        The scores in the same shape: float32 from float16 and float32, float64 from all other types.
 
     Raises:
         ValueError: If the dtype is not a real number.

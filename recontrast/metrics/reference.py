@@ -33,7 +33,11 @@ def regions(masks: Array) -> tuple[Array, Array]:
 
 
 def rates(scores: Array, labels: Array) -> Rates | None:
-    """Compute the metrics of (M,) scores; None if a score is not finite or a class is missing."""
+    """Compute the metrics of scores (M,) with labels (M,), bool.
+
+    Returns:
+        See `Rates`, with an empty list of AUPRO; None if a score is not finite, or all labels are equal.
+    """
     return _compute_rates(scores, labels, None, [])
 
 

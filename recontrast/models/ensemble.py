@@ -227,7 +227,7 @@ class Ensemble(OnePassNetwork):
         floors = LEAST_DEVIATION * torch.stack([values.mean() for values in maxima])
         score_scales = torch.maximum(score_scales, floors)
         if not bool((scales > 0).all()):
-            raise ValueError("Ensemble: wanted good images with different features, got equal ones everywhere")
+            raise ValueError("Ensemble: wanted good images that differ, got images whose features are all equal")
         weights = torch.tensor(WEIGHTS).to(scales)
         self.scales.copy_(scales / weights)
         self.score_scales.copy_(score_scales / weights)

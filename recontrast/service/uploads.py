@@ -167,7 +167,7 @@ def _split_form(body: bytes, boundary: str) -> list[tuple[str | None, bytes]]:
         if kind != "form-data":
             raise RequestError(400, "form: wanted Content-Disposition: form-data in each part, got another")
         parts.append((parameters.get("filename", parameters.get("filename*")), content))
-    raise RequestError(400, "form: wanted a whole form, got one that is cut off or has too many parts")
+    raise RequestError(400, "form: wanted a complete form, got one that is cut off or has too many parts")
 
 
 def start_decoders(count: int) -> ThreadPoolExecutor:

@@ -222,7 +222,7 @@ def test_long_tail(data, tmp_path):
         ("maps", {"changes": {"views": "both"}}, "fields that the table does not set, got views"),
         ("mvtec", {"changes": {"seed": 3}}, "fields that the table does not set, got seed"),
         ("mvtec", {"changes": {"step": 3}}, "there is no field 'step'"),
-        ("mvtec", {"vary": {"seed": [1, 2]}}, "to vary a field that the table does not set, got seed"),
+        ("mvtec", {"vary": {"seed": [1, 2]}}, "vary: wanted a field that the table does not set, got 'seed'"),
         ("mvtec", {"vary": {"shots": []}}, r"shots: wanted different values to vary, got \[\]"),
         ("mvtec", {"vary": {"shots": [2, 2]}}, r"shots: wanted different values to vary, got \[2, 2\]"),
         ("mvtec", {"vary": {"step": [1]}}, "there is no field 'step'"),

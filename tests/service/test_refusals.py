@@ -69,7 +69,7 @@ CASES = {
     "too many bytes": (bytes(200_001), {}, 413, "wanted at most 200,000 bytes, got 200,001"),
     "far too many bytes": (bytes(100_000_000), {}, 413, "got 100,000,000"),
     "form without a boundary": (b"x", {"Content_Type": "multipart/form-data"}, 400, "wanted a boundary"),
-    "form that is cut off": (form(b"x" * 100)[0][:-30], {"Content_Type": form(b"")[1]}, 400, "wanted a whole form"),
+    "form that is cut off": (form(b"x" * 100)[0][:-30], {"Content_Type": form(b"")[1]}, 400, "wanted a complete form"),
     "form of text": (
         b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n--b--\r\n',
         {"Content_Type": "multipart/form-data; boundary=b"}, 400, "wanted one file, got none",

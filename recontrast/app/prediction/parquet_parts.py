@@ -194,8 +194,9 @@ def summarise(folder: Path, paths: Sequence[str]) -> Summary:
                 unread.append((path, error))
             elif score is None or math.isnan(score):
                 undecided.append(describe_undecided(path))
-    if requested - counted:
-        raise ValueError(f"{folder}: wanted {len(requested)} images, {len(requested - counted)} are missing")
+    if missing := requested - counted:
+        got = len(requested) - len(missing)
+        raise ValueError(f"{folder}: wanted results of {len(requested)} images, got those of {got}")
     return Summary(scored, decided, defects, flagged, [error for _, error in sorted(unread)], sorted(undecided))
 
 

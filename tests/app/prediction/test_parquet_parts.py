@@ -70,7 +70,7 @@ def test_other_images_and_sizes_later(tmp_path):
     more = [*paths[:2], "/new", *paths[2:]]
     left = parquet_parts.plan_parts(more, 5, WHO, tmp_path)
     assert [part.paths for part in left] == [("/new",)]
-    with pytest.raises(ValueError, match="wanted 7 images, 1 are missing"):
+    with pytest.raises(ValueError, match="wanted results of 7 images, got those of 6"):
         parquet_parts.summarise(tmp_path, more)
     finish(tmp_path, left[0], error="/new: no image")
     found = parquet_parts.summarise(tmp_path, more)
