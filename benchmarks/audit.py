@@ -20,7 +20,7 @@ import numpy as np
 from measurements import measure_missing
 from sklearn.metrics import roc_auc_score
 
-from recontrast.data.datasets import Sample, mvtec
+from recontrast.data.datasets import Sample, categories, mvtec
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.models.patchcore import PatchCore
 from recontrast.recipes.recipe import Recipe
@@ -106,12 +106,11 @@ def main() -> None:
         name="audit", architecture="patchcore", backbone=arguments.backbone, weights=arguments.weights,
         size=arguments.size, log_every=10**6,
     )  # fmt: skip
-    folders = [path.name for path in sorted(arguments.data.iterdir()) if (path / "train").is_dir()]
     planned = (
         {"category": category, "share": share, "seed": seed}
         for seed in arguments.seeds
         for share in arguments.shares
-        for category in arguments.categories or folders
+        for category in arguments.categories or categories(arguments.data)
     )
     record = measure_missing(arguments.out, planned, partial(measure, recipe=recipe, data=arguments.data))
     print_table(record["runs"])

@@ -20,7 +20,7 @@ from measurements import measure_missing
 
 from recontrast.app.options import parse_duration
 from recontrast.data.atomic import replace_file
-from recontrast.data.datasets import mvtec
+from recontrast.data.datasets import categories, mvtec
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
@@ -113,13 +113,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", action="store_true", help="also draw accuracy against time, as SVG beside --out")
     arguments = parser.parse_args()
-    folders = [path for path in sorted(arguments.data.iterdir()) if (path / "train").is_dir()]
-    categories = arguments.categories or [path.name for path in folders]
     planned = (
         {"category": category, "method": method, "budget": budget, "seed": seed}
         for budget in [parse_duration("--budgets", value) for value in arguments.budgets]
         for seed in arguments.seeds
-        for category in categories
+        for category in arguments.categories or categories(arguments.data)
         for method in arguments.methods
     )
     record = measure_missing(arguments.out, planned, partial(measure, arguments=arguments))

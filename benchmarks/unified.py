@@ -18,7 +18,7 @@ from typing import Any
 
 from measurements import measure_missing
 
-from recontrast.data.datasets import Sample, mvtec
+from recontrast.data.datasets import Sample, categories, mvtec
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.models.network import Network
 from recontrast.recipes.paper import RECIPES
@@ -139,9 +139,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    folders = [path for path in sorted(arguments.data.iterdir()) if (path / "train").is_dir()]
-    categories = arguments.categories or [path.name for path in folders]
-    samples = [sample for category in categories for sample in mvtec(arguments.data, category)]
+    chosen = arguments.categories or categories(arguments.data)
+    samples = [sample for category in chosen for sample in mvtec(arguments.data, category)]
     planned = ({"method": method, "seed": seed} for seed in arguments.seeds for method in arguments.methods)
     record = measure_missing(arguments.out, planned, partial(measure, samples=samples, arguments=arguments))
     print_table(record["runs"])

@@ -17,6 +17,7 @@ ALLOWED = {
     "backend": "",  # also the kernels, by name, on a device that needs them
     "data": "",
     "lazy_import": "",
+    "loggers": "",
     "metrics": "lazy_import",
     "op_checks": "",
     "norm_act": "reference op_checks",
@@ -24,7 +25,7 @@ ALLOWED = {
     "ops": "reference backend op_checks mined_loss norm_act",
     "distances": "ops",
     "inside": "",
-    "models": "data reference ops distances inside",
+    "models": "data loggers reference ops distances inside",
     "runtime": "data models",
     "mining": "",
     "loss": "ops mined_loss mining distances runtime",
@@ -34,11 +35,11 @@ ALLOWED = {
     "registration": "architectures recipes",
     "calibration": "data",
     "checkpoint": "data lazy_import models architectures runtime recipes calibration",
-    "inference": "data lazy_import metrics ops float32 models runtime anomaly_map inside recipes calibration "
+    "inference": "data lazy_import loggers metrics ops float32 models runtime anomaly_map inside recipes calibration "
     "checkpoint",
     "evaluation": "data metrics models runtime recipes calibration checkpoint inference",
     "training": "data models float32 architectures runtime mining loss recipes calibration checkpoint inference",
-    "export": "data ops models anomaly_map recipes calibration checkpoint inference",
+    "export": "data loggers ops models anomaly_map recipes calibration checkpoint inference",
     "service": "data recipes calibration inference",
     "experiments": "data models architectures runtime recipes registration checkpoint inference evaluation training",
     "app": "data metrics ops models architectures runtime recipes registration calibration checkpoint inference "

@@ -1,13 +1,14 @@
 """Tracing of a graph by `torch.export`, for any number of images of any size."""
 
 import gc
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from recontrast.loggers import silence_loggers
 
 
 def trace_images(
@@ -47,14 +48,6 @@ def pause_collection() -> Iterator[None]:
 @contextmanager
 def silence_exporters() -> Iterator[None]:
     """Suppress log lines and deprecation warnings of the exporters; the exported file itself is checked."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), silence_loggers("torch.onnx", "onnxscript", "torch.export"):
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

@@ -6,8 +6,7 @@ named output arrays. Everything runs on the CPU, in float32 unless the file is q
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +17,7 @@ from recontrast.inference.onnx_file import read_onnx
 from recontrast.inference.openvino_file import get_core, read_openvino
 from recontrast.inference.pt2_file import read_pt2
 from recontrast.lazy_import import LazyModule
+from recontrast.loggers import silence_loggers
 from recontrast.runtime.thread_count import count_threads
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ class TorchExportProgram:
     def __init__(self, path: Path) -> None:
         _import_runtime("torch")
         archive, self.description = read_pt2(path)
-        with _silence_torch():
+        # Its lines hold tracebacks; what it raises is reported.
+        with silence_loggers("torch.export", "torch._export", below=logging.CRITICAL + 1):
             program = torch.export.load(archive)
         self._module = program.module()
 
@@ -181,17 +182,3 @@ def _import_runtime(name: str) -> Any:
         raise ImportError(
             f"exported detector: wanted the package {name}, got none installed: pip install {name}"
         ) from error
-
-
-@contextmanager
-def _silence_torch() -> Iterator[None]:
-    """Suppress log lines of torch.export, which hold tracebacks; its exceptions are reported."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

