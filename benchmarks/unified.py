@@ -106,14 +106,14 @@ def measure(method: str, seed: int, samples: list[Sample], arguments: argparse.N
 
 def print_table(runs: list[dict[str, Any]]) -> None:
     """Print I-AUROC by category, the means of all metrics over categories and seeds, and costs."""
-    categories = list(dict.fromkeys(category for run in runs for category in run["rows"]))
-    print("| method | seeds | steps | CPU s | " + " | ".join([*categories, *METRICS.values()]) + " |")
-    print("|---" * (4 + len(categories) + len(METRICS)) + "|")
+    names = list(dict.fromkeys(category for run in runs for category in run["rows"]))
+    print("| method | seeds | steps | CPU s | " + " | ".join([*names, *METRICS.values()]) + " |")
+    print("|---" * (4 + len(names) + len(METRICS)) + "|")
     for method in METHODS:
         chosen = [run for run in runs if run["method"] == method]
         if not chosen:
             continue
-        cells = [statistics.mean(run["rows"][name]["i_auroc"] for run in chosen) for name in categories]
+        cells = [statistics.mean(run["rows"][name]["i_auroc"] for run in chosen) for name in names]
         shown = [f"{value:.1f}" for value in cells]
         for metric in METRICS:
             means = [

@@ -162,6 +162,13 @@ def test_file_that_is_named_exists(path):
     assert (ROOT / path).exists()
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/extending.md"])
+def test_every_folder_of_the_package_is_explained(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folders = {path.parent.name for path in ROOT.glob("recontrast/*/__init__.py")} - {"kernels"}
+    assert not {name for name in folders if not re.search(rf"\b{name}/", text)}
+
+
 def test_benchmarks_are_collected():
     """`pytest benchmarks` is documented, but the tests do not run it; an import that broke would go unnoticed."""
     command = [

@@ -70,7 +70,7 @@ class DetectorGraph(nn.Module):
 
         Args:
             image: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] if the recipe has a window, with N at least 1
-                and H and W from 1 to `recontrast.data.pillow_resize.max_exact_length`; or tiles of the size of the
+                and H and W from 1 to `recontrast.data.exact_length.max_exact_length`; or tiles of the size of the
                 recipe, if it has one.
 
         Returns:
