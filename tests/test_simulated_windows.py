@@ -86,6 +86,43 @@ def test_export(work):
     assert not leftovers(work)
 
 
+SERVED = """
+import sys
+from pathlib import Path
+import simulate_windows
+simulate_windows.simulate()
+import small_detectors
+from command_line import works
+from recontrast.inference.detector import open_detector
+from recontrast.service.detectors import ServedDetector
+
+folder, good = Path(sys.argv[1]), sys.argv[2]
+folder.mkdir()
+writers = {"d.onnx": small_detectors.export_onnx, "d.xml": small_detectors.export_openvino,
+           "d.pt2": small_detectors.export_pt2}
+for name, write in writers.items():
+    served = ServedDetector("d", write(folder / name), lambda path: open_detector(path, "cpu"), print)
+    former = served.current
+    works("calibrate", folder / name, "--good", good, "--false-alarm-rate", 0.2)
+    assert not served.reload_if_changed() and served.reload_if_changed()
+    assert served.current.sha256 != former.sha256 and served.current.detector.calibration.count == 24
+    assert former.detector.calibration is None
+"""
+
+
+def test_files_are_replaced_while_a_service_runs_them(work):
+    """A new calibration of each kind of exported file; none of its files is open or mapped."""
+    done = subprocess.run(
+        [sys.executable, "-c", SERVED, work / "served", work / "more/nut/train/good"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not leftovers(work)
+
+
 def test_leftovers_of_a_killed_command_are_removed(work):
     killed = work / "run" / ".recontrast-0123456789abcdef.tmp"
     killed.mkdir()

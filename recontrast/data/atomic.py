@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from recontrast.data.listing import PathLike
 from recontrast.data.locks import LOCK_NAME, lock_file, lock_folder
-from recontrast.data.system import IS_WINDOWS, sync_file, sync_folder
+from recontrast.data.system import IS_WINDOWS, replace_path, sync_file, sync_folder
 from recontrast.data.temporary import (
     apply_commit,
     create_file,
@@ -85,7 +85,7 @@ def replace_file(
                 os.close(os.dup(file.fileno()))  # network file systems report write errors on closing
                 if IS_WINDOWS:  # replaces no open file
                     file.close()
-                os.replace(partial, path)
+                replace_path(partial, path)
             except BaseException:  # includes Ctrl-C
                 if IS_WINDOWS:
                     file.close()

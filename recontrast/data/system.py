@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 IS_WINDOWS = os.name == "nt"
+REPLACE_SECONDS = 3.0  # for which a file that another program has open is waited for
 _STILL_ACTIVE = 259  # exit code of a running process in Windows
 _QUERY = 0x1000  # PROCESS_QUERY_LIMITED_INFORMATION
 
@@ -111,6 +112,30 @@ def _read_quota_file(group: Path) -> float | None:
         if quota > 0 and period > 0:
             return quota / period
     return None
+
+
+def replace_path(source: Path, target: Path) -> None:
+    """Move a file over another one, as `os.replace`.
+
+    Windows refuses it while another program, such as a service that loads the file or a virus scanner, has the target
+    open. It is therefore tried again there, for at most `REPLACE_SECONDS`.
+
+    Args:
+        source: File to move.
+        target: File that is replaced, or a new name.
+
+    Raises:
+        OSError: If the file cannot be moved.
+    """
+    end = time.monotonic() + REPLACE_SECONDS
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not IS_WINDOWS or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
 
 
 def sync_file(path: Path) -> None:

@@ -20,7 +20,7 @@ from filelock import lock_descriptor
 
 from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import read_bytes
-from recontrast.data.system import IS_WINDOWS, NO_FOLLOW, NO_WAIT
+from recontrast.data.system import IS_WINDOWS, NO_FOLLOW, NO_WAIT, replace_path
 
 _LOCKED_NAME = re.compile(r"\.recontrast-[0-9a-f]{16}\.tmp")
 _OLD_NAME = re.compile(r"\.([0-9a-f]{12}|images-[0-9a-f]{32}\.u8\.[0-9a-f]{32})\.tmp")  # files of earlier versions
@@ -181,7 +181,7 @@ def apply_commit(staging: Path) -> None:
     waiting = [name for name in names if os.path.lexists(staging / name)]
     try:
         for name in waiting:
-            os.replace(staging / name, staging.parent / name)
+            replace_path(staging / name, staging.parent / name)
     except OSError:
         if names and len(waiting) == len(names) and os.path.lexists(staging / names[0]):
             (staging / COMMIT).unlink()

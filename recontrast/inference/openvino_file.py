@@ -11,6 +11,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
+from recontrast.data.exact_read import read_exactly
 from recontrast.data.regular_file import open_regular, read_bytes
 from recontrast.inference.file_checks import (
     CHECKSUM_KEY,
@@ -33,7 +34,8 @@ def read_openvino(path: Path) -> tuple[bytes, NDArray[np.uint8], dict[str, Any]]
         path: Path of the .xml file.
 
     Returns:
-        The content of the .xml file, the mapped content of the .bin file, (bytes,) uint8, and the description.
+        The content of the .xml file, that of the .bin file, (bytes,) uint8, and the description. Both are in memory:
+        nothing that happens to the files changes a network that runs, and Windows replaces them meanwhile.
 
     Raises:
         ForeignFileError: If the file has no valid description, or has operators of extensions, loops or branches.
@@ -48,8 +50,8 @@ def read_openvino(path: Path) -> tuple[bytes, NDArray[np.uint8], dict[str, Any]]
         raise ForeignFileError(f"{path}: wanted a file that recontrast export wrote, got one with {reason}")
     weights_path = path.with_suffix(".bin")
     with open_regular(weights_path, "the weights of an OpenVINO network") as file:
-        is_empty = file.seek(0, 2) == 0
-        weights = np.zeros(0, np.uint8) if is_empty else np.asarray(np.memmap(file, np.uint8, "r"))
+        size = file.seek(0, 2)
+        weights = np.frombuffer(read_exactly(file, size, 0), np.uint8) if size else np.zeros(0, np.uint8)
     if hashlib.sha256(weights.data).hexdigest() != metadata.get(WEIGHTS_KEY):
         raise ValueError(f"{weights_path} holds other weights than it was exported with")
     return content, weights, description

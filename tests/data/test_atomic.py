@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from recontrast.data import temporary
+from recontrast.data import system, temporary
 from recontrast.data.atomic import create_folder, replace_file, replace_files
 from recontrast.data.locks import LOCK_NAME, lock_folder
 
@@ -37,6 +37,45 @@ def test_two_writers_can_replace_one_file(tmp_path):
         first.write(b"st")
     assert (tmp_path / "a").read_bytes() == b"first"
     assert list_names(tmp_path) == ["a"]
+
+
+def replace_one(folder):
+    with replace_file(folder / "a") as file:
+        file.write(b"new")
+
+
+def replace_several(folder):
+    with replace_files(folder) as staging:
+        (staging / "a").write_bytes(b"new")
+
+
+@pytest.mark.parametrize("replace", [replace_one, replace_several])
+def test_windows_waits_for_a_file_that_is_open(replace, tmp_path, monkeypatch):
+    """Windows refuses to replace a file for the moment in which a service reads it; other systems are asked once."""
+    original, refusals = os.replace, []
+
+    def refuse(source, target):
+        if len(refusals) < refused:
+            refusals.append(target)
+            raise PermissionError(errno.EACCES, "open in another program", str(target))
+        original(source, target)
+
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", refuse)
+    refused = 1
+    with pytest.raises(OSError, match="open in another program"):
+        replace(tmp_path)
+    monkeypatch.setattr(system, "IS_WINDOWS", True)
+    refusals.clear()
+    refused = 3
+    replace(tmp_path)
+    assert (tmp_path / "a").read_bytes() == b"new" and len(refusals) == 3
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(system, "REPLACE_SECONDS", 0.1)
+    refused = 1000
+    with pytest.raises(OSError, match="open in another program"):
+        replace(tmp_path)
+    assert (tmp_path / "a").read_bytes() == b"old" and list_names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "empty"])
