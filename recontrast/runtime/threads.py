@@ -10,6 +10,7 @@ busy machine is measured before it.
 
 import os
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -70,14 +71,24 @@ class ThreadTuner:
             self._choose()
             self._last_look = self._last_step = self._clock()
 
-    def after_step(self) -> None:
-        """Measure and choose again, if it is time to; called after each step."""
+    def begin_step(self) -> None:
+        """Begin to time a step: what the program waited for before is no part of it."""
+        self._last_step = self._clock()
+
+    def after_step(self, seconds: float | None = None, *, patience: float = 1.0) -> None:
+        """Measure and choose again, if it is time to; called after each step.
+
+        Args:
+            seconds: Duration of the step; None takes the time since the last step, or since `begin_step`.
+            patience: Factor of the time between two measurements.
+        """
         now = self._clock()
-        self._recent.append(now - self._last_step)
+        duration = now - self._last_step if seconds is None else seconds
+        self._recent.append(duration)
         if len(self._usual) < STEPS:
-            self._usual.append(now - self._last_step)
+            self._usual.append(duration)
         since = now - self._last_look
-        if self.most > 1 and (since >= self._wait or (since >= FIRST_LOOK and self._is_slower())):
+        if self.most > 1 and (since >= patience * self._wait or (since >= FIRST_LOOK and self._is_slower())):
             changed = self._choose()
             self._wait = FIRST_LOOK if changed else min(2 * self._wait, LONGEST_WAIT)
             self._usual.clear()
@@ -168,7 +179,10 @@ class _Choice:
                 torch.set_num_threads(count)
             if self.threads is None and not is_set:
                 self.tuner = ThreadTuner(count, self.report, torch.set_num_threads)
-        if device is None or device.type != "cpu" or self.tuner is None or self._use is None:
+        if device is None or device.type != "cpu" or self.tuner is None or _deferral.is_on:
+            return
+        self.tuner.begin_step()
+        if self._use is None:
             return
         if (others := self._use.measure_others()) is not None:
             self._use = None
@@ -186,6 +200,45 @@ class _Choice:
 _choice: _Choice | None = None
 
 
+class _Deferral(threading.local):
+    """Whether this thread leaves measurements to `after_batch`, and whether it has computed on the CPU since."""
+
+    is_on = False
+    has_stepped = False
+
+
+_deferral = _Deferral()
+
+
+@contextmanager
+def defer_measurements() -> Iterator[None]:
+    """Let the steps of this thread measure nothing in a block; `after_batch` does, where nobody waits for a result.
+
+    A thread that computes beside the one that matters, such as one that tries a new detector, never calls it.
+
+    Yields:
+        Nothing.
+    """
+    before, _deferral.is_on = _deferral.is_on, True
+    try:
+        yield
+    finally:
+        _deferral.is_on = before
+
+
+def after_batch(seconds: float, is_busy: bool) -> None:
+    """Let `choose_threads` measure again, if it is time to; called after a batch within `defer_measurements`.
+
+    Args:
+        seconds: Duration of the batch, by image.
+        is_busy: Whether others wait for their batch: a measurement is then put off, for as long as the time between two
+            measurements.
+    """
+    if _deferral.has_stepped and _choice is not None and _choice.tuner is not None:
+        _choice.tuner.after_step(seconds, patience=2.0 if is_busy else 1.0)
+    _deferral.has_stepped = False
+
+
 def start_threads(device: "torch.device | None" = None) -> None:
     """Set the number of threads that `choose_threads` was asked for; called before a computation, and before its steps.
 
@@ -198,7 +251,11 @@ def start_threads(device: "torch.device | None" = None) -> None:
 
 def after_step(device: "torch.device") -> None:
     """Let `choose_threads` measure again, if it is time to; called after each step of a computation."""
-    if _choice is not None and _choice.tuner is not None and device.type == "cpu":
+    if _choice is None or _choice.tuner is None or device.type != "cpu":
+        return
+    if _deferral.is_on:
+        _deferral.has_stepped = True
+    else:
         _choice.tuner.after_step()
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from recontrast.inference.detector import run_checked
 from recontrast.inference.protocol import Detector
+from recontrast.runtime.threads import after_batch, defer_measurements
 from recontrast.service.messages import RequestError
 from recontrast.service.uploads import Upload, UploadedImages
 
@@ -88,13 +89,16 @@ class BatchThread:
         self._thread.join()
 
     def _run(self) -> None:
-        while jobs := self._take():
-            wanted = [job for job in jobs if job.is_wanted()]
-            for job in jobs:
-                if job not in wanted:
-                    job.result.set_exception(ConnectionError("the client has gone"))
-            if wanted:
-                self._score(wanted)
+        with defer_measurements():
+            while jobs := self._take():
+                wanted = [job for job in jobs if job.is_wanted()]
+                for job in jobs:
+                    if job not in wanted:
+                        job.result.set_exception(ConnectionError("the client has gone"))
+                if wanted:
+                    begin = time.perf_counter()
+                    self._score(wanted)
+                    after_batch((time.perf_counter() - begin) / len(wanted), bool(self._waiting))
 
     def _take(self) -> list[Job]:
         """Wait for images, and return the next batch; an empty one ends the thread."""

@@ -15,6 +15,7 @@ from recontrast.data.heatmaps import encode_png, encode_tiff
 from recontrast.data.sidecar import compute_sha256
 from recontrast.data.window import from_levels, parse_window
 from recontrast.inference.protocol import Detector
+from recontrast.runtime.threads import defer_measurements
 from recontrast.service.batches import score_images
 from recontrast.service.messages import RequestError
 from recontrast.service.uploads import ReadOptions, Upload, UploadedImages
@@ -187,9 +188,10 @@ class ReloadThread:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
-            for detector in self._detectors:
-                detector.reload_if_changed()
+        with defer_measurements():  # of threads: they would be slowed down by the batches beside them
+            while not self._stop.wait(self._seconds):
+                for detector in self._detectors:
+                    detector.reload_if_changed()
 
     def close(self) -> None:
         """End the thread."""

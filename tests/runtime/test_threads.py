@@ -91,6 +91,35 @@ def test_short_work_is_not_measured():
     assert machine.probes == 0
 
 
+def test_waiting_is_no_part_of_a_step():
+    """A program that waits for images between its steps, more each time, has no slower steps."""
+    machine = Machine(2)
+    machine.work(1000)
+    probes = machine.probes
+    for pause in (1.0, 2.0, 4.0, 8.0):
+        machine.now += pause
+        machine.tuner.begin_step()
+        machine.work(1)
+    assert machine.probes == probes
+
+
+def test_given_durations_and_patience():
+    machine = Machine(2)
+    machine.now += 1.5 * FIRST_LOOK
+    machine.tuner.after_step(0.5, patience=2.0)
+    assert machine.probes == 0
+    machine.now += FIRST_LOOK
+    machine.tuner.after_step(0.5, patience=2.0)
+    first = machine.probes
+    assert first > 0
+    for _ in range(threads.STEPS):
+        machine.tuner.after_step(0.5, patience=2.0)
+    machine.now += FIRST_LOOK
+    for _ in range(threads.STEPS):
+        machine.tuner.after_step(2.0, patience=2.0)
+    assert machine.probes > first  # steps that became slow are not waited for
+
+
 def test_small_gains_change_nothing():
     """Noise: one thread fewer is up to a tenth faster now and then."""
     machine = Machine(2)

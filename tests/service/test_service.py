@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import small_detectors
+import torch
 from client import form, serving
 from command_line import works
 from PIL import Image
 from saved_model import RECIPE, save
 
 from recontrast.inference.detector import open_detector
+from recontrast.runtime import threads
 from recontrast.service import application
 from recontrast.service.limits import Limits
 
@@ -290,6 +292,37 @@ def test_a_client_that_leaves_costs_no_inference(plain, images, monkeypatch):
         first.join()
         wait_until(lambda: client.count("active_images") == 0)
         assert client.service._batches.sizes == {1: 1}
+
+
+def test_threads_are_measured_after_the_answers(plain, images, monkeypatch, tmp_path):
+    """Neither within a request nor in the thread that loads a changed file, which other batches would slow down."""
+    content, probes = images[0].read_bytes(), []
+    for name in threads.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "FIRST_LOOK", 0.0)
+    monkeypatch.setattr(threads, "count_cpus", lambda: 2)
+    monkeypatch.setattr(threads.ProcessorUse, "measure_others", lambda self: 0.0)
+    path = shutil.copy(plain, tmp_path / "checkpoint.pt")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads.choose_threads(None, lambda line: None), serving({"main": path}, reload_seconds=0.05) as client:
+
+            def probe():
+                probes.append((threading.current_thread().name, sum(client.service._batches.sizes.values())))
+
+            tuner = threads._choice.tuner
+            assert tuner.most == 2  # chosen as the detector was tried
+            tuner._probe = probe
+            shutil.copy(plain, tmp_path / "new.pt")
+            os.replace(tmp_path / "new.pt", path)
+            wait_until(lambda: client.served["main"].reloads["loaded"] == 1)
+            assert not probes
+            client.predict(content)
+            wait_until(lambda: len(probes) >= 2)
+            assert set(probes) == {("recontrast-inference", 1)}  # after the first batch
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- reloading ---------------------------------------------------------------
