@@ -164,6 +164,9 @@ class Recipe:
         fused_norm: Whether BatchNorm, the residual add and the activation after it run as one operator
             (`recontrast.models.norm_act`), which changes results by rounding errors alone. Default: False, since it
             does not shorten a step on a CPU (benchmarks/README.md).
+        cudnn_benchmark: Whether cuDNN times its algorithms in the first steps of a training on CUDA and keeps the
+            fastest of each shape. Which one it is may differ from run to run, and results by rounding errors then do
+            too. Default: False.
         map_size: Size of the anomaly map in pixels. It is computed at the size of the network's input, then resized and
             blurred; masks are resized to it by nearest neighbour. Dinomaly and INP-Former use 256. None, the default,
             keeps the size of the input.
@@ -256,6 +259,7 @@ class Recipe:
     prototypes: int = 6
     coherence: float = 0.2
     fused_norm: bool = False
+    cudnn_benchmark: bool = False
     map_size: int | tuple[int, int] | None = None
     roi: str | None = None
     window: tuple[float, float] | Literal["auto"] | None = None

@@ -224,6 +224,7 @@ FIELD_RULES: dict[str, FieldRule] = {
     "prototypes": _integer(1),
     "coherence": _RATE,
     "fused_norm": _FLAG,
+    "cudnn_benchmark": _FLAG,
     "map_size": (lambda v: v is None or _is_size(v), f"none, {_SIZE[1]}"),
     "roi": (_is_roi, "none, 'each' or a mask as recontrast.data.roi.encode_mask writes it (--roi takes files)"),
     "window": (

@@ -23,6 +23,7 @@ from recontrast.inference.options import InferenceOptions
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
+from recontrast.runtime.cudnn import tuned_convolutions
 from recontrast.training.camera_bits import fix_bits, fix_window
 from recontrast.training.holdout import split_holdout
 from recontrast.training.one_pass import OnePassTrainer
@@ -134,7 +135,11 @@ def train(
     count = (count - len(held_out)) * count_views(recipe.augment)
     if recipe.drop_last and count < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {count} training images, got {recipe.batch}")
-    with distributed.join_processes(device) as (world, resolved_device), convolution_precision(recipe.tf32):
+    with (
+        distributed.join_processes(device) as (world, resolved_device),
+        convolution_precision(recipe.tf32),
+        tuned_convolutions(recipe.cudnn_benchmark),
+    ):
         return _run(
             RunSettings(
                 recipe=recipe,

@@ -36,6 +36,7 @@ INVALID = {
     "seed": [-1, 2**63, 1.0],
     "precision": ["float16", "bf16"],
     "tf32": ["yes", 1],
+    "cudnn_benchmark": ["yes", None],
     "channels_last": ["auto", 1],
     "log_every": [0],
     "checkpoint_every": [0],

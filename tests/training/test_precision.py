@@ -1,4 +1,4 @@
-"""TF32: the recipe sets it for convolutions, it is restored afterwards, and maps use full float32 in any case."""
+"""TF32 and cuDNN's choice of algorithms: the recipe sets them, they are restored afterwards, and maps use float32."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from recontrast import AnomalyMap, ReContrast, float32
 from recontrast.app import environment
 from recontrast.float32 import convolution_precision
 from recontrast.inference.infer import infer
+from recontrast.runtime.cudnn import tuned_convolutions
 from recontrast.training.train import train
 
 MATMUL = torch.backends.cuda.matmul
@@ -66,6 +67,22 @@ def test_precision_is_restored_after_an_error():
     with pytest.raises(KeyError), convolution_precision(tf32=False):
         assert read_convolutions() == "ieee"
         raise KeyError
+
+
+@pytest.mark.parametrize("of_caller", [False, True])
+@pytest.mark.parametrize("of_recipe", [False, True])
+def test_cudnn_times_its_algorithms_in_training_alone(tmp_path, monkeypatch, of_recipe, of_caller):
+    """``cudnn_benchmark`` turns it on; a caller who has turned it on keeps it."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", of_caller)
+    model, settings = ReContrast("test_resnet", weights="random"), []
+    model.register_forward_pre_hook(lambda *_: settings.append(torch.backends.cudnn.benchmark))
+    train(RECIPE.replace(cudnn_benchmark=of_recipe, steps=2), tiny_set(tmp_path), model=model, device="cpu")
+    assert settings and set(settings) == {of_recipe or of_caller}
+    assert torch.backends.cudnn.benchmark == of_caller
+    with pytest.raises(KeyError), tuned_convolutions(True):
+        assert torch.backends.cudnn.benchmark
+        raise KeyError
+    assert torch.backends.cudnn.benchmark == of_caller
 
 
 def test_matrix_products_of_a_map_use_full_float32(monkeypatch):
