@@ -17,8 +17,9 @@ constexpr int64_t kPerTask = 256 << 10;  // bytes of a task at least, whose part
 constexpr int64_t kTasks = 64;           // tasks of a reduction at most in channels_last; each has sums of all channels
 constexpr int64_t kCached = 32 << 20;    // bytes; a larger result is evicted from the caches before it is read
 
-// Features (N, C, P) as blocks of rows. Channels last: rows are positions, a tile holds all channels of some of them.
-// NCHW: each row, one channel of an image or a part of it, is a tile.
+// Features (N, C, P) as blocks of rows. Channels last: rows are positions, a tile holds all channels of some of them,
+// and a task is a range of positions of all images. NCHW: a tile is one row, positions of one channel of an image, and
+// a task is a channel.
 struct Plan {
   bool per_lane;  // channels last
   int64_t N, C, P, tile, tasks;
@@ -31,31 +32,61 @@ struct Plan {
       tasks = std::clamp<int64_t>(N * P * C * size / kPerTask, 1, std::min(kTasks, N * P));
     } else {
       tile = std::min(P, kTile / size);
-      tasks = N * C;
+      tasks = C;
     }
   }
-  int64_t channels_of_task() const { return per_lane ? C : 1; }
   int64_t values() const { return N * P; }  // of each channel
+  int64_t values_of(int64_t task) const {
+    return per_lane ? values() * (task + 1) / tasks - values() * task / tasks : values();
+  }
+  // Sums of a task: one for each channel, padded to whole vectors, or one alone.
+  int64_t width() const { return per_lane ? (C + kMostLanes - 1) / kMostLanes * kMostLanes : 1; }
 
-  // Calls body(first channel, image, first position, rows, numbers of a row) for each tile of a task in turn.
+  // Calls body(first channel, image, first position, rows, numbers of a row) for each tile of a task in turn. A tile
+  // ends with its image, because the images of a slice are not adjacent.
   template <typename Body>
   void for_tiles(int64_t task, bool backwards, const Body& body) const {
-    const int64_t from = per_lane ? N * P * task / tasks : 0, to = per_lane ? N * P * (task + 1) / tasks : P;
-    const int64_t image = per_lane ? 0 : task / C, channel = per_lane ? 0 : task % C;
-    // A tile of positions ends with its image, because the images of a slice are not adjacent.
-    std::vector<std::pair<int64_t, int64_t>> tiles;
-    for (int64_t p = from; p < to;) {
-      const int64_t end = std::min({p + tile, to, per_lane ? (p / P + 1) * P : to});
-      tiles.emplace_back(p, end);
-      p = end;
-    }
-    if (backwards) std::reverse(tiles.begin(), tiles.end());
-    for (const auto& [p, end] : tiles) {
+    const int64_t from = per_lane ? values() * task / tasks : 0, to = from + values_of(task);
+    const auto call = [&](int64_t begin, int64_t end) {
       if (per_lane)
-        body(0, p / P, p % P, end - p, C);
+        body(0, begin / P, begin % P, end - begin, C);
       else
-        body(channel, image, p, 1, end - p);
+        body(task, begin / P, begin % P, 1, end - begin);
+    };
+    if (backwards) {
+      for (int64_t end = to, begin; end > from; end = begin)
+        call(begin = std::max({end - tile, from, (end - 1) / P * P}), end);
+    } else {
+      for (int64_t begin = from, end; begin < to; begin = end)
+        call(begin, end = std::min({begin + tile, to, (begin / P + 1) * P}));
     }
+  }
+
+  // Runs first(task), then finish(first channel, end of channels), then second(task) where it is wanted: on all tasks
+  // one after the other, in the second pass from the last one on; but task by task where each has channels of its own,
+  // which then may still be in the L2 cache.
+  template <typename First, typename Finish, typename Second>
+  void run(const First& first, const Finish& finish, const Second& second) const {
+    if (per_lane) {
+      parallel(false, first);
+      finish(0, C);
+      parallel(true, second);
+    } else {
+      parallel(false, [&](int64_t task) {
+        first(task);
+        finish(task, task + 1);
+        second(task);
+      });
+    }
+  }
+
+  // Calls body(task) for all tasks, each thread from its last task to its first if `backwards`.
+  template <typename Body>
+  void parallel(bool backwards, const Body& body) const {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(backwards ? begin + end - 1 - i : i);
+      fence_nontemporal();
+    });
   }
 };
 
@@ -65,20 +96,40 @@ struct View {
   T* data = nullptr;
   Strides strides{};
   View() = default;
-  template <typename Pointer>
-  View(const Tensor& t, Pointer pointer) : data(pointer), strides(strides_of(t)) {}
+  View(const Tensor& t, T* pointer) : data(pointer), strides(strides_of(t)) {}
 
   T* tile(int64_t channel, int64_t image, int64_t position) const {
     return data ? data + image * strides.n + channel * strides.c + position * strides.p : nullptr;
   }
 };
+// The dtype of tensors whose numbers are read as T.
+template <typename T>
+using Stored = std::conditional_t<kIsBFloat16<T>, torch::headeronly::BFloat16, T>;
+
+template <typename T>
+View<const T> view_of(const Tensor& t) {
+  return View<const T>(t, reinterpret_cast<const T*>(t.const_data_ptr<Stored<T>>()));
+}
 template <typename T>
 View<const T> view_of(const std::optional<Tensor>& t) {
-  return t ? View<const T>(*t, t->const_data_ptr<T>()) : View<const T>();
+  return t ? view_of<T>(*t) : View<const T>();
+}
+template <typename T>
+View<T> output_of(Tensor& t) {
+  return View<T>(t, reinterpret_cast<T*>(t.mutable_data_ptr<Stored<T>>()));
 }
 template <typename T>
 View<T> output_of(std::optional<Tensor>& t) {
-  return t ? View<T>(*t, t->mutable_data_ptr<T>()) : View<T>();
+  return t ? output_of<T>(*t) : View<T>();
+}
+
+// Like dispatch, but with NativeBFloat16 where the processor has it.
+template <typename F>
+void dispatch_native(const char* op, ScalarType type, const F& f) {
+#ifdef NATIVE_BFLOAT16
+  if (type == ScalarType::BFloat16 && has_native_bfloat16()) return f(NativeBFloat16{});
+#endif
+  dispatch(op, type, f);
 }
 
 // ---- parameters -------------------------------------------------------------------------------------------------
@@ -88,7 +139,7 @@ using Channels = std::vector<A>;  // [C], padded with zeros to whole vectors
 
 template <typename A>
 Channels<A> padded(int64_t C) {
-  return Channels<A>((C + Lanes<A>::count - 1) / Lanes<A>::count * Lanes<A>::count);
+  return Channels<A>((C + kMostLanes - 1) / kMostLanes * kMostLanes);
 }
 
 // Numbers [C] of any floating dtype; `otherwise` where there is no tensor.
@@ -105,22 +156,38 @@ Channels<A> read_channels(const char* op, const std::optional<Tensor>& t, int64_
   return out;
 }
 
-template <typename A>
+// Where the number of channel c is in arrays that the loops read: in channels_last whole vectors of channels.
+template <typename T>
+int64_t place_in(const Plan& plan, int64_t c) {
+  return plan.per_lane ? place_of<T>(c) : c;
+}
+
+template <typename T>
 struct Parameters {
-  Channels<A> mean, scale, bias;
+  using A = Acc<T>;
+  Channels<A> mean, scale, bias;  // in the order of place_in
+
+  Parameters(const char* op, const Plan& plan, const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_)
+      : mean(padded<A>(plan.C)), scale(mean), bias(mean) {
+    const Channels<A> weights = read_channels<A>(op, weight_, plan.C, 1),
+                      biases = read_channels<A>(op, bias_, plan.C, 0);
+    for (int64_t c = 0; c < plan.C; ++c) {
+      scale[place_in<T>(plan, c)] = weights[c];
+      bias[place_in<T>(plan, c)] = biases[c];
+    }
+  }
+
+  // Takes the moments [2, C] of these channels, once.
+  void set_moments(const Plan& plan, const A* moments, double eps, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t place = place_in<T>(plan, c);
+      mean[place] = moments[c];
+      scale[place] /= std::sqrt(moments[plan.C + c] + static_cast<A>(eps));
+    }
+  }
+
   Affine<A> at(int64_t c) const { return {mean.data() + c, scale.data() + c, bias.data() + c}; }
 };
-
-template <typename A>
-Parameters<A> make_parameters(const char* op, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                              const A* moments, int64_t C, double eps) {
-  Parameters<A> p{padded<A>(C), read_channels<A>(op, weight, C, 1), read_channels<A>(op, bias, C, 0)};
-  for (int64_t c = 0; c < C; ++c) {
-    p.mean[c] = moments[c];
-    p.scale[c] /= std::sqrt(moments[C + c] + static_cast<A>(eps));
-  }
-  return p;
-}
 
 }  // namespace
 }  // namespace recontrast

@@ -4,70 +4,15 @@
 // is one channel of one image, and its parameters are single numbers.
 #pragma once
 
-#include <cmath>
-
 #include "norm_act.h"
-#include "normal_cdf_simd.h"
-#include "simd.h"
+#include "norm_act_lanes.h"
 
 namespace recontrast {
 namespace {
 
-template <typename T>
-using Wide = typename Lanes<Acc<T>>::V;  // numbers of type T are computed in vectors of this type
-template <typename T>
-constexpr int64_t kLanes = Lanes<Acc<T>>::count;
+constexpr int64_t kAhead = 4096;  // bytes; 2048 and 8192 are as fast
 
-// The first `n` numbers at `from`; the others are zero.
-template <typename T>
-INLINE Wide<T> read(const T* from, int64_t n = kLanes<T>) {
-  if constexpr (sizeof(T) == 2) {
-    Half16 h{};
-    std::memcpy(&h, from, n * sizeof(T));
-    return bits<Float32>(std::is_same_v<T, torch::headeronly::Half> ? widen_half(h) : widen_bfloat16(h));
-  } else {
-    Wide<T> v{};
-    std::memcpy(&v, from, n * sizeof(T));
-    return v;
-  }
-}
-
-template <typename T>
-INLINE void write(T* to, const Wide<T>& v, bool bypass_cache = false) {
-  if constexpr (sizeof(T) == 2) {
-    const Bits32 u = bits<Bits32>(v);
-    const Half16 h = std::is_same_v<T, torch::headeronly::Half> ? narrow_half(u) : narrow_bfloat16(u);
-    if (bypass_cache)
-      store_nontemporal(to, h);
-    else
-      std::memcpy(to, &h, sizeof(h));
-  } else if (bypass_cache) {
-    store_nontemporal(to, v);
-  } else {
-    store(to, v);
-  }
-}
-
-template <typename T>
-INLINE void write_first(T* to, const Wide<T>& v, int64_t n) {
-  T whole[kLanes<T>];
-  write(whole, v);
-  std::memcpy(static_cast<void*>(to), whole, n * sizeof(T));
-}
-
-// v rounded to type T.
-template <typename T>
-INLINE Wide<T> rounded(const Wide<T>& v) {
-  if constexpr (sizeof(T) == 2) {
-    const Bits32 u = bits<Bits32>(v);
-    return bits<Float32>(std::is_same_v<T, torch::headeronly::Half> ? widen_half(narrow_half(u))
-                                                                    : widen_bfloat16(narrow_bfloat16(u)));
-  } else {
-    return v;
-  }
-}
-
-// Parameters of a channel or, in channels_last, of each channel [n]; padded to whole vectors.
+// Parameters of a channel or, in channels_last, of each channel in the order of place_of; padded to whole vectors.
 template <typename A>
 struct Affine {
   const A *mean, *scale, *bias;  // pre-activation = (x - mean) * scale + bias [+ residual]
@@ -78,7 +23,13 @@ template <typename T>
 struct Rows {
   const T* data;
   int64_t stride;
-  INLINE const T* at(int64_t row, int64_t i) const { return data + row * stride + i; }
+  // Also asks for what will be read kAhead bytes further on: the processor's own prefetcher follows one ascending
+  // sequence of a page, and not four rows by turns. A prefetch past the end of the features is harmless.
+  INLINE const T* at(int64_t row, int64_t i) const {
+    const T* from = data + row * stride + i;
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+    return from;
+  }
 };
 template <typename T>
 struct Target {
@@ -87,10 +38,10 @@ struct Target {
   INLINE T* at(int64_t row, int64_t i) const { return data + row * stride + i; }
 };
 
-template <bool per_lane, typename A>
-INLINE typename Lanes<A>::V parameter(const A* p, int64_t i) {
-  if constexpr (per_lane) return load(p + i);
-  return typename Lanes<A>::V{} + *p;
+template <typename T, bool per_lane>
+INLINE Wide<T> parameter(const Acc<T>* p, int64_t i) {
+  if constexpr (per_lane) return load_wide<T>(p + i);
+  return repeat<T>(*p);
 }
 
 // Calls body(i, lanes) for each vector of a row: all its numbers, or the first `lanes` of the last one.
@@ -119,41 +70,39 @@ INLINE void put(T* to, const Wide<T>& v, L lanes, bool bypass_cache = false) {
     write(to, v, bypass_cache);
 }
 
+// Sets the numbers of the last vector of a row that are not its own to zero.
+template <typename V, typename L>
+INLINE V whole_or_first(const V& v, L lanes) {
+  if constexpr (std::is_same_v<L, int64_t>) return first_lanes(v, lanes);
+  return v;
+}
+
 // Sums over a block: of each channel in memory, or of a single channel in one vector, which stays in a register.
-template <bool per_lane, typename A>
+template <typename T, bool per_lane>
 struct Sums {
-  A* to;
-  typename Lanes<A>::V total{};
-  INLINE void add(int64_t i, const typename Lanes<A>::V& v) {
+  Acc<T>* to;
+  Wide<T> total{};
+  INLINE void add(int64_t i, const Wide<T>& v) {
     if constexpr (per_lane)
-      store(to + i, load(to + i) + v);
+      store_wide<T>(to + i, load_wide<T>(to + i) + v);
     else
       total += v;
   }
   INLINE void finish() {
-    if constexpr (!per_lane)
-      for (int64_t k = 0; k < Lanes<A>::count; ++k) *to += total[k];
+    if constexpr (!per_lane) *to += sum_lanes(total);
   }
 };
-
-// Sets the lanes from `lanes` on to zero.
-template <typename V, typename L>
-INLINE V first_lanes(V v, L lanes) {
-  if constexpr (std::is_same_v<L, int64_t>)
-    for (int64_t k = lanes; k < static_cast<int64_t>(sizeof(V) / sizeof(v[0])); ++k) v[k] = 0;
-  return v;
-}
 
 // Adds x - mean and its square to the sums of each channel.
 template <typename T, bool per_lane>
 INLINE void moments_body(const Rows<T>& x, int64_t rows, int64_t n, const Acc<T>* mean, Acc<T>* sum, Acc<T>* squares) {
-  Sums<per_lane, Acc<T>> sums{sum}, all_squares{squares};
+  Sums<T, per_lane> sums{sum}, all_squares{squares};
   for_rows<per_lane>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
     for_vectors<T>(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Wide<T> m = parameter<per_lane>(mean, i);
+      const Wide<T> m = parameter<T, per_lane>(mean, i);
       Wide<T> s{}, q{};
       for (int64_t k = 0; k < count; ++k) {
-        const Wide<T> d = first_lanes(read(x.at(r + k, i), lanes) - m, lanes);
+        const Wide<T> d = whole_or_first(read(x.at(r + k, i), lanes) - m, lanes);
         s += d;
         q += d * d;
       }
@@ -171,12 +120,12 @@ INLINE void apply_body(const Rows<T>& x, const Rows<T>& residual, const Target<T
                        const Affine<Acc<T>>& p, bool bypass_cache) {
   for_rows<per_lane>(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
     for_vectors<T>(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Wide<T> mean = parameter<per_lane>(p.mean, i), scale = parameter<per_lane>(p.scale, i);
-      const Wide<T> bias = parameter<per_lane>(p.bias, i);
+      const Wide<T> mean = parameter<T, per_lane>(p.mean, i), scale = parameter<T, per_lane>(p.scale, i);
+      const Wide<T> bias = parameter<T, per_lane>(p.bias, i);
       for (int64_t k = 0; k < count; ++k) {
         Wide<T> v = (read(x.at(r + k, i), lanes) - mean) * scale + bias;
         if constexpr (has_residual) v = rounded<T>(v) + read(residual.at(r + k, i), lanes);
-        if constexpr (act == Act::relu) v = v < 0 ? Wide<T>{} : v;  // NaN stays NaN
+        if constexpr (act == Act::relu) v = relu(v);
         if constexpr (act == Act::gelu) v = gelu(v);
         put(y.at(r + k, i), v, lanes, bypass_cache);
       }
@@ -197,27 +146,27 @@ template <typename T, Act act, Kept kept, bool per_lane, typename L>
 INLINE Wide<T> masked_gradient(const Backward<T>& b, const Wide<T>& centred, int64_t r, int64_t i, L lanes) {
   const Wide<T> g = read(b.grad.at(r, i), lanes);
   if constexpr (act == Act::none) return g;
-  if constexpr (kept == Kept::output) return read(b.kept.at(r, i), lanes) <= 0 ? Wide<T>{} : g;
-  Wide<T> v = centred * parameter<per_lane>(b.affine.scale, i) + parameter<per_lane>(b.affine.bias, i);
+  if constexpr (kept == Kept::output) return where_positive(read(b.kept.at(r, i), lanes), g);
+  Wide<T> v = centred * parameter<T, per_lane>(b.affine.scale, i) + parameter<T, per_lane>(b.affine.bias, i);
   if constexpr (kept == Kept::residual) v = rounded<T>(v) + read(b.kept.at(r, i), lanes);
   if constexpr (act == Act::gelu) return g * gelu_slope(v);
-  return v <= 0 ? Wide<T>{} : g;
+  return where_positive(v, g);
 }
 
 // The first pass: adds the masked gradient and its product with x - mean to the sums, and writes what is wanted.
 template <typename T, Act act, Kept kept, bool per_lane>
 INLINE void reduce_body(const Backward<T>& b, Acc<T>* sum, Acc<T>* dot) {
   const bool masked = b.masked.data, dx = b.dx.data;
-  Sums<per_lane, Acc<T>> sums{sum}, dots{dot};
+  Sums<T, per_lane> sums{sum}, dots{dot};
   for_rows<per_lane>(b.rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
     for_vectors<T>(b.n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Wide<T> mean = parameter<per_lane>(b.affine.mean, i);
+      const Wide<T> mean = parameter<T, per_lane>(b.affine.mean, i);
       Wide<T> s{}, d{};
       for (int64_t k = 0; k < count; ++k) {
-        const Wide<T> centred = first_lanes(read(b.x.at(r + k, i), lanes) - mean, lanes);
+        const Wide<T> centred = whole_or_first(read(b.x.at(r + k, i), lanes) - mean, lanes);
         const Wide<T> g = masked_gradient<T, act, kept, per_lane>(b, centred, r + k, i, lanes);
         if (masked) put(b.masked.at(r + k, i), g, lanes);
-        if (dx) put(b.dx.at(r + k, i), g * parameter<per_lane>(b.affine.scale, i), lanes);
+        if (dx) put(b.dx.at(r + k, i), g * parameter<T, per_lane>(b.affine.scale, i), lanes);
         s += g;
         d += g * centred;
       }
@@ -234,8 +183,8 @@ template <typename T, Act act, bool per_lane>
 INLINE void gradient_body(const Backward<T>& b, const Acc<T>* slope, const Acc<T>* offset, bool bypass_cache) {
   for_rows<per_lane>(b.rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
     for_vectors<T>(b.n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Wide<T> mean = parameter<per_lane>(b.affine.mean, i), scale = parameter<per_lane>(b.affine.scale, i);
-      const Wide<T> by_x = parameter<per_lane>(slope, i), constant = parameter<per_lane>(offset, i);
+      const Wide<T> mean = parameter<T, per_lane>(b.affine.mean, i), scale = parameter<T, per_lane>(b.affine.scale, i);
+      const Wide<T> by_x = parameter<T, per_lane>(slope, i), constant = parameter<T, per_lane>(offset, i);
       for (int64_t k = 0; k < count; ++k) {
         const Wide<T> centred = read(b.x.at(r + k, i), lanes) - mean;
         const Wide<T> g = masked_gradient<T, act, Kept::none, per_lane>(b, centred, r + k, i, lanes);
@@ -298,6 +247,9 @@ DEFINE_LOOPS(float, VERSIONED)
 DEFINE_LOOPS(double, )
 DEFINE_LOOPS(torch::headeronly::Half, VERSIONED)
 DEFINE_LOOPS(torch::headeronly::BFloat16, VERSIONED)
+#ifdef NATIVE_BFLOAT16
+DEFINE_LOOPS(NativeBFloat16, NATIVE_BFLOAT16)
+#endif
 #undef DEFINE_LOOPS
 
 }  // namespace

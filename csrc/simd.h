@@ -20,9 +20,24 @@
 #ifndef VERSIONED
 #define VERSIONED
 #endif
+// A function marked NATIVE_BFLOAT16 may run only where has_native_bfloat16() is true. Clang does not take vectors of 64
+// bytes as operands of its asm statements in functions that are compiled for the baseline.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define NATIVE_BFLOAT16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
+#endif
 #define INLINE [[gnu::always_inline]] inline
 
 namespace recontrast {
+
+// Whether the processor has instructions for bfloat16 (AVX512-BF16).
+inline bool has_native_bfloat16() {
+#ifdef NATIVE_BFLOAT16
+  static const bool has = __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
 
 // A vector V of `count` numbers.
 template <typename A>

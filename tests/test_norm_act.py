@@ -90,6 +90,32 @@ def test_mean_far_from_zero_does_not_cancel(layout, device):
     )
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_mean_that_changes_along_the_positions_does_not_cancel(layout, device):
+    """Each part is centred on the mean of those before it, which may be far from its own."""
+    x = torch.randn(3, 40, 61, 67)
+    x[:, ::2, 30:] += 1e3
+    x[1:, 1::2] -= 1e4
+    x[:1, :, 0, :3] += 1e4
+    _, moments = norm_act(LAYOUTS[layout](x).to(device))
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(moments[1].double().cpu(), var, rtol=1e-5, atol=0)
+    assert ((moments[0].double().cpu() - mean).abs() <= 1e-6 * var.sqrt()).all()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("act", ["none", "relu", "gelu"])
+def test_bfloat16_is_float32_rounded_to_the_nearest(act, layout):
+    """On a CPU: every number has the parameters of its channel, and ties go to even."""
+    for shape in [(2, 64, 5, 7), (3, 97, 4, 9), (1, 31, 3, 3), (2, 1, 40, 41)]:
+        x, residual, weight, bias, mean, var = make_arguments(shape, BF16, layout, has_residual=True, training=False)
+        for added in (None, residual):
+            y, _ = norm_act(x, added, weight, bias, mean=mean, var=var, act=act if added is None else "none")
+            wide, _ = norm_act(x.float(), None, weight, bias, mean=mean, var=var, act=act if added is None else "none")
+            expected = wide if added is None else wide.bfloat16().float() + added.float()
+            assert torch.equal(y, expected.bfloat16())
+
+
 def test_weights_of_other_dtypes(device):
     for dtype in DTYPES:
         x, _, weight, bias, *_ = make_arguments((2, 6, 5, 4), F32, device=device)
