@@ -37,6 +37,7 @@ class ExportedDetector(Detector):
     Args:
         path: Path of the .onnx, .pt2 or .xml file.
         device: None or the CPU; for an .onnx file also CUDA ("cuda", "cuda:1"), with ``onnxruntime-gpu``.
+        precision: "bfloat16" computes an .xml file in it, whatever it was exported in. None: as the file asks for.
 
     Attributes:
         path: Path of the file.
@@ -52,7 +53,7 @@ class ExportedDetector(Detector):
         ImportError: If the runtime of the file is not installed.
     """
 
-    def __init__(self, path: Path, device: "str | torch.device | None" = None) -> None:
+    def __init__(self, path: Path, device: "str | torch.device | None" = None, *, precision: str | None = None) -> None:
         kind, is_onnx = str(device or "cpu").partition(":")[0], path.suffix.lower() == ".onnx"
         if kind != "cpu" and not (kind == "cuda" and is_onnx):
             wanted = "the CPU or CUDA for an .onnx file" if is_onnx else f"the CPU for an exported {path.suffix} file"
@@ -62,7 +63,7 @@ class ExportedDetector(Detector):
             if is_regular(file):  # a missing .bin has its own message
                 check_sidecar(file)
         try:
-            arguments = () if kind == "cpu" else (str(device),)
+            arguments = (str(device),) if kind != "cpu" else () if precision is None else (precision,)
             self.program: Program = PROGRAMS[path.suffix.lower()](path, *arguments)
         except (ImportError, MemoryError, ForeignFileError, DeviceError):
             raise

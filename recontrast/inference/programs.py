@@ -106,6 +106,7 @@ class OpenVinoProgram:
 
     Args:
         path: Path of the .xml file.
+        precision: "float32" or "bfloat16", in which it computes. None: as the file asks for.
 
     Raises:
         ValueError: If the file is damaged, `recontrast export` did not write it, or the .bin file holds other weights
@@ -113,15 +114,15 @@ class OpenVinoProgram:
         ImportError: If OpenVINO is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, precision: str | None = None) -> None:
         openvino = _import_runtime("openvino")
         content, self._weights, self.description = read_openvino(path)
         core = get_core()
         model = core.read_model(content, openvino.Tensor(self._weights) if len(self._weights) else b"")
         # Without the hint, OpenVINO computes in bfloat16 on processors that support it; without their instructions, it
         # ignores the hint of a file that asks for bfloat16.
-        precision = "bf16" if self.description.get("precision") == "bfloat16" else "f32"
-        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": count_threads()}
+        hint = "bf16" if (precision or self.description.get("precision")) == "bfloat16" else "f32"
+        settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": count_threads()}
         self._model = core.compile_model(model, "CPU", settings)
 
     def __call__(self, images: NDArray[Any]) -> NamedArrays:

@@ -162,8 +162,8 @@ class Recipe:
         prototypes: Number of prototypes of INP-Former. Default: 6.
         coherence: Weight of the coherence loss of INP-Former. Default: 0.2.
         fused_norm: Whether BatchNorm, the residual add and the activation after it run as one operator
-            (`recontrast.models.norm_act`), which changes results by rounding errors alone. Default: False, since it
-            does not shorten a step on a CPU (benchmarks/README.md).
+            (`recontrast.models.norm_act`), which changes results by rounding errors alone. Shortens a step in
+            bfloat16 on some CPUs (benchmarks/README.md). Default: False.
         cudnn_benchmark: Whether cuDNN times its algorithms in the first steps of a training on CUDA and keeps the
             fastest of each shape. Which one it is may differ from run to run, and results by rounding errors then do
             too. Default: False.

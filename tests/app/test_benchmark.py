@@ -2,14 +2,28 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from command_line import fails, works
+from PIL import Image
 from saved_model import save
 from small_detectors import RECIPE, build_onnx, describe, export_onnx, export_openvino, save_checkpoint, save_onnx
 
+from recontrast.app import benchmark_job
 from recontrast.app.benchmark_job import Timing, recommend
+from recontrast.inference.exported_detector import ExportedDetector
+from recontrast.runtime.device import is_bfloat16_fast
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*")]
+
+
+def make_images(folder, count):
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(count):
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{index}.png")
+    return folder
 
 
 def test_checkpoint_and_files_are_timed(tmp_path):
@@ -19,7 +33,7 @@ def test_checkpoint_and_files_are_timed(tmp_path):
     options = ["--batches", "1,3", "--seconds", 0.05, "--device", "cpu", "--out", tmp_path / "figures.json"]
     output = works("benchmark", checkpoint, "--file", files[0], "--file", files[1], *options)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    names = [entry["name"] for entry in figures if entry["name"] != "torch bfloat16"]
+    names = [entry["name"] for entry in figures if "bfloat16" not in entry["name"]]
     assert names == ["torch float32", "ONNX Runtime d.onnx", "OpenVINO d.xml"]
     for entry in figures:
         for batch, values in entry["batches"].items():
@@ -37,11 +51,40 @@ def test_files_alone_are_compared_with_the_first(tmp_path):
     assert "recommended at batch 2: " in output and "torch" not in output
 
 
+def test_every_way_of_this_machine_is_timed(tmp_path, monkeypatch):
+    """Files in float32 and int8 are written to a temporary folder; OpenVINO runs one of them in bfloat16 too."""
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(benchmark_job, "is_bfloat16_fast", lambda device: True)
+    checkpoint = save(tmp_path / "c.pt", RECIPE)
+    good = make_images(tmp_path / "good", 8)
+    before = sorted(tmp_path.rglob("*"))
+    options = ["--export", "--images", good, "--batches", 1, "--seconds", 0.02, "--device", "cpu", "--tolerance", 0.5]
+    output = works("benchmark", checkpoint, *options, "--out", tmp_path / "figures.json")
+    figures = {entry["name"]: entry for entry in json.loads((tmp_path / "figures.json").read_text())}
+    assert {"torch float32", "torch bfloat16", "ONNX Runtime onnx.onnx", "OpenVINO openvino.xml",
+            "OpenVINO openvino.xml, bfloat16"} <= set(figures)  # fmt: skip
+    for kind, name in (("onnx", "ONNX Runtime onnx-int8.onnx"), ("openvino", "OpenVINO openvino-int8.xml")):
+        assert name in figures or f"{kind} in int8 is left out: " in output
+    assert figures["OpenVINO openvino.xml"]["change"] < 1e-3
+    assert "recommended at batch 1: " in output
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "figures.json"])
+
+
+def test_openvino_computes_in_the_precision_that_is_asked_for(tmp_path):
+    path = export_openvino(tmp_path / "d.xml")
+    for precision, wanted in ((None, "f32"), ("float32", "f32"), ("bfloat16", "bf16")):
+        model = ExportedDetector(path, precision=precision).program._model
+        hint = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        assert hint in (wanted, "f32")  # a processor without bfloat16 ignores the hint
+        assert hint == wanted or not is_bfloat16_fast(torch.device("cpu"))
+
+
 def test_recommendation():
     slow, close, far = (Timing(name, {1: [seconds] * 3}, None, change) for name, seconds, change in (
         ("torch float32", 0.4, 0.0), ("OpenVINO a.xml", 0.2, 1e-6), ("OpenVINO b.xml", 0.1, 0.1)))  # fmt: skip
     assert recommend([slow, close], 1) == "recommended at batch 1: OpenVINO a.xml: 5.0 images/s, 2.00 x torch float32"
     assert "; faster: OpenVINO b.xml: 10.0 images/s, 4.00 x" in recommend([slow, close, far], 1)
+    assert recommend([slow, close, far], 1, 0.2).startswith("recommended at batch 1: OpenVINO b.xml")
     timing = Timing("a", {1: [i / 100 for i in range(1, 101)]})
     assert (timing.latency(1, 0.5), timing.latency(1, 0.99)) == (0.5, 0.99)
 
@@ -55,6 +98,8 @@ def test_bad_input_is_one_sentence(tmp_path):
         (["--file", tmp_path / "c.pt"], "--file: wanted a file that ends in .onnx, .xml or .pt2"),
         (["--file", tmp_path / "none.onnx"], "none.onnx"),
         (["--formats", "onnx"], "--formats: wanted a checkpoint to export"),
+        (["--export"], "--export: wanted a checkpoint to export"),
+        (["--tolerance", "0"], "--tolerance: wanted a finite number above 0"),
     ]:
         assert message in fails("benchmark", path, *options)
     other = save_onnx(tmp_path / "other.onnx", build_onnx(), describe(recipe=RECIPE.replace(size=48).to_dict()))

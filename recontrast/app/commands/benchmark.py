@@ -26,6 +26,24 @@ def benchmark(
         str,
         typer.Option(help="Formats to export a checkpoint to for this, in a temporary folder: onnx,openvino. Minutes."),
     ] = "",
+    export: Annotated[
+        bool,
+        typer.Option(
+            "--export",
+            help="Export a checkpoint to all formats whose runtime is installed, in a temporary folder: float32, "
+            "OpenVINO in bfloat16 and, with --images, int8. Minutes.",
+        ),
+    ] = False,
+    images: Annotated[
+        list[Path] | None,
+        path_option(
+            help="Good images or folders of them, whose scores are compared and from which int8 takes the ranges of "
+            "values. Default: generated images, and no int8."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest relative difference of a score of what is recommended.")
+    ] = 0.02,
     batches: Annotated[str, typer.Option(help="Numbers of images per call.")] = "1,16",
     seconds: Annotated[float, typer.Option(help="Time for each way at each number of images.")] = 5.0,
     out: Annotated[Path | None, path_option(help="JSON file for the figures. Default: print them only.")] = None,
@@ -35,10 +53,10 @@ def benchmark(
     import json
     import tempfile
 
-    from recontrast.app.benchmark_job import open_ways, recommend, time_ways
+    from recontrast.app.benchmark_job import export_files, list_formats, open_ways, recommend, time_ways
     from recontrast.data.atomic import replace_file
-    from recontrast.export.export import SUFFIXES, check_target
-    from recontrast.export.export import export as write
+    from recontrast.data.listing import list_images
+    from recontrast.export.low_precision import check_tolerance
     from recontrast.inference.detector import is_exported
 
     counts = parse_numbers("--batches", batches)
@@ -51,20 +69,20 @@ def benchmark(
         if not is_exported(item):
             raise ValueError(f"--file: wanted a file that ends in .onnx, .xml or .pt2, got {item}")
     kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
-    if kinds and is_exported(path):
-        raise ValueError(f"--formats: wanted a checkpoint to export, got {path}")
+    if (kinds or export) and is_exported(path):
+        raise ValueError(f"{'--formats' if kinds else '--export'}: wanted a checkpoint to export, got {path}")
+    if export:
+        kinds = list(dict.fromkeys([*kinds, *list_formats()]))
+    check_tolerance(tolerance)
+    good = list_images(images) if images else []
     if out is not None:
         check_writable(out.parent)
     with tempfile.TemporaryDirectory(prefix="recontrast-benchmark-") as folder:
-        for kind in kinds:
-            target = Path(folder) / f"{kind}{SUFFIXES.get(kind, '')}"
-            check_target(kind, target)
-            print_line(f"exporting to {kind}, which takes a minute or more")
-            files.append(write(path, kind, target).path)
+        files += export_files(path, kinds, good, Path(folder), print_line)
         with ProgressBar("benchmark") as progress:
-            timings = time_ways(open_ways(path, files, device), counts, seconds, progress)
+            timings = time_ways(open_ways(path, files, device), counts, seconds, progress, good)
     _print_timings(timings, counts)
-    print_line(recommend(timings, counts[0]))
+    print_line(recommend(timings, counts[0], tolerance))
     if out is not None:
         with replace_file(out) as target_file:
             target_file.write((json.dumps([timing.to_dict() for timing in timings], indent=1) + "\n").encode())
