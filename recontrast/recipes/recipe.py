@@ -511,7 +511,5 @@ def _check_names(values: Mapping[str, Any], name: Any) -> None:
         if key not in names:
             close = difflib.get_close_matches(key[:80], names, n=1) if isinstance(key, str) else []
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(
-                f"recipe {describe_value(name)}: there is no field {describe_value(key)}{hint}; fields are "
-                f"{', '.join(names)}"
-            )
+            wrong = f"recipe {describe_value(name)}: there is no field {describe_value(key)}{hint}"
+            raise ValueError(f"{wrong}; fields are {', '.join(names)}")

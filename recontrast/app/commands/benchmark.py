@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from recontrast.app.benchmark_job import Timing
 
 
-def benchmark(
+def benchmark(  # 10 options and their checks; `recontrast.app.benchmark_job` does the work
     detector: DetectorFile,
     file: Annotated[
         list[Path] | None,
