@@ -22,6 +22,7 @@ from recontrast.data.groups import count_groups
 from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
 from recontrast.data.roi import RoiFolder
+from recontrast.data.views import group_samples
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_samples
 from recontrast.inference.detector import CheckpointDetector, Detector
@@ -192,7 +193,7 @@ def calibrate(
         OSError: If the file cannot be written.
     """
     loaded = _open_own_detector("calibrate", detector, device)
-    samples = list_good_samples(good, all_good)
+    samples = group_samples(list_good_samples(good, all_good), loaded.recipe.image_views)
     allowed_false_alarms(count_groups(samples), false_alarm_rate)  # raises if there are too few images
     target: CheckpointTarget | ExportedTarget
     if isinstance(loaded, ExportedDetector):

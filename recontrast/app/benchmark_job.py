@@ -23,7 +23,7 @@ from recontrast.inference.detector import CheckpointDetector, Detector, open_det
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.infer import infer
 from recontrast.inference.options import InferenceOptions
-from recontrast.recipes.recipe import Recipe, to_pair
+from recontrast.recipes.recipe import Recipe, refuse_views, to_pair
 from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
 LARGEST_CHANGE = 0.02  # relative difference of a score up to which a way is recommended without a look at accuracy
@@ -190,6 +190,7 @@ def time_ways(
             detector = opener()
             if detector.overlap is not None:
                 raise ValueError(f"{name}: wanted a detector of whole images to time, got one of tiles")
+            refuse_views(detector.recipe, name, "to time")
             sizes.add((to_pair(detector.recipe.size), detector.recipe.out))
             call = _build_call(detector)
             if len(sizes) > 1:

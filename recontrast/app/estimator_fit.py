@@ -22,7 +22,7 @@ from recontrast.data.near_copies import (
     merge_copies,
     sketch_image,
 )
-from recontrast.recipes.recipe import Recipe
+from recontrast.recipes.recipe import Recipe, refuse_views
 from recontrast.training.holdout import resolve_holdout_count
 
 
@@ -105,7 +105,7 @@ def check_labels(images: Sequence[Any], y: ArrayLike) -> NDArray[Any]:
 
 
 def refuse_tiles(recipe: Recipe, source: str) -> Recipe:
-    """Return the recipe, or raise an error if it trains on tiles.
+    """Return the recipe, or raise an error if it trains on tiles or on several views of a part.
 
     Args:
         recipe: Recipe of a detector.
@@ -115,8 +115,9 @@ def refuse_tiles(recipe: Recipe, source: str) -> Recipe:
         The recipe.
 
     Raises:
-        ValueError: If it trains on tiles.
+        ValueError: If it does.
     """
+    refuse_views(recipe, source, "for the estimator")
     if recipe.tile is not None:
         raise ValueError(f"{source}: wanted a detector of whole images, got one of tiles ({recipe.tile} px): use "
                          "recontrast train and recontrast predict")  # fmt: skip

@@ -23,6 +23,7 @@ from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinished, name_mark, remove_files
+from recontrast.data.views import group_samples
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import FILES, Result
 from recontrast.evaluation.sample_images import open_images
@@ -139,6 +140,7 @@ def _measure_and_write(
     save_maps: bool, calibration: Calibration | None, options: dict[str, Any],
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:  # fmt: skip
     """Compute metrics and write them to a folder that is locked."""
+    groups = {name: group_samples(samples, recipe.image_views) for name, samples in groups.items()}
     is_first, writer, earlier = distributed.current_world().first, None, set[str]()
     names = name_maps(groups) if save_maps and out is not None else {}
     if out is not None and is_first:
@@ -186,7 +188,9 @@ def decide_on_result(
     if samples and calibration.appearance:
         missing: dict[int, str] = {}
         images = open_images(samples, recipe, workers, cache_dir if recipe.tile is None else None, missing)
-        appearance = np.delete(describe_appearance(images), sorted(missing), axis=0)
+        appearance = np.delete(
+            describe_appearance(images, views=max(len(recipe.view_names), 1)), sorted(missing), axis=0
+        )
         if len(appearance):
             appearance_drift = measure_appearance_drift(np.array(calibration.appearance), appearance)
         if unread is not None:

@@ -78,6 +78,15 @@ class TrainRecipeOptions(RecipeOptions):
             "auto for percentiles 0.1 and 99.9 of the good images. Default: scale to 8 bits.",
         ),
     ] = None
+    views_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Several aligned images of each part, such as lights: a regular expression with one pair of "
+            "parentheses around the name of the view, such as '_(left|right)\\.', or pages for those of TIFF files. "
+            "Default: single images.",
+        ),
+    ] = None
     sampling: Annotated[
         str | None,
         typer.Option(help="Draw images or classes equally often; for one detector of all classes. Default: images."),

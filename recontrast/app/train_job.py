@@ -23,6 +23,7 @@ from recontrast.data.groups import group_samples, list_groups
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.roi import EACH, describe_roi
+from recontrast.data.views import list_sources
 from recontrast.data.window import AUTO, describe_window
 from recontrast.inference.rois import RegionOfInterest, add_rois, open_rois, resolve_roi
 from recontrast.models.weights import check_source
@@ -33,6 +34,7 @@ from recontrast.runtime.device import resolve_device
 from recontrast.training.budget import BudgetPlan, plan_budget
 from recontrast.training.camera_bits import fix_window
 from recontrast.training.holdout import split_holdout
+from recontrast.training.part_views import describe_views, fix_views
 from recontrast.training.run_files import LOG
 from recontrast.training.shots import describe_shots, select_shots
 from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_writer, list_own_events
@@ -95,7 +97,8 @@ class TrainJob:
         """Number of steps; of batches, if the architecture is fitted in one pass over whole images."""
         if self.recipe.uses_steps:
             return self.recipe.steps
-        return max(math.ceil(self.count_training() * count_views(self.recipe.augment) / self.recipe.batch), 1)
+        views = max(len(self.recipe.view_names), 1) * count_views(self.recipe.augment)
+        return max(math.ceil(self.count_training() * views / self.recipe.batch), 1)
 
     def count_training(self) -> int:
         """Count the good images that are not held out."""
@@ -110,7 +113,8 @@ class TrainJob:
         """Describe the finished run and its number of steps in one sentence."""
         is_pass = not self.recipe.uses_steps
         count, views = self.count_training(), count_views(self.recipe.augment)
-        images = f"{count} images" if views == 1 else f"{count} images in {views} views each"
+        kind = "images" if self.recipe.image_views is None else f"parts of {len(self.recipe.view_names)} views"
+        images = f"{count} {kind}" if views == 1 else f"{count} {kind} in {views} augmented copies each"
         work = f"one pass over {images}" if is_pass else f"{steps} steps"
         return f"{work} in {seconds:.1f} s: {self.target}"
 
@@ -132,7 +136,13 @@ class TrainJob:
 
     def describe(self) -> list[str | None]:
         """Describe the run in sentences for the screen; None for those that do not apply."""
-        notes = (self.describe_roi(), self.describe_window(), self.describe_shots(), self.describe_holdout())
+        notes = (
+            describe_views(self.recipe),
+            self.describe_roi(),
+            self.describe_window(),
+            self.describe_shots(),
+            self.describe_holdout(),
+        )
         return [*notes, self.describe_plan()]
 
     def describe_roi(self) -> str | None:
@@ -223,6 +233,7 @@ def prepare_job(
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
+    changed, groups = fix_views(changed, groups)
     groups = add_rois(_select_shots(groups, changed), folder)
     if roi is None and any(sample.roi is not None for group in groups.values() for sample in group):
         changed = changed.replace(roi=EACH)
@@ -246,12 +257,18 @@ def prepare_job(
         job = replace(job, training=len(split_holdout(copies, changed.holdout, changed.seed, copies)[0]))
     check_writable(job.out, option)
     if changed.window == AUTO:
-        good = [s.path for group in groups.values() for s in group if s.split == "train" and not s.label]
-        job = replace(job, recipe=fix_window(changed, good), has_auto_window=True)
+        job = _find_window(job)
     if budget is not None:
         job = _plan_job(job, {*changes, *(["architecture"] if recipe is not None else [])}, budget, device)
     check_replaceable(job.out, [yaml_file.FILE_NAME, LOG], overwrite=overwrite, option=option)
     return job
+
+
+def _find_window(job: TrainJob) -> TrainJob:
+    """Return the run with the window of its good images."""
+    good = [sample.path for sample in job.samples if sample.split == "train" and not sample.label]
+    recipe = fix_window(job.recipe, list_sources(good, job.recipe.image_views))
+    return replace(job, recipe=recipe, has_auto_window=True)
 
 
 def _plan_job(job: TrainJob, fixed: set[str], budget: float, device: str | torch.device | None) -> TrainJob:
@@ -264,8 +281,9 @@ def _plan_job(job: TrainJob, fixed: set[str], budget: float, device: str | torch
     if not paths:
         return job  # training raises the error
     held_out = len(paths) - job.count_training()
-    paths = paths[: job.count_training()]
-    plan = plan_budget(job.recipe, fixed, paths, held_out, budget, resolve_device(device), job.category)
+    views = max(len(job.recipe.view_names), 1)
+    sources = list_sources(paths[: job.count_training()], job.recipe.image_views)
+    plan = plan_budget(job.recipe, fixed, sources, held_out * views, budget, resolve_device(device), job.category)
     return replace(job, recipe=plan.recipe, plan=plan, budget=budget)
 
 

@@ -24,16 +24,18 @@ GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and 
 TEST_COUNT = 2 * len(PROPERTIES)  # two rank tests for each property
 
 
-def describe_appearance(images: Images, batch: int = 16) -> NDArray[np.float64]:
+def describe_appearance(images: Images, batch: int = 16, views: int = 1) -> NDArray[np.float64]:
     """Measure the `PROPERTIES` of images.
 
     Args:
         images: Images decoded at one size, (n, H, W, 3), uint8, or float32 in [0, 1]; see
             `recontrast.inference.infer.infer`.
         batch: Number of images per batch.
+        views: Number of views of a part, which are images in sequence; the properties of a part are their means.
 
     Returns:
-        (n, 4) float64, rounded to 6 digits: brightness, contrast, sharpness and warmth, of grey values in [0, 1].
+        (n / views, 4) float64, rounded to 6 digits: brightness, contrast, sharpness and warmth, of grey values in
+        [0, 1].
     """
     parts = [np.empty((0, len(PROPERTIES)))]
     for start in range(0, len(images), batch):
@@ -45,7 +47,8 @@ def describe_appearance(images: Images, batch: int = 16) -> NDArray[np.float64]:
         warmth = pixels[..., 0] - pixels[..., 2]
         values = (inner.mean((1, 2)), inner.std((1, 2)), np.abs(laplacian).mean((1, 2)), warmth.mean((1, 2)))
         parts.append(np.stack(values, 1).round(6))
-    return np.concatenate(parts).astype(np.float64)
+    appearance = np.concatenate(parts).astype(np.float64)
+    return appearance if views == 1 else appearance.reshape(-1, views, len(PROPERTIES)).mean(1).round(6)
 
 
 @dataclass(frozen=True)

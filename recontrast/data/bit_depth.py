@@ -9,6 +9,7 @@ from PIL import Image
 
 from recontrast.data import images
 from recontrast.data.decode import decode, read_bits
+from recontrast.data.encoded_image import ImagePage
 from recontrast.data.samples import LARGEST_KEY, read_deep
 from recontrast.data.system import count_cpus
 
@@ -50,7 +51,7 @@ def _read_bits(item: Any) -> int:
     """Return 16 for an image of 16 bits, else 8."""
     if isinstance(item, Image.Image):
         return 16 if item.mode.startswith("I") else 8
-    return read_bits(item, images.MAX_PIXELS) if isinstance(item, str | os.PathLike) else 8
+    return read_bits(item, images.MAX_PIXELS) if isinstance(item, str | os.PathLike | ImagePage) else 8
 
 
 def _read_largest_sample(item: Any) -> int:

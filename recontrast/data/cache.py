@@ -22,11 +22,13 @@ import PIL
 import torch
 
 from recontrast.data.atomic import replace_file
+from recontrast.data.encoded_image import ImagePage
 from recontrast.data.images import Size, image_size, parse_size, read_image
 from recontrast.data.listing import PathLike
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.system import count_cpus
 from recontrast.data.tiles import Tiles, count_tiles, join_tiles
+from recontrast.data.views import Views, list_views
 from recontrast.data.window import Window, parse_window, pixel_dtype
 
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
@@ -47,6 +49,7 @@ class ImageCache:
         stride: Distance from one tile to the next, in pixels. None uses ``tile``, without overlap.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
         window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
+        views: Views of each part, whose path is that of a file here; they are images in sequence. None: single images.
         workers: Number of decoding threads. None uses one per available CPU.
         on_progress: Called with (files done, all files) while decoding; not called if the cache file exists.
 
@@ -72,6 +75,7 @@ class ImageCache:
         stride: int | None = None,
         bits: int | None = None,
         window: Window = None,
+        views: Views | None = None,
         workers: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -83,6 +87,7 @@ class ImageCache:
         self._workers = workers or count_cpus()
         self._on_progress = on_progress or (lambda done, total: None)
         self._tile = None if tile is None else (tile, stride or tile)
+        self._views = views
         self._bits, self._window, self._dtype = bits, parse_window(window), pixel_dtype(window)
         self.offsets = [*accumulate((self._count_images(path) for path in self._files), initial=0)]
         side = (self._crop or self._size) if tile is None else (tile, tile)
@@ -120,7 +125,7 @@ class ImageCache:
         return self._images[index if index.size else index.astype(np.intp)]  # NumPy turns an empty list into floats
 
     def read_file(self, position: int) -> np.ndarray:
-        """Copy the whole image of one file; with tiles, it is put together from them.
+        """Copy the whole image of one file: with tiles, put together from them; of a part, the first view.
 
         Args:
             position: Position of the file in ``samples``.
@@ -162,14 +167,17 @@ class ImageCache:
         """Return the hash that names the cache file: everything that determines its content."""
         files = []
         for path in self._files:
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{path}: wanted an image, got no such file") from None
-            files.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
+            for source in list_views(path, self._views):
+                file = source.path if isinstance(source, ImagePage) else Path(str(source))
+                try:
+                    stat = file.stat()
+                except FileNotFoundError:
+                    raise FileNotFoundError(f"{file}: wanted an image, got no such file") from None
+                files.append((os.path.abspath(file), stat.st_size, stat.st_mtime_ns))
         layout = ["bilinear", self._size, self._crop] if self._tile is None else ["tiles", *self._tile]
         scale = [self._bits] if self._window is None else ["window", *self._window]
-        content = [FORMAT, PIL.__version__, *layout, *scale, files]
+        own = [] if self._views is None else [["views", self._views.source, *self._views.names]]
+        content = [FORMAT, PIL.__version__, *layout, *scale, *own, files]
         return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def _decode(self, store: Callable[[int, np.ndarray], Any]) -> None:
@@ -190,12 +198,16 @@ class ImageCache:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _count_images(self, path: Path) -> int:
-        """Return the number of images (tiles) of a file."""
+        """Return the number of images (tiles, or views of a part) of a file."""
+        if self._views is not None:
+            return len(self._views)
         return 1 if self._tile is None else count_tiles(image_size(path), *self._tile)
 
     def _read(self, path: Path) -> Iterator[np.ndarray]:
-        """Yield the image, or the tiles, of a file."""
-        if self._tile is None:
+        """Yield the image, the views or the tiles of a file."""
+        if self._views is not None:
+            yield from self._views.read(path, size=self._size, crop=self._crop, bits=self._bits, window=self._window)
+        elif self._tile is None:
             yield read_image(path, size=self._size, crop=self._crop, bits=self._bits, window=self._window)
         else:
             tiles = Tiles(read_image(path, bits=self._bits, window=self._window), *self._tile)

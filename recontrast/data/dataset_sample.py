@@ -21,6 +21,7 @@ class Sample:
         roi: Path of the mask of the region of interest; None for the whole image.
         group: Name of what the image shows, such as the serial number of a part. Images of one group of a category
             are never divided between training, calibration and test. None: the image is a group of its own.
+        views: Samples of the other views of a part, see `recontrast.data.views`; empty for a single image.
     """
 
     path: Path
@@ -31,3 +32,4 @@ class Sample:
     defect: str
     roi: Path | None = None
     group: str | None = None
+    views: "tuple[Sample, ...]" = ()

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
-from typing import Any
+from typing import IO, Any
 
 from numpy.typing import NDArray
 from PIL import (
@@ -15,7 +15,13 @@ from PIL import (
 
 from recontrast.data import tiff_tags
 from recontrast.data.decode_budget import BUDGET
-from recontrast.data.encoded_image import EncodedImage, ImageSource, SeveralImagesError, TooManyPixelsError
+from recontrast.data.encoded_image import (
+    EncodedImage,
+    ImagePage,
+    ImageSource,
+    SeveralImagesError,
+    TooManyPixelsError,
+)
 from recontrast.data.formats import HEAD_BYTES, NAMES, detect_format
 from recontrast.data.memory import trim_memory
 from recontrast.data.notices import warn_once
@@ -226,7 +232,7 @@ def _open(
     path: ImageSource, max_pixels: int, full: int | None = None, *, any_scale: bool = False
 ) -> Iterator[OpenImage]:
     """Open an image file, read its header and check the number of pixels."""
-    with BytesIO(path.content) if isinstance(path, EncodedImage) else open_regular(path, "an image") as file:
+    with _open_source(path) as file:
         head = file.read(HEAD_BYTES)
         image_format = detect_format(head)
         if image_format is None:
@@ -234,13 +240,21 @@ def _open(
             raise ValueError(f"{path}: wanted a {NAMES} image, got {got}")
         file.seek(0)
         with convert_decoder_errors(path):
-            image = read_header(file, image_format, full, any_scale=any_scale)
+            page = path.page if isinstance(path, ImagePage) else 0
+            image = read_header(file, image_format, full, any_scale=any_scale, page=page)
         if image.width * image.height > max_pixels:
             raise TooManyPixelsError(
                 f"{path}: wanted at most {max_pixels} pixels (recontrast.data.images.MAX_PIXELS), "
                 f"got {image.width} x {image.height} = {image.width * image.height}"
             )
         yield image
+
+
+def _open_source(path: ImageSource) -> IO[bytes]:
+    """Open the file of an image, or its content."""
+    if isinstance(path, EncodedImage):
+        return BytesIO(path.content)
+    return open_regular(path.path if isinstance(path, ImagePage) else path, "an image")
 
 
 def _warn_of_unused_parts(path: ImageSource, image: OpenImage, picture: Image.Image | None) -> None:
@@ -251,7 +265,7 @@ def _warn_of_unused_parts(path: ImageSource, image: OpenImage, picture: Image.Im
             several = image.several()
     if several and isinstance(path, EncodedImage):
         raise SeveralImagesError(f"{path}: wanted one image, got a file with several, such as an animation or pages")
-    if several:
+    if several and not isinstance(path, ImagePage):
         warn_once("pages", path, "has several images: the first one is used, here and in other files")
     exif = None if picture is None else picture.info.get("exif")
     if isinstance(exif, bytes) and not _is_readable_exif(exif):

@@ -1,7 +1,8 @@
-"""The content of an image file that is in memory, such as one that a client sent, where functions take a path."""
+"""What functions take in place of the path of an image: the content of a file in memory, or a page of a file."""
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,23 @@ class EncodedImage:
         return self.name
 
 
-ImageSource = str | os.PathLike[str] | EncodedImage
+@dataclass(frozen=True)
+class ImagePage:
+    """One page of a TIFF file.
+
+    Attributes:
+        path: Path of the file.
+        page: Number of the page, counted from 0.
+    """
+
+    path: Path
+    page: int
+
+    def __str__(self) -> str:
+        return str(self.path) if not self.page else f"{self.path} (page {self.page + 1})"
+
+
+ImageSource = str | os.PathLike[str] | EncodedImage | ImagePage
 
 
 class TooManyPixelsError(ValueError):

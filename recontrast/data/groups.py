@@ -17,8 +17,23 @@ def group_samples(samples: Sequence[Sample]) -> list[int]:
         For each image the position of the first one of its group: files with the same content
         (`recontrast.data.copies.group_equal_files`), and images of one category with the same `Sample.group`.
     """
-    owners = group_equal_files([sample.path for sample in samples])
+    owners = group_equal_samples(samples)
     return merge_copies(owners, pair_groups(list(map(name_group, samples))))
+
+
+def group_equal_samples(samples: Sequence[Sample]) -> list[int]:
+    """Group images whose files have the same content; parts if this holds for all their views.
+
+    Args:
+        samples: Images.
+
+    Returns:
+        For each image the position of the first equal one, see `recontrast.data.copies.group_equal_files`.
+    """
+    files = [[sample.path, *(view.path for view in sample.views)] for sample in samples]
+    first = iter(group_equal_files([path for part in files for path in part]))
+    owners: dict[tuple[int, ...], int] = {}
+    return [owners.setdefault(tuple(next(first) for _ in part), index) for index, part in enumerate(files)]
 
 
 def name_group(sample: Sample) -> tuple[str, str] | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from recontrast.data.decode_budget import BYTES_IN_FLIGHT
 from recontrast.data.images import Size, image_size, parse_size, read_image
+from recontrast.data.views import Views
 from recontrast.data.window import Window, pixel_dtype
 
 IMAGE_ERRORS = (OSError, ValueError, MemoryError, RuntimeError)  # that concern one image, and not the run
@@ -41,8 +42,9 @@ class ImageFiles:
         return len(self.paths)
 
     def resized(
-        self, size: Size, crop: Size | None = None, bits: int | None = None, window: Window = None
-    ) -> "ResizedImages":
+        self, size: Size, crop: Size | None = None, bits: int | None = None, window: Window = None,
+        views: Views | None = None,
+    ) -> "ResizedImages":  # fmt: skip
         """Return all images resized to one size, for `recontrast.inference.infer.infer`.
 
         Args:
@@ -50,15 +52,16 @@ class ImageFiles:
             crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
             bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
             window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
+            views: Views of each part, which are images in sequence; None: each file is one image.
 
         Returns:
             The images; they are read on access.
         """
-        return ResizedImages(self, size, crop, bits, window)
+        return ResizedImages(self, size, crop, bits, window, views)
 
     def read(
         self, position: int, size: Size | None = None, crop: Size | None = None, bits: int | None = None,
-        window: Window = None,
+        window: Window = None, views: Views | None = None,
     ) -> np.ndarray | None:  # fmt: skip
         """Read one image. If it fails, store the reason in ``errors``.
 
@@ -68,13 +71,16 @@ class ImageFiles:
             crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
             bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
             window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
+            views: Views of a part; None for a single image.
 
         Returns:
-            (H, W, 3), uint8, or float32 with a window; None if the file cannot be read.
+            (H, W, 3), uint8, or float32 with a window; (views, H, W, 3) for a part. None if a file cannot be read.
         """
         try:
             if self.check_shape is not None:
                 self.check_shape(self.shape(position), str(self.paths[position]))
+            if views is not None:
+                return self._decode_views(position, size, crop, bits, window, views)
             return self._decode(position, size, crop, bits, window)
         except OSError as error:
             self.errors[position] = f"{self.paths[position]}: {error.strerror or error}"
@@ -136,6 +142,12 @@ class ImageFiles:
         """Decode one image; subclasses override this to read from other sources."""
         return read_image(self.paths[position], size=size, crop=crop, bits=bits, window=window)
 
+    def _decode_views(
+        self, position: int, size: Size | None, crop: Size | None, bits: int | None, window: Window, views: Views
+    ) -> np.ndarray:
+        """Decode all views of a part; subclasses override this to read from other sources."""
+        return views.read(self.paths[position], size=size, crop=crop, bits=bits, window=window)
+
 
 class ResizedImages:
     """Images of `ImageFiles`, resized to one size; unreadable files give black images.
@@ -146,25 +158,49 @@ class ResizedImages:
         crop: Size of the centre crop after resizing, in pixels. None keeps the whole image.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
         window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
+        views: Views of each part, which are images in sequence; None: each file is one image.
     """
 
     def __init__(
-        self, files: ImageFiles, size: Size, crop: Size | None, bits: int | None = None, window: Window = None
-    ) -> None:
+        self, files: ImageFiles, size: Size, crop: Size | None, bits: int | None = None, window: Window = None,
+        views: Views | None = None,
+    ) -> None:  # fmt: skip
+        self.views = views
         self.files, self.size, self.crop, self.bits, self.window = files, size, crop, bits, window
         self.out = parse_size(size if crop is None else crop, "size")
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.files) * (1 if self.views is None else len(self.views))
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Return the images at the indices ``index``, (n, H, W, 3) uint8, or float32 with a window."""
-        return np.stack(list(self.files._map(self._read, index)))
+        if self.views is None:
+            return np.stack(list(self.files._map(self._read, index)))
+        return read_parts(self._read, index, len(self.views), self.files._map)
 
     def _read(self, position: int) -> np.ndarray:
-        """Read one image, (H, W, 3); black if the file cannot be read."""
-        pixels = self.files.read(position, self.size, self.crop, self.bits, self.window)
-        return np.zeros((*self.out, 3), pixel_dtype(self.window)) if pixels is None else pixels
+        """Read one image, (H, W, 3), or the views of a part; black if a file cannot be read."""
+        pixels = self.files.read(position, self.size, self.crop, self.bits, self.window, self.views)
+        shape = (*self.out, 3) if self.views is None else (len(self.views), *self.out, 3)
+        return np.zeros(shape, pixel_dtype(self.window)) if pixels is None else pixels
+
+
+def read_parts(read: Callable[[int], np.ndarray], index: Any, views: int, mapping: Any = map) -> np.ndarray:
+    """Return views of parts by their positions among all views, and read each part once.
+
+    Args:
+        read: Function that returns the views (views, H, W, 3) of a part by its position.
+        index: Positions of views, (n,), ascending.
+        views: Number of views of a part.
+        mapping: Function such as ``map``.
+
+    Returns:
+        The views, (n, H, W, 3).
+    """
+    index = np.asarray(index, np.int64)
+    parts, inverse = np.unique(index // views, return_inverse=True)
+    pixels = np.stack(list(mapping(read, parts.tolist())))
+    return pixels[inverse, index % views]
 
 
 def describe_image_error(path: str, error: BaseException) -> str:

@@ -88,7 +88,9 @@ class OpenImage:
     bits: int = 8
 
 
-def read_header(file: IO[bytes], image_format: str, full: int | None, *, any_scale: bool = False) -> OpenImage:
+def read_header(
+    file: IO[bytes], image_format: str, full: int | None, *, any_scale: bool = False, page: int = 0
+) -> OpenImage:
     """Read the header of a file, and choose its decoder.
 
     Args:
@@ -96,6 +98,7 @@ def read_header(file: IO[bytes], image_format: str, full: int | None, *, any_sca
         image_format: Name of its format.
         full: Sample value that should become white in colour files of 16 bits; None is 65535.
         any_scale: Whether samples of unknown scale are accepted, for a window.
+        page: Number of the page of a TIFF file, counted from 0; other formats have one.
 
     Returns:
         Size, orientation and decoder of the image.
@@ -112,7 +115,7 @@ def read_header(file: IO[bytes], image_format: str, full: int | None, *, any_sca
     if image_format == "DICOM":
         return _read_dicom_header(file)
     if image_format == "TIFF":
-        return _read_tiff_header(file, full, any_scale)
+        return _read_tiff_header(file, full, any_scale, page)
     scale = _read_jpeg_2000_scale(file) if image_format == "JPEG 2000" else None
     # Without a file name, PIL does not memory-map the file, which could be truncated later.
     image = _PLUGINS[image_format](file, "")
@@ -133,11 +136,11 @@ def _read_dicom_header(file: IO[bytes]) -> OpenImage:
     return OpenImage(*size, partial(int, 1), load, bool, _DICOM_PIXEL_BYTES, stored, bits)
 
 
-def _read_tiff_header(file: IO[bytes], full: int | None, any_scale: bool) -> OpenImage:
+def _read_tiff_header(file: IO[bytes], full: int | None, any_scale: bool, number: int) -> OpenImage:
     """Read the header of a TIFF file, see `read_header`."""
-    page = tiff_tags.read_tags(file)
+    page = tiff_tags.read_tags(file, number)
     file.seek(0)
-    image = None if page.needs_own_reader else _open_tiff_by_pillow(file, page)
+    image = None if page.needs_own_reader else _open_tiff_by_pillow(file, page, number)
     if image is not None:
         load = partial(_load, image)
     else:
@@ -150,10 +153,15 @@ def _read_tiff_header(file: IO[bytes], full: int | None, any_scale: bool) -> Ope
     return OpenImage(page.width, page.height, orientation, load, several, pixel_bytes, stored, bits)
 
 
-def _open_tiff_by_pillow(file: IO[bytes], page: tiff_tags.TiffPage) -> TiffImagePlugin.TiffImageFile | None:
-    """Open a TIFF file by Pillow; None if Pillow does not know its layout, but our reader does."""
+def _open_tiff_by_pillow(
+    file: IO[bytes], page: tiff_tags.TiffPage, number: int
+) -> TiffImagePlugin.TiffImageFile | None:
+    """Open a page of a TIFF file by Pillow; None if Pillow does not know its layout, but our reader does."""
     try:
-        return TiffImagePlugin.TiffImageFile(file, "")
+        image = TiffImagePlugin.TiffImageFile(file, "")
+        if number:
+            image.seek(number)
+        return image
     except Exception:
         try:
             tiff.check_layout(page)

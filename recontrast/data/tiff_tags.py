@@ -1,11 +1,14 @@
-"""Read the tags of TIFF and BigTIFF files: the layout of their first page."""
+"""Read the tags of TIFF and BigTIFF files: the layout of a page, and the number of pages."""
 
 import io
 import struct
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 from recontrast.data.exact_read import read_exactly
+from recontrast.data.formats import HEAD_BYTES, detect_format
+from recontrast.data.listing import PathLike
+from recontrast.data.regular_file import open_regular
 
 PHOTOMETRICS = {0: "white is zero", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK"}
 COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "ZSTD"}
@@ -23,17 +26,28 @@ _TYPES = {
 }  # integer types, by number
 _MAX_VALUES = 1 << 24  # values of one tag: twice the strips of an image of 1 pixel per strip and 8 megapixels
 _MAX_ENTRIES = 4096
+_MAX_PAGES = 4096
+
+
+class _Layout(NamedTuple):
+    """How the numbers of a file are stored."""
+
+    order: str
+    big: bool
+    word: str  # code of an offset
+    entry_size: int  # bytes of a tag
+    inline: int  # bytes of a value that a tag itself holds, and of an offset
 
 
 @dataclass(frozen=True)
 class TiffPage:
-    """Layout of the first page of a TIFF file.
+    """Layout of a page of a TIFF file.
 
     Attributes:
         order: Byte order, "<" or ">".
         big: Whether the file is a BigTIFF.
         tags: Values of the integer tags by number.
-        pages: Number of pages, at most 2: the chain is not followed further.
+        pages: 2 if another page follows, else 1: the chain is not followed further.
     """
 
     order: str
@@ -97,27 +111,26 @@ class TiffPage:
         )
 
 
-def read_tags(file: IO[bytes]) -> TiffPage:
-    """Read the tags of the first page.
+def read_tags(file: IO[bytes], page: int = 0) -> TiffPage:
+    """Read the tags of a page.
 
     Args:
         file: TIFF file, at its start.
+        page: Number of the page, counted from 0.
 
     Returns:
         The layout.
 
     Raises:
-        ValueError: If the file has no page, or a tag lies outside the file.
+        ValueError: If the file has no such page, or a tag lies outside the file.
     """
-    head = file.read(16)
-    order = "<" if head[:2] == b"II" else ">"
-    big = head[2:4] in (b"+\0", b"\0+")
-    word, entry_size, inline = ("Q", 20, 8) if big else ("L", 12, 4)
-    start = struct.unpack_from(order + word, head, 8 if big else 4)[0]
-    size = file.seek(0, io.SEEK_END)
-    count = _unpack(file, start, order + ("Q" if big else "H"))[0]
-    if not 0 < count <= _MAX_ENTRIES:
-        raise ValueError(f"{count} tags")
+    layout, start, size = _read_head(file)
+    for number in range(page):
+        start = _find_following(file, layout, start, size)
+        if not start:
+            raise ValueError(f"page {page + 1} of {number + 1}")
+    order, big, word, entry_size, inline = layout
+    count = _count_entries(file, layout, start)
     first = start + (8 if big else 2)
     entries = read_exactly(file, count * entry_size, first)
     tags: dict[int, tuple[int, ...]] = {}
@@ -136,10 +149,76 @@ def read_tags(file: IO[bytes]) -> TiffPage:
         else:
             data = entries[where : where + length]
         tags.setdefault(tag, struct.unpack(f"{order}{number}{code}", data))
-    following = (
-        _unpack(file, first + count * entry_size, order + word)[0] if first + len(entries) < size - inline else 0
-    )
-    return TiffPage(order, big, tags, 2 if following else 1)
+    return TiffPage(order, big, tags, 2 if _find_following(file, layout, start, size) else 1)
+
+
+def count_pages(file: IO[bytes]) -> int:
+    """Count the pages of a TIFF file.
+
+    Args:
+        file: TIFF file, at its start.
+
+    Returns:
+        Number of pages.
+
+    Raises:
+        ValueError: If the chain of pages is damaged, or longer than 4096.
+    """
+    layout, start, size = _read_head(file)
+    seen: dict[int, None] = {}
+    while start:
+        if start in seen or len(seen) == _MAX_PAGES:
+            raise ValueError("a chain of pages without an end")
+        seen[start] = None
+        start = _find_following(file, layout, start, size)
+    return len(seen)
+
+
+def count_file_pages(path: PathLike) -> int:
+    """Count the pages of an image file.
+
+    Args:
+        path: Path of a TIFF file.
+
+    Returns:
+        Number of pages; 1 for a file of another format.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the chain of pages is damaged.
+    """
+    with open_regular(path, "an image") as file:
+        if detect_format(file.read(HEAD_BYTES)) != "TIFF":
+            return 1
+        file.seek(0)
+        try:
+            return count_pages(file)
+        except (ValueError, struct.error) as error:
+            raise ValueError(f"{path}: wanted a complete TIFF file, got a damaged one ({error})") from error
+
+
+def _read_head(file: IO[bytes]) -> tuple[_Layout, int, int]:
+    """Return the layout of a file, the offset of its first page and its size."""
+    head = file.read(16)
+    order = "<" if head[:2] == b"II" else ">"
+    big = head[2:4] in (b"+\0", b"\0+")
+    layout = _Layout(order, big, *(("Q", 20, 8) if big else ("L", 12, 4)))
+    start = struct.unpack_from(order + layout.word, head, 8 if big else 4)[0]
+    return layout, start, file.seek(0, io.SEEK_END)
+
+
+def _count_entries(file: IO[bytes], layout: _Layout, start: int) -> int:
+    """Return the number of tags of the page at ``start``."""
+    count = _unpack(file, start, layout.order + ("Q" if layout.big else "H"))[0]
+    if not 0 < count <= _MAX_ENTRIES:
+        raise ValueError(f"{count} tags")
+    return count
+
+
+def _find_following(file: IO[bytes], layout: _Layout, start: int, size: int) -> int:
+    """Return the offset of the page after the one at ``start``; 0 after the last one."""
+    after = start + (8 if layout.big else 2) + _count_entries(file, layout, start) * layout.entry_size
+    return _unpack(file, after, layout.order + layout.word)[0] if after < size - layout.inline else 0
 
 
 def _unpack(file: IO[bytes], offset: int, code: str) -> tuple[int, ...]:

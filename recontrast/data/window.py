@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from recontrast.data.encoded_image import ImagePage
 from recontrast.data.system import count_cpus
 
 AUTO = "auto"
@@ -184,4 +185,4 @@ def find_window(items: Sequence[Any], read: Any) -> tuple[float, float]:
 
 def name_item(item: Any, position: int) -> str:
     """Return the name of an image for messages: its path, or its position."""
-    return str(item) if isinstance(item, str) or hasattr(item, "__fspath__") else f"image {position}"
+    return str(item) if isinstance(item, str | ImagePage) or hasattr(item, "__fspath__") else f"image {position}"

@@ -23,6 +23,7 @@ from recontrast.data.datasets import Sample
 from recontrast.data.roi import describe_roi
 from recontrast.data.sources import ConcatImages
 from recontrast.data.tiles import Tiles
+from recontrast.data.views import group_samples
 from recontrast.evaluation.category import Category
 from recontrast.evaluation.measures import Measures, build_measures
 from recontrast.evaluation.results import Result, Row
@@ -107,7 +108,7 @@ def evaluate(
     """
     if errors not in ("raise", "keep"):
         raise ValueError(f"evaluate: errors: wanted 'raise' or 'keep', got {errors!r}")
-    groups = _group_test_samples(samples)
+    groups = {name: group_samples(tests, recipe.image_views) for name, tests in _group_test_samples(samples).items()}
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
     scorer, world = build_scorer(model, recipe, device), distributed.current_world()
@@ -236,7 +237,7 @@ def _infer_samples(
         open_images(group, recipe, workers, cache_dir, None if unread is None else unread[name])
         for name, group in groups.items()
     ]
-    images = checks.wrap(images, list(groups.values()))
+    images = checks.wrap(images, list(groups.values()), max(len(recipe.view_names), 1))
     rois = open_rois(recipe, [sample for group in groups.values() for sample in group])
     return scorer.score_images(ConcatImages(images), batch, clock, rois)
 

@@ -10,7 +10,7 @@ from recontrast.recipes.recipe import Recipe
 
 
 def read_ground_truth(sample: Sample, recipe: Recipe, notes: MaskNotes | None = None) -> NDArray[np.bool_]:
-    """Read the mask of a defective image at the size of its map.
+    """Read the mask of a defective image at the size of its map; of a part, those of all its views together.
 
     Args:
         sample: Sample with a mask.
@@ -27,6 +27,11 @@ def read_ground_truth(sample: Sample, recipe: Recipe, notes: MaskNotes | None = 
         raise ValueError(f"{sample.path}: wanted an image with a mask, got one without")
     size = None if recipe.tile is not None else recipe.size
     mask = read_mask(sample.mask, size=size, crop=recipe.crop, rule=recipe.mask_rule, image=sample.path, notes=notes)
+    for view in sample.views:
+        if view.mask is not None and view.mask != sample.mask:
+            mask |= read_mask(
+                view.mask, size=size, crop=recipe.crop, rule=recipe.mask_rule, image=view.path, notes=notes
+            )
     if recipe.map_size is not None:  # nearest neighbours, as F.interpolate takes them
         rows, columns = (np.arange(new) * old // new for new, old in zip(recipe.map_out, mask.shape, strict=True))
         mask = mask[np.ix_(rows, columns)]

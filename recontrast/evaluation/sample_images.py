@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.image_files import describe_image_error
+from recontrast.data.image_files import describe_image_error, read_parts
 from recontrast.data.images import read_image
 from recontrast.data.sources import Images
 from recontrast.data.system import count_cpus
@@ -29,6 +29,8 @@ class SampleImages:
         workers: Number of threads that decode; None for one per CPU.
         unread: Receives one sentence for each image that cannot be read, by position; the image is black. None
             raises the error instead.
+
+    The views of a part are images in sequence.
     """
 
     def __init__(
@@ -37,7 +39,8 @@ class SampleImages:
         self.samples, self.recipe, self.workers, self.unread = samples, recipe, workers, unread
 
     def __len__(self) -> int:
-        return len(self.samples)
+        views = self.recipe.image_views
+        return len(self.samples) * (1 if views is None else len(views))
 
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
         """Decode the images at the integers in ``index``.
@@ -46,6 +49,9 @@ class SampleImages:
             Images (N, H, W, 3), uint8.
         """
         recipe = self.recipe
+        if recipe.image_views is not None:
+            with ThreadPoolExecutor(self.workers or count_cpus()) as pool:
+                return read_parts(self._read, index, len(recipe.image_views), pool.map)
         if self.unread is None:
             samples = [self.samples[i] for i in index]
             return ImageCache(
@@ -62,21 +68,24 @@ class SampleImages:
         """
         images = SampleImages(self.samples, self.recipe, self.workers, {})
         with ThreadPoolExecutor(self.workers or count_cpus()) as pool:
-            for _ in pool.map(lambda position: images._read(position).size, range(len(images))):
+            for _ in pool.map(lambda position: images._read(position).size, range(len(self.samples))):
                 pass
         return images.unread or {}
 
     def _read(self, position: int) -> NDArray[np.uint8]:
-        """Read one image, (H, W, 3); black if it cannot be read."""
+        """Read one image, (H, W, 3), or the views of a part; black if it cannot be read."""
         recipe, path = self.recipe, self.samples[position].path
+        views = recipe.image_views
+        reading: dict[str, Any] = {"size": recipe.size, "crop": recipe.crop, "bits": recipe.bits}
+        reading["window"] = recipe.window
         try:
-            return read_image(path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window)
+            return read_image(path, **reading) if views is None else views.read(path, **reading)
         except READ_ERRORS as error:
             if self.unread is None:
                 raise
             self.unread[position] = describe_image_error(str(path), error)
-            height, width = recipe.out
-            return np.zeros((height, width, 3), pixel_dtype(recipe.window))
+            shape = (*recipe.out, 3) if views is None else (len(views), *recipe.out, 3)
+            return np.zeros(shape, pixel_dtype(recipe.window))
 
 
 def open_images(
@@ -108,8 +117,9 @@ def open_images(
         return images
     try:
         return ImageCache(
-            samples, recipe.size, recipe.crop, cache_dir, bits=recipe.bits, window=recipe.window, workers=workers
-        )
+            samples, recipe.size, recipe.crop, cache_dir, bits=recipe.bits, window=recipe.window, workers=workers,
+            views=recipe.image_views,
+        )  # fmt: skip
     except READ_ERRORS:
         if unread is None or not images.find_unread():
             raise

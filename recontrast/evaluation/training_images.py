@@ -33,19 +33,20 @@ class TrainingImageChecks:
         self.matches: dict[Path, None] = {}
         self.sketched: dict[Path, NDArray[np.float32]] = {}
 
-    def wrap(self, images: Sequence[Images], groups: Sequence[Sequence[Sample]]) -> list[Images]:
+    def wrap(self, images: Sequence[Images], groups: Sequence[Sequence[Sample]], views: int = 1) -> list[Images]:
         """Return sources with the same images, which are compared when they are read.
 
         Args:
             images: Sources of images at network input size.
             groups: Samples of each source.
+            views: Number of images of each sample, the views of a part.
 
         Returns:
             The sources themselves if there are no fingerprints.
         """
         if not self.trained:
             return list(images)
-        return [_CheckedImages(self, source, group) for source, group in zip(images, groups, strict=True)]
+        return [_CheckedImages(self, source, group, views) for source, group in zip(images, groups, strict=True)]
 
     def compare(self, path: Path, pixels: NDArray[np.uint8], tiles: Images | None = None) -> None:
         """Compare an image with the training images.
@@ -53,7 +54,7 @@ class TrainingImageChecks:
         Args:
             path: Path of the image.
             pixels: Image (H, W, 3), uint8, at the size at which training reads it.
-            tiles: Tiles that training cuts it into; None for a detector of whole images.
+            tiles: Tiles that training cuts it into, or all views of the part; None for a detector of whole images.
         """
         if not self.trained:
             return
@@ -84,14 +85,20 @@ class TrainingImageChecks:
 
 
 class _CheckedImages:
-    def __init__(self, checks: TrainingImageChecks, images: Images, samples: Sequence[Sample]) -> None:
-        self.checks, self.images, self.samples = checks, images, samples
+    def __init__(self, checks: TrainingImageChecks, images: Images, samples: Sequence[Sample], views: int) -> None:
+        self.checks, self.images, self.samples, self.views = checks, images, samples, views
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
         pixels = self.images[index]
-        for position, image in zip(np.arange(len(self))[index], pixels, strict=True):
+        positions = np.arange(len(self))[index]
+        if self.views > 1:  # all views of a part are read together
+            for start in range(0, len(pixels), self.views):
+                views = pixels[start : start + self.views]
+                self.checks.compare(self.samples[positions[start] // self.views].path, views[0], views)
+            return pixels
+        for position, image in zip(positions, pixels, strict=True):
             self.checks.compare(self.samples[position].path, image)
         return pixels

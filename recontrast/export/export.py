@@ -33,6 +33,7 @@ from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
+from recontrast.recipes.recipe import refuse_views
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -115,6 +116,7 @@ def export(
         raise ValueError(
             f"{checkpoint}: wanted a detector of tiles without a region of interest to export, got one with a region"
         )
+    refuse_views(detector.recipe, f"{checkpoint}", "to export")
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
     notes += _convert_to_float32(detector) + _drop_calibration(detector, precision, out)
     if on_start is not None:

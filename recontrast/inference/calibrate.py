@@ -76,7 +76,8 @@ def calibrate(
     Args:
         model: Trained model, on any device.
         recipe: Recipe that the model was trained with.
-        images: Images decoded at ``recipe.out``, (N, H, W, 3) uint8; see `recontrast.inference.infer.infer`.
+        images: Images decoded at ``recipe.out``, (N, H, W, 3) uint8; see `recontrast.inference.infer.infer`. N counts
+            parts if each has several views, and the groups are those of parts.
         rate: Promised false-alarm rate, at least 1 / (N + 1).
         pixel_rate: Promised share of a good image's pixels above the pixel threshold.
         source: Description of the origin of the images.
@@ -92,13 +93,15 @@ def calibrate(
         ValueError: If there are too few images or groups for the rate, a rate is not in (0, 1), or the map of an image
             is not finite.
     """
-    allowed_false_alarms(len(images) if groups is None else len(set(groups)), rate)
+    views = 1 if recipe.image_views is None else len(recipe.image_views)
+    count = len(images) // views
+    allowed_false_alarms(count if groups is None else len(set(groups)), rate)
     rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
     batches = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
         model, images, recipe, batch=batch, rois=rois))  # fmt: skip
     return calibrate_maps(
-        select_inside(batches, rois), len(images), rate=rate, pixel_rate=pixel_rate, source=source,
-        weights=digest(model.state_dict(), recipe), appearance=describe_appearance(images, batch), groups=groups,
+        select_inside(batches, rois), count, rate=rate, pixel_rate=pixel_rate, source=source, groups=groups,
+        weights=digest(model.state_dict(), recipe), appearance=describe_appearance(images, batch, views),
     )  # fmt: skip
 
 
@@ -228,9 +231,11 @@ def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, N
 
     def read(index: int) -> tuple[str, NDArray[np.float32]] | None:
         size, crop = (None, None) if recipe.tile is not None else (recipe.size, recipe.crop)
-        pixels = files.read(index, size, crop, recipe.bits, recipe.window)
+        pixels = files.read(index, size, crop, recipe.bits, recipe.window, recipe.image_views)
         if pixels is None:
             return None
+        if recipe.image_views is not None:  # (views, H, W, 3)
+            return compute_fingerprint(pixels), sketch_image(pixels[0])
         if recipe.tile is None:
             return compute_fingerprint(pixels), sketch_image(pixels)
         tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
@@ -343,5 +348,6 @@ def score_files(
 
 def _describe_files(detector: Detector, files: ImageFiles) -> NDArray[np.float64]:
     """Read each file again, at the size of the recipe, and describe its appearance."""
-    recipe = detector.recipe
-    return describe_appearance(files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window))
+    recipe, views = detector.recipe, detector.recipe.image_views
+    images = files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window, views)
+    return describe_appearance(images, views=1 if views is None else len(views))

@@ -150,7 +150,8 @@ class CheckpointDetector(Detector):
             return
         if rois is not None and files.check_shape is None:
             files.check_shape = rois.check
-        images = files.resized(self.recipe.size, self.recipe.crop, self.recipe.bits, self.recipe.window)
+        recipe = self.recipe
+        images = files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window, recipe.image_views)
         for maps, scores in infer.infer(self.model, images, self.recipe, batch=batch, rois=rois):
             yield maps.cpu().numpy(), scores.cpu().numpy()
 

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from recontrast.data.decode import apply_orientation
+from recontrast.data.encoded_image import ImagePage
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import image_size, read_image
 from recontrast.data.in_memory import check_item, check_shape, fit_given, refuse_container
 from recontrast.data.listing import list_images
+from recontrast.data.views import Views, group_paths
 from recontrast.data.window import Window, to_levels
 
 ACCEPTED = (
@@ -26,15 +28,26 @@ class GivenImages(ImageFiles):
     Args:
         images: One image or several, see `list_given`.
         pool: Threads that decode, see `ImageFiles`.
+        views: Views of each part, whose paths are then joined; None for single images.
 
     Attributes:
         names: Name of each image: its path, or "image N" with its index.
         sources: Path, PIL image or array of each image.
+
+    Raises:
+        ValueError: If there is no image, or an item of another type; with views, if one is no path of a view.
+        FileNotFoundError: If a path does not exist.
     """
 
-    def __init__(self, images: Any, pool: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, images: Any, pool: ThreadPoolExecutor | None = None, views: Views | None = None) -> None:
         super().__init__([], pool)
         self.sources = list_given(images)
+        if views is not None:
+            for source in self.sources:
+                if not isinstance(source, Path):
+                    wanted = f"paths of parts with the views {', '.join(views.names)}"
+                    raise ValueError(f"images: wanted {wanted}, got {type(source).__name__}")
+            self.sources = group_paths(self.sources, views)
         self.names = [
             str(source) if isinstance(source, Path) else f"image {index}" for index, source in enumerate(self.sources)
         ]
@@ -119,7 +132,7 @@ def read_pixels(source: Any, name: str, bits: int | None = None, window: Window 
     """Read an image in its own size.
 
     Args:
-        source: Path, PIL image or array.
+        source: Path, page, PIL image or array.
         name: Name of the image in error messages.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
         window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
@@ -130,6 +143,6 @@ def read_pixels(source: Any, name: str, bits: int | None = None, window: Window 
     Raises:
         ValueError: If the image cannot be read.
     """
-    if isinstance(source, Path):
+    if isinstance(source, Path | ImagePage):
         return to_levels(read_image(source, bits=bits, window=window))
     return to_levels(fit_given(source, bits=bits, window=window, name=name))

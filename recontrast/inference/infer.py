@@ -10,6 +10,7 @@ from torch import Tensor
 from recontrast.anomaly_map import AnomalyMap
 from recontrast.data.images import normalise
 from recontrast.data.sources import Images
+from recontrast.data.views import combine_views
 from recontrast.float32 import convolution_precision
 from recontrast.inference.load_ahead import compute_batches
 from recontrast.inference.rois import Masks, Rois
@@ -31,16 +32,17 @@ def infer(
         model: Model on any device. It is in eval mode while the iterator runs. `recontrast.inference.options` builds
             faster versions of a model.
         images: Images decoded at ``recipe.out``, (N, H, W, 3) uint8: an array, or any object with a length that can be
-            indexed by an array of integers, such as `ImageCache`.
+            indexed by an array of integers, such as `ImageCache`. If the recipe has several views of a part, these are
+            images in sequence, and there are N / views parts.
         recipe: Recipe, for map, score and precision.
-        batch: Number of images per batch.
+        batch: Number of images per batch, or of views; at least one part.
         clock: Clock that measures loading, forward pass and maps.
         rois: Regions of interest of the images, indexed by position: masks (n, H, W) of the maps, bool. None: that of
             the recipe.
 
     Yields:
-        Maps (N, H, W) and scores (N,), float32, on the model's device. Outside a region of interest the map is 0, and
-        the score is that of the pixels inside.
+        Maps (N, H, W) and scores (N,), float32, on the model's device; one of each part. Outside a region of interest
+        the map is 0, and the score is that of the pixels inside.
 
     Raises:
         ValueError: If the image size is not a multiple of the model's stride, an image cannot be decoded, or each image
@@ -53,6 +55,8 @@ def infer(
     clock = clock or Clock(weight.device)
     if rois is None and recipe.roi is not None:
         rois = Rois(recipe)
+    views = 1 if recipe.image_views is None else len(recipe.image_views)
+    count, batch = len(images) // views, max(batch // views, 1)  # of parts
     is_shared = isinstance(rois, Rois) and rois.shared is not None
     shared = torch.tensor(rois[0], device=weight.device) if rois is not None and is_shared else None
 
@@ -68,13 +72,18 @@ def infer(
         clock.mark("forward")
         inside = shared if masks is None else masks.to(weight.device, non_blocking=True)
         maps, maximum = amap.from_distances(distances, inside)
+        if views > 1:  # one region of interest is that of all views
+            maps = combine_views(maps, views, recipe.view_map)
+            maximum = amap.score(maps, "max", inside)
+            own_scores = None if own_scores is None else combine_views(own_scores, views, recipe.view_map)
         scores = select_scores(amap, maps, maximum, own_scores, recipe, inside)
         clock.mark("maps")
         return maps, scores
 
     def load(start: int) -> tuple[Tensor, Tensor | None]:
-        index = np.arange(start, min(start + batch, len(images)))
-        pixels = torch.from_numpy(np.ascontiguousarray(images[index]))
+        index = np.arange(start, min(start + batch, count))
+        own = index if views == 1 else np.arange(index[0] * views, (index[-1] + 1) * views)
+        pixels = torch.from_numpy(np.ascontiguousarray(images[own]))
         masks = None if rois is None or is_shared else torch.from_numpy(np.ascontiguousarray(rois[index]))
         return pixels.pin_memory() if weight.device.type == "cuda" else pixels, masks
 
@@ -82,7 +91,7 @@ def infer(
     model.eval()
     start_threads(weight.device)
     try:
-        for maps, scores in compute_batches(load, score_batch, len(images), batch):
+        for maps, scores in compute_batches(load, score_batch, count, batch):
             yield maps, scores
             after_step(weight.device)
     finally:

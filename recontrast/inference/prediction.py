@@ -13,6 +13,7 @@ from PIL import Image
 
 from recontrast.data import heatmaps
 from recontrast.data.roi import EACH, decode_mask, resize_mask
+from recontrast.data.views import show_view
 from recontrast.inference import drawing
 from recontrast.inference.given_images import GivenImages, list_given, read_pixels
 
@@ -65,7 +66,8 @@ class Prediction:
         if self.error is not None:
             raise ValueError(self.error)
         scale = (None, None) if self._recipe is None else (self._recipe.bits, self._recipe.window)
-        return Image.fromarray(read_pixels(self._source, self.name, *scale))
+        source = self._source if self._recipe is None else show_view(self._source, self._recipe.image_views)
+        return Image.fromarray(read_pixels(source, self.name, *scale))
 
     def heat_map(self) -> Image.Image:
         """Return the anomaly map laid over the image.
@@ -202,7 +204,7 @@ def predict(
     if batch < 1:
         raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
     calibration = select_calibration(detector, false_alarm_rate, False, detector)
-    files = GivenImages(images)
+    files = GivenImages(images, views=detector.recipe.image_views)
     maps: list[NDArray[np.float32]] = []
     scores: list[float] = []
     for batch_maps, batch_scores in run_checked(detector, files, batch):

@@ -11,17 +11,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from recontrast.data.roi import describe_roi
+from recontrast.data.views import Views
+from recontrast.recipes.contradictions import list_contradictions
 from recontrast.recipes.describe import describe_value
 from recontrast.recipes.frozen_mapping import FrozenMapping
-from recontrast.recipes.validation import (
-    ARCHITECTURE_FIELDS,
-    FIELD_RULES,
-    FLOAT_FIELDS,
-    ONE_PASS,
-    SHARED_FIELDS,
-    check_options,
-    is_own_name,
-)
+from recontrast.recipes.validation import FIELD_RULES, FLOAT_FIELDS, ONE_PASS, check_options, to_pair
 
 # Mode of the encoder's BatchNorm for each category in recontrast_mvtec.py and recontrast_visa.py, according to the
 # authors "chosen empirically".
@@ -176,6 +170,13 @@ class Recipe:
         window: Lowest and highest sample of images of more than 8 bits, integers or floats, that become 0 and 1; values
             outside are clipped, and all levels between are kept. "auto": percentiles 0.1 and 99.9 of all good images,
             which training puts in its place. None, the default: images have 8 bits, see ``bits``.
+        views_from: Where the views of a part are found, its aligned images under several lights or cameras: "pages" of
+            a TIFF file, or a regular expression with one pair of parentheses around the name of the view in the path.
+            The network learns each view as an image. None, the default, are single images. (``views``, of the same
+            name, is about encoders.)
+        view_names: Names of the views in their order; training finds them.
+        view_map: How the maps of the views become that of the part: "max", the default, or "mean", pixel by pixel.
+            The score is that of this map.
 
     Raises:
         ValueError: If a field has the wrong type or is out of range, or if fields contradict each other.
@@ -263,6 +264,9 @@ class Recipe:
     map_size: int | tuple[int, int] | None = None
     roi: str | None = None
     window: tuple[float, float] | Literal["auto"] | None = None
+    views_from: str | None = None
+    view_names: tuple[str, ...] = ()
+    view_map: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
         """Convert integers to floats and lists to tuples where the field requires it, and check all fields."""
@@ -285,112 +289,9 @@ class Recipe:
             object.__setattr__(self, "options", FrozenMapping(check_options(self.architecture, self.options)))
         except ValueError as error:
             raise ValueError(f"recipe {self.name!r}: {error}") from None
-        for contradicts, message in self._contradictions():
+        for contradicts, message in list_contradictions(self):
             if contradicts:
                 raise ValueError(f"recipe {self.name!r}: {message}")
-
-    def _contradictions(self) -> list[tuple[bool, str]]:
-        """Return, for each combination of fields that is not allowed, whether it is present and its error message."""
-        crop_exceeds = self.crop is not None and any(
-            crop > size for crop, size in zip(to_pair(self.crop), to_pair(self.size), strict=True)
-        )
-        in_both = sorted(set(self.bn_train_categories) & set(self.bn_eval_categories))
-        return [
-            *self._architecture_contradictions(),
-            (crop_exceeds, f"crop: wanted at most size {self.size!r}, got {self.crop!r}"),
-            (
-                bool(in_both),
-                f"bn_eval_categories: wanted no category of bn_train_categories, got {describe_value(in_both)} in both",
-            ),
-            (
-                self.tile is not None and self.crop is not None,
-                f"crop: wanted none if tile is given ({self.tile}), got {self.crop!r}",
-            ),
-            (
-                self.tile is not None and self.map_size is not None,
-                f"map_size: wanted none if tile is given ({self.tile}), got {self.map_size!r}",
-            ),
-            (
-                self.stride is not None and self.stride > (self.tile or 0),
-                f"stride: wanted at most tile ({self.tile}), got {self.stride}",
-            ),
-            (self.uses_mining and self.loss == "point", "mining: wanted false if loss is 'point', got true"),
-            (
-                self.pairs == "cross" and not self.train_encoder,
-                "pairs: wanted 'self' if train_encoder is false, got 'cross' of two equal encoders",
-            ),
-            (
-                self.pairs == "self" and self.views != "both",
-                f"views: wanted 'both' if pairs is 'self', which has one target, got {self.views!r}",
-            ),
-            (None not in (self.window, self.bits), f"bits: wanted none if window is given, got {self.bits}"),
-            (bool(self.roi) and self.score == "model", "score: wanted 'max', 'mean' or a share with roi, got 'model'"),
-            (
-                self.rest > (self.wipe_every or 0),
-                f"rest: wanted at most wipe_every ({self.wipe_every}), got {self.rest}",
-            ),
-        ]
-
-    def _architecture_contradictions(self) -> list[tuple[bool, str]]:
-        """Return the same for fields that the architecture or the mining rule does not have."""
-        rule, architecture, unused = self.rule, self.architecture, self._find_unused_field()
-        return [
-            (
-                unused is not None,
-                f"{unused}: wanted the default for architecture {architecture!r}, which does not "
-                f"have it, got {describe_value(getattr(self, unused or 'name'))}",
-            ),
-            (
-                self.score == "model" and architecture in ("recontrast", "dinomaly", "inp_former"),
-                f"score: wanted 'max', 'mean' or a share for architecture {architecture!r}, got 'model'",
-            ),
-            (
-                architecture != "recontrast" and not is_own_name(architecture) and self.views != "both",
-                f"views: wanted 'both' for architecture {architecture!r}, which has one encoder, got {self.views!r}",
-            ),
-            (
-                architecture in ("padim", "ensemble") and self.tile is not None,
-                f"tile: wanted none for architecture {architecture!r}, which learns positions in the image, got "
-                f"{self.tile}",
-            ),
-            (
-                architecture == "ensemble"
-                and any(small > side for small, side in zip(to_pair(self.small_size), self.out, strict=True)),
-                f"small_size: wanted at most the size of the images, {' x '.join(map(str, self.out))} px, got "
-                f"{self.small_size!r}",
-            ),
-            (
-                architecture != "patchcore" and not is_own_name(architecture) and isinstance(self.levels, tuple),
-                f"levels: wanted one number for architecture {architecture!r}, got {self.levels!r}",
-            ),
-            (
-                self.layers is not None and self._largest_level() > len(self.layers),
-                f"levels: wanted at most {len(self.layers or ())}, the number of layers, got {self.levels!r}",
-            ),
-            (
-                rule not in ("deviation", "none") and not self.mining,
-                f"rule: wanted 'deviation' or 'none' if mining is false, got {rule!r}",
-            ),
-            (
-                rule not in ("deviation", "none") and self.graph,
-                f"graph: wanted false if rule is {rule!r}, whose parameter is a constant of the graph, got true",
-            ),
-            (
-                self.optimiser == "stableadamw" and self.graph,
-                "graph: wanted false if optimiser is 'stableadamw', whose step count is not on the device, got true",
-            ),
-        ]
-
-    def _largest_level(self) -> int:
-        """Return the last level in use; 0 if it is not given."""
-        return self.levels[-1] if isinstance(self.levels, tuple) else self.levels or 0
-
-    def _find_unused_field(self) -> str | None:
-        """Return the first field that differs from its default although the architecture does not have it."""
-        own = ARCHITECTURE_FIELDS.get(self.architecture)  # None: an architecture of a user that is not imported
-        defaults = {field.name: field.default for field in fields(self) if field.name in SHARED_FIELDS}
-        unused = [name for name, default in defaults.items() if getattr(self, name) != default]
-        return None if own is None else next((name for name in unused if name not in own), None)
 
     @property
     def uses_steps(self) -> bool:
@@ -413,6 +314,11 @@ class Recipe:
     def map_out(self) -> tuple[int, int]:
         """Height and width of the anomaly map, in pixels."""
         return self.out if self.map_size is None else to_pair(self.map_size)
+
+    @property
+    def image_views(self) -> Views | None:
+        """Views of a part; None for single images, or before training has found the views."""
+        return Views(self.views_from, self.view_names) if self.views_from is not None and self.view_names else None
 
     def encoder_bn_for(self, category: str) -> Literal["train", "eval"]:
         """Return the BatchNorm mode of the trained encoder for ``category``.
@@ -477,9 +383,20 @@ class Recipe:
         return cls(**values)
 
 
-def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return height and width of ``size``, which is a pair or one number for a square."""
-    return (size, size) if isinstance(size, int) else size
+def refuse_views(recipe: Recipe, source: str, purpose: str) -> None:
+    """Raise ValueError if a detector needs several views of each part.
+
+    Args:
+        recipe: Recipe of the detector.
+        source: Its name, for the error message.
+        purpose: What it was wanted for.
+
+    Raises:
+        ValueError: If its recipe has several views.
+    """
+    if recipe.views_from is not None:
+        got = f"one of parts with {len(recipe.view_names)} views" if recipe.view_names else "one of several views"
+        raise ValueError(f"{source}: wanted a detector of single images {purpose}, got {got}")
 
 
 def _to_lists(value: Any) -> Any:

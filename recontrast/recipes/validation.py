@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from recontrast.data.roi import EACH, decode_mask
+from recontrast.data.views import PAGES, is_pattern
 from recontrast.data.window import AUTO, is_window
 from recontrast.recipes.describe import describe_value
 
@@ -45,6 +46,11 @@ def _is_size(value: Any) -> bool:
 def _is_names(value: Any) -> bool:
     """Return whether ``value`` is a tuple of strings."""
     return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+
+
+def _is_view_names(value: Any) -> bool:
+    """Return whether ``value`` is an empty tuple, or one of at least two different names."""
+    return _is_names(value) and (not value or (len(value) > 1 and all(value) and len(set(value)) == len(value)))
 
 
 def _is_levels(value: Any) -> bool:
@@ -122,6 +128,11 @@ ONE_PASS = {"patchcore", "padim", "ensemble"}  # architectures that are fitted i
 OWN_OPTIONS: dict[str, Mapping[str, Any]] = {}  # architecture of a user -> its options and their defaults
 SHARED_FIELDS = frozenset(name for names in ARCHITECTURE_FIELDS.values() for name in names)  # that not all have
 _OWN_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of ``size``, which is a pair or one number for a square."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def is_own_name(value: Any) -> bool:
@@ -231,6 +242,12 @@ FIELD_RULES: dict[str, FieldRule] = {
         lambda v: v is None or v == AUTO or is_window(v),
         "none, 'auto' or two numbers [LOW, HIGH], the lower one first",
     ),
+    "views_from": (
+        lambda v: v is None or (isinstance(v, str) and (v == PAGES or is_pattern(v))),
+        "none, 'pages' or a regular expression with one pair of parentheses around the name of the view",
+    ),
+    "view_names": (_is_view_names, "no views, or at least two different names"),
+    "view_map": _one_of("max", "mean"),
     "bits": (lambda v: v is None or (_is_integer(v) and 8 <= v <= 16), "none or a whole number from 8 to 16"),
     "mask_rule": _one_of("any", "half"),
     "amsgrad": _FLAG,

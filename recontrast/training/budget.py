@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 
 from recontrast.architectures import build_model, compute_rule_parameter, get_architecture
 from recontrast.data.augment import count_views
+from recontrast.data.encoded_image import ImageSource
 from recontrast.data.images import normalise, read_image
 from recontrast.models.ensemble import Ensemble
 from recontrast.models.network import Network
@@ -70,7 +70,7 @@ class BudgetPlan:
 def plan_budget(
     recipe: Recipe,
     fixed: Collection[str],
-    paths: Sequence[Path],
+    paths: Sequence[ImageSource],
     held_out: int,
     seconds: float,
     device: torch.device,
@@ -110,7 +110,7 @@ def plan_budget(
 class _Probe:
     """Measured speed of this machine: reading an image, the network, and matrix products."""
 
-    def __init__(self, recipe: Recipe, paths: Sequence[Path], device: torch.device, category: str) -> None:
+    def __init__(self, recipe: Recipe, paths: Sequence[ImageSource], device: torch.device, category: str) -> None:
         self.device, self.count = device, len(paths) * count_views(recipe.augment)
         self.model = build_model(recipe.replace(**_probe_size(recipe)), category)
         self.channels_last = move_model(self.model, device, recipe.channels_last) == torch.channels_last

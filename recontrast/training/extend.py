@@ -24,6 +24,7 @@ from recontrast.data.groups import list_groups
 from recontrast.data.locks import lock_checkpoint
 from recontrast.data.near_copies import encode_sketches, read_sketches
 from recontrast.data.sources import Images, SelectedImages
+from recontrast.data.views import group_samples
 from recontrast.float32 import convolution_precision
 from recontrast.inference.calibrate import split_trained_images
 from recontrast.recipes.recipe import Recipe
@@ -104,7 +105,8 @@ def extend(
     with lock_checkpoint(path):
         saved = checkpoint.load(path)
         _check_extendable(saved, path)
-        given = {item.path: item for item in (_to_sample(item, saved.category) for item in paths)}
+        samples = group_samples([_to_sample(item, saved.category) for item in paths], saved.recipe.image_views)
+        given = {sample.path: sample for sample in samples}
         new, left_out, sketches = split_trained_images(option, list(given), saved)
         if not new:
             raise ValueError(
@@ -181,8 +183,9 @@ def _fit_further(
 def _decode(recipe: Recipe, files: Sequence[Sample]) -> ImageCache:
     """Decode images as in training."""
     return ImageCache(
-        files, recipe.size, recipe.crop, tile=recipe.tile, stride=recipe.stride, bits=recipe.bits, window=recipe.window
-    )
+        files, recipe.size, recipe.crop, tile=recipe.tile, stride=recipe.stride, bits=recipe.bits,
+        window=recipe.window, views=recipe.image_views,
+    )  # fmt: skip
 
 
 def _describe_together(before: Mapping[str, Any], images: ImageCache) -> dict[str, Any]:

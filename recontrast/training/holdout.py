@@ -15,15 +15,15 @@ from recontrast.calibration.appearance_drift import describe_appearance
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, Calibration, calibrate_maps
 from recontrast.checkpoint import digest
 from recontrast.data.cache import ImageCache
-from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
-from recontrast.data.groups import group_samples
+from recontrast.data.groups import group_equal_samples, group_samples
 from recontrast.data.listing import DataWarning
 from recontrast.data.sources import Images, SelectedImages
 from recontrast.inference import tiling
 from recontrast.inference.calibrate import calibrate
 from recontrast.inference.rois import open_rois, select_inside
+from recontrast.recipes.recipe import Recipe
 from recontrast.training.state import TrainingState, snapshot
 
 Item = TypeVar("Item")
@@ -118,7 +118,7 @@ def calibrate_holdout(
         state: State after the last step.
         held_out: Good images that were not used for training.
         path: Path of the checkpoint; None writes nothing.
-        images: Their decoded images; None for a detector of tiles.
+        images: Their decoded images, the views of a part in sequence; None for a detector of tiles.
         groups: Number of the group of each image, for which the promise counts once. None: as the samples say.
 
     Returns:
@@ -133,7 +133,9 @@ def calibrate_holdout(
     options: dict[str, Any] = {"rate": rate, "source": "held out of training", "groups": groups}
     rois = open_rois(recipe, held_out)
     if images is not None:
-        selected = SelectedImages(images, np.array(positions))
+        views = _count_views(recipe)
+        own = (np.array(positions)[:, None] * views + np.arange(views)).ravel()
+        selected = SelectedImages(images, own)
         calibration = calibrate(model, recipe, selected, **options, batch=recipe.batch, rois=rois)
     else:  # tiles of whole images at full scale, as in prediction
         batches = tiling.infer_files([sample.path for sample in held_out], model, recipe, recipe.batch, rois=rois)
@@ -152,18 +154,23 @@ def calibrate_holdout(
     return calibration
 
 
+def _count_views(recipe: Recipe) -> int:
+    """Return the number of images of a part."""
+    return 1 if recipe.image_views is None else len(recipe.image_views)
+
+
 def _select_different(state: TrainingState, held_out: Sequence[Sample], images: Images | None) -> list[int]:
     """Return the positions of held-out images that are no copies of each other and of training images.
 
     Warns of those left out.
     """
-    owners = group_equal_files([sample.path for sample in held_out])
+    owners, views = group_equal_samples(held_out), _count_views(state.recipe)
     different = [index for index in range(len(held_out)) if owners[index] == index]
     if images is not None:
         known = set(read_fingerprints(state.images))
         candidates, different = different, []
         for index in candidates:  # the same pixels, in files of different formats
-            fingerprint = compute_fingerprint(images[np.array([index])][0])
+            fingerprint = compute_fingerprint(images[np.arange(index * views, (index + 1) * views)])
             if fingerprint not in known:
                 known.add(fingerprint)
                 different.append(index)

@@ -155,7 +155,7 @@ def _decode(settings: RunSettings, samples: Sequence[Sample]) -> ImageCache:
     recipe = settings.recipe
     return ImageCache(
         samples, recipe.size, recipe.crop, directory=settings.cache_dir, tile=recipe.tile, stride=recipe.stride,
-        bits=recipe.bits, window=recipe.window,
+        bits=recipe.bits, window=recipe.window, views=recipe.image_views,
     )  # fmt: skip
 
 

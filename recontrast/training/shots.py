@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from recontrast.data.copies import group_equal_files
 from recontrast.data.datasets import Sample
+from recontrast.data.groups import group_equal_samples
 
 
 def select_shots(samples: Sequence[Sample], shots: int | Mapping[str, int] | None, seed: int) -> list[Sample]:
@@ -110,5 +110,5 @@ def _is_candidate(sample: Sample) -> bool:
 def _list_different(group: Sequence[Sample]) -> list[Sample]:
     """Return the images in the order of their paths, without copies of others."""
     ordered = sorted(group, key=lambda sample: sample.path.parts)
-    owners = group_equal_files([sample.path for sample in ordered])
+    owners = group_equal_samples(ordered)
     return [sample for index, sample in enumerate(ordered) if owners[index] == index]

@@ -93,14 +93,15 @@ class TensorBoardLogger:
             count: Maximum number of images.
         """
         selected = _alternate_kinds([s for s in samples if s.split == "test"] or list(samples))[:count]
-        images = np.stack([_read_input(sample, recipe) for sample in selected])
+        inputs = [_read_input(sample, recipe) for sample in selected]  # all views of each part
+        images = np.concatenate(inputs)
         if recipe.tile is not None:
             recipe = recipe.replace(roi=None)
-        batches = infer(model, images, recipe, batch=count, rois=open_rois(recipe, selected))
+        batches = infer(model, images, recipe, batch=len(images), rois=open_rois(recipe, selected))
         maps = np.concatenate([part.cpu().numpy() for part, _ in batches])
         grey_maps = (255 * maps.clip(0) / max(float(maps.max()), 1e-12)).astype(np.uint8)
-        for sample, pixels, grey in zip(selected, images, grey_maps, strict=True):
-            pair = np.concatenate([to_levels(pixels), np.repeat(grey[..., None], 3, axis=2)], axis=1)
+        for sample, pixels, grey in zip(selected, inputs, grey_maps, strict=True):
+            pair = np.concatenate([to_levels(pixels[0]), np.repeat(grey[..., None], 3, axis=2)], axis=1)
             name = f"{sample.category}/{sample.split}/{sample.defect}/{sample.path.stem}"
             self.writer.add_image(escape_bytes(name), pair, step, dataformats="HWC")
 
@@ -130,11 +131,18 @@ def list_own_events(folder: Path) -> list[Path]:
 
 
 def _read_input(sample: Sample, recipe: Recipe) -> np.ndarray:
-    """Return the network's input for an image, (H, W, 3) uint8: the resized image, or its middle tile."""
+    """Return the network's input for an image, (1, H, W, 3) uint8: the resized image, or its middle tile.
+
+    Of a part, it is that of all views, (views, H, W, 3).
+    """
+    if recipe.image_views is not None:
+        return recipe.image_views.read(
+            sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window
+        )
     if recipe.tile is None:
-        return read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window)
+        return read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window)[None]
     tiles = Tiles(read_image(sample.path, bits=recipe.bits, window=recipe.window), recipe.tile, recipe.tile)
-    return tiles[[len(tiles) // 2]][0]
+    return tiles[[len(tiles) // 2]]
 
 
 def _alternate_kinds(samples: Sequence[Sample]) -> list[Sample]:

@@ -18,6 +18,7 @@ from recontrast.data.augment import count_views
 from recontrast.data.datasets import Sample, describe
 from recontrast.data.groups import group_samples
 from recontrast.data.sources import Images
+from recontrast.data.views import list_sources
 from recontrast.float32 import convolution_precision
 from recontrast.inference.options import InferenceOptions
 from recontrast.models.network import Network
@@ -27,6 +28,7 @@ from recontrast.runtime.cudnn import tuned_convolutions
 from recontrast.training.camera_bits import fix_bits, fix_window
 from recontrast.training.holdout import split_holdout
 from recontrast.training.one_pass import OnePassTrainer
+from recontrast.training.part_views import fix_views
 from recontrast.training.run_files import CHECKPOINT, RunFiles
 from recontrast.training.settings import OnLog, RunSettings, check_options
 from recontrast.training.shots import describe_shots, select_shots
@@ -123,6 +125,9 @@ def train(
     """
     started = time.perf_counter()
     images: Images | None = None if isinstance(samples, Sequence) else samples
+    if isinstance(samples, Sequence):
+        recipe, joined = fix_views(recipe, {"": samples})
+        samples = joined[""]
     good = select_shots(_select_good(samples), recipe.shots, recipe.seed) if isinstance(samples, Sequence) else []
     count = len(good) if images is None else len(images)
     if not count:
@@ -132,7 +137,7 @@ def train(
         _check_decoded(recipe)
     copies = group_samples(good) if recipe.holdout else None
     training, held_out = split_holdout(good, recipe.holdout, recipe.seed, copies)
-    count = (count - len(held_out)) * count_views(recipe.augment)
+    count = (count - len(held_out)) * max(len(recipe.view_names), 1) * count_views(recipe.augment)
     if recipe.drop_last and count < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {count} training images, got {recipe.batch}")
     with (
@@ -166,7 +171,8 @@ def _run(settings: RunSettings) -> TrainResult:
     """Train within joined processes; on return DistributedDataParallel is freed, before the process group ends."""
     check_options(settings)
     if settings.resume is None:
-        paths = [sample.path for sample in (*settings.samples, *settings.held_out)]
+        samples = (*settings.samples, *settings.held_out)
+        paths = list_sources([sample.path for sample in samples], settings.recipe.image_views)
         settings = replace(settings, recipe=fix_bits(fix_window(settings.recipe, paths), paths))
     out, world = settings.out, settings.world
     with ExitStack() as stack:
@@ -193,7 +199,8 @@ def _describe_data(settings: RunSettings) -> str | None:
 def _check_decoded(recipe: Recipe) -> None:
     """Raise ValueError if a recipe needs the files of images that are decoded already."""
     for name, value, default in (
-        ("holdout", recipe.holdout, 0.0), ("shots", recipe.shots, None), ("sampling", recipe.sampling, "images")
+        ("holdout", recipe.holdout, 0.0), ("shots", recipe.shots, None), ("sampling", recipe.sampling, "images"),
+        ("views_from", recipe.views_from, None),
     ):  # fmt: skip
         if value != default:
             shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else repr(default)

@@ -77,6 +77,7 @@ def calibrate(  # 11 options
     from recontrast.data.groups import count_groups
     from recontrast.data.listing import list_images
     from recontrast.data.locks import lock_checkpoint
+    from recontrast.data.views import group_paths, group_samples
     from recontrast.inference.calibrate import select_new_samples
 
     check_rates(false_alarm_rate, pixel_rate)
@@ -92,7 +93,9 @@ def calibrate(  # 11 options
     if good:
         allowed_false_alarms(count_groups(given), false_alarm_rate)  # checked before the model is built
     target = open_target(file, device, inference, roi)
-    _print_files(files)
+    given, checks = (group_samples(samples, target.recipe.image_views) for samples in (given, checks))
+    bad_paths = group_paths(bad_paths, target.recipe.image_views)
+    _print_files({"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths})
     given = select_new_samples("--good", given, target)
     if good:
         allowed_false_alarms(count_groups(given), false_alarm_rate)  # again, without copies

@@ -56,9 +56,11 @@ def watch(
     from recontrast.app.prediction.watch import watch as run
     from recontrast.inference.decisions import select_calibration
     from recontrast.inference.detector import open_detector
+    from recontrast.recipes.recipe import refuse_views
 
     file = resolve_checkpoint(checkpoint)
     detector = open_detector(file, inference.device, inference=options)
+    refuse_views(detector.recipe, f"{file}", "to watch a folder with")
     calibration = select_calibration(detector, false_alarm_rate, decide, file)
     if detector.calibration_note is not None:
         print_error(f"warning: {detector.calibration_note}")

@@ -19,6 +19,7 @@ from recontrast.data.json_text import parse_json
 from recontrast.data.own_files import LARGEST_LIST
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.unfinished import list_unfinished, mark_unfinished, name_mark, remove_files
+from recontrast.data.views import show_view
 from recontrast.data.window import to_levels
 from recontrast.inference.decisions import REGION_COLUMNS, Decision
 from recontrast.inference.detector import map_extent
@@ -77,7 +78,9 @@ def save_overlays(
     def save(index: int) -> None:
         path, name = sources[index]
         with images.reserve_memory(path):
-            image = to_levels(images.read_image(path, bits=recipe.bits, window=recipe.window))
+            image = to_levels(
+                images.read_image(show_view(path, recipe.image_views), bits=recipe.bits, window=recipe.window)
+            )
             image = large_maps.reduce_blocks(image, large_maps.find_reduction(image.shape[:2]), "mean")
         top, left, height, width = map_extent(image.shape[:2], recipe)
         heat = np.zeros(image.shape[:2], np.float32)

@@ -30,6 +30,7 @@ from recontrast.data.image_files import ImageFiles, assign_result_names
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.roi import describe_roi
+from recontrast.data.views import group_paths
 from recontrast.inference.decisions import describe_undecided, select_calibration
 from recontrast.inference.detector import Detector, open_detector, run_checked
 from recontrast.inference.options import InferenceOptions
@@ -139,6 +140,9 @@ def predict(
         detector = checkpoint
         if isinstance(detector, Path):
             detector = open_detector(detector, device, tile, overlap, inference, roi)
+        if (views := detector.recipe.image_views) is not None:  # the first view of a part has its results
+            files = ImageFiles(group_paths(files.paths, views))
+            names = {str(path): names.get(str(path), Path(path.stem)) for path in files.paths}
         calibration = select_calibration(detector, rate, decide, checkpoint)
         identity = None
         if isinstance(checkpoint, Path):
@@ -209,6 +213,7 @@ def _describe_run(
         "calibration": promise,
         "region_of_interest": None if recipe.roi is None else describe_roi(recipe.roi),
         **({} if recipe.window is None else {"window": list(recipe.window)}),
+        **({} if recipe.image_views is None else {"views": list(recipe.view_names), "view_map": recipe.view_map}),
         "tile": None if recipe.tile is None else {"size": recipe.tile, "overlap": detector.overlap},
         "maps": None if maps == "none" else describe_maps(maps, detector.max_map_value, recipe),
         "overlay_range": colours,

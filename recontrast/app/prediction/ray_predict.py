@@ -32,6 +32,7 @@ from recontrast.data.own_files import check_replaceable
 from recontrast.data.roi import EACH
 from recontrast.data.system import count_cpus
 from recontrast.data.unfinished import mark_unfinished, name_mark
+from recontrast.data.views import group_paths
 from recontrast.inference.decisions import decide, select_calibration
 from recontrast.inference.detector import Detector, open_detector, run_checked
 from recontrast.registration import import_architectures, list_imported
@@ -100,6 +101,7 @@ def predict(
     check_replaceable(out, ["predict.json"], overwrite=overwrite)
     detector = open_detector(checkpoint, "cpu")  # errors are raised here, before any worker starts
     _refuse_own_masks(detector, checkpoint)
+    paths = list(map(str, group_paths(list(map(Path, paths)), detector.recipe.image_views)))
     select_calibration(detector, rate, must_decide, checkpoint)
     options = {"threshold": threshold, "rate": rate}
     identity = parquet_parts.compute_identity(checkpoint, options)

@@ -17,6 +17,7 @@ from recontrast.data import heatmaps
 from recontrast.data.image_files import IMAGE_ERRORS, describe_image_error
 from recontrast.data.images import read_image, reserve_memory
 from recontrast.data.roi import resize_mask
+from recontrast.data.views import show_view
 from recontrast.data.window import to_levels
 from recontrast.evaluation.ground_truth import read_ground_truth
 from recontrast.inference.detector import map_extent
@@ -108,7 +109,9 @@ def _read_photo(shot: Shot, recipe: Recipe) -> tuple[Image.Image, float, bool]:
     The region has a blue outline.
     """
     with reserve_memory(shot.sample.path):
-        full = to_levels(read_image(shot.sample.path, bits=recipe.bits, window=recipe.window))
+        full = to_levels(
+            read_image(show_view(shot.sample.path, recipe.image_views), bits=recipe.bits, window=recipe.window)
+        )
         top, left, height, width = map_extent(full.shape[:2], recipe)
         image = Image.fromarray(full[top : top + height, left : left + width])
         inside = read_sample(recipe, shot.sample, full.shape[:2])

@@ -1,0 +1,275 @@
+"""Several aligned images of one part, its views: files named by a pattern, or the pages of a TIFF file.
+
+A part is one item of all lists, metrics and calibrations, and has the path of its first view. The network sees each
+view by itself; `combine_views` joins their maps.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recontrast.data.dataset_sample import Sample
+from recontrast.data.encoded_image import ImagePage, ImageSource
+from recontrast.data.images import Size, image_size, read_image
+from recontrast.data.listing import natural_sort_key
+from recontrast.data.tiff_tags import count_file_pages
+from recontrast.data.window import Window
+
+PAGES = "pages"
+"""Source of views that are the pages of one TIFF file."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """Where the views of a part are found.
+
+    Attributes:
+        source: `PAGES`, or a regular expression with one pair of parentheses, around the name of the view in a path.
+        names: Names of the views, in their order; of pages their numbers.
+    """
+
+    source: str
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of views of a part."""
+        return len(self.names)
+
+    def locate(self, path: Path) -> list[ImageSource]:
+        """Return the images of a part, in the order of ``names``.
+
+        Args:
+            path: Path of the part.
+
+        Returns:
+            Paths, or pages of a file. Their files may be missing.
+
+        Raises:
+            OSError: If a file of pages cannot be read.
+            ValueError: If it has another number of pages, or the pattern does not match the path.
+        """
+        if self.source == PAGES:
+            count = count_file_pages(path)
+            if count != len(self):
+                raise ValueError(f"{path}: wanted {len(self)} pages as in training, got {count}")
+            return [ImagePage(path, page) for page in range(count)]
+        before, _, after = divide_path(self.source, path)
+        return [Path(before + name + after) for name in self.names]
+
+    def read(
+        self, path: Path, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None,
+        window: Window = None,
+    ) -> NDArray[Any]:  # fmt: skip
+        """Read all views of a part.
+
+        Args:
+            path: Path of the part.
+            size: Size after resizing, as in `recontrast.data.images.read_image`, as the other arguments.
+            crop: Size of the centre crop after resizing.
+            bits: Bits that the camera uses of 16-bit samples.
+            window: Values that become 0 and 1.
+
+        Returns:
+            (views, H, W, 3): uint8, or float32 with a window.
+
+        Raises:
+            OSError: If a file cannot be read.
+            ValueError: If a view is missing or no image, or the views differ in size.
+        """
+        sources = self.locate(path)
+        shapes = [self._read_size(source) for source in sources]
+        for source, shape in zip(sources, shapes, strict=True):
+            if shape != shapes[0]:
+                wanted, got = (f"{height} x {width}" for height, width in (shapes[0], shape))
+                raise ValueError(f"{source}: wanted a view of the size of {sources[0]}, {wanted}, got {got}")
+        return np.stack([read_image(source, size=size, crop=crop, bits=bits, window=window) for source in sources])
+
+    def _read_size(self, source: ImageSource) -> tuple[int, int]:
+        """Return the height and width of a view."""
+        try:
+            return image_size(source)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{source}: wanted the views {', '.join(self.names)} of each part, got no such file"
+            ) from None
+
+    def first(self, path: Path) -> ImageSource:
+        """Return the view that is shown of a part; a file of pages may have any number of them."""
+        return ImagePage(path, 0) if self.source == PAGES else path
+
+
+def list_views(path: Path, views: Views | None) -> list[ImageSource]:
+    """Return the images of a part, see `Views.locate`; without views, the path itself."""
+    return [path] if views is None else views.locate(path)
+
+
+def show_view(path: Any, views: Views | None) -> Any:
+    """Return the image to show for a path; any other source of an image stays as it is."""
+    return path if views is None or not isinstance(path, Path) else views.first(path)
+
+
+def is_pattern(source: str) -> bool:
+    """Return whether a text is a regular expression with one pair of parentheses."""
+    try:
+        return re.compile(source).groups == 1
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def divide_path(pattern: str, path: Path) -> tuple[str, str, str]:
+    """Divide a path at its last match of a pattern.
+
+    Args:
+        pattern: Regular expression with one pair of parentheses.
+        path: Path of an image.
+
+    Returns:
+        What precedes the name of the view, the name, and what follows it.
+
+    Raises:
+        ValueError: If there is no match, or its view has no name.
+    """
+    text, last = path.as_posix(), None
+    for match in re.finditer(pattern, text):
+        last = match if match[1] else last
+    if last is None:
+        raise ValueError(f"{path}: wanted a path with the name of a view as {pattern!r} finds it, got one without")
+    start, stop = last.span(1)
+    return text[:start], text[start:stop], text[stop:]
+
+
+def find_views(source: str, paths: Sequence[Path]) -> Views:
+    """Find the views that parts have.
+
+    Args:
+        source: As in `Views`.
+        paths: Image files of good parts.
+
+    Returns:
+        The views: in natural order, or as many pages as the first file has.
+
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If there are fewer than two views, or a path has none.
+    """
+    if source == PAGES:
+        names = [str(page + 1) for page in range(count_file_pages(paths[0]))] if paths else []
+        where = f"{paths[0]}: " if paths else ""
+        if len(names) < 2:
+            raise ValueError(f"{where}wanted a file of at least 2 pages for the views of a part, got {len(names)}")
+    else:
+        names = sorted({divide_path(source, path)[1] for path in paths}, key=natural_sort_key)
+        if len(names) < 2:
+            got = f"{len(names)} ({', '.join(names)})" if names else "none"
+            raise ValueError(f"views_from: wanted at least 2 views of each part as {source!r} finds them, got {got}")
+    return Views(source, tuple(names))
+
+
+def group_paths(paths: Sequence[Path], views: Views | None) -> list[Path]:
+    """Return the paths of parts, in the order of their first files.
+
+    Args:
+        paths: Files of all views; a view may be missing.
+        views: Views of the parts; None: each file is one.
+
+    Returns:
+        The path of the first view of each part, whose file may be missing.
+
+    Raises:
+        ValueError: If a path has no name of a view, or another one.
+    """
+    if views is None or views.source == PAGES:
+        return list(paths)
+    parts = dict.fromkeys(before + views.names[0] + after for before, _, after in _divide_all(paths, views))
+    return [Path(part) for part in parts]
+
+
+def group_samples(samples: Sequence[Sample], views: Views | None) -> list[Sample]:
+    """Join the samples of the views of each part to one.
+
+    A part has a defect if one of its views has one, and its mask is that of all its views together.
+
+    Args:
+        samples: Samples of all views, of one or several categories. Parts that are joined already stay as they are.
+        views: Views of the parts; None: each file is one.
+
+    Returns:
+        The first view of each part, with the others in `Sample.views`.
+
+    Raises:
+        ValueError: If a path has no name of a view, a view is missing, or views of one part are on two sides of a
+            split.
+    """
+    if views is None or views.source == PAGES or all(sample.views for sample in samples):
+        return list(samples)
+    parts: dict[tuple[str, str, str], dict[str, Sample]] = {}
+    divided = _divide_all([sample.path for sample in samples], views)
+    for sample, (before, name, after) in zip(samples, divided, strict=True):
+        parts.setdefault((sample.category, before, after), {})[name] = sample
+    return [_join(part, views) for part in parts.values()]
+
+
+def combine_views(values: Any, views: int, how: str) -> Any:
+    """Combine the values of the views of each part.
+
+    Args:
+        values: Tensor (parts * views, ...), floating point, the views of a part in sequence.
+        views: Number of views of a part.
+        how: "max" or "mean".
+
+    Returns:
+        Tensor (parts, ...): NaN where a value is.
+    """
+    values = values.unflatten(0, (-1, views))
+    return values.amax(1) if how == "max" else values.mean(1)
+
+
+def _divide_all(paths: Iterable[Path], views: Views) -> list[tuple[str, str, str]]:
+    """Divide paths, or raise ValueError for one with another view than those of training."""
+    divided = []
+    for path in paths:
+        before, name, after = divide_path(views.source, path)
+        if name not in views.names:
+            raise ValueError(f"{path}: wanted one of the views {', '.join(views.names)} as in training, got {name!r}")
+        divided.append((before, name, after))
+    return divided
+
+
+def _join(part: dict[str, Sample], views: Views) -> Sample:
+    """Return the sample of a part."""
+    present = [part[name] for name in views.names if name in part]
+    if missing := [name for name in views.names if name not in part]:
+        wanted = f"the views {', '.join(views.names)} of each part"
+        raise ValueError(f"{present[0].path}: wanted {wanted}, got no {', '.join(missing)}")
+    first = present[0]
+    for other in present[1:]:
+        if other.split != first.split:
+            raise ValueError(
+                f"{other.path}: wanted all views of a part in one split, got {other.split} here and {first.split} for "
+                f"{first.path}"
+            )
+    worst = max(present, key=lambda sample: sample.label)  # the first one with a defect, if any
+    masks = [sample.mask for sample in present if sample.mask is not None]
+    if worst.label and masks and not all(sample.mask is not None for sample in present if sample.label):
+        bare = next(sample for sample in present if sample.label and sample.mask is None)
+        raise ValueError(f"{bare.path}: wanted a mask for each view with a defect or for none, got none for this one")
+    return replace(
+        first, mask=masks[0] if masks else None, label=worst.label, defect=worst.defect, views=tuple(present[1:])
+    )
+
+
+def list_sources(paths: Sequence[Path | os.PathLike[str]], views: Views | None) -> list[Any]:
+    """Return the images of all parts, see `list_views`; a file of pages whose number is another one has none."""
+    sources: list[Any] = []
+    for path in paths:
+        try:
+            sources += list_views(Path(path), views)
+        except (OSError, ValueError):  # reported where the image is read
+            continue
+    return sources

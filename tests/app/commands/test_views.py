@@ -1,0 +1,227 @@
+"""Several views of a part on the command line: train, evaluate, calibrate, predict, and what is refused."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import call, fails, works
+from PIL import Image
+
+import recontrast
+from recontrast import checkpoint as checkpoints
+from recontrast.data.views import Views
+
+PATTERN = r"_(left|right)\."
+SMALL = ["--backbone", "test_resnet", "--weights", "random", "--size", 64, "--batch", 4, "--device", "cpu"]
+PATCHCORE = ["--architecture", "patchcore", *SMALL]
+
+
+def draw_part(rng, defect_in=None):
+    """Two views (64, 64) of stripes under different lights, and the mask of a defect that one of them shows."""
+    base = 110 + 40 * np.sin(np.arange(64) / 3)[:, None] + rng.normal(0, 8, (64, 64))
+    views = [base, 0.6 * base + 20]
+    mask = np.zeros((64, 64), np.uint8)
+    if defect_in is not None:
+        y, x = rng.integers(4, 44, 2)
+        mask[y : y + 14, x : x + 14] = 255
+        views[defect_in] = views[defect_in] + (mask > 0) * 90
+    return [view.clip(0, 255).astype(np.uint8) for view in views], mask
+
+
+def write_set(root, pages, train=12, tests=3, seed=0):
+    """Write parts with two views in MVTec AD layout, as two PNG files or as pages of one TIFF file."""
+    rng = np.random.default_rng(seed)
+
+    def save(folder, number, defect_in=None):
+        views, mask = draw_part(rng, defect_in)
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        masks = root / "ground_truth/square"
+        masks.mkdir(parents=True, exist_ok=True)
+        if pages:
+            first, second = map(Image.fromarray, views)
+            first.save(root / folder / f"{number:03}.tif", save_all=True, append_images=[second])
+        for name, view in () if pages else zip(("left", "right"), views, strict=True):
+            Image.fromarray(view).save(root / folder / f"{number:03}_{name}.png")
+            if defect_in is not None:
+                Image.fromarray(mask).save(masks / f"{number:03}_{name}_mask.png")
+        if pages and defect_in is not None:
+            Image.fromarray(mask).save(masks / f"{number:03}_mask.png")
+
+    for number in range(train):
+        save("train/good", number)
+    for number in range(tests):
+        save("test/good", number)
+        save("test/square", number, defect_in=number % 2)
+    return root
+
+
+@pytest.fixture(scope="module", params=[PATTERN, "pages"], ids=["files", "pages"])
+def run(request, tmp_path_factory):
+    """A calibrated run on parts with two views, and its data."""
+    root = tmp_path_factory.mktemp("views")
+    write_set(root / "nut", request.param == "pages")
+    printed = works("train", root / "nut", "--out", root / "run", "--views-from", request.param, *PATCHCORE,
+                    "--holdout", 0.4)  # fmt: skip
+    names = "1, 2" if request.param == "pages" else "left, right"
+    assert f"views: 2 images of each part ({names}), a map is the largest value of theirs" in printed
+    assert "train/good: 12 images" in printed and "test/square: 3 images (test, square, 3 masks)" in printed
+    assert "5 of 12 good images held out" in printed and "one pass over 7 parts of 2 views" in printed
+    return root
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_learns_all_views_and_counts_parts(run):
+    saved = checkpoints.load(run / "run/checkpoint.pt")
+    assert saved.images["count"] == 14 and len(saved.images["each"]) == 7 * 16  # images, and parts
+    assert saved.calibration.count == 5
+    assert len(saved.recipe.view_names) == 2 and saved.recipe.view_map == "max"
+
+
+def test_map_of_a_part_is_the_largest_of_its_views(run):
+    detector = recontrast.load(run / "run", "cpu")
+    views = detector.recipe.image_views
+    single = recontrast.load(run / "run", "cpu")
+    single.recipe = single.recipe.replace(views_from=None, view_names=())
+    (joined,) = detector.predict(sorted((run / "nut/test/square").iterdir())[: 1 if views.source == "pages" else 2])
+    maps = [prediction.anomaly_map for prediction in single.predict(list(views.read(Path(joined.name))))]
+    np.testing.assert_allclose(joined.anomaly_map, np.maximum(*maps), rtol=1e-5)
+    assert joined.score == joined.anomaly_map.max()
+    mean = recontrast.load(run / "run", "cpu")
+    mean.recipe = mean.recipe.replace(view_map="mean")
+    np.testing.assert_allclose(mean.predict(joined.name)[0].anomaly_map, np.mean(maps, axis=0), rtol=1e-5)
+    assert joined.image().size == (64, 64) and joined.draw().width > 64
+
+
+def test_predict_writes_a_row_for_each_part(run, tmp_path):
+    printed = works("predict", run / "run", run / "nut/test", "--out", tmp_path / "p", "--maps", "npy")
+    assert "6 images scored" in printed
+    rows = read_table(tmp_path / "p/scores.csv")
+    assert len(rows) == 6 and all(row["decision"] for row in rows)
+    assert len(list((tmp_path / "p/maps").rglob("*.npy"))) == len(list((tmp_path / "p/overlays").rglob("*.png"))) == 6
+    assert json.loads((tmp_path / "p/scores.json").read_text())["view_map"] == "max"
+    again = {row["path"]: float(row["score"]) for row in rows}
+    for batch in (1, 3):
+        scores = recontrast.load(run / "run", "cpu").predict(run / "nut/test", batch=batch)
+        assert [again[p.name] for p in scores] == pytest.approx([p.score for p in scores], rel=1e-5)
+
+
+def test_evaluate_joins_labels_and_masks(run, tmp_path):
+    works("evaluate", run / "run", run / "nut", "--out", tmp_path / "e", "--save-maps")
+    result = json.loads((tmp_path / "e/results.json").read_text())
+    (row,) = [row for row in result["rows"] if row["category"] == "nut"]
+    assert (row["images"], row["defects"]) == (6, 3)
+    assert row["p_auroc"] > 0.9  # the defect of each view is found in the map of the part
+    assert len(read_table(tmp_path / "e/scores.csv")) == 6 and len(list((tmp_path / "e/maps").rglob("*.tiff"))) == 6
+    cached = recontrast.evaluate(run / "run", run / "nut", device="cpu", cache_dir=tmp_path / "cache")
+    assert cached.rows[0].p_auroc == pytest.approx(row["p_auroc"])
+    works("report", run / "run", run / "nut", "--out", tmp_path / "report.html")
+
+
+def test_calibrate_counts_parts(run, tmp_path):
+    write_set(tmp_path / "new", "pages" in checkpoints.load(run / "run/checkpoint.pt").recipe.views_from, 20, seed=9)
+    copy = tmp_path / "run/checkpoint.pt"
+    copy.parent.mkdir()
+    copy.write_bytes((run / "run/checkpoint.pt").read_bytes())
+    works("calibrate", copy, "--good", tmp_path / "new/train/good", "--false-alarm-rate", 0.05,
+          "--bad", tmp_path / "new/test/square", "--check", tmp_path / "new/test/good", "--device", "cpu")  # fmt: skip
+    stored = checkpoints.load(copy).calibration
+    assert stored.count == 20 and len(stored.appearance) == 20
+    again = recontrast.calibrate(copy, tmp_path / "new/train/good", false_alarm_rate=0.05, device="cpu")
+    assert again.calibration.threshold == stored.threshold
+    text = fails("calibrate", copy, "--good", run / "nut/train/good", "--false-alarm-rate", 0.1, "--device", "cpu")
+    assert "wanted good images that were not trained on, got 7 of 12 that were" in text
+
+
+def test_extend_adds_parts(run, tmp_path):
+    write_set(tmp_path / "new", "pages" in checkpoints.load(run / "run/checkpoint.pt").recipe.views_from, 3, seed=7)
+    copy = tmp_path / "run/checkpoint.pt"
+    copy.parent.mkdir()
+    copy.write_bytes((run / "run/checkpoint.pt").read_bytes())
+    assert "3 images added" in works(
+        "train", "--extend", copy, "--good", tmp_path / "new/train/good", "--device", "cpu"
+    )
+    assert checkpoints.load(copy).images["count"] == 20
+
+
+def test_errors_name_the_part_and_cost_no_other(run, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in (run / "nut/test/good").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    views = checkpoints.load(run / "run/checkpoint.pt").recipe.image_views
+    if views.source == "pages":
+        Image.new("L", (64, 64)).save(folder / "001.tif")
+        wanted = "001.tif: wanted 2 pages as in training, got 1"
+    else:
+        (folder / "001_left.png").unlink()
+        wanted = "001_left.png: wanted the views left, right of each part, got no such file"
+    result = call("predict", run / "run", folder, "--out", tmp_path / "p", "--device", "cpu")
+    assert result.exit_code == 2 and wanted in result.output
+    rows = read_table(tmp_path / "p/scores.csv")
+    assert len(rows) == 3 and sum(bool(row["error"]) for row in rows) == 1
+    with pytest.raises(ValueError, match="images: wanted paths of parts with the views"):
+        recontrast.load(run / "run", "cpu").predict(np.zeros((64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize("command", [["export"], ["serve"], ["benchmark"], ["watch", "FOLDER"]], ids=lambda c: c[0])
+def test_what_takes_single_images_refuses_the_detector(run, tmp_path, command):
+    words = {
+        "export": ["export", run / "run", "--out", tmp_path / "nut.pt2", "--format", "pt2"],
+        "serve": ["serve", run / "run", "--port", 0],
+        "benchmark": ["benchmark", run / "run"],
+        "watch": ["watch", tmp_path, run / "run", "--out", tmp_path / "out"],
+    }[command[0]]
+    if command[0] == "serve":
+        pytest.importorskip("h11")
+    text = fails(*words)
+    assert "wanted a detector of single images" in text and "got one of parts with 2 views" in text
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+def test_the_estimator_refuses_the_detector(run):
+    with pytest.raises(ValueError, match="wanted a detector of single images for the estimator"):
+        recontrast.ReContrastDetector.from_checkpoint(run / "run/checkpoint.pt")
+
+
+def test_training_by_steps_with_a_region_resumes(tmp_path):
+    """ReContrast on views, with one region of interest for all and maps that are means."""
+    write_set(tmp_path / "nut", False, train=6)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :40] = 255
+    Image.fromarray(mask).save(tmp_path / "roi.png")
+    options = [*SMALL, "--views-from", PATTERN, "--set", "view_map=mean", "--roi", tmp_path / "roi.png"]
+    works("train", tmp_path / "nut", "--out", tmp_path / "run", *options, "--steps", 3)
+    detector = recontrast.load(tmp_path / "run", "cpu")
+    assert detector.recipe.image_views == Views(PATTERN, ("left", "right"))
+    maps = [p.anomaly_map for p in detector.predict(tmp_path / "nut/test")]
+    assert len(maps) == 6 and all(m[:, :40].all() and not m[:, 40:].any() for m in maps)
+    works("train", tmp_path / "nut", "--resume", tmp_path / "run", "--device", "cpu")
+    assert checkpoints.load(tmp_path / "run/checkpoint.pt").step == 3
+
+
+def test_training_names_what_is_missing(tmp_path):
+    write_set(tmp_path / "nut", False, train=4)
+    (tmp_path / "nut/train/good/002_right.png").unlink()
+    text = fails("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", PATTERN, *PATCHCORE)
+    assert "002_left.png: wanted the views left, right of each part, got no right" in text
+    text = fails("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", "(", *PATCHCORE)
+    assert "views_from: wanted none, 'pages' or a regular expression" in text
+    text = fails("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", "_(x)_", *PATCHCORE)
+    assert "wanted a path with the name of a view" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_budget_counts_views(tmp_path):
+    torch.manual_seed(0)
+    write_set(tmp_path / "nut", False, train=6)
+    printed = works("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", PATTERN, "--budget", "30s",
+                    "--backbone", "test_resnet", "--weights", "random", "--device", "cpu", "--set", "size=64",
+                    "--architecture", "patchcore")  # fmt: skip
+    assert "one pass over 6 parts of 2 views" in printed
