@@ -1,13 +1,15 @@
-// anomaly_map on the CPU; recontrast/reference.py defines it.
+// anomaly_map and anomaly_map_inside on the CPU; recontrast/reference.py defines them.
 //
 // Compute-bound, on data in the caches. The matrices of upsampling and blur are banded (about 10, 6 and 4 nonzeros per
 // row for 64, 32 and 16 -> 256 pixels), so a map takes 1.5 M multiply-adds instead of the 8.7 M of dense products, and
-// is written once. A task is a strip of rows of one image: its part of distances @ cols^T stays in the L2 cache.
+// is written once. A task is a strip of rows of one image: its part of distances @ cols^T stays in the L2 cache. In a
+// region of interest, only the rows and columns between its outermost pixels are computed.
 
 #include <algorithm>
 #include <limits>
 #include <tuple>
 
+#include "anomaly_map_levels.h"
 #include "simd.h"
 #include "tensor_arguments.h"
 
@@ -15,41 +17,6 @@ namespace recontrast {
 namespace {
 
 constexpr int64_t kStrip = 64;  // rows per task: enough to reuse products along x, few enough for many tasks
-constexpr int64_t kLanes = Lanes<float>::count;
-
-struct Band {
-  int64_t from, to;  // columns [from, to) of a row; the others are zero
-};
-
-// The band of each row of a (height, width) matrix.
-std::vector<Band> row_bands(const float* matrix, int64_t height, int64_t width) {
-  std::vector<Band> bands(height);
-  for (int64_t i = 0; i < height; ++i) {
-    const float* row = matrix + i * width;
-    int64_t from = 0, to = width;
-    while (from < width && row[from] == 0) ++from;
-    while (to > from && row[to - 1] == 0) --to;
-    bands[i] = {from, to};
-  }
-  return bands;
-}
-
-// All pairs of one resolution; they share their matrices.
-struct Level {
-  std::vector<Tensor> distances;  // each (N, h, w)
-  Tensor rows, cols;              // (H, h), (W, w)
-  int64_t h, w;
-  std::vector<Band> along_y;           // [H]: the rows of the distances that contribute to a row of the map
-  std::vector<Band> along_x;           // [w]: the columns of the map to which a column of the distances contributes
-  std::vector<float> cols_transposed;  // (w, W)
-};
-
-// to += weight * from, both [n].
-VERSIONED void add_scaled(const float* from, float weight, int64_t n, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + weight * load(from + i));
-  for (; i < n; ++i) to[i] += weight * from[i];
-}
 
 // The larger of two maxima; NaN if one of them is.
 inline float larger(float a, float b) { return a > b || a != a ? a : b; }
@@ -95,125 +62,136 @@ VERSIONED void blend_rows(const float* const* rows, const float* weights, int64_
   }
 }
 
-// Checks the arguments and groups the pairs by their matrices.
-std::vector<Level> group_levels(const std::vector<Tensor>& distances, const std::vector<Tensor>& rows,
-                                const std::vector<Tensor>& cols) {
-  std::vector<Level> levels;
-  for (size_t i = 0; i < distances.size(); ++i) {
-    const bool is_float = distances[i].scalar_type() == ScalarType::Float &&
-                          rows[i].scalar_type() == ScalarType::Float && cols[i].scalar_type() == ScalarType::Float;
-    const bool fits = distances[i].dim() == 3 && rows[i].dim() == 2 && cols[i].dim() == 2 &&
-                      distances[i].size(0) == distances[0].size(0) && rows[i].size(0) == rows[0].size(0) &&
-                      cols[i].size(0) == cols[0].size(0) && rows[i].size(1) == distances[i].size(1) &&
-                      cols[i].size(1) == distances[i].size(2);
-    STD_TORCH_CHECK(is_float && fits, "anomaly_map: pair ", i, ": wanted float32 (N, h, w), (H, h) and (W, w), got ",
-                    shape(distances[i]), ", ", shape(rows[i]), " and ", shape(cols[i]));
-    const Tensor r = torch::stable::contiguous(rows[i]), c = torch::stable::contiguous(cols[i]);
-    const auto same = std::find_if(levels.begin(), levels.end(), [&](const Level& level) {
-      return level.rows.data_ptr() == r.data_ptr() && level.cols.data_ptr() == c.data_ptr() && level.h == r.size(1) &&
-             level.w == c.size(1);
-    });
-    if (same != levels.end()) {
-      same->distances.push_back(torch::stable::contiguous(distances[i]));
-      continue;
-    }
-    Level level{{torch::stable::contiguous(distances[i])}, r, c, r.size(1), c.size(1), {}, {}, {}};
-    const int64_t H = r.size(0), W = c.size(0);
-    level.along_y = row_bands(r.const_data_ptr<float>(), H, level.h);
-    level.cols_transposed.resize(level.w * W);
-    const float* from = c.const_data_ptr<float>();
-    for (int64_t x = 0; x < W; ++x)
-      for (int64_t j = 0; j < level.w; ++j) level.cols_transposed[j * W + x] = from[x * level.w + j];
-    level.along_x = row_bands(level.cols_transposed.data(), level.w, W);
-    levels.push_back(std::move(level));
-  }
-  return levels;
-}
-
-// Where the products distances @ cols^T of a strip are stored: for each level, the rows of distances that the strip
-// needs.
-struct StripProducts {
-  std::vector<int64_t> base;  // [levels] index of the first product
-  std::vector<int64_t> low;   // [levels] first row of the distances
-  int64_t size = 0;           // of all products
-  int64_t taps = 0;           // rows of products that one row of the map adds up, at most
+// What blends one row of the map in a region of interest.
+struct InsideRow {
+  const float* const* rows;     // of all levels
+  const float* weights;         // of the rows
+  const int64_t* ends;          // for each level, the number of rows up to its end
+  const float* const* factors;  // for each level
+  int64_t levels;
 };
 
-// The products that rows [first, last) of the map need.
-StripProducts plan_products(const std::vector<Level>& levels, int64_t first, int64_t last, int64_t W) {
-  StripProducts plan;
-  plan.base.resize(levels.size());
-  plan.low.resize(levels.size());
-  for (size_t l = 0; l < levels.size(); ++l) {
-    int64_t from = levels[l].h, to = 0, widest = 0;
+typedef int32_t Int32 __attribute__((vector_size(64)));
+
+// All bits of the lanes that are not 0. Without a comparison, which GCC makes lane by lane for vectors wider than those
+// of the processor.
+INLINE Bits32 mask_nonzero(const Float32& v) {
+  const Bits32 magnitude = bits<Bits32>(v) & 0x7fffffff;
+  return bits<Bits32>(-bits<Int32>(magnitude) >> 31);
+}
+
+// Writes `width` vectors of the row from pixel x on, and adds their pixels inside to the maximum `top`. `finite`: as in
+// Maximum.
+template <int64_t width>
+INLINE void blend_inside(const InsideRow& row, int64_t x, float* out, Float32& top, Float32& finite) {
+  const Float32 zero{};
+  Float32 sum[width]{};
+  for (int64_t l = 0, i = 0; l < row.levels; ++l) {
+    Float32 level[width]{};
+    for (; i < row.ends[l]; ++i)
+      for (int64_t k = 0; k < width; ++k) level[k] += row.weights[i] * load(row.rows[i] + x + k * kLanes);
+    for (int64_t k = 0; k < width; ++k) sum[k] += level[k] * load(row.factors[l] + x + k * kLanes);
+  }
+  const Bits32 lowest = bits<Bits32>(zero - std::numeric_limits<float>::infinity());
+  for (int64_t k = 0; k < width; ++k) {
+    const Bits32 inside = mask_nonzero(load(row.factors[0] + x + k * kLanes)), value = bits<Bits32>(sum[k]);
+    const Float32 shown = bits<Float32>(value & inside), counted = bits<Float32>(select(inside, value, lowest));
+    store(out + x + k * kLanes, shown);
+    top = counted > top ? counted : top;
+    finite += 0.0f * shown;
+  }
+}
+
+// Writes pixels [from, to) of one row of the map in a region of interest: for each level the sum of its rows, times its
+// factors. The first factor of a pixel is 0 outside, where the map is 0 and `maximum` takes no part.
+VERSIONED void blend_rows_inside(const InsideRow& row, int64_t from, int64_t to, float* out, Maximum& maximum) {
+  Float32 top = maximum.top, finite = maximum.finite;
+  int64_t x = from;
+  for (; x + 4 * kLanes <= to; x += 4 * kLanes) blend_inside<4>(row, x, out, top, finite);
+  for (; x + kLanes <= to; x += kLanes) blend_inside<1>(row, x, out, top, finite);
+  maximum.top = top;
+  maximum.finite = finite;
+  for (; x < to; ++x) {
+    float sum = 0;
+    for (int64_t l = 0, i = 0; l < row.levels; ++l) {
+      float level = 0;
+      for (; i < row.ends[l]; ++i) level += row.weights[i] * row.rows[i][x];
+      sum += level * row.factors[l][x];
+    }
+    const bool inside = row.factors[0][x] != 0;
+    out[x] = inside ? sum : 0.0f;
+    if (inside) maximum.rest = larger(maximum.rest, sum - sum == 0 ? sum : std::numeric_limits<float>::quiet_NaN());
+  }
+}
+
+// A region of interest: for each level the factors (M, H, W) of its pixels, and the columns inside of each row, [M *
+// H]; M is the number of images, or 1 for a region that they share.
+struct Region {
+  std::vector<Tensor> factors;
+  std::vector<Band> columns;
+  int64_t images;
+};
+
+// Writes rows [first, last) of the map of image n and returns their maximum; NaN if a value is not finite. `region`:
+// null for the whole image. `products`, `sum`: memory to reuse.
+float map_strip(const std::vector<Level>& levels, const Region* region, int64_t n, int64_t first, int64_t last,
+                int64_t H, int64_t W, float scale, std::vector<float>& products, std::vector<float>& sum, float* map) {
+  Columns columns{{0, W}, nullptr};
+  const int64_t own = region && region->images > 1 ? n : 0;  // image whose region it is
+  if (region) {
+    columns = {{W, 0}, region->columns.data() + own * H};
     for (int64_t y = first; y < last; ++y) {
-      const Band& band = levels[l].along_y[y];
-      if (band.from == band.to) continue;
-      from = std::min(from, band.from);
-      to = std::max(to, band.to);
-      widest = std::max(widest, band.to - band.from);
-    }
-    plan.base[l] = plan.size;
-    plan.low[l] = from;
-    plan.taps += widest;
-    plan.size += std::max<int64_t>(to - from, 0) * W;
-  }
-  return plan;
-}
-
-// scale * distances @ cols^T of image n, for the rows in `plan`. `sum`: memory for one row of distances.
-void multiply_by_cols(const std::vector<Level>& levels, const StripProducts& plan, int64_t n, int64_t W, float scale,
-                      std::vector<float>& products, std::vector<float>& sum) {
-  products.assign(plan.size, 0.0f);
-  for (size_t l = 0; l < levels.size(); ++l) {
-    const Level& level = levels[l];
-    const int64_t end = l + 1 < levels.size() ? plan.base[l + 1] : plan.size;
-    sum.resize(level.w);
-    for (int64_t i = plan.low[l], product = plan.base[l]; product < end; ++i, product += W) {
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (const Tensor& d : level.distances)
-        add_scaled(d.const_data_ptr<float>() + (n * level.h + i) * level.w, scale, level.w, sum.data());
-      for (int64_t j = 0; j < level.w; ++j) {
-        const auto [from, to] = level.along_x[j];
-        add_scaled(level.cols_transposed.data() + j * W + from, sum[j], to - from, products.data() + product + from);
-      }
+      if (columns.rows[y].from == columns.rows[y].to) continue;
+      columns.all.from = std::min(columns.all.from, columns.rows[y].from);
+      columns.all.to = std::max(columns.all.to, columns.rows[y].to);
     }
   }
-}
-
-// Writes rows [first, last) of the map of image n and returns their maximum; NaN if a value is not finite. `products`,
-// `sum`: memory to reuse.
-float map_strip(const std::vector<Level>& levels, int64_t n, int64_t first, int64_t last, int64_t W, float scale,
-                std::vector<float>& products, std::vector<float>& sum, float* map) {
-  const StripProducts plan = plan_products(levels, first, last, W);
-  multiply_by_cols(levels, plan, n, W, scale, products, sum);
-  std::vector<const float*> rows(plan.taps);
+  columns.all.to = std::max(columns.all.from, columns.all.to);  // none inside
+  const int64_t width = columns.all.to - columns.all.from;
+  const StripProducts plan = plan_products(levels, first, last, columns);
+  multiply_by_cols(levels, plan, n, W, columns.all, scale, products, sum);
+  std::vector<const float*> rows(plan.taps), factors(levels.size());
   std::vector<float> weights(plan.taps);
+  std::vector<int64_t> ends(levels.size());
   Maximum maximum;
   for (int64_t y = first; y < last; ++y) {
+    float* out = map + y * W;
+    if (columns.rows) {
+      const Band& span = columns.rows[y];
+      std::fill(out, out + std::min(span.from, W), 0.0f);
+      std::fill(out + std::min(span.to, W), out + W, 0.0f);
+      if (span.from == span.to) {
+        std::fill(out, out + W, 0.0f);
+        continue;
+      }
+    }
     int64_t count = 0;
     for (size_t l = 0; l < levels.size(); ++l) {
       const Band& band = levels[l].along_y[y];
       const float* row = levels[l].rows.const_data_ptr<float>() + y * levels[l].h;
       for (int64_t i = band.from; i < band.to; ++i, ++count) {
-        rows[count] = products.data() + plan.base[l] + (i - plan.low[l]) * W;
+        rows[count] =
+            products.data() + plan.base[l] + (i - plan.low[l]) * width - columns.all.from;  // column 0 of the map
         weights[count] = row[i];
       }
+      ends[l] = count;
+      if (region) factors[l] = region->factors[l].const_data_ptr<float>() + (own * H + y) * W;
     }
-    blend_rows(rows.data(), weights.data(), count, W, map + y * W, maximum);
+    if (columns.rows)
+      blend_rows_inside({rows.data(), weights.data(), ends.data(), factors.data(), static_cast<int64_t>(levels.size())},
+                        columns.rows[y].from, columns.rows[y].to, out, maximum);
+    else
+      blend_rows(rows.data(), weights.data(), count, W, out, maximum);
   }
   return maximum.value();
 }
 
-std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vector<Tensor> rows,
-                                       std::vector<Tensor> cols, double scale) {
-  STD_TORCH_CHECK(!distances.empty() && distances.size() == rows.size() && rows.size() == cols.size(),
-                  "anomaly_map: distances, rows and cols: wanted lists of one length > 0, got ", distances.size(), ", ",
-                  rows.size(), " and ", cols.size());
-  const std::vector<Level> levels = group_levels(distances, rows, cols);
-  const int64_t N = distances[0].size(0), H = rows[0].size(0), W = cols[0].size(0);
-  Tensor maps = torch::stable::new_empty(distances[0], std::array<int64_t, 3>{N, H, W});
-  Tensor maximum = torch::stable::new_zeros(distances[0], std::array<int64_t, 1>{N});
+// Maps and maxima of all images. `region`: null for whole images.
+std::tuple<Tensor, Tensor> compute_maps(const std::vector<Level>& levels, const Region* region, int64_t N, int64_t H,
+                                        int64_t W, float scale) {
+  const Tensor& like = levels[0].distances[0];
+  Tensor maps = torch::stable::new_empty(like, std::array<int64_t, 3>{N, H, W});
+  Tensor maximum = torch::stable::new_zeros(like, std::array<int64_t, 1>{N});
   if (maps.numel() == 0) return {maps, maximum};
   const int64_t strips = (H + kStrip - 1) / kStrip;
   std::vector<float> tops(N * strips);
@@ -222,20 +200,74 @@ std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vecto
     std::vector<float> products, sum;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / strips, first = task % strips * kStrip;
-      tops[task] = map_strip(levels, n, first, std::min(H, first + kStrip), W, static_cast<float>(scale), products, sum,
-                             out + n * H * W);
+      tops[task] =
+          map_strip(levels, region, n, first, std::min(H, first + kStrip), H, W, scale, products, sum, out + n * H * W);
     }
   });
   for (int64_t n = 0; n < N; ++n) {
     float top = tops[n * strips];
     for (int64_t strip = 1; strip < strips; ++strip) top = larger(top, tops[n * strips + strip]);
-    maximum.mutable_data_ptr<float>()[n] = top;
+    const bool is_empty = top == -std::numeric_limits<float>::infinity();  // no pixel inside
+    maximum.mutable_data_ptr<float>()[n] = is_empty ? 0.0f : top;
   }
   return {maps, maximum};
 }
 
+void check_lists(const char* op, size_t distances, size_t rows, size_t cols) {
+  STD_TORCH_CHECK(distances && distances == rows && rows == cols, op,
+                  ": distances, rows and cols: wanted lists of one length > 0, got ", distances, ", ", rows, " and ",
+                  cols);
+}
+
+std::tuple<Tensor, Tensor> anomaly_map(std::vector<Tensor> distances, std::vector<Tensor> rows,
+                                       std::vector<Tensor> cols, double scale) {
+  check_lists("anomaly_map", distances.size(), rows.size(), cols.size());
+  const std::vector<Level> levels = group_levels(distances, rows, cols);
+  return compute_maps(levels, nullptr, distances[0].size(0), rows[0].size(0), cols[0].size(0),
+                      static_cast<float>(scale));
+}
+
+// The columns from the first to the last pixel inside of each row of `factors` (M, H, W), with the others of their
+// vectors.
+std::vector<Band> find_columns(const Tensor& factors) {
+  const int64_t rows = factors.size(0) * factors.size(1), W = factors.size(2);
+  std::vector<Band> columns = row_bands(factors.const_data_ptr<float>(), rows, W);
+  for (Band& band : columns)
+    if (band.from < band.to)
+      band = {band.from / kLanes * kLanes, std::min((band.to + kLanes - 1) / kLanes * kLanes, W)};
+  return columns;
+}
+
+std::tuple<Tensor, Tensor> anomaly_map_inside(std::vector<Tensor> distances, std::vector<Tensor> rows,
+                                              std::vector<Tensor> cols, std::vector<Tensor> factors, double scale) {
+  check_lists("anomaly_map_inside", distances.size(), rows.size(), cols.size());
+  const int64_t N = distances[0].size(0), H = rows[0].size(0), W = cols[0].size(0);
+  STD_TORCH_CHECK(factors.size() == distances.size(), "anomaly_map_inside: factors: wanted ", distances.size(),
+                  ", one for each pair, got ", factors.size());
+  std::vector<Level> levels;
+  Region region;
+  for (size_t i = 0; i < distances.size(); ++i) {  // each pair is a level: two may have factors of their own
+    const Tensor& f = factors[i];
+    const bool fits = f.scalar_type() == ScalarType::Float && f.dim() == 3 && f.size(1) == H && f.size(2) == W &&
+                      (f.size(0) == 1 || f.size(0) == N) && f.size(0) == factors[0].size(0);
+    STD_TORCH_CHECK(fits, "anomaly_map_inside: factors[", i, "]: wanted float32 (", N, ", ", H, ", ", W, ") or (1, ", H,
+                    ", ", W, "), as the others, got ", shape(f));
+    levels.push_back(std::move(group_levels({distances[i]}, {rows[i]}, {cols[i]})[0]));
+    region.factors.push_back(torch::stable::contiguous(f));
+  }
+  for (const Level& level : levels)
+    STD_TORCH_CHECK(level.distances[0].size(0) == N && level.rows.size(0) == H && level.cols.size(0) == W,
+                    "anomaly_map_inside: wanted ", N, " images and maps of ", H, " x ", W, " for each pair");
+  region.images = factors[0].size(0);
+  region.columns = find_columns(region.factors[0]);
+  return compute_maps(levels, &region, N, H, W, static_cast<float>(scale));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(recontrast, CPU, m) { m.impl("anomaly_map", TORCH_BOX(&anomaly_map)); }
+STABLE_TORCH_LIBRARY_IMPL(recontrast, CPU, m) {
+  m.impl("anomaly_map", TORCH_BOX(&anomaly_map));
+  m.impl("anomaly_map_inside", TORCH_BOX(&anomaly_map_inside));
+}
 
 }  // namespace recontrast

@@ -1,4 +1,4 @@
-"""anomaly_map in Triton; recontrast/reference.py defines it.
+"""anomaly_map and anomaly_map_inside in Triton; recontrast/reference.py defines them.
 
 The matrices of upsampling and blur are banded. A small first kernel finds the band of each tile of rows. A program of
 the second kernel computes a tile of the map, from the bands of its rows and columns alone, and the tile's maximum.
@@ -154,3 +154,18 @@ def anomaly_map(
             d, r, c, heights, widths, bands, maps, tops, tiles, H, W, scale, PAIRS=pairs, BLOCK=BLOCK, **OPTIONS
         )
     return maps, tops.amax(1)
+
+
+def anomaly_map_inside(
+    distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor], factors: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.anomaly_map_inside`: one map for each pair, which is multiplied by its factors."""
+    maps, outside = rows[0].new_zeros(distances[0].shape[0], rows[0].shape[0], cols[0].shape[0]), factors[0] == 0
+    for d, r, c, factor in zip(distances, rows, cols, factors, strict=True):
+        maps.addcmul_(anomaly_map([d], [r], [c], scale)[0], factor)
+    maps.masked_fill_(outside, 0)  # also where a value that is not finite was spread outside
+    if maps.numel() == 0:
+        return maps, maps.new_zeros(len(maps))
+    tops = maps.masked_fill(outside, -torch.inf).amax(dim=(1, 2))
+    tops = torch.where(outside.all(2).all(1), 0.0, tops)
+    return maps, torch.where(maps.isfinite().flatten(1).all(1), tops, torch.nan)

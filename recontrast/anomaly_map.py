@@ -95,6 +95,7 @@ class _Region(NamedTuple):
     is_whole: bool
     inside: Tensor  # in the bounding box
     points: list[Tensor]  # of each level
+    whole_factors: list[Tensor]  # of each level
     factors: list[Tensor]  # of each level, in the bounding box
     rows: list[Tensor]
     cols: list[Tensor]
@@ -277,6 +278,10 @@ class AnomalyMap:
         region = self._prepare(inside)
         if region.is_whole:
             return self.from_distances(distances)
+        if not multiplies and ops.has_kernel("anomaly_map_inside", inside.device):
+            with torch.no_grad():
+                sums = [torch.where(p, d, 0) for p, d in zip(region.points, self._sum_groups(distances), strict=True)]
+                return ops.anomaly_map_inside(sums, self._rows, self._cols, region.whole_factors, scale)
         parts: list[Tensor] = []  # the sum of the levels so far
         for d, mask, factor, rows, cols in zip(
             self._sum_groups(distances), region.points, region.factors, region.rows, region.cols, strict=True
@@ -301,7 +306,8 @@ class AnomalyMap:
             (top, bottom), (left, right) = ((span[0], span[-1] + 1) for span in (rows, cols))
             box = (slice(None), slice(top, bottom), slice(left, right))
             self._region = _Region(
-                inside, bool(inside.all()), inside[box], points, [factor[box].contiguous() for factor in factors],
+                inside, bool(inside.all()), inside[box], points, factors,
+                [factor[box].contiguous() for factor in factors],
                 [matrix[top:bottom].contiguous() for matrix in self._rows],
                 [matrix[left:right].contiguous() for matrix in self._cols],
                 (left, self.out[1] - right, top, self.out[0] - bottom),

@@ -33,6 +33,7 @@ __all__ = [
     "EPS",
     "WHY",
     "anomaly_map",
+    "anomaly_map_inside",
     "compute_maximum",
     "cosine",
     "cosine_sums",
@@ -49,6 +50,8 @@ SCHEMAS = {
     "cosine_sums_group": "(Tensor[] x, Tensor[] y) -> Tensor",
     "cosine_sums_group_backward": "(Tensor grad, Tensor[] x, Tensor[] y) -> Tensor[]",
     "anomaly_map": "(Tensor[] distances, Tensor[] rows, Tensor[] cols, float scale) -> (Tensor, Tensor)",
+    "anomaly_map_inside": "(Tensor[] distances, Tensor[] rows, Tensor[] cols, Tensor[] factors, float scale)"
+    " -> (Tensor, Tensor)",
     **mined_loss_op.SCHEMAS,
     **norm_act_op.SCHEMAS,
 }
@@ -62,6 +65,7 @@ KERNEL_MODULES = {  # operator -> module of recontrast.kernels that implements i
     "mined_loss_inside": "mined_loss",
     "mined_loss_inside_backward": "mined_loss",
     "anomaly_map": "anomaly_map",
+    "anomaly_map_inside": "anomaly_map",
     "norm_act": "norm_act",
     "norm_act_backward": "norm_act",
 }
@@ -185,23 +189,63 @@ def anomaly_map(
         ValueError: If the lists differ in length, or the shapes or dtypes do not match.
         RuntimeError: In forward-mode differentiation.
     """
+    _check_map_arguments("anomaly_map", distances, rows, cols)
+    return torch.ops.recontrast.anomaly_map(list(distances), list(rows), list(cols), scale)
+
+
+def anomaly_map_inside(
+    distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor], factors: Sequence[Tensor],
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute `reference.anomaly_map_inside`, the map in a region of interest, in one pass; not differentiable.
+
+    Args:
+        distances: Point distances of each pair, (N, h_i, w_i), float32; 0 outside.
+        rows: Matrix of the vertical axis for each pair, (H, h_i), float32, see `anomaly_map`.
+        cols: Matrix of the horizontal axis for each pair, (W, w_i), float32.
+        factors: Factors of the pixels for each pair, (N, H, W) or (1, H, W), float32, all of one shape. A pixel whose
+            first factor is 0 is outside.
+        scale: Factor on the sum.
+
+    Returns:
+        maps: Anomaly maps (N, H, W), float32, 0 outside.
+        maximum: Largest value inside of each map, (N,), float32; NaN if a value inside is NaN or infinite.
+
+    Raises:
+        ValueError: If the lists differ in length, or the shapes or dtypes do not match.
+        RuntimeError: In forward-mode differentiation.
+    """
+    _check_map_arguments("anomaly_map_inside", distances, rows, cols)
+    shape = (distances[0].shape[0], rows[0].shape[0], cols[0].shape[0])
+    if len(factors) != len(distances):
+        raise ValueError(f"anomaly_map_inside: factors: wanted {len(distances)}, one for each pair, got {len(factors)}")
+    for i, factor in enumerate(factors):
+        fits = factor.shape == factors[0].shape and tuple(factor.shape) in (shape, (1, *shape[1:]))
+        if not fits or factor.dtype != torch.float32:
+            wanted = f"float32 {shape} or {(1, *shape[1:])}, as the others"
+            got = f"{dtype_name(factor.dtype)} {tuple(factor.shape)}"
+            raise ValueError(f"anomaly_map_inside: factors[{i}]: wanted {wanted}, got {got}")
+    return torch.ops.recontrast.anomaly_map_inside(list(distances), list(rows), list(cols), list(factors), scale)
+
+
+def _check_map_arguments(op: str, distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor]) -> None:
+    """Raise ValueError if the pairs of an anomaly map do not fit each other."""
     if not 0 < len(distances) == len(rows) == len(cols):
         lengths = f"{len(distances)}, {len(rows)} and {len(cols)}"
-        raise ValueError(f"anomaly_map: distances, rows and cols: wanted lists of one length > 0, got {lengths}")
+        raise ValueError(f"{op}: distances, rows and cols: wanted lists of one length > 0, got {lengths}")
     out = (rows[0].shape[0], cols[0].shape[0])
     for i, (d, r, c) in enumerate(zip(distances, rows, cols, strict=True)):
         if d.dim() != 3 or d.shape[0] != distances[0].shape[0]:
             wanted = f"({distances[0].shape[0]}, h, w)"
-            raise ValueError(f"anomaly_map: distances[{i}]: wanted {wanted}, got {tuple(d.shape)}")
+            raise ValueError(f"{op}: distances[{i}]: wanted {wanted}, got {tuple(d.shape)}")
         if r.shape != (out[0], d.shape[1]) or c.shape != (out[1], d.shape[2]):
             wanted = f"({out[0]}, {d.shape[1]}) and ({out[1]}, {d.shape[2]})"
             got = f"{tuple(r.shape)} and {tuple(c.shape)}"
-            raise ValueError(f"anomaly_map: rows[{i}] and cols[{i}]: wanted {wanted}, got {got}")
+            raise ValueError(f"{op}: rows[{i}] and cols[{i}]: wanted {wanted}, got {got}")
         if any(t.dtype != torch.float32 for t in (d, r, c)):
             dtypes = f"{dtype_name(d.dtype)}, {dtype_name(r.dtype)} and {dtype_name(c.dtype)}"
-            raise ValueError(f"anomaly_map: pair {i}: wanted float32, got {dtypes}")
-    refuse_forward_mode("anomaly_map", *distances)
-    return torch.ops.recontrast.anomaly_map(list(distances), list(rows), list(cols), scale)
+            raise ValueError(f"{op}: pair {i}: wanted float32, got {dtypes}")
+    refuse_forward_mode(op, *distances)
 
 
 # ---- shapes (torch.compile, torch.export) -----------------------------------
@@ -226,6 +270,12 @@ def _(x, y):
 @torch.library.register_fake("recontrast::cosine_sums_group_backward")
 def _(grad, x, y):
     return [torch.empty_like(t) for t in y]
+
+
+@torch.library.register_fake("recontrast::anomaly_map_inside")
+def _(distances, rows, cols, factors, scale):
+    n = distances[0].shape[0]
+    return rows[0].new_empty(n, rows[0].shape[0], cols[0].shape[0]), rows[0].new_empty(n)
 
 
 @torch.library.register_fake("recontrast::anomaly_map")
@@ -271,7 +321,8 @@ def _backward_group(ctx, grad):
 
 for _operator in ("cosine_sums_backward", "cosine_sums_group_backward"):
     refuse_gradient(_operator, "the losses can be differentiated once, not twice")
-refuse_gradient("anomaly_map", 'AnomalyMap(method="matmul") is differentiable')
+for _operator in ("anomaly_map", "anomaly_map_inside"):
+    refuse_gradient(_operator, 'AnomalyMap(method="matmul") is differentiable')
 torch.library.register_autograd("recontrast::cosine_sums", _backward, setup_context=_setup_context)
 torch.library.register_autograd("recontrast::cosine_sums_group", _backward_group, setup_context=_setup_group)
 

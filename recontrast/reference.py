@@ -435,6 +435,35 @@ def anomaly_map(
     return maps, compute_maximum(maps)
 
 
+def anomaly_map_inside(
+    distances: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor], factors: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `anomaly_map` in a region of interest, whose pixels renormalise each pair by factors of their own.
+
+    Args:
+        distances: Point distances of each pair, (N, h_i, w_i), floating point; 0 outside.
+        rows: Upsample-and-blur matrix of the vertical axis for each pair, (H, h_i).
+        cols: Upsample-and-blur matrix of the horizontal axis for each pair, (W, w_i).
+        factors: Factors of the pixels for each pair, (N, H, W), or (1, H, W) for all images. A pixel whose first factor
+            is 0 is outside.
+        scale: Factor on the sum.
+
+    Returns:
+        maps: ``scale * sum_i factors_i * (rows_i @ distances_i @ cols_i^T)``, (N, H, W), and 0 outside, in the dtype of
+            ``rows``.
+        maximum: Largest value inside of each map, (N,): NaN if a value inside is NaN or infinite, 0 without pixels
+            inside.
+    """
+    parts = [f * (r @ d.to(r.dtype) @ c.mT) for d, r, c, f in zip(distances, rows, cols, factors, strict=True)]
+    maps = torch.stack(parts).sum(0) * scale
+    inside = (factors[0] != 0).expand(maps.shape)
+    maps = torch.where(inside, maps, 0)
+    if not maps.numel():
+        return maps, maps.new_zeros(maps.shape[0])
+    highest = torch.where(inside, maps, -torch.inf).amax(dim=(1, 2))
+    return maps, void_unless_finite(torch.where(inside.flatten(1).any(1), highest, 0), maps)
+
+
 def compute_maximum(maps: Tensor) -> Tensor:
     """Compute the largest value of each map.
 

@@ -1,4 +1,4 @@
-"""The anomaly_map operator equals the float64 reference on every available device."""
+"""The operators anomaly_map and anomaly_map_inside equal the float64 reference on every available device."""
 
 import pytest
 import torch
@@ -27,6 +27,71 @@ def test_equals_reference(case, blur, device):
     torch.testing.assert_close(maximum.double(), expected_maximum, rtol=1e-5, atol=1e-6)
     if maps.numel():
         assert torch.equal(maximum, maps.amax(dim=(1, 2)))
+
+
+def make_factors(images, out, device, share=0.6):
+    """Factors of a region with an empty row, an empty column and, of several images, one without a pixel."""
+    factors = (0.5 + torch.rand(images, *out)) * (torch.rand(images, *out) < share)
+    factors[:, out[0] // 2] = 0
+    factors[:, :, out[1] // 3 : out[1] // 3 + 2] = 0
+    if images > 1:
+        factors[1] = 0
+    return factors.to(device)
+
+
+@pytest.mark.parametrize("kind", ["shared", "each", "half"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_inside_equals_reference(case, kind, device):
+    _, out, images = case
+    distances, rows, cols = make_anomaly_map_arguments(*case, device)
+    region = make_factors(images if kind == "each" else 1, out, device)
+    if kind == "half":
+        region = torch.ones(1, *out, device=device)
+        region[:, :, out[1] // 2 :] = 0
+    factors = [region * (1 + i) for i in range(len(distances))]
+    maps, maximum = ops.anomaly_map_inside(distances, rows, cols, factors, 0.5)
+    double = [[t.double() for t in tensors] for tensors in (distances, rows, cols, factors)]
+    expected, expected_maximum = reference.anomaly_map_inside(*double, 0.5)
+    torch.testing.assert_close(maps.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(maximum.double(), expected_maximum, rtol=1e-5, atol=1e-6)
+    inside = (region != 0).expand(maps.shape)
+    assert not maps[~inside].any()
+    for i in range(images):
+        assert maximum[i] == (maps[i][inside[i]].max() if inside[i].any() else 0)
+
+
+def test_values_that_are_not_finite_count_inside_alone(device):
+    distances, rows, cols = make_anomaly_map_arguments([(16, 16)], (64, 96), 4, device)
+    factors = torch.zeros(1, 64, 96, device=device)
+    factors[:, :, :48] = 1
+    distances = [d.clone() for d in distances]
+    for image, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        distances[0][image, 8, 15] = value  # reaches no pixel inside
+    maps, maximum = ops.anomaly_map_inside(distances, rows, cols, [factors] * 2)
+    assert maps.isfinite().all() and maximum.isfinite().all() and not maps[:, :, 48:].any()
+    for image, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        distances[1][image, 8, 2] = value
+    _, maximum = ops.anomaly_map_inside(distances, rows, cols, [factors] * 2)
+    assert maximum[:3].isnan().all() and maximum[3].isfinite()
+
+
+def test_largest_value_inside_can_be_negative(device):
+    distances, rows, cols = make_anomaly_map_arguments([(6, 8)], (20, 30), 3, device)
+    factors = make_factors(1, (20, 30), device)
+    maps, maximum = ops.anomaly_map_inside([-d - 0.1 for d in distances], rows, cols, [factors] * 2)
+    assert (maximum < 0).all() and (maximum == maps[:, factors[0] != 0].amax(1)).all()
+
+
+def test_arguments_of_a_region_are_checked(device):
+    distances, rows, cols = make_anomaly_map_arguments([(6, 8)], (20, 30), 3, device)
+    factors = [torch.ones(1, 20, 30, device=device)] * 2
+    with pytest.raises(ValueError, match="anomaly_map_inside: factors: wanted 2, one for each pair, got 1"):
+        ops.anomaly_map_inside(distances, rows, cols, factors[:1])
+    for wrong in (factors[0][:, :19], factors[0].double(), factors[0].expand(3, -1, -1)):
+        with pytest.raises(ValueError, match=r"anomaly_map_inside: factors\[1\]: wanted float32 \(3, 20, 30\) or"):
+            ops.anomaly_map_inside(distances, rows, cols, [factors[0], wrong])
+    with pytest.raises(ValueError, match="anomaly_map_inside: distances, rows and cols: wanted lists of one length"):
+        ops.anomaly_map_inside(distances[:1], rows, cols, factors)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: SIZES THAT FILL ONE WERE NOT TRIED")
