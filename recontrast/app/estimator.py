@@ -20,7 +20,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from recontrast import checkpoint as checkpoints
 from recontrast.app.estimator_fit import (
+    check_fit_groups,
     check_labels,
+    check_region,
     isolate_random_state,
     refuse_tiles,
     split_images,
@@ -35,6 +37,7 @@ from recontrast.inference.calibrate import calibrate
 from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.infer import infer
 from recontrast.inference.options import InferenceOptions
+from recontrast.inference.rois import RegionOfInterest, resolve_roi
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
@@ -68,6 +71,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             None: no images are held out, so there are scores and maps but no decisions.
         holdout: Good images held out for calibration: a number (int) or a share of all (float). None: a fifth, or as
             many as the promise needs (1 / rate - 1) if that is more; at least half must remain for training.
+        roi: Region of interest of all images: a mask image (black outside), a JSON file of rectangles and polygons, or
+            a mask (H, W) of bool of the size of the images. What is outside counts for nothing. None: that of the
+            recipe, by default the whole image.
         random_state: Seed of the weights, of the order of the images and of the held-out images, from 0 to 2**63 - 1.
             None: the recipe's. Equal seeds give equal results; on the CPU they are bit-identical for the same
             number of threads. The global random state does not change.
@@ -101,6 +107,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         decoder_lr: float | None = None,
         false_alarm_rate: float | None = 0.05,
         holdout: float | int | None = None,
+        roi: RegionOfInterest | None = None,
         random_state: int | None = None,
         device: str | None = None,
     ) -> None:
@@ -114,12 +121,13 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         self.decoder_lr = decoder_lr
         self.false_alarm_rate = false_alarm_rate
         self.holdout = holdout
+        self.roi = roi
         self.random_state = random_state
         self.device = device
 
     # ---- fitting -------------------------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: ArrayLike | None = None) -> "ReContrastDetector":
+    def fit(self, X: Any, y: ArrayLike | None = None, *, groups: ArrayLike | None = None) -> "ReContrastDetector":
         """Train on good images, and calibrate on those held out.
 
         Args:
@@ -127,6 +135,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
                 calibration, and are never divided between training and calibration.
             y: Labels (n,), +1 for good and -1 for a defect; only the good images are used, as in a cross-validation
                 with labels. None: all images are good.
+            groups: Group of each image (n,), such as the serial number of a part. Images of one group are never divided
+                between training and calibration, whose promise is one about groups. None: each image is its own.
 
         Returns:
             The detector itself.
@@ -140,11 +150,14 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         good = np.arange(len(images)) if y is None else np.flatnonzero(check_labels(images, y) == 1)
         if not len(good):
             raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
-        resolve_holdout_count(len(good), self.false_alarm_rate, self.holdout)  # before any image is decoded
+        names = None if groups is None else check_fit_groups(images, groups)[good]
+        count = len(good) if names is None else len(set(names.tolist()))
+        resolve_holdout_count(count, self.false_alarm_rate, self.holdout)  # before any image is decoded
         images = [images[index] for index in good]
+        check_region(recipe, images)
         recipe = fix_bits(fix_window(recipe, images), images)
         decoded = InMemoryImages(images, recipe.size, recipe.crop, recipe.bits, recipe.window)[np.arange(len(good))]
-        split = split_images(decoded, self.false_alarm_rate, self.holdout, recipe.seed)
+        split = split_images(decoded, self.false_alarm_rate, self.holdout, recipe.seed, names)
         device = resolve_device(self.device)
         with isolate_random_state():
             result = train(recipe, SelectedImages(decoded, split.training), device=device)
@@ -153,6 +166,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
                 calibration = calibrate(
                     result.model, recipe, SelectedImages(decoded, split.held_out), rate=self.false_alarm_rate,
                     batch=recipe.batch, source=f"{len(split.held_out)} of {len(good)} images given to fit",
+                    groups=split.groups.tolist(),
                 )  # fmt: skip
         self._take(replace(result.state, calibration=calibration), result.model)
         self.losses_, self.held_out_ = np.asarray(result.losses), good[split.held_out]
@@ -167,6 +181,8 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         changes = {name: to_python_number(value) for name in names if (value := getattr(self, name)) is not None}
         if self.random_state is not None:
             changes["seed"] = to_python_number(self.random_state)
+        if self.roi is not None:
+            changes["roi"] = resolve_roi(self.roi)[0]
         return refuse_tiles(base.replace(**changes, holdout=0.0), "recipe")  # held out here, from X
 
     def _take(self, state: Checkpoint, model: Any) -> None:
@@ -274,6 +290,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         recipe = self.recipe_
         images = InMemoryImages(X, recipe.size, recipe.crop, recipe.bits, recipe.window)
+        check_region(recipe, as_image_list(X))
         move_model(self.model_, resolve_device(self.device), recipe.channels_last)
         for maps, scores in infer(self.model_, images, recipe, batch=self.batch or recipe.batch):
             yield maps.float().cpu().numpy(), scores.double().cpu().numpy()

@@ -1,10 +1,12 @@
 """Parts of `recontrast.app.estimator`: how the images given to `fit` are divided, and checks of its arguments."""
 
 import operator
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from sklearn.utils.validation import check_consistent_length
 
 from recontrast.data.copies import describe_copies
 from recontrast.data.fingerprint import compute_fingerprint
+from recontrast.data.groups import pair_groups
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import (
     describe_near_copies,
@@ -22,6 +25,9 @@ from recontrast.data.near_copies import (
     merge_copies,
     sketch_image,
 )
+from recontrast.data.roi import EACH
+from recontrast.inference.given_images import measure_given
+from recontrast.inference.rois import Rois
 from recontrast.recipes.recipe import Recipe, refuse_views
 from recontrast.training.holdout import resolve_holdout_count
 
@@ -33,13 +39,18 @@ class FitSplit:
     Attributes:
         training: Images to train on, (n,).
         held_out: Images held out, (m,), all different and none a copy of a training image.
+        groups: Number of the group of each image held out, (m,), for which the calibration counts once.
     """
 
     training: NDArray[np.int64]
     held_out: NDArray[np.int64]
+    groups: NDArray[np.int64]
 
 
-def split_images(images: NDArray[np.uint8], rate: float | None, holdout: float | int | None, seed: int) -> FitSplit:
+def split_images(
+    images: NDArray[np.uint8], rate: float | None, holdout: float | int | None, seed: int,
+    groups: NDArray[Any] | None = None,
+) -> FitSplit:  # fmt: skip
     """Divide good images at random into those to train on and those to calibrate with.
 
     Copies and pictures that were saved again stay on one side and count as one image. Warns
@@ -50,21 +61,27 @@ def split_images(images: NDArray[np.uint8], rate: float | None, holdout: float |
         rate: False-alarm rate to promise; None holds out no images.
         holdout: Number of images to hold out, or their share, see `resolve_holdout_count`.
         seed: Seed of the division.
+        groups: Group of each image, (n,); images of one are never divided. None: each image is a group of its own.
 
     Returns:
         The positions.
 
     Raises:
-        ValueError: If there are too few different images for the rate.
+        ValueError: If there are too few different images, or groups, for the rate.
     """
     first: dict[str, int] = {}
     owners = np.array([first.setdefault(compute_fingerprint(image), index) for index, image in enumerate(images)])
     if rate is not None:
         owners = np.array(_join_near_copies(images, owners.tolist()))
+    pictures = owners
+    if groups is not None:
+        owners = np.array(merge_copies(owners.tolist(), pair_groups(groups.tolist())))
     different = np.unique(owners)
     count = resolve_holdout_count(len(different), rate, holdout)
-    held_out = np.sort(np.random.default_rng(seed).permutation(different)[:count])
-    return FitSplit(np.flatnonzero(~np.isin(owners, held_out)), held_out)
+    drawn = np.sort(np.random.default_rng(seed).permutation(different)[:count])
+    is_drawn = np.isin(owners, drawn)
+    held_out = np.flatnonzero(is_drawn & (pictures == np.arange(len(pictures))))  # one image of each picture
+    return FitSplit(np.flatnonzero(~is_drawn), held_out, owners[held_out])
 
 
 def _join_near_copies(images: NDArray[np.uint8], owners: list[int]) -> list[int]:
@@ -104,8 +121,48 @@ def check_labels(images: Sequence[Any], y: ArrayLike) -> NDArray[Any]:
     return labels
 
 
+def check_fit_groups(images: Sequence[Any], groups: ArrayLike) -> NDArray[Any]:
+    """Return the groups, one for each image.
+
+    Args:
+        images: Images of the caller.
+        groups: Names or numbers (n,).
+
+    Returns:
+        (n,) array.
+
+    Raises:
+        ValueError: If they have another shape, or a group is NaN or None.
+    """
+    names = np.asarray(groups)
+    check_consistent_length(images, names)
+    if names.ndim != 1:
+        raise ValueError(f"fit: groups: wanted a name or number for each image, got an array of shape {names.shape}")
+    if any(name is None or name != name for name in names.tolist()):
+        raise ValueError("fit: groups: wanted a name or number for each image, got None or NaN")
+    return names
+
+
+def check_region(recipe: Recipe, images: Sequence[Any]) -> None:
+    """Raise ValueError if the region of interest of a recipe has another aspect ratio than an image.
+
+    Args:
+        recipe: Recipe with one region for all images, or none.
+        images: Paths, PIL images or arrays.
+    """
+    if recipe.roi is None:
+        return
+    rois = Rois(recipe)
+    for index, image in enumerate(images):
+        try:
+            shape = measure_given(Path(image) if isinstance(image, str) else image)
+        except (OSError, ValueError, AttributeError):  # reported where the image is read
+            continue
+        rois.check(shape, str(image) if isinstance(image, str | os.PathLike) else f"image {index}")
+
+
 def refuse_tiles(recipe: Recipe, source: str) -> Recipe:
-    """Return the recipe, or raise an error if it trains on tiles or on several views of a part.
+    """Return the recipe, or raise an error if it trains on tiles, views of a part or single masks.
 
     Args:
         recipe: Recipe of a detector.
@@ -118,6 +175,8 @@ def refuse_tiles(recipe: Recipe, source: str) -> Recipe:
         ValueError: If it does.
     """
     refuse_views(recipe, source, "for the estimator")
+    if recipe.roi == EACH:
+        raise ValueError(f"{source}: wanted one region of interest for all images for the estimator, got one for each")
     if recipe.tile is not None:
         raise ValueError(f"{source}: wanted a detector of whole images, got one of tiles ({recipe.tile} px): use "
                          "recontrast train and recontrast predict")  # fmt: skip

@@ -75,13 +75,24 @@ class GivenImages(ImageFiles):
         Returns:
             Height and width.
         """
-        source = self.sources[index]
-        if isinstance(source, Path):
-            return image_size(source)
-        if isinstance(source, np.ndarray):
-            return source.shape[0], source.shape[1]
-        picture = apply_orientation(source)
-        return picture.height, picture.width
+        return measure_given(self.sources[index])
+
+
+def measure_given(source: Any) -> tuple[int, int]:
+    """Return the height and width of an image in pixels, after applying its EXIF orientation.
+
+    Args:
+        source: Path, PIL image or array.
+
+    Returns:
+        Height and width.
+    """
+    if isinstance(source, Path):
+        return image_size(source)
+    if isinstance(source, np.ndarray):
+        return source.shape[0], source.shape[1]
+    picture = apply_orientation(source)
+    return picture.height, picture.width
 
 
 def list_given(images: Any) -> list[Any]:

@@ -74,6 +74,59 @@ def test_the_promise(fitted, good):
     assert fitted.calibration_.source == "3 of 12 images given to fit"
 
 
+def test_groups_stay_on_one_side(good, tests):
+    """12 images of 4 parts; one part is held out, and the largest of its three scores is the threshold."""
+    parts = np.repeat(["a", "b", "c", "d"], 3)
+    found = detector(false_alarm_rate=0.5).fit(good, groups=parts)
+    assert len(found.held_out_) == 3 and len(set(parts[found.held_out_])) == 1
+    held = -found.score_samples([good[place] for place in found.held_out_])
+    assert found.calibration_.scores == (max(held),) and found.calibration_.count == 1
+    single = detector(false_alarm_rate=0.25).fit(good, groups=np.arange(12))
+    assert np.array_equal(single.score_samples(tests), detector().fit(good).score_samples(tests))
+    with pytest.raises(ValueError, match=r"false_alarm_rate: for a rate of 0\.05 wanted at least 19 images held out"):
+        detector(false_alarm_rate=0.05).fit(good, groups=parts)
+    for groups, message in (
+        ([[1]] * 12, "fit: groups: wanted a name or number for each image, got an array of shape"),
+        ([None] * 12, "fit: groups: wanted a name or number for each image, got None or NaN"),
+        ([np.nan] * 12, "got None or NaN"),
+        ([1, 2], "inconsistent numbers of samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detector().fit(good, groups=groups)
+
+
+def test_groups_of_the_good_images_count(good):
+    """Defects are left out with their groups."""
+    labels = np.array([1] * 8 + [-1] * 4)
+    found = detector(false_alarm_rate=0.5).fit(good, labels, groups=np.repeat([0, 1, 2], 4))
+    assert set(found.held_out_) in ({0, 1, 2, 3}, {4, 5, 6, 7})
+
+
+def test_region_of_interest(good, tests, tmp_path):
+    mask = np.zeros((64, 64), bool)
+    mask[:, :32] = True
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "roi.png")
+    found = detector(roi=mask).fit(good)
+    maps = found.anomaly_maps(tests)
+    assert maps[:, :, :16].all() and not maps[:, :, 16:].any()
+    by_file = clone(found).set_params(roi=str(tmp_path / "roi.png")).fit(good)
+    assert np.array_equal(by_file.score_samples(tests), found.score_samples(tests))
+    changed = [np.asarray(Image.open(path)).copy() for path in tests]
+    assert found.recipe_.roi == by_file.recipe_.roi
+    found.save(tmp_path / "detector.pt")
+    again = ReContrastDetector.from_checkpoint(tmp_path / "detector.pt", device="cpu")
+    assert np.array_equal(again.score_samples(changed), found.score_samples(tests))
+    for images in ([np.zeros((64, 90, 3), np.uint8)], [Image.new("RGB", (90, 64))]):
+        with pytest.raises(ValueError, match=r"roi: wanted a mask of the size of image 0"):
+            found.predict(images)
+    with pytest.raises(ValueError, match=r"roi: wanted a mask \(H, W\) of bool"):
+        detector(roi=np.zeros((4, 4))).fit(good)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "masks/000.png")
+    with pytest.raises(ValueError, match="wanted one region of interest for all images for the estimator"):
+        detector(roi=tmp_path / "masks").fit(good)
+
+
 def test_without_a_promise(good, tests):
     found = detector(false_alarm_rate=None).fit(good[:5])
     assert found.calibration_ is None and np.isnan(found.offset_) and not len(found.held_out_)

@@ -51,6 +51,13 @@ def compare(  # 16 options
         str | None,
         typer.Option(help="Time for the training of each method, such as 90s, 3m or 1h; see train --budget."),
     ] = None,
+    roi: Annotated[
+        Path | None,
+        path_option(
+            help="Region of interest of all images and methods: a mask image (black: do not look) or a JSON file of "
+            "rectangles and polygons. Default: whole images."
+        ),
+    ] = None,
     good: Good = None,
     bad: Bad = None,
     device: Device = None,
@@ -75,6 +82,7 @@ def compare(  # 16 options
     comparison = prepare_comparison(
         groups, select_methods(parse_list(methods)), changes, category=category, out=out, images=images or [],
         device=device, overwrite=overwrite, budget=None if budget is None else parse_duration("--budget", budget),
+        roi=roi,
     )  # fmt: skip
     check_writable(comparison.out)
     check_replaceable(comparison.out, FILES, overwrite=overwrite)
@@ -95,12 +103,14 @@ def compare(  # 16 options
 
 
 def _print_images(comparison: "Comparison") -> None:
-    """Print which images are compared on, and which were drawn to train on."""
+    """Print which images are compared on, in which region, and which were drawn to train on."""
     from recontrast.data import datasets
 
     print_data(datasets.describe(comparison.groups))
-    if drawn := next((run.job.describe_shots() for run in comparison.runs if run.job is not None), None):
-        print_line(drawn)
+    first = next((run.job for run in comparison.runs if run.job is not None), None)
+    for note in () if first is None else (first.describe_roi(), first.describe_shots()):
+        if note is not None:
+            print_line(note)
 
 
 def _run(comparison: "Comparison") -> "list[MethodResult]":

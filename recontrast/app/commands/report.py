@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import print_image_errors, print_line
+from recontrast.app.console import print_error, print_image_errors, print_line
 from recontrast.app.options import (
     Batch,
     CheckpointFile,
@@ -38,6 +38,12 @@ def report(
     images: Annotated[
         int, typer.Option(help="Largest number of images in the gallery, worst errors first.", min=1)
     ] = 300,
+    roi: Annotated[
+        Path | None,
+        path_option(
+            help="Another region of interest, as in train; the calibration does not hold for it. Default: as trained."
+        ),
+    ] = None,
     batch: Batch = 16,
     device: Device = None,
     overwrite: Overwrite = False,
@@ -49,9 +55,11 @@ def report(
     check_replaceable(target.parent, [target.name], overwrite=overwrite, inputs=[resolve_checkpoint(run)])
     with ProgressBar("report") as progress:
         written = write_report(
-            run, data or [], out, category=category, images=images, batch=batch, device=device,
+            run, data or [], out, category=category, images=images, batch=batch, device=device, roi=roi,
             on_progress=lambda name, done, total: progress(done, total, name),
         )  # fmt: skip
+    if written.note is not None:
+        print_error(f"warning: {written.note}")
     limited = "" if written.shown == written.images else f", {written.shown} of them shown"
     print_line(f"report of {written.images} images{limited}, {written.bytes / 1e6:.1f} MB: {written.path}")
     print_image_errors(written.errors, f"see {written.path}")

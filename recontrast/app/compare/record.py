@@ -127,7 +127,7 @@ def describe_changes(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     """
     first, second = ({**values, **values.get("recipe", {})} for values in (stored, settings))
     names = [name for name in second if name != "recipe" and first.get(name) != second[name]]
-    parts = [
-        "other images" if name == "images" else f"{name} {first.get(name)} instead of {second[name]}" for name in names
-    ]
+    names += [] if "roi" in second or first.get("roi") is None else ["roi"]  # a recipe without one does not name it
+    others = {"images": "other images", "roi": "another region of interest"}
+    parts = [others.get(name) or f"{name} {first.get(name)} instead of {second[name]}" for name in names]
     return ", ".join(parts)

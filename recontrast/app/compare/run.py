@@ -23,8 +23,10 @@ from recontrast.data.datasets import Sample
 from recontrast.data.listing import list_images
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.roi import EACH
 from recontrast.data.unfinished import mark_unfinished, name_mark
 from recontrast.evaluation.results import FILES as TABLES
+from recontrast.inference.rois import RegionOfInterest, resolve_roi
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
 from recontrast.training.shots import select_shots
@@ -73,6 +75,7 @@ def prepare_comparison(
     data: Sequence[Path] | Mapping[str, list[Sample]], methods: Sequence[str], changes: dict[str, Any], *,
     category: str | None, out: Path | None,
     images: Sequence[Path], device: str | None, overwrite: bool, budget: float | None = None,
+    roi: RegionOfInterest | None = None,
 ) -> Comparison:  # fmt: skip
     """Check the options of a comparison, and list its images.
 
@@ -86,6 +89,7 @@ def prepare_comparison(
         device: PyTorch device; None for the default.
         overwrite: Whether other runs and files of others in ``out`` may be replaced.
         budget: Seconds that the training of each method may take; None for no limit.
+        roi: Region of interest of all images: a mask image, a JSON file or a mask; None for whole images.
 
     Returns:
         The comparison. A method that cannot run with these options has an error.
@@ -106,6 +110,10 @@ def prepare_comparison(
     category = category or next(iter(groups))
     out = out or Path("runs") / f"compare-{category}"
     samples = [sample for group in groups.values() for sample in group]
+    if roi is not None:
+        changes = {**changes, "roi": resolve_roi(roi, "--roi")[0]}
+    if changes.get("roi") == EACH or (roi is None and any(sample.roi is not None for sample in samples)):
+        raise ValueError("--roi: wanted one region of interest for all images to compare methods, got one for each")
     is_labelled = len({sample.label for sample in samples if sample.split == "test"}) > 1
     drawn = select_shots(samples, changes.get("shots"), changes.get("seed", Recipe().seed))
     good = sum(sample.split == "train" and not sample.label for sample in drawn)

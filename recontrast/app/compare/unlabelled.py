@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from recontrast import metrics
 from recontrast.calibration.conformal import conformal_threshold
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.roi import decode_mask, fit_mask
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.infer import infer
 
@@ -52,9 +53,12 @@ def score_defaced(detector: CheckpointDetector, paths: Sequence[Path], batch: in
     Returns:
         Scores (n,), float64.
     """
-    parts = []
+    parts, recipe = [], detector.recipe
+    inside = None
+    if recipe.roi is not None:
+        inside = fit_mask(decode_mask(recipe.roi), recipe.size, recipe.crop, recipe.out)
     for pixels in read_chunks(detector, paths):
-        defaced = np.stack([paste_patch(image, index) for index, image in enumerate(pixels)])
+        defaced = np.stack([paste_patch(image, index, inside) for index, image in enumerate(pixels)])
         parts += [scores.cpu().numpy() for _, scores in infer(detector.model, defaced, detector.recipe, batch=batch)]
     return np.concatenate(parts).astype(np.float64)
 
@@ -67,7 +71,9 @@ def read_chunks(detector: CheckpointDetector, paths: Sequence[Path]) -> Iterator
         yield files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window)[np.arange(len(files))]
 
 
-def paste_patch(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+def paste_patch(
+    image: NDArray[np.uint8], seed: int, inside: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:  # fmt: skip
     """Paste a patch of an image at another place, turned by 180 degrees and brighter or darker.
 
     This is the artificial defect of CutPaste (Li et al., CVPR 2021), with a patch of an eighth to a quarter of a side.
@@ -75,6 +81,7 @@ def paste_patch(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     Args:
         image: Good image (H, W, 3), uint8, or float32 in [0, 1].
         seed: Seed of the places and the brightness.
+        inside: Region of interest, (H, W) bool: the patch is pasted around one of its pixels. None: anywhere.
 
     Returns:
         Copy with the patch, (H, W, 3), of the same dtype.
@@ -84,6 +91,12 @@ def paste_patch(image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     (top, left), (y, x) = (
         (int(rng.integers(image.shape[0] - height + 1)), int(rng.integers(image.shape[1] - width + 1))) for _ in "12"
     )
+    if inside is not None:
+        middle = np.argwhere(inside)[rng.integers(np.count_nonzero(inside))]
+        y, x = (
+            int(np.clip(place - length // 2, 0, side - length))
+            for place, length, side in zip(middle, (height, width), image.shape[:2], strict=True)
+        )
     full = 255 if image.dtype == np.uint8 else 1
     shift = (SHIFT if rng.random() < 0.5 else -SHIFT) * full / 255
     patch = image[top : top + height, left : left + width][::-1, ::-1] + shift

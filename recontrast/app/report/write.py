@@ -11,6 +11,7 @@ from recontrast.data.names import escape_bytes
 
 if TYPE_CHECKING:
     from recontrast.data.datasets import Sample
+    from recontrast.inference.rois import RegionOfInterest
 
 BUDGET = 7_000_000  # bytes of all pictures; the rest of the file takes about 100 kB
 ALL = "all"
@@ -26,11 +27,13 @@ class WrittenReport:
     images: int  # number of evaluated images
     shown: int  # number of images in the gallery
     errors: tuple[str, ...] = ()  # one sentence for each image that could not be read, now or again
+    note: str | None = None  # why the calibration of the run is not used
 
 
 def write_report(
     run: Path, data: list[Path], out: Path | None = None, *, category: str | None = None, images: int = 300,
     batch: int = 16, device: str | None = None, budget: int = BUDGET, on_progress: OnProgress | None = None,
+    roi: "RegionOfInterest | None" = None,
 ) -> WrittenReport:  # fmt: skip
     """Evaluate the detector of ``run`` and write the results as one HTML file.
 
@@ -45,6 +48,8 @@ def write_report(
         device: Device for the model; None uses the GPU if one is available.
         budget: Maximum number of bytes of all pictures.
         on_progress: Called with the category, the images processed and the number of images in the category.
+        roi: Another region of interest, see `recontrast.inference.rois.resolve_roi`, for which the calibration does not
+            hold; or the folder with a mask for each image. None: as trained.
 
     Returns:
         Path, size and content of the report. An image that cannot be read has a placeholder in it.
@@ -63,6 +68,7 @@ def write_report(
     from recontrast.data.regular_file import check_regular
     from recontrast.data.temporary import complete_commits
     from recontrast.inference.options import InferenceOptions
+    from recontrast.inference.rois import add_rois, apply_roi, describe_other_roi
     from recontrast.runtime.device import resolve_device
     from recontrast.training import json_log
 
@@ -85,12 +91,16 @@ def write_report(
     if category is not None:  # checked before the model is loaded
         categories = _select_categories(categories, category, "")
     model, recipe, checkpoint = checkpoints.load_model(file, device)
-    groups = _select_categories(categories, category, checkpoint.category)
+    trained = recipe
+    recipe, masks = apply_roi(trained, roi)
+    groups = add_rois(_select_categories(categories, category, checkpoint.category), masks)
     # Open the file first: if it cannot be written, no time is spent on the evaluation.
     with lock_file(out), replace_file(out, size=budget) as target:
         options = InferenceOptions()
-        network = options.build_network(model, recipe, recipe)  # same scores as evaluate and predict
-        calibration = options.valid_calibration(recipe, checkpoint.calibration)
+        network = options.build_network(model, recipe, trained)  # same scores as evaluate and predict
+        calibration = options.valid_calibration(trained, checkpoint.calibration)
+        mismatch = None if calibration is None else describe_other_roi(trained, recipe)
+        calibration = None if mismatch is not None else calibration
         results = findings.gather(network, groups, recipe, calibration, batch=batch, on_progress=on_progress)
         shots = results.shots[:images]
         pictures = thumbnails.encode_pictures(results, shots, recipe, budget)
@@ -100,7 +110,8 @@ def write_report(
         target.write(content)
         total = len(results.shots)
     errors = [*results.errors, *(picture.error for picture in pictures if picture.error is not None)]
-    return WrittenReport(out, len(content), total, len(shots), tuple(dict.fromkeys(errors)))
+    note = None if mismatch is None else f"{file}: {mismatch}"
+    return WrittenReport(out, len(content), total, len(shots), tuple(dict.fromkeys(errors)), note)
 
 
 def _select_categories(

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import tiny_set
 
 import recontrast
+from recontrast.app.compare.unlabelled import paste_patch
 from recontrast.data.roi import EACH, decode_mask
 
 OPTIONS = ["--architecture", "patchcore", "--backbone", "test_resnet", "--weights", "random", "--size", 64]
@@ -95,6 +96,43 @@ def test_report_outlines_the_region(run, tmp_path):
     assert "62.5 % of the image (64 x 64 px)" in text and "Outlined in blue: the region of interest." in text
     picture = np.asarray(recontrast.load(run / "run").predict(run / "data/nut/test/good")[0].draw())
     assert (picture == (70, 170, 255)).all(axis=2).any()
+
+
+def test_report_in_another_region(run, tmp_path):
+    own = call("report", run / "run", run / "data/nut", "--out", tmp_path / "own.html")
+    result = call("report", run / "run", run / "data/nut", "--out", tmp_path / "r.html", "--roi", run / "other.png")
+    assert result.exit_code == own.exit_code == 0
+    assert "its calibration is for another region of interest, 62.5 % of the image (64 x 64 px)" in result.output
+    assert "warning" not in own.output
+    assert "37.5 % of the image (64 x 64 px)" in (tmp_path / "r.html").read_text()
+    text = fails("report", run / "run", run / "data/nut", "--out", tmp_path / "n.html", "--roi", tmp_path / "none.png")
+    assert "none.png" in text and not (tmp_path / "n.html").exists()
+
+
+def test_compare_in_a_region(run, tmp_path):
+    options = ["--methods", "padim,patchcore", "--backbone", "test_resnet", "--weights", "random", "--size", 64]
+    options += ["--out", tmp_path / "c", "--device", "cpu"]
+    printed = works("compare", run / "data/nut", *options, "--roi", run / "roi.png")
+    assert "region of interest: 62.5 % of the image (64 x 64 px)" in printed
+    for method in ("padim", "patchcore"):
+        maps = [p.anomaly_map for p in recontrast.load(tmp_path / "c" / method).predict(run / "data/nut/test/good")]
+        assert all(m[:, :40].all() and not m[:, 40:].any() for m in maps)
+    other = call("compare", run / "data/nut", *options)
+    assert other.exit_code == 2 and "another region of interest" in other.output
+    other = call("compare", run / "data/nut", *options, "--roi", run / "other.png")
+    assert other.exit_code == 2 and "another region of interest" in other.output
+    (tmp_path / "masks").mkdir()
+    text = fails("compare", run / "data/nut", *options, "--roi", tmp_path / "masks")
+    assert "masks" in text
+
+
+def test_patches_of_a_comparison_lie_inside():
+    inside = np.zeros((40, 60), bool)
+    inside[30:, :9] = True
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    for seed in range(20):
+        changed = (paste_patch(image, seed, inside) != image).any(2)
+        assert (changed & inside).any()
 
 
 def test_calibrate_counts_the_pixels_inside(run, tmp_path):
