@@ -223,22 +223,26 @@ def extend(
     good: PathLike | Sequence[PathLike],
     *,
     holdout: float = 0.0,
+    steps: int | None = None,
     all_good: bool = False,
     device: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckpointDetector:
-    """Add good images to a fitted PatchCore (Roth et al., https://arxiv.org/abs/2106.08265), and store it.
+    """Add good images to a detector, and store it.
 
-    The bank keeps its vectors and gains a share of those of the new images. The stored calibration is removed, since it
-    belongs to the bank before. On failure the checkpoint is unchanged.
+    The bank of a fitted PatchCore (Roth et al., https://arxiv.org/abs/2106.08265) keeps its vectors and gains a share
+    of those of the new images. A detector that is trained by steps makes further ones on all given images. The stored
+    calibration is removed, since it belongs to the detector before. On failure the checkpoint is unchanged.
 
     Args:
         detector: A detector from a checkpoint, or the path of one.
-        good: Good images, as paths of files, folders or lists. Those that were trained on already are left out.
+        good: Good images, as paths of files, folders or lists. PatchCore leaves out those that it was trained on; a
+            detector that is trained by steps may forget what it learnt from images that are not given.
         holdout: Share of the new images that are not added but used for a new calibration, in [0, 1).
+        steps: Number of further steps; None: a quarter of those of the run. Only for a detector trained by steps.
         all_good: Whether all images in a folder are good, whatever the names of its subfolders.
         device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
-        on_progress: Called with the number of finished images and of all images.
+        on_progress: Called with the number of finished images and of all images, or with those of steps.
 
     Returns:
         The extended detector, loaded from its checkpoint.
@@ -249,7 +253,7 @@ def extend(
     """
     file = detector.path if isinstance(detector, CheckpointDetector) else resolve_detector(detector)
     result = extend_detector(
-        file, list_good_samples(good, all_good), holdout=holdout, device=device, on_step=on_progress
+        file, list_good_samples(good, all_good), holdout=holdout, steps=steps, device=device, on_step=on_progress
     )
     return CheckpointDetector(result.checkpoint, device)
 

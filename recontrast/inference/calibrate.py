@@ -191,7 +191,7 @@ def is_trained_on(paths: Sequence[Path], checkpoint: TrainedDetector) -> bool:
 
 def split_trained_images(
     option: str, paths: Sequence[Path], checkpoint: TrainedDetector
-) -> tuple[list[Path], list[Path], list[NDArray[np.float32]]]:
+) -> tuple[list[Path], list[Path], list[Path], list[NDArray[np.float32]]]:
     """Separate new images from those that a detector was trained on.
 
     Args:
@@ -200,22 +200,26 @@ def split_trained_images(
         checkpoint: Checkpoint of the detector.
 
     Returns:
-        The different new images; the images that were trained on, or are copies of one of the new images; and the
-        sketches of the new images, (1024,) float32 each, see `recontrast.data.near_copies.sketch_image`.
+        The different new images; the images that were trained on; the copies of images of both kinds; and the sketches
+        of the new images, (1024,) float32 each, see `recontrast.data.near_copies.sketch_image`.
 
     Raises:
         ValueError: If a file cannot be read.
     """
-    seen = set(read_fingerprints(checkpoint.images))
+    trained = read_fingerprints(checkpoint.images)
     files = ImageFiles(paths)
+    seen: set[str] = set()
     new: list[Path] = []
-    others: list[Path] = []
+    known: list[Path] = []
+    copies: list[Path] = []
     sketches: list[NDArray[np.float32]] = []
     for path, result in zip(files.paths, _identify_images(files, checkpoint.recipe), strict=True):
         if result is None:
             continue
         if result[0] in seen:
-            others.append(path)
+            copies.append(path)
+        elif result[0] in trained:
+            known.append(path)
         else:
             new.append(path)
             sketches.append(result[1])
@@ -223,7 +227,7 @@ def split_trained_images(
     if files.errors:
         first = files.errors[min(files.errors)]
         raise ValueError(f"{option}: wanted images that can be read, got {len(files.errors)} others: {first}")
-    return new, others, sketches
+    return new, known, copies, sketches
 
 
 def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, NDArray[np.float32]] | None]:

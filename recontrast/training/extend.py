@@ -1,4 +1,4 @@
-"""Extension of a fitted detector: further good images are added without fitting it anew."""
+"""Extension of a detector by further good images: a fitted one gains their vectors, others make further steps."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from recontrast.architectures import ARCHITECTURES, get_architecture
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.atomic import replace_files
-from recontrast.data.augment import augment_images
+from recontrast.data.augment import augment_images, count_views
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.fingerprint import describe_images
+from recontrast.data.fingerprint import describe_images, read_fingerprints
 from recontrast.data.groups import list_groups
 from recontrast.data.locks import lock_checkpoint
 from recontrast.data.near_copies import encode_sketches, read_sketches
@@ -27,8 +27,10 @@ from recontrast.data.sources import Images, SelectedImages
 from recontrast.data.views import group_samples
 from recontrast.float32 import convolution_precision
 from recontrast.inference.calibrate import split_trained_images
+from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
+from recontrast.runtime.distributed import World
 from recontrast.training.device_images import DeviceImages
 from recontrast.training.holdout import calibrate_holdout
 from recontrast.training.json_log import read_log
@@ -38,7 +40,11 @@ from recontrast.training.open_images import sketch_images
 from recontrast.training.rois import TrainingRois
 from recontrast.training.run_files import CHECKPOINT, LOG, list_results
 from recontrast.training.sampler import BatchSampler
-from recontrast.training.state import TrainingState, snapshot
+from recontrast.training.settings import RunSettings
+from recontrast.training.state import TrainingState, restore_optimisers, snapshot
+from recontrast.training.trainer import RULE_PARAMETERS, Trainer
+
+STEP_SHARE = 4  # further steps by default: one for each so many of the run
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,14 @@ class Extension:
     Attributes:
         checkpoint: Path of the checkpoint.
         added: Number of images that were added.
-        total: Number of images that the detector has been fitted to.
-        left_out: Images that the detector was trained on already, and copies of new images.
+        total: Number of images that the detector has been trained on, then and now.
+        left_out: Images that were not used: copies, and for a fitted detector those that it was trained on already.
         lost_calibration: Whether a calibration was removed, because it belongs to the detector before.
         calibration: Calibration on held-out new images; None if none were held out.
         seconds: Duration.
+        steps: Number of further steps; 0 for a detector that is fitted in one pass.
+        again: Number of images that the detector was trained on already, and was trained on again.
+        forgotten: Number of images that the detector was trained on, and that were not given for the further steps.
     """
 
     checkpoint: Path
@@ -62,6 +71,9 @@ class Extension:
     lost_calibration: bool
     calibration: Calibration | None
     seconds: float
+    steps: int = 0
+    again: int = 0
+    forgotten: int = 0
 
 
 def extend(
@@ -69,25 +81,30 @@ def extend(
     paths: Sequence[Path | Sample],
     *,
     holdout: float = 0.0,
+    steps: int | None = None,
     device: str | torch.device | None = None,
     on_step: Callable[[int, int], None] | None = None,
     option: str = "good",
 ) -> Extension:
-    """Add good images to a detector that was fitted in one pass, such as PatchCore.
+    """Add good images to a detector.
 
-    The bank keeps its vectors and gains a share of those of the new images. The file is replaced at the end, so that an
-    error or Ctrl-C leaves it as it was. The stored calibration is removed: it belongs to the detector before.
+    The bank of PatchCore keeps its vectors and gains a share of those of the new images. A detector that is trained by
+    steps makes further ones on all given images, new ones and those that it was trained on, with the optimisers as they
+    were left; its recipe then has all steps, and its schedule that of a run of so many. The file is replaced at the
+    end, so that an error or Ctrl-C leaves it as it was. The stored calibration is removed: it belongs to the detector
+    before.
 
     Warns (`recontrast.data.listing.DataWarning`) of pictures that were saved again. Such pictures stay on one side of
     the division into added and held-out images, and those of an image that the detector was trained on are added.
 
     Args:
         path: Checkpoint, which is replaced. Results of an evaluation beside it are removed.
-        paths: Files of good images, or samples with their groups. Those that the detector was trained on already are
-            left out.
+        paths: Files of good images, or samples with their groups. A fitted detector leaves out those that it was
+            trained on already. One that is trained by steps may forget what it learnt from images that are not given.
         holdout: Share of the new images that are not added but used for a calibration, in [0, 1).
+        steps: Number of further steps; None: a quarter of those of the run. Only for a detector trained by steps.
         device: Device of the computation; None takes the GPU if there is one.
-        on_step: Called with the number of finished images and of all new images.
+        on_step: Called with the number of finished images and of all new images, or with those of steps.
         option: Option or argument that gave the images, for messages.
 
     Returns:
@@ -104,42 +121,62 @@ def extend(
     resolved = resolve_device(device)
     with lock_checkpoint(path):
         saved = checkpoint.load(path)
-        _check_extendable(saved, path)
+        _check_extendable(saved, path, steps)
         samples = group_samples([_to_sample(item, saved.category) for item in paths], saved.recipe.image_views)
         given = {sample.path: sample for sample in samples}
-        new, left_out, sketches = split_trained_images(option, list(given), saved)
+        new, known, left_out, sketches = split_trained_images(option, list(given), saved)
         if not new:
+            count = len(known) + len(left_out)
             raise ValueError(
-                f"{option}: wanted good images that the detector was not trained on, got {len(left_out)} that it was"
+                f"{option}: wanted good images that the detector was not trained on, got {count} that it was"
             )
         new_samples = [given[path] for path in new]
         training, held_out, groups = split_new_images(new_samples, sketches, saved, holdout, option)
+        again, entries = [given[path] for path in known], list[dict[str, Any]]()
         with convolution_precision(saved.recipe.tf32):
-            state = _fit_further(saved, path, training, resolved, on_step)
+            if saved.recipe.uses_steps:
+                further = max(saved.recipe.steps // STEP_SHARE, 1) if steps is None else steps
+                state = _train_further(saved, path, training, again, further, resolved, on_step, entries)
+            else:
+                state = _fit_further(saved, path, training, resolved, on_step)
+                again, left_out = [], [*known, *left_out]
             content, calibration = snapshot(state), None
             if held_out:
                 images = None if saved.recipe.tile is not None else _decode(saved.recipe, held_out)
                 calibration = calibrate_holdout(state, held_out, None, images, groups)
         seconds = time.perf_counter() - started
-        entry = {"step": state.step, "images": state.images["count"], "seconds": seconds}
-        _write(path, replace(content, calibration=calibration), entry)
+        entries = entries or [{"step": state.step, "images": state.images["count"], "seconds": seconds}]
+        _write(path, replace(content, calibration=calibration), entries)
+    trained = len(read_fingerprints(saved.images))
+    is_stepped = saved.recipe.uses_steps
     return Extension(
-        path, len(training), state.images["count"], tuple(left_out), saved.calibration is not None, calibration, seconds
-    )
+        path, len(training), state.images["count"], tuple(left_out), saved.calibration is not None, calibration,
+        seconds, state.step - saved.step if is_stepped else 0, len(again),
+        max(trained - len(again), 0) if is_stepped else 0,
+    )  # fmt: skip
 
 
 def _to_sample(item: Path | Sample, category: str) -> Sample:
     return item if isinstance(item, Sample) else Sample(item, None, 0, category, "train", "good")
 
 
-def _check_extendable(saved: Checkpoint, path: Path) -> None:
-    """Raise ValueError if the network cannot be fitted to further images, or is not fitted."""
-    name = saved.recipe.architecture
-    if not get_architecture(saved.recipe).is_extendable:
+def _check_extendable(saved: Checkpoint, path: Path, steps: int | None) -> None:
+    """Raise ValueError if the network cannot be trained on further images, or is no finished run."""
+    name, recipe = saved.recipe.architecture, saved.recipe
+    if not recipe.uses_steps and not get_architecture(recipe).is_extendable:
         names = ", ".join(key for key, value in ARCHITECTURES.items() if value.is_extendable)
         raise ValueError(
-            f"{path}: wanted a detector that can be extended ({names}), got architecture {name!r}: train it again with "
-            "all images"
+            f"{path}: wanted a detector that can be extended ({names}, or one trained by steps), got architecture "
+            f"{name!r}: train it again with all images, in one pass"
+        )
+    if steps is not None and not recipe.uses_steps:
+        raise ValueError(f"steps: wanted none for architecture {name!r}, which is fitted in one pass, got {steps}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps: wanted at least 1, got {steps}")
+    if recipe.uses_steps and saved.step < recipe.steps:
+        raise ValueError(
+            f"{path}: wanted a finished run, got one after {saved.step} of {recipe.steps} steps: continue it with "
+            "--resume"
         )
     if not saved.rng:
         raise ValueError(f"{path}: wanted the checkpoint of a run, got a detector alone, which has no training state")
@@ -172,12 +209,58 @@ def _fit_further(
     fit = get_architecture(recipe).fit
     if fit is not None:  # never None here
         fit(model, recipe)
-    description = _describe_together(saved.images, images)
-    if groups := list(dict.fromkeys([*saved.images.get("groups", []), *list_groups(files)])):
-        description["groups"] = groups
+    description = _describe_with(saved, files, images)
     sampler = BatchSampler(description["count"], recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     step = saved.step + len(starts)
     return TrainingState(recipe, saved.category, device, model, [], sampler, description, step=step)
+
+
+def _train_further(
+    saved: Checkpoint, path: Path, new: Sequence[Sample], again: Sequence[Sample], steps: int, device: torch.device,
+    on_step: Callable[[int, int], None] | None, entries: list[dict[str, Any]],
+) -> TrainingState:  # fmt: skip
+    """Make further steps on new and former images, and return the state of the extended run.
+
+    ``entries`` receives the lines of the log.
+    """
+    recipe = saved.recipe.replace(steps=saved.step + steps)
+    samples = [*again, *new]
+    if recipe.drop_last and len(samples) * max(len(recipe.view_names), 1) * count_views(recipe.augment) < recipe.batch:
+        raise ValueError(
+            f"good: wanted at least {recipe.batch} images for a batch, new ones or those of the run, got {len(samples)}"
+        )
+    started = time.perf_counter()
+
+    def log(step: int, loss: float, rate: float, parameter: float) -> None:
+        named = {RULE_PARAMETERS.get(recipe.rule, "alpha"): parameter}
+        seconds = time.perf_counter() - started
+        entries.append({"step": step, "loss": loss, **named, "images_per_second": rate, "seconds": seconds})
+        if on_step is not None:
+            on_step(step - saved.step, steps)
+
+    model = checkpoint.build(saved, path)
+    trainer = Trainer(
+        RunSettings(
+            recipe=recipe, category=saved.category, samples=samples, held_out=(), good=samples, copies=None,
+            images=None, out=None, resume=None, on_log=log, cache_dir=None, model=model, teacher_cache=0,
+            time_limit=None, world=World(), device=device,
+        ),
+        None,
+    )  # fmt: skip
+    state = trainer.state
+    restore_optimisers(state, saved, f"{path}")
+    state.step = trainer.saved_step = saved.step
+    trainer.run_loop()
+    state.images = _describe_with(saved, new, _decode(recipe, new))
+    return state
+
+
+def _describe_with(saved: Checkpoint, files: Sequence[Sample], images: ImageCache) -> dict[str, Any]:
+    """Describe the images of a run together with new ones, with their groups."""
+    description = _describe_together(saved.images, images)
+    if groups := list(dict.fromkeys([*saved.images.get("groups", []), *list_groups(files)])):
+        description["groups"] = groups
+    return description
 
 
 def _decode(recipe: Recipe, files: Sequence[Sample]) -> ImageCache:
@@ -202,13 +285,15 @@ def _describe_together(before: Mapping[str, Any], images: ImageCache) -> dict[st
     return joined
 
 
-def _write(path: Path, content: Checkpoint, entry: Mapping[str, Any]) -> None:
-    """Replace the checkpoint; that of a run together with its log, and without the results of an evaluation."""
+def _write(path: Path, content: Checkpoint, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the checkpoint; that of a run together with its log and recipe, and without results of an evaluation."""
     if path.name != CHECKPOINT:
         checkpoint.save(path, content)
         return
-    log = [*read_log(path.parent / LOG), entry] if (path.parent / LOG).is_file() else []
+    log = [*read_log(path.parent / LOG), *entries] if (path.parent / LOG).is_file() else []
     with replace_files(path.parent, remove=list_results(path.parent)) as staging:
         checkpoint.save(staging / CHECKPOINT, content)
         if log:
             (staging / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in log))
+        if content.recipe.uses_steps and (path.parent / yaml_file.FILE_NAME).is_file():  # which names the steps
+            yaml_file.write_recipe(staging / yaml_file.FILE_NAME, content.recipe)

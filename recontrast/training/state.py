@@ -1,6 +1,8 @@
 """State of a training run between two steps: written to a checkpoint, and restored from one."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,22 +134,44 @@ def restore(state: TrainingState, saved: Checkpoint, path: str) -> None:
             + (f"{got}" if wanted != got else "as many with other pixels or in another order")
         )
     checkpoint.restore(state.model, saved, path)
-    try:
+    restore_optimisers(state, saved, path)
+    with _describe_misfit(path):
+        state.sampler.restore(saved.rng["batches"])
+        torch.set_rng_state(saved.rng["torch"])
+        if state.device.type == "cuda" and saved.rng["cuda"] is not None:
+            torch.cuda.set_rng_state(saved.rng["cuda"], state.device)
+    state.step = saved.step
+
+
+def restore_optimisers(state: TrainingState, saved: Checkpoint, path: str) -> None:
+    """Restore the optimisers of ``state`` from a checkpoint.
+
+    Args:
+        state: State of a run with the same network and recipe.
+        saved: Content of the checkpoint.
+        path: Path of the checkpoint, for errors.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    with _describe_misfit(path):
         for optimiser, values in zip(state.optimisers, saved.optimisers, strict=True):
             names = [set(group) for group in optimiser.param_groups]
             optimiser.load_state_dict(values)
             if [set(group) & names[0] for group in optimiser.param_groups] != names:
                 raise ValueError("an optimiser lacks settings")
-        state.sampler.restore(saved.rng["batches"])
-        torch.set_rng_state(saved.rng["torch"])
-        if state.device.type == "cuda" and saved.rng["cuda"] is not None:
-            torch.cuda.set_rng_state(saved.rng["cuda"], state.device)
+
+
+@contextmanager
+def _describe_misfit(path: str) -> Iterator[None]:
+    """Convert errors of a training state that does not fit to one sentence with the path of the checkpoint."""
+    try:
+        yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"{path}: wanted the training state of this run, got one that does not fit: {reason}"
         ) from error
-    state.step = saved.step
 
 
 def check_resume(saved: Checkpoint, path: str, recipe: Recipe, category: str) -> None:

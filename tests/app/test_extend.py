@@ -1,7 +1,8 @@
-"""Good images that are added to a fitted PatchCore."""
+"""Good images that are added to a fitted PatchCore, or with which a run by steps goes on."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import near_copies
 import numpy as np
@@ -15,6 +16,7 @@ from recontrast.data.near_copies import read_sketches
 from recontrast.inference.detector import open_detector
 from recontrast.models.patchcore import PatchCore
 from recontrast.training import extend as extend_module
+from recontrast.training import trainer as trainer_module
 from tests.command_line import call, fails, works
 from tests.tiny import tiny_set
 
@@ -203,19 +205,110 @@ def test_bad_input(fitted, data, tmp_path):
         (("--extend", tmp_path, "--good", data / "new"), "checkpoint.pt"),
         (("--extend", fitted, "--good", data / "new", "--holdout", "0.01"), "holdout: wanted at least 1 image"),
         (("--extend", fitted, "--good", data / "new", "--holdout", "1.5"), "holdout: wanted a share in [0, 1)"),
-        (("--extend", fitted, "--good", data / "new", "--steps", "3"),
-         "--extend: wanted only --good, --all-good, --holdout, --device, --import, --threads with it, got --steps too"),
+        (("--extend", fitted, "--good", data / "new", "--size", "64"),
+         "--extend: wanted only --good, --all-good, --holdout, --steps, --device, --import, --threads with it, "
+         "got --size too"),
         ((data, "--extend", fitted, "--good", data / "new"), "got DATA too"),
         ((data, "--good", data / "new"), "--good: wanted either DATA or this, got both"),
     ]:  # fmt: skip
         assert message in fails("train", *arguments)
 
 
-@pytest.mark.parametrize("name", ["padim", "uniad", "recontrast"])
+@pytest.mark.parametrize("name", ["padim", "ensemble"])
 def test_other_architectures_are_refused(name, data, tmp_path):
-    works("train", data / "nut", "--architecture", name, *SMALL, "--steps", 1, "--holdout", 0, "--out", tmp_path,
-          *(("--set", "gaussian_features=4") if name == "padim" else ()))  # fmt: skip
+    works("train", data / "nut", "--architecture", name, *SMALL, "--holdout", 0, "--out", tmp_path,
+          "--set", "gaussian_features=4", *(("--set", "small_size=64") if name == "ensemble" else ()))  # fmt: skip
     before = (tmp_path / "checkpoint.pt").read_bytes()
     message = fails("train", "--extend", tmp_path, "--good", data / "new")
-    assert f"wanted a detector that can be extended (patchcore), got architecture '{name}'" in message
+    assert "wanted a detector that can be extended (patchcore, or one trained by steps)" in message
+    assert f"got architecture '{name}'" in message
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+# ---- detectors that are trained by steps ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["recontrast", "rd4ad", "uniad"])
+def trained(request, data, tmp_path_factory):
+    """A calibrated run of eight steps."""
+    run = tmp_path_factory.mktemp("trained")
+    name = ("--architecture", request.param) if request.param != "rd4ad" else (
+        "--set", "train_encoder=false", "--set", "pairs=self", "--set", "mining=false")  # fmt: skip
+    works("train", data / "nut", *name, *SMALL, "--steps", 8, "--set", "log_every=2", "--holdout", 0.2, "--out", run)
+    return run
+
+
+def test_run_by_steps_goes_on(trained, data, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = checkpoints.load(run / "checkpoint.pt")
+    printed = works("train", "--extend", run, "--good", data / "new", "--good", data / "nut/train/good",
+                    "--steps", 5, "--device", "cpu")  # fmt: skip
+    after = checkpoints.load(run / "checkpoint.pt")
+    # 12 images, of which 2 were held out, and are new now, unless their copies lie among the new ones
+    again = len(read_fingerprints(before.images))
+    new = 5 + 12 - again
+    assert f"5 further steps on {new} new images and {again} of the run in" in printed
+    assert "images of the run were not given" not in printed
+    assert "the calibration is removed, because it belongs to the detector before" in printed
+    assert before.calibration is not None and after.calibration is None
+    assert (before.step, before.recipe.steps, after.step, after.recipe.steps) == (8, 8, 13, 13)
+    assert after.images["count"] == again + new and len(read_fingerprints(after.images)) == again + new
+    assert read_sketches(after.images).shape == (again + new, 1024)
+    assert any(not torch.equal(before.model[name], value) for name, value in after.model.items())
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 10, 12, 13]
+    assert "steps: 13" in (run / "recipe.yaml").read_text()
+    assert len(recontrast.load(run, "cpu").predict(data / "new")) == 8
+    works("report", run, data / "nut", "--out", tmp_path / "report.html", "--device", "cpu")
+
+
+def test_optimisers_go_on_too(trained, data, tmp_path):
+    """As in a run of all steps, whose first eight saw the same images: the moments are kept."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = checkpoints.load(run / "checkpoint.pt")
+    works("train", "--extend", run, "--good", data / "new", "--good", data / "nut/train/good", "--steps", 1,
+          "--device", "cpu")  # fmt: skip
+    after = checkpoints.load(run / "checkpoint.pt")
+    counts = [[int(s["state"][0]["step"]) for s in saved.optimisers] for saved in (before, after)]
+    assert counts == [[8] * len(before.optimisers), [9] * len(before.optimisers)]
+
+
+def test_new_images_alone_and_the_default_number_of_steps(trained, data, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    printed = works("train", "--extend", run, "--good", data / "new/000.png", "--good", data / "new/001.png",
+                    "--good", data / "new/002.png", "--device", "cpu")  # fmt: skip
+    former = len(read_fingerprints(checkpoints.load(trained / "checkpoint.pt").images))
+    assert "2 further steps on 3 new images and 0 of the run in" in printed
+    assert f"{former} images of the run were not given: what they alone show may be forgotten" in printed
+    works("calibrate", run, "--good", data / "nut/test/good", "--false-alarm-rate", 0.3, "--device", "cpu")
+    tiny_set(tmp_path / "third", train=8, seed=2)
+    detector = recontrast.extend(run, tmp_path / "third/nut/train/good", holdout=0.5, steps=1, device="cpu")
+    assert detector.calibration.count == 4 and detector.recipe.steps == 11
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_failure_leaves_the_run_as_it_was(trained, data, monkeypatch, error, where, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(*((checkpoints, "save") if where == "save" else (trainer_module, "train_step")), fail)
+    result = call("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    assert result.exit_code == (130 if error is KeyboardInterrupt else 2) and "Traceback" not in result.output
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_bad_steps(trained, fitted, data, tmp_path):
+    for run, steps, message in [
+        (trained, 0, "steps: wanted at least 1, got 0"),
+        (fitted, 3, "steps: wanted none for architecture 'patchcore', which is fitted in one pass, got 3"),
+    ]:
+        assert message in fails("train", "--extend", run, "--good", data / "new", "--steps", steps)
+    run = shutil.copytree(trained, tmp_path / "run")
+    saved = checkpoints.load(run / "checkpoint.pt")
+    checkpoints.save(run / "checkpoint.pt", replace(saved, recipe=saved.recipe.replace(steps=20)))
+    message = fails("train", "--extend", run, "--good", data / "new")
+    assert "wanted a finished run, got one after 8 of 20 steps: continue it with --resume" in message

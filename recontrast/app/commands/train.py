@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from recontrast.calibration.conformal import Calibration
     from recontrast.training.train import TrainResult
 
-EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "device", "imports", "threads")  # that go together
+EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "steps", "device", "imports", "threads")  # that go together
 
 
 @expand_options
@@ -82,7 +82,11 @@ def train(  # 36 options
         bool, typer.Option("--tensorboard", help="Also write a TensorBoard log to OUT/tensorboard.")
     ] = False,
     extend: Annotated[
-        Path | None, path_option(help="Run of PatchCore to which the images of --good are added, instead of training.")
+        Path | None,
+        path_option(
+            help="Run that goes on with the images of --good, instead of a new one: PatchCore gains their vectors, "
+            "others make further --steps (default: a quarter of those of the run) on them."
+        ),
     ] = None,
     good: Annotated[
         list[Path] | None,
@@ -96,7 +100,7 @@ def train(  # 36 options
     """Train a detector on good images, and evaluate it if there are test images."""
     if extend is not None:
         _check_extend_options(context)
-        _extend(extend, good or [], all_good=all_good, holdout=fields.holdout or 0.0, device=device)
+        _extend(extend, good or [], all_good=all_good, holdout=fields.holdout or 0.0, steps=fields.steps, device=device)
         return
     if not data and not good and not bad:
         raise USAGE_ERROR("Missing argument 'DATA'.", ctx=context)
@@ -210,7 +214,9 @@ def _check_extend_options(context: typer.Context) -> None:
         raise ValueError("--good: wanted good images to add, got none")
 
 
-def _extend(run: Path, good: list[Path], *, all_good: bool, holdout: float, device: str | None) -> None:
+def _extend(
+    run: Path, good: list[Path], *, all_good: bool, holdout: float, steps: int | None, device: str | None
+) -> None:
     """Add good images to a fitted detector, and print what was added."""
     from recontrast.data.class_folders import describe_files, list_good_samples
     from recontrast.runtime.device import resolve_device
@@ -224,13 +230,27 @@ def _extend(run: Path, good: list[Path], *, all_good: bool, holdout: float, devi
     print_data(describe_files("--good", [sample.path for sample in samples]))
     try:
         with ProgressBar("extend") as progress:
-            result = extend(file, samples, holdout=holdout, device=device, on_step=progress, option="--good")
+            result = extend(
+                file, samples, holdout=holdout, steps=steps, device=device, on_step=progress, option="--good"
+            )
     except KeyboardInterrupt:
         exit_with_error(f"interrupted; {file} is complete: extended, or as it was before", status=130)
     if result.left_out:
         names = ", ".join(map(str, result.left_out[:3])) + (", ..." if len(result.left_out) > 3 else "")
-        print_line(f"{len(result.left_out)} images are left out, because they are trained on already: {names}")
-    print_line(f"{result.added} images added in {result.seconds:.1f} s, {result.total} in all: {file}")
+        reason = "copies" if result.steps else "trained on already"
+        print_line(f"{len(result.left_out)} images are left out, because they are {reason}: {names}")
+    if result.steps:
+        print_line(
+            f"{result.steps} further steps on {result.added} new images and {result.again} of the run in "
+            f"{result.seconds:.1f} s: {file}"
+        )
+        if result.forgotten:
+            print_line(
+                f"{result.forgotten} images of the run were not given: what they alone show may be forgotten; give "
+                "them with --good as well"
+            )
+    else:
+        print_line(f"{result.added} images added in {result.seconds:.1f} s, {result.total} in all: {file}")
     _print_promise(result.calibration)
     if result.lost_calibration and result.calibration is None:
         print_line(
