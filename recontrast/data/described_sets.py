@@ -135,15 +135,29 @@ DESCRIBED_SETS = {
         left_out=("0100_025_08.png",),
     ),
     "bmad": DescribedSet(
-        title=f"BMAD ({_NC}; Bao et al., BMAD: Benchmarks for Medical Anomaly Detection, CVPR Workshops 2024)",
+        title="BMAD (licences of its sources, as its authors state them: BraTS 2021 for all purposes, BTCV and OCT2017 "
+        "CC BY 4.0, LiTS CC BY-NC-SA, RESC for research, RSNA not commercial, Camelyon16 CC0; Bao et al., BMAD: "
+        "Benchmarks for Medical Anomaly Detection, CVPR Workshops 2024)",
         categories=tuple(_BMAD_FOLDERS),
         marker="",
         train=("**/{category}/train/good/[img/]{name}",),
-        validation=("**/{category}/{split:valid|val}/good/[img/]{name}",),
-        test=("**/{category}/test/{defect:good|Ungood|ungood}/[img/]{stem}.{suffix}",),
-        mask=("**/{category}/test/{defect:Ungood|ungood}/{folder:label|anomaly_mask}/{stem}.{suffix}",),
+        validation=(
+            "**/{category}/{split:valid|val}/good/[img/]{name}",
+            "**/{category}/{split:valid|val}/img/good/{name}",  # an archive of the liver
+        ),
+        test=(
+            "**/{category}/test/{defect:good|Ungood|ungood}/[img/]{stem}.{suffix}",
+            "**/{category}/test/img/{defect:good|Ungood|ungood}/{stem}.{suffix}",
+        ),
+        mask=(
+            "**/{category}/test/{defect:Ungood|ungood}/{folder:label|anomaly_mask}/{stem}.{suffix}",
+            "**/{category}/test/{folder:label}/{defect:Ungood|ungood}/{stem}.{suffix}",
+        ),
         unmasked=("Retina_OCT2017", "Chest", "Histopathology"),
-        aliases={alias: name for name, folder in _BMAD_FOLDERS.items() for alias in (name, f"{name}_AD", folder)},
+        aliases={
+            **{alias: name for name, folder in _BMAD_FOLDERS.items() for alias in (name, f"{name}_AD", folder)},
+            "camelyon16": "Histopathology",  # in its README
+        },
         defects={"Ungood": BAD, "ungood": BAD},
     ),
     "ham10000": DescribedSet(

@@ -59,6 +59,22 @@ def test_miniatures_become_data_sets(tmp_path, name):
         assert prepared.warnings[0].startswith("all categories: ")
 
 
+def test_other_layout_of_the_liver_and_name_of_the_histopathology(tmp_path):
+    """One archive of the liver has images and masks above their kinds; the README of BMAD says camelyon16."""
+    root = tmp_path / "BMAD"
+    for part in ("train/good", "valid/img/good", "test/img/good", "test/img/Ungood"):
+        for number in range(2):
+            write_image(root / "Liver/Train/hist_DIY" / part / f"{number}.png", seed=number)
+    for number in range(2):
+        write_mask(root / "Liver/Train/hist_DIY/test/label/Ungood" / f"{number}.png", 1)
+    for part in ("train/good", "valid/good", "valid/Ungood", "test/good", "test/Ungood"):
+        write_image(root / "camelyon16" / part / "1000.png")
+    prepared = prepare("bmad", tmp_path, tmp_path / "out")
+    assert prepared.counts == {"Liver": Counts(2, 4, 2), "Histopathology": Counts(1, 2, 1)}
+    masks = [sample.mask is not None for sample in datasets.load(tmp_path / "out")["Liver"] if sample.label]
+    assert masks == [True, True] and len(list((tmp_path / "out/Liver/validation/good").iterdir())) == 2
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_layouts_are_one_error(tmp_path, name):
     write_image(tmp_path / "photos/000.png")
