@@ -21,10 +21,10 @@ def traced_once():
     trace, convert = exporting.trace, exporting.convert_to_onnx
     graphs = {}
 
-    def trace_once(graph):
+    def trace_once(graph, batch=None):
         key = "program", graph.calibrated
         if key not in graphs:
-            graphs[key] = trace(graph)
+            graphs[key] = trace(graph, batch)
         return graphs[key]
 
     def convert_once(program, calibrated):

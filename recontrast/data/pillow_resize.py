@@ -88,11 +88,23 @@ def _compute_weights(length: int, out: int, device: torch.device) -> Tensor:
 
 
 class _Resize(nn.Module):
-    """A resize to ``out``: height and width of the result, in pixels."""
+    """A resize to ``out`` by weights along both axes, which are computed once if all images have the ``size``."""
 
-    def __init__(self, out: tuple[int, int]) -> None:
+    def __init__(self, out: tuple[int, int], size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.out = out
+        self.out, self.is_fixed = out, size is not None
+        if size is not None:
+            for axis, (length, resized) in enumerate(zip(size, out, strict=True)):
+                for part, values in enumerate(self._weigh(length, resized, torch.device("cpu"))):
+                    self.register_buffer(f"axis{axis}_{part}", values, persistent=False)
+
+    def _weigh(self, length: int, out: int, device: torch.device) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _weigh_axis(self, axis: int, images: Tensor) -> list[Tensor]:
+        if self.is_fixed:
+            return [values for name, values in self.named_buffers() if name.startswith(f"axis{axis}_")]
+        return list(self._weigh(images.shape[1 + axis], self.out[axis], images.device))
 
 
 class FloatResize(_Resize):
@@ -100,7 +112,11 @@ class FloatResize(_Resize):
 
     Args:
         out: Height and width of the result, in pixels.
+        size: Height and width of all images, for which the weights are computed once; None for images of any size.
     """
+
+    def _weigh(self, length: int, out: int, device: torch.device) -> tuple[Tensor, ...]:
+        return (_compute_weights(length, out, device),)
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images.
@@ -111,10 +127,8 @@ class FloatResize(_Resize):
         Returns:
             (N, 3, *out) float32 in [0, 1].
         """
-        (out_height, out_width), device = self.out, images.device
-        height, width = images.shape[1:3]
-        pixels = images.permute(0, 3, 1, 2) @ _compute_weights(width, out_width, device).mT
-        return (_compute_weights(height, out_height, device) @ pixels).clamp(0, 1)
+        (rows,), (columns,) = self._weigh_axis(0, images), self._weigh_axis(1, images)
+        return (rows @ (images.permute(0, 3, 1, 2) @ columns.mT)).clamp(0, 1)
 
 
 class PillowResize(_Resize):
@@ -122,7 +136,11 @@ class PillowResize(_Resize):
 
     Args:
         out: Height and width of the result, in pixels.
+        size: Height and width of all images, for which the weights are computed once; None for images of any size.
     """
+
+    def _weigh(self, length: int, out: int, device: torch.device) -> tuple[Tensor, ...]:
+        return compute_coefficients(length, out, device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images.
@@ -133,8 +151,6 @@ class PillowResize(_Resize):
         Returns:
             (N, 3, *out) float32, integers from 0 to 255.
         """
-        (out_height, out_width), device = self.out, images.device
-        height, width = images.shape[1:3]
+        rows, columns = self._weigh_axis(0, images), self._weigh_axis(1, images)
         pixels = images.float().permute(0, 3, 1, 2)  # in this order: TensorRT takes no bytes but as input of a graph
-        pixels = _resize_width(pixels, *compute_coefficients(width, out_width, device))
-        return _resize_height(pixels, *compute_coefficients(height, out_height, device))
+        return _resize_height(_resize_width(pixels, *columns), *rows)

@@ -12,34 +12,41 @@ from recontrast.inference.file_checks import CHECKSUM_KEY, FORMAT
 from recontrast.recipes.recipe import to_pair
 
 
-def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
+def describe_detector(
+    detector: CheckpointDetector, input_size: tuple[int, int] | None = None, input_batch: int | None = None
+) -> dict[str, Any]:
     """Describe a detector: everything that is needed to run its exported file, and the origin of the file.
 
     Args:
         detector: Detector to be exported.
+        input_size: Height and width of all images; None for images of any size.
+        input_batch: Number of images in each call; None for any number.
 
     Returns:
         Values that JSON can represent; they are stored in the file as text.
     """
     recipe, model = detector.recipe, detector.model
     dtype, resized, window = "uint8", "Pillow's BILINEAR to the bit: across, rounded, then down", {}
-    if (limits := parse_window(recipe.window)) is not None:
+    if (interval := parse_window(recipe.window)) is not None:
         dtype, resized = "float32 in [0, 1]", "Pillow's BILINEAR in float32: across, then down"
-        window = {"window": list(limits), "pixel": "(sample - low) / (high - low), clipped to [0, 1]"}
+        window = {"window": list(interval), "pixel": "(sample - low) / (high - low), clipped to [0, 1]"}
     size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
     tiles = {} if detector.overlap is None else {"overlap": detector.overlap}
-    return tiles | {
+    fixed = {"input_size": input_size and list(input_size), "input_batch": input_batch}
+    count, shape = input_batch or "N", "H, W" if input_size is None else "{}, {}".format(*input_size)
+    limits = {"largest": [max_exact_length(length) for length in size]} if input_size is None else {}
+    sizes = ", any size up to the largest" if input_size is None else ""
+    return tiles | {name: value for name, value in fixed.items() if value is not None} | {
         "format": FORMAT,
         "recontrast": recontrast.__version__,
         "category": detector.category,
         "top": detector.max_map_value,
         "recipe": recipe.to_dict(),
         "preprocessing": {
-            "input": f"{dtype} RGB (N, {recipe.tile}, {recipe.tile}, 3): tiles of an upright image, without alpha",
+            "input": f"{dtype} RGB ({count}, {recipe.tile}, {recipe.tile}, 3): tiles, upright, without alpha",
             "mean": list(model.mean), "std": list(model.std), **window,
         } if recipe.tile is not None else {
-            "input": f"{dtype} RGB (N, H, W, 3), any size up to the largest, upright, without alpha",
-            "largest": [max_exact_length(length) for length in size],
+            "input": f"{dtype} RGB ({count}, {shape}, 3){sizes}, upright, without alpha", **limits,
             "size": size, "crop": crop, "resize": resized,
             "mean": list(model.mean), "std": list(model.std), **window,
         },
@@ -50,17 +57,22 @@ def describe_detector(detector: CheckpointDetector) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def describe(detector: CheckpointDetector, kind: str, precision: str = "float32") -> str:
+def describe(
+    detector: CheckpointDetector, kind: str, precision: str = "float32", input_size: tuple[int, int] | None = None,
+    input_batch: int | None = None,
+) -> str:  # fmt: skip
     """Return the description of a file as JSON.
 
     Args:
         detector: Detector to be exported.
         kind: File format.
         precision: Precision of the file.
+        input_size: As in `describe_detector`.
+        input_batch: As in `describe_detector`.
 
     Returns:
         JSON text.
     """
     has_checksum = kind != "pt2"  # in which the archive has its own checksums
-    about = describe_detector(detector) | ({"checksum": CHECKSUM_KEY} if has_checksum else {})
+    about = describe_detector(detector, input_size, input_batch) | ({"checksum": CHECKSUM_KEY} if has_checksum else {})
     return json.dumps(about | ({} if precision == "float32" else {"precision": precision}))

@@ -25,6 +25,7 @@ class DetectorGraph(nn.Module):
         model: Trained model on the CPU. It is not changed.
         recipe: Recipe, for size, crop, views, map and score.
         calibration: Calibration of the float32 scores; None for a graph without decisions.
+        input_size: Height and width of all images; None for images of any size.
     """
 
     means: Tensor
@@ -34,11 +35,15 @@ class DetectorGraph(nn.Module):
     inside: Tensor
     pixels: Tensor
 
-    def __init__(self, model: Network, recipe: Recipe, calibration: Calibration | None) -> None:
+    def __init__(
+        self, model: Network, recipe: Recipe, calibration: Calibration | None,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         (height, width), self.is_resized = recipe.out, recipe.tile is None
         size = to_pair(recipe.size) if self.is_resized else recipe.out
-        self.resize = PillowResize(size) if recipe.window is None else FloatResize(size)
+        self.resize = PillowResize(size, input_size) if recipe.window is None else FloatResize(size, input_size)
+        self.input_size = input_size if self.is_resized else size
         self.input_dtype = torch.uint8 if recipe.window is None else torch.float32
         self.full = 255.0 if recipe.window is None else 1.0
         self.window = tuple(  # margins round half to even, as in recontrast.data.images

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from recontrast.data.atomic import replace_files
+from recontrast.data.exact_length import max_exact_length
 from recontrast.data.locks import lock_file
 from recontrast.data.roi import EACH
 from recontrast.data.temporary import temporary_folder
@@ -33,7 +34,7 @@ from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
-from recontrast.recipes.recipe import refuse_views
+from recontrast.recipes.recipe import refuse_views, to_pair
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -72,6 +73,8 @@ def export(
     images: Sequence[Path] = (),
     tolerance: float | None = None,
     views: Literal["both", "trained", "frozen"] | None = None,
+    input_size: tuple[int, int] | None = None,
+    input_batch: int | None = None,
     measure: Callable[[Detector], Mapping[str, float]] | None = None,
     on_start: Callable[[], None] | None = None,
 ) -> ExportResult:
@@ -91,6 +94,9 @@ def export(
         tolerance: Largest relative difference allowed between two scores; None for
             `recontrast.export.low_precision.TOLERANCES`.
         views: Views of the exported map; None for those of the training. Decisions need a calibration of these views.
+        input_size: Height and width of all images, for runtimes that want the input to be fixed. None: images of any
+            size.
+        input_batch: Number of images in each call. None: any number. With both, the graph has no dynamic length.
         measure: Function that computes metrics of a detector on labelled images, for the report.
         on_start: Called when everything is checked and the detector is loaded, before the part that takes long.
 
@@ -105,25 +111,18 @@ def export(
     """
     check_target(kind, out)
     check_precision(precision, kind, images)
+    _check_input(precision, input_size, input_batch)
     tolerance = TOLERANCES[precision] if tolerance is None else check_tolerance(tolerance)
     # Not folded: the graph folds BatchNorm itself, and the digest is that of the original weights.
     detector = CheckpointDetector(checkpoint, "cpu", inference=InferenceOptions(views, folded=False))
-    if detector.recipe.roi == EACH:
-        raise ValueError(
-            f"{checkpoint}: wanted a detector with one region of interest to export, got one with a mask for each image"
-        )
-    if detector.overlap is not None and detector.recipe.roi is not None:
-        raise ValueError(
-            f"{checkpoint}: wanted a detector of tiles without a region of interest to export, got one with a region"
-        )
-    refuse_views(detector.recipe, f"{checkpoint}", "to export")
+    _check_detector(detector, input_size)
     notes = [] if detector.calibration_note is None else [detector.calibration_note]
     notes += _convert_to_float32(detector) + _drop_calibration(detector, precision, out)
     if on_start is not None:
         on_start()
     # The graph of a tile cannot decide: the calibration is of the scores of whole images.
     decides = detector.calibration is not None and detector.overlap is None
-    graph = DetectorGraph(detector.model, detector.recipe, detector.calibration if decides else None)
+    graph = DetectorGraph(detector.model, detector.recipe, detector.calibration if decides else None, input_size)
     job = LowPrecisionJob(detector, kind, precision, list(images), tolerance, measure)
     report = None
     with lock_file(out), _temporary_folder(out) as folder:
@@ -131,7 +130,8 @@ def export(
         try:
             with silence_exporters(), pause_collection():
                 if precision == "float32":
-                    _write(trace(graph), graph, kind, draft, describe(detector, kind))
+                    about = describe(detector, kind, input_size=input_size, input_batch=input_batch)
+                    _write(trace(graph, input_batch), graph, kind, draft, about)
                 else:
                     report = write_low(job, trace(graph), draft)
         except RuntimeError as error:  # raised by torch.export, the ONNX exporter and OpenVINO
@@ -142,7 +142,7 @@ def export(
         names = [file.name for file in list_files(draft)]
         if report is None:
             window = parse_window(detector.recipe.window)
-            samples = [*images, *draw_images(folder / "samples", graph_size(detector.recipe), window)]
+            samples = [*images, *draw_images(folder / "samples", graph_size(detector.recipe), window, input_size)]
             count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
         else:
             count, difference = report.change.images, report.change.largest
@@ -171,6 +171,37 @@ def check_target(kind: str, out: Path) -> None:
     _require(kind)
 
 
+def _check_input(precision: str, size: tuple[int, int] | None, batch: int | None) -> None:
+    """Raise an error if a graph of this precision cannot have an input with these lengths."""
+    if batch is not None and batch < 1:
+        raise ValueError(f"--input-batch: wanted at least 1 image, got {batch}")
+    if precision != "float32" and not size == batch is None:
+        raise ValueError(f"--precision: wanted float32 with --input-size or --input-batch, got {precision}")
+
+
+def _check_detector(detector: CheckpointDetector, size: tuple[int, int] | None) -> None:
+    """Raise an error if a graph cannot hold a detector, or not for images of this size."""
+    recipe = detector.recipe
+    if recipe.roi == EACH:
+        raise ValueError(
+            f"{detector.path}: wanted a detector with one region of interest to export, got one with a mask for each "
+            "image"
+        )
+    if detector.overlap is not None and recipe.roi is not None:
+        raise ValueError(
+            f"{detector.path}: wanted a detector of tiles without a region of interest to export, got one with a region"
+        )
+    refuse_views(recipe, f"{detector.path}", "to export")
+    if size is None:
+        return
+    got = f"{size[0]} x {size[1]}"
+    if recipe.tile is not None:
+        raise ValueError(f"--input-size: wanted none for a detector of tiles, whose input is a tile, got {got}")
+    most = [max_exact_length(length) for length in to_pair(recipe.size)]
+    if not all(1 <= length <= limit for length, limit in zip(size, most, strict=True)):
+        raise ValueError(f"--input-size: wanted from 1 x 1 to {most[0]} x {most[1]} px (height x width), got {got}")
+
+
 def _convert_to_float32(detector: CheckpointDetector) -> list[str]:
     """Convert a bfloat16 detector to float32 in place, and drop its calibration, which is invalid for float32 scores.
 
@@ -187,16 +218,18 @@ def _convert_to_float32(detector: CheckpointDetector) -> list[str]:
     return ["scores are computed in float32: the calibration is for bfloat16 scores, so no decisions are made"]
 
 
-def trace(graph: DetectorGraph) -> torch.export.ExportedProgram:
+def trace(graph: DetectorGraph, batch: int | None = None) -> torch.export.ExportedProgram:
     """Trace a graph by torch.export, for any number of images of any size.
 
     Args:
         graph: Graph with the input (N, H, W, 3).
+        batch: Number of images, N; None for any number.
 
     Returns:
-        Program with dynamic N, and with dynamic H and W unless it takes tiles.
+        Program with dynamic N unless it is given, and with dynamic H and W unless the graph takes images of one size.
     """
-    return trace_images(graph, graph.resize.out, graph.input_dtype, is_fixed=not graph.is_resized)
+    is_fixed = graph.input_size is not None
+    return trace_images(graph, graph.input_size or graph.resize.out, graph.input_dtype, is_fixed=is_fixed, batch=batch)
 
 
 def _write(

@@ -117,5 +117,8 @@ def _rewrite_pt2(path: Path, target: Path, calibration: Calibration) -> None:
     with silence_exporters(), pause_collection():
         program = torch.export.load(archive)
         if not _has_tiles(description):
-            program = trace_images(DecidedProgram(program.module(), calibration), to_pair(recipe.size), dtype)
+            fixed, batch = description.get("input_size"), description.get("input_batch")
+            size = to_pair(recipe.size) if fixed is None else (fixed[0], fixed[1])
+            decided = DecidedProgram(program.module(), calibration)
+            program = trace_images(decided, size, dtype, is_fixed=fixed is not None, batch=batch)
         write_pt2(program, target, text)

@@ -12,8 +12,9 @@ from recontrast.loggers import silence_loggers
 
 
 def trace_images(
-    module: nn.Module, size: tuple[int, int], dtype: torch.dtype = torch.uint8, *, is_fixed: bool = False
-) -> torch.export.ExportedProgram:
+    module: nn.Module, size: tuple[int, int], dtype: torch.dtype = torch.uint8, *, is_fixed: bool = False,
+    batch: int | None = None,
+) -> torch.export.ExportedProgram:  # fmt: skip
     """Trace a module that takes images.
 
     Args:
@@ -21,14 +22,16 @@ def trace_images(
         size: Height and width to which the module resizes the images, in pixels.
         dtype: Dtype of the input.
         is_fixed: Whether images have this size already, as tiles do.
+        batch: Number of images, N; None for any number.
 
     Returns:
-        Program with dynamic N, and with dynamic H and W unless the size is fixed.
+        Program with dynamic N unless it is given, and with dynamic H and W unless the size is fixed.
     """
     any_length, same = torch.export.Dim.DYNAMIC, torch.export.Dim.STATIC
     height, width = size if is_fixed else (size[0] + 3, size[1] + 5)
-    example = torch.zeros(2, height, width, 3, dtype=dtype)
-    lengths = ((any_length, *((same, same) if is_fixed else (any_length, any_length)), same),)
+    example = torch.zeros(batch or 2, height, width, 3, dtype=dtype)
+    side = same if is_fixed else any_length
+    lengths = ((same if batch else any_length, side, side, same),)
     with torch.no_grad():
         return torch.export.export(module, (example,), dynamic_shapes=lengths)
 

@@ -30,13 +30,17 @@ def graph_size(recipe: Recipe) -> tuple[int, int]:
     return to_pair(recipe.size) if recipe.tile is None else recipe.out
 
 
-def draw_images(folder: Path, size: tuple[int, int], window: tuple[float, float] | None = None) -> list[Path]:
+def draw_images(
+    folder: Path, size: tuple[int, int], window: tuple[float, float] | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> list[Path]:  # fmt: skip
     """Draw images to compare scores on: at the model's size, larger, smaller, odd, wide, tall, of one pixel, and grey.
 
     Args:
         folder: Folder of the PNG files, created if necessary.
         size: Height and width of the model's images in pixels.
         window: Window of the model's images: they are then float TIFF files, with values beyond it; all are grey.
+        input_size: Height and width of all images; None for many sizes.
 
     Returns:
         Paths of the images.
@@ -48,6 +52,7 @@ def draw_images(folder: Path, size: tuple[int, int], window: tuple[float, float]
     ]  # fmt: skip
     paths = []
     for index, (height, width) in enumerate([*sizes, (h + 17, w + 5)]):
+        height, width = input_size or (height, width)
         channels = 1 if index == len(sizes) else 3  # the last one is grey
         rows, columns = np.arange(height)[:, None, None] / h, np.arange(width)[:, None] / w
         waves = 60 * np.sin(9 * rows + index) * np.cos(7 * columns + np.arange(channels))
@@ -154,8 +159,9 @@ def check_decisions(exported: ExportedDetector, calibration: Calibration) -> Non
     Raises:
         ValueError: If p-values or decisions differ.
     """
-    pair = np.stack([np.zeros((5, 4, 3), np.uint8), np.full((5, 4, 3), 200, np.uint8)])
-    outputs = exported.program(from_levels(pair, exported.recipe.window))
+    shape = (*(exported.input_size or (5, 4)), 3)
+    pair = np.stack([np.zeros(shape, np.uint8), np.full(shape, 200, np.uint8)])
+    outputs = exported.run_program(from_levels(pair, exported.recipe.window))
     p, defect = calibration.p_values(outputs["score"]), calibration.is_defect(outputs["score"])
     if not (np.allclose(outputs["p_value"], p, atol=1e-6) and (outputs["defect"] == defect).all()):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Detectors in exported files, run by ONNX Runtime, OpenVINO or torch.export."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from recontrast.data.sources import Images
 from recontrast.data.window import pixel_dtype
 from recontrast.inference.blend import blend_tiles, limit_batch
 from recontrast.inference.file_checks import ForeignFileError
-from recontrast.inference.programs import PROGRAMS, DeviceError, Program
+from recontrast.inference.programs import PROGRAMS, DeviceError, NamedArrays, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
 from recontrast.inference.rois import Rois
 from recontrast.inference.tiled_files import score_files
@@ -43,6 +43,8 @@ class ExportedDetector(Detector):
         path: Path of the file.
         program: Loaded program, for direct calls with arrays of images.
         description: Content of the stored description: recipe, preprocessing, calibration, digest of the weights.
+        input_size: Height and width of all images; None for images of any size.
+        input_batch: Number of images in each call of the program; None for any number.
         images: Description of the training images, with their fingerprints
             (`recontrast.data.fingerprint.read_fingerprints`); empty for files of earlier versions.
 
@@ -78,6 +80,9 @@ class ExportedDetector(Detector):
         self.category, self.max_map_value = self.description["category"], float(self.description["top"])
         self.calibration_note = None
         self.overlap = None if self.recipe.tile is None else int(self.description["overlap"])
+        size = self.description.get("input_size")
+        self.input_size: tuple[int, int] | None = None if size is None else (size[0], size[1])
+        self.input_batch: int | None = self.description.get("input_batch")
         self.images: dict[str, Any] = self.description.get("images") or {}
 
     def __repr__(self) -> str:
@@ -112,6 +117,7 @@ class ExportedDetector(Detector):
             ):
                 image = self._replace_unusable(files, index, decoded)
                 limit = min(batch, max(PIXELS_PER_CALL // (image.shape[0] * image.shape[1]), 1))
+                limit = self.input_batch or limit
                 if group and (len(group) >= limit or group[0].shape != image.shape):
                     yield self.score(np.stack(group))
                     group = []
@@ -131,8 +137,10 @@ class ExportedDetector(Detector):
         Raises:
             ValueError: If the network fails, or its outputs are not those of a detector.
         """
+        if self.input_size is not None and images.shape[1:3] != self.input_size:
+            raise ValueError(f"{self.path}: wanted images{self._describe_size(images.shape[1:3])}")
         try:
-            results = self.program(images)
+            results = self.run_program(images)
         except MemoryError:
             raise
         except Exception as error:  # each runtime raises exceptions of its own
@@ -144,6 +152,28 @@ class ExportedDetector(Detector):
             shapes = ", ".join(f"{name} {value.shape}" for name, value in results.items())[:200]
             raise ValueError(f"{self.path}: wanted a map and a score for each of {count} images, got {shapes}")
         return maps, scores
+
+    def run_program(self, images: NDArray[Any]) -> NamedArrays:
+        """Run the program; if it takes a fixed number of images, in several calls, of which the last one is filled up.
+
+        Args:
+            images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+
+        Returns:
+            Outputs by name, see `recontrast.inference.programs.Program`.
+        """
+        if (batch := self.input_batch) is None:
+            return self.program(images)
+        parts = []
+        for start in range(0, len(images), batch):
+            chosen = images[start : start + batch]
+            filled = np.concatenate([chosen, np.repeat(chosen[-1:], batch - len(chosen), 0)])
+            parts.append({name: values[: len(chosen)] for name, values in self.program(filled).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _describe_size(self, got: Sequence[int]) -> str:
+        wanted = "{} x {}".format(*self.input_size or ("H", "W"))
+        return f" of {wanted} px (height x width), for which the file was exported, got {got[0]} x {got[1]}"
 
     def score_tiled(self, pixels: NDArray[Any], batch: int, release: bool = True) -> tuple[NDArray[np.float32], float]:
         """Cut an image into tiles, and blend their maps, as `recontrast.inference.tiling.score_tiled_image` does.
@@ -173,8 +203,13 @@ class ExportedDetector(Detector):
 
     def _replace_unusable(self, files: ImageFiles, index: int, image: NDArray[Any] | None) -> NDArray[Any]:
         """Return ``image``, or a black image if it could not be read or is too large for the graph."""
-        size = to_pair(self.recipe.size)
+        size = self.input_size or to_pair(self.recipe.size)
         if image is None:
+            return np.zeros((*size, 3), pixel_dtype(self.recipe.window))
+        if self.input_size is not None:
+            if image.shape[:2] == size:
+                return image
+            files.errors[index] = f"{files.paths[index]}: wanted an image{self._describe_size(image.shape[:2])}"
             return np.zeros((*size, 3), pixel_dtype(self.recipe.window))
         limit = max_exact_length(size[0]), max_exact_length(size[1])
         if image.shape[0] <= limit[0] and image.shape[1] <= limit[1]:

@@ -70,11 +70,22 @@ def parse_description(path: Path, text: str | None) -> dict[str, Any]:
         raise ForeignFileError(
             f"{path}: overlap: wanted from 0 to {tile - 1} px (tiles of {tile} px), got {describe_value(overlap)}"
         )
+    _check_input(path, description)
     if not isinstance(category, str):
         raise ForeignFileError(f"{path}: category: wanted a name, got {describe_value(category)}")
     if not is_finite(top) or top <= 0:
         raise ForeignFileError(f"{path}: top: wanted a number above 0, got {describe_value(top)}")
     return dict(description)
+
+
+def _check_input(path: Path, description: Mapping[str, Any]) -> None:
+    """Raise an error unless the lengths of the input that a file fixes are numbers above 0."""
+    size, batch = description.get("input_size"), description.get("input_batch")
+    lengths: list[Any] = size if isinstance(size, list) and len(size) == 2 else [None]
+    for name, value, numbers in (("input_size", size, lengths), ("input_batch", batch, [batch])):
+        if value is not None and not all(type(number) is int and 0 < number < 2**31 for number in numbers):
+            wanted = "height and width" if name == "input_size" else "a number of images"
+            raise ForeignFileError(f"{path}: {name}: wanted {wanted}, got {describe_value(value)}")
 
 
 def write_checksum(path: Path, prefix: bytes) -> None:

@@ -86,7 +86,7 @@ def check_detector(detector: Detector) -> ReadOptions:
     Raises:
         ValueError: If it gives no finite map and score.
     """
-    height, width = detector.recipe.out
+    height, width = getattr(detector, "input_size", None) or detector.recipe.out
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     options = ReadOptions(None, None, detector.recipe.bits, detector.recipe.window)
     content = encode_png(noise)

@@ -309,7 +309,7 @@ def test_different_scores_are_refused_and_leave_no_file(run, monkeypatch):
             for maps, scores in super().run(files, batch):
                 yield maps, scores * np.float32(1.0002)
 
-    monkeypatch.setattr(exporting, "trace", lambda graph: None)
+    monkeypatch.setattr(exporting, "trace", lambda graph, batch: None)
     monkeypatch.setattr(exporting, "_write", lambda program, graph, kind, path, about: path.write_text("draft"))
     monkeypatch.setattr(exporting, "ExportedDetector", lambda path: Off(run / "checkpoint.pt", "cpu"))
     before = sorted(run.iterdir())
@@ -369,7 +369,7 @@ def test_weights_of_another_export_are_refused(files, photographs, tmp_path):
 
 
 def test_model_that_the_format_cannot_hold_is_refused(run, monkeypatch):
-    def fail(graph):
+    def fail(graph, batch):
         raise RuntimeError("no such operator\nand more")
 
     monkeypatch.setattr(exporting, "trace", fail)
@@ -400,7 +400,7 @@ def test_wrong_options_are_refused(run, tmp_path, monkeypatch):
 
 def test_output_folder_that_cannot_be_written_is_refused_first(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(exporting, "trace", lambda graph: pytest.fail("traced before the folder was checked"))
+    monkeypatch.setattr(exporting, "trace", lambda graph, batch: pytest.fail("traced before the folder was checked"))
     message = fails("export", run, "--format", "pt2", "--out", tmp_path / "file" / "d.pt2")
     assert f"--out: wanted a folder that can be written, got {tmp_path / 'file'} (not a folder)" in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -408,7 +408,7 @@ def test_output_folder_that_cannot_be_written_is_refused_first(run, tmp_path, mo
 
 def test_output_path_that_is_a_folder_is_refused(run, tmp_path, monkeypatch):
     (tmp_path / "d.pt2").mkdir()
-    monkeypatch.setattr(exporting, "trace", lambda graph: None)
+    monkeypatch.setattr(exporting, "trace", lambda graph, batch: None)
     monkeypatch.setattr(exporting, "_write", lambda program, graph, kind, path, about: path.write_text("draft"))
     monkeypatch.setattr(exporting, "ExportedDetector", lambda path: CheckpointDetector(run / "checkpoint.pt", "cpu"))
     monkeypatch.setattr(exporting, "compare_scores", lambda *options: (8, 0.0))
@@ -438,7 +438,7 @@ def test_single_view_decides_only_with_its_own_calibration(run, photographs, tmp
     copy.write_bytes((run / "checkpoint.pt").read_bytes())
     with monkeypatch.context() as patch:  # an export without the part that takes long
         only = InferenceOptions("trained")
-        patch.setattr(exporting, "trace", lambda graph: pytest.fail("decides") if graph.calibrated else None)
+        patch.setattr(exporting, "trace", lambda graph, batch: pytest.fail("decides") if graph.calibrated else None)
         patch.setattr(exporting, "_write", lambda program, graph, kind, path, about: path.write_text(about))
         patch.setattr(exporting, "ExportedDetector", lambda path: CheckpointDetector(copy, "cpu", inference=only))
         result = export(copy, "pt2", tmp_path / "none.pt2", views="trained")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from recontrast.inference.detector import Detector
 
 
-def export(  # 11 options and their checks; `recontrast.export` does the work
+def export(  # 13 options and their checks; `recontrast.export` does the work
     run: CheckpointFile,
     format: Annotated[str, typer.Option("--format", help="onnx, pt2 (torch.export) or openvino.")],
     out: Annotated[
@@ -53,6 +53,13 @@ def export(  # 11 options and their checks; `recontrast.export` does the work
         path_option(help="Labelled data sets or categories: the report of a low precision gives their metrics."),
     ] = None,
     all_good: AllGood = False,
+    input_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="HEIGHT WIDTH", help="Fix the size of the images in pixels. Default: any size."),
+    ] = None,
+    input_batch: Annotated[
+        int | None, typer.Option(help="Fix the number of images in each call. Default: any number.")
+    ] = None,
     views: Views = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -85,6 +92,7 @@ def export(  # 11 options and their checks; `recontrast.export` does the work
     inference = build_inference_options("cpu", views)
     result = write(
         file, format, out, precision=precision, images=paths, tolerance=tolerance, views=inference.views,
+        input_size=input_size, input_batch=input_batch,
         measure=_measure(data) if data else None,
         on_start=lambda: print_line("tracing, writing, reopening and comparing takes up to a minute"),
     )  # fmt: skip
