@@ -199,8 +199,8 @@ def prepare_job(
         budget: Seconds that the training may take, see `recontrast.training.budget.plan_budget`. Fields in ``changes``
             stay as they are; with a recipe, its architecture does. An architecture "MODULE:NAME" is imported.
         device: Device of the training, for the budget.
-        roi: Region of interest of all images, or a folder with a mask for each. None: that of the recipe; or the masks
-            of the samples, if these have any.
+        roi: Region of interest of all images, or a folder with a mask for each. None: that in ``changes`` or of the
+            resumed run; else the masks of the samples, if these have any, or that of the recipe.
 
     Returns:
         The checked run.
@@ -235,7 +235,7 @@ def prepare_job(
     category = category or next(iter(groups))
     changed, groups = fix_views(changed, groups)
     groups = add_rois(_select_shots(groups, changed), folder)
-    if roi is None and any(sample.roi is not None for group in groups.values() for sample in group):
+    if resume is None and "roi" not in changes and any(s.roi is not None for group in groups.values() for s in group):
         changed = changed.replace(roi=EACH)
     few = False
     is_default = recipe is None and resume is None and "holdout" not in changes

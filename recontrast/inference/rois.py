@@ -277,7 +277,7 @@ def open_folder(recipe: Recipe, folder: RoiFolder | RoiList | None, paths: Seque
     """
     if recipe.roi is None:
         return None
-    return Rois(recipe, None if folder is None else folder.list_for(paths), paths)
+    return Rois(recipe, None if folder is None or recipe.roi != EACH else folder.list_for(paths), paths)
 
 
 def check_images(recipe: Recipe, paths: Sequence[Path]) -> None:

@@ -112,7 +112,7 @@ def prepare_comparison(
     samples = [sample for group in groups.values() for sample in group]
     if roi is not None:
         changes = {**changes, "roi": resolve_roi(roi, "--roi")[0]}
-    if changes.get("roi") == EACH or (roi is None and any(sample.roi is not None for sample in samples)):
+    if changes.get("roi") == EACH or ("roi" not in changes and any(sample.roi is not None for sample in samples)):
         raise ValueError("--roi: wanted one region of interest for all images to compare methods, got one for each")
     is_labelled = len({sample.label for sample in samples if sample.split == "test"}) > 1
     drawn = select_shots(samples, changes.get("shots"), changes.get("seed", Recipe().seed))

@@ -207,14 +207,19 @@ def test_folder_of_masks(run, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_list_with_a_column_of_regions(run, tmp_path):
-    samples = recontrast.find_samples(run / "data/nut")
-    with open(tmp_path / "list.csv", "w", newline="") as file:
+def write_list(run, path, roi="roi.png", splits=("train", "test")):
+    """Write a list of the images whose masks are all that of a file, ``roi``."""
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "split", "label", "mask", "roi"])
-        for s in samples:
-            label = "defect" if s.label else "good"
-            writer.writerow([s.path, s.split, label, s.mask or "", run / "roi.png"])
+        for s in recontrast.find_samples(run / "data/nut"):
+            if s.split in splits:
+                writer.writerow([s.path, s.split, "defect" if s.label else "good", s.mask or "", run / roi])
+    return path
+
+
+def test_list_with_a_column_of_regions(run, tmp_path):
+    write_list(run, tmp_path / "list.csv")
     works("train", tmp_path / "list.csv", "--out", tmp_path / "run", *OPTIONS, "--holdout", 0.4, "--no-evaluate")
     detector = recontrast.load(tmp_path / "run")
     assert detector.recipe.roi == EACH
@@ -222,6 +227,40 @@ def test_list_with_a_column_of_regions(run, tmp_path):
     theirs = recontrast.evaluate(run / "run", run / "data/nut").rows[0]
     assert ours.i_auroc == pytest.approx(theirs.i_auroc)
     assert ours.p_auroc == pytest.approx(theirs.p_auroc, abs=1e-3)
+
+
+def test_given_region_wins_over_those_of_a_list(run, tmp_path):
+    masks = write_list(run, tmp_path / "list.csv", "other.png")
+    mask = recontrast.load(run / "run").recipe.roi
+    steps = ["--backbone", "test_resnet", "--weights", "random", "--size", 64, "--steps", 2, "--batch", 4]
+    for name, given in [("option", ("--roi", run / "roi.png")), ("field", ("--set", f"roi={mask}"))]:
+        works("train", masks, "--out", tmp_path / name, *steps, "--holdout", 0, *given)
+        assert recontrast.load(tmp_path / name).recipe.roi == mask
+        works("train", masks, "--resume", tmp_path / name, "--no-evaluate")
+    works("train", masks, "--out", tmp_path / "whole", *OPTIONS, "--holdout", 0, "--set", "roi=none")
+    assert recontrast.load(tmp_path / "whole").recipe.roi is None
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)])
+def test_compare_in_one_region_with_a_list_of_others(run, tmp_path, splits):
+    masks = write_list(run, tmp_path / "list.csv", "other.png", splits)
+    options = ["--methods", "padim,patchcore", *OPTIONS[2:], "--out", tmp_path / "c", "--device", "cpu"]
+    text = fails("compare", masks, *options)
+    assert "--roi: wanted one region of interest for all images to compare methods, got one for each" in text
+    printed = works("compare", masks, *options, "--roi", run / "roi.png")
+    assert "region of interest: 62.5 % of the image (64 x 64 px)" in printed
+    mask = recontrast.load(run / "run").recipe.roi
+    assert {recontrast.load(tmp_path / "c" / name).recipe.roi for name in ("padim", "patchcore")} == {mask}
+
+
+def test_calibrate_with_masks_of_some_images(run, tmp_path):
+    tiny_set(tmp_path / "new", "nut", train=10, seed=9)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.pt").write_bytes((run / "run/checkpoint.pt").read_bytes())
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        rows = [[path, run / "other.png"] for path in sorted((tmp_path / "new/nut/train/good").iterdir())]
+        csv.writer(file).writerows([["path", "roi"], [rows[0][0], ""], *rows[1:]])
+    works("calibrate", tmp_path / "run", "--good", tmp_path / "list.csv", "--false-alarm-rate", 0.2)
 
 
 def bad_regions(folder):
