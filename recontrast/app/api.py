@@ -248,7 +248,8 @@ def extend(
         The extended detector, loaded from its checkpoint.
 
     Raises:
-        ValueError: If the architecture cannot be extended, an image cannot be read, or no image is new.
+        ValueError: If the architecture cannot be extended, an image cannot be read, no image is new, or images are held
+            out for the checkpoint of an older version, which does not tell the images that it was trained on.
         OSError: If the checkpoint cannot be written.
     """
     file = detector.path if isinstance(detector, CheckpointDetector) else resolve_detector(detector)

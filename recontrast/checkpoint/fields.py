@@ -156,7 +156,7 @@ def is_images(value: Any) -> bool:
     """Return whether a value is a description of images, see `recontrast.data.fingerprint.describe_images`."""
     return (
         _is_mapping(value)
-        and _is_whole(value.get("count"))
+        and _is_whole(value.get("count", 0))
         and type(value.get("digest")) is str
         and type(value.get("each", "")) is str
         and isinstance(groups := value.get("groups", []), list)

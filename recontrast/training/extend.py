@@ -54,19 +54,21 @@ class Extension:
     Attributes:
         checkpoint: Path of the checkpoint.
         added: Number of images that were added.
-        total: Number of images that the detector has been trained on, then and now.
+        total: Number of images that the detector has been trained on, then and now. None if the checkpoint is of an
+            older version, without their fingerprints: images that it was trained on may be among those added.
         left_out: Images that were not used: copies, and for a fitted detector those that it was trained on already.
         lost_calibration: Whether a calibration was removed, because it belongs to the detector before.
         calibration: Calibration on held-out new images; None if none were held out.
         seconds: Duration.
         steps: Number of further steps; 0 for a detector that is fitted in one pass.
         again: Number of images that the detector was trained on already, and was trained on again.
-        forgotten: Number of images that the detector was trained on, and that were not given for the further steps.
+        forgotten: Number of images that the detector was trained on, and that were not given for the further steps; 0
+            without fingerprints.
     """
 
     checkpoint: Path
     added: int
-    total: int
+    total: int | None
     left_out: tuple[Path, ...]
     lost_calibration: bool
     calibration: Calibration | None
@@ -95,7 +97,8 @@ def extend(
     before.
 
     Warns (`recontrast.data.listing.DataWarning`) of pictures that were saved again. Such pictures stay on one side of
-    the division into added and held-out images, and those of an image that the detector was trained on are added.
+    the division into added and held-out images, and those of an image that the detector was trained on are added. The
+    checkpoint of an older version does not tell which images the detector was trained on: all given ones are added.
 
     Args:
         path: Checkpoint, which is replaced. Results of an evaluation beside it are removed.
@@ -112,7 +115,8 @@ def extend(
 
     Raises:
         ValueError: If the architecture cannot be extended, an image cannot be read, none is new, too few are held out,
-            or another process writes to the run.
+            images are held out although the checkpoint does not tell which it was trained on, or another process
+            writes to the run.
         OSError: If a file cannot be read or written.
     """
     path, started = Path(path), time.perf_counter()
@@ -121,7 +125,7 @@ def extend(
     resolved = resolve_device(device)
     with lock_checkpoint(path):
         saved = checkpoint.load(path)
-        _check_extendable(saved, path, steps)
+        _check_extendable(saved, path, steps, holdout)
         samples = group_samples([_to_sample(item, saved.category) for item in paths], saved.recipe.image_views)
         given = {sample.path: sample for sample in samples}
         new, known, left_out, sketches = split_trained_images(option, list(given), saved)
@@ -145,12 +149,14 @@ def extend(
                 images = None if saved.recipe.tile is not None else _decode(saved.recipe, held_out)
                 calibration = calibrate_holdout(state, held_out, None, images, groups)
         seconds = time.perf_counter() - started
-        entries = entries or [{"step": state.step, "images": state.images["count"], "seconds": seconds}]
+        total = state.images.get("count")
+        counted = {} if total is None else {"images": total}
+        entries = entries or [{"step": state.step, **counted, "seconds": seconds}]
         _write(path, replace(content, calibration=calibration), entries)
     trained = len(read_fingerprints(saved.images))
     is_stepped = saved.recipe.uses_steps
     return Extension(
-        path, len(training), state.images["count"], tuple(left_out), saved.calibration is not None, calibration,
+        path, len(training), total, tuple(left_out), saved.calibration is not None, calibration,
         seconds, state.step - saved.step if is_stepped else 0, len(again),
         max(trained - len(again), 0) if is_stepped else 0,
     )  # fmt: skip
@@ -160,8 +166,8 @@ def _to_sample(item: Path | Sample, category: str) -> Sample:
     return item if isinstance(item, Sample) else Sample(item, None, 0, category, "train", "good")
 
 
-def _check_extendable(saved: Checkpoint, path: Path, steps: int | None) -> None:
-    """Raise ValueError if the network cannot be trained on further images, or is no finished run."""
+def _check_extendable(saved: Checkpoint, path: Path, steps: int | None, holdout: float) -> None:
+    """Raise ValueError if the network cannot be trained on further images, is no finished run, or fits no option."""
     name, recipe = saved.recipe.architecture, saved.recipe
     if not recipe.uses_steps and not get_architecture(recipe).is_extendable:
         names = ", ".join(key for key, value in ARCHITECTURES.items() if value.is_extendable)
@@ -180,6 +186,11 @@ def _check_extendable(saved: Checkpoint, path: Path, steps: int | None) -> None:
         )
     if not saved.rng:
         raise ValueError(f"{path}: wanted the checkpoint of a run, got a detector alone, which has no training state")
+    if holdout and not read_fingerprints(saved.images):
+        raise ValueError(
+            f"holdout: wanted none for {path}, which is of an older version and does not tell which images it was "
+            f"trained on, got {holdout:g}: run recontrast calibrate with images that it has not seen"
+        )
 
 
 def _fit_further(
@@ -210,7 +221,7 @@ def _fit_further(
     if fit is not None:  # never None here
         fit(model, recipe)
     description = _describe_with(saved, files, images)
-    sampler = BatchSampler(description["count"], recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
+    sampler = BatchSampler(description.get("count", count), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     step = saved.step + len(starts)
     return TrainingState(recipe, saved.category, device, model, [], sampler, description, step=step)
 
@@ -272,13 +283,14 @@ def _decode(recipe: Recipe, files: Sequence[Sample]) -> ImageCache:
 
 
 def _describe_together(before: Mapping[str, Any], images: ImageCache) -> dict[str, Any]:
-    """Describe the images of both fits together, see `recontrast.data.fingerprint.describe_images`."""
+    """Describe the images of both fits together, see `recontrast.data.fingerprint.describe_images`.
+
+    Without fingerprints of the former images, the description has neither "each" nor "count".
+    """
     added = describe_images(images)
-    joined = {
-        "count": before["count"] + added["count"],
-        "digest": hashlib.sha256(f"{before['digest']} {added['digest']}".encode()).hexdigest(),
-        "each": before.get("each", "") + added["each"],
-    }
+    joined: dict[str, Any] = {"digest": hashlib.sha256(f"{before['digest']} {added['digest']}".encode()).hexdigest()}
+    if read_fingerprints(before):  # else images of the run may be among the new ones, and would count twice
+        joined |= {"count": before["count"] + added["count"], "each": before["each"] + added["each"]}
     if len(sketches := read_sketches(before)):  # else of an older version
         new = read_sketches({"sketches": sketch_images(images)})
         joined["sketches"] = encode_sketches([*sketches, *new]) if len(new) else ""

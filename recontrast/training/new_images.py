@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.dataset_sample import Sample
+from recontrast.data.fingerprint import read_fingerprints
 from recontrast.data.groups import name_group, pair_groups
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import (
@@ -56,7 +57,12 @@ def split_new_images(
     if holdout:
         consequence = "they are added or held out together, and count as one image of the calibration"
     texts = [describe_near_copies(paths, pairs, consequence), describe_trained([paths[i] for i in trained], len(paths))]
-    if not n:
+    if not read_fingerprints(saved.images):
+        texts.append(
+            "images that the detector was trained on are not told from new ones, and all are added: the checkpoint is "
+            "of an older version"
+        )
+    elif not n:
         texts.append(
             "training images that were saved again are not searched: the checkpoint is of an older version, or there "
             f"are more than {MOST_SKETCHES} images"

@@ -127,8 +127,8 @@ def restore(state: TrainingState, saved: Checkpoint, path: str) -> None:
     """
     if not saved.rng:
         raise ValueError(f"{path}: wanted the checkpoint of a run, got a detector alone, which has no training state")
-    if any(saved.images[name] != state.images[name] for name in ("count", "digest")):
-        wanted, got = saved.images["count"], state.images["count"]
+    if any(saved.images.get(name) != state.images[name] for name in ("count", "digest")):
+        wanted, got = saved.images.get("count", "new and former"), state.images["count"]
         raise ValueError(
             f"{path}: images: wanted the {wanted} training images that the run was started with, got "
             + (f"{got}" if wanted != got else "as many with other pixels or in another order")

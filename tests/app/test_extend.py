@@ -173,6 +173,33 @@ def test_only_training_images_saved_again(pictures, tmp_path):
     assert "wanted new images to hold out, got 2 that seem to be training images" in result.stderr
 
 
+def check_extension_without_fingerprints(run, data, printed):
+    """Extend a run as of an older version: its images are not told from new ones, and may not calibrate it."""
+    saved = checkpoints.load(run / "checkpoint.pt")
+    for name in ("each", "sketches"):
+        del saved.images[name]
+    checkpoints.save(run / "checkpoint.pt", saved)
+    before, former = (run / "checkpoint.pt").read_bytes(), data / "nut/train/good"
+    message = fails("train", "--extend", run, "--good", former, "--holdout", 0.5)
+    assert "holdout: wanted none for" in message and "does not tell which images it was trained on" in message
+    assert (run / "checkpoint.pt").read_bytes() == before
+    result = call("train", "--extend", run, "--good", former, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "--good: images that the detector was trained on are not told from new ones" in result.stderr
+    assert printed in result.stdout
+    assert not any(text in result.stdout for text in ("in all", "of the run", "new images"))
+    assert {"count", "each"}.isdisjoint(_images(run))
+    message = fails("train", "--extend", run, "--good", data / "new", "--holdout", 0.5)
+    assert "holdout: wanted none for" in message
+    works("train", "--extend", run, "--good", data / "new", "--device", "cpu")
+    works("report", run, data / "nut", "--out", run / "report.html", "--device", "cpu")
+
+
+def test_checkpoint_without_fingerprints(run, data):
+    check_extension_without_fingerprints(run, data, "12 images added in")
+    assert "images" not in json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+
+
 def test_results_of_an_evaluation_are_removed(run, data):
     works("evaluate", run, data / "nut", "--out", run, "--device", "cpu")
     assert (run / "results.json").exists()
@@ -284,6 +311,13 @@ def test_new_images_alone_and_the_default_number_of_steps(trained, data, tmp_pat
     tiny_set(tmp_path / "third", train=8, seed=2)
     detector = recontrast.extend(run, tmp_path / "third/nut/train/good", holdout=0.5, steps=1, device="cpu")
     assert detector.calibration.count == 4 and detector.recipe.steps == 11
+
+
+def test_run_by_steps_without_fingerprints(trained, data, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    check_extension_without_fingerprints(run, data, "2 further steps on 12 images in")
+    message = fails("train", data / "nut", "--resume", run)
+    assert "wanted the new and former training images that the run was started with, got 10" in message
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])

@@ -240,17 +240,18 @@ def _extend(
         reason = "copies" if result.steps else "trained on already"
         print_line(f"{len(result.left_out)} images are left out, because they are {reason}: {names}")
     if result.steps:
-        print_line(
-            f"{result.steps} further steps on {result.added} new images and {result.again} of the run in "
-            f"{result.seconds:.1f} s: {file}"
-        )
+        images = f"{result.added} images"  # without fingerprints, new and former ones
+        if result.total is not None:
+            images = f"{result.added} new images and {result.again} of the run"
+        print_line(f"{result.steps} further steps on {images} in {result.seconds:.1f} s: {file}")
         if result.forgotten:
             print_line(
                 f"{result.forgotten} images of the run were not given: what they alone show may be forgotten; give "
                 "them with --good as well"
             )
     else:
-        print_line(f"{result.added} images added in {result.seconds:.1f} s, {result.total} in all: {file}")
+        in_all = "" if result.total is None else f", {result.total} in all"
+        print_line(f"{result.added} images added in {result.seconds:.1f} s{in_all}: {file}")
     _print_promise(result.calibration)
     if result.lost_calibration and result.calibration is None:
         print_line(
