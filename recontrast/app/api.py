@@ -22,6 +22,7 @@ from recontrast.data.groups import count_groups
 from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
 from recontrast.data.roi import RoiFolder
+from recontrast.data.unsplit import list_good_of_classes
 from recontrast.data.views import group_samples
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_samples
@@ -254,7 +255,7 @@ def extend(
     """
     file = detector.path if isinstance(detector, CheckpointDetector) else resolve_detector(detector)
     result = extend_detector(
-        file, list_good_samples(good, all_good), holdout=holdout, steps=steps, device=device, on_step=on_progress
+        file, list_good_of_classes(good, all_good), holdout=holdout, steps=steps, device=device, on_step=on_progress
     )
     return CheckpointDetector(result.checkpoint, device)
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -99,12 +100,60 @@ def read_good_and_bad(
     return {name: assign_splits(list(samples.values()), list(names.values()))}
 
 
+def list_good_of_classes(paths: PathLike | Iterable[PathLike], all_good: bool = False) -> list[Sample]:
+    """List good images as samples whose category is their class, to draw classes equally often.
+
+    Args:
+        paths: One or more files, folders and lists, see `recontrast.data.class_folders.list_good_samples`.
+        all_good: Whether all images in the folders are good, whatever the names of their subfolders.
+
+    Returns:
+        The images in the order of ``paths``. The category is that in the list, or the folder above the ``train/good``
+        in which an image lies; else the name of the list or folder, or of the first folder above it that says more than
+        good, train or test. It is empty for folders and lists that share their name with others, and say no more.
+
+    Raises:
+        FileNotFoundError: If a file or folder does not exist.
+        ValueError: If a folder contains no images, or it is unclear which of them are good.
+    """
+    paths = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else paths
+    given = [(*_find_name(path), list_good_samples(path, all_good)) for path in map(Path, paths)]
+    stated = [_find_stated_classes(where, samples) for where, _, samples in given]
+    # A folder "screw" and the training images of a data set "screw" are of one class; "a/new" and "b/new" may not be.
+    pairs = list(zip(given, stated, strict=True))
+    unsure = {where for (where, says_more, _), names in pairs if not says_more and None in names}
+    counts = Counter(map(_name, unsure))
+    listed: list[Sample] = []
+    for (where, _, samples), names in pairs:
+        own = "" if where in unsure and counts[_name(where)] > 1 else _name(where)
+        listed += [replace(s, category=name or own) for s, name in zip(samples, names, strict=True)]
+    return listed
+
+
+def _find_stated_classes(where: Path, samples: Sequence[Sample]) -> list[str | None]:
+    """Return the class of each image of a list or folder, None if nothing but the name of the latter tells it."""
+    if is_list(where):
+        stated = {sample.category for sample in samples} != {where.stem}
+        return [sample.category if stated else None for sample in samples]
+    parents = [Path(os.path.abspath(sample.path)).parents for sample in samples]
+    return [p[2].name if len(p) > 3 and (p[0].name, p[1].name) == (GOOD, "train") else None for p in parents]
+
+
 def _name_category(path: Path) -> str:
     """Return the name of a list or a folder, or of the one above it if it says only that its images are good."""
+    return _name(_find_name(path)[0]) or "images"
+
+
+def _find_name(path: Path) -> tuple[Path, bool]:
+    """Return the list or folder whose name is that of the category, and whether it is above the given one."""
     path = Path(os.path.abspath(path))
     if is_list(path):
-        return path.stem
-    path = path if path.is_dir() else path.parent
+        return path, False
+    path = folder = path if path.is_dir() else path.parent
     while classify_folder(path.name) in ("good", "train", "test") and path.parent.name:
         path = path.parent
-    return path.name or "images"
+    return path, path != folder
+
+
+def _name(path: Path) -> str:
+    return path.stem if is_list(path) else path.name

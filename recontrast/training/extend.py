@@ -102,8 +102,9 @@ def extend(
 
     Args:
         path: Checkpoint, which is replaced. Results of an evaluation beside it are removed.
-        paths: Files of good images, or samples with their groups. A fitted detector leaves out those that it was
-            trained on already. One that is trained by steps may forget what it learnt from images that are not given.
+        paths: Files of good images; or samples with their groups and, where the run draws classes equally often, with
+            their category. A fitted detector leaves out those that it was trained on already. One that is trained by
+            steps may forget what it learnt from images that are not given.
         holdout: Share of the new images that are not added but used for a calibration, in [0, 1).
         steps: Number of further steps; None: a quarter of those of the run. Only for a detector trained by steps.
         device: Device of the computation; None takes the GPU if there is one.
@@ -126,7 +127,8 @@ def extend(
     with lock_checkpoint(path):
         saved = checkpoint.load(path)
         _check_extendable(saved, path, steps, holdout)
-        samples = group_samples([_to_sample(item, saved.category) for item in paths], saved.recipe.image_views)
+        samples = group_samples([_to_sample(item) for item in paths], saved.recipe.image_views)
+        _check_classes(samples, saved.recipe, option)
         given = {sample.path: sample for sample in samples}
         new, known, left_out, sketches = split_trained_images(option, list(given), saved)
         if not new:
@@ -162,8 +164,19 @@ def extend(
     )  # fmt: skip
 
 
-def _to_sample(item: Path | Sample, category: str) -> Sample:
-    return item if isinstance(item, Sample) else Sample(item, None, 0, category, "train", "good")
+def _to_sample(item: Path | Sample) -> Sample:
+    return item if isinstance(item, Sample) else Sample(item, None, 0, "", "train", "good")
+
+
+def _check_classes(samples: Sequence[Sample], recipe: Recipe, option: str) -> None:
+    """Raise ValueError if classes are drawn equally often, and the class of an image is not known."""
+    unknown = [sample.path for sample in samples if not sample.category]
+    if recipe.sampling == "classes" and unknown:
+        raise ValueError(
+            f"{option}: wanted the class of each image, since the run draws classes equally often (sampling: classes), "
+            f"got {len(unknown)} whose folder or list does not name it alone (first: {unknown[0]}): give one list with "
+            "the column category"
+        )
 
 
 def _check_extendable(saved: Checkpoint, path: Path, steps: int | None, holdout: float) -> None:

@@ -346,3 +346,27 @@ def test_bad_steps(trained, fitted, data, tmp_path):
     checkpoints.save(run / "checkpoint.pt", replace(saved, recipe=saved.recipe.replace(steps=20)))
     message = fails("train", "--extend", run, "--good", data / "new")
     assert "wanted a finished run, got one after 8 of 20 steps: continue it with --resume" in message
+
+
+def test_classes_are_drawn_equally_often(data, tmp_path, monkeypatch):
+    tiny_set(tmp_path / "set", "bolt", train=3, seed=3)
+    shutil.copytree(data / "nut", tmp_path / "set/nut")
+    run, folders = tmp_path / "run", [tmp_path / "set" / name / "train/good" for name in ("nut", "bolt")]
+    works("train", tmp_path / "set", "--category", "all", *SMALL, "--steps", 2, "--holdout", 0, "--out", run,
+          "--sampling", "classes")  # fmt: skip
+    seen, list_classes = [], trainer_module.list_classes
+    monkeypatch.setattr(trainer_module, "list_classes", lambda opened: seen.append(list_classes(opened)) or seen[-1])
+    good = ("--good", folders[0], "--good", folders[1], "--good", data / "new/000.png", "--steps", 1)
+    works("train", "--extend", run, *good, "--device", "cpu")
+    assert np.bincount(seen[0]).tolist() == [12, 3, 1]
+    for name in "ab":
+        tiny_set(tmp_path / name, train=2, seed=ord(name))
+        shutil.move(tmp_path / name / "nut/train/good", tmp_path / name / "more")
+    good = ("--good", tmp_path / "a/more", "--good", tmp_path / "b/more")
+    before = (run / "checkpoint.pt").read_bytes()
+    message = fails("train", "--extend", run, *good)
+    assert "--good: wanted the class of each image, since the run draws classes equally often" in message
+    assert f"got 4 whose folder or list does not name it alone (first: {tmp_path / 'a/more/000.png'})" in message
+    assert (run / "checkpoint.pt").read_bytes() == before
+    with pytest.raises(ValueError, match="good: wanted the class of each image"):
+        extend_module.extend(run / "checkpoint.pt", sorted((tmp_path / "a/more").iterdir()), device="cpu")

@@ -3,11 +3,13 @@
 import os
 
 import pytest
+from PIL import Image
 
 from recontrast.data import datasets, listing
 from recontrast.data.class_folders import list_good_images
 from recontrast.data.class_names import classify_folder
 from recontrast.data.listing import DataWarning, find_images, list_images
+from recontrast.data.unsplit import list_good_of_classes
 
 WAYS_OUT = r"name the folder of good images itself, or use --all-good \(all_good=True\)"
 
@@ -225,3 +227,26 @@ def test_endings_of_formats_that_are_read(tmp_path):
     root = create_files(tmp_path / "parts", *(f"a{ending}" for ending in endings))
     assert len(find_images(root)) == len(endings)
     assert all(map(listing.is_image, (f"a{ending}" for ending in endings)))
+
+
+def test_classes_of_good_images(tmp_path):
+    for name in ("set/screw/train/good", "set/tile/train/good", "new/screw", "a/new", "b/new", "plate/good"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "0.png")
+    rows = f"{tmp_path / 'a/new/0.png'},lid\n{tmp_path / 'b/new/0.png'},cap\n"
+    (tmp_path / "stated.csv").write_text(f"path,category\n{rows}")
+    for folder in "ab":
+        (tmp_path / folder / "list.csv").write_text("path\nnew/0.png\n")
+
+    def classes(*names):
+        return [sample.category for sample in list_good_of_classes([tmp_path / name for name in names])]
+
+    assert classes("set/screw/train/good", "set/tile/train/good", "new/screw") == ["screw", "tile", "screw"]
+    assert classes("set/screw", "set/tile/train", "new/screw/0.png") == ["screw", "tile", "screw"]
+    assert sorted(s.category for s in list_good_of_classes(tmp_path / "set", all_good=True)) == ["screw", "tile"]
+    assert classes("plate/good", "a/new") == ["plate", "new"]
+    assert classes("a/new", "b/new", "new/screw") == ["", "", "screw"]
+    assert classes("a/new", "a/new") == ["new", "new"]
+    assert classes("stated.csv", "a/new") == ["lid", "cap", "new"]
+    assert classes("a/list.csv") == ["list"] and classes("a/list.csv", "b/list.csv") == ["", ""]
+    assert [s.category for s in list_good_of_classes(str(tmp_path / "a/new"))] == ["new"]

@@ -218,7 +218,8 @@ def _extend(
     run: Path, good: list[Path], *, all_good: bool, holdout: float, steps: int | None, device: str | None
 ) -> None:
     """Add good images to a fitted detector, and print what was added."""
-    from recontrast.data.class_folders import describe_files, list_good_samples
+    from recontrast.data.class_folders import describe_files
+    from recontrast.data.unsplit import list_good_of_classes
     from recontrast.runtime.device import resolve_device
     from recontrast.training.extend import extend
 
@@ -226,7 +227,7 @@ def _extend(
     if file.is_file():  # a missing file has its own message
         check_writable(file.parent, "--extend")
     resolve_device(device)
-    samples = list_good_samples(good, all_good)
+    samples = list_good_of_classes(good, all_good)
     print_data(describe_files("--good", [sample.path for sample in samples]))
     try:
         with ProgressBar("extend") as progress:
