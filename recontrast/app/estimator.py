@@ -5,6 +5,7 @@ Signs are scikit-learn's: larger scores are more normal, +1 is good, -1 a defect
 their scores, so that a new good image is called a defect with probability at most ``false_alarm_rate``.
 """
 
+import inspect
 import io
 import math
 import warnings
@@ -368,7 +369,10 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
+        """Restore a pickled detector; parameters that its version did not have take their defaults."""
+        signature = inspect.signature(type(self))
+        defaults = {name: signature.parameters[name].default for name in self._get_param_names()}
+        state = {**{n: value for n, value in defaults.items() if value is not inspect.Parameter.empty}, **state}
         content = state.pop("checkpoint", None)
         super().__setstate__(state)
         if content is not None:

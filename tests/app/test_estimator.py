@@ -293,6 +293,22 @@ def test_pickle_and_joblib(fitted, tests, tmp_path):
     assert unfitted.get_params() == fitted.get_params() and not hasattr(unfitted, "model_")
 
 
+def test_pickle_of_an_earlier_version(fitted, tests):
+    """Parameters that it did not have take their defaults."""
+    for whole in (fitted, clone(fitted)):
+        state = dict(whole.__getstate__())
+        for name in ("roi", "encoder_lr"):
+            del state[name]
+        found = ReContrastDetector.__new__(ReContrastDetector)
+        found.__setstate__(state)
+        assert repr(found) == repr(whole) and clone(found).get_params() == found.get_params() == whole.get_params()
+    state = dict(detector(encoder_lr=0.1, false_alarm_rate=0.2).__getstate__())
+    del state["false_alarm_rate"]
+    found = ReContrastDetector.__new__(ReContrastDetector)
+    found.__setstate__(state)
+    assert found.false_alarm_rate == 0.05 and found.encoder_lr == 0.1
+
+
 def test_a_pickle_needs_no_device_of_its_own(fitted, tests):
     """One that was told a device that this machine lacks is read, and says so when it is used."""
     found = pickle.loads(pickle.dumps(fitted))
