@@ -148,11 +148,23 @@ def describe_roi(roi: str | None) -> str:
     return f"{100 * mask.mean():.4g} % of the image ({mask.shape[1]} x {mask.shape[0]} px)"
 
 
-def check_aspect(mask: Sequence[int], image: Sequence[int], mask_name: str, image_name: str) -> None:
-    """Check that a mask can be laid over an image: both have one size, or sides of one ratio.
+def has_aspect(mask: Sequence[int], image: Sequence[int]) -> bool:
+    """Return whether a mask has the aspect ratio of an image.
 
-    A ratio is the same if the sides of the smaller one, enlarged, are those of the larger one up to a pixel of the
-    smaller one. Warns once (`recontrast.data.notices.ImageWarning`) of a mask that is resized.
+    The sides of the smaller one, enlarged, are then those of the larger one up to a pixel of the smaller one.
+
+    Args:
+        mask: Height and width of the mask.
+        image: Height and width of the image.
+    """
+    (small_h, small_w), (large_h, large_w) = sorted([mask, image], key=lambda size: size[0] * size[1])
+    return abs(small_h * large_w / large_h - small_w) < 1 or abs(small_w * large_h / large_w - small_h) < 1
+
+
+def check_aspect(mask: Sequence[int], image: Sequence[int], mask_name: str, image_name: str) -> None:
+    """Check that a mask can be laid over an image: both have one size, or sides of one ratio, see `has_aspect`.
+
+    Warns once (`recontrast.data.notices.ImageWarning`) of a mask that is resized.
 
     Args:
         mask: Height and width of the mask.
@@ -166,8 +178,7 @@ def check_aspect(mask: Sequence[int], image: Sequence[int], mask_name: str, imag
     (h, w), (height, width) = mask, image
     if (h, w) == (height, width):
         return
-    (small_h, small_w), (large_h, large_w) = sorted([(h, w), (height, width)], key=lambda size: size[0] * size[1])
-    if abs(small_h * large_w / large_h - small_w) >= 1 and abs(small_w * large_h / large_w - small_h) >= 1:
+    if not has_aspect(mask, image):
         raise ValueError(
             f"{mask_name}: wanted a mask of the size of {image_name}, {width} x {height} px, or of its aspect ratio, "
             f"got {w} x {h} px"

@@ -18,7 +18,7 @@ import torch
 from recontrast.data.atomic import replace_files
 from recontrast.data.exact_length import max_exact_length
 from recontrast.data.locks import lock_file
-from recontrast.data.roi import EACH
+from recontrast.data.roi import EACH, decode_mask, has_aspect
 from recontrast.data.temporary import temporary_folder
 from recontrast.data.window import parse_window
 from recontrast.export.decisions import list_files
@@ -200,6 +200,11 @@ def _check_detector(detector: CheckpointDetector, size: tuple[int, int] | None) 
     most = [max_exact_length(length) for length in to_pair(recipe.size)]
     if not all(1 <= length <= limit for length, limit in zip(size, most, strict=True)):
         raise ValueError(f"--input-size: wanted from 1 x 1 to {most[0]} x {most[1]} px (height x width), got {got}")
+    if recipe.roi is not None and not has_aspect(mask := decode_mask(recipe.roi).shape, size):
+        raise ValueError(
+            f"--input-size: wanted the aspect ratio of the region of interest, {mask[0]} x {mask[1]} px (height x "
+            f"width), got {got}"
+        )
 
 
 def _convert_to_float32(detector: CheckpointDetector) -> list[str]:

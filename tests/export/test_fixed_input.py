@@ -13,6 +13,7 @@ from traced_once import traced_once
 
 import recontrast
 from recontrast.data.pillow_resize import FloatResize, PillowResize
+from recontrast.data.roi import encode_mask
 from recontrast.export.export import export
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.file_checks import ForeignFileError, parse_description
@@ -136,12 +137,28 @@ def test_refusals(run, images, tmp_path):
     tiles = save(tmp_path / "checkpoint.pt", RECIPE.replace(size=32, crop=None, tile=32))
     message = fails("export", tiles, "--format", "onnx", "--input-size", 32, 32, "--out", out)
     assert "--input-size: wanted none for a detector of tiles, whose input is a tile, got 32 x 32" in message
+    mask = np.zeros((30, 40), bool)
+    mask[5:20] = True
+    region = save(tmp_path / "region.pt", RECIPE.replace(roi=encode_mask(mask)))
+    message = fails("export", region, "--format", "onnx", "--input-size", *SIZE, "--out", out)
+    wanted = "--input-size: wanted the aspect ratio of the region of interest, 30 x 40 px (height x width), got 60 x 77"
+    assert wanted in message
     assert not out.exists()
     about = {"format": 1, "recontrast": "1", "category": "", "top": 1.0, "recipe": RECIPE.to_dict()}
     about["calibration"] = None
     for name, value in (("input_size", [3]), ("input_size", "ab"), ("input_size", [1.5, 2]), ("input_batch", True)):
         with pytest.raises(ForeignFileError, match=rf"d.onnx: {name}: wanted"):
             parse_description(out, json.dumps({**about, name: value}))
+
+
+@pytest.mark.filterwarnings("ignore:roi. the mask of 40 x 30 px is resized to the images")
+def test_region_of_the_same_aspect_ratio(tmp_path):
+    mask = np.zeros((30, 40), bool)
+    mask[5:20] = True
+    run = save(tmp_path / "checkpoint.pt", RECIPE.replace(roi=encode_mask(mask)))
+    works("export", run, "--format", "onnx", "--input-size", 60, 80, "--out", tmp_path / "d.onnx")
+    Image.effect_noise((80, 60), 50).convert("RGB").save(tmp_path / "0.png")
+    assert len(recontrast.load(tmp_path / "d.onnx").predict(tmp_path / "0.png")) == 1
 
 
 def test_resize_of_one_size_is_that_of_any():
