@@ -126,7 +126,10 @@ def predict(
     if batch < 1:
         raise ValueError(f"predict: batch: wanted at least 1 image, got {batch}")
     paths = images.list_images(inputs)
-    files = ImageFiles(paths)
+    detector = checkpoint
+    if isinstance(detector, Path):
+        detector = open_detector(detector, device, tile, overlap, inference, roi)
+    files = ImageFiles(group_paths(paths, detector.recipe.image_views))  # parts have the names of their first views
     names = {str(path): name for path, name in zip(files.paths, assign_result_names(files.paths), strict=True)}
     kinds = {"maps": SUFFIX.get(maps), "overlays": ".png" if overlays else None}
     results = [
@@ -135,14 +138,8 @@ def predict(
         if suffix is not None
         for name in names.values()
     ]
-    check_replaceable(out, [*TABLES, LINES, MAPS, *results], overwrite=overwrite, inputs=files.paths)
+    check_replaceable(out, [*TABLES, LINES, MAPS, *results], overwrite=overwrite, inputs=paths)
     with lock_folder(out), ThreadPoolExecutor(workers) as pool:
-        detector = checkpoint
-        if isinstance(detector, Path):
-            detector = open_detector(detector, device, tile, overlap, inference, roi)
-        if (views := detector.recipe.image_views) is not None:  # the first view of a part has its results
-            files = ImageFiles(group_paths(files.paths, views))
-            names = {str(path): names.get(str(path), Path(path.stem)) for path in files.paths}
         calibration = select_calibration(detector, rate, decide, checkpoint)
         identity = None
         if isinstance(checkpoint, Path):

@@ -170,6 +170,25 @@ def test_errors_name_the_part_and_cost_no_other(run, tmp_path):
         recontrast.load(run / "run", "cpu").predict(np.zeros((64, 64, 3), np.uint8))
 
 
+def test_parts_without_their_first_view_have_results_of_their_own(run, tmp_path):
+    """Their names are those of the first views, which are not among the inputs; files of others stay as they are."""
+    pages = checkpoints.load(run / "run/checkpoint.pt").recipe.views_from == "pages"
+    for folder in "ab":
+        write_set(tmp_path / folder, pages, train=1, tests=0, seed=ord(folder))
+    inputs = [tmp_path / folder / f"train/good/000{'.tif' if pages else '_right.png'}" for folder in "ab"]
+    words = ["predict", run / "run", *inputs, "--out", tmp_path / "p", "--maps", "npy", "--device", "cpu"]
+    assert "2 images scored" in works(*words)
+    names = [Path(folder, f"train/good/000{'' if pages else '_left'}") for folder in "ab"]
+    a, b = (np.load(tmp_path / "p/maps" / name.with_suffix(".npy")) for name in names)
+    assert (a != b).any()
+    assert all((tmp_path / "p/overlays" / name.with_suffix(".png")).is_file() for name in names)
+    foreign = tmp_path / "p2/maps" / names[0].with_suffix(".npy")
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"notes")
+    assert "--overwrite" in fails(*[tmp_path / "p2" if word == tmp_path / "p" else word for word in words])
+    assert foreign.read_bytes() == b"notes" and len(list((tmp_path / "p2").rglob("*"))) == 5
+
+
 @pytest.mark.parametrize("command", [["export"], ["serve"], ["benchmark"], ["watch", "FOLDER"]], ids=lambda c: c[0])
 def test_what_takes_single_images_refuses_the_detector(run, tmp_path, command):
     words = {
