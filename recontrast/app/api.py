@@ -85,11 +85,13 @@ def train(
         OSError: If a file cannot be read or written.
         KeyboardInterrupt: On Ctrl-C, after the current step is complete and a checkpoint is written.
     """
-    groups = _group_samples(data, category, all_good)
+    given = [data] if isinstance(data, str | os.PathLike) else list(data)
+    paths = [Path(item) for item in given if not isinstance(item, Sample)]
+    source = paths if paths and len(paths) == len(given) else _group_samples(data, category, all_good)
     file = None if resume is None else resolve_detector(resume)
     job = train_job.prepare_job(
-        groups, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
-        overwrite=overwrite, option="out", device=device, roi=roi,
+        source, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
+        overwrite=overwrite, all_good=all_good, option="out", device=device, roi=roi,
         budget=None if budget is None else parse_duration("budget", budget),
     )  # fmt: skip
     train_job.run_job(

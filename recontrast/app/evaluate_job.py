@@ -219,7 +219,7 @@ def check_outputs(
 
     Args:
         out: Folder of the results.
-        groups: Samples by category.
+        groups: Samples by category; the names of maps are those of parts only if the samples are joined.
         save_maps: Whether maps are written as well.
         overwrite: Whether files of others may be replaced.
         option: Option or argument that names the folder, for the error message.
@@ -228,8 +228,9 @@ def check_outputs(
         ValueError: If a file of others, a folder or an image has the name of a result.
     """
     maps = [*name_maps(groups).values(), SCALE] if save_maps else []
-    images = [path for group in groups.values() for s in group for path in (s.path, s.mask) if path is not None]
-    check_replaceable(out, [*FILES, name_mark(COMMAND), *maps], overwrite=overwrite, inputs=images, option=option)
+    images = [s for group in groups.values() for sample in group for s in (sample, *sample.views)]
+    check_replaceable(out, [*FILES, name_mark(COMMAND), *maps], overwrite=overwrite, option=option,
+                      inputs=[path for s in images for path in (s.path, s.mask) if path is not None])  # fmt: skip
 
 
 def name_maps(groups: Mapping[str, Sequence[Sample]]) -> dict[Path, str]:

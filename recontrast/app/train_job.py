@@ -34,7 +34,7 @@ from recontrast.runtime.device import resolve_device
 from recontrast.training.budget import BudgetPlan, plan_budget
 from recontrast.training.camera_bits import fix_window
 from recontrast.training.holdout import split_holdout
-from recontrast.training.part_views import describe_views, fix_views
+from recontrast.training.part_views import check_files, describe_views, fix_views
 from recontrast.training.run_files import LOG
 from recontrast.training.shots import describe_shots, select_shots
 from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_writer, list_own_events
@@ -227,13 +227,16 @@ def prepare_job(
     if isinstance(data, Mapping):
         groups, where = dict(data), "data"
     else:
-        groups = datasets.load(data, None if category in (None, "all") else [category], all_good=all_good)
+        names = None if category in (None, "all") else [category]
+        groups = datasets.load(data, names, all_good=all_good, incomplete=changed.views_from is not None)
         where = " ".join(map(str, data))
     if category is None and len(groups) > 1:
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
                          f"--category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     changed, groups = fix_views(changed, groups)
+    if changed.views_from is not None:
+        check_files(groups)
     groups = add_rois(_select_shots(groups, changed), folder)
     if resume is None and "roi" not in changes and any(s.roi is not None for group in groups.values() for s in group):
         changed = changed.replace(roi=EACH)

@@ -123,25 +123,27 @@ def is_pattern(source: str) -> bool:
 
 
 def divide_path(pattern: str, path: Path) -> tuple[str, str, str]:
-    """Divide a path at its last match of a pattern.
+    """Divide a path at the last match of a pattern in the absolute path.
 
     Args:
         pattern: Regular expression with one pair of parentheses.
         path: Path of an image.
 
     Returns:
-        What precedes the name of the view, the name, and what follows it.
+        What precedes the name of the view, the name, and what follows it: of the path as it is given; of the absolute
+        path if the view is named in a folder above.
 
     Raises:
         ValueError: If there is no match, or its view has no name.
     """
-    text, last = path.as_posix(), None
+    above = "" if path.is_absolute() else f"{Path.cwd().as_posix().rstrip('/')}/"
+    text, last = above + path.as_posix(), None
     for match in re.finditer(pattern, text):
         last = match if match[1] else last
     if last is None:
         raise ValueError(f"{path}: wanted a path with the name of a view as {pattern!r} finds it, got one without")
     start, stop = last.span(1)
-    return text[:start], text[start:stop], text[stop:]
+    return text[len(above) if start >= len(above) else 0 : start], text[start:stop], text[stop:]
 
 
 def find_views(source: str, paths: Sequence[Path]) -> Views:
@@ -186,32 +188,46 @@ def group_paths(paths: Sequence[Path], views: Views | None) -> list[Path]:
     """
     if views is None or views.source == PAGES:
         return list(paths)
-    parts = dict.fromkeys(before + views.names[0] + after for before, _, after in _divide_all(paths, views))
-    return [Path(part) for part in parts]
+    parts: dict[str, Path] = {}
+    for before, _, after in _divide_all(paths, views):
+        part = Path(before + views.names[0] + after)
+        parts.setdefault(os.path.abspath(part), part)
+    return list(parts.values())
 
 
 def group_samples(samples: Sequence[Sample], views: Views | None) -> list[Sample]:
     """Join the samples of the views of each part to one.
 
-    A part has a defect if one of its views has one, and its mask is that of all its views together.
+    A part has a defect if one of its views has one, and its mask is that of all its views together: a view without a
+    mask, or whose mask is no file, does not show the defect if another view has one. The group that one of the views
+    states is that of the part.
 
     Args:
-        samples: Samples of all views, of one or several categories. Parts that are joined already stay as they are.
+        samples: Samples of all views. Parts that are joined already stay as they are. The category is that of the first
+            view: of folders for each view, it is their name.
         views: Views of the parts; None: each file is one.
 
     Returns:
         The first view of each part, with the others in `Sample.views`.
 
     Raises:
-        ValueError: If a path has no name of a view, a view is missing, or views of one part are on two sides of a
-            split.
+        ValueError: If a path has no name of a view, a view is missing, views of one part are on two sides of a split or
+            in two groups, or a sample has a region of interest of its own.
     """
-    if views is None or views.source == PAGES or all(sample.views for sample in samples):
+    if views is None or all(sample.views for sample in samples):
         return list(samples)
-    parts: dict[tuple[str, str, str], dict[str, Sample]] = {}
+    for sample in samples:
+        if sample.roi is not None:
+            raise ValueError(
+                f"{sample.path}: wanted one region of interest for all parts with several views, got {sample.roi} for "
+                "this image"
+            )
+    if views.source == PAGES:
+        return list(samples)
+    parts: dict[str, dict[str, Sample]] = {}
     divided = _divide_all([sample.path for sample in samples], views)
     for sample, (before, name, after) in zip(samples, divided, strict=True):
-        parts.setdefault((sample.category, before, after), {})[name] = sample
+        parts.setdefault(os.path.abspath(before + views.names[0] + after), {})[name] = sample
     return [_join(part, views) for part in parts.values()]
 
 
@@ -248,20 +264,27 @@ def _join(part: dict[str, Sample], views: Views) -> Sample:
         wanted = f"the views {', '.join(views.names)} of each part"
         raise ValueError(f"{present[0].path}: wanted {wanted}, got no {', '.join(missing)}")
     first = present[0]
+    grouped = next((sample for sample in present if sample.group is not None), first)
     for other in present[1:]:
         if other.split != first.split:
             raise ValueError(
                 f"{other.path}: wanted all views of a part in one split, got {other.split} here and {first.split} for "
                 f"{first.path}"
             )
+        if other.group is not None and other.group != grouped.group:
+            raise ValueError(
+                f"{other.path}: wanted all views of a part in one group, got {other.group!r} here and "
+                f"{grouped.group!r} for {grouped.path}"
+            )
     worst = max(present, key=lambda sample: sample.label)  # the first one with a defect, if any
+    shown = [sample for sample in present if sample.mask is not None and sample.mask.is_file()]
+    if shown:  # the views without a mask do not show the defect
+        present = [sample if sample in shown else replace(sample, mask=None) for sample in present]
     masks = [sample.mask for sample in present if sample.mask is not None]
-    if worst.label and masks and not all(sample.mask is not None for sample in present if sample.label):
-        bare = next(sample for sample in present if sample.label and sample.mask is None)
-        raise ValueError(f"{bare.path}: wanted a mask for each view with a defect or for none, got none for this one")
     return replace(
-        first, mask=masks[0] if masks else None, label=worst.label, defect=worst.defect, views=tuple(present[1:])
-    )
+        first, mask=masks[0] if masks else None, label=worst.label, defect=worst.defect, group=grouped.group,
+        views=tuple(present[1:]),
+    )  # fmt: skip
 
 
 def list_sources(paths: Sequence[Path | os.PathLike[str]], views: Views | None) -> list[Any]:

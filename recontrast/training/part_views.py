@@ -30,6 +30,15 @@ def fix_views(
     return recipe, {name: group_samples(samples, recipe.image_views) for name, samples in groups.items()}
 
 
+def check_files(groups: Mapping[str, Sequence[Sample]]) -> None:
+    """Raise ValueError if the image or the mask of a sample, or of one of its views, is no file."""
+    for sample in (s for group in groups.values() for part in group for s in (part, *part.views)):
+        if not sample.path.is_file():
+            raise ValueError(f"{sample.path}: wanted an image for the mask {sample.mask}, got none")
+        if sample.mask is not None and not sample.mask.is_file():
+            raise ValueError(f"{sample.path}: wanted its mask {sample.mask}, or one of another view, got none")
+
+
 def describe_views(recipe: Recipe) -> str | None:
     """Describe the views of a part in a sentence; None for single images."""
     if recipe.image_views is None:

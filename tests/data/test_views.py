@@ -114,6 +114,18 @@ def test_patterns():
         find_views(r"_(v9)\.", [Path("a_v9.png")])
 
 
+def test_patterns_match_absolute_paths(tmp_path, monkeypatch):
+    folders = Views("/(left|right)/", ("left", "right"))
+    (tmp_path / "right").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert divide_path(folders.source, Path("left/1.png")) == ("", "left", "/1.png")
+    assert folders.locate(Path("left/1.png")) == [Path("left/1.png"), Path("right/1.png")]
+    paths = [Path("left/1.png"), Path("right/1.png"), tmp_path / "right/1.png", Path("right/2.png")]
+    assert group_paths(paths, folders) == [Path("left/1.png"), Path("left/2.png")]
+    monkeypatch.chdir(tmp_path / "right")  # a folder above names the view
+    assert folders.locate(Path("1.png")) == [tmp_path / "left/1.png", tmp_path / "right/1.png"]
+
+
 def test_paths_of_parts():
     paths = [Path(f"x/{part}_{view}.png") for part in "ab" for view in ("top", "left")]
     assert group_paths(paths, LIGHTS) == [Path("x/a_left.png"), Path("x/b_left.png")]
@@ -147,9 +159,39 @@ def test_samples_of_parts():
         ValueError, match=r"a_top.png: wanted all views of a part in one split, got test here and train"
     ):
         group_samples([*samples[:2], replace(samples[2], split="test")], LIGHTS)
-    bad = [replace(s, mask=None if i else Path("m.png")) for i, s in enumerate(make_samples(1, "test"))]
-    with pytest.raises(ValueError, match=r"a_right.png: wanted a mask for each view with a defect or for none"):
-        group_samples(bad, LIGHTS)
+    (part,) = group_samples([*samples[3:5], replace(samples[5], category="top")], LIGHTS)  # of folders for each view
+    assert part.category == "nut" and len(part.views) == 2
+
+
+def test_a_view_without_a_mask_does_not_show_the_defect(tmp_path):
+    for name in ("right", "top"):
+        Image.new("L", (4, 4), 255).save(tmp_path / f"{name}.png")
+    views = [replace(s, mask=tmp_path / f"{s.path.stem[2:]}.png") for s in make_samples(1, "test")]
+    (part,) = group_samples(views, LIGHTS)
+    assert part.mask == tmp_path / "right.png"
+    assert [view.mask for view in part.views] == [tmp_path / "right.png", tmp_path / "top.png"]
+    for name in ("right", "top"):
+        (tmp_path / f"{name}.png").unlink()
+    (part,) = group_samples(views, LIGHTS)  # no view has a mask: the evaluation leaves the part out
+    assert part.mask == tmp_path / "left.png"
+
+
+def test_views_of_a_part_have_one_group():
+    left, right, top = make_samples()
+    (part,) = group_samples([left, replace(right, group="7"), top], LIGHTS)  # stated for one view alone
+    assert part.group == "7"
+    (part,) = group_samples([replace(left, group="7"), replace(right, group="7"), top], LIGHTS)
+    assert part.group == "7"
+    with pytest.raises(ValueError, match=r"a_top.png: wanted all views of a part in one group, got '8' here and '7' f"):
+        group_samples([left, replace(right, group="7"), replace(top, group="8")], LIGHTS)
+
+
+def test_views_have_no_region_of_interest_of_their_own():
+    left, right, top = make_samples()
+    for samples, views in (([left, right, replace(top, roi=Path("r.png"))], LIGHTS),
+                           ([replace(left, roi=Path("r.png"))], Views("pages", ("1", "2")))):  # fmt: skip
+        with pytest.raises(ValueError, match=r"wanted one region of interest for all parts .* got r.png for this"):
+            group_samples(samples, views)
 
 
 def write_parts(folder, parts=3, size=8):

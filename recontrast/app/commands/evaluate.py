@@ -78,6 +78,7 @@ def evaluate(  # 19 options
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast.app.calibrate_job import open_target
     from recontrast.app.evaluate_job import check_outputs
+    from recontrast.data.views import group_samples
     from recontrast.inference.detector import is_exported
     from recontrast.runtime import distributed
 
@@ -92,6 +93,9 @@ def evaluate(  # 19 options
     device = "cpu" if is_exported(file) else inference.device
     _, world_device = context.with_resource(distributed.join_processes(device))
     groups = load_tests(lambda: open_target(file, device), data, good, bad, category=category)
+    if not is_exported(file):
+        views = open_target(file, device).recipe.image_views
+        groups = {name: group_samples(samples, views) for name, samples in groups.items()}
     if out is not None:
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
     reading: dict[str, Any] = {

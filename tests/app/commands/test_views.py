@@ -124,6 +124,61 @@ def test_evaluate_joins_labels_and_masks(run, tmp_path):
     works("report", run / "run", run / "nut", "--out", tmp_path / "report.html")
 
 
+def test_a_view_that_does_not_show_the_defect_needs_no_mask(tmp_path):
+    data, options = write_set(tmp_path / "nut", False, tests=4), ["--views-from", PATTERN, *PATCHCORE]
+    masks = data / "ground_truth/square"
+    for number in range(4):
+        (masks / f"{number:03}_{('right', 'left')[number % 2]}_mask.png").unlink()
+    printed = works("train", data, "--out", tmp_path / "run", *options)
+    assert "test/square: 4 images (test, square, 4 masks)" in printed
+    works("evaluate", tmp_path / "run", data, "--out", tmp_path / "e")
+    (row,) = [r for r in json.loads((tmp_path / "e/results.json").read_text())["rows"] if r["category"] == "nut"]
+    assert row["p_auroc"] > 0.9
+    fields = {"views_from": PATTERN, "architecture": "patchcore", "backbone": "test_resnet", "weights": "random"}
+    detector = recontrast.train(data, tmp_path / "run2", size=64, device="cpu", **fields)
+    assert detector.recipe.view_names == ("left", "right")
+    (masks / "001_right_mask.png").unlink()
+    text = fails("train", data, "--out", tmp_path / "run3", *options)
+    assert "001_left_mask.png, or one of another view, got none" in text and not (tmp_path / "run3").exists()
+    result = call("evaluate", tmp_path / "run", data)
+    assert result.exit_code == 2 and "001_left" in result.output
+
+
+def test_groups_of_a_list_count_once(tmp_path):
+    """The group stands in the rows of one view alone, and four groups are too few for the promise of 12 parts."""
+    data = write_set(tmp_path / "nut", False, train=12, tests=0)
+    works("train", data, "--out", tmp_path / "run", "--views-from", PATTERN, *PATCHCORE)
+    new = write_set(tmp_path / "new", False, train=12, tests=0, seed=5) / "train/good"
+    rows = [f"new/train/good/{path.name},{int(path.stem[:3]) // 3 if 'right' in path.name else ''}"
+            for path in sorted(new.iterdir())]  # fmt: skip
+    (tmp_path / "new.csv").write_text("\n".join(["path,group", *rows]))
+    works("calibrate", tmp_path / "run", "--good", tmp_path / "new.csv", "--false-alarm-rate", 0.2, "--device", "cpu")
+    assert checkpoints.load(tmp_path / "run/checkpoint.pt").calibration.count == 4
+    text = fails("calibrate", tmp_path / "run", "--good", tmp_path / "new.csv", "--false-alarm-rate", 0.1)
+    assert "4" in text
+
+
+def test_maps_of_others_are_found_under_the_names_of_parts(tmp_path):
+    """Views that differ in the suffix alone, which the name of a part does not have."""
+    data = write_set(tmp_path / "nut", False, tests=2)
+    for path in sorted(data.rglob("*_left.png")):
+        Image.open(path).save(path.with_name(f"{path.stem[:3]}.bmp"))
+        path.unlink()
+    for path in sorted(data.rglob("*_right*.png")):
+        path.rename(path.with_name(path.name.replace("_right", "")))
+    for path in sorted(data.rglob("*_left_mask.png")):
+        path.unlink()
+    works("train", data, "--out", tmp_path / "run", "--views-from", r"\.(bmp|png)$", *PATCHCORE, "--no-evaluate")
+    words = ["evaluate", tmp_path / "run", data, "--save-maps", "--device", "cpu", "--out"]
+    works(*words, tmp_path / "e")
+    (name,) = [path for path in (tmp_path / "e/maps").rglob("000.tiff") if "square" in path.parts]
+    foreign = tmp_path / "e2" / name.relative_to(tmp_path / "e")
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"notes")
+    assert "--overwrite" in fails(*words, tmp_path / "e2")
+    assert foreign.read_bytes() == b"notes"
+
+
 def test_calibrate_counts_parts(run, tmp_path):
     write_set(tmp_path / "new", "pages" in checkpoints.load(run / "run/checkpoint.pt").recipe.views_from, 20, seed=9)
     copy = tmp_path / "run/checkpoint.pt"
