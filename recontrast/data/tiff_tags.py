@@ -218,7 +218,7 @@ def _count_entries(file: IO[bytes], layout: _Layout, start: int) -> int:
 def _find_following(file: IO[bytes], layout: _Layout, start: int, size: int) -> int:
     """Return the offset of the page after the one at ``start``; 0 after the last one."""
     after = start + (8 if layout.big else 2) + _count_entries(file, layout, start) * layout.entry_size
-    return _unpack(file, after, layout.order + layout.word)[0] if after < size - layout.inline else 0
+    return _unpack(file, after, layout.order + layout.word)[0] if after <= size - layout.inline else 0
 
 
 def _unpack(file: IO[bytes], offset: int, code: str) -> tuple[int, ...]:

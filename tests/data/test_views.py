@@ -1,5 +1,6 @@
 """Views of a part: pages of TIFF files, files by a pattern, their samples and paths."""
 
+import struct
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -267,3 +268,19 @@ def test_recipes_are_checked(changes, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Recipe(**changes)
     assert "views_from" not in Recipe().to_dict()  # digests of other detectors do not change
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["TIFF", "BigTIFF"])
+def test_a_directory_at_the_end_of_the_file_counts(big):
+    """Three directories of one tag each, one after the other; the last one ends with the file."""
+    count, entry, word, size, first = ("<Q", "<HHQQ", "<Q", 36, 16) if big else ("<H", "<HHLL", "<L", 18, 8)
+    content = b"II+\0\x08\0\0\0" + struct.pack("<Q", first) if big else b"II*\0" + struct.pack("<L", first)
+    for page in range(1, 4):
+        content += struct.pack(count, 1) + struct.pack(entry, 256, 4, 1, 7)
+        content += struct.pack(word, first + page * size if page < 3 else 0)
+    assert len(content) == first + 3 * size
+    assert count_pages(BytesIO(content)) == 3
+    assert read_tags(BytesIO(content), 2).width == 7 and read_tags(BytesIO(content), 1).pages == 2
+    content = content[: first + 2 * size]  # the last one is missing
+    with pytest.raises((ValueError, struct.error)):
+        count_pages(BytesIO(content))
