@@ -34,7 +34,7 @@ from recontrast.runtime.device import resolve_device
 from recontrast.training.budget import BudgetPlan, plan_budget
 from recontrast.training.camera_bits import fix_window
 from recontrast.training.holdout import split_holdout
-from recontrast.training.part_views import check_files, describe_views, fix_views
+from recontrast.training.part_views import check_files, count_trained_images, describe_views, fix_views
 from recontrast.training.run_files import LOG
 from recontrast.training.shots import describe_shots, select_shots
 from recontrast.training.tensorboard import FOLDER, TensorBoardLogger, import_writer, list_own_events
@@ -97,8 +97,7 @@ class TrainJob:
         """Number of steps; of batches, if the architecture is fitted in one pass over whole images."""
         if self.recipe.uses_steps:
             return self.recipe.steps
-        views = max(len(self.recipe.view_names), 1) * count_views(self.recipe.augment)
-        return max(math.ceil(self.count_training() * views / self.recipe.batch), 1)
+        return max(math.ceil(count_trained_images(self.count_training(), self.recipe) / self.recipe.batch), 1)
 
     def count_training(self) -> int:
         """Count the good images that are not held out."""

@@ -16,7 +16,7 @@ from recontrast.architectures import ARCHITECTURES, get_architecture
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
 from recontrast.data.atomic import replace_files
-from recontrast.data.augment import augment_images, count_views
+from recontrast.data.augment import augment_images
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import describe_images, read_fingerprints
@@ -37,6 +37,7 @@ from recontrast.training.json_log import read_log
 from recontrast.training.new_images import split_new_images
 from recontrast.training.one_pass import observe, plan_memory
 from recontrast.training.open_images import sketch_images
+from recontrast.training.part_views import count_trained_images
 from recontrast.training.rois import TrainingRois
 from recontrast.training.run_files import CHECKPOINT, LOG, list_results
 from recontrast.training.sampler import BatchSampler
@@ -249,7 +250,7 @@ def _train_further(
     """
     recipe = saved.recipe.replace(steps=saved.step + steps)
     samples = [*again, *new]
-    if recipe.drop_last and len(samples) * max(len(recipe.view_names), 1) * count_views(recipe.augment) < recipe.batch:
+    if recipe.drop_last and count_trained_images(len(samples), recipe) < recipe.batch:
         raise ValueError(
             f"good: wanted at least {recipe.batch} images for a batch, new ones or those of the run, got {len(samples)}"
         )

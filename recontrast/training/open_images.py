@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.checkpoint import Checkpoint
-from recontrast.data.augment import count_views
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import describe_images
@@ -25,6 +24,7 @@ from recontrast.data.near_copies import (
 )
 from recontrast.data.sources import FileImages, Images
 from recontrast.training.holdout import split_holdout
+from recontrast.training.part_views import count_trained_images
 from recontrast.training.settings import RunSettings
 
 
@@ -112,7 +112,7 @@ def _separate(
     except ValueError:  # too few different images
         return opened
     held_out = [sample for sample in held_out if sample.path in first]
-    if recipe.drop_last and len(samples) * count_views(recipe.augment) < recipe.batch:
+    if recipe.drop_last and count_trained_images(len(samples), recipe) < recipe.batch:
         return opened
     groups = _select_owners(settings, held_out, owners)
     return OpenImages(_decode(settings, samples), samples, held_out, _decode_held_out(settings, held_out), "", groups)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from recontrast.data.augment import count_views
 from recontrast.data.dataset_sample import Sample
 from recontrast.data.views import find_views, group_samples
 from recontrast.recipes.recipe import Recipe
@@ -28,6 +29,11 @@ def fix_views(
         if good:  # without good images, training raises the error
             recipe = recipe.replace(view_names=find_views(recipe.views_from, good).names)
     return recipe, {name: group_samples(samples, recipe.image_views) for name, samples in groups.items()}
+
+
+def count_trained_images(count: int, recipe: Recipe) -> int:
+    """Return the number of images that the network learns from ``count`` images or parts: views, augmented copies."""
+    return count * max(len(recipe.view_names), 1) * count_views(recipe.augment)
 
 
 def check_files(groups: Mapping[str, Sequence[Sample]]) -> None:

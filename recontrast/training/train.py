@@ -14,7 +14,6 @@ import torch
 
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
-from recontrast.data.augment import count_views
 from recontrast.data.datasets import Sample, describe
 from recontrast.data.groups import group_samples
 from recontrast.data.sources import Images
@@ -28,7 +27,7 @@ from recontrast.runtime.cudnn import tuned_convolutions
 from recontrast.training.camera_bits import fix_bits, fix_window
 from recontrast.training.holdout import split_holdout
 from recontrast.training.one_pass import OnePassTrainer
-from recontrast.training.part_views import fix_views
+from recontrast.training.part_views import count_trained_images, fix_views
 from recontrast.training.run_files import CHECKPOINT, RunFiles
 from recontrast.training.settings import OnLog, RunSettings, check_options
 from recontrast.training.shots import describe_shots, select_shots
@@ -137,7 +136,7 @@ def train(
         _check_decoded(recipe)
     copies = group_samples(good) if recipe.holdout else None
     training, held_out = split_holdout(good, recipe.holdout, recipe.seed, copies)
-    count = (count - len(held_out)) * max(len(recipe.view_names), 1) * count_views(recipe.augment)
+    count = count_trained_images(count - len(held_out), recipe)
     if recipe.drop_last and count < recipe.batch:
         raise ValueError(f"train: batch: wanted at most the {count} training images, got {recipe.batch}")
     with (

@@ -190,6 +190,29 @@ def test_pictures_saved_again_stay_on_one_side(samples, tmp_path, monkeypatch):
         train(SHARED.replace(holdout=0.0), good + again, device="cpu")
 
 
+def test_parts_saved_again_stay_on_one_side_if_their_views_fill_a_batch(tmp_path):
+    """14 parts are fewer than the batch, but their 28 views are not."""
+    rng, good = np.random.default_rng(5), []
+    for index in range(10):
+        for view in ("left", "right"):
+            picture = near_copies.draw(rng)
+            for end, image in (("", picture), ("-again", near_copies.rescale(picture, 0.95))):
+                path = tmp_path / f"{index}{end}_{view}.png"
+                image.save(path)
+                good.append(Sample(path, None, 0, "nut", "train", "good"))
+    recipe = SHARED.replace(views_from=r"_(left|right)\.", batch=20, steps=1, holdout=0.3, drop_last=True)
+    with pytest.warns(DataWarning, match=r"^train: 10 of 20 images .* saved again or rescaled .*, and count as one"):
+        result = train(recipe, good, device="cpu")
+    trained, views = read_fingerprints(result.state.images), result.recipe.image_views
+    sides = [
+        [compute_fingerprint(views.read(tmp_path / f"{index}{end}_left.png", size=SHARED.size)) in trained
+         for end in ("", "-again")]
+        for index in range(10)
+    ]  # fmt: skip
+    assert all(first == again for first, again in sides) and sum(first for first, _ in sides) == 7
+    assert result.calibration.count == 3
+
+
 def test_pictures_saved_again_stay_on_one_side_with_tiles(tmp_path):
     """Whole images are compared, also where training cuts them into tiles."""
     rng, good = np.random.default_rng(5), []
