@@ -195,7 +195,9 @@ def group_paths(paths: Sequence[Path], views: Views | None) -> list[Path]:
     return list(parts.values())
 
 
-def group_samples(samples: Sequence[Sample], views: Views | None) -> list[Sample]:
+def group_samples(
+    samples: Sequence[Sample], views: Views | None, missing: list[str] | None = None
+) -> list[Sample]:  # fmt: skip
     """Join the samples of the views of each part to one.
 
     A part has a defect if one of its views has one, and its mask is that of all its views together: a view without a
@@ -206,6 +208,8 @@ def group_samples(samples: Sequence[Sample], views: Views | None) -> list[Sample
         samples: Samples of all views. Parts that are joined already stay as they are. The category is that of the first
             view: of folders for each view, it is their name.
         views: Views of the parts; None: each file is one.
+        missing: List that receives a sentence for each part without one of its views, which is left out. None: such a
+            part is an error.
 
     Returns:
         The first view of each part, with the others in `Sample.views`.
@@ -228,7 +232,16 @@ def group_samples(samples: Sequence[Sample], views: Views | None) -> list[Sample
     divided = _divide_all([sample.path for sample in samples], views)
     for sample, (before, name, after) in zip(samples, divided, strict=True):
         parts.setdefault(os.path.abspath(before + views.names[0] + after), {})[name] = sample
-    return [_join(part, views) for part in parts.values()]
+    joined = []
+    for part in parts.values():
+        text = _describe_missing(part, views)
+        if text is None:
+            joined.append(_join(part, views))
+        elif missing is None:
+            raise ValueError(text)
+        else:
+            missing.append(text)
+    return joined
 
 
 def combine_views(values: Any, views: int, how: str) -> Any:
@@ -257,12 +270,16 @@ def _divide_all(paths: Iterable[Path], views: Views) -> list[tuple[str, str, str
     return divided
 
 
+def _describe_missing(part: dict[str, Sample], views: Views) -> str | None:
+    """Say which views a part lacks; None if it has all."""
+    absent = ", ".join(name for name in views.names if name not in part)
+    first = next(part[name] for name in views.names if name in part)
+    return f"{first.path}: wanted the views {', '.join(views.names)} of each part, got no {absent}" if absent else None
+
+
 def _join(part: dict[str, Sample], views: Views) -> Sample:
-    """Return the sample of a part."""
-    present = [part[name] for name in views.names if name in part]
-    if missing := [name for name in views.names if name not in part]:
-        wanted = f"the views {', '.join(views.names)} of each part"
-        raise ValueError(f"{present[0].path}: wanted {wanted}, got no {', '.join(missing)}")
+    """Return the sample of a part with all its views."""
+    present = [part[name] for name in views.names]
     first = present[0]
     grouped = next((sample for sample in present if sample.group is not None), first)
     for other in present[1:]:

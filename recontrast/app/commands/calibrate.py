@@ -93,21 +93,24 @@ def calibrate(  # 11 options
     if good:
         allowed_false_alarms(count_groups(given), false_alarm_rate)  # checked before the model is built
     target = open_target(file, device, inference, roi)
-    given, checks = (group_samples(samples, target.recipe.image_views) for samples in (given, checks))
+    errors: list[str] = []
+    given, checks = (group_samples(samples, target.recipe.image_views, errors) for samples in (given, checks))
+    if good and not given:
+        raise ValueError(errors[0])
     bad_paths = group_paths(bad_paths, target.recipe.image_views)
     _print_files({"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths})
     given = select_new_samples("--good", given, target)
     if good:
         allowed_false_alarms(count_groups(given), false_alarm_rate)  # again, without copies
     checks = select_new_samples("--check", checks, target)
-    errors: list[str] = []
     detector = target.open(calibrated=not good)
     calibration = detector.calibration
     if good:
-        calibration, errors = _calibrate(
+        calibration, unread = _calibrate(
             target, detector, given, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
             source=", ".join(map(str, good)), batch=batch,
         )  # fmt: skip
+        errors += unread
         former_count = 0 if target.calibration is None else target.calibration.count
         target.store(calibration)
         _print_calibration(file, calibration, former_count)

@@ -194,6 +194,31 @@ def test_calibrate_counts_parts(run, tmp_path):
     assert "wanted good images that were not trained on, got 7 of 12 that were" in text
 
 
+def test_calibrate_leaves_out_a_part_without_a_view(run, tmp_path):
+    """As it does with a broken image: the part is named, the calibration is stored, and the exit status is 2."""
+    pages = checkpoints.load(run / "run/checkpoint.pt").recipe.views_from == "pages"
+    write_set(tmp_path / "new", pages, 20, tests=20, seed=9)
+    copy = tmp_path / "run/checkpoint.pt"
+    copy.parent.mkdir()
+    copy.write_bytes((run / "run/checkpoint.pt").read_bytes())
+    for folder in ("train/good", "test/good", "test/square"):
+        if pages:
+            Image.new("L", (64, 64)).save(tmp_path / "new" / folder / "003.tif")
+        else:
+            (tmp_path / "new" / folder / "003_right.png").unlink()
+    result = call("calibrate", copy, "--good", tmp_path / "new/train/good", "--check", tmp_path / "new/test/good",
+                  "--bad", tmp_path / "new/test/square", "--false-alarm-rate", 0.05, "--device", "cpu")  # fmt: skip
+    assert result.exit_code == 2 and "of 19 images with defects found" in result.output
+    name, wanted = ("003.tif", "2 pages as in training, got 1") if pages else ("003_", "the views left, right of each")
+    lines = [line for line in result.stderr.splitlines() if f"{name}" in line and wanted in line]
+    assert [next(f for f in ("train/good", "test/good", "test/square") if f in line) for line in lines] == [
+        "train/good", "test/good", "test/square",
+    ]  # fmt: skip
+    assert checkpoints.load(copy).calibration.count == 19
+    with pytest.raises(ValueError, match=r"003.*wanted"):
+        recontrast.calibrate(copy, tmp_path / "new/train/good", false_alarm_rate=0.05, device="cpu")
+
+
 def test_extend_adds_parts(run, tmp_path):
     write_set(tmp_path / "new", "pages" in checkpoints.load(run / "run/checkpoint.pt").recipe.views_from, 3, seed=7)
     copy = tmp_path / "run/checkpoint.pt"
