@@ -10,7 +10,10 @@ from torch import Tensor
 
 from recontrast.recipes.recipe import Recipe
 
-SCORE_FIELDS = ("bits", "window", "size", "crop", "blur", "reduce", "score", "views", "tile", "roi")
+SCORE_FIELDS = (
+    "bits", "window", "size", "crop", "blur", "reduce", "score", "views", "tile", "roi", "view_map", "views_from",
+    "view_names",
+)  # fmt: skip
 """Recipe fields that scores depend on, besides the weights and the image."""
 
 

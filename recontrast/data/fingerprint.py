@@ -74,6 +74,18 @@ def compute_tiled_fingerprint(tiles: Images, block: int = 16) -> str:
     return digest.hexdigest()
 
 
+def count_files(images: Mapping[str, Any]) -> int | None:
+    """Count the images, or parts with several views, in a description; tiles of one image count once.
+
+    Args:
+        images: Result of `describe_images`, as stored in a checkpoint.
+
+    Returns:
+        The number of files; None for checkpoints from before fingerprints existed.
+    """
+    return len(images["each"]) // (2 * _BYTES) if "each" in images else None
+
+
 def read_fingerprints(images: Mapping[str, Any]) -> frozenset[str]:
     """Return the fingerprints in a description of images.
 

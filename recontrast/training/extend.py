@@ -19,7 +19,7 @@ from recontrast.data.atomic import replace_files
 from recontrast.data.augment import augment_images
 from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
-from recontrast.data.fingerprint import describe_images, read_fingerprints
+from recontrast.data.fingerprint import count_files, describe_images, read_fingerprints
 from recontrast.data.groups import list_groups
 from recontrast.data.locks import lock_checkpoint
 from recontrast.data.near_copies import encode_sketches, read_sketches
@@ -54,9 +54,10 @@ class Extension:
 
     Attributes:
         checkpoint: Path of the checkpoint.
-        added: Number of images that were added.
-        total: Number of images that the detector has been trained on, then and now. None if the checkpoint is of an
-            older version, without their fingerprints: images that it was trained on may be among those added.
+        added: Number of images that were added; parts with several views, and images cut into tiles, count once.
+        total: Number of images that the detector has been trained on, then and now, counted in the same way. None if
+            the checkpoint is of an older version, without their fingerprints: images that it was trained on may be
+            among those added.
         left_out: Images that were not used: copies, and for a fitted detector those that it was trained on already.
         lost_calibration: Whether a calibration was removed, because it belongs to the detector before.
         calibration: Calibration on held-out new images; None if none were held out.
@@ -152,14 +153,13 @@ def extend(
                 images = None if saved.recipe.tile is not None else _decode(saved.recipe, held_out)
                 calibration = calibrate_holdout(state, held_out, None, images, groups)
         seconds = time.perf_counter() - started
-        total = state.images.get("count")
-        counted = {} if total is None else {"images": total}
+        counted = {"images": state.images["count"]} if "count" in state.images else {}
         entries = entries or [{"step": state.step, **counted, "seconds": seconds}]
         _write(path, replace(content, calibration=calibration), entries)
     trained = len(read_fingerprints(saved.images))
     is_stepped = saved.recipe.uses_steps
     return Extension(
-        path, len(training), total, tuple(left_out), saved.calibration is not None, calibration,
+        path, len(training), count_files(state.images), tuple(left_out), saved.calibration is not None, calibration,
         seconds, state.step - saved.step if is_stepped else 0, len(again),
         max(trained - len(again), 0) if is_stepped else 0,
     )  # fmt: skip

@@ -202,6 +202,18 @@ def test_calibration_of_other_weights_raises(model, images, tmp_path):
     assert checkpoints.load(path).calibration is None
 
 
+def test_digest_names_the_views_of_parts_and_stays_that_of_single_images():
+    weights = {"a": torch.arange(3.0)}
+    for recipe, former in (
+        (Recipe(), "1346a640d212f0c1b5cbf1b4257e707f94626909f501a2b3710e48939f3df571"),
+        (Recipe(window=(0, 4095)), "17b47172e0077e067fc335071c5f9cdb7b7d8a80b9f8dae8f2bed26fdc47015a"),
+    ):
+        assert digest(weights, recipe) == former  # before parts had views
+    views = Recipe(views_from="_(a|b)_", view_names=("a", "b"))
+    others = [views.replace(view_map="mean"), views.replace(view_names=("b", "a")), views.replace(views_from="-(a|b)-")]
+    assert len({digest(weights, recipe) for recipe in (Recipe(), views, *others)}) == 5
+
+
 def test_old_checkpoints_load(model, tmp_path):
     path = save(tmp_path / "checkpoint.pt", model)
     content = torch.load(path, weights_only=True)
