@@ -94,7 +94,7 @@ def write_recipe(path: str | Path, recipe: Recipe) -> Path:
     Raises:
         OSError: If the file cannot be written.
     """
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True).encode()
+    text = yaml.dump(recipe.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode()
     with replace_file(path, size=len(text)) as file:
         file.write(text)
     return Path(path)
@@ -141,6 +141,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Safe dumper that quotes a text such as "1e3", which `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )

@@ -211,6 +211,14 @@ def test_round_trip_through_yaml(tmp_path, name):
     assert yaml_file.read_recipe(yaml_file.write_recipe(tmp_path / "recipe.yaml", recipe)) == recipe
 
 
+@pytest.mark.parametrize("names", [
+    ("1e3", "2e3", "1.E5", "-1e+3"), ("1", "0x10", "1_000", "12:30"), ("null", "~", "yes", "2001-01-01", "=", "<<"),
+], ids=", ".join)  # fmt: skip
+def test_texts_that_look_like_other_values_stay_texts(tmp_path, names):
+    recipe = Recipe(name="1e5", views_from="_(.+)_", view_names=names)
+    assert yaml_file.read_recipe(yaml_file.write_recipe(tmp_path / "recipe.yaml", recipe)) == recipe
+
+
 def test_yaml_with_some_fields(tmp_path):
     path = tmp_path / "mine.yml"
     path.write_text("# mine\nbase: visa\nname: mine\nsteps: 100\nencoder_lr: 2e-5\nsize: [64, 32]\nwipe_every: null\n")
