@@ -201,8 +201,8 @@ def group_samples(
     """Join the samples of the views of each part to one.
 
     A part has a defect if one of its views has one, and its mask is that of all its views together: a view without a
-    mask, or whose mask is no file, does not show the defect if another view has one. The group that one of the views
-    states is that of the part.
+    mask, or whose mask is no file, does not show the defect if another view has one. The group and the region of
+    interest that one of the views states are those of the part; training takes one region for all parts alone.
 
     Args:
         samples: Samples of all views. Parts that are joined already stay as they are. The category is that of the first
@@ -215,18 +215,10 @@ def group_samples(
         The first view of each part, with the others in `Sample.views`.
 
     Raises:
-        ValueError: If a path has no name of a view, a view is missing, views of one part are on two sides of a split or
-            in two groups, or a sample has a region of interest of its own.
+        ValueError: If a path has no name of a view, a view is missing, or views of one part are on two sides of a split
+            or in two groups.
     """
-    if views is None or all(sample.views for sample in samples):
-        return list(samples)
-    for sample in samples:
-        if sample.roi is not None:
-            raise ValueError(
-                f"{sample.path}: wanted one region of interest for all parts with several views, got {sample.roi} for "
-                "this image"
-            )
-    if views.source == PAGES:
+    if views is None or views.source == PAGES or all(sample.views for sample in samples):
         return list(samples)
     parts: dict[str, dict[str, Sample]] = {}
     divided = _divide_all([sample.path for sample in samples], views)
@@ -300,7 +292,7 @@ def _join(part: dict[str, Sample], views: Views) -> Sample:
     masks = [sample.mask for sample in present if sample.mask is not None]
     return replace(
         first, mask=masks[0] if masks else None, label=worst.label, defect=worst.defect, group=grouped.group,
-        views=tuple(present[1:]),
+        roi=next((sample.roi for sample in present if sample.roi is not None), None), views=tuple(present[1:]),
     )  # fmt: skip
 
 

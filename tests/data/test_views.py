@@ -187,14 +187,6 @@ def test_views_of_a_part_have_one_group():
         group_samples([left, replace(right, group="7"), replace(top, group="8")], LIGHTS)
 
 
-def test_views_have_no_region_of_interest_of_their_own():
-    left, right, top = make_samples()
-    for samples, views in (([left, right, replace(top, roi=Path("r.png"))], LIGHTS),
-                           ([replace(left, roi=Path("r.png"))], Views("pages", ("1", "2")))):  # fmt: skip
-        with pytest.raises(ValueError, match=r"wanted one region of interest for all parts .* got r.png for this"):
-            group_samples(samples, views)
-
-
 def write_parts(folder, parts=3, size=8):
     rng = np.random.default_rng(0)
     for part in range(parts):

@@ -158,6 +158,21 @@ def test_groups_of_a_list_count_once(tmp_path):
     assert "4" in text
 
 
+def test_a_region_of_interest_of_one_view_is_refused(tmp_path):
+    """As that of each image is, wherever it stands; a region that is given goes before those of a list."""
+    data = write_set(tmp_path / "nut", False, train=4, tests=0)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :40] = 255
+    Image.fromarray(mask).save(tmp_path / "roi.png")
+    rows = [f"{path},train,0,{'roi.png' if path.name == '002_right.png' else ''}"
+            for path in sorted((data / "train/good").iterdir())]  # fmt: skip
+    (tmp_path / "list.csv").write_text("\n".join(["path,split,label,roi", *rows]))
+    words = ["train", tmp_path / "list.csv", "--out", tmp_path / "run", "--views-from", PATTERN, *PATCHCORE]
+    assert "roi: wanted one mask for all images with views_from, got one for each image" in fails(*words)
+    works(*words, "--roi", tmp_path / "roi.png")
+    assert not recontrast.load(tmp_path / "run", "cpu").predict(data / "train/good")[0].anomaly_map[:, 40:].any()
+
+
 def test_maps_of_others_are_found_under_the_names_of_parts(tmp_path):
     """Views that differ in the suffix alone, which the name of a part does not have."""
     data = write_set(tmp_path / "nut", False, tests=2)
