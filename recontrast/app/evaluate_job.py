@@ -1,6 +1,5 @@
 """Evaluation for the command line and for `recontrast.evaluate`: metrics, decisions, and their files."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -10,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from recontrast.app.prediction.output_files import describe_maps, save_map
+from recontrast.app.prediction.output_files import SCALE, save_map, save_scale
 from recontrast.calibration.appearance_drift import AppearanceDrift, describe_appearance, measure_appearance_drift
 from recontrast.calibration.conformal import Calibration
 from recontrast.calibration.score_drift import ScoreDrift, measure_score_drift
-from recontrast.data.atomic import replace_file
 from recontrast.data.datasets import Sample
 from recontrast.data.groups import name_group, number_groups
 from recontrast.data.image_files import IMAGE_ERRORS, assign_result_names, describe_image_error
@@ -35,7 +33,6 @@ from recontrast.recipes.recipe import Recipe
 from recontrast.runtime import distributed
 
 COMMAND = "evaluate"  # in the name of the mark of unfinished results
-SCALE = "maps/scale.json"
 
 
 @dataclass(frozen=True)
@@ -269,9 +266,7 @@ class _MapWriter:
         self.names, self.out, self.top, self.recipe = names, out, top, recipe
         self.errors: dict[str, str] = {}
         self.written: set[str] = set()
-        description = {**describe_maps("tiff16", top, recipe), "files": list(names.values())}
-        with replace_file(out / SCALE) as file:
-            file.write((json.dumps(description, indent=1) + "\n").encode())
+        save_scale(out, "tiff16", top, recipe, {"files": list(names.values())})
 
     def write(self, samples: Sequence[Sample], maps: Any) -> None:
         """Write the maps (n, H, W) of ``samples``."""

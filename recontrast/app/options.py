@@ -93,7 +93,8 @@ OtherRoi = Annotated[
 MapFormat = Annotated[
     str,
     typer.Option(
-        help="Anomaly maps: tiff16 (uint16, scale in the scores.json of predict), tiff32 or npy (float32), or none."
+        help="Anomaly maps: tiff16 (uint16, scale in scores.json, for watch in maps/scale.json), tiff32 or npy "
+        "(float32), or none."
     ),
 ]
 MustDecide = Annotated[

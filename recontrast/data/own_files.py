@@ -113,6 +113,8 @@ def list_own(folder: Path) -> set[str]:
     scale = _read_json(folder / _SCALE)
     if isinstance(files := scale.get("files"), list):
         listed |= {_SCALE, *(file for file in files if isinstance(file, str))}
+    elif "listed_in" in scale:  # of a watched folder
+        listed.add(_SCALE)
     elif "format" in scale:  # of an earlier version, whose maps are not listed
         listed |= {_SCALE, *(path.relative_to(folder).as_posix() for path in (folder / "maps").rglob("*.tiff"))}
     listed = {

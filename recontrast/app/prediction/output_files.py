@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recontrast.data import heatmaps, images, large_maps
-from recontrast.data.atomic import replace_files
+from recontrast.data.atomic import replace_file, replace_files
 from recontrast.data.csv_table import Rounded, format_table
 from recontrast.data.image_files import describe_image_error
 from recontrast.data.json_text import parse_json
@@ -26,6 +26,7 @@ from recontrast.inference.detector import map_extent
 from recontrast.recipes.recipe import Recipe
 
 COMMAND = "predict"  # in the name of the mark of unfinished results
+SCALE = "maps/scale.json"
 TABLES = ("scores.csv", "scores.json", "regions.csv")
 SUFFIX = {"tiff16": ".tiff", "tiff32": ".tiff", "npy": ".npy"}
 
@@ -106,6 +107,21 @@ def describe_maps(maps: str, top: float, recipe: Recipe) -> dict[str, Any]:
     if maps == "tiff16":
         description["scale"] = top / 65535  # anomaly value = stored integer x scale
     return description
+
+
+def save_scale(out: Path, maps: str, top: float, recipe: Recipe, listing: Mapping[str, Any]) -> None:
+    """Write ``maps/scale.json``, the description of map files where no scores.json has it.
+
+    Args:
+        out: Folder for the results.
+        maps: Format of the maps.
+        top: Largest map value.
+        recipe: Recipe of the detector.
+        listing: Further content: where the map files are listed.
+    """
+    description = {**describe_maps(maps, top, recipe), **listing}
+    with replace_file(out / SCALE) as file:
+        file.write((json.dumps(description, indent=1) + "\n").encode())
 
 
 def save_map(path: Path, anomaly: np.ndarray, kind: str, top: float, recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 import recontrast
 from recontrast.app.prediction.journal import Journal, describe_identity, read_stamp
-from recontrast.app.prediction.output_files import SUFFIX, Prediction, result_path, save_map
+from recontrast.app.prediction.output_files import SCALE, SUFFIX, Prediction, result_path, save_map, save_scale
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps, images
 from recontrast.data.atomic import replace_files
@@ -148,6 +148,8 @@ class WatchResults:
         self.scored: dict[str, Stamp | None] = dict(self._journal.stamps)
         self._journal.begin()  # before the tables, which a later call takes for those of others without it
         self._write_tables()
+        if options.maps != "none":
+            save_scale(out, options.maps, detector.max_map_value, detector.recipe, {"listed_in": LINES})
         self._tables = {name: open_to_change(out / name, "a table", append=True) for name in self._name_tables()}
 
     def add(self, prediction: Prediction, stamp: Stamp) -> None:
@@ -248,7 +250,8 @@ def watch(
         checkpoint: File of the detector, which must be the same in later calls.
         detector: The detector.
         calibration: Calibration for decisions, or None.
-        out: Folder for ``scores.csv``, ``regions.csv`` (with decisions), ``maps/``, ``overlays/`` and the journal.
+        out: Folder for ``scores.csv``, ``regions.csv`` (with decisions), ``maps/`` with ``scale.json``, ``overlays/``
+            and the journal.
         options: Further options.
         is_stopped: Returns whether to stop; the images of the current batch are completed before.
         on_image: Called with each prediction.
@@ -263,7 +266,7 @@ def watch(
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: wanted a folder to watch, got no such folder")
-    names = ["scores.csv", "regions.csv", LINES]
+    names = ["scores.csv", "regions.csv", LINES, *([SCALE] if options.maps != "none" else [])]
     if (out / "scores.csv").exists() and not (out / LINES).exists():
         raise ValueError(f"--out: wanted a new folder, or one of an earlier watch, got other results: {out}")
     check_replaceable(out, names, overwrite=overwrite)

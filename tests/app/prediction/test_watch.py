@@ -19,6 +19,7 @@ from saved_model import RECIPE, draw, save
 
 from recontrast.app.prediction import watch as module
 from recontrast.app.prediction.watch import LINES, WatchOptions, watch
+from recontrast.data.own_files import list_own
 from recontrast.inference.detector import open_detector
 
 ROOT = Path(__file__).parents[3]
@@ -175,7 +176,15 @@ def test_maps_overlays_and_results_inside_the_folder(folder, checkpoint, detecto
     assert sorted(path.name for path in (out / "overlays").iterdir()) == ["000.png.png", "001.png.png", "002.png.png"]
     with Image.open(out / "overlays" / "000.png.png") as overlay:
         assert overlay.size == (64, 64)
-    assert len(list((out / "maps").iterdir())) == 3
+    assert len(list((out / "maps").glob("*.tiff"))) == 3
+    description = json.loads((out / "maps/scale.json").read_text())
+    (row,) = [row for row in read_rows(out) if row["path"].endswith("000.png")]
+    with Image.open(out / "maps/000.png.tiff") as stored:
+        largest = np.asarray(stored).max() * description["scale"]
+    assert largest == pytest.approx(float(row["score"]), rel=1e-3)  # the score is the maximum of the map
+    assert description["format"] == "tiff16" and description["listed_in"] == "watch.jsonl"
+    (out / "maps/mine.tiff").write_bytes(b"of another program")
+    assert list_own(out) == {"maps/scale.json"}
 
 
 def test_without_a_calibration(folder, tmp_path):
