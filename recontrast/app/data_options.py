@@ -1,7 +1,7 @@
 """Data of a command: DATA, or ``--good`` and ``--bad`` in its place."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +61,38 @@ def load_data(
     return datasets.load(
         data, None if name is None else [name], all_good=all_good, incomplete=incomplete, for_test=for_test
     )
+
+
+def load_training_data(
+    data: "Sequence[Path] | Mapping[str, list[Sample]]", category: str | None, all_good: bool, *, has_views: bool
+) -> "dict[str, list[Sample]]":
+    """Read the samples of a run.
+
+    Args:
+        data: Data sets, categories, folders or lists, see `load_data`; or samples by category.
+        category: Name of one category, "all", or None for the only one.
+        all_good: Whether all images in folders of good images are good.
+        has_views: Whether parts have several views, of which some need no mask: images and masks may then be missing.
+
+    Returns:
+        Samples by category.
+
+    Raises:
+        ValueError: If there are several categories and none is chosen, or the data is invalid.
+        OSError: If a folder or list cannot be read.
+    """
+    from recontrast.data import datasets
+
+    if isinstance(data, Mapping):
+        groups, where = dict(data), "data"
+    else:
+        names = None if category in (None, "all") else [category]
+        groups = datasets.load(data, names, all_good=all_good, incomplete=has_views)
+        where = " ".join(map(str, data))
+    if category is None and len(groups) > 1:
+        raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
+                         f"--category all ({', '.join(groups)})")  # fmt: skip
+    return groups
 
 
 def load_tests(

@@ -14,9 +14,9 @@ import torch
 
 from recontrast import checkpoint
 from recontrast.app.console import is_silent
+from recontrast.app.data_options import load_training_data
 from recontrast.app.options import check_writable
 from recontrast.architectures import ARCHITECTURES, get_architecture
-from recontrast.data import datasets
 from recontrast.data.augment import count_views
 from recontrast.data.datasets import Sample
 from recontrast.data.groups import group_samples, list_groups
@@ -223,15 +223,7 @@ def prepare_job(
     if roi is not None:
         changes["roi"], folder = resolve_roi(roi, "roi" if isinstance(roi, np.ndarray) else "--roi")
     changed = base.replace(**changes)
-    if isinstance(data, Mapping):
-        groups, where = dict(data), "data"
-    else:
-        names = None if category in (None, "all") else [category]
-        groups = datasets.load(data, names, all_good=all_good, incomplete=changed.views_from is not None)
-        where = " ".join(map(str, data))
-    if category is None and len(groups) > 1:
-        raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
-                         f"--category all ({', '.join(groups)})")  # fmt: skip
+    groups = load_training_data(data, category, all_good, has_views=changed.views_from is not None)
     category = category or next(iter(groups))
     changed, groups = fix_views(changed, groups)
     if changed.views_from is not None:
