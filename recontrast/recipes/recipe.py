@@ -8,6 +8,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from textwrap import shorten
 from typing import Any, Literal
 
 from recontrast.data.roi import describe_roi
@@ -426,7 +427,7 @@ def _check_names(values: Mapping[str, Any], name: Any) -> None:
     names = [field.name for field in fields(Recipe)]
     for key in values:
         if key not in names:
-            close = difflib.get_close_matches(key[:80], names, n=1) if isinstance(key, str) else []
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            wrong = f"recipe {describe_value(name)}: there is no field {describe_value(key)}{hint}"
-            raise ValueError(f"{wrong}; fields are {', '.join(names)}")
+            wrong = f"recipe {describe_value(name)}: there is no field {describe_value(key)}"
+            if close := difflib.get_close_matches(key[:80], names, n=1) if isinstance(key, str) else []:
+                raise ValueError(f"{wrong} (did you mean {close[0]}?)")
+            raise ValueError(f"{wrong}; fields are {shorten(', '.join(names), 600, placeholder=' ...')}")

@@ -68,9 +68,9 @@ def test_invalid_values(field, value):
 
 
 def test_error_for_an_unknown_field_suggests_the_closest_one():
-    with pytest.raises(ValueError, match=r"recipe 'mvtec': there is no field 'step' \(did you mean steps\?\)"):
+    with pytest.raises(ValueError, match=r"recipe 'mvtec': there is no field 'step' \(did you mean steps\?\)$"):
         RECIPES["mvtec"].replace(step=3)
-    with pytest.raises(ValueError, match="there is no field 'zzz'; fields are name, "):
+    with pytest.raises(ValueError, match=r"there is no field 'zzz'; fields are name, .{1,600} \.\.\.$"):
         Recipe.from_dict({"zzz": 1})
     with pytest.raises(ValueError, match="wanted a mapping of field names to values, got list"):
         Recipe.from_dict([1])
