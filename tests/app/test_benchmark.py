@@ -32,7 +32,8 @@ def test_checkpoint_and_files_are_timed(tmp_path, monkeypatch, is_fast):
     for entry in figures:
         for batch, values in entry["batches"].items():
             assert values["calls"] >= 3 and 0 < values["p50"] <= values["p99"]
-            assert values["images_per_second"] == pytest.approx(int(batch) / values["p50"], rel=0.5)
+            images = values["images_per_second"]  # of the median call, which lies between the two
+            assert 0.999 * int(batch) / values["p99"] <= images <= 1.001 * int(batch) / values["p50"]
     assert figures[0]["change"] == 0 and set(figures[0]["batches"]) == {"1", "3"}
     assert figures[-1]["change"] > 0.5  # another network
     assert "recommended at batch 1: torch" in output and "p99 ms" in output
