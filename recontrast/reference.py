@@ -454,7 +454,11 @@ def anomaly_map_inside(
         maximum: Largest value inside of each map, (N,): NaN if a value inside is NaN or infinite, 0 without pixels
             inside.
     """
-    parts = [f * (r @ d.to(r.dtype) @ c.mT) for d, r, c, f in zip(distances, rows, cols, factors, strict=True)]
+    parts = []
+    for d, r, c, f in zip(distances, rows, cols, factors, strict=True):
+        # Products with 0 spread NaN and infinity, so that points which reach no pixel inside are left out.
+        reach = (r != 0).to(r.dtype).mT @ (factors[0] != 0).to(r.dtype) @ (c != 0).to(r.dtype)
+        parts.append(f * (r @ torch.where(reach > 0, d.to(r.dtype), 0) @ c.mT))
     maps = torch.stack(parts).sum(0) * scale
     inside = (factors[0] != 0).expand(maps.shape)
     maps = torch.where(inside, maps, 0)

@@ -14,6 +14,8 @@ from recontrast.inference.detector import open_detector
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_no_file_of_a_loaded_detector_is_mapped_or_open(tmp_path):
     """A file that is copied over in place would change the weights of a detector that runs, or end its process."""
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
     writers = {"d.onnx": small_detectors.export_onnx, "d.xml": small_detectors.export_openvino,
                "d.pt2": small_detectors.export_pt2, "checkpoint.pt": small_detectors.save_checkpoint}  # fmt: skip
     images = [np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)]
