@@ -50,7 +50,7 @@ def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[1]} channels")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rival", ["hook", "ours"])
-def test_loss(benchmark, shape, rule, rival, device):
+def test_loss(benchmark, timed, shape, rule, rival, device):
     """Time forward and backward of the loss of two groups of layers."""
     benchmark.group = f"loss of token groups, forward and backward, {rule}, {shape}, {device}"
     teachers, leaves = ([torch.randn(shape, device=device) for _ in range(GROUPS)] for _ in range(2))
@@ -59,17 +59,14 @@ def test_loss(benchmark, shape, rule, rival, device):
         students = [leaf.requires_grad_() * 1 for leaf in leaves]
         pairs = list(zip(teachers, students, strict=True))
         loss = weight_by_hook(pairs, rule) if rival == "hook" else pairs_loss(pairs, RULES[rule], groups=GROUPS)
-        gradients = torch.autograd.grad(loss, leaves)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return gradients
+        return torch.autograd.grad(loss, leaves)
 
-    benchmark.pedantic(work, rounds=5, warmup_rounds=1)
+    timed(work, rounds=5)
 
 
 @pytest.mark.parametrize("architecture", ["dinomaly", "inp_former"])
 @pytest.mark.parametrize("features", ["computed", "cached"])
-def test_step(benchmark, architecture, features, device):
+def test_step(benchmark, timed, architecture, features, device):
     """Time a training step on DeiT-Tiny at 224 px, batch 8, with and without the frozen encoder."""
     benchmark.group = f"training step of {architecture}, DeiT-Tiny, 224 px, batch 8, {device}"
     recipe = Recipe(
@@ -77,15 +74,12 @@ def test_step(benchmark, architecture, features, device):
         rule="hardest" if architecture == "dinomaly" else "power", optimiser="stableadamw", amsgrad=True, clip=0.1,
     )  # fmt: skip
     model = build_model(recipe, "all").to(device).train()
-    optimisers = build_optimisers(model, recipe, device)
+    optimisers = build_optimisers(model, recipe, torch.device(device))
     images = torch.randn(8, 3, 224, 224, device=device)
     cached = [group.clone() for group in model.constant_features(images)] if features == "cached" else None
     parameter = 0.1 if architecture == "dinomaly" else 3.0
 
     def work():
-        loss = train_step(model, optimisers, images, parameter, recipe, frozen_features=cached)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return loss
+        return train_step(model, optimisers, images, parameter, recipe, frozen_features=cached)
 
-    benchmark.pedantic(work, rounds=5, warmup_rounds=1)
+    timed(work, rounds=5)
