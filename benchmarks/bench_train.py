@@ -25,13 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the restated reference lives there
 import upstream
+from training_step import prepare_step
 from upstream_model import upstream_from
 
-from recontrast.models.norm_act import fuse_norm_act
 from recontrast.recipes.paper import RECIPES
-from recontrast.runtime.device import move_model, resolve_device
-from recontrast.training.optimisers import build_optimisers
-from recontrast.training.teacher_cache import TeacherCache
+from recontrast.runtime.device import resolve_device
 from recontrast.training.train import build_model, train_step
 
 WAYS = {  # name -> recipe fields; "cache" enables the teacher cache
@@ -79,18 +77,13 @@ def reference_step(recipe, device):
 
 def our_step(recipe, device, cached):
     """Return our training step, as in `recontrast.training.train.train`, and its memory format."""
-    model = build_model(recipe, "any")
-    layout = move_model(model, device, recipe.channels_last)
-    both = build_optimisers(model.train(), recipe, device)
-    if recipe.fused_norm:
-        fuse_norm_act(model)
-    network = torch.compile(model, dynamic=False) if recipe.compile else model
-    bfloat16 = recipe.precision == "bfloat16"
-    teacher = TeacherCache(model.frozen, recipe.batch, 2**34, autocast=bfloat16) if cached else None
+    network, optimisers, layout, teacher = prepare_step(
+        build_model(recipe, "any"), recipe, device, cached=recipe.batch if cached else 0
+    )
 
     def once(images, index):
         features = teacher(index, images) if teacher else None
-        return train_step(network, both, images, ALPHA, recipe, [len(images)], features)
+        return train_step(network, optimisers, images, ALPHA, recipe, [len(images)], features)
 
     return once, layout
 

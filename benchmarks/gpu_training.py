@@ -10,18 +10,15 @@ import numpy as np
 import torch
 import upstream
 from measurements import Function, Run
+from training_step import prepare_step
 from upstream_model import upstream_from
 
 from recontrast import ReContrast
 from recontrast.data.images import normalise
 from recontrast.float32 import convolution_precision
-from recontrast.models.norm_act import fuse_norm_act
 from recontrast.recipes.paper import RECIPES
-from recontrast.runtime.device import move_model
 from recontrast.training.cuda_graph import GraphedStep
 from recontrast.training.device_images import DeviceImages
-from recontrast.training.optimisers import build_optimisers
-from recontrast.training.teacher_cache import TeacherCache
 from recontrast.training.train import build_model, train_step
 
 CACHED = "teacher cache"  # holds the features of all images before timing
@@ -104,28 +101,20 @@ def our_step(
 ) -> Function:
     """Return our step as in `recontrast.training.train`, including batch selection and normalisation."""
     model = copy.deepcopy(initial)
-    channels_last = move_model(model, run.device, recipe.channels_last) == torch.channels_last
-    model.train()
-    both = build_optimisers(model, recipe, run.device)
-    if recipe.fused_norm:
-        fuse_norm_act(model)
-    network = torch.compile(model, dynamic=False) if recipe.compile else model
+    prepared = prepare_step(model, recipe, run.device, cached=len(pixels) if cached else 0)
+    channels_last, teacher = prepared.layout == torch.channels_last, prepared.teacher
     device_images = DeviceImages(pixels, run.device)
-
     index = np.random.default_rng(1).permutation(len(pixels))[:batch]
-    teacher = None
-    if cached:
-        teacher = TeacherCache(model.frozen, len(pixels), 2**34, autocast=recipe.precision == "bfloat16")
 
     def step(optimisers, images, alpha, features):
-        return train_step(network, optimisers, images, alpha, recipe, frozen_features=features)
+        return train_step(prepared.network, optimisers, images, alpha, recipe, frozen_features=features)
 
     call = GraphedStep(step, batch, run.device) if recipe.graph else step
 
     def work():
         with convolution_precision(recipe.tf32), tuned_convolutions(tuned):
             images = normalise(device_images[index], model.mean, model.std, channels_last=channels_last)
-            return call(both, images, 1.0, None if teacher is None else teacher(index, images))
+            return call(prepared.optimisers, images, 1.0, None if teacher is None else teacher(index, images))
 
     if recipe.graph:
         for _ in range(4):
