@@ -26,8 +26,12 @@ FIRST_LOOK = 2.0  # seconds of work before the first measurement: shorter work i
 LONGEST_WAIT = 60.0  # seconds between two measurements; each wait is twice the one before
 GAIN = 1.1  # how much faster another number of threads must be
 CHANGES = 10  # of the number of threads at once, at most
-ROUNDS = 8  # measurements of each number of threads, in turn
+ROUNDS = 8  # measurements of each number of threads, in turn, at least
+MOST_ROUNDS = 160
+LEAST = 0.03  # seconds for which the fastest number of threads is measured, at least
+LEAST_IF_BUSY = 0.1  # the same on a machine that is known to be busy: many turns of the other programs
 HOPELESS = 1.5  # times the duration of the fastest: measured no further
+HOPELESS_AFTER = 0.02  # seconds of such a number: other programs can interrupt a short computation with any number
 OTHERS = 0.3  # processors used by other programs: enough for a measurement before the first step
 SLOWER = 1.5  # steps that take so many times their usual time are followed by a measurement
 STEPS = 3  # so many of them in a row
@@ -68,7 +72,7 @@ class ThreadTuner:
     def before_steps(self) -> None:
         """Measure and choose before the first step; for machines that are known to be busy."""
         if self.most > 1:
-            self._choose()
+            self._choose(LEAST_IF_BUSY)
             self._last_look = self._last_step = self._clock()
 
     def begin_step(self) -> None:
@@ -89,7 +93,7 @@ class ThreadTuner:
             self._usual.append(duration)
         since = now - self._last_look
         if self.most > 1 and (since >= patience * self._wait or (since >= FIRST_LOOK and self._is_slower())):
-            changed = self._choose()
+            changed = self._choose(LEAST)
             self._wait = FIRST_LOOK if changed else min(2 * self._wait, LONGEST_WAIT)
             self._usual.clear()
             self._recent.clear()
@@ -102,11 +106,15 @@ class ThreadTuner:
             return False
         return min(self._recent) > SLOWER * statistics.median(self._usual)
 
-    def _choose(self) -> bool:
-        """Keep the fastest number of threads near the current one, and return whether it is another one."""
+    def _choose(self, least: float) -> bool:
+        """Keep the fastest number of threads near the current one, and return whether it is another one.
+
+        Args:
+            least: Seconds for which the fastest number is measured, at least.
+        """
         before, gain = self.threads, 1.0
         for _ in range(CHANGES):
-            seconds = self._measure(self.threads)
+            seconds = self._measure(self.threads, least)
             best = min(seconds, key=lambda threads: seconds[threads])
             if seconds[best] * GAIN > seconds[self.threads]:
                 break
@@ -119,7 +127,7 @@ class ThreadTuner:
         self._report(f"threads: {self.threads} instead of {before}, {gain:.1f} times as fast ({reason})")
         return True
 
-    def _measure(self, current: int) -> dict[int, float]:
+    def _measure(self, current: int, least: float) -> dict[int, float]:
         """Return the duration of the probe with the current number of threads, with one more or less, and with others.
 
         The others are twice as many, and half of them, a quarter and so on: one busy processor slows all threads down,
@@ -130,19 +138,20 @@ class ThreadTuner:
         candidates |= {current >> shift for shift in range(current.bit_length())}
         seconds = dict.fromkeys(sorted(n for n in candidates if 1 <= n <= self.most), 0.0)
         slow: dict[int, float] = {}
-        for done in range(1, ROUNDS + 1):
+        rounds = 0
+        while rounds < ROUNDS or (rounds < MOST_ROUNDS and min(seconds.values()) < least):
+            rounds += 1
             for threads in seconds:
                 self._set_threads(threads)
                 started = self._clock()
                 self._probe()
                 seconds[threads] += self._clock() - started
-            limit = HOPELESS * min(seconds.values())
-            slow |= {threads: total * ROUNDS / done for threads, total in seconds.items() if total > limit}
+            limit = max(HOPELESS * min(seconds.values()), HOPELESS_AFTER)
+            slow |= {threads: total / rounds for threads, total in seconds.items() if total > limit}
             seconds = {threads: total for threads, total in seconds.items() if threads not in slow}
             if len(seconds) == 1:
-                seconds = {threads: total * ROUNDS / done for threads, total in seconds.items()}
                 break
-        return seconds | slow
+        return slow | {threads: total / rounds for threads, total in seconds.items()}
 
 
 def run_probe() -> None:

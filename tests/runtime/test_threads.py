@@ -294,3 +294,18 @@ def test_the_processors_of_other_programs(tmp_path, monkeypatch):
     (tmp_path / "proc" / "stat").write_text("cpu  x\n")
     assert use.measure_others() is None
     assert ProcessorUse(tmp_path / "missing").measure_others() is None
+
+
+def test_interrupted_first_measurements_decide_nothing():
+    """On a fast processor the probe is shorter than a turn of another program, which can fall on any measurement."""
+    machine = Machine(2, busy=1)
+    turn = 0.004
+
+    def probe():
+        machine.probes += 1
+        interrupted = machine.probes <= 4 if machine.threads == 1 else machine.probes % 3 == 0
+        machine.now += 0.0012 / machine.threads + interrupted * turn
+
+    machine.tuner._probe = probe
+    machine.tuner.before_steps()
+    assert machine.tuner.threads == 1
