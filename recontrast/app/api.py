@@ -23,7 +23,7 @@ from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
 from recontrast.data.roi import RoiFolder
 from recontrast.data.unsplit import list_good_of_classes
-from recontrast.data.views import group_samples
+from recontrast.data.views import PAGES, group_samples, is_pattern
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_samples
 from recontrast.inference.detector import CheckpointDetector, Detector
@@ -150,7 +150,8 @@ def evaluate(
     """
     loaded = _open_own_detector("evaluate", detector, device)
     folder = getattr(loaded, "roi_folder", None)
-    groups = add_rois(_group_samples(data, category, detector=loaded, incomplete=errors == "keep"), folder)
+    incomplete = errors == "keep" or loaded.recipe.image_views is not None  # of which some need no mask
+    groups = add_rois(_group_samples(data, category, detector=loaded, incomplete=incomplete), folder)
     if out is not None:
         evaluate_job.check_outputs(Path(out), groups, save_maps=False, overwrite=overwrite, option="out")
     network = loaded if isinstance(loaded, ExportedDetector) else loaded.model
@@ -196,7 +197,8 @@ def calibrate(
         OSError: If the file cannot be written.
     """
     loaded = _open_own_detector("calibrate", detector, device)
-    samples = group_samples(list_good_samples(good, all_good), loaded.recipe.image_views)
+    listed = list_good_samples(good, all_good, loaded.recipe.views_from)
+    samples = group_samples(listed, loaded.recipe.image_views)
     allowed_false_alarms(count_groups(samples), false_alarm_rate)  # raises if there are too few images
     target: CheckpointTarget | ExportedTarget
     if isinstance(loaded, ExportedDetector):
@@ -256,8 +258,14 @@ def extend(
         OSError: If the checkpoint cannot be written.
     """
     file = detector.path if isinstance(detector, CheckpointDetector) else resolve_detector(detector)
+    views_from = checkpoints.load(file, mapped=True).recipe.views_from
     result = extend_detector(
-        file, list_good_of_classes(good, all_good), holdout=holdout, steps=steps, device=device, on_step=on_progress
+        file,
+        list_good_of_classes(good, all_good, views_from),
+        holdout=holdout,
+        steps=steps,
+        device=device,
+        on_step=on_progress,
     )
     return CheckpointDetector(result.checkpoint, device)
 
@@ -269,6 +277,7 @@ def find_samples(
     good: PathLike | Sequence[PathLike] = (),
     bad: PathLike | Sequence[PathLike] = (),
     all_good: bool = False,
+    views_from: str | None = None,
 ) -> list[Sample]:
     """List the images of data sets with their labels, masks and splits.
 
@@ -280,6 +289,8 @@ def find_samples(
         bad: With ``good``: files or folders of images with defects. These and a fifth of the good images, chosen by
             their names, are test images, the others training images.
         all_good: Whether all images in a plain folder are good, see `train`.
+        views_from: Where the views of a part are found, as in the recipe field: they are in one split where images are
+            divided by their names, and those that do not show a defect need no mask.
 
     Returns:
         One `recontrast.data.datasets.Sample` for each image: categories, splits and files in natural order.
@@ -289,7 +300,11 @@ def find_samples(
         FileNotFoundError: If there is no such folder, or no such category.
     """
     data, good, bad = ([v] if isinstance(v, str | os.PathLike) else list(v) for v in (data, good, bad))
-    groups = load_data(data, good, bad, category=category, all_good=all_good, options=("data", "good", "bad"))
+    if views_from is not None and views_from != PAGES and not is_pattern(views_from):
+        raise ValueError(f"views_from: wanted 'pages' or a regular expression with one group, got {views_from!r}")
+    groups = load_data(
+        data, good, bad, category=category, all_good=all_good, views_from=views_from, options=("data", "good", "bad")
+    )
     return [sample for group in groups.values() for sample in group]
 
 

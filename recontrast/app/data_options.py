@@ -25,7 +25,7 @@ Bad = Annotated[
 def load_data(
     data: "Sequence[PathLike] | None", good: "Sequence[PathLike] | None", bad: "Sequence[PathLike] | None", *,
     category: str | None = None, all_good: bool = False, incomplete: bool = False, for_test: bool = False,
-    options: tuple[str, str, str] = ("DATA", "--good", "--bad"),
+    views_from: str | None = None, options: tuple[str, str, str] = ("DATA", "--good", "--bad"),
 ) -> "dict[str, list[Sample]]":  # fmt: skip
     """Read the samples of DATA, or those of folders of good and bad images.
 
@@ -37,6 +37,7 @@ def load_data(
         all_good: Whether all images in folders of good images are good.
         incomplete: Whether images and masks may be missing.
         for_test: Whether images without a split are all test images.
+        views_from: Where the views of a part are found: they are in one split, and some need no mask.
         options: Names of the three arguments, for error messages.
 
     Returns:
@@ -55,16 +56,23 @@ def load_data(
     if bad and not good:
         raise ValueError(f"{options[2]}: wanted {options[1]} with it, got none")
     if good:
-        return read_good_and_bad(good, bad or (), category=name, all_good=all_good, for_test=for_test)
+        return read_good_and_bad(
+            good, bad or (), category=name, all_good=all_good, for_test=for_test, views_from=views_from
+        )
     if not data:
         raise ValueError(f"{options[0]}: wanted data sets, folders or lists, or {options[1]} DIR, got none")
     return datasets.load(
-        data, None if name is None else [name], all_good=all_good, incomplete=incomplete, for_test=for_test
-    )
+        data, None if name is None else [name], all_good=all_good, incomplete=incomplete or views_from is not None,
+        for_test=for_test, views_from=views_from,
+    )  # fmt: skip
 
 
 def load_training_data(
-    data: "Sequence[Path] | Mapping[str, list[Sample]]", category: str | None, all_good: bool, *, has_views: bool
+    data: "Sequence[Path] | Mapping[str, list[Sample]]",
+    category: str | None,
+    all_good: bool,
+    *,
+    views_from: str | None,
 ) -> "dict[str, list[Sample]]":
     """Read the samples of a run.
 
@@ -72,7 +80,8 @@ def load_training_data(
         data: Data sets, categories, folders or lists, see `load_data`; or samples by category.
         category: Name of one category, "all", or None for the only one.
         all_good: Whether all images in folders of good images are good.
-        has_views: Whether parts have several views, of which some need no mask: images and masks may then be missing.
+        views_from: Where the views of a part are found: they are in one split, and some need no mask. Images and masks
+            may then be missing.
 
     Returns:
         Samples by category.
@@ -87,7 +96,8 @@ def load_training_data(
         groups, where = dict(data), "data"
     else:
         names = None if category in (None, "all") else [category]
-        groups = datasets.load(data, names, all_good=all_good, incomplete=has_views)
+        has_views = views_from is not None
+        groups = datasets.load(data, names, all_good=all_good, incomplete=has_views, views_from=views_from)
         where = " ".join(map(str, data))
     if category is None and len(groups) > 1:
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or all of them with "
@@ -125,7 +135,10 @@ def load_tests(
         return groups
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # as before
-        divided = load_data(data, good, bad, category=category, incomplete=incomplete, options=options)
+        divided = load_data(
+            data, good, bad, category=category, incomplete=incomplete, views_from=get_detector().recipe.views_from,
+            options=options,
+        )  # fmt: skip
     if divided == groups:
         return groups
     from recontrast.inference.calibrate import is_trained_on

@@ -25,15 +25,16 @@ from recontrast.app.estimator_fit import (
     check_labels,
     check_region,
     isolate_random_state,
+    list_images,
     refuse_tiles,
     split_images,
     to_python_number,
 )
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import Checkpoint
-from recontrast.data.in_memory import InMemoryImages, as_image_list
+from recontrast.data.given_parts import PartImages
+from recontrast.data.in_memory import InMemoryImages
 from recontrast.data.own_files import check_replaceable
-from recontrast.data.sources import SelectedImages
 from recontrast.inference.calibrate import calibrate
 from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.infer import infer
@@ -54,6 +55,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     size, or as one array (n, h, w, 3) or (n, h, w). Arrays are uint8 (RGB or grey), or floats in [0, 1], which are
     rounded to 255 levels. Images are resized as in training on files: the path of an image and the PIL image of that
     path give bit-identical scores.
+
+    With the recipe field ``views_from``, an item of X is a part with several views: the path of one of its views, or of
+    a file of pages; or a sequence of its views as paths, PIL images or arrays. One array is then (n, views, h, w, 3).
 
     The decision is split-conformal (Vovk et al., "Algorithmic Learning in a Random World", 2005; Lei et al., JASA
     2018), see `recontrast.calibration.conformal`.
@@ -146,26 +150,28 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
             ValueError: If a parameter or an image is invalid, or there are too few good images for the promise.
             OSError: If a file cannot be read.
         """
-        recipe = self._recipe()
-        images = as_image_list(X)
-        good = np.arange(len(images)) if y is None else np.flatnonzero(check_labels(images, y) == 1)
+        recipe, images = list_images(X, self._recipe())
+        views = max(len(recipe.view_names), 1)
+        parts = range(len(images) // views)
+        good = np.arange(len(parts)) if y is None else np.flatnonzero(check_labels(parts, y) == 1)
         if not len(good):
-            raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(images)}")
-        names = None if groups is None else check_fit_groups(images, groups)[good]
+            raise ValueError(f"fit: y: wanted +1 for at least one image, got none among {len(parts)}")
+        names = None if groups is None else check_fit_groups(parts, groups)[good]
         count = len(good) if names is None else len(set(names.tolist()))
         resolve_holdout_count(count, self.false_alarm_rate, self.holdout)  # before any image is decoded
-        images = [images[index] for index in good]
+        images = [image for index in good for image in images[index * views : (index + 1) * views]]
         check_region(recipe, images)
         recipe = fix_bits(fix_window(recipe, images), images)
-        decoded = InMemoryImages(images, recipe.size, recipe.crop, recipe.bits, recipe.window)[np.arange(len(good))]
-        split = split_images(decoded, self.false_alarm_rate, self.holdout, recipe.seed, names)
+        decoded = InMemoryImages(images, recipe.size, recipe.crop, recipe.bits, recipe.window)[np.arange(len(images))]
+        whole = decoded if views == 1 else decoded.reshape(-1, views, *decoded.shape[1:])
+        split = split_images(whole, self.false_alarm_rate, self.holdout, recipe.seed, names)
         device = resolve_device(self.device)
         with isolate_random_state():
-            result = train(recipe, SelectedImages(decoded, split.training), device=device)
+            result = train(recipe, PartImages(decoded, split.training, views), device=device)
             calibration = None
             if self.false_alarm_rate is not None:
                 calibration = calibrate(
-                    result.model, recipe, SelectedImages(decoded, split.held_out), rate=self.false_alarm_rate,
+                    result.model, recipe, PartImages(decoded, split.held_out, views), rate=self.false_alarm_rate,
                     batch=recipe.batch, source=f"{len(split.held_out)} of {len(good)} images given to fit",
                     groups=split.groups.tolist(),
                 )  # fmt: skip
@@ -290,8 +296,9 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
     def _run(self, X: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
         check_is_fitted(self)
         recipe = self.recipe_
-        images = InMemoryImages(X, recipe.size, recipe.crop, recipe.bits, recipe.window)
-        check_region(recipe, as_image_list(X))
+        given = list_images(X, recipe)[1]
+        images = InMemoryImages(given, recipe.size, recipe.crop, recipe.bits, recipe.window)
+        check_region(recipe, given)
         move_model(self.model_, resolve_device(self.device), recipe.channels_last)
         for maps, scores in infer(self.model_, images, recipe, batch=self.batch or recipe.batch):
             yield maps.float().cpu().numpy(), scores.double().cpu().numpy()

@@ -16,7 +16,9 @@ from sklearn.utils.validation import check_consistent_length
 
 from recontrast.data.copies import describe_copies
 from recontrast.data.fingerprint import compute_fingerprint
+from recontrast.data.given_parts import list_parts
 from recontrast.data.groups import pair_groups
+from recontrast.data.in_memory import as_image_list
 from recontrast.data.listing import DataWarning
 from recontrast.data.near_copies import (
     describe_near_copies,
@@ -28,7 +30,7 @@ from recontrast.data.near_copies import (
 from recontrast.data.roi import EACH
 from recontrast.inference.given_images import measure_given
 from recontrast.inference.rois import Rois
-from recontrast.recipes.recipe import Recipe, refuse_views
+from recontrast.recipes.recipe import Recipe
 from recontrast.training.holdout import resolve_holdout_count
 
 
@@ -57,7 +59,7 @@ def split_images(
     (`recontrast.data.listing.DataWarning`) of them.
 
     Args:
-        images: Good images, (n, H, W, 3) uint8.
+        images: Good images, (n, H, W, 3), or parts (n, views, H, W, 3), uint8.
         rate: False-alarm rate to promise; None holds out no images.
         holdout: Number of images to hold out, or their share, see `resolve_holdout_count`.
         seed: Seed of the division.
@@ -88,7 +90,7 @@ def _join_near_copies(images: NDArray[np.uint8], owners: list[int]) -> list[int]
     """Return the first image of each group of copies and near-copies, and warn of both."""
     different = sorted(set(owners))
     names = [f"image {index}" for index in range(len(images))]
-    sketches = np.stack([sketch_image(images[index]) for index in different])
+    sketches = np.stack([sketch_image(images[index] if images.ndim == 4 else images[index][0]) for index in different])
     pairs = find_near_copies(sketches)
     for text in (
         describe_copies(names, owners),
@@ -98,6 +100,35 @@ def _join_near_copies(images: NDArray[np.uint8], owners: list[int]) -> list[int]
         if text is not None:
             warnings.warn(f"fit: {text}", DataWarning, stacklevel=4)
     return merge_copies(owners, [(different[first], different[second]) for first, second in pairs])
+
+
+def list_images(X: Any, recipe: Recipe) -> tuple[Recipe, list[Any]]:
+    """List the images of a caller; of parts with several views, those of each part in sequence.
+
+    Args:
+        X: Images, see `recontrast.data.in_memory.as_image_list`; or parts, see
+            `recontrast.data.given_parts.list_parts`.
+        recipe: Recipe, for the views.
+
+    Returns:
+        The recipe, with the names of the views, and the images.
+
+    Raises:
+        OSError: If a file of pages cannot be read.
+        ValueError: If X is of another kind, a view is missing, or views of a part differ in size.
+    """
+    if recipe.views_from is None:
+        return recipe, as_image_list(X)
+    views, images = list_parts(X, recipe.views_from, recipe.view_names)
+    shapes = [measure_given(image) for image in images]
+    for position, shape in enumerate(shapes):
+        first = shapes[position - position % len(views)]
+        if shape != first:
+            wanted, got = (f"{height} x {width}" for height, width in (first, shape))
+            raise ValueError(
+                f"image {position // len(views)}: wanted views of one size, got {wanted} and {got} (height x width)"
+            )
+    return recipe.replace(view_names=views.names), images
 
 
 def check_labels(images: Sequence[Any], y: ArrayLike) -> NDArray[Any]:
@@ -162,7 +193,7 @@ def check_region(recipe: Recipe, images: Sequence[Any]) -> None:
 
 
 def refuse_tiles(recipe: Recipe, source: str) -> Recipe:
-    """Return the recipe, or raise an error if it trains on tiles, views of a part or single masks.
+    """Return the recipe, or raise an error if it trains on tiles or single masks.
 
     Args:
         recipe: Recipe of a detector.
@@ -174,7 +205,6 @@ def refuse_tiles(recipe: Recipe, source: str) -> Recipe:
     Raises:
         ValueError: If it does.
     """
-    refuse_views(recipe, source, "for the estimator")
     if recipe.roi == EACH:
         raise ValueError(f"{source}: wanted one region of interest for all images for the estimator, got one for each")
     if recipe.tile is not None:

@@ -30,6 +30,15 @@ class RecipeOptions:
         str | None,
         typer.Option(help="Augmented copies of the good images: none, rotations, flips or inp_former. Default: none."),
     ] = None
+    views_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Several aligned images of each part, such as lights: a regular expression with one pair of "
+            "parentheses around the name of the view, such as '_(left|right)\\.', or pages for those of TIFF files. "
+            "Default: single images.",
+        ),
+    ] = None
 
     def list_changes(self) -> dict[str, Any]:
         """Return the recipe fields that were given, with their values."""
@@ -76,15 +85,6 @@ class TrainRecipeOptions(RecipeOptions):
             metavar="LOW HIGH",
             help="Samples of images of more than 8 bits that become black and white, all levels between them kept, or "
             "auto for percentiles 0.1 and 99.9 of the good images. Default: scale to 8 bits.",
-        ),
-    ] = None
-    views_from: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Several aligned images of each part, such as lights: a regular expression with one pair of "
-            "parentheses around the name of the view, such as '_(left|right)\\.', or pages for those of TIFF files. "
-            "Default: single images.",
         ),
     ] = None
     sampling: Annotated[

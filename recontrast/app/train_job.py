@@ -23,7 +23,7 @@ from recontrast.data.groups import group_samples, list_groups
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.roi import EACH, describe_roi
-from recontrast.data.views import list_sources
+from recontrast.data.views import PAGES, is_pattern, list_sources
 from recontrast.data.window import AUTO, describe_window
 from recontrast.inference.rois import RegionOfInterest, add_rois, open_rois, resolve_roi
 from recontrast.models.weights import check_source
@@ -223,7 +223,7 @@ def prepare_job(
     if roi is not None:
         changes["roi"], folder = resolve_roi(roi, "roi" if isinstance(roi, np.ndarray) else "--roi")
     changed = base.replace(**changes)
-    groups = load_training_data(data, category, all_good, has_views=changed.views_from is not None)
+    groups = load_training_data(data, category, all_good, views_from=changed.views_from)
     category = category or next(iter(groups))
     changed, groups = fix_views(changed, groups)
     if changed.views_from is not None:
@@ -256,6 +256,24 @@ def prepare_job(
         job = _plan_job(job, {*changes, *(["architecture"] if recipe is not None else [])}, budget, device)
     check_replaceable(job.out, [yaml_file.FILE_NAME, LOG], overwrite=overwrite, option=option)
     return job
+
+
+def find_views_from(recipe: str | None, changes: Mapping[str, Any], resume: Path | None) -> str | None:
+    """Return where a run finds the views of a part, before its images are listed.
+
+    Args:
+        recipe: As in `prepare_job`, as the other arguments.
+        changes: Fields of the recipe to change.
+        resume: Checkpoint to continue.
+
+    Returns:
+        The recipe field ``views_from``; None for single images, or for an invalid field, which `prepare_job` reports.
+    """
+    if "views_from" in changes:
+        source = changes["views_from"]
+        return source if isinstance(source, str) and (source == PAGES or is_pattern(source)) else None
+    base = yaml_file.load_recipe(recipe or "mvtec") if resume is None else checkpoint.load(resume, mapped=True).recipe
+    return base.views_from
 
 
 def _find_window(job: TrainJob) -> TrainJob:

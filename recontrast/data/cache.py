@@ -28,7 +28,7 @@ from recontrast.data.listing import PathLike
 from recontrast.data.regular_file import is_regular, open_regular
 from recontrast.data.system import count_cpus
 from recontrast.data.tiles import Tiles, count_tiles, join_tiles
-from recontrast.data.views import Views, list_views
+from recontrast.data.views import Views, list_views, show_view
 from recontrast.data.window import Window, parse_window, pixel_dtype
 
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
@@ -49,7 +49,8 @@ class ImageCache:
         stride: Distance from one tile to the next, in pixels. None uses ``tile``, without overlap.
         bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
         window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
-        views: Views of each part, whose path is that of a file here; they are images in sequence. None: single images.
+        views: Views of each part, whose path is that of a file here; they are images in sequence, or the tiles of one
+            after those of another. None: single images.
         workers: Number of decoding threads. None uses one per available CPU.
         on_progress: Called with (files done, all files) while decoding; not called if the cache file exists.
 
@@ -125,7 +126,7 @@ class ImageCache:
         return self._images[index if index.size else index.astype(np.intp)]  # NumPy turns an empty list into floats
 
     def read_file(self, position: int) -> np.ndarray:
-        """Copy the whole image of one file: with tiles, put together from them; of a part, the first view.
+        """Copy the whole image of one file, or of the first view of a part: with tiles, put together from them.
 
         Args:
             position: Position of the file in ``samples``.
@@ -137,10 +138,11 @@ class ImageCache:
             OSError: With tiles, if the size of the file can no longer be read.
             ValueError: With tiles, if the file is no longer an image.
         """
-        images = self[self.offsets[position] : self.offsets[position + 1]]
+        start, stop = self.offsets[position : position + 2]
+        images = self[start : start + (stop - start) // (1 if self._views is None else len(self._views))]
         if self._tile is None:
             return images[0]
-        return join_tiles(images, image_size(self._files[position]), self._tile[1])
+        return join_tiles(images, image_size(show_view(self._files[position], self._views)), self._tile[1])
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Copy all images to a tensor, in pieces of 64 MB.
@@ -168,7 +170,7 @@ class ImageCache:
         files = []
         for path in self._files:
             for source in list_views(path, self._views):
-                file = source.path if isinstance(source, ImagePage) else Path(str(source))
+                file = Path(str(source.path if isinstance(source, ImagePage) else source))
                 try:
                     stat = file.stat()
                 except FileNotFoundError:
@@ -198,19 +200,22 @@ class ImageCache:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _count_images(self, path: Path) -> int:
-        """Return the number of images (tiles, or views of a part) of a file."""
-        if self._views is not None:
-            return len(self._views)
-        return 1 if self._tile is None else count_tiles(image_size(path), *self._tile)
+        """Return the number of images (tiles, views of a part, or tiles of these) of a file."""
+        count = 1 if self._views is None else len(self._views)
+        if self._tile is None:
+            return count
+        return count * count_tiles(image_size(show_view(path, self._views)), *self._tile)
 
     def _read(self, path: Path) -> Iterator[np.ndarray]:
-        """Yield the image, the views or the tiles of a file."""
-        if self._views is not None:
-            yield from self._views.read(path, size=self._size, crop=self._crop, bits=self._bits, window=self._window)
-        elif self._tile is None:
-            yield read_image(path, size=self._size, crop=self._crop, bits=self._bits, window=self._window)
-        else:
-            tiles = Tiles(read_image(path, bits=self._bits, window=self._window), *self._tile)
+        """Yield the image, the views or the tiles of a file; of the views of a part, tiles of one after the other."""
+        scale: dict[str, Any] = {"bits": self._bits, "window": self._window}
+        scale |= {"size": self._size, "crop": self._crop} if self._tile is None else {}
+        images = [read_image(path, **scale)] if self._views is None else self._views.read(path, **scale)
+        if self._tile is None:
+            yield from images
+            return
+        for image in images:
+            tiles = Tiles(image, *self._tile)
             yield from (tiles[[i]][0] for i in range(len(tiles)))
 
     def _build(self, path: Path) -> None:

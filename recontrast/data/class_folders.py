@@ -46,12 +46,15 @@ def list_good_images(paths: PathLike | Iterable[PathLike], all_good: bool = Fals
     return [sample.path for sample in list_good_samples(paths, all_good)]
 
 
-def list_good_samples(paths: PathLike | Iterable[PathLike], all_good: bool = False) -> list[Sample]:
+def list_good_samples(
+    paths: PathLike | Iterable[PathLike], all_good: bool = False, views_from: str | None = None
+) -> list[Sample]:  # fmt: skip
     """List good images as samples, which have the region of interest and the group that a list states.
 
     Args:
         paths: One or more files, folders and lists, see `list_good_images`.
         all_good: Whether all images in the folders are good, whatever the names of their subfolders.
+        views_from: Where the views of a part are found, see `recontrast.data.image_lists.read_list`.
 
     Returns:
         The images in the order of ``paths``; the category is the name of the folder, or as in the list.
@@ -65,7 +68,7 @@ def list_good_samples(paths: PathLike | Iterable[PathLike], all_good: bool = Fal
     samples: list[Sample] = []
     for path in map(Path, [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else paths):
         if is_list(path):
-            samples += read_good_list(path)
+            samples += read_good_list(path, views_from)
             continue
         files = select_good_images(scan_folder(path), all_good) if path.is_dir() else list_images(path)
         category = Path(os.path.abspath(path)).name

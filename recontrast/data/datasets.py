@@ -32,7 +32,7 @@ __all__ = ["Sample", "categories", "describe", "folder", "load", "mvtec"]
 
 def load(
     path: PathLike | Sequence[PathLike], categories: Sequence[str] | None = None, *, all_good: bool = False,
-    incomplete: bool = False, for_test: bool = False,
+    incomplete: bool = False, for_test: bool = False, views_from: str | None = None,
 ) -> dict[str, list[Sample]]:  # fmt: skip
     """Read the samples of a data set, a category, a plain folder or a list.
 
@@ -45,6 +45,7 @@ def load(
         incomplete: Whether a test image without its mask, or a mask without its image, is a sample with the path that
             the missing file should have, if other images of the category have masks. Otherwise it raises an error.
         for_test: Whether all images of a list without a column ``split`` are test images.
+        views_from: Where the views of a part are found, see `recontrast.data.image_lists.read_list`.
 
     Returns:
         Samples by category, train before test; those of a list in its order. A plain folder gives training samples, and
@@ -60,7 +61,7 @@ def load(
     readers: dict[str, Callable[[], list[Sample]]] = {}
     sources: dict[str, Path] = {}
     for source in paths:
-        for name, reader in _make_readers(source, all_good, incomplete, for_test).items():
+        for name, reader in _make_readers(source, all_good, incomplete, for_test, views_from).items():
             if name in readers:
                 raise ValueError(
                     f"{source}: wanted categories with different names, got {name!r} again, as in {sources[name]}"
@@ -74,11 +75,11 @@ def load(
 
 
 def _make_readers(
-    path: Path, all_good: bool, incomplete: bool, for_test: bool
+    path: Path, all_good: bool, incomplete: bool, for_test: bool, views_from: str | None
 ) -> dict[str, Callable[[], list[Sample]]]:
     """Return a function that reads the samples, for each category at ``path``."""
     if is_list(path):
-        groups = read_list(path, incomplete=incomplete, for_test=for_test)
+        groups = read_list(path, incomplete=incomplete, for_test=for_test, views_from=views_from)
         return {name: partial(list, samples) for name, samples in groups.items()}
     check_folder(path, "the folder of a data set")
     name = Path(os.path.abspath(path)).name

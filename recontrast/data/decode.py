@@ -252,9 +252,8 @@ def _open(
 
 def _open_source(path: ImageSource) -> IO[bytes]:
     """Open the file of an image, or its content."""
-    if isinstance(path, EncodedImage):
-        return BytesIO(path.content)
-    return open_regular(path.path if isinstance(path, ImagePage) else path, "an image")
+    source = path.path if isinstance(path, ImagePage) else path
+    return BytesIO(source.content) if isinstance(source, EncodedImage) else open_regular(source, "an image")
 
 
 def _warn_of_unused_parts(path: ImageSource, image: OpenImage, picture: Image.Image | None) -> None:

@@ -29,11 +29,11 @@ class ImagePage:
     """One page of a TIFF file.
 
     Attributes:
-        path: Path of the file.
+        path: Path of the file, or its content.
         page: Number of the page, counted from 0.
     """
 
-    path: Path
+    path: Path | EncodedImage
     page: int
 
     def __str__(self) -> str:

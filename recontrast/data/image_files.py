@@ -89,7 +89,7 @@ class ImageFiles:
         return None
 
     def read_many(
-        self, positions: Sequence[int], bits: int | None = None, window: Window = None
+        self, positions: Sequence[int], bits: int | None = None, window: Window = None, views: Views | None = None
     ) -> list[np.ndarray | None]:
         """Read several images at their original sizes.
 
@@ -97,18 +97,20 @@ class ImageFiles:
             positions: Positions of the files in ``paths``.
             bits: Bits that the camera uses of 16-bit samples, as in `recontrast.data.images.read_image`.
             window: Values that become 0 and 1, as in `recontrast.data.images.read_image`.
+            views: Views of each part; None: each file is one image.
 
         Returns:
             The result of `read` for each position.
         """
-        return list(self._map(lambda position: self.read(position, bits=bits, window=window), positions))
+        return list(self._map(lambda position: self.read(position, bits=bits, window=window, views=views), positions))
 
-    def group(self, count: int, window: Window = None) -> Iterator[range]:
+    def group(self, count: int, window: Window = None, views: int = 1) -> Iterator[range]:
         """Divide the files into groups that can be in memory together at their original sizes.
 
         Args:
             count: Largest number of images in a group.
             window: Window of the images, whose pixels then have 4 times the bytes.
+            views: Number of views of each part, which are in memory together.
 
         Yields:
             Positions of consecutive images, at most `recontrast.data.decode_budget.BYTES_IN_FLIGHT` bytes as RGB; or
@@ -116,7 +118,7 @@ class ImageFiles:
         """
         start, total = 0, 0
         for position in range(len(self)):
-            size = 3 * pixel_dtype(window).itemsize * self._count_pixels(position)
+            size = 3 * views * pixel_dtype(window).itemsize * self._count_pixels(position)
             if position > start and (position - start >= count or total + size > BYTES_IN_FLIGHT):
                 yield range(start, position)
                 start, total = position, 0

@@ -25,7 +25,9 @@ _SPLITS: dict[str, Split] = {
 _DEFECT = "defect"  # kind of defect of images with a defect whose list does not name it
 
 
-def read_list(path: PathLike, *, incomplete: bool = False, for_test: bool = False) -> dict[str, list[Sample]]:
+def read_list(
+    path: PathLike, *, incomplete: bool = False, for_test: bool = False, views_from: str | None = None
+) -> dict[str, list[Sample]]:  # fmt: skip
     """Read a list of images, see `recontrast.data.list_files.read_rows` for its formats.
 
     Columns: ``path``; ``split`` (train, test or calibration, for good images to calibrate with); ``label`` (0 or good,
@@ -39,6 +41,8 @@ def read_list(path: PathLike, *, incomplete: bool = False, for_test: bool = Fals
         path: File of the list.
         incomplete: Whether images and masks may be missing, and defects without a mask in a category with masks.
         for_test: Whether all images are test images if there is no column ``split``.
+        views_from: Where the views of a part are found, see `recontrast.data.views.Views`: they are in one split, and
+            those that do not show a defect need no mask. None: single images.
 
     Returns:
         Samples by category, in the order of the list.
@@ -54,14 +58,14 @@ def read_list(path: PathLike, *, incomplete: bool = False, for_test: bool = Fals
     has_split = _check_all_or_none(rows, "split")
     samples = [_read_sample(row, path, has_split=has_split, incomplete=incomplete) for row in rows]
     _check_unique(rows, [sample.path for sample in samples])
-    if not incomplete:
+    if not incomplete and views_from is None:
         _check_masks(rows, samples)
     if not has_split:
         root = path.parent
         if for_test:
             samples = [replace(sample, split="test") for sample in samples]
         else:
-            samples = assign_splits(samples, [os.path.relpath(sample.path, root) for sample in samples])
+            samples = assign_splits(samples, [os.path.relpath(sample.path, root) for sample in samples], views_from)
     _check_groups([row.location for row in rows], [_name_row(row) for row in rows], samples)
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -69,11 +73,12 @@ def read_list(path: PathLike, *, incomplete: bool = False, for_test: bool = Fals
     return groups
 
 
-def read_good_list(path: PathLike) -> list[Sample]:
+def read_good_list(path: PathLike, views_from: str | None = None) -> list[Sample]:
     """Return the good images of a list to train or calibrate with.
 
     Args:
         path: File of the list.
+        views_from: As in `read_list`.
 
     Returns:
         The images of the split calibration if there are any; otherwise all good ones that are no test images.
@@ -81,7 +86,7 @@ def read_good_list(path: PathLike) -> list[Sample]:
     Raises:
         ValueError: If there are none, or the list is invalid, see `read_list`.
     """
-    samples = [sample for group in read_list(path).values() for sample in group]
+    samples = [sample for group in read_list(path, views_from=views_from).values() for sample in group]
     good = [sample for sample in samples if sample.split == "calibration"]
     good = good or [sample for sample in samples if not sample.label and sample.split == "train"]
     if not good:

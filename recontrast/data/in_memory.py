@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from recontrast.data.decode import apply_orientation, decoded_samples
+from recontrast.data.encoded_image import ImagePage
 from recontrast.data.images import MAX_PIXELS, Size, fit_picture, fit_samples, parse_size, read_image
 from recontrast.data.samples import read_stored
 from recontrast.data.system import count_cpus
@@ -76,7 +77,7 @@ class InMemoryImages:
     def _read(self, position: int) -> np.ndarray:
         """Decode one image."""
         item = self._items[position]
-        if isinstance(item, str | os.PathLike):
+        if isinstance(item, str | os.PathLike | ImagePage):
             return read_image(item, size=self._size, crop=self._crop, bits=self._bits, window=self._window)
         name = f"image {position}"
         return fit_given(item, size=self._size, crop=self._crop, bits=self._bits, window=self._window, name=name)
@@ -196,7 +197,7 @@ def check_item(item: Any, position: int) -> None:
     Raises:
         ValueError: If it is not a path, a PIL image or an array of numbers of the shape of an image.
     """
-    if not isinstance(item, str | os.PathLike | Image.Image | np.ndarray):
+    if not isinstance(item, str | os.PathLike | ImagePage | Image.Image | np.ndarray):
         got = _describe_tensor(item.ndim) if _is_tensor(item) else type(item).__name__
         raise ValueError(f"images: wanted {ACCEPTED}, got {got} at position {position}")
     if isinstance(item, np.ndarray):

@@ -5,6 +5,7 @@ import struct
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
+from recontrast.data.encoded_image import EncodedImage
 from recontrast.data.exact_read import read_exactly
 from recontrast.data.formats import HEAD_BYTES, detect_format
 from recontrast.data.listing import PathLike
@@ -174,11 +175,11 @@ def count_pages(file: IO[bytes]) -> int:
     return len(seen)
 
 
-def count_file_pages(path: PathLike) -> int:
+def count_file_pages(path: PathLike | EncodedImage) -> int:
     """Count the pages of an image file.
 
     Args:
-        path: Path of a TIFF file.
+        path: Path of a TIFF file, or its content.
 
     Returns:
         Number of pages; 1 for a file of another format.
@@ -187,7 +188,8 @@ def count_file_pages(path: PathLike) -> int:
         OSError: If the file cannot be read.
         ValueError: If the chain of pages is damaged.
     """
-    with open_regular(path, "an image") as file:
+    opened = io.BytesIO(path.content) if isinstance(path, EncodedImage) else open_regular(path, "an image")
+    with opened as file:
         if detect_format(file.read(HEAD_BYTES)) != "TIFF":
             return 1
         file.seek(0)

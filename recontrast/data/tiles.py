@@ -140,6 +140,27 @@ class Tiles:
         return tiles
 
 
+class PartTiles:
+    """Tiles of the views of a part, those of one view after those of another.
+
+    Args:
+        images: Views (views, H, W, 3), uint8 or float32.
+        tile: Side of a tile, in pixels.
+        stride: Distance from one tile to the next, in pixels; at most ``tile``.
+    """
+
+    def __init__(self, images: NDArray[Any], tile: int, stride: int) -> None:
+        self._views = [Tiles(image, tile, stride) for image in images]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._views))
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        """Cut the tiles at the positions ``index`` (n,): (n, tile, tile, 3), of the dtype of the images."""
+        count = len(self._views[0])
+        return np.concatenate([self._views[position // count][[position % count]] for position in index])
+
+
 class TileMasks:
     """Tiles of the region of interest of one image, cut on access, in reading order.
 

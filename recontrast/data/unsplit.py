@@ -14,11 +14,12 @@ from recontrast.data.dataset_sample import GOOD, Sample
 from recontrast.data.groups import group_samples
 from recontrast.data.list_files import is_list
 from recontrast.data.listing import PathLike, list_images
+from recontrast.data.views import list_part_names
 
 TEST_SHARE = 0.2  # of the good images of a category with defects, if nothing says which are test images
 
 
-def assign_splits(samples: Sequence[Sample], names: Sequence[str]) -> list[Sample]:
+def assign_splits(samples: Sequence[Sample], names: Sequence[str], views_from: str | None = None) -> list[Sample]:
     """Divide images without a split into training and test.
 
     In a category with defects, these and a fifth of the good images are test images. Which ones depends on their names
@@ -29,10 +30,17 @@ def assign_splits(samples: Sequence[Sample], names: Sequence[str]) -> list[Sampl
     Args:
         samples: Images of one or several categories.
         names: Name of each image that does not depend on where the data set lies, such as its relative path.
+        views_from: Where the views of a part are found, see `recontrast.data.views.Views`. They are in one split: a
+            part has a defect if one of its views has. None: each image is a part.
 
     Returns:
         The images with their split, in their order.
+
+    Raises:
+        ValueError: If a path has no name of a view.
     """
+    if views_from is not None:
+        return _assign_to_parts(samples, names, views_from)
     with_defects = {sample.category for sample in samples if sample.label}
     splits: list[Literal["train", "test"]] = ["test" if sample.label else "train" for sample in samples]
     for category in with_defects:
@@ -55,9 +63,28 @@ def assign_splits(samples: Sequence[Sample], names: Sequence[str]) -> list[Sampl
     return [replace(sample, split=split) for sample, split in zip(samples, splits, strict=True)]
 
 
+def _assign_to_parts(samples: Sequence[Sample], names: Sequence[str], views_from: str) -> list[Sample]:
+    """Divide parts with several views as `assign_splits` does images."""
+    parts: dict[str, list[int]] = {}
+    for index, part in enumerate(list_part_names([sample.path for sample in samples], views_from)):
+        parts.setdefault(part, []).append(index)
+    joined = []
+    for positions in parts.values():
+        first, *others = [samples[position] for position in positions]
+        group = next((sample.group for sample in (first, *others) if sample.group is not None), None)
+        label = max(samples[position].label for position in positions)
+        joined.append(replace(first, label=label, group=group, views=tuple(others)))
+    divided = assign_splits(joined, [min(names[position] for position in positions) for positions in parts.values()])
+    result = list(samples)
+    for joint, positions in zip(divided, parts.values(), strict=True):
+        for position in positions:
+            result[position] = replace(samples[position], split=joint.split)
+    return result
+
+
 def read_good_and_bad(
     good: Sequence[PathLike], bad: Sequence[PathLike], *, category: str | None = None, all_good: bool = False,
-    for_test: bool = False,
+    for_test: bool = False, views_from: str | None = None,
 ) -> dict[str, list[Sample]]:  # fmt: skip
     """Read folders of good images and folders of images with defects, without any layout.
 
@@ -69,6 +96,7 @@ def read_good_and_bad(
         all_good: Whether all images in ``good`` are good, whatever the names of subfolders.
         for_test: Whether all images are test images. Otherwise, those with defects and a fifth of the good ones are,
             see `assign_splits`; without images with defects, all are training images.
+        views_from: Where the views of a part are found, which are not divided, see `assign_splits`.
 
     Returns:
         Samples by category, of which there is one.
@@ -83,7 +111,7 @@ def read_good_and_bad(
     samples: dict[str, Sample] = {}  # by real path: a file that is given twice counts once
     names: dict[str, str] = {}
     for folder in map(Path, good):
-        for sample in list_good_samples(folder, all_good):
+        for sample in list_good_samples(folder, all_good, views_from):
             key = os.path.realpath(sample.path)
             samples.setdefault(key, replace(sample, category=name, split="train", defect=GOOD))
             names.setdefault(key, os.path.relpath(sample.path, folder if folder.is_dir() else folder.parent))
@@ -97,15 +125,18 @@ def read_good_and_bad(
             names.setdefault(key, str(path))
     if for_test:
         return {name: [replace(sample, split="test") for sample in samples.values()]}
-    return {name: assign_splits(list(samples.values()), list(names.values()))}
+    return {name: assign_splits(list(samples.values()), list(names.values()), views_from)}
 
 
-def list_good_of_classes(paths: PathLike | Iterable[PathLike], all_good: bool = False) -> list[Sample]:
+def list_good_of_classes(
+    paths: PathLike | Iterable[PathLike], all_good: bool = False, views_from: str | None = None
+) -> list[Sample]:  # fmt: skip
     """List good images as samples whose category is their class, to draw classes equally often.
 
     Args:
         paths: One or more files, folders and lists, see `recontrast.data.class_folders.list_good_samples`.
         all_good: Whether all images in the folders are good, whatever the names of their subfolders.
+        views_from: Where the views of a part are found, see `recontrast.data.image_lists.read_list`.
 
     Returns:
         The images in the order of ``paths``. The category is that in the list, or the folder above the ``train/good``
@@ -117,7 +148,7 @@ def list_good_of_classes(paths: PathLike | Iterable[PathLike], all_good: bool = 
         ValueError: If a folder contains no images, or it is unclear which of them are good.
     """
     paths = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else paths
-    given = [(*_find_name(path), list_good_samples(path, all_good)) for path in map(Path, paths)]
+    given = [(*_find_name(path), list_good_samples(path, all_good, views_from)) for path in map(Path, paths)]
     stated = [_find_stated_classes(where, samples) for where, _, samples in given]
     # A folder "screw" and the training images of a data set "screw" are of one class; "a/new" and "b/new" may not be.
     pairs = list(zip(given, stated, strict=True))

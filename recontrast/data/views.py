@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recontrast.data.dataset_sample import Sample
-from recontrast.data.encoded_image import ImagePage, ImageSource
+from recontrast.data.encoded_image import EncodedImage, ImagePage, ImageSource
 from recontrast.data.images import Size, image_size, read_image
 from recontrast.data.listing import natural_sort_key
 from recontrast.data.tiff_tags import count_file_pages
@@ -55,12 +55,27 @@ class Views:
             ValueError: If it has another number of pages, or the pattern does not match the path.
         """
         if self.source == PAGES:
-            count = count_file_pages(path)
-            if count != len(self):
-                raise ValueError(f"{path}: wanted {len(self)} pages as in training, got {count}")
-            return [ImagePage(path, page) for page in range(count)]
+            return [*self.locate_pages(path)]
         before, _, after = divide_path(self.source, path)
         return [Path(before + name + after) for name in self.names]
+
+    def locate_pages(self, file: Path | EncodedImage) -> list[EncodedImage | ImagePage]:
+        """Return the pages of a file, see `locate`.
+
+        Args:
+            file: Path of a TIFF file, or its content.
+
+        Returns:
+            The pages.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it has another number of pages.
+        """
+        count = count_file_pages(file)
+        if count != len(self):
+            raise ValueError(f"{file}: wanted {len(self)} pages as in training, got {count}")
+        return [ImagePage(file, page) for page in range(count)]
 
     def read(
         self, path: Path, *, size: Size | None = None, crop: Size | None = None, bits: int | None = None,
@@ -234,6 +249,25 @@ def group_samples(
         else:
             missing.append(text)
     return joined
+
+
+def list_part_names(paths: Sequence[Path], source: str | None) -> list[str]:
+    """Return the name of the part of each image: the same for all its views, whose names need not be known.
+
+    Args:
+        paths: Files of all views.
+        source: As in `Views`; None: each file is a part.
+
+    Returns:
+        One name for each path.
+
+    Raises:
+        ValueError: If a path has no name of a view.
+    """
+    if source is None or source == PAGES:
+        return [os.path.abspath(path) for path in paths]
+    divided = [divide_path(source, path) for path in paths]
+    return [f"{os.path.abspath(before + '*')}{after}" for before, _, after in divided]
 
 
 def combine_views(values: Any, views: int, how: str) -> Any:

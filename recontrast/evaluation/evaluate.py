@@ -22,7 +22,7 @@ from recontrast import metrics
 from recontrast.data.datasets import Sample
 from recontrast.data.roi import describe_roi
 from recontrast.data.sources import ConcatImages
-from recontrast.data.tiles import Tiles
+from recontrast.data.tiles import PartTiles
 from recontrast.data.views import group_samples
 from recontrast.evaluation.category import Category
 from recontrast.evaluation.measures import Measures, build_measures
@@ -225,7 +225,8 @@ def _infer_samples(
         tile, stride = recipe.tile, recipe.stride or recipe.tile
 
         def compare(path: Path, pixels: NDArray[np.uint8]) -> None:
-            checks.compare(path, pixels, Tiles(pixels, tile, stride))
+            views = pixels[None] if recipe.image_views is None else pixels
+            checks.compare(path, views[0], PartTiles(views, tile, stride))
 
         parts = []
         for name, group in groups.items():

@@ -64,7 +64,8 @@ class Scorer(Protocol):
             batch: Number of tiles per batch.
             clock: Clock that measures the parts.
             unread: Receives one sentence for each image that cannot be read, by position; None raises the error.
-            on_image: Called with the path and the pixels (H, W, 3) of each image that was read.
+            on_image: Called with the path and the pixels of each image that was read, see
+                `recontrast.inference.tiled_files.score_paths`.
             rois: Regions of interest of the files.
 
         Returns:
@@ -122,6 +123,8 @@ class ExportedScorer:
         put back into a black image of this size, from which the graph crops it again.
         """
         recipe = self.detector.recipe
+        views = max(len(recipe.view_names), 1)
+        batch = max(batch // views, 1) * views  # all views of a part
         size, (height, width) = to_pair(recipe.size), recipe.out
         top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
 
@@ -133,7 +136,7 @@ class ExportedScorer:
 
         def score(pixels: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
             clock.mark("loading")
-            maps, scores = self.detector.score(pixels)
+            maps, scores = self.detector.score_parts(pixels)
             scores = np.where([is_finite(anomaly) for anomaly in maps], scores, np.float32(np.nan))
             clock.mark("forward")
             return torch.from_numpy(maps), torch.from_numpy(scores)

@@ -31,7 +31,9 @@ def describe_detector(
         dtype, resized = "float32 in [0, 1]", "Pillow's BILINEAR in float32: across, then down"
         window = {"window": list(interval), "pixel": "(sample - low) / (high - low), clipped to [0, 1]"}
     size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
-    tiles = {} if detector.overlap is None else {"overlap": detector.overlap}
+    tiles: dict[str, Any] = {} if detector.overlap is None else {"overlap": detector.overlap}
+    if recipe.image_views is not None:  # each is an image of the graph
+        tiles["views"] = {"names": list(recipe.view_names), "map": recipe.view_map}
     fixed = {"input_size": input_size and list(input_size), "input_batch": input_batch}
     count, shape = input_batch or "N", "H, W" if input_size is None else "{}, {}".format(*input_size)
     limits = {"largest": [max_exact_length(length) for length in size]} if input_size is None else {}

@@ -34,7 +34,7 @@ from recontrast.inference.detector import CheckpointDetector, Detector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
 from recontrast.inference.programs import OUTPUTS
-from recontrast.recipes.recipe import refuse_views, to_pair
+from recontrast.recipes.recipe import to_pair
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -89,7 +89,8 @@ def export(
             computes in it where the processor can (OpenVINO alone); "int8" quantises the network after training, see
             `recontrast.export.low_precision.convert`. Files of less than float32 have a report beside them (.md and
             .json), and make no decisions before they are calibrated.
-        images: Image files to compare on, in addition to synthetic images of many sizes. For int8 they must be good
+        images: Image files to compare on, in addition to synthetic images of many sizes; of parts with several views,
+            those of all views. For int8 they must be good
             images: they give the ranges of values, and scores are compared on them alone.
         tolerance: Largest relative difference allowed between two scores; None for
             `recontrast.export.low_precision.TOLERANCES`.
@@ -120,8 +121,8 @@ def export(
     notes += _convert_to_float32(detector) + _drop_calibration(detector, precision, out)
     if on_start is not None:
         on_start()
-    # The graph of a tile cannot decide: the calibration is of the scores of whole images.
-    decides = detector.calibration is not None and detector.overlap is None
+    # The graph of a tile or of a view cannot decide: the calibration is of the scores of whole images or parts.
+    decides = detector.calibration is not None and not detector.recipe.joins_maps
     graph = DetectorGraph(detector.model, detector.recipe, detector.calibration if decides else None, input_size)
     job = LowPrecisionJob(detector, kind, precision, list(images), tolerance, measure)
     report = None
@@ -142,8 +143,8 @@ def export(
         names = [file.name for file in list_files(draft)]
         if report is None:
             window = parse_window(detector.recipe.window)
-            samples = [*images, *draw_images(folder / "samples", graph_size(detector.recipe), window, input_size)]
-            count, difference = compare_scores(detector, ExportedDetector(draft), samples, tolerance)
+            drawn = draw_images(folder / "samples", graph_size(detector.recipe), window, input_size)
+            count, difference = compare_scores(detector, ExportedDetector(draft), images, tolerance, drawn)
         else:
             count, difference = report.change.images, report.change.largest
             names += write_report(report, draft)
@@ -191,7 +192,6 @@ def _check_detector(detector: CheckpointDetector, size: tuple[int, int] | None) 
         raise ValueError(
             f"{detector.path}: wanted a detector of tiles without a region of interest to export, got one with a region"
         )
-    refuse_views(recipe, f"{detector.path}", "to export")
     if size is None:
         return
     got = f"{size[0]} x {size[1]}"

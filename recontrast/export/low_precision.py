@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.tiles import Tiles
+from recontrast.data.views import group_paths
 from recontrast.data.window import from_levels
 from recontrast.export.quantize import list_layers, measure_ranges, quantize, store_half_weights
 from recontrast.export.verify import graph_size
@@ -292,17 +293,22 @@ def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[f
 
 def _read_evenly(paths: Sequence[Path], recipe: Recipe, most: int) -> NDArray[Any]:
     """Read images, evenly spaced in a list, resized but not cropped, or tiles of them: (N, H, W, 3)."""
+    views = recipe.image_views
+    count = 1 if views is None else len(views)
+    paths = group_paths(paths, views)
     files = ImageFiles([paths[index] for index in _space_evenly(len(paths), most)])
     if recipe.tile is None:
-        pixels = np.asarray(files.resized(recipe.size, None, recipe.bits, recipe.window)[range(len(files))])
+        images = files.resized(recipe.size, None, recipe.bits, recipe.window, views)
+        pixels = np.asarray(images[_space_evenly(len(images), most)])
     else:
         parts = []
         for index in range(len(files)):
-            image = files.read(index, bits=recipe.bits, window=recipe.window)
+            image = files.read(index, bits=recipe.bits, window=recipe.window, views=views)
             if image is None:
                 break
-            tiles = Tiles(image, recipe.tile, recipe.stride or recipe.tile)
-            parts.append(tiles[_space_evenly(len(tiles), max(most // len(files), 1))])
+            for view in image[None] if views is None else image:
+                tiles = Tiles(view, recipe.tile, recipe.stride or recipe.tile)
+                parts.append(tiles[_space_evenly(len(tiles), max(most // (len(files) * count), 1))])
         pixels = np.concatenate(parts) if parts else np.zeros(0)
     if files.errors:
         raise ValueError(next(iter(files.errors.values())))

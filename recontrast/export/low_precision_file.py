@@ -62,7 +62,7 @@ def write_low(job: LowPrecisionJob, program: torch.export.ExportedProgram, draft
     exported, reference = ExportedDetector(draft), ExportedDetector(whole)
     window = parse_window(detector.recipe.window)
     drawn = [] if precision == "int8" else draw_images(draft.parent / "samples", graph_size(detector.recipe), window)
-    wanted, got, names = score_both(detector, exported, [*job.images, *drawn])
+    wanted, got, names = score_both(detector, exported, job.images, drawn)
     change = Change.measure(wanted, got)
     if not change.largest <= job.tolerance:
         check_differences(wanted, got, names, job.tolerance)

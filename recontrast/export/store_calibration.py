@@ -31,7 +31,8 @@ from recontrast.recipes.recipe import to_pair
 def store_calibration(path: Path, calibration: Calibration) -> Path:
     """Store a calibration in an exported file, which then decides by it. On failure nothing is changed.
 
-    A detector of tiles keeps its graph, whose scores are those of tiles: only its description changes.
+    A detector of tiles or of views keeps its graph, whose scores are those of tiles or views: only its description
+    changes.
     The new file is opened by its runtime and compared with the calibration before it replaces the old one; for
     OpenVINO, .xml and .bin are replaced together, and a ``.sha256`` file beside a file is written anew.
 
@@ -63,7 +64,7 @@ def store_calibration(path: Path, calibration: Calibration) -> Path:
                 raise ValueError(f"{path}: wanted a file that can hold a calibration, got one that cannot: {reason}"
                                  ) from error  # fmt: skip
             detector = ExportedDetector(staging / path.name)
-            if detector.overlap is None:  # the graph of a tile makes no decisions
+            if not detector.recipe.joins_maps:  # else the graph makes no decisions
                 check_decisions(detector, calibration)
             for file in list_files(path):
                 sidecar = file.name + SUFFIX
@@ -83,9 +84,9 @@ def _describe(description: Mapping[str, Any], calibration: Calibration, path: Pa
     return json.dumps({**description, "calibration": calibration.to_dict()})
 
 
-def _has_tiles(description: Mapping[str, Any]) -> bool:
-    """Return whether a file holds the graph of a tile, which makes no decisions."""
-    return parse_recipe(description["recipe"]).tile is not None
+def _joins_maps(description: Mapping[str, Any]) -> bool:
+    """Return whether a file holds the graph of a tile or of a view, which makes no decisions."""
+    return parse_recipe(description["recipe"]).joins_maps
 
 
 def _rewrite_onnx(path: Path, target: Path, calibration: Calibration) -> None:
@@ -93,7 +94,7 @@ def _rewrite_onnx(path: Path, target: Path, calibration: Calibration) -> None:
 
     content, description = read_onnx(path)
     model = onnx.load_from_string(content)
-    if not _has_tiles(description):
+    if not _joins_maps(description):
         replace_onnx_decisions(model, calibration)
     write_onnx(model, target, _describe(description, calibration, path))
 
@@ -104,7 +105,7 @@ def _rewrite_openvino(path: Path, target: Path, calibration: Calibration) -> Non
     content, weights, description = read_openvino(path)
     text = _describe(description, calibration, path)
     model = get_core().read_model(content, openvino.Tensor(weights) if len(weights) else b"")
-    if not _has_tiles(description):
+    if not _joins_maps(description):
         replace_openvino_decisions(model, calibration)
     write_openvino(model, target, text)
 
@@ -116,7 +117,7 @@ def _rewrite_pt2(path: Path, target: Path, calibration: Calibration) -> None:
     dtype = torch.uint8 if recipe.window is None else torch.float32
     with silence_exporters(), pause_collection():
         program = torch.export.load(archive)
-        if not _has_tiles(description):
+        if not _joins_maps(description):
             fixed, batch = description.get("input_size"), description.get("input_batch")
             size = to_pair(recipe.size) if fixed is None else (fixed[0], fixed[1])
             decided = DecidedProgram(program.module(), calibration)

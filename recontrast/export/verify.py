@@ -1,8 +1,10 @@
 """Comparison of an exported file with its checkpoint."""
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +12,13 @@ from numpy.typing import NDArray
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.views import group_paths
 from recontrast.data.window import from_levels
 from recontrast.inference.detector import CheckpointDetector
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.recipe import Recipe, to_pair
+
+Scorer = TypeVar("Scorer", CheckpointDetector, ExportedDetector)
 
 TOLERANCE = 1e-4  # largest relative difference allowed between two scores
 
@@ -70,14 +75,15 @@ def draw_images(
 
 
 def score_both(
-    detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path]
+    detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path], drawn: Sequence[Path] = ()
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
     """Score images by a checkpoint and by an exported file.
 
     Args:
         detector: Detector in the checkpoint.
         exported: Detector in the exported file.
-        paths: Images; a file that is listed twice counts once.
+        paths: Images, or the views of parts; a file that is listed twice counts once.
+        drawn: Images of `draw_images`, which are scored one by one.
 
     Returns:
         Scores (N,) of the checkpoint and of the file, float64, and the names of the images.
@@ -85,28 +91,43 @@ def score_both(
     Raises:
         ValueError: If an image cannot be read.
     """
-    with ThreadPoolExecutor() as pool:
-        files = ImageFiles(paths, pool)
-        files.check_shape = lambda shape, name: None  # any shape will do, whatever the region of interest
-        wanted, got = (
-            np.concatenate([scores for _, scores in scorer.run(files, 4)]).astype(float)
-            for scorer in (detector, exported)
-        )
-        if files.errors:
-            raise ValueError(next(iter(files.errors.values())))
-    return wanted, got, [path.name for path in files.paths]
+    wanted, got, names = list[float](), list[float](), list[str]()
+    parts = group_paths(paths, detector.recipe.image_views)
+    for scorers, chosen in (
+        ((detector, exported), parts), ((_take_single_images(detector), _take_single_images(exported)), drawn)
+    ):  # fmt: skip
+        if not chosen:
+            continue
+        with ThreadPoolExecutor() as pool:
+            files = ImageFiles(chosen, pool)
+            files.check_shape = lambda shape, name: None  # any shape will do, whatever the region of interest
+            for scorer, scores in zip(scorers, (wanted, got), strict=True):
+                scores += [score for _, batch in scorer.run(files, 4) for score in batch.tolist()]
+            if files.errors:
+                raise ValueError(next(iter(files.errors.values())))
+        names += [path.name for path in files.paths]
+    return np.array(wanted), np.array(got), names
+
+
+def _take_single_images(detector: Scorer) -> Scorer:
+    """Return a detector for single images, whose views are not joined."""
+    single = copy.copy(detector)
+    single.recipe = detector.recipe.of_single_images
+    return single
 
 
 def compare_scores(
-    detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path], tolerance: float = TOLERANCE
-) -> tuple[int, float]:
+    detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path], tolerance: float = TOLERANCE,
+    drawn: Sequence[Path] = (),
+) -> tuple[int, float]:  # fmt: skip
     """Compare the scores of an exported file with those of its checkpoint.
 
     Args:
         detector: Detector in the checkpoint.
         exported: Detector in the exported file.
-        paths: Images to compare on.
+        paths: Images to compare on, or the views of parts.
         tolerance: Largest relative difference allowed between two scores.
+        drawn: Images of `draw_images`, which are scored one by one.
 
     Returns:
         Number of images, and the largest relative difference of their scores.
@@ -115,9 +136,9 @@ def compare_scores(
         ValueError: If a score differs by more than ``tolerance``, if p-values or decisions in the file do not match its
             scores, or if an image cannot be read.
     """
-    wanted, got, names = score_both(detector, exported, paths)
+    wanted, got, names = score_both(detector, exported, paths, drawn)
     difference = check_differences(wanted, got, names, tolerance)
-    if detector.calibration is not None and detector.overlap is None:  # the graph of a tile makes no decisions
+    if detector.calibration is not None and not detector.recipe.joins_maps:  # else the graph makes no decisions
         check_decisions(exported, detector.calibration)
     return len(names), difference
 

@@ -38,7 +38,7 @@ from recontrast.data.near_copies import (
     sketch_image,
 )
 from recontrast.data.sources import Images
-from recontrast.data.tiles import Tiles
+from recontrast.data.tiles import PartTiles
 from recontrast.inference.decisions import describe_undecided
 from recontrast.inference.detector import Detector, MapsAndScores, run_checked
 from recontrast.inference.infer import infer
@@ -238,12 +238,11 @@ def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, N
         pixels = files.read(index, size, crop, recipe.bits, recipe.window, recipe.image_views)
         if pixels is None:
             return None
-        if recipe.image_views is not None:  # (views, H, W, 3)
-            return compute_fingerprint(pixels), sketch_image(pixels[0])
+        views = pixels[None] if recipe.image_views is None else pixels  # (views, H, W, 3)
         if recipe.tile is None:
-            return compute_fingerprint(pixels), sketch_image(pixels)
-        tiles = Tiles(pixels, recipe.tile, recipe.stride or recipe.tile)
-        return compute_tiled_fingerprint(tiles), sketch_image(pixels)
+            return compute_fingerprint(views), sketch_image(views[0])
+        tiles = PartTiles(views, recipe.tile, recipe.stride or recipe.tile)
+        return compute_tiled_fingerprint(tiles), sketch_image(views[0])
 
     # With tiles, images are decoded at their original size: one at a time keeps the memory small.
     with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:

@@ -16,6 +16,7 @@ from recontrast.data.sources import Images
 from recontrast.data.window import pixel_dtype
 from recontrast.inference.blend import blend_tiles, limit_batch
 from recontrast.inference.file_checks import ForeignFileError
+from recontrast.inference.part_maps import join_parts
 from recontrast.inference.programs import PROGRAMS, DeviceError, NamedArrays, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
 from recontrast.inference.rois import Rois
@@ -84,6 +85,7 @@ class ExportedDetector(Detector):
         self.input_size: tuple[int, int] | None = None if size is None else (size[0], size[1])
         self.input_batch: int | None = self.description.get("input_batch")
         self.images: dict[str, Any] = self.description.get("images") or {}
+        self._inside: NDArray[np.bool_] | None = None  # region of interest of the maps of parts
 
     def __repr__(self) -> str:
         decides = "no calibration" if self.calibration is None else f"false-alarm rate {self.calibration.rate:g}"
@@ -93,11 +95,11 @@ class ExportedDetector(Detector):
     def run(self, files: ImageFiles, batch: int) -> Iterator[MapsAndScores]:
         """Compute maps and scores; consecutive images of the same size share a batch.
 
-        A detector of tiles reads one image at a time, and its tiles share batches.
+        A detector of tiles reads one image at a time, and its tiles share batches. Views of a part are in one batch.
 
         Args:
             files: Images to score.
-            batch: Largest number of images, or of tiles, per batch.
+            batch: Largest number of images, or of tiles, per batch; at least one part.
 
         Yields:
             Maps (N, H, W) and scores (N,), float32, in the order of the files.
@@ -108,22 +110,42 @@ class ExportedDetector(Detector):
         if self.overlap is not None:
             yield from score_files(lambda pixels, inside: self.score_tiled(pixels, batch), files, self.recipe)
             return
-        group: list[NDArray[Any]] = []
-        if self.recipe.roi is not None and files.check_shape is None:
-            files.check_shape = Rois(self.recipe).check
-        for indices in files.group(DECODED_AHEAD, self.recipe.window):
+        group: list[NDArray[Any]] = []  # of each part (views, H, W, 3); an image is a part with one view
+        recipe, views = self.recipe, self.recipe.image_views
+        count = 1 if views is None else len(views)
+        if recipe.roi is not None and files.check_shape is None:
+            files.check_shape = Rois(recipe).check
+        for indices in files.group(DECODED_AHEAD, recipe.window, count):
             for index, decoded in zip(
-                indices, files.read_many(indices, self.recipe.bits, self.recipe.window), strict=True
+                indices, files.read_many(indices, recipe.bits, recipe.window, views), strict=True
             ):
-                image = self._replace_unusable(files, index, decoded)
-                limit = min(batch, max(PIXELS_PER_CALL // (image.shape[0] * image.shape[1]), 1))
-                limit = self.input_batch or limit
-                if group and (len(group) >= limit or group[0].shape != image.shape):
-                    yield self.score(np.stack(group))
+                pixels = decoded if decoded is None or views is not None else decoded[None]
+                part = self._replace_unusable(files, index, pixels, count)
+                limit = min(batch, max(PIXELS_PER_CALL // (part.shape[1] * part.shape[2]), 1))
+                limit = max((self.input_batch or limit) // count, 1)
+                if group and (len(group) >= limit or group[0].shape != part.shape):
+                    yield self.score_parts(np.concatenate(group))
                     group = []
-                group.append(image)
+                group.append(part)
         if group:
-            yield self.score(np.stack(group))
+            yield self.score_parts(np.concatenate(group))
+
+    def score_parts(self, images: NDArray[Any]) -> MapsAndScores:
+        """Do the same as `score`, and join the maps of the views of each part.
+
+        Args:
+            images: RGB images (N, H, W, 3), see `score`; the views of a part in sequence.
+
+        Returns:
+            Maps (N / views, h, w) and scores (N / views,), float32.
+
+        Raises:
+            ValueError: As in `score`.
+        """
+        maps, scores = self.score(images)
+        if self.recipe.image_views is not None and self.recipe.roi is not None and self._inside is None:
+            self._inside = Rois(self.recipe).shared
+        return join_parts(maps, scores, self.recipe, self._inside)
 
     def score(self, images: NDArray[Any]) -> MapsAndScores:
         """Run the program on images of one size, and check its outputs.
@@ -201,21 +223,25 @@ class ExportedDetector(Detector):
 
         return blend_tiles(score_tiles, pixels, self.recipe, self.overlap, release=release)
 
-    def _replace_unusable(self, files: ImageFiles, index: int, image: NDArray[Any] | None) -> NDArray[Any]:
-        """Return ``image``, or a black image if it could not be read or is too large for the graph."""
+    def _replace_unusable(
+        self, files: ImageFiles, index: int, part: NDArray[Any] | None, views: int
+    ) -> NDArray[Any]:  # fmt: skip
+        """Return ``part`` (views, H, W, 3), or a black one if it could not be read or is too large for the graph."""
         size = self.input_size or to_pair(self.recipe.size)
-        if image is None:
-            return np.zeros((*size, 3), pixel_dtype(self.recipe.window))
+        black = np.zeros((views, *size, 3), pixel_dtype(self.recipe.window))
+        if part is None:
+            return black
+        height, width = part.shape[1:3]
         if self.input_size is not None:
-            if image.shape[:2] == size:
-                return image
-            files.errors[index] = f"{files.paths[index]}: wanted an image{self._describe_size(image.shape[:2])}"
-            return np.zeros((*size, 3), pixel_dtype(self.recipe.window))
+            if (height, width) == size:
+                return part
+            files.errors[index] = f"{files.paths[index]}: wanted an image{self._describe_size((height, width))}"
+            return black
         limit = max_exact_length(size[0]), max_exact_length(size[1])
-        if image.shape[0] <= limit[0] and image.shape[1] <= limit[1]:
-            return image
+        if height <= limit[0] and width <= limit[1]:
+            return part
         files.errors[index] = (
             f"{files.paths[index]}: wanted an image that the resize of an exported detector reproduces, of at most "
-            f"{limit[0]} x {limit[1]} px (height x width), got {image.shape[0]} x {image.shape[1]}"
+            f"{limit[0]} x {limit[1]} px (height x width), got {height} x {width}"
         )
-        return np.zeros((*size, 3), pixel_dtype(self.recipe.window))
+        return black

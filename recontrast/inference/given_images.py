@@ -82,12 +82,12 @@ def measure_given(source: Any) -> tuple[int, int]:
     """Return the height and width of an image in pixels, after applying its EXIF orientation.
 
     Args:
-        source: Path, PIL image or array.
+        source: Path, page, PIL image or array.
 
     Returns:
         Height and width.
     """
-    if isinstance(source, Path):
+    if isinstance(source, Path | ImagePage):
         return image_size(source)
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]

@@ -13,12 +13,13 @@ from recontrast.data.listing import PathLike
 from recontrast.data.memory import trim_memory
 from recontrast.data.window import pixel_dtype
 from recontrast.inference.blend import MapAndScore
+from recontrast.inference.part_maps import join_views
 from recontrast.inference.rois import Rois
 from recontrast.recipes.recipe import Recipe
 
 # Image (H, W, 3), uint8 or float32, and its mask (H, W), bool, or None -> its map (H, W) and its score.
 ScoreImage = Callable[[NDArray[Any], NDArray[np.bool_] | None], MapAndScore]
-# Position -> image and its mask or None; None if the file cannot be read.
+# Position -> image, or the views (views, H, W, 3) of a part, and its mask or None; None if the file cannot be read.
 ReadImage = Callable[[int], tuple[NDArray[Any], NDArray[np.bool_] | None] | None]
 
 
@@ -40,15 +41,15 @@ def score_files(
 
     def read(index: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None] | None:
         trim_memory()  # returns the memory of the image before to the system
-        pixels, inside = files.read(index, bits=recipe.bits, window=recipe.window), None
+        pixels, inside = files.read(index, bits=recipe.bits, window=recipe.window, views=recipe.image_views), None
         if pixels is None:
             return None
         if rois is not None:
             try:
-                inside = rois.read(index, pixels.shape[:2], str(files.paths[index]))
+                inside = rois.read(index, pixels.shape[-3:-1], str(files.paths[index]))
             except (OSError, ValueError) as error:
                 files.errors[index] = describe_image_error(str(files.paths[index]), error)
-                inside = np.ones(pixels.shape[:2], bool)
+                inside = np.ones(pixels.shape[-3:-1], bool)
         trim_memory()  # the same for the memory of decoding
         return pixels, inside
 
@@ -73,7 +74,8 @@ def score_paths(
         recipe: Recipe with ``tile``.
         unread: Receives one sentence for each image that cannot be read, by position; a black tile takes its place.
             None raises the error instead.
-        on_image: Called with the path and the pixels (H, W, 3) of each image that can be read, before it is scored.
+        on_image: Called with the path and the pixels of each image that can be read, (H, W, 3), or the views of a part,
+            (views, H, W, 3), before it is scored.
         rois: Regions of interest of the files; None: that of the recipe.
 
     Yields:
@@ -87,8 +89,10 @@ def score_paths(
 
     def read(position: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None] | None:
         try:
-            pixels = read_image(paths[position], bits=recipe.bits, window=recipe.window)
-            inside = None if rois is None else rois.read(position, pixels.shape[:2], str(paths[position]))
+            path, scale = Path(paths[position]), dict[str, Any](bits=recipe.bits, window=recipe.window)
+            views = recipe.image_views
+            pixels = read_image(path, **scale) if views is None else views.read(path, **scale)
+            inside = None if rois is None else rois.read(position, pixels.shape[-3:-1], str(path))
         except (OSError, ValueError) as error:
             if unread is None:
                 raise
@@ -108,9 +112,15 @@ def _score_one_by_one(
 
     def score(position: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         image = read(position)
+        views = recipe.image_views
         if image is None:
-            image = np.zeros((*recipe.out, 3), pixel_dtype(recipe.window)), np.ones(recipe.out, bool)
-        anomaly, value = score_image(*image)
+            shape = recipe.out if views is None else (len(views), *recipe.out)
+            image = np.zeros((*shape, 3), pixel_dtype(recipe.window)), np.ones(recipe.out, bool)
+        pixels, inside = image
+        if views is None:
+            anomaly, value = score_image(pixels, inside)
+        else:
+            anomaly, value = join_views((score_image(view, inside) for view in pixels), recipe, inside)
         return anomaly[None], np.array([value], np.float32)
 
     for position in range(count):

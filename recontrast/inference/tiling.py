@@ -166,6 +166,8 @@ def score_tiled_image(
     if inside is None and recipe.roi is not None:
         inside = Rois(recipe).read(0, pixels.shape[:2], "the image")
 
+    recipe = recipe.of_single_images
+
     def score_tiles(
         tiles: Images, masks: TileMasks | None
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
@@ -195,7 +197,8 @@ def infer_files(
         clock: Clock that measures loading, forward pass and maps.
         unread: Receives one sentence for each image that cannot be read, by position; a black tile takes its place.
             None raises the error instead.
-        on_image: Called with the path and the pixels (H, W, 3) of each image that can be read, before it is scored.
+        on_image: Called with the path and the pixels of each image that can be read, see
+            `recontrast.inference.tiled_files.score_paths`.
         rois: Regions of interest of the files; None: that of the recipe.
 
     Yields:

@@ -59,7 +59,6 @@ def _list_of_views(recipe: "Recipe") -> list[tuple[bool, str]]:
     """Return the same for fields that exclude several views of a part."""
     has_views = recipe.views_from is not None
     return [
-        (has_views and recipe.tile is not None, f"tile: wanted none with views_from, got {recipe.tile}"),
         (
             has_views and recipe.roi == EACH,
             "roi: wanted one mask for all images with views_from, got one for each image",

@@ -321,6 +321,16 @@ class Recipe:
         """Views of a part; None for single images, or before training has found the views."""
         return Views(self.views_from, self.view_names) if self.views_from is not None and self.view_names else None
 
+    @property
+    def joins_maps(self) -> bool:
+        """Whether the map of an image or part is joined from several maps of the network: of tiles, or of views."""
+        return self.tile is not None or self.image_views is not None
+
+    @property
+    def of_single_images(self) -> "Recipe":
+        """Recipe of the same detector on single images, of which none is a view of a part."""
+        return self if self.views_from is None else self.replace(views_from=None, view_names=())
+
     def encoder_bn_for(self, category: str) -> Literal["train", "eval"]:
         """Return the BatchNorm mode of the trained encoder for ``category``.
 

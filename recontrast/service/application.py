@@ -22,7 +22,7 @@ from recontrast.service.limits import Limits
 from recontrast.service.messages import Request, RequestError, Response, json_response
 from recontrast.service.openapi import describe_interface
 from recontrast.service.pages import load_pages
-from recontrast.service.uploads import Upload, decode_upload, find_image
+from recontrast.service.uploads import Upload, decode_upload, find_images
 
 PACKAGES = ("torch", "numpy", "pillow", "onnxruntime", "openvino", "h11")
 
@@ -108,13 +108,13 @@ class Application:
         self._check_queue()
         body = await request.read()
         begin = time.perf_counter()
-        content = find_image(body, request.headers.get("content-type"))
+        loaded = served.current
+        content = find_images(body, request.headers.get("content-type"), loaded.detector.recipe.image_views)
         self._check_queue()  # others may have come while the body was read
         self._active += 1
         self.counters.count_accepted()
         self._batches.expect()
         try:
-            loaded = served.current
             calibration = select_calibration(loaded.detector, options)
             upload, (anomaly, score) = await self._score(request, loaded, content)
             render = functools.partial(
@@ -127,13 +127,16 @@ class Application:
             self._active -= 1
             self.counters.count_answered()
 
-    async def _score(self, request: Request, loaded: LoadedDetector, content: bytes) -> tuple[Upload, MapAndScore]:
+    async def _score(
+        self, request: Request, loaded: LoadedDetector, content: list[bytes]
+    ) -> tuple[Upload, MapAndScore]:
         """Return the decoded image, and its map and score."""
 
         def submit() -> Job:
             job = None
             try:
-                upload = decode_upload(content, loaded.options, self._limits.pixels)
+                views = loaded.detector.recipe.image_views
+                upload = decode_upload(content, loaded.options, self._limits.pixels, views)
                 job = Job(loaded.detector, upload, request.is_connected)
             finally:
                 if job is None:
@@ -221,6 +224,13 @@ def describe_detector(served: ServedDetector) -> dict[str, Any]:
         "backbone": recipe.backbone,
         "size": list(recipe.out),
         "tile": recipe.tile,
+        "views": None
+        if recipe.image_views is None
+        else {
+            "from": recipe.views_from,
+            "names": list(recipe.view_names),
+            "map": recipe.view_map,
+        },
         "score": recipe.score,
         "map_range": [0.0, detector.max_map_value],
         "calibration": promise,

@@ -93,7 +93,11 @@ def check_detector(detector: Detector) -> ReadOptions:
     if (window := parse_window(detector.recipe.window)) is not None:
         low, high = window
         content = encode_tiff((low + (high - low) / 255 * noise[:, :, 0]).astype(np.float32))
-    probe = Upload(EncodedImage(content), (height, width), options, from_levels(noise, window))
+    pixels, views = from_levels(noise, window), detector.recipe.image_views
+    sources = [EncodedImage(content)] * (1 if views is None else len(views))
+    if views is not None:
+        pixels = np.stack([pixels] * len(views))
+    probe = Upload(sources, (height, width), options, pixels)
     files = UploadedImages([probe])
     (result,) = score_images(detector, files, 1)
     if isinstance(result, RequestError) or not math.isfinite(result[1]):

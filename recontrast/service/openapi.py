@@ -65,7 +65,8 @@ def _describe_predict(names: Sequence[str], limits: Limits, in_path: bool) -> di
     return {
         "summary": "Score one image",
         "description": f"The body is a {NAMES} file of at most {limits.body_bytes:,} bytes and {limits.pixels:,} "
-        "pixels, or a form with one such file.",
+        "pixels, or a form with one such file. A detector of parts with several views takes all of them at once: a "
+        "file of pages, or a form with one file for each view, whose field or file has the name of the view.",
         "operationId": "predictNamed" if in_path else "predict",
         "parameters": [
             _parameter("detector", "Name of the detector; needed only if there are several.", one,

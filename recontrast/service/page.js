@@ -68,14 +68,45 @@
 
   // ---- one image ------------------------------------------------------------
 
-  async function inspect(file) {
+  // The views of a part are sent together: files whose names differ in the name of the view alone.
+  function groupFiles(files) {
     const one = chosen();
+    if (!one || !one.views || one.views.from === "pages") return files.map((file) => [file]);
+    const parts = new Map();
+    try {
+      const pattern = new RegExp(one.views.from, "dg");
+      for (const file of files) {
+        const path = `/${file.webkitRelativePath || file.name}`;
+        const spans = [...path.matchAll(pattern)].map((match) => match.indices[1]).filter((span) => span && span[1] > span[0]);
+        const [start, stop] = spans.length ? spans[spans.length - 1] : [0, 0];
+        const key = `${path.slice(0, start)}*${path.slice(stop)}`;
+        const view = path.slice(start, stop);
+        parts.set(key, [...(parts.get(key) || []), { file, view }]);
+      }
+    } catch { // an expression that the browser does not know: the service finds the views
+      return [files];
+    }
+    const order = ({ view }) => one.views.names.indexOf(view);
+    return [...parts.values()].map((part) => part.sort((a, b) => order(a) - order(b)).map(({ file }) => file));
+  }
+
+  function toBody(files) {
+    const one = chosen();
+    if (!one || !one.views || one.views.from === "pages") return { body: files[0], headers: { "Content-Type": "application/octet-stream" } };
+    const form = new FormData();
+    for (const file of files) form.append("view", file, file.webkitRelativePath || file.name);
+    return { body: form };
+  }
+
+  async function inspect(files) {
+    const one = chosen();
+    const file = files[0];
     if (!one) return say("The service has not said yet what runs.", true);
     say(`${file.name || "image"}: being inspected …`);
     find("drop").setAttribute("aria-busy", "true");
     try {
       const query = new URLSearchParams({ image: "overlay", inline: "true", side: SIDE, detector: one.name });
-      const answer = await ask(`/predict?${query}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
+      const answer = await ask(`/predict?${query}`, { method: "POST", ...toBody(files) });
       const { image, ...result } = answer;
       const entry = { ...result, name: file.name || "image", time: Date.now(), thumbnail: await shrink(image) };
       pictures.set(entry, { overlay: image, original: URL.createObjectURL(file) });
@@ -92,7 +123,7 @@
   }
 
   async function inspectAll(files) {
-    for (const file of files) await inspect(file);
+    for (const part of groupFiles([...files])) await inspect(part);
   }
 
   function shrink(source) {

@@ -146,7 +146,10 @@ def calibrate_holdout(
             pixel_rate=DEFAULT_PIXEL_RATE,
             weights=digest(model.state_dict(), recipe),
             appearance=describe_appearance(
-                ImageCache(held_out, recipe.size, recipe.crop, bits=recipe.bits, window=recipe.window)
+                ImageCache(
+                    held_out, recipe.size, recipe.crop, bits=recipe.bits, window=recipe.window, views=recipe.image_views
+                ),
+                views=_count_views(recipe),
             ),
         )
     if path is not None:

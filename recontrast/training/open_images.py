@@ -23,6 +23,7 @@ from recontrast.data.near_copies import (
     sketch_image,
 )
 from recontrast.data.sources import FileImages, Images
+from recontrast.data.views import show_view
 from recontrast.training.holdout import split_holdout
 from recontrast.training.part_views import count_trained_images
 from recontrast.training.settings import RunSettings
@@ -139,12 +140,15 @@ def _warn(settings: RunSettings, pairs: Sequence[tuple[int, int]], sketches: Seq
 
 def _sketch_in_order(settings: RunSettings, opened: OpenImages) -> list[NDArray[np.float32]]:
     """Return the sketches of all good images, in the order of the data set."""
+    recipe = settings.recipe
     sketches = dict(zip([sample.path for sample in opened.samples], _sketch(opened.training), strict=True))
     if opened.held_out_images is not None:
         sketches |= zip([sample.path for sample in opened.held_out], _sketch(opened.held_out_images), strict=True)
     else:  # one whole image in memory at a time
         sketches |= {
-            s.path: sketch_image(read_image(s.path, bits=settings.recipe.bits, window=settings.recipe.window))
+            s.path: sketch_image(
+                read_image(show_view(s.path, recipe.image_views), bits=recipe.bits, window=recipe.window)
+            )
             for s in opened.held_out
         }
     return [sketches[sample.path] for sample in settings.good]
@@ -168,7 +172,8 @@ def _sketch(images: Images) -> list[NDArray[np.float32]]:
     """Sketch images; those that are cut into tiles as a whole."""
     if isinstance(images, ImageCache):
         return [sketch_image(images.read_file(position)) for position in range(len(images.offsets) - 1)]
-    return [sketch_image(images[np.arange(index, index + 1)][0]) for index in range(len(images))]
+    starts = images.offsets[:-1] if isinstance(images, FileImages) else range(len(images))  # of parts the first views
+    return [sketch_image(images[np.arange(start, start + 1)][0]) for start in starts]
 
 
 def sketch_images(images: Images) -> str:
@@ -180,5 +185,5 @@ def sketch_images(images: Images) -> str:
     Returns:
         Text; empty if there are too many images.
     """
-    count = len(images.offsets) - 1 if isinstance(images, ImageCache) else len(images)
+    count = len(images.offsets) - 1 if isinstance(images, FileImages) else len(images)
     return encode_sketches(_sketch(images)) if count <= MOST_SKETCHES else ""

@@ -14,6 +14,7 @@ from recontrast.data.images import image_size
 from recontrast.data.roi import EACH
 from recontrast.data.sources import FileImages, Images
 from recontrast.data.tiles import TileMasks
+from recontrast.data.views import show_view
 from recontrast.inference.rois import Rois, open_rois
 from recontrast.recipes.recipe import Recipe
 
@@ -57,9 +58,12 @@ class TrainingRois:
         if not isinstance(images, FileImages) or recipe.tile is None:
             raise ValueError("roi: wanted image files to cut into tiles, got images that are decoded already")
         for position, sample in enumerate(samples):
-            mask = rois.read(position, image_size(sample.path), str(sample.path))
-            tiles = TileMasks(mask, recipe.tile, recipe.stride or recipe.tile)
-            self._packed += [np.packbits(tiles[[number]][0]) for number in range(len(tiles))]
+            shape = image_size(show_view(sample.path, recipe.image_views))
+            tiles = TileMasks(
+                rois.read(position, shape, str(sample.path)), recipe.tile, recipe.stride or recipe.tile
+            )  # fmt: skip
+            packed = [np.packbits(tiles[[number]][0]) for number in range(len(tiles))]
+            self._packed += packed * max(len(recipe.view_names), 1)
         empty = np.zeros_like(self._packed[0])
         self.inside = np.flatnonzero([not np.array_equal(packed, empty) for packed in self._packed])
         self._packed = [self._packed[position] for position in self.inside]

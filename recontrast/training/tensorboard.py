@@ -135,14 +135,14 @@ def _read_input(sample: Sample, recipe: Recipe) -> np.ndarray:
 
     Of a part, it is that of all views, (views, H, W, 3).
     """
-    if recipe.image_views is not None:
-        return recipe.image_views.read(
-            sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window
-        )
+    reading: dict[str, Any] = {"bits": recipe.bits, "window": recipe.window}
+    reading |= {"size": recipe.size, "crop": recipe.crop} if recipe.tile is None else {}
+    views = recipe.image_views
+    images = read_image(sample.path, **reading)[None] if views is None else views.read(sample.path, **reading)
     if recipe.tile is None:
-        return read_image(sample.path, size=recipe.size, crop=recipe.crop, bits=recipe.bits, window=recipe.window)[None]
-    tiles = Tiles(read_image(sample.path, bits=recipe.bits, window=recipe.window), recipe.tile, recipe.tile)
-    return tiles[[len(tiles) // 2]]
+        return images
+    parts = [Tiles(image, recipe.tile, recipe.tile) for image in images]
+    return np.concatenate([tiles[[len(tiles) // 2]] for tiles in parts])
 
 
 def _alternate_kinds(samples: Sequence[Sample]) -> list[Sample]:

@@ -133,7 +133,8 @@ def train(
         raise ValueError(f"train: samples: wanted good training images, got none among {len(samples)} samples")
     category = category or "+".join(dict.fromkeys(sample.category for sample in good)) or "images"
     if images is not None:
-        _check_decoded(recipe)
+        _check_decoded(recipe, count)
+        count //= max(len(recipe.view_names), 1)  # parts
     copies = group_samples(good) if recipe.holdout else None
     training, held_out = split_holdout(good, recipe.holdout, recipe.seed, copies)
     count = count_trained_images(count - len(held_out), recipe)
@@ -195,15 +196,18 @@ def _describe_data(settings: RunSettings) -> str | None:
     return "\n".join([*describe(groups), *([] if drawn is None else [drawn])]) if groups else None
 
 
-def _check_decoded(recipe: Recipe) -> None:
+def _check_decoded(recipe: Recipe, count: int) -> None:
     """Raise ValueError if a recipe needs the files of images that are decoded already."""
     for name, value, default in (
         ("holdout", recipe.holdout, 0.0), ("shots", recipe.shots, None), ("sampling", recipe.sampling, "images"),
-        ("views_from", recipe.views_from, None),
     ):  # fmt: skip
         if value != default:
             shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else repr(default)
             raise ValueError(f"train: {name}: wanted {shown} for images that are decoded already, got {value!r}")
+    views = len(recipe.view_names)
+    if recipe.views_from is not None and (not views or count % views):
+        got = f"{count} images of {views} views" if views else "none"
+        raise ValueError(f"train: view_names: wanted them, and all views of parts that are decoded already, got {got}")
 
 
 def _select_good(samples: Sequence[Sample]) -> list[Sample]:

@@ -249,7 +249,6 @@ def test_combination():
     "changes, message",
     [
         ({"views_from": "("}, "views_from: wanted none, 'pages' or a regular expression"),
-        ({"views_from": "pages", "tile": 64}, "tile: wanted none with views_from, got 64"),
         ({"views_from": "pages", "roi": "each"}, "roi: wanted one mask for all images with views_from"),
         ({"view_names": ("a", "b")}, "view_names: wanted none without views_from"),
         ({"views_from": "pages", "view_names": ("1", "1")}, "view_names: wanted no views, or at least two different"),

@@ -75,6 +75,7 @@ def calibrate(  # 11 options
     from recontrast.calibration.conformal import allowed_false_alarms, check_rates
     from recontrast.data.class_folders import list_good_samples
     from recontrast.data.groups import count_groups
+    from recontrast.data.list_files import is_list
     from recontrast.data.listing import list_images
     from recontrast.data.locks import lock_checkpoint
     from recontrast.data.views import group_paths, group_samples
@@ -86,7 +87,9 @@ def calibrate(  # 11 options
     if good and file.is_file():  # a missing file has its own message
         check_writable(file.parent, "DETECTOR")
         context.with_resource(lock_checkpoint(file))
-    given, checks = (list_good_samples(folders or [], all_good) for folders in (good, check))
+    has_lists = file.is_file() and any(is_list(path) for path in (*(good or []), *(check or [])))
+    views_from = open_target(file, device, inference, roi).recipe.views_from if has_lists else None
+    given, checks = (list_good_samples(folders or [], all_good, views_from) for folders in (good, check))
     bad_paths = list_images(bad or [])
     files = {"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths}
     _check_different(files)

@@ -70,6 +70,7 @@ def compare(  # 16 options
     from recontrast.app.compare.run import prepare_comparison
     from recontrast.app.compare.tables import FILES
     from recontrast.app.compare.write import write_comparison
+    from recontrast.app.train_job import find_views_from
     from recontrast.data.locks import lock_folder
     from recontrast.data.own_files import check_replaceable
 
@@ -78,7 +79,7 @@ def compare(  # 16 options
     if methods is not None and not parse_list(methods):
         raise ValueError(f"--methods: wanted names such as patchcore,padim, got {methods!r}")
     changes = fields.list_changes()
-    groups = load_data(data, good, bad, category=category)
+    groups = load_data(data, good, bad, category=category, views_from=find_views_from(None, changes, None))
     comparison = prepare_comparison(
         groups, select_methods(parse_list(methods)), changes, category=category, out=out, images=images or [],
         device=device, overwrite=overwrite, budget=None if budget is None else parse_duration("--budget", budget),

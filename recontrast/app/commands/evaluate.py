@@ -79,7 +79,7 @@ def evaluate(  # 19 options
     from recontrast.app.calibrate_job import open_target
     from recontrast.app.evaluate_job import check_outputs
     from recontrast.data.views import group_samples
-    from recontrast.inference.detector import is_exported
+    from recontrast.inference.detector import is_exported, open_detector
     from recontrast.runtime import distributed
 
     if save_maps and out is None:
@@ -92,32 +92,30 @@ def evaluate(  # 19 options
     file = resolve_checkpoint(checkpoint)
     device = "cpu" if is_exported(file) else inference.device
     _, world_device = context.with_resource(distributed.join_processes(device))
-    groups = load_tests(lambda: open_target(file, device), data, good, bad, category=category)
-    if not is_exported(file):
-        views = open_target(file, device).recipe.image_views
-        groups = {name: group_samples(samples, views) for name, samples in groups.items()}
+    exported = open_detector(file, inference.device, inference=options, roi=roi) if is_exported(file) else None
+    target: Any = exported or open_target(file, device)
+    groups = load_tests(lambda: target, data, good, bad, category=category)
+    views = target.recipe.image_views
+    groups = {name: group_samples(samples, views) for name, samples in groups.items()}
     if out is not None:
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
     reading: dict[str, Any] = {
         "workers": inference.workers, "batch": inference.batch, "cache_dir": cache, "streaming": streaming,
         "save_maps": save_maps, "measures": measures, "threshold": threshold,
     }  # fmt: skip
-    if is_exported(file):
-        _evaluate_exported(file, groups, out, inference.device, options, roi, reading)
+    if exported is not None:
+        _evaluate_exported(exported, groups, out, reading)
     else:
         _evaluate_checkpoint(file, groups, out, world_device, options, roi, reading)
 
 
 def _evaluate_exported(
-    file: Path, groups: "dict[str, list[Sample]]", out: Path | None, device: str | None, inference: "InferenceOptions",
-    roi: Path | None, reading: dict[str, Any],
+    detector: Any, groups: "dict[str, list[Sample]]", out: Path | None, reading: dict[str, Any]
 ) -> None:  # fmt: skip
     """Evaluate an exported file; ``reading`` are options of `show_metrics`."""
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
-    from recontrast.inference.detector import open_detector
 
-    detector: Any = open_detector(file, device, inference=inference, roi=roi)
     print_data(datasets.describe(groups))
     trained = read_fingerprints(detector.images)
     show_metrics(detector, groups, detector.recipe, out, detector.calibration, trained=trained, **reading)

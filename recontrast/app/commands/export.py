@@ -93,7 +93,7 @@ def export(  # 13 options and their checks; `recontrast.export` does the work
     result = write(
         file, format, out, precision=precision, images=paths, tolerance=tolerance, views=inference.views,
         input_size=input_size, input_batch=input_batch,
-        measure=_measure(data) if data else None,
+        measure=_measure(data, file) if data else None,
         on_start=lambda: print_line("tracing, writing, reopening and comparing takes up to a minute"),
     )  # fmt: skip
     print_line(
@@ -120,12 +120,14 @@ def _print_report(report: "PrecisionReport", page: Path) -> None:
     print_line(f"report: {page}")
 
 
-def _measure(data: list[Path]) -> "Callable[[Detector], dict[str, float]]":
+def _measure(data: list[Path], file: Path) -> "Callable[[Detector], dict[str, float]]":
     """Return a function that computes the mean metrics of a detector on labelled images."""
+    from recontrast import checkpoint as checkpoints
     from recontrast.app.api import evaluate
     from recontrast.data import datasets
 
-    samples = [sample for group in datasets.load(data, None).values() for sample in group]
+    has_views = checkpoints.load(file, mapped=True).recipe.image_views is not None  # of which some need no mask
+    samples = [s for group in datasets.load(data, None, incomplete=has_views).values() for s in group]
 
     def measure(detector: "Detector") -> dict[str, float]:
         mean = evaluate(detector, samples).mean

@@ -50,7 +50,6 @@ def serve(  # 17 options
     from recontrast.data.system import count_cpus
     from recontrast.inference.decisions import select_calibration
     from recontrast.inference.detector import open_detector
-    from recontrast.recipes.recipe import refuse_views
     from recontrast.service.access import check_token
     from recontrast.service.detectors import parse_names
     from recontrast.service.limits import Limits
@@ -69,7 +68,6 @@ def serve(  # 17 options
 
     def open_file(path: Path) -> "Detector":
         detector = open_detector(path, inference.device, inference=options)
-        refuse_views(detector.recipe, f"{path}", "to serve")
         calibration = select_calibration(detector, false_alarm_rate, decide, path)
         if calibration is not None:
             detector.calibration = calibration

@@ -104,7 +104,7 @@ def train(  # 36 options
         return
     if not data and not good and not bad:
         raise USAGE_ERROR("Missing argument 'DATA'.", ctx=context)
-    from recontrast.app.train_job import check_run_options, prepare_job
+    from recontrast.app.train_job import check_run_options, find_views_from, prepare_job
     from recontrast.data.locks import lock_folder
     from recontrast.data.own_files import check_replaceable
     from recontrast.evaluation.results import FILES as TABLES
@@ -114,7 +114,10 @@ def train(  # 36 options
     recipe, changes = expand_home(recipe), fields.list_changes()
     check_run_options(device=device, cache=cache, teacher_cache=teacher_cache, tensorboard=tensorboard)
     resume = None if resume is None else resolve_checkpoint(resume)
-    groups = load_data(data, good, bad, category=category, all_good=all_good) if good or bad else None
+    groups = None
+    if good or bad:
+        views_from = find_views_from(recipe, changes, resume)
+        groups = load_data(data, good, bad, category=category, all_good=all_good, views_from=views_from)
     job = prepare_job(
         data or [] if groups is None else groups, recipe, changes, category=category, out=out, resume=resume,
         overwrite=overwrite, all_good=all_good, roi=roi,
@@ -218,7 +221,9 @@ def _extend(
     run: Path, good: list[Path], *, all_good: bool, holdout: float, steps: int | None, device: str | None
 ) -> None:
     """Add good images to a fitted detector, and print what was added."""
+    from recontrast import checkpoint as checkpoints
     from recontrast.data.class_folders import describe_files
+    from recontrast.data.list_files import is_list
     from recontrast.data.unsplit import list_good_of_classes
     from recontrast.runtime.device import resolve_device
     from recontrast.training.extend import extend
@@ -227,7 +232,8 @@ def _extend(
     if file.is_file():  # a missing file has its own message
         check_writable(file.parent, "--extend")
     resolve_device(device)
-    samples = list_good_of_classes(good, all_good)
+    views_from = checkpoints.load(file, mapped=True).recipe.views_from if any(map(is_list, good)) else None
+    samples = list_good_of_classes(good, all_good, views_from)
     print_data(describe_files("--good", [sample.path for sample in samples]))
     try:
         with ProgressBar("extend") as progress:

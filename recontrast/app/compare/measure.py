@@ -119,9 +119,10 @@ def list_held_out(job: TrainJob, detector: CheckpointDetector, trained: Collecti
 
 def _select_untrained(paths: Sequence[Path], detector: CheckpointDetector, trained: Collection[str]) -> list[Path]:
     known, selected = set(trained), []
-    pixels = (image for chunk in read_chunks(detector, paths) for image in chunk)
-    for path, image in zip(paths, pixels, strict=True):
-        fingerprint = compute_fingerprint(image)
+    views = max(len(detector.recipe.view_names), 1)
+    chunks = (chunk.reshape(-1, views, *chunk.shape[1:]) for chunk in read_chunks(detector, paths))
+    for path, part in zip(paths, (part for chunk in chunks for part in chunk), strict=True):
+        fingerprint = compute_fingerprint(part)
         if fingerprint not in known:
             known.add(fingerprint)
             selected.append(path)
@@ -135,7 +136,7 @@ def _list_timed(job: TrainJob, held_out: Sequence[Path]) -> list[Path]:
 
 
 def _time_inference(detector: CheckpointDetector, paths: Sequence[Path], batch: int) -> float:
-    """Return the seconds for one image in memory, through network, map and score; the best of `TIMED_PASSES`."""
+    """Return the seconds for an image or part in memory, through network, map and score; the best of `TIMED_PASSES`."""
     pixels = next(read_chunks(detector, paths))
     seconds = []
     for _ in range(TIMED_PASSES + 1):  # the first one warms up
@@ -143,7 +144,7 @@ def _time_inference(detector: CheckpointDetector, paths: Sequence[Path], batch: 
         for _, scores in infer(detector.model, pixels, detector.recipe, batch=batch):
             scores.cpu()
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]) / len(pixels)
+    return min(seconds[1:]) / len(paths)
 
 
 def _pair(paths: Sequence[Path], scores: Any) -> dict[str, float | None]:

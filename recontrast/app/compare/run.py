@@ -17,18 +17,21 @@ from recontrast.app.compare.peak_memory import PeakMemory
 from recontrast.app.compare.record import RECORD, MethodResult, Record, describe_changes, digest_files, read_record
 from recontrast.app.compare.tables import FILES
 from recontrast.app.errors import USER_ERRORS, describe_error, is_memory_error
-from recontrast.app.train_job import TrainJob, prepare_job, run_job
+from recontrast.app.train_job import TrainJob, find_views_from, prepare_job, run_job
 from recontrast.data import datasets
 from recontrast.data.datasets import Sample
+from recontrast.data.encoded_image import ImagePage
 from recontrast.data.listing import list_images
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.roi import EACH
 from recontrast.data.unfinished import mark_unfinished, name_mark
+from recontrast.data.views import group_paths, list_sources
 from recontrast.evaluation.results import FILES as TABLES
 from recontrast.inference.rois import RegionOfInterest, resolve_roi
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import resolve_device
+from recontrast.training.part_views import fix_views
 from recontrast.training.shots import select_shots
 
 COMMAND = "compare"  # in the name of the mark of an unfinished comparison
@@ -102,16 +105,22 @@ def prepare_comparison(
     if isinstance(data, Mapping):
         groups, where = dict(data), "DATA"
     else:
-        groups = datasets.load(data, None if category in (None, "all") else [category])
+        names_of = None if category in (None, "all") else [category]
+        views_from = find_views_from(None, changes, None)
+        groups = datasets.load(data, names_of, incomplete=views_from is not None, views_from=views_from)
         where = " ".join(map(str, data))
     if category is None and len(groups) > 1:
         raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or "
                          f"all of them with --category all ({', '.join(groups)})")  # fmt: skip
     category = category or next(iter(groups))
     out = out or Path("runs") / f"compare-{category}"
-    samples = [sample for group in groups.values() for sample in group]
     if roi is not None:
         changes = {**changes, "roi": resolve_roi(roi, "--roi")[0]}
+    views = None
+    if changes.get("views_from") is not None:
+        joined, groups = fix_views(Recipe().replace(views_from=changes["views_from"]), groups)
+        changes, views = {**changes, "view_names": joined.view_names}, joined.image_views
+    samples = [sample for group in groups.values() for sample in group]
     if changes.get("roi") == EACH or ("roi" not in changes and any(sample.roi is not None for sample in samples)):
         raise ValueError("--roi: wanted one region of interest for all images to compare methods, got one for each")
     is_labelled = len({sample.label for sample in samples if sample.split == "test"}) > 1
@@ -119,7 +128,7 @@ def prepare_comparison(
     good = sum(sample.split == "train" and not sample.label for sample in drawn)
     if not is_labelled and "holdout" not in changes:
         changes = {**changes, "holdout": UNLABELLED_HOLDOUT if good >= MIN_HOLDOUT_SOURCE else 0.0}
-    unlabelled = list_images(images) if images else []
+    unlabelled = group_paths(list_images(images) if images else [], views)
     runs = [_prepare_run(name, groups, changes, category, out / name.replace(":", "."), overwrite) for name in names]
     if all(run.job is None for run in runs) and len({run.error for run in runs}) == 1:
         raise ValueError(runs[0].error)
@@ -162,8 +171,10 @@ def complete_method(run: MethodRun, comparison: Comparison, on_progress: OnProgr
                 _mark_changed(comparison)
                 _train(run, run.job, record, comparison, on_progress)
             tests = [sample for sample in run.job.samples if sample.split == "test"]
-            paths = [*comparison.unlabelled, *(path for s in tests for path in (s.path, s.mask))]
-            measured_on = digest_files(paths)
+            sources = list_sources(comparison.unlabelled, run.job.recipe.image_views)
+            unlabelled = [Path(str(s.path if isinstance(s, ImagePage) else s)) for s in sources]
+            views = [view for sample in tests for view in (sample, *sample.views)]
+            measured_on = digest_files([*unlabelled, *(path for view in views for path in (view.path, view.mask))])
             # An image that could not be read then may be readable now.
             if record.result is None or record.result.image_errors or record.measured_on != measured_on:
                 _mark_changed(comparison)

@@ -57,18 +57,26 @@ def score_defaced(detector: CheckpointDetector, paths: Sequence[Path], batch: in
     inside = None
     if recipe.roi is not None:
         inside = fit_mask(decode_mask(recipe.roi), recipe.size, recipe.crop, recipe.out)
+    views = max(len(recipe.view_names), 1)
     for pixels in read_chunks(detector, paths):
-        defaced = np.stack([paste_patch(image, index, inside) for index, image in enumerate(pixels)])
+        defaced = pixels.copy()
+        for index in range(len(pixels) // views):
+            row = index * views + index % views  # one of the views of a part shows the patch
+            defaced[row] = paste_patch(pixels[row], index, inside)
         parts += [scores.cpu().numpy() for _, scores in infer(detector.model, defaced, detector.recipe, batch=batch)]
     return np.concatenate(parts).astype(np.float64)
 
 
 def read_chunks(detector: CheckpointDetector, paths: Sequence[Path]) -> Iterator[NDArray[np.uint8]]:
-    """Yield the pixels (n, H, W, 3) of at most `CHUNK` images at a time, in the size of the detector."""
+    """Yield the pixels (n, H, W, 3) of at most `CHUNK` images at a time, in the size of the detector.
+
+    The views of a part are images in sequence.
+    """
     recipe = detector.recipe
     for start in range(0, len(paths), CHUNK):
         files = ImageFiles(paths[start : start + CHUNK])
-        yield files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window)[np.arange(len(files))]
+        images = files.resized(recipe.size, recipe.crop, recipe.bits, recipe.window, recipe.image_views)
+        yield images[np.arange(len(images))]
 
 
 def paste_patch(

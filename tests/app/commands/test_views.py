@@ -8,54 +8,12 @@ import numpy as np
 import pytest
 import torch
 from command_line import call, fails, works
+from part_views import PATCHCORE, PATTERN, SMALL, write_set
 from PIL import Image
 
 import recontrast
 from recontrast import checkpoint as checkpoints
 from recontrast.data.views import Views
-
-PATTERN = r"_(left|right)\."
-SMALL = ["--backbone", "test_resnet", "--weights", "random", "--size", 64, "--batch", 4, "--device", "cpu"]
-PATCHCORE = ["--architecture", "patchcore", *SMALL]
-
-
-def draw_part(rng, defect_in=None):
-    """Two views (64, 64) of stripes under different lights, and the mask of a defect that one of them shows."""
-    base = 110 + 40 * np.sin(np.arange(64) / 3)[:, None] + rng.normal(0, 8, (64, 64))
-    views = [base, 0.6 * base + 20]
-    mask = np.zeros((64, 64), np.uint8)
-    if defect_in is not None:
-        y, x = rng.integers(4, 44, 2)
-        mask[y : y + 14, x : x + 14] = 255
-        views[defect_in] = views[defect_in] + (mask > 0) * 90
-    return [view.clip(0, 255).astype(np.uint8) for view in views], mask
-
-
-def write_set(root, pages, train=12, tests=3, seed=0):
-    """Write parts with two views in MVTec AD layout, as two PNG files or as pages of one TIFF file."""
-    rng = np.random.default_rng(seed)
-
-    def save(folder, number, defect_in=None):
-        views, mask = draw_part(rng, defect_in)
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        masks = root / "ground_truth/square"
-        masks.mkdir(parents=True, exist_ok=True)
-        if pages:
-            first, second = map(Image.fromarray, views)
-            first.save(root / folder / f"{number:03}.tif", save_all=True, append_images=[second])
-        for name, view in () if pages else zip(("left", "right"), views, strict=True):
-            Image.fromarray(view).save(root / folder / f"{number:03}_{name}.png")
-            if defect_in is not None:
-                Image.fromarray(mask).save(masks / f"{number:03}_{name}_mask.png")
-        if pages and defect_in is not None:
-            Image.fromarray(mask).save(masks / f"{number:03}_mask.png")
-
-    for number in range(train):
-        save("train/good", number)
-    for number in range(tests):
-        save("test/good", number)
-        save("test/square", number, defect_in=number % 2)
-    return root
 
 
 @pytest.fixture(scope="module", params=[PATTERN, "pages"], ids=["files", "pages"])
@@ -283,24 +241,14 @@ def test_parts_without_their_first_view_have_results_of_their_own(run, tmp_path)
     assert foreign.read_bytes() == b"notes" and len(list((tmp_path / "p2").rglob("*"))) == 5
 
 
-@pytest.mark.parametrize("command", [["export"], ["serve"], ["benchmark"], ["watch", "FOLDER"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("command", ["benchmark", "watch"])
 def test_what_takes_single_images_refuses_the_detector(run, tmp_path, command):
     words = {
-        "export": ["export", run / "run", "--out", tmp_path / "nut.pt2", "--format", "pt2"],
-        "serve": ["serve", run / "run", "--port", 0],
         "benchmark": ["benchmark", run / "run"],
         "watch": ["watch", tmp_path, run / "run", "--out", tmp_path / "out"],
-    }[command[0]]
-    if command[0] == "serve":
-        pytest.importorskip("h11")
+    }[command]
     text = fails(*words)
     assert "wanted a detector of single images" in text and "got one of parts with 2 views" in text
-    assert not list(tmp_path.glob("*.pt2"))
-
-
-def test_the_estimator_refuses_the_detector(run):
-    with pytest.raises(ValueError, match="wanted a detector of single images for the estimator"):
-        recontrast.ReContrastDetector.from_checkpoint(run / "run/checkpoint.pt")
 
 
 def test_training_by_steps_with_a_region_resumes(tmp_path):
