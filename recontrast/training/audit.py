@@ -20,6 +20,7 @@ from recontrast.runtime.memory import measure_available_memory
 
 MAX_POINTS = 400  # points of an image; larger feature maps are averaged
 MAX_OTHERS = 256  # images that each image is compared with
+SEED = 111  # of the draw of these
 MIN_IMAGES = 3  # that are no copies of each other
 STANDS_OUT = 3.5  # modified z-score; Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993
 _TO_DEVIATIONS = 1.4826  # a median absolute deviation in standard deviations of a normal distribution
@@ -54,7 +55,7 @@ class AuditedImage:
 
 def audit_images(
     samples: Sequence[Sample], network: PatchCore, *, size: int = 256, bits: int | None = None, window: Window = None,
-    batch: int = 8, seed: int = 111, device: torch.device | str = "cpu",
+    batch: int = 8, seed: int = SEED, device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[AuditedImage], dict[Path, str]]:  # fmt: skip
     """Rank the good training images of one category, those that look least like the others first.
@@ -94,7 +95,7 @@ def audit_images(
         }
         kept = [(i, image) for i, image in pixels.items() if image is not None]
         if kept:
-            features += _embed(network, np.stack([image for _, image in kept]), device)
+            features += embed_images(network, np.stack([image for _, image in kept]), device)
             if not read:
                 _check_memory(features[0], len(files))
             read += [by_path[str(files.paths[i])] for i, _ in kept]
@@ -103,7 +104,7 @@ def audit_images(
     groups = _check_count(read, next(iter(errors.values()), None))
     shape = features[0].shape[:2]
     bank = torch.stack([one.flatten(0, 1) for one in features])
-    others = _choose_others(groups, np.random.default_rng([seed, len(read)]))
+    others = choose_others(groups, np.random.default_rng([seed, len(read)]))
     nearest = measure_distances(bank, others, lambda done: report(len(files) + done, len(files) + len(read)))
     distances = nearest.reshape(-1, *shape).cpu().numpy()
     scores = np.array([float(one.max()) for one in distances])
@@ -182,8 +183,16 @@ def measure_distances(
     return nearest.clamp_min(0).sqrt()
 
 
-def _choose_others(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Choose with which images each one is compared: those of other groups, at most `MAX_OTHERS`, drawn at random."""
+def choose_others(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.bool_]:
+    """Choose with which images each one is compared: those of other groups, at most `MAX_OTHERS`, drawn at random.
+
+    Args:
+        groups: Group of each image, (n,).
+        generator: Generator of the draw.
+
+    Returns:
+        Whether an image (row) is compared with another one (column), (n, n), bool.
+    """
     chosen = groups[:, None] != groups
     for row in chosen:
         different = np.flatnonzero(row)
@@ -208,8 +217,17 @@ def measure_z_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @torch.no_grad()
-def _embed(network: PatchCore, images: NDArray[np.uint8], device: torch.device | str) -> list[Tensor]:
-    """Return the features of each image, (h, w, d), averaged to at most `MAX_POINTS` points."""
+def embed_images(network: PatchCore, images: NDArray[np.uint8], device: torch.device | str) -> list[Tensor]:
+    """Compute features of images, averaged to at most `MAX_POINTS` points.
+
+    Args:
+        network: Network whose features are computed.
+        images: Images (N, H, W, 3), uint8, or float32 in [0, 1].
+        device: Device of the network.
+
+    Returns:
+        Features of each image, (h, w, d), float32.
+    """
     vectors = network(normalise(torch.from_numpy(images).to(device), network.mean, network.std))
     height, width = vectors.shape[-2:]
     factor = 1

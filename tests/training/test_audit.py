@@ -62,7 +62,7 @@ def test_distances(images, points, channels, share):
 @pytest.mark.parametrize("count", [5, audit.MAX_OTHERS + 40])
 def test_others_are_drawn_and_leave_out_the_own_group(count):
     groups = np.arange(count) // 2
-    chosen = audit._choose_others(groups, np.random.default_rng(0))
+    chosen = audit.choose_others(groups, np.random.default_rng(0))
     assert not (chosen & (groups[:, None] == groups)).any()
     different = count - np.array([np.sum(groups == group) for group in groups])
     assert (chosen.sum(1) == np.minimum(different, audit.MAX_OTHERS)).all()
