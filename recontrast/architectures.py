@@ -49,6 +49,8 @@ class Architecture:
         plan_memory: Checks before a pass that it fits into memory. Takes the network, the recipe, the number of images
             and the available bytes, and returns a remark for the user, or None. Raises ValueError if it cannot fit.
         is_extendable: Whether a fitted network can be fitted to further images.
+        needs_count: Whether it then needs the number of images that it was fitted to, see `OnePassNetwork.resume`.
+        needs_former: Whether it then needs these images too.
         masks_loss: Whether ``compute_loss`` takes a region of interest, ``inside``. Otherwise the network learns the
             whole image, and only its map and score have the region.
         fields: Recipe fields that only some architectures have, such as "levels", "rule" or "optimiser", and that this
@@ -65,6 +67,8 @@ class Architecture:
     fit: Callable[[Any, Recipe], None] | None = None
     plan_memory: Callable[[Any, Recipe, int, int], str | None] | None = None
     is_extendable: bool = False
+    needs_count: bool = False
+    needs_former: bool = False
     masks_loss: bool = False
     fields: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -332,10 +336,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "padim": Architecture(
         PaDiM, _build_padim, _compute_last_stride, fit=lambda network, recipe: network.fit_gaussians(),
         plan_memory=lambda network, recipe, count, available: network.plan_memory(recipe.out, available),
+        is_extendable=True, needs_count=True,
     ),
     "ensemble": Architecture(
         Ensemble, _build_ensemble, _compute_last_stride, fit=_fit_ensemble,
         plan_memory=lambda network, recipe, count, available: network.plan_memory(count, recipe.out, available),
+        is_extendable=True, needs_count=True, needs_former=True,
     ),
     "uniad": Architecture(UniAD, _build_uniad, _compute_last_stride, _compute_uniad_loss, masks_loss=True),
     "dinomaly": Architecture(Dinomaly, _build_dinomaly, _get_patch_size, _compute_dinomaly_loss, masks_loss=True),

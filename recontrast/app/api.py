@@ -236,13 +236,15 @@ def extend(
     """Add good images to a detector, and store it.
 
     The bank of a fitted PatchCore (Roth et al., https://arxiv.org/abs/2106.08265) keeps its vectors and gains a share
-    of those of the new images. A detector that is trained by steps makes further ones on all given images. The stored
-    calibration is removed, since it belongs to the detector before. On failure the checkpoint is unchanged.
+    of those of the new images. PaDiM's Gaussians become those of all images. The ensemble does both, and needs the
+    former images with the new ones to weight its members. A detector that is trained by steps makes further ones on all
+    given images. The stored calibration is removed, since it belongs to the detector before. On failure the checkpoint
+    is unchanged.
 
     Args:
         detector: A detector from a checkpoint, or the path of one.
-        good: Good images, as paths of files, folders or lists. PatchCore leaves out those that it was trained on; a
-            detector that is trained by steps may forget what it learnt from images that are not given.
+        good: Good images, as paths of files, folders or lists. A fitted detector adds only those that it was not
+            trained on; a detector that is trained by steps may forget what it learnt from images that are not given.
         holdout: Share of the new images that are not added but used for a new calibration, in [0, 1).
         steps: Number of further steps; None: a quarter of those of the run. Only for a detector trained by steps.
         all_good: Whether all images in a folder are good, whatever the names of its subfolders.

@@ -157,6 +157,7 @@ def is_images(value: Any) -> bool:
     return (
         _is_mapping(value)
         and _is_whole(value.get("count", 0))
+        and _is_whole(value.get("observed", 0))
         and type(value.get("digest")) is str
         and type(value.get("each", "")) is str
         and isinstance(groups := value.get("groups", []), list)

@@ -24,8 +24,9 @@ def describe_images(images: Images, block: int = 64) -> dict[str, Any]:
         "count": the number of images. "digest": SHA-256 of all pixels in order, by which a resumed run checks that its
         images are the same. "each": the concatenated fingerprints (`compute_fingerprint`) of all files, or of all
         images if they do not come from files. Training adds "sketches", see `recontrast.data.near_copies`, and
-        "groups", the names of the groups of the images, if they have any. A run of an older version that was extended
-        has no "count" and no "each".
+        "groups", the names of the groups of the images, if they have any; and "observed", the number of images and
+        augmented copies that a network that is fitted in one pass has observed. A run of an older version that was
+        extended has no "count" and no "each".
     """
     digest = hashlib.sha256()
     offsets = images.offsets if isinstance(images, FileImages) else range(len(images) + 1)

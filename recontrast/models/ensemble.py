@@ -24,6 +24,9 @@ WEIGHTS = (1.0, 0.5)
 # are about equally far away, and a member without a floor would decide every score alone.
 LEAST_DEVIATION = 0.05
 SAMPLE = 32  # good images whose distances give the standard deviations
+# Largest relative distance of two vectors of one point: features are rounded to float16, and of batches of other sizes
+# they differ in the last digits.
+SAME = 2e-3
 MAX_SIZE = 4096  # side of images, in pixels
 
 
@@ -84,7 +87,9 @@ class Ensemble(OnePassNetwork):
         self.small_size = self.check_size((small_size[0], small_size[1]))
         self.register_buffer("scales", torch.ones(2))
         self.register_buffer("score_scales", torch.ones(2))
-        self._images = 0  # observed
+        self._images = 0  # observed, with the former ones
+        self._former = 0  # of a fit that goes on
+        self._slots: list[int] = []  # of former images that `observe_again` needs
         self._sample: dict[int, tuple[int, Tensor, Tensor]] = {}  # slot -> number of the image, features of both
 
     @property
@@ -169,17 +174,49 @@ class Ensemble(OnePassNetwork):
         large, small = self(images)
         self.patchcore.observe_features(large)
         self.padim.observe_features(small)
-        generator = torch.Generator()
         for row in range(len(images)):  # a random sample of all images seen so far
             number, self._images = self._images, self._images + 1
-            slot = int(torch.randint(number + 1, (1,), generator=generator.manual_seed(number))) if number else 0
-            slot = number if number < SAMPLE else slot
+            slot = _choose_slot(number)
             if slot < SAMPLE:
                 self._sample[slot] = number, large[row].half(), small[row].clone()
+
+    def resume(self, count: int) -> list[int]:
+        """Go on from a fit, see `OnePassNetwork.resume`.
+
+        The standard deviations need distances of a random sample of all images, former and new ones. Those of the
+        former ones have changed, because bank and Gaussians have.
+
+        Args:
+            count: Number of images that the network was fitted to, at least 2.
+
+        Returns:
+            Positions of up to 32 of them, which are in the sample before new images come.
+
+        Raises:
+            ValueError: If the model is not fitted, or ``count`` is below 2.
+        """
+        self.padim.resume(count)
+        numbers = {slot: number for number in range(count) if (slot := _choose_slot(number)) < SAMPLE}
+        self._images, self._former, self._slots = count, count, sorted(numbers)
+        return [numbers[slot] for slot in self._slots]
+
+    @torch.no_grad()
+    def observe_again(self, images: Tensor) -> None:
+        """Take the images that `resume` named into the sample.
+
+        Args:
+            images: Normalised images (N, 3, H, W), in the order of `resume`; all of them, in one call or several.
+        """
+        large, small = self(images)
+        for row in range(len(images)):
+            slot = self._slots.pop(0)
+            self._sample[slot] = slot, large[row].half(), small[row].clone()
 
     @torch.no_grad()
     def fit(self, share: float = 0.1, *, seed: int = 0) -> list[Tensor]:
         """Compute bank and Gaussians, and forget the observed features.
+
+        After `resume`, a former image is left out of the bank together with all vectors that equal its own.
 
         Args:
             share: Share of the vectors in the bank, see `PatchCore.build_bank`.
@@ -193,15 +230,21 @@ class Ensemble(OnePassNetwork):
             ValueError: If `PatchCore.build_bank` or `PaDiM.fit_gaussians` raises it.
         """
         sample = [self._sample[slot] for slot in sorted(self._sample)]
-        self._sample, self._images = {}, 0
+        former, kept = self._former, len(self.patchcore.bank)
+        self._sample, self._images, self._former = {}, 0, 0
         selected = self.patchcore.build_bank(share, seed=seed)
         count = self.padim.fit_gaussians()
         points = sample[0][1][0].numel()
-        bank, owners = self.patchcore.bank.float(), selected // points
+        bank, owners = self.patchcore.bank.float(), former + (selected - kept).div(points, rounding_mode="floor")
         large = []
         for number, vectors, _ in sample:
-            others = bank[owners != number]
-            nearest = find_nearest(vectors.float().flatten(1).T, others if len(others) else bank)[0]
+            own = vectors.float().flatten(1).T
+            is_own = owners == number
+            if number < former:  # the bank does not say which of its vectors were of this image
+                is_own = torch.zeros_like(is_own)
+                is_own[:kept] = find_nearest(bank[:kept], own)[0].flatten() <= SAME * bank[:kept].norm(dim=1)
+            others = bank[~is_own]
+            nearest = find_nearest(own, others if len(others) else bank)[0]
             large.append(nearest.view(vectors.shape[1:]))
         small = self.padim.distances_of(torch.stack([features for _, _, features in sample]))[0][0]
         return [torch.stack(large), leave_one_out(small, count)]
@@ -257,6 +300,13 @@ class Ensemble(OnePassNetwork):
         with disable_autocast(images, exportable):
             scores = first_scores / self.score_scales[0] + second_scores / self.score_scales[1]
             return [first / self.scales[0], second / self.scales[1]], scores
+
+
+def _choose_slot(number: int) -> int:
+    """Return the place of an image in a random sample of all images up to it; from `SAMPLE` on it is not in it."""
+    if number < SAMPLE:
+        return number
+    return int(torch.randint(number + 1, (1,), generator=torch.Generator().manual_seed(number)))
 
 
 def leave_one_out(distances: Tensor, count: int) -> Tensor:

@@ -192,6 +192,24 @@ class OnePassNetwork(Network):
         """
         raise NotImplementedError
 
+    def resume(self, count: int) -> list[int]:
+        """Go on from a fit, so that `observe` adds images to those that the network was fitted to.
+
+        Args:
+            count: Number of images that it was fitted to.
+
+        Returns:
+            Positions of the images, from 0 to ``count`` - 1, that `observe_again` needs; none by default.
+        """
+        return []
+
+    def observe_again(self, images: Tensor) -> None:
+        """Take the images that `resume` named, in its order; by default none.
+
+        Args:
+            images: Normalised images (N, 3, H, W).
+        """
+
     def cast(self, dtype: torch.dtype) -> "OnePassNetwork":
         """Convert the encoder, see `Network.cast`; what was fitted keeps its dtype.
 

@@ -23,7 +23,8 @@ class PaDiM(OnePassNetwork):
     """PaDiM: Mahalanobis distances to a Gaussian for each point of the feature map.
 
     `observe` collects first and second moments of the features of good images, and `fit_gaussians` inverts the
-    covariances. Memory is (points) x (features)^2 floats and does not depend on the number of images.
+    covariances; after `resume`, together with those of the images that the model was fitted to. Memory is (points) x
+    (features)^2 floats and does not depend on the number of images.
 
     Args:
         backbone: Model name in timm.
@@ -160,6 +161,40 @@ class PaDiM(OnePassNetwork):
         if self._moments is None:
             self._moments = _Moments(vectors, (features.shape[2], features.shape[3]))
         self._moments.add(vectors)
+
+    @torch.no_grad()
+    def resume(self, count: int) -> list[int]:
+        """Restore the moments of the images that the Gaussians were fitted to, so that `observe` adds to them.
+
+        Mean, covariance and number of images determine both moments. The covariance is computed in float64 from its
+        inverse Cholesky factor, which is stored in float32.
+
+        Args:
+            count: Number of images that the Gaussians were fitted to, at least 2.
+
+        Returns:
+            No positions: no former image is needed.
+
+        Raises:
+            ValueError: If the model is not fitted, or ``count`` is below 2.
+        """
+        if not len(self.centres) or count < 2:
+            got = f"one of {count} images" if len(self.centres) else "one without Gaussians"
+            raise ValueError(f"PaDiM: resume: wanted a model fitted to at least 2 images, got {got}")
+        rows, columns = self.points.tolist()
+        self._moments = moments = _Moments(self.centres.unsqueeze(1), (rows, columns))
+        width = len(self.channels)
+        lower = torch.tril_indices(width, width, device=self.whitening.device)
+        identity = torch.eye(width, dtype=torch.float64, device=self.whitening.device)
+        for begin in range(0, len(self.centres), BLOCK):
+            packed = self.whitening[begin : begin + BLOCK].double()
+            inverse = packed.new_zeros(len(packed), width, width)
+            inverse[:, lower[0], lower[1]] = packed
+            factor = torch.linalg.solve_triangular(inverse, identity.expand_as(inverse), upper=False)
+            covariance = factor @ factor.mT - REGULARISATION * identity
+            moments.products[begin : begin + BLOCK] = ((count - 1) * covariance).float()
+        moments.count = count
+        return []
 
     def plan_memory(self, size: int | tuple[int, int], available: int) -> None:
         """Check that the moments of `observe` fit into the available memory.

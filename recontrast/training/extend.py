@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import count_files, describe_images, read_fingerprints
 from recontrast.data.groups import list_groups
+from recontrast.data.images import normalise
 from recontrast.data.locks import lock_checkpoint
 from recontrast.data.near_copies import encode_sketches, read_sketches
 from recontrast.data.sources import Images, SelectedImages
 from recontrast.data.views import group_samples
 from recontrast.float32 import convolution_precision
 from recontrast.inference.calibrate import split_trained_images
+from recontrast.models.network import OnePassNetwork
 from recontrast.recipes import yaml_file
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.device import move_model, resolve_device
@@ -63,7 +65,7 @@ class Extension:
         calibration: Calibration on held-out new images; None if none were held out.
         seconds: Duration.
         steps: Number of further steps; 0 for a detector that is fitted in one pass.
-        again: Number of images that the detector was trained on already, and was trained on again.
+        again: Number of images that the detector was trained on already, and that were used again.
         forgotten: Number of images that the detector was trained on, and that were not given for the further steps; 0
             without fingerprints.
     """
@@ -92,7 +94,9 @@ def extend(
 ) -> Extension:
     """Add good images to a detector.
 
-    The bank of PatchCore keeps its vectors and gains a share of those of the new images. A detector that is trained by
+    The bank of PatchCore keeps its vectors and gains a share of those of the new images. The Gaussians of PaDiM become
+    those of all images. The ensemble does both, and weights its members anew, for which it needs the former images as
+    well. A detector that is trained by
     steps makes further ones on all given images, new ones and those that it was trained on, with the optimisers as they
     were left; its recipe then has all steps, and its schedule that of a run of so many. The file is replaced at the
     end, so that an error or Ctrl-C leaves it as it was. The stored calibration is removed: it belongs to the detector
@@ -139,6 +143,7 @@ def extend(
                 f"{option}: wanted good images that the detector was not trained on, got {count} that it was"
             )
         new_samples = [given[path] for path in new]
+        _check_former(saved, path, len(known), option)
         training, held_out, groups = split_new_images(new_samples, sketches, saved, holdout, option)
         again, entries = [given[path] for path in known], list[dict[str, Any]]()
         with convolution_precision(saved.recipe.tf32):
@@ -146,8 +151,9 @@ def extend(
                 further = max(saved.recipe.steps // STEP_SHARE, 1) if steps is None else steps
                 state = _train_further(saved, path, training, again, further, resolved, on_step, entries)
             else:
-                state = _fit_further(saved, path, training, resolved, on_step)
-                again, left_out = [], [*known, *left_out]
+                state = _fit_further(saved, path, training, again, resolved, on_step)
+                if not get_architecture(saved.recipe).needs_former:
+                    again, left_out = [], [*known, *left_out]
             content, calibration = snapshot(state), None
             if held_out:
                 images = None if saved.recipe.tile is not None else _decode(saved.recipe, held_out)
@@ -189,6 +195,11 @@ def _check_extendable(saved: Checkpoint, path: Path, steps: int | None, holdout:
             f"{path}: wanted a detector that can be extended ({names}, or one trained by steps), got architecture "
             f"{name!r}: train it again with all images, in one pass"
         )
+    if not recipe.uses_steps and get_architecture(recipe).needs_count and "observed" not in saved.images:
+        raise ValueError(
+            f"{path}: wanted a checkpoint with the number of images that it was fitted to, got one of an older "
+            "version, which has to be trained again with all images"
+        )
     if steps is not None and not recipe.uses_steps:
         raise ValueError(f"steps: wanted none for architecture {name!r}, which is fitted in one pass, got {steps}")
     if steps is not None and steps < 1:
@@ -207,11 +218,32 @@ def _check_extendable(saved: Checkpoint, path: Path, steps: int | None, holdout:
         )
 
 
+def _check_former(saved: Checkpoint, path: Path, known: int, option: str) -> None:
+    """Raise ValueError if the network needs all images of the run, and some are not given."""
+    recipe, wanted = saved.recipe, len(read_fingerprints(saved.images))
+    if recipe.uses_steps or not get_architecture(recipe).needs_former:
+        return
+    observed, count = saved.images["observed"], count_trained_images(wanted, recipe)
+    if observed != count:
+        raise ValueError(
+            f"{path}: wanted a run that observed all its images, got one that time ended after {observed} of {count}: "
+            "train it again with all images"
+        )
+    if known < wanted:
+        raise ValueError(
+            f"{option}: wanted all {wanted} images of the run with the new ones, since the weights of architecture "
+            f"{recipe.architecture!r} come from a sample of all images, got {known}"
+        )
+
+
 def _fit_further(
-    saved: Checkpoint, path: Path, files: Sequence[Sample], device: torch.device,
+    saved: Checkpoint, path: Path, files: Sequence[Sample], former: Sequence[Sample], device: torch.device,
     on_step: Callable[[int, int], None] | None,
 ) -> TrainingState:  # fmt: skip
-    """Fit the network of a checkpoint to further images, and return the state of the extended run."""
+    """Fit the network of a checkpoint to further images, and return the state of the extended run.
+
+    Of the former images, it takes those that the network needs again.
+    """
     recipe = saved.recipe
     images = _decode(recipe, files)
     rois = None if recipe.roi is None else TrainingRois(recipe, files, images, device)
@@ -222,6 +254,8 @@ def _fit_further(
     augmented = augment_images(used, recipe.augment)
     count = len(augmented)
     plan_memory(model, recipe, count, device)
+    if get_architecture(recipe).needs_count:
+        _observe_former(cast(OnePassNetwork, model), saved, former, device, channels_last)
     batches = DeviceImages(augmented, device)
     starts = range(0, count, recipe.batch)
     for start in starts:
@@ -235,9 +269,27 @@ def _fit_further(
     if fit is not None:  # never None here
         fit(model, recipe)
     description = _describe_with(saved, files, images)
+    if "observed" in saved.images:
+        description["observed"] = saved.images["observed"] + count
     sampler = BatchSampler(description.get("count", count), recipe.batch, drop_last=recipe.drop_last, seed=recipe.seed)
     step = saved.step + len(starts)
     return TrainingState(recipe, saved.category, device, model, [], sampler, description, step=step)
+
+
+def _observe_former(
+    model: OnePassNetwork, saved: Checkpoint, former: Sequence[Sample], device: torch.device, channels_last: bool
+) -> None:  # fmt: skip
+    """Let a network go on from its fit, and show it the former images that it needs again."""
+    recipe, positions = saved.recipe, model.resume(saved.images["observed"])
+    if not positions:
+        return
+    images = DeviceImages(augment_images(_decode(recipe, former), recipe.augment), device)
+    dtype = next(model.parameters()).dtype
+    for start in range(0, len(positions), recipe.batch):
+        pixels = images[np.array(positions[start : start + recipe.batch])]
+        batch = normalise(pixels, model.mean, model.std, dtype=dtype, channels_last=channels_last)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            model.observe_again(batch)
 
 
 def _train_further(

@@ -83,6 +83,7 @@ class OnePassTrainer(Trainer):
         fit = get_architecture(recipe).fit
         if fit is not None:  # never None here
             fit(state.model, recipe)
+        state.images["observed"] = observed
         self.progress.end_interval_without_loss()
         if self.files is not None:
             self.files.log(step=state.step, images=observed, seconds=self.progress.seconds)

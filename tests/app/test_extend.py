@@ -1,4 +1,4 @@
-"""Good images that are added to a fitted PatchCore, or with which a run by steps goes on."""
+"""Good images that are added to a fitted PatchCore, PaDiM or ensemble, or with which a run by steps goes on."""
 
 import json
 import shutil
@@ -241,27 +241,105 @@ def test_bad_input(fitted, data, tmp_path):
         assert message in fails("train", *arguments)
 
 
-@pytest.mark.parametrize("name", ["padim", "ensemble"])
-def test_other_architectures_are_refused(name, data, tmp_path):
-    works("train", data / "nut", "--architecture", name, *SMALL, "--holdout", 0, "--out", tmp_path,
-          "--set", "gaussian_features=4", *(("--set", "small_size=64") if name == "ensemble" else ()))  # fmt: skip
+# ---- PaDiM and the ensemble -----------------------------------------------------------------------
+
+
+GAUSSIANS = (*SMALL, "--holdout", 0, "--set", "gaussian_features=6")
+ENSEMBLE = ("--architecture", "ensemble", *GAUSSIANS, "--set", "small_size=64", "--set", "bank_share=1")
+
+
+@pytest.fixture(scope="module")
+def united(data, tmp_path_factory):
+    """The images of the run and the new ones, in this order."""
+    root = tmp_path_factory.mktemp("united") / "nut/train/good"
+    shutil.copytree(data / "nut/train/good", root)
+    for number in range(5):
+        shutil.copy(data / f"new/{number:03}.png", root / f"new{number}.png")
+    return root
+
+
+def check_equal(extended, whole, *, rtol=2e-3):
+    """Compare what two runs have fitted, up to the rounding of what is stored."""
+    assert extended.model.keys() == whole.model.keys()
+    for name, value in whole.model.items():
+        torch.testing.assert_close(extended.model[name], value, rtol=rtol, atol=rtol * float(value.abs().max()))
+    assert extended.images["observed"] == whole.images["observed"] == 17
+    assert extended.images["count"] == 17 and set(read_fingerprints(extended.images)) == set(
+        read_fingerprints(whole.images)
+    )
+
+
+def test_gaussians_are_those_of_all_images(data, united, tmp_path):
+    for name, images in (("run", data / "nut"), ("whole", united.parents[1])):
+        works("train", images, "--architecture", "padim", *GAUSSIANS, "--out", tmp_path / name)
+    before = checkpoints.load(tmp_path / "run/checkpoint.pt")
+    printed = works("train", "--extend", tmp_path / "run", "--good", data / "new", "--device", "cpu")
+    assert "5 images added in" in printed and "17 in all" in printed
+    assert "3 images are left out, because they are trained on already" in printed
+    extended, whole = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("run", "whole"))
+    check_equal(extended, whole)
+    assert not torch.allclose(before.model["centres"], extended.model["centres"], rtol=1e-3)
+    scores = [open_detector(tmp_path / name / "checkpoint.pt", "cpu").predict(data / "new").scores
+              for name in ("run", "whole")]  # fmt: skip
+    np.testing.assert_allclose(*scores, rtol=1e-3)
+
+
+def test_ensemble_is_that_of_all_images(data, united, tmp_path):
+    """Bank, Gaussians, and the weights of both by left-out images of both kinds."""
+    for name, images in (("run", data / "nut"), ("whole", united.parents[1])):
+        works("train", images, *ENSEMBLE, "--out", tmp_path / name)
+    before = checkpoints.load(tmp_path / "run/checkpoint.pt")
+    printed = works("train", "--extend", tmp_path / "run", "--good", united, "--device", "cpu")
+    assert "5 images added to 12 of the run in" in printed and "left out" not in printed
+    extended, whole = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("run", "whole"))
+    check_equal(extended, whole)
+    for name in ("scales", "score_scales"):
+        torch.testing.assert_close(extended.model[name], whole.model[name], rtol=1e-3, atol=0)
+        assert not torch.allclose(before.model[name], extended.model[name], rtol=5e-3)
+
+
+def test_ensemble_needs_its_former_images(data, united, tmp_path):
+    works("train", data / "nut", *ENSEMBLE, "--out", tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     message = fails("train", "--extend", tmp_path, "--good", data / "new")
-    assert "wanted a detector that can be extended (patchcore, or one trained by steps)" in message
-    assert f"got architecture '{name}'" in message
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert "--good: wanted all 12 images of the run with the new ones" in message and "got 2" in message
+    saved = checkpoints.load(tmp_path / "checkpoint.pt")
+    checkpoints.save(tmp_path / "checkpoint.pt", replace(saved, images={**saved.images, "observed": 11}))
+    message = fails("train", "--extend", tmp_path, "--good", united)
+    assert "wanted a run that observed all its images, got one that time ended after 11 of 12" in message
+    old = {name: value for name, value in saved.images.items() if name != "observed"}
+    checkpoints.save(tmp_path / "checkpoint.pt", replace(saved, images=old))
+    assert "wanted a checkpoint with the number of images that it was fitted to, got one of an older version" in fails(
+        "train", "--extend", tmp_path, "--good", united
+    )
+    assert len(before) > 0 and checkpoints.load(tmp_path / "checkpoint.pt").step == saved.step
 
 
 # ---- detectors that are trained by steps ---------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["recontrast", "rd4ad", "uniad"])
+@pytest.fixture(scope="module", params=["recontrast", "rd4ad", "uniad", "dinomaly", "inp_former"])
 def trained(request, data, tmp_path_factory):
     """A calibrated run of eight steps."""
     run = tmp_path_factory.mktemp("trained")
     name = ("--architecture", request.param) if request.param != "rd4ad" else (
         "--set", "train_encoder=false", "--set", "pairs=self", "--set", "mining=false")  # fmt: skip
-    works("train", data / "nut", *name, *SMALL, "--steps", 8, "--set", "log_every=2", "--holdout", 0.2, "--out", run)
+    backbone = ("--backbone", "test_vit") if request.param in ("dinomaly", "inp_former") else ()
+    works(
+        "train",
+        data / "nut",
+        *name,
+        *SMALL,
+        *backbone,
+        "--steps",
+        8,
+        "--set",
+        "log_every=2",
+        "--holdout",
+        0.2,
+        "--out",
+        run,
+    )
     return run
 
 

@@ -61,9 +61,38 @@ def test_distances_are_those_of_the_members_divided_by_their_deviations(images):
     assert [tuple(d.shape[1:]) for d in (first, second)] == model.map_sizes(64)
 
 
-def test_images_are_left_out_of_their_own_distances(images):
+def go_on(model, former):
+    """Go on from a fit, with the former images that the network asks for, one by one."""
+    for position in model.resume(len(former)):
+        model.observe_again(former[position][None])
+
+
+def test_sample_is_that_of_all_images():
+    """More images than the sample holds: former ones stay or give way as in one pass."""
+    images = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    whole, extended = build(), build()
+    whole.observe(images)
+    fit(extended, images[:45], share=0.01)
+    go_on(extended, images[:45])
+    extended.observe(images[45:])
+    assert whole._sample.keys() == extended._sample.keys() and len(whole._sample) == 32
+    for slot, (number, large, small) in whole._sample.items():
+        torch.testing.assert_close(extended._sample[slot][1].float(), large.float(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(extended._sample[slot][2], small, rtol=1e-3, atol=1e-4)
+        assert extended._sample[slot][0] == (number if number >= 45 else slot)
+    with pytest.raises(ValueError, match="got one without Gaussians"):
+        build().resume(5)
+
+
+@pytest.mark.parametrize("former", [0, 5])
+def test_images_are_left_out_of_their_own_distances(images, former):
+    """Also those of a former fit, whose vectors in the bank are found by their values."""
     model = build()
-    large, small = fit(model, images[:8], share=1.0)
+    if former:
+        fit(model, images[:former], share=1.0)
+        go_on(model, images[:former])
+    large, small = fit(model, images[former:8], share=1.0)
+    assert len(large) == len(small) == 8
     for number in range(8):
         others = torch.cat([images[:number], images[number + 1 : 8]])
         bank, gaussians = members(others, 1.0)

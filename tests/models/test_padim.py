@@ -56,6 +56,33 @@ def test_moments_keep_the_digits_of_features_far_from_zero(images):
     )
 
 
+def test_resumed_moments_are_those_of_all_images():
+    """Mean, covariance and count of the first images determine their moments; means are far from zero and apart."""
+
+    def fit(*parts, resumed=False):
+        model = PaDiM("test_resnet", weights="random", features=6, seed=1)
+        for number, part in enumerate(parts):
+            if number and resumed:
+                model.fit_gaussians()
+                assert model.resume(len(parts[0])) == []
+            model.observe_features(part)
+        assert model.fit_gaussians() == sum(map(len, parts))
+        return model
+
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(9, 6, 4, 5, generator=generator) * torch.tensor([1, 3, 0.1, 1, 10, 1]).view(1, 6, 1, 1) + 50
+    second = torch.randn(4, 6, 4, 5, generator=generator) + 52
+    whole, extended = fit(first, second), fit(first, second, resumed=True)
+    torch.testing.assert_close(extended.centres, whole.centres, rtol=1e-6, atol=0)
+    torch.testing.assert_close(extended.whitening, whole.whitening, rtol=1e-4, atol=1e-4)
+    new = torch.randn(3, 6, 4, 5, generator=generator) + 51
+    torch.testing.assert_close(extended.distances_of(new)[0][0], whole.distances_of(new)[0][0], rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="wanted a model fitted to at least 2 images, got one without Gaussians"):
+        PaDiM("test_resnet", weights="random", features=6).resume(5)
+    with pytest.raises(ValueError, match="got one of 1 images"):
+        whole.resume(1)
+
+
 def test_seed_draws_the_channels():
     assert torch.equal(build(seed=3).channels, build(seed=3).channels)
     assert not torch.equal(build(seed=3).channels, build(seed=4).channels)

@@ -84,8 +84,9 @@ def train(  # 36 options
     extend: Annotated[
         Path | None,
         path_option(
-            help="Run that goes on with the images of --good, instead of a new one: PatchCore gains their vectors, "
-            "others make further --steps (default: a quarter of those of the run) on them."
+            help="Run that goes on with the images of --good, instead of a new one: PatchCore and PaDiM gain them, the "
+            "ensemble too if its former images are given as well, others make further --steps (default: a quarter of "
+            "those of the run) on them."
         ),
     ] = None,
     good: Annotated[
@@ -244,7 +245,7 @@ def _extend(
         exit_with_error(f"interrupted; {file} is complete: extended, or as it was before", status=130)
     if result.left_out:
         names = ", ".join(map(str, result.left_out[:3])) + (", ..." if len(result.left_out) > 3 else "")
-        reason = "copies" if result.steps else "trained on already"
+        reason = "copies" if result.steps or result.again else "trained on already"
         print_line(f"{len(result.left_out)} images are left out, because they are {reason}: {names}")
     if result.steps:
         images = f"{result.added} images"  # without fingerprints, new and former ones
@@ -258,7 +259,8 @@ def _extend(
             )
     else:
         in_all = "" if result.total is None else f", {result.total} in all"
-        print_line(f"{result.added} images added in {result.seconds:.1f} s{in_all}: {file}")
+        former = f" to {result.again} of the run" if result.again else ""
+        print_line(f"{result.added} images added{former} in {result.seconds:.1f} s{in_all}: {file}")
     _print_promise(result.calibration)
     if result.lost_calibration and result.calibration is None:
         print_line(
