@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # set before triton is imported, so that its kernels run on the CPU
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts jobs in the background so, and tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tensors are small, so a second thread only adds overhead
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that tests start
 with warnings.catch_warnings():  # the tests also run on plain PyTorch; the header says which kernels they run
@@ -19,6 +21,16 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 def pytest_report_header():
     return f"recontrast kernels: {ops.BACKEND} {ops.WHY or ''}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the combinations of parameters that `cover_pairs` marks, unless they are asked for."""
+    if "exhaustive" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 @pytest.fixture(params=DEVICES)

@@ -20,6 +20,7 @@ from op_cases import (
     make_sums,
     relative_error,
 )
+from pairs import cover_pairs
 
 from recontrast import reference
 
@@ -126,9 +127,7 @@ def test_easy_points_and_empty_pairs(emulated, layout):
         assert relative_error(ours, theirs) < ROUNDING[F32]
 
 
-@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@cover_pairs(rule=RULES, dtype=[F32, F64], group=GROUPS)
 def test_mining(emulated, rule, dtype, group):
     name, parameter, factor = rule
     sums, wide = make_sums(*group, dtype, "cpu")
@@ -147,10 +146,7 @@ def test_mining(emulated, rule, dtype, group):
     torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
-@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("rule", RULES[1::2], ids=str)
+@cover_pairs(rule=RULES[1::2], dtype=[F32, F64], group=GROUPS, shared={"shared": True, "each": False})
 def test_mining_inside(emulated, rule, dtype, group, shared):
     name, parameter, factor = rule
     sums, wide = make_sums(*group, dtype, "cpu")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 from op_cases import GROUPS, RULES, find_far_points, make_inside, make_sums
+from pairs import cover_pairs
 
 from recontrast import reference
 from recontrast.kernels import anomaly_map, autotune, cosine_sums, mined_loss
@@ -172,9 +173,7 @@ def test_group_of_mixed_pairs():
 # ---- mining ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("rule", RULES[1:4] + RULES[5:], ids=str)
+@cover_pairs(rule=RULES[1:4] + RULES[5:], dtype=[F32, F64], group=GROUPS)
 def test_mining(rule, dtype, group):
     name, parameter, factor = rule
     sums, wide = make_sums(*group, dtype, DEVICE)
@@ -194,10 +193,12 @@ def test_mining(rule, dtype, group):
     torch.testing.assert_close(ours.double()[far], theirs[far], **tolerance)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
-@pytest.mark.parametrize("group", [GROUPS["odd"], GROUPS["empty"], ([4, 4], [256, 64])], ids=["odd", "empty", "levels"])
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("rule", [RULES[1], RULES[3], RULES[5], RULES[6]], ids=str)
+@cover_pairs(
+    rule=[RULES[1], RULES[3], RULES[5], RULES[6]],
+    dtype=[F32, F64],
+    group={"odd": GROUPS["odd"], "empty": GROUPS["empty"], "levels": ([4, 4], [256, 64])},
+    shared={"shared": True, "each": False},
+)
 def test_mining_inside(rule, dtype, group, shared):
     name, parameter, factor = rule
     sums, wide = make_sums(*group, dtype, DEVICE)
