@@ -6,6 +6,7 @@ compare medians of one run; on a shared machine only such ratios are worth quoti
 
 import json
 import platform
+import sys
 import warnings
 from datetime import date
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # bench_train.py shares functions with other scripts
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 warnings.simplefilter("ignore")  # torch.compile warns about its caches and modes
 
