@@ -1,4 +1,7 @@
-"""recontrast._metrics under AddressSanitizer and UBSan: a separate build, fuzzed by fuzz_metrics.py in a subprocess."""
+"""_metrics and norm_act of _cpu under AddressSanitizer and UBSan: separate builds, fuzzed in subprocesses.
+
+The scripts are fuzz_metrics.py and fuzz_norm_act.py.
+"""
 
 import os
 import shutil
@@ -9,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from recontrast import ops
+
 ROOT = Path(__file__).parents[2]
-SECONDS = 4  # of fuzzing; the seed is fixed, so failures are reproducible
+SECONDS, WHOLE = 4, 300  # of fuzzing, ordinarily and with `pytest -m campaign`; failures are reproducible by the seed
 
 
 @pytest.fixture(scope="module")
@@ -35,34 +40,45 @@ def sanitized():
     }
 
 
-@pytest.fixture(scope="module")
-def module(sanitized, tmp_path_factory):
-    """Path of the module, built with the sanitizers."""
-    pybind11 = pytest.importorskip("pybind11")
+def build(folder, name, **options):
+    """Build one library with the sanitizers, and return its path."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
-    build = tmp_path_factory.mktemp("sanitized")
     if cmake is None:
         pytest.skip("no cmake")
-    options = {
+    options |= {
         "RECONTRAST_SANITIZE": "ON",
-        "RECONTRAST_OUT": build,
+        "RECONTRAST_OUT": folder,
         "CMAKE_CXX_COMPILER": shutil.which("g++"),
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
     } | ({"CMAKE_MAKE_PROGRAM": ninja} if ninja else {})
     generator = ["-G", "Ninja"] if ninja else []
     defines = [f"-D{name}={value}" for name, value in options.items()]
     for command in (
-        [cmake, "-S", ROOT, "-B", build / "cmake", *generator, *defines],
-        [cmake, "--build", build / "cmake"],
+        [cmake, "-S", ROOT, "-B", folder / "cmake", *generator, *defines],
+        [cmake, "--build", folder / "cmake"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    built = build / f"_metrics{sysconfig.get_config_var('EXT_SUFFIX')}"
-    code = built.read_bytes()
+    code = (folder / name).read_bytes()
     assert b"__asan_report_load" in code and b"__ubsan_handle" in code, "built without the sanitizers"
-    return built
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def metrics(sanitized, tmp_path_factory):
+    """Path of _metrics, built with the sanitizers."""
+    directory = pytest.importorskip("pybind11").get_cmake_dir()
+    name = f"_metrics{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return build(tmp_path_factory.mktemp("metrics"), name, RECONTRAST_OPERATORS="OFF", pybind11_DIR=directory)
+
+
+@pytest.fixture(scope="module")
+def operators(sanitized, tmp_path_factory):
+    """Path of _cpu with norm_act alone, built with the sanitizers."""
+    if ops.BACKEND["cpu"] != "native":
+        pytest.skip("THE KERNELS WERE NOT COMPILED")
+    return build(tmp_path_factory.mktemp("operators"), "_cpu.so", RECONTRAST_METRICS="OFF")
 
 
 def python(sanitized, *arguments):
@@ -78,7 +94,20 @@ def test_sanitizer_detects_errors(sanitized):
     assert "heap-buffer-overflow" in done.stderr
 
 
-def test_boundary(sanitized, module):
-    done = python(sanitized, ROOT / "tests" / "fuzz_metrics.py", module, "0", str(SECONDS))
+def fuzz(request, sanitized, script, library):
+    """Run a script that makes random calls of a library, and check that it ends well."""
+    seconds = WHOLE if request.config.option.markexpr == "campaign" else SECONDS
+    done = python(sanitized, ROOT / "tests" / script, library, "0", str(seconds))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert int(done.stdout.split()[0]) >= 50
+
+
+@pytest.mark.campaign
+def test_metrics(request, sanitized, metrics):
+    fuzz(request, sanitized, "fuzz_metrics.py", metrics)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)  # the build takes minutes on a busy machine
+def test_norm_act(request, sanitized, operators):
+    fuzz(request, sanitized, "fuzz_norm_act.py", operators)
