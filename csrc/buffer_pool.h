@@ -90,11 +90,11 @@ class BufferPool {
   int64_t free_bytes_ = 0;                       // of all blocks in free_
 };
 
-// torch.empty_like; large results come from the pool.
-inline Tensor empty_like_pooled(const Tensor& like) {
+// torch.empty_like; results of at least `smallest` bytes come from the pool.
+inline Tensor empty_like_pooled(const Tensor& like, int64_t smallest = BufferPool::kSmallest) {
   Tensor out = torch::stable::empty_like(like);  // for its strides; none of its memory is touched
   const int64_t size = out.numel() * static_cast<int64_t>(out.element_size());
-  if (size < BufferPool::kSmallest) return out;
+  if (size < smallest) return out;
   const int64_t bytes = (size + BufferPool::kHugePage - 1) / BufferPool::kHugePage * BufferPool::kHugePage;
   void* block = BufferPool::instance().take(bytes);
   return torch::stable::from_blob(block, out.sizes(), out.strides(), out.device(), out.scalar_type(),

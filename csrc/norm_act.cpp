@@ -18,6 +18,8 @@
 namespace recontrast {
 namespace {
 
+constexpr int64_t kPooled = 32ll << 20;  // bytes; the memory of smaller results is shared with those of other layers
+
 // Two sums for each channel of each task, in the order of place_in, merged over the tasks in a fixed order.
 struct Partial {
   std::vector<double> first, second;  // [tasks, width of a task]
@@ -138,7 +140,7 @@ std::tuple<Tensor, Tensor> norm_act(const Tensor& x_, std::optional<Tensor> resi
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), "norm_act: mean and var: wanted both or none");
   const Act act = act_of("norm_act", activation);
   const int64_t C = x_.size(1);
-  std::optional<Tensor> result = empty_like_pooled(x_);  // in the layout of x
+  std::optional<Tensor> result = empty_like_pooled(x_, kPooled);  // in the layout of x
   Tensor y = walkable(*result);
   Tensor moments = torch::stable::new_zeros(x_, std::array<int64_t, 2>{2, C}, acc_type(x_));
   const Tensor x = in_order_of(y, x_);
@@ -274,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_, const 
   const Tensor moments = torch::stable::contiguous(moments_);
   const Tensor layout = walkable(torch::stable::empty_like(x_));  // for its strides; none of its memory is touched
   std::optional<Tensor> dx, residual;
-  if (wants_x) dx = empty_like_pooled(x_);
-  if (kept && act != Act::none) residual = empty_like_pooled(x_);
+  if (wants_x) dx = empty_like_pooled(x_, kPooled);
+  if (kept && act != Act::none) residual = empty_like_pooled(x_, kPooled);
   std::optional<Tensor> dx_out, residual_out;
   if (dx) dx_out = walkable(*dx);
   if (residual) residual_out = walkable(*residual);

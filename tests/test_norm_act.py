@@ -214,6 +214,17 @@ def check_finite(ours, theirs):
     torch.testing.assert_close(ours.nan_to_num(0, 0, 0), theirs.nan_to_num(0, 0, 0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(ops.BACKEND["cpu"] != "native", reason="THE KERNELS WERE NOT COMPILED")
+@pytest.mark.parametrize("height, is_pooled", [(128, True), (64, False)])
+def test_only_results_of_32_mb_come_from_the_pool(height, is_pooled):
+    """Other layers cannot use the memory of the pool. Its blocks begin at multiples of 2 MB."""
+    x = torch.randn(8, 64, height, 128, requires_grad=True)
+    residual, weight, bias = torch.randn_like(x).requires_grad_(), torch.ones(64), torch.zeros(64)
+    y, _ = norm_act(x, residual, weight, bias, act="relu")
+    results = [y, *torch.autograd.grad(y, (x, residual), torch.ones_like(y))]
+    assert [t.data_ptr() % 2**21 == 0 for t in results] == [is_pooled] * 3
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_values_that_are_not_finite_spread_as_in_the_oracle(variant, value, device):
