@@ -12,6 +12,7 @@ import numpy as np
 
 from recontrast.data.encoded_image import EncodedImage
 from recontrast.data.heatmaps import encode_png, encode_tiff
+from recontrast.data.roi import EACH, decode_mask
 from recontrast.data.sidecar import compute_sha256
 from recontrast.data.window import from_levels, parse_window
 from recontrast.inference.protocol import Detector
@@ -86,7 +87,10 @@ def check_detector(detector: Detector) -> ReadOptions:
     Raises:
         ValueError: If it gives no finite map and score.
     """
-    height, width = getattr(detector, "input_size", None) or detector.recipe.out
+    recipe, fixed = detector.recipe, getattr(detector, "input_size", None)
+    height, width = fixed or recipe.out
+    if fixed is None and recipe.roi not in (None, EACH):  # which takes images of its own aspect ratio
+        height, width = decode_mask(str(recipe.roi)).shape
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     options = ReadOptions(None, None, detector.recipe.bits, detector.recipe.window)
     content = encode_png(noise)

@@ -19,6 +19,7 @@ from command_line import works
 from PIL import Image
 from saved_model import RECIPE, save
 
+from recontrast.data.roi import encode_mask
 from recontrast.inference.detector import open_detector
 from recontrast.runtime import threads
 from recontrast.service import application
@@ -368,3 +369,20 @@ def test_file_is_loaded_again_while_requests_come(plain, images, tmp_path):
             answer = client.predict(content)
             assert scores.setdefault(answer["sha256"], answer["score"]) == answer["score"]
         assert len(scores) == 2
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+def test_detector_with_a_region_of_interest(tmp_path, tile):
+    """Its images have the aspect ratio of the region, which is not that of the network's input."""
+    mask = np.zeros((48, 96), bool)
+    mask[:, :40] = True
+    path = save(tmp_path / "wide.pt", RECIPE.replace(roi=encode_mask(mask), tile=tile))
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    (wanted,) = open_detector(path, "cpu").predict(tmp_path / "image.png")
+    with serving({"wide": path}) as client:
+        answer = client.predict((tmp_path / "image.png").read_bytes())
+        assert answer["score"] == pytest.approx(wanted.score, rel=1e-6)
+        Image.fromarray(pixels[:, :48]).save(tmp_path / "square.png")
+        status, _, body = client.ask("POST", "/predict", (tmp_path / "square.png").read_bytes())
+        assert status == 422 and "aspect" in json.loads(body)["error"]
