@@ -42,6 +42,7 @@ def main() -> None:
     """Measure all numbers of threads in turn, and write the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", type=int, default=1, help="processors to keep busy")
+    parser.add_argument("--fixed", type=int, nargs="+", help="fixed numbers of threads to time; default: all")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=256)
@@ -65,7 +66,7 @@ def main() -> None:
         time.sleep(1)
         for _ in range(args.rounds):
             best = max((rate for values in rates.values() for rate in values), default=0.0)
-            for name, threads in [*((str(n), n) for n in range(1, most + 1)), (MEASURED, None)]:
+            for name, threads in [*((str(n), n) for n in args.fixed or range(1, most + 1)), (MEASURED, None)]:
                 if threads is not None and name in rates and max(rates[name]) < best / 2:
                     continue
                 rates.setdefault(name, []).append(train_with(threads, recipe, pixels, lines))

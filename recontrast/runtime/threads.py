@@ -109,13 +109,19 @@ class ThreadTuner:
     def _choose(self, least: float) -> bool:
         """Keep the fastest number of threads near the current one, and return whether it is another one.
 
+        A larger number is measured twice before it is taken: by chance the threads in use may all have shared a
+        processor with another program while they were measured.
+
         Args:
-            least: Seconds for which the fastest number is measured, at least.
+            least: Seconds for which the fastest number is measured, at least, if all threads are in use.
         """
         before, gain = self.threads, 1.0
         for _ in range(CHANGES):
-            seconds = self._measure(self.threads, least)
+            enough = least if self.threads == self.most else LEAST_IF_BUSY
+            seconds = self._measure(self._list_candidates(), enough)
             best = min(seconds, key=lambda threads: seconds[threads])
+            if best > self.threads:
+                seconds = self._measure({self.threads, best}, enough)
             if seconds[best] * GAIN > seconds[self.threads]:
                 break
             gain *= seconds[self.threads] / seconds[best]
@@ -127,16 +133,23 @@ class ThreadTuner:
         self._report(f"threads: {self.threads} instead of {before}, {gain:.1f} times as fast ({reason})")
         return True
 
-    def _measure(self, current: int, least: float) -> dict[int, float]:
-        """Return the duration of the probe with the current number of threads, with one more or less, and with others.
+    def _list_candidates(self) -> set[int]:
+        """Return the number of threads in use, one more and one less, twice as many, and half, a quarter and so on.
 
-        The others are twice as many, and half of them, a quarter and so on: one busy processor slows all threads down,
-        so that only a much smaller number may be faster. Numbers that are much slower than the fastest are measured no
-        further: on a busy machine, one measurement of them can take as long as a step.
+        One busy processor slows all threads down, so that only a much smaller number may be faster.
         """
+        current = self.threads
         candidates = {current - 1, current, current + 1, min(2 * current, self.most)}
         candidates |= {current >> shift for shift in range(current.bit_length())}
-        seconds = dict.fromkeys(sorted(n for n in candidates if 1 <= n <= self.most), 0.0)
+        return {threads for threads in candidates if 1 <= threads <= self.most}
+
+    def _measure(self, candidates: set[int], least: float) -> dict[int, float]:
+        """Return the mean duration of the probe with each number of threads, measured in turn.
+
+        Numbers that are much slower than the fastest are measured no further: on a busy machine, one measurement of
+        them can take as long as a step. A number in use that is less than the largest is measured to the end.
+        """
+        seconds = dict.fromkeys(sorted(candidates), 0.0)
         slow: dict[int, float] = {}
         rounds = 0
         while rounds < ROUNDS or (rounds < MOST_ROUNDS and min(seconds.values()) < least):
@@ -147,8 +160,9 @@ class ThreadTuner:
                 self._probe()
                 seconds[threads] += self._clock() - started
             limit = max(HOPELESS * min(seconds.values()), HOPELESS_AFTER)
-            slow |= {threads: total / rounds for threads, total in seconds.items() if total > limit}
-            seconds = {threads: total for threads, total in seconds.items() if threads not in slow}
+            kept = self.threads if self.threads < self.most else None
+            slow |= {n: total / rounds for n, total in seconds.items() if total > limit and n != kept}
+            seconds = {n: total for n, total in seconds.items() if n not in slow}
             if len(seconds) == 1:
                 break
         return slow | {threads: total / rounds for threads, total in seconds.items()}

@@ -36,6 +36,7 @@ WRITING = 2.0  # seconds for the files of a run
 BFLOAT16_GAIN = 1.2  # bfloat16 is used if it is this many times faster
 MIN_IMAGES = 10  # for the Gaussians of PaDiM
 PROBE_SIZE, PROBE_BATCH = 256, 4
+STEP_BATCH = 8  # largest batch of a timed training step; larger ones take at most as long per image
 COSTS_PER_SELECTION = 2.0  # time of the coreset, relative to one product of all vectors with all selected ones
 
 
@@ -178,10 +179,12 @@ def _plan_steps(
     """Plan as many training steps as fit."""
     model, pixels = probe.model.train(), recipe.out[0] * recipe.out[1] / (probe.size[0] * probe.size[1])
     optimisers, dtype = build_optimisers(model, recipe, probe.device), next(model.parameters()).dtype
-    x = normalise(probe.pixels, model.mean, model.std, dtype=dtype, channels_last=probe.channels_last)
     parameter = compute_rule_parameter(recipe, 0)
     batch = min(recipe.batch, probe.count)
-    per_step = probe.time(lambda: train_step(model, optimisers, x, parameter, recipe)) * batch / PROBE_BATCH * pixels
+    timed = min(batch, STEP_BATCH)  # the optimiser takes its time once a step: fewer images would count it often
+    drawn = probe.pixels[torch.arange(timed, device=probe.device) % PROBE_BATCH]
+    x = normalise(drawn, model.mean, model.std, dtype=dtype, channels_last=probe.channels_last)
+    per_step = probe.time(lambda: train_step(model, optimisers, x, parameter, recipe)) * batch / timed * pixels
     after = held_out * probe.time_network(recipe.precision) * pixels + WRITING
     once = (probe.count + held_out) * probe.reading + after - WRITING
     steps = math.floor((remaining - once) / per_step)

@@ -138,6 +138,49 @@ def test_numbers_that_are_much_slower_are_measured_once():
     assert machine.probes == 4  # two measurements: with 1 and 2 threads, then with 1 and 2 again
 
 
+@pytest.mark.parametrize("looks", [range(1), range(1, 2)], ids=["first-look", "second-look"])
+@pytest.mark.parametrize("factor", [3, 40])
+def test_chance_does_not_bring_a_busy_processor_back(looks, factor):
+    """One look finds the thread in use slow, because it shared a processor with the other program all the while."""
+    machine = Machine(2, busy=1)
+    machine.tuner.before_steps()
+    assert machine.tuner.threads == 1
+    machine.lines.clear()
+    steady, measure, count = machine.probe, machine.tuner._measure, [0]
+
+    def probe():
+        steady()
+        if machine.threads == 1 and count[0] - 1 in looks:
+            machine.now += factor * 0.012
+
+    def measure_once(candidates, least):
+        count[0] += 1
+        return measure(candidates, least)
+
+    machine.tuner._probe, machine.tuner._measure = probe, measure_once
+    assert machine.work(400) == 1
+    assert not machine.lines
+    assert count[0] > 3
+
+
+def test_the_number_in_use_is_measured_to_the_end():
+    """A few slow computations with one thread, which shared a processor, do not decide."""
+    machine = Machine(2, busy=1)
+    machine.tuner.before_steps()
+    machine.lines.clear()
+    slow = iter([0.1] * 3)
+    steady = machine.probe
+
+    def probe():
+        steady()
+        if machine.threads == 1:
+            machine.now += next(slow, 0.0)
+
+    machine.tuner._probe = probe
+    assert machine.work(20) == 1
+    assert not machine.lines
+
+
 def test_a_measurement_before_the_first_step_delays_the_next():
     machine = Machine(4)
     machine.tuner.before_steps()

@@ -76,6 +76,18 @@ def test_steps_fill_the_budget(paths, steady):
     assert kept.recipe.steps == 7
 
 
+@pytest.mark.parametrize(("batch", "timed"), [(1, 1), (3, 3), (6, 6), (8, 8), (200, 8)])
+def test_the_timed_step_has_the_batch_of_the_recipe(paths, steady, monkeypatch, batch, timed):
+    """What a step takes whatever its batch, such as the optimiser, is counted once a step."""
+    sizes = []
+    monkeypatch.setattr(budget, "train_step", lambda model, optimisers, x, *rest: sizes.append(len(x)))
+    monkeypatch.setattr(budget._Probe, "time", lambda self, work: (work(), 0.5)[1])
+    plan = plan_budget(RECIPE.replace(size=64, batch=batch), ["architecture", "size"], paths * 30, 0, 200, CPU)
+    assert sizes == [timed]
+    steps = (200 * budget.SAFETY - 2 * budget.WRITING) / (0.5 * batch / timed)
+    assert abs(plan.recipe.steps - steps) <= 0.02 * steps + 1
+
+
 @pytest.mark.parametrize("architecture", ["patchcore", "recontrast"])
 def test_too_short_says_the_least_that_works(paths, steady, architecture):
     recipe = RECIPE.replace(architecture=architecture)
