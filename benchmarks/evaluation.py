@@ -7,7 +7,8 @@ weights and works as its `evaluation` function: image by image, SciPy's blur, li
 images are decoded before the timer starts; ours is timed from the image files and includes folding. Each side runs in
 its own process and reports its peak memory. A category without masks has image metrics only, on both sides. The table
 also shows the metrics, and as a lower bound the time of the network's multiply-adds at the rate of a large matrix
-product. bfloat16 is skipped on devices without kernels for it, unless `--ways` names it.
+product. bfloat16 is skipped on devices without kernels for it, unless `--ways` names it. `--files` adds exported files
+of the same detector, evaluated as `recontrast evaluate FILE` does.
 """
 
 import argparse
@@ -28,11 +29,14 @@ import upstream
 from measurements import name_machine, write_record
 from upstream_model import upstream_from
 
+import recontrast
 from recontrast import checkpoint
 from recontrast.data import datasets
 from recontrast.data.cache import ImageCache
 from recontrast.data.images import normalise, read_mask
 from recontrast.evaluation.evaluate import evaluate
+from recontrast.export.decisions import list_files
+from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.options import InferenceOptions
 from recontrast.runtime.device import is_bfloat16_fast, resolve_device
 
@@ -94,6 +98,17 @@ def ours(data: Path, file: Path, way: str) -> dict[str, Any]:
     return {"seconds": seconds, "split": split, "metrics": values, **about, "table": result.to_markdown()}
 
 
+def exported(data: Path, file: Path) -> dict[str, Any]:
+    """Evaluate an exported file as `recontrast evaluate` does and return time and metrics."""
+    tests = [sample for samples in load_tests(data).values() for sample in samples]
+    start = time.perf_counter()
+    result = recontrast.evaluate(ExportedDetector(file), tests)
+    seconds = time.perf_counter() - start
+    values = {name: getattr(result.mean, name) for name in SHOWN}
+    about = {"images": len(tests), "megabytes": sum(part.stat().st_size for part in list_files(file)) / 1e6}
+    return {"seconds": seconds, "metrics": values, **about, "table": result.to_markdown()}
+
+
 def reference(data: Path, file: Path) -> dict[str, Any]:
     """Evaluate the same images with the reference's loop and return time and metrics."""
     ours, recipe, _ = checkpoint.load_model(file)
@@ -122,7 +137,10 @@ def reference(data: Path, file: Path) -> dict[str, Any]:
 
 def measure(way: str, data: Path, file: Path) -> dict[str, Any]:
     """Measure one configuration; runs in its own process."""
-    result = reference(data, file) if way == "reference" else ours(data, file, way)
+    if way == "reference":
+        result = reference(data, file)
+    else:
+        result = ours(data, file, way) if way in WAYS else exported(data, Path(way))
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return result
 
@@ -133,11 +151,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of categories in MVTec AD layout")
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of a detector with a ResNet encoder")
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, "reference"])
+    parser.add_argument("--files", nargs="+", type=Path, default=[], help="exported files of the detector")
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"))
     args = parser.parse_args()
     fast_bfloat16 = is_bfloat16_fast(resolve_device(None))
     ways = args.ways or [w for w in WAYS if w not in LEFT_OUT and (fast_bfloat16 or not w.startswith("bfloat16"))]
-    ways = ways if args.ways else [*ways, "reference"]
+    ways = [*(ways if args.ways else [*ways, "reference"]), *map(str, args.files)]
     results: dict[str, dict[str, Any]] = {}
     for way in ways:
         print(f"{way} ...", file=sys.stderr, flush=True)
@@ -159,9 +178,8 @@ def main() -> None:
     for way, row in results.items():
         cells = [f"{row['seconds']:.1f}", f"{reference_seconds / row['seconds']:.2f}" if reference_seconds else "-"]
         cells += [f"{row['floor']:.1f}" if "floor" in row else "-", f"{row['peak_mb']} MB"]
-        cells += [
-            ", ".join(f"{row['split'][k]:.1f}" for k in ("loading", "forward", "maps", "metrics") if "split" in row)
-        ]
+        parts = ("loading", "forward", "maps", "metrics")
+        cells += [", ".join(f"{row['split'][k]:.1f}" for k in parts) if "split" in row else "-"]
         cells += ["-" if (v := row["metrics"].get(name)) is None else f"{100 * v:.2f}" for name in SHOWN]
         print(f"| {way} | " + " | ".join(cells) + " |")
     for row in results.values():
