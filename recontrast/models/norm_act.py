@@ -7,12 +7,12 @@ recomputes in the backward pass what the stock layers keep.
 
 import itertools
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from timm.layers import BatchNormAct2d
 from timm.models import resnet
-from timm.models._features import FeatureDictNet
+from timm.models._features import FeatureDictNet, FeatureListNet
 from torch import Tensor, fx, nn
 
 from recontrast import ops
@@ -118,8 +118,9 @@ def fuse_norm_act(module: nn.Module) -> nn.Module:
     """Replace BatchNorm2d and the residual adds and activations after it by `NormAct2d`, in place.
 
     Activations and adds are fused where the order of the layers is known: in sequences, in `ResidualBlock`, in the
-    residual blocks of timm's ResNets, which are traced, and in timm's BatchNormAct2d. Other norms are replaced alone.
-    Subclasses of BatchNorm2d with other statistics are left as they are. State dicts keep their names.
+    residual blocks of timm's ResNets, which are traced, and in timm's BatchNormAct2d. Other norms are replaced alone,
+    as are those in subclasses of nn.Sequential with a ``forward`` of their own. Layers with hooks and subclasses of
+    BatchNorm2d with other statistics are left as they are. State dicts keep their names.
 
     Args:
         module: Module, changed in place.
@@ -131,9 +132,9 @@ def fuse_norm_act(module: nn.Module) -> nn.Module:
         return _convert(module) or module
     if isinstance(module, ResidualBlock):
         _fuse_residual_block(module)
-    if isinstance(module, nn.Sequential | FeatureDictNet):
+    if _is_sequence(module):
         _fuse_sequence(module)
-    if type(module) in RESIDUAL_BLOCKS:
+    if type(module) in RESIDUAL_BLOCKS and not _has_hooks(module):
         module = _fuse_traced(module)
     for name, child in module.named_children():
         setattr(module, name, fuse_norm_act(child))
@@ -141,40 +142,67 @@ def fuse_norm_act(module: nn.Module) -> nn.Module:
 
 
 def name_activation(module: Any) -> str | None:
-    """Return the name of an activation of `NormAct2d`; None for any other module.
+    """Return the name of an activation of `NormAct2d`; None for any other module, and for one with hooks.
 
     Args:
         module: Module, compared by exact type.
     """
+    if isinstance(module, nn.Module) and _has_hooks(module):
+        return None
     if type(module) is nn.ReLU:
         return "relu"
     return "gelu" if type(module) is nn.GELU and module.approximate == "none" else None
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks see the input, the output or their gradients, which a fused layer does not have."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _is_norm(module: Any) -> TypeGuard[nn.BatchNorm2d]:
+    """Return whether a module is a BatchNorm2d, by exact type, without hooks."""
+    return type(module) is nn.BatchNorm2d and not _has_hooks(module)
+
+
+def _is_identity(module: Any) -> bool:
+    """Return whether a module is an Identity, by exact type, without hooks."""
+    return type(module) is nn.Identity and not _has_hooks(module)
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Return whether a module calls its children one after the other and nothing else."""
+    forward = getattr(module.forward, "__func__", None)  # of the object, which may have one of its own
+    is_features = type(module) in (FeatureDictNet, FeatureListNet)
+    return is_features or (isinstance(module, nn.Sequential) and forward is nn.Sequential.forward)
+
+
 def _convert(norm: nn.Module) -> NormAct2d | None:
-    """Return the replacement of a BatchNorm2d or BatchNormAct2d; None where its activation has no kernel."""
+    """Return the replacement of a BatchNorm2d or BatchNormAct2d; None with hooks or where it has no kernel."""
+    if _has_hooks(norm):
+        return None
     if type(norm) is nn.BatchNorm2d:
         return NormAct2d(norm)
-    if not isinstance(norm, BatchNormAct2d) or not isinstance(norm.drop, nn.Identity):
+    if not isinstance(norm, BatchNormAct2d) or not _is_identity(norm.drop):
         return None
-    act = "none" if isinstance(norm.act, nn.Identity) else name_activation(norm.act)
+    act = "none" if _is_identity(norm.act) else name_activation(norm.act)
     return None if act is None else NormAct2d(norm, act)
 
 
 def _fuse_residual_block(block: ResidualBlock) -> None:
     norm, act = block.body[-1], name_activation(block.activation)
-    if type(norm) is nn.BatchNorm2d and act is not None:
+    if _is_norm(norm) and act is not None and _is_sequence(block.body) and not _has_hooks(block.body):
         block.body[-1], block.activation = NormAct2d(norm, act), nn.Identity()
         block.adds_in_norm = True
 
 
 def _fuse_sequence(module: nn.Module) -> None:
     """Fuse each norm of a sequence with the activation after it, unless the output of the norm is returned as well."""
-    children = list(module.named_children())
+    children = list(module._modules.items())  # unlike named_children, a layer that is called twice is listed twice
     returned = getattr(module, "return_layers", {})
     for (name, norm), (next_name, following) in itertools.pairwise(children):
         act = name_activation(following)
-        if type(norm) is nn.BatchNorm2d and act is not None and name not in returned:
+        if _is_norm(norm) and act is not None and name not in returned:
             setattr(module, name, NormAct2d(norm, act))
             setattr(module, next_name, nn.Identity())
 
@@ -195,11 +223,11 @@ def _fuse_traced(block: nn.Module) -> nn.Module:
     modules = dict(block.named_modules())
     replaced: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
-        if node.op == "call_module" and type(modules[node.target]) is nn.Identity:  # DropBlock of probability 0
+        if node.op == "call_module" and _is_identity(modules[node.target]):  # DropBlock of probability 0
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
+        if node.op != "call_module" or not _is_norm(modules[node.target]):
             continue
         last, residual = node, None
         add = _sole_reader(node)

@@ -151,5 +151,72 @@ def test_what_is_not_fused():
     assert AddAct("none")(torch.ones(1), torch.ones(1)) == 2
 
 
+class Skipping(nn.Sequential):
+    """Returns the output of its first layer beside that of the last."""
+
+    def forward(self, x):
+        first = self[0](x)
+        return first, self[2](self[1](first))
+
+
+def test_sequences_with_a_forward_of_their_own_keep_the_order_of_their_layers():
+    sequence = perturb(Skipping(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))).eval()
+    x = torch.randn(2, 3, 4, 4)
+    expected = sequence(x)
+    fused = fuse_norm_act(copy.deepcopy(sequence))
+    assert fused[0].act == "none" and type(fused[1]) is nn.ReLU
+    torch.testing.assert_close(fused(x), expected)
+    assert (expected[0] < 0).any()  # a fused activation would have removed them
+    replaced = nn.Sequential(*copy.deepcopy(sequence))
+    replaced.forward = lambda x: replaced[0](x)  # a forward of this object alone
+    assert [type(m) for m in fuse_norm_act(replaced)][1] is nn.ReLU
+
+
+def test_subclasses_with_the_forward_of_sequential_are_fused():
+    class Named(nn.Sequential):
+        pass
+
+    fused = fuse_norm_act(Named(nn.BatchNorm2d(3), nn.ReLU()))
+    assert fused[0].act == "relu" and type(fused[1]) is nn.Identity
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("hooked", [0, 1])
+def test_layers_with_hooks_are_not_fused(hooked, kind):
+    sequence, called = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), []
+    getattr(sequence[hooked], f"register_{kind}_hook")(lambda module, *values: called.append(module))
+    layer = sequence[hooked]
+    fused = fuse_norm_act(sequence)
+    assert fused[hooked] is layer and type(fused[1]) is nn.ReLU
+    assert isinstance(fused[0], NormAct2d) == (hooked == 1)  # a norm without hooks is replaced alone
+    fused(torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
+    assert called == [layer]
+
+
+@pytest.mark.parametrize("name", ["", "bn1", "act1", "bn2", "act2"])
+def test_residual_blocks_of_timm_keep_their_hooks(name):
+    block, called = perturb(resnet.BasicBlock(4, 4)).eval(), []
+    expected, x = copy.deepcopy(block), torch.randn(2, 4, 8, 8)
+    block.get_submodule(name).register_forward_hook(lambda module, *_: called.append(type(module)))
+    torch.testing.assert_close(fuse_norm_act(block)(x), expected(x))
+    assert called == [type(expected.get_submodule(name))]
+
+
+@pytest.mark.parametrize("name", ["", "body", "body.1", "body.2", "body.4", "activation"])
+def test_residual_blocks_keep_their_hooks(name):
+    block, called = perturb(ResidualBlock(4, 4, "same", ResNetPlan(1, (1,)))).eval(), []
+    expected, x = copy.deepcopy(block), torch.randn(2, 4, 8, 8)
+    block.get_submodule(name).register_forward_hook(lambda module, *_: called.append(type(module)))
+    torch.testing.assert_close(fuse_norm_act(block)(x), expected(x))
+    assert called == [type(expected.get_submodule(name))]
+
+
+def test_a_norm_that_is_called_twice_is_fused_where_the_activation_follows():
+    norm = perturb(nn.BatchNorm2d(3))
+    sequence, x = nn.Sequential(norm, norm, nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
+    expected = sequence(x)
+    torch.testing.assert_close(fuse_norm_act(sequence)(x), expected)
+
+
 def test_statistics_over_processes_replace_norms_that_are_not_fused():
     assert isinstance(convert_sync_batchnorm(nn.BatchNorm2d(3)), GlobalBatchNorm2d)
