@@ -46,7 +46,14 @@ WAYS = {  # name -> recipe fields; "cache" enables the teacher cache
         "precision": "bfloat16",
         "fused_norm": True,
     },
+    "channels_last, cache": {"channels_last": True, "cache": True},
     "bfloat16, channels_last, cache": {"channels_last": True, "precision": "bfloat16", "cache": True},
+    "bfloat16, channels_last, norms fused, cache": {
+        "channels_last": True,
+        "precision": "bfloat16",
+        "fused_norm": True,
+        "cache": True,
+    },
     "bfloat16, channels_last, compile": {"channels_last": True, "precision": "bfloat16", "compile": True},
     "all": {"channels_last": True, "precision": "bfloat16", "compile": True, "cache": True},
 }
