@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recontrast import checkpoint as checkpoints
-from recontrast.app import evaluate_job, train_job
+from recontrast.app import evaluate_job
 from recontrast.app.calibrate_job import CheckpointTarget, ExportedTarget, calibrate_detector
 from recontrast.app.data_options import load_data, load_tests
 from recontrast.app.load import load, resolve_detector
 from recontrast.app.options import parse_duration
+from recontrast.app.prepare_training import prepare_job
+from recontrast.app.run_training import run_job
 from recontrast.calibration.conformal import DEFAULT_PIXEL_RATE, DEFAULT_RATE, allowed_false_alarms
 from recontrast.data.class_folders import list_good_samples
 from recontrast.data.datasets import Sample
@@ -21,9 +23,10 @@ from recontrast.data.fingerprint import read_fingerprints
 from recontrast.data.groups import count_groups
 from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
+from recontrast.data.part_samples import group_samples
 from recontrast.data.roi import RoiFolder
 from recontrast.data.unsplit import list_good_of_classes
-from recontrast.data.views import PAGES, group_samples, is_pattern
+from recontrast.data.views import check_source
 from recontrast.evaluation.results import Result
 from recontrast.inference.calibrate import select_new_samples
 from recontrast.inference.detector import CheckpointDetector, Detector
@@ -89,12 +92,12 @@ def train(
     paths = [Path(item) for item in given if not isinstance(item, Sample)]
     source = paths if paths and len(paths) == len(given) else _group_samples(data, category, all_good)
     file = None if resume is None else resolve_detector(resume)
-    job = train_job.prepare_job(
+    job = prepare_job(
         source, recipe, fields, category=category, out=None if out is None else Path(out), resume=file,
         overwrite=overwrite, all_good=all_good, option="out", device=device, roi=roi,
         budget=None if budget is None else parse_duration("budget", budget),
     )  # fmt: skip
-    train_job.run_job(
+    run_job(
         job, device=device, cache=None if cache_dir is None else Path(cache_dir), teacher_cache=teacher_cache,
         tensorboard=False,
         on_step=None if on_step is None else lambda _, done, total, note: on_step(done, total, note),
@@ -302,8 +305,7 @@ def find_samples(
         FileNotFoundError: If there is no such folder, or no such category.
     """
     data, good, bad = ([v] if isinstance(v, str | os.PathLike) else list(v) for v in (data, good, bad))
-    if views_from is not None and views_from != PAGES and not is_pattern(views_from):
-        raise ValueError(f"views_from: wanted 'pages' or a regular expression with one group, got {views_from!r}")
+    check_source(views_from, "views_from")
     groups = load_data(
         data, good, bad, category=category, all_good=all_good, views_from=views_from, options=("data", "good", "bad")
     )

@@ -5,9 +5,12 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from recontrast.calibration.conformal import Calibration
 
 MAX_MESSAGE = 2000  # characters of an error message that are printed
 MAX_PRINTED_ERRORS = 20  # messages about single images that are printed
@@ -83,3 +86,15 @@ def print_data(lines: Iterable[str]) -> None:
     if not is_silent():
         for line in lines:
             print_line(line)
+
+
+def print_promise(calibration: "Calibration | None") -> None:
+    """Print what a calibration promises, if there is one.
+
+    Args:
+        calibration: The calibration; None prints nothing.
+    """
+    from recontrast.calibration.conformal import describe_promise
+
+    for line in () if calibration is None else describe_promise(calibration):
+        print_line(line)

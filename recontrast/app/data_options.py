@@ -61,10 +61,15 @@ def load_data(
         )
     if not data:
         raise ValueError(f"{options[0]}: wanted data sets, folders or lists, or {options[1]} DIR, got none")
-    return datasets.load(
+    groups = datasets.load(
         data, None if name is None else [name], all_good=all_good, incomplete=incomplete or views_from is not None,
         for_test=for_test, views_from=views_from,
     )  # fmt: skip
+    if incomplete or views_from is None:
+        return groups
+    from recontrast.data.part_samples import check_part_files
+
+    return {name: check_part_files(samples, views_from) for name, samples in groups.items()}
 
 
 def load_training_data(

@@ -26,6 +26,7 @@ from recontrast.data.near_copies import (
     find_near_copies,
     merge_copies,
     sketch_image,
+    sketch_views,
 )
 from recontrast.data.roi import EACH
 from recontrast.inference.given_images import measure_given
@@ -90,7 +91,8 @@ def _join_near_copies(images: NDArray[np.uint8], owners: list[int]) -> list[int]
     """Return the first image of each group of copies and near-copies, and warn of both."""
     different = sorted(set(owners))
     names = [f"image {index}" for index in range(len(images))]
-    sketches = np.stack([sketch_image(images[index] if images.ndim == 4 else images[index][0]) for index in different])
+    parts = images[:, None] if images.ndim == 4 else images  # (n, views, H, W, 3)
+    sketches = np.stack([sketch_views(list(map(sketch_image, parts[index]))) for index in different])
     pairs = find_near_copies(sketches)
     for text in (
         describe_copies(names, owners),

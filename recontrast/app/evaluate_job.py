@@ -19,9 +19,9 @@ from recontrast.data.image_files import IMAGE_ERRORS, assign_result_names, descr
 from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
+from recontrast.data.part_samples import group_samples
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinished, name_mark, remove_files
-from recontrast.data.views import group_samples
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import FILES, Result
 from recontrast.evaluation.sample_images import open_images

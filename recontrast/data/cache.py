@@ -125,13 +125,13 @@ class ImageCache:
         index = np.atleast_1d(np.asarray(indices))
         return self._images[index if index.size else index.astype(np.intp)]  # NumPy turns an empty list into floats
 
-    def read_file(self, position: int) -> np.ndarray:
-        """Copy the whole image of one file, or of the first view of a part: with tiles, put together from them.
+    def read_views(self, position: int) -> Iterator[np.ndarray]:
+        """Copy the whole image of one file, or the views of a part one by one: with tiles, put together from them.
 
         Args:
             position: Position of the file in ``samples``.
 
-        Returns:
+        Yields:
             (H, W, 3), uint8, or float32 with a window; with tiles, at its original size.
 
         Raises:
@@ -139,10 +139,11 @@ class ImageCache:
             ValueError: With tiles, if the file is no longer an image.
         """
         start, stop = self.offsets[position : position + 2]
-        images = self[start : start + (stop - start) // (1 if self._views is None else len(self._views))]
-        if self._tile is None:
-            return images[0]
-        return join_tiles(images, image_size(show_view(self._files[position], self._views)), self._tile[1])
+        count = (stop - start) // (1 if self._views is None else len(self._views))
+        size = None if self._tile is None else image_size(show_view(self._files[position], self._views))
+        for first in range(start, stop, count):
+            images = self[first : first + count]
+            yield images[0] if self._tile is None or size is None else join_tiles(images, size, self._tile[1])
 
     def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Copy all images to a tensor, in pieces of 64 MB.

@@ -117,7 +117,8 @@ def describe(groups: Mapping[str, Sequence[Sample]]) -> list[str]:
             masks = sum(sample.mask is not None for sample in inside)
             use = "good, to train on" if split == "train" and not label else f"{split}, {defect}"
             use += f", {count_images(masks, 'mask')}" if masks else ""
-            lines.append(f"  {path.absolute().relative_to(root)}: {count_images(len(inside))} ({use})")
+            count = count_images(len(inside), "part" if any(sample.views for sample in inside) else "image")
+            lines.append(f"  {path.absolute().relative_to(root)}: {count} ({use})")
     return lines
 
 

@@ -60,7 +60,7 @@ def list_parts(parts: Any, source: str, names: Sequence[str] = ()) -> tuple[View
     Raises:
         OSError: If a file of pages cannot be read.
         ValueError: If there are no parts, they are of another kind, the views are not known, or a part has another
-            number of views or lacks one.
+            number of views, lacks one or has one twice.
     """
     refuse_container(parts)
     if isinstance(parts, str | os.PathLike | Image.Image) or not hasattr(parts, "__len__") or not len(parts):
@@ -79,11 +79,24 @@ def _list_views(item: Any, position: int, views: Views) -> list[Any]:
     if isinstance(item, Image.Image) or not hasattr(item, "__len__"):
         raise ValueError(f"images: wanted {ACCEPTED}, got {type(item).__name__} at position {position}")
     if len(item) != len(views):
-        wanted = f"{len(views)} views ({', '.join(views.names)})"
+        wanted = f"{len(views)} views ({views.describe()})"
         raise ValueError(f"image {position}: wanted a part with {wanted}, got {len(item)}")
     for view in item:
         check_item(view, position)
-    return [Path(view) if isinstance(view, str | os.PathLike) else view for view in item]
+    return _sort_views([Path(view) if isinstance(view, str | os.PathLike) else view for view in item], position, views)
+
+
+def _sort_views(given: list[Any], position: int, views: Views) -> list[Any]:
+    """Return the views of a part in their order if they are paths that name them; else as they are."""
+    if views.source == PAGES or not all(isinstance(view, Path) for view in given):
+        return given
+    try:
+        names = [views.divide(path)[1] for path in given]
+    except ValueError:  # of files with other names, the order is that of the caller
+        return given
+    if twice := [name for name in views.names if names.count(name) > 1]:
+        raise ValueError(f"image {position}: wanted each of the views {views.describe()} once, got {twice[0]} again")
+    return [given[names.index(name)] for name in views.names]
 
 
 def _find_names(items: Sequence[Any], source: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from recontrast.data.decode_budget import BYTES_IN_FLIGHT
 from recontrast.data.images import Size, image_size, parse_size, read_image
-from recontrast.data.views import Views
+from recontrast.data.views import Views, list_sources
 from recontrast.data.window import Window, pixel_dtype
 
 IMAGE_ERRORS = (OSError, ValueError, MemoryError, RuntimeError)  # that concern one image, and not the run
@@ -205,12 +205,13 @@ def read_parts(read: Callable[[int], np.ndarray], index: Any, views: int, mappin
     return pixels[inverse, index % views]
 
 
-def describe_image_error(path: str, error: BaseException) -> str:
+def describe_image_error(path: str, error: BaseException, views: Views | None = None) -> str:
     """Describe an error about an image in one sentence that names the image once.
 
     Args:
-        path: Path of the image.
+        path: Path of the image or part.
         error: Error of reading the image or its mask, or of writing its results.
+        views: Views of the part, whose paths name it too; None for a single image.
 
     Returns:
         The sentence.
@@ -218,7 +219,8 @@ def describe_image_error(path: str, error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return text if path in text else f"{path}: {text or type(error).__name__}"
+    names = [path, *map(str, list_sources([path], views))]
+    return text if any(name in text for name in names) else f"{path}: {text or type(error).__name__}"
 
 
 def assign_result_names(paths: Sequence[Path]) -> list[Path]:

@@ -1,20 +1,19 @@
 """Several aligned images of one part, its views: files named by a pattern, or the pages of a TIFF file.
 
 A part is one item of all lists, metrics and calibrations, and has the path of its first view. The network sees each
-view by itself; `combine_views` joins their maps.
+view by itself; `combine_views` joins their maps. `recontrast.data.part_samples` joins the samples of the views.
 """
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recontrast.data.dataset_sample import Sample
 from recontrast.data.encoded_image import EncodedImage, ImagePage, ImageSource
 from recontrast.data.images import Size, image_size, read_image
 from recontrast.data.listing import natural_sort_key
@@ -23,6 +22,8 @@ from recontrast.data.window import Window
 
 PAGES = "pages"
 """Source of views that are the pages of one TIFF file."""
+
+_NAMED = 8  # views that a message names
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,28 @@ class Views:
     def __len__(self) -> int:
         """Number of views of a part."""
         return len(self.names)
+
+    def describe(self) -> str:
+        """Return the names of the views for a message; of many views, the first ones and their number."""
+        named = ", ".join(self.names[:_NAMED])
+        return named if len(self) <= _NAMED else f"{named}, ... ({len(self)} views)"
+
+    def divide(self, path: Path) -> tuple[str, str, str]:
+        """Divide the path of a view, see `divide_path`.
+
+        Args:
+            path: Path of an image.
+
+        Returns:
+            What precedes the name of the view, the name, and what follows it.
+
+        Raises:
+            ValueError: If the path has no name of a view, or that of none of these.
+        """
+        before, name, after = divide_path(self.source, path)
+        if name not in self.names:
+            raise ValueError(f"{path}: wanted one of the views {self.describe()} as in training, got {name!r}")
+        return before, name, after
 
     def locate(self, path: Path) -> list[ImageSource]:
         """Return the images of a part, in the order of ``names``.
@@ -111,7 +134,7 @@ class Views:
             return image_size(source)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{source}: wanted the views {', '.join(self.names)} of each part, got no such file"
+                f"{source}: wanted the views {self.describe()} of each part, got no such file"
             ) from None
 
     def first(self, path: Path) -> ImageSource:
@@ -135,6 +158,21 @@ def is_pattern(source: str) -> bool:
         return re.compile(source).groups == 1
     except (re.error, OverflowError, RecursionError):
         return False
+
+
+def check_source(source: str | None, name: str) -> None:
+    """Check where the views of a part are found.
+
+    Args:
+        source: As in `Views`; None for single images.
+        name: Name of the option or argument, for the error message.
+
+    Raises:
+        ValueError: If it is neither `PAGES` nor a regular expression with one pair of parentheses.
+    """
+    if source is not None and source != PAGES and not is_pattern(source):
+        wanted = f"{PAGES!r} or a regular expression with one pair of parentheses around the name of the view"
+        raise ValueError(f"{name}: wanted {wanted}, got {source!r}")
 
 
 def divide_path(pattern: str, path: Path) -> tuple[str, str, str]:
@@ -204,51 +242,10 @@ def group_paths(paths: Sequence[Path], views: Views | None) -> list[Path]:
     if views is None or views.source == PAGES:
         return list(paths)
     parts: dict[str, Path] = {}
-    for before, _, after in _divide_all(paths, views):
+    for before, _, after in map(views.divide, paths):
         part = Path(before + views.names[0] + after)
         parts.setdefault(os.path.abspath(part), part)
     return list(parts.values())
-
-
-def group_samples(
-    samples: Sequence[Sample], views: Views | None, missing: list[str] | None = None
-) -> list[Sample]:  # fmt: skip
-    """Join the samples of the views of each part to one.
-
-    A part has a defect if one of its views has one, and its mask is that of all its views together: a view without a
-    mask, or whose mask is no file, does not show the defect if another view has one. The group and the region of
-    interest that one of the views states are those of the part; training takes one region for all parts alone.
-
-    Args:
-        samples: Samples of all views. Parts that are joined already stay as they are. The category is that of the first
-            view: of folders for each view, it is their name.
-        views: Views of the parts; None: each file is one.
-        missing: List that receives a sentence for each part without one of its views, which is left out. None: such a
-            part is an error.
-
-    Returns:
-        The first view of each part, with the others in `Sample.views`.
-
-    Raises:
-        ValueError: If a path has no name of a view, a view is missing, or views of one part are on two sides of a split
-            or in two groups.
-    """
-    if views is None or views.source == PAGES or all(sample.views for sample in samples):
-        return list(samples)
-    parts: dict[str, dict[str, Sample]] = {}
-    divided = _divide_all([sample.path for sample in samples], views)
-    for sample, (before, name, after) in zip(samples, divided, strict=True):
-        parts.setdefault(os.path.abspath(before + views.names[0] + after), {})[name] = sample
-    joined = []
-    for part in parts.values():
-        text = _describe_missing(part, views)
-        if text is None:
-            joined.append(_join(part, views))
-        elif missing is None:
-            raise ValueError(text)
-        else:
-            missing.append(text)
-    return joined
 
 
 def list_part_names(paths: Sequence[Path], source: str | None) -> list[str]:
@@ -285,52 +282,7 @@ def combine_views(values: Any, views: int, how: str) -> Any:
     return values.amax(1) if how == "max" else values.mean(1)
 
 
-def _divide_all(paths: Iterable[Path], views: Views) -> list[tuple[str, str, str]]:
-    """Divide paths, or raise ValueError for one with another view than those of training."""
-    divided = []
-    for path in paths:
-        before, name, after = divide_path(views.source, path)
-        if name not in views.names:
-            raise ValueError(f"{path}: wanted one of the views {', '.join(views.names)} as in training, got {name!r}")
-        divided.append((before, name, after))
-    return divided
-
-
-def _describe_missing(part: dict[str, Sample], views: Views) -> str | None:
-    """Say which views a part lacks; None if it has all."""
-    absent = ", ".join(name for name in views.names if name not in part)
-    first = next(part[name] for name in views.names if name in part)
-    return f"{first.path}: wanted the views {', '.join(views.names)} of each part, got no {absent}" if absent else None
-
-
-def _join(part: dict[str, Sample], views: Views) -> Sample:
-    """Return the sample of a part with all its views."""
-    present = [part[name] for name in views.names]
-    first = present[0]
-    grouped = next((sample for sample in present if sample.group is not None), first)
-    for other in present[1:]:
-        if other.split != first.split:
-            raise ValueError(
-                f"{other.path}: wanted all views of a part in one split, got {other.split} here and {first.split} for "
-                f"{first.path}"
-            )
-        if other.group is not None and other.group != grouped.group:
-            raise ValueError(
-                f"{other.path}: wanted all views of a part in one group, got {other.group!r} here and "
-                f"{grouped.group!r} for {grouped.path}"
-            )
-    worst = max(present, key=lambda sample: sample.label)  # the first one with a defect, if any
-    shown = [sample for sample in present if sample.mask is not None and sample.mask.is_file()]
-    if shown:  # the views without a mask do not show the defect
-        present = [sample if sample in shown else replace(sample, mask=None) for sample in present]
-    masks = [sample.mask for sample in present if sample.mask is not None]
-    return replace(
-        first, mask=masks[0] if masks else None, label=worst.label, defect=worst.defect, group=grouped.group,
-        roi=next((sample.roi for sample in present if sample.roi is not None), None), views=tuple(present[1:]),
-    )  # fmt: skip
-
-
-def list_sources(paths: Sequence[Path | os.PathLike[str]], views: Views | None) -> list[Any]:
+def list_sources(paths: Sequence[str | os.PathLike[str]], views: Views | None) -> list[Any]:
     """Return the images of all parts, see `list_views`; a file of pages whose number is another one has none."""
     sources: list[Any] = []
     for path in paths:

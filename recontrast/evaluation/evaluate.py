@@ -20,10 +20,10 @@ from torch import Tensor
 
 from recontrast import metrics
 from recontrast.data.datasets import Sample
+from recontrast.data.part_samples import group_samples
 from recontrast.data.roi import describe_roi
 from recontrast.data.sources import ConcatImages
 from recontrast.data.tiles import PartTiles
-from recontrast.data.views import group_samples
 from recontrast.evaluation.category import Category
 from recontrast.evaluation.measures import Measures, build_measures
 from recontrast.evaluation.results import Result, Row
@@ -226,7 +226,7 @@ def _infer_samples(
 
         def compare(path: Path, pixels: NDArray[np.uint8]) -> None:
             views = pixels[None] if recipe.image_views is None else pixels
-            checks.compare(path, views[0], PartTiles(views, tile, stride))
+            checks.compare(path, views, PartTiles(views, tile, stride))
 
         parts = []
         for name, group in groups.items():

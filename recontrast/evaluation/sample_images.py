@@ -83,7 +83,7 @@ class SampleImages:
         except READ_ERRORS as error:
             if self.unread is None:
                 raise
-            self.unread[position] = describe_image_error(str(path), error)
+            self.unread[position] = describe_image_error(str(path), error, views)
             shape = (*recipe.out, 3) if views is None else (len(views), *recipe.out, 3)
             return np.zeros(shape, pixel_dtype(recipe.window))
 

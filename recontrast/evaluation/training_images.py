@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import compute_fingerprint, compute_tiled_fingerprint
 from recontrast.data.listing import DataWarning
-from recontrast.data.near_copies import describe_trained, match_known, sketch_image
+from recontrast.data.near_copies import describe_trained, match_known, sketch_image, sketch_views
 from recontrast.data.sources import Images
 
 
@@ -48,21 +48,22 @@ class TrainingImageChecks:
             return list(images)
         return [_CheckedImages(self, source, group, views) for source, group in zip(images, groups, strict=True)]
 
-    def compare(self, path: Path, pixels: NDArray[np.uint8], tiles: Images | None = None) -> None:
-        """Compare an image with the training images.
+    def compare(self, path: Path, views: NDArray[np.uint8], tiles: Images | None = None) -> None:
+        """Compare an image or a part with those of training.
 
         Args:
             path: Path of the image.
-            pixels: Image (H, W, 3), uint8, at the size at which training reads it.
-            tiles: Tiles that training cuts it into, or all views of the part; None for a detector of whole images.
+            views: Views of the part (views, H, W, 3), uint8, at the size at which training reads them; an image is a
+                part with one view.
+            tiles: Tiles that training cuts them into; None for a detector of whole images.
         """
         if not self.trained:
             return
-        fingerprint = compute_fingerprint(pixels) if tiles is None else compute_tiled_fingerprint(tiles)
+        fingerprint = compute_fingerprint(views) if tiles is None else compute_tiled_fingerprint(tiles)
         if fingerprint in self.trained:
             self.matches[path] = None
         elif self.sketches is not None:
-            self.sketched[path] = sketch_image(pixels)
+            self.sketched[path] = sketch_views(list(map(sketch_image, views)))
 
     def warn(self, count: int) -> None:
         """Warn of test images that were trained on, also saved again: their scores are too low.
@@ -94,11 +95,7 @@ class _CheckedImages:
     def __getitem__(self, index: Any) -> NDArray[np.uint8]:
         pixels = self.images[index]
         positions = np.arange(len(self))[index]
-        if self.views > 1:  # all views of a part are read together
-            for start in range(0, len(pixels), self.views):
-                views = pixels[start : start + self.views]
-                self.checks.compare(self.samples[positions[start] // self.views].path, views[0], views)
-            return pixels
-        for position, image in zip(positions, pixels, strict=True):
-            self.checks.compare(self.samples[position].path, image)
+        for start in range(0, len(pixels), self.views):  # all views of a part are read together
+            sample = self.samples[positions[start] // self.views]
+            self.checks.compare(sample.path, pixels[start : start + self.views])
         return pixels

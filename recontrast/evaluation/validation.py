@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from recontrast.data.dataset_sample import GOOD, Sample
 from recontrast.data.listing import list_images
-from recontrast.data.views import group_samples
+from recontrast.data.part_samples import group_samples
 from recontrast.evaluation.measures import find_prepared
 from recontrast.evaluation.sample_images import open_images
 from recontrast.evaluation.scorers import Scorer

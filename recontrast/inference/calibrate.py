@@ -36,6 +36,7 @@ from recontrast.data.near_copies import (
     match_known,
     read_sketches,
     sketch_image,
+    sketch_views,
 )
 from recontrast.data.sources import Images
 from recontrast.data.tiles import PartTiles
@@ -239,10 +240,10 @@ def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, N
         if pixels is None:
             return None
         views = pixels[None] if recipe.image_views is None else pixels  # (views, H, W, 3)
+        sketch = sketch_views(list(map(sketch_image, views)))
         if recipe.tile is None:
-            return compute_fingerprint(views), sketch_image(views[0])
-        tiles = PartTiles(views, recipe.tile, recipe.stride or recipe.tile)
-        return compute_tiled_fingerprint(tiles), sketch_image(views[0])
+            return compute_fingerprint(views), sketch
+        return compute_tiled_fingerprint(PartTiles(views, recipe.tile, recipe.stride or recipe.tile)), sketch
 
     # With tiles, images are decoded at their original size: one at a time keeps the memory small.
     with ThreadPoolExecutor(1 if recipe.tile is not None else None) as pool:

@@ -1,6 +1,6 @@
 """Maps and scores of parts from those of their views, whatever computes these; without PyTorch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,7 @@ def join_views(
         raise ValueError("views: wanted the map of at least one view, got none")
     if recipe.view_map == "mean":
         joined /= np.float32(len(scores))
-    if recipe.score != "model":
-        return joined, score_map(joined, recipe.score, inside)
-    own = max(scores) if recipe.view_map == "max" else float(np.mean(scores))
-    return joined, own if is_finite(joined) else float("nan")
+    return joined, _score_part(joined, scores, recipe, inside)
 
 
 def join_parts(
@@ -61,12 +58,17 @@ def join_parts(
     """
     if recipe.image_views is None:
         return maps, scores
-    count = len(recipe.image_views)
-    maps = maps.copy()  # arrays of a runtime may be read-only
-    parts = [
-        join_views(
-            zip(maps[start : start + count], scores[start : start + count].tolist(), strict=True), recipe, inside
-        )
-        for start in range(0, len(maps), count)
-    ]
-    return np.stack([anomaly for anomaly, _ in parts]), np.array([score for _, score in parts], np.float32)
+    views = len(recipe.image_views)
+    of_parts, own = maps.reshape(-1, views, *maps.shape[1:]), scores.reshape(-1, views).tolist()
+    joined = of_parts.max(axis=1) if recipe.view_map == "max" else of_parts.mean(axis=1)  # NaN stays
+    return joined, np.array([_score_part(*part, recipe, inside) for part in zip(joined, own, strict=True)], np.float32)
+
+
+def _score_part(
+    joined: NDArray[np.float32], scores: Sequence[float], recipe: Recipe, inside: NDArray[np.bool_] | None
+) -> float:
+    """Return the score of a part from its map and the scores of its views."""
+    if recipe.score != "model":
+        return score_map(joined, recipe.score, inside)
+    own = max(scores) if recipe.view_map == "max" else float(np.mean(scores))
+    return own if is_finite(joined) else float("nan")

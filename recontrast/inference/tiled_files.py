@@ -96,7 +96,7 @@ def score_paths(
         except (OSError, ValueError) as error:
             if unread is None:
                 raise
-            unread[position] = describe_image_error(str(paths[position]), error)
+            unread[position] = describe_image_error(str(paths[position]), error, recipe.image_views)
             return None
         if on_image is not None:
             on_image(Path(paths[position]), pixels)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +22,10 @@ from recontrast.data.near_copies import (
     find_near_copies,
     merge_copies,
     sketch_image,
+    sketch_views,
 )
 from recontrast.data.sources import FileImages, Images
-from recontrast.data.views import show_view
+from recontrast.data.views import list_views
 from recontrast.training.holdout import split_holdout
 from recontrast.training.part_views import count_trained_images
 from recontrast.training.settings import RunSettings
@@ -145,12 +147,12 @@ def _sketch_in_order(settings: RunSettings, opened: OpenImages) -> list[NDArray[
     if opened.held_out_images is not None:
         sketches |= zip([sample.path for sample in opened.held_out], _sketch(opened.held_out_images), strict=True)
     else:  # one whole image in memory at a time
-        sketches |= {
-            s.path: sketch_image(
-                read_image(show_view(s.path, recipe.image_views), bits=recipe.bits, window=recipe.window)
+        for sample in opened.held_out:
+            whole = (
+                read_image(source, bits=recipe.bits, window=recipe.window)
+                for source in list_views(sample.path, recipe.image_views)
             )
-            for s in opened.held_out
-        }
+            sketches[sample.path] = sketch_views(list(map(sketch_image, whole)))
     return [sketches[sample.path] for sample in settings.good]
 
 
@@ -169,11 +171,12 @@ def _decode_held_out(settings: RunSettings, samples: Sequence[Sample]) -> ImageC
 
 
 def _sketch(images: Images) -> list[NDArray[np.float32]]:
-    """Sketch images; those that are cut into tiles as a whole."""
+    """Sketch images, or parts with all their views; images that are cut into tiles as a whole."""
     if isinstance(images, ImageCache):
-        return [sketch_image(images.read_file(position)) for position in range(len(images.offsets) - 1)]
-    starts = images.offsets[:-1] if isinstance(images, FileImages) else range(len(images))  # of parts the first views
-    return [sketch_image(images[np.arange(start, start + 1)][0]) for start in starts]
+        parts = map(images.read_views, range(len(images.offsets) - 1))
+        return [sketch_views(list(map(sketch_image, views))) for views in parts]
+    offsets = images.offsets if isinstance(images, FileImages) else range(len(images) + 1)
+    return [sketch_views(list(map(sketch_image, images[np.arange(*span)]))) for span in pairwise(offsets)]
 
 
 def sketch_images(images: Images) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from recontrast.data.augment import count_views
 from recontrast.data.dataset_sample import Sample
-from recontrast.data.views import find_views, group_samples
+from recontrast.data.part_samples import group_samples
+from recontrast.data.views import find_views
 from recontrast.recipes.recipe import Recipe
 
 
@@ -36,19 +37,10 @@ def count_trained_images(count: int, recipe: Recipe) -> int:
     return count * max(len(recipe.view_names), 1) * count_views(recipe.augment)
 
 
-def check_files(groups: Mapping[str, Sequence[Sample]]) -> None:
-    """Raise ValueError if the image or the mask of a sample, or of one of its views, is no file."""
-    for sample in (s for group in groups.values() for part in group for s in (part, *part.views)):
-        if not sample.path.is_file():
-            raise ValueError(f"{sample.path}: wanted an image for the mask {sample.mask}, got none")
-        if sample.mask is not None and not sample.mask.is_file():
-            raise ValueError(f"{sample.path}: wanted its mask {sample.mask}, or one of another view, got none")
-
-
 def describe_views(recipe: Recipe) -> str | None:
     """Describe the views of a part in a sentence; None for single images."""
     if recipe.image_views is None:
         return None
-    names = ", ".join(recipe.view_names)
+    names = recipe.image_views.describe()
     how = "largest value" if recipe.view_map == "max" else "mean"
     return f"views: {len(recipe.view_names)} images of each part ({names}), a map is the {how} of theirs"

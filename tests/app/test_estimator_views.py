@@ -106,3 +106,17 @@ def test_what_is_no_part_is_refused(data):
     detector = recontrast.ReContrastDetector(RECIPE.replace(views_from="pages"), device="cpu")
     with pytest.raises(ValueError, match="image 1: wanted views of one size, got 8 x 8 and 9 x 8"):
         detector.fit([[np.zeros((8, 8), np.uint8)] * 2, [np.zeros((8, 8), np.uint8), np.zeros((9, 8), np.uint8)]])
+
+
+def test_views_of_a_sequence_are_sorted_by_their_names(tmp_path):
+    for number in range(2):
+        for name in ("left", "right"):
+            (tmp_path / f"{number}_{name}.png").touch()
+    left, right = tmp_path / "0_left.png", tmp_path / "0_right.png"
+    views, images = list_parts([[right, left], [str(tmp_path / "1_left.png"), tmp_path / "1_right.png"]], PATTERN)
+    assert views.names == ("left", "right")
+    assert images == [left, right, tmp_path / "1_left.png", tmp_path / "1_right.png"]
+    with pytest.raises(ValueError, match="image 1: wanted each of the views left, right once, got left again"):
+        list_parts([[left, right], [left, left]], PATTERN)
+    other = [tmp_path / "b.png", tmp_path / "a.png"]
+    assert list_parts([other], PATTERN, ("left", "right"))[1] == other

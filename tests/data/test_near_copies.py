@@ -17,6 +17,7 @@ from recontrast.data.near_copies import (
     read_sketches,
     shows_one_scene,
     sketch_image,
+    sketch_views,
 )
 
 
@@ -84,6 +85,25 @@ def test_the_same_pixels_are_a_copy():
 def test_flat_images_are_not_compared():
     flat = np.stack([sketch_image(np.full((32, 40, 3), level, np.uint8)) for level in range(9)])
     assert not flat.any() and find_near_copies(flat) == [] and not shows_one_scene(flat)
+
+
+def test_parts_are_near_copies_only_if_all_views_are():
+    """One view may show the same in two parts, and lights from opposite sides give views that cancel each other."""
+    random = np.random.default_rng(0)
+    empty = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    parts = []
+    for _ in range(40):
+        relief = random.normal(0, 30, (64, 64, 1)).repeat(3, 2)
+        parts.append([(128 + sign * relief).clip(0, 255).astype(np.uint8) for sign in (1, -1)])
+    for position in (3, 8):
+        parts[position][0] = empty
+    again = [(0.95 * view.astype(float)).round().astype(np.uint8) for view in parts[20]]
+    sketches = np.stack([sketch_views(list(map(sketch_image, views))) for views in [*parts, again]])
+    np.testing.assert_allclose(np.linalg.norm(sketches, axis=1), 1, rtol=1e-5)
+    assert find_near_copies(sketches) == [(20, 40)]
+    assert find_near_copies(np.stack([sketch_image(views[0]) for views in parts])) == [(3, 8)]
+    single = sketch_image(parts[0][0])
+    assert sketch_views([single]) is single and not sketch_views([0 * single, 0 * single]).any()
 
 
 def test_near_copies_of_a_known_set():

@@ -15,18 +15,11 @@ from recontrast.data.cache import ImageCache
 from recontrast.data.dataset_sample import Sample
 from recontrast.data.encoded_image import ImagePage
 from recontrast.data.groups import group_equal_samples
-from recontrast.data.image_files import ImageFiles
+from recontrast.data.image_files import ImageFiles, describe_image_error
 from recontrast.data.images import image_size, read_image
+from recontrast.data.part_samples import check_part_files, group_samples
 from recontrast.data.tiff_tags import count_file_pages, count_pages, read_tags
-from recontrast.data.views import (
-    Views,
-    combine_views,
-    divide_path,
-    find_views,
-    group_paths,
-    group_samples,
-    is_pattern,
-)
+from recontrast.data.views import Views, combine_views, divide_path, find_views, group_paths, is_pattern
 from recontrast.recipes.recipe import Recipe
 
 LIGHTS = Views(r"_(left|right|top)\.", ("left", "right", "top"))
@@ -162,6 +155,45 @@ def test_samples_of_parts():
         group_samples([*samples[:2], replace(samples[2], split="test")], LIGHTS)
     (part,) = group_samples([*samples[3:5], replace(samples[5], category="top")], LIGHTS)  # of folders for each view
     assert part.category == "nut" and len(part.views) == 2
+
+
+def test_messages_name_a_few_of_many_views():
+    views = Views(r"_(\d+)\.", tuple(map(str, range(30))))
+    with pytest.raises(ValueError, match=r"wanted one of the views 0, 1, 2, 3, 4, 5, 6, 7, ... \(30 views\) as in"):
+        group_paths([Path("/a/x_77.png")], views)
+    samples = [Sample(Path(f"/a/x_{view}.png"), None, 0, "a", "train", "good") for view in range(5)]
+    with pytest.raises(ValueError, match=r", got no 5, 6, 7, 8, 9, 10, 11, 12, ... \(25 views\)$"):
+        group_samples(samples, views)
+    assert LIGHTS.describe() == "left, right, top"
+
+
+def test_an_error_names_a_view_once():
+    error = ValueError("/a/1_top.png: wanted an image, got another")
+    assert describe_image_error("/a/1_left.png", error, LIGHTS) == str(error)
+    assert describe_image_error("/a/1_left.png", error) == f"/a/1_left.png: {error}"
+
+
+def test_files_of_parts_are_checked(tmp_path):
+    """A mask may be missing if another view has one; an image may not."""
+    samples = [
+        Sample(tmp_path / f"{part}_{view}.png", tmp_path / f"{part}_{view}_mask.png", 1, "nut", "test", "hole")
+        for part in "ab" for view in LIGHTS.names
+    ]  # fmt: skip
+    for sample in samples:
+        sample.path.touch()
+    for name in ("a_right_mask.png", "b_left_mask.png", "b_top_mask.png"):
+        (tmp_path / name).touch()
+    checked = check_part_files(samples, LIGHTS.source)
+    assert [None if s.mask is None else s.mask.name[:-9] for s in checked] == [
+        None, "a_right", None, "b_left", None, "b_top",
+    ]  # fmt: skip
+    assert check_part_files(group_samples(checked, LIGHTS), LIGHTS.source) == group_samples(checked, LIGHTS)
+    (tmp_path / "a_right_mask.png").unlink()
+    with pytest.raises(ValueError, match=r"a_left.png: wanted its mask .*a_left_mask.png, or one of another view"):
+        check_part_files(samples, LIGHTS.source)
+    samples[4].path.unlink()
+    with pytest.raises(ValueError, match=r"b_right.png: wanted an image, got no such file$"):
+        check_part_files([replace(sample, mask=None) for sample in samples], LIGHTS.source)
 
 
 def test_a_view_without_a_mask_does_not_show_the_defect(tmp_path):

@@ -159,7 +159,7 @@ def test_every_reader_gives_the_same_pixels(tmp_path):
     assert not np.array_equal(ImageCache(paths, 32, directory=tmp_path / "cache", window=(0, HIGH))[:], expected)
     whole = read_image(paths[0], window=window)
     tiles = ImageCache(paths[:1], 32, tile=16, stride=8, window=window)
-    assert np.array_equal(tiles.read_file(0), whole) and np.array_equal(
+    assert np.array_equal(next(tiles.read_views(0)), whole) and np.array_equal(
         tiles[:], Tiles(whole, 16, 8)[range(len(tiles))]
     )
     assert np.array_equal(join_tiles(tiles[:], (40, 48), 8), whole)

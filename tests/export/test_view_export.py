@@ -12,6 +12,7 @@ from PIL import Image
 
 import recontrast
 from recontrast.app import calibrate_job
+from recontrast.app.commands.export import _measure
 from recontrast.export.verify import compare_scores
 
 
@@ -114,6 +115,16 @@ def test_int8_is_measured_on_parts(run, tmp_path):
           "--data", run / "nut", "--tolerance", 0.9)  # fmt: skip
     report = json.loads(file.with_suffix(".json").read_text())
     assert report["change"]["images"] == 24 and report["metrics"]["i_auroc"][0] > 0
+
+
+@pytest.mark.parametrize("run", ["largest"], indirect=True)
+def test_labelled_lists_without_a_split_are_test_parts(run, tmp_path):
+    """As for `evaluate`: their images are not divided by their own names."""
+    rows = [f"{path},{int(label)}" for label, folder in enumerate(("good", "square"))
+            for path in sorted((run / "nut/test" / folder).iterdir())]  # fmt: skip
+    (tmp_path / "new.csv").write_text("\n".join(["path,label", *rows]))
+    measure = _measure([tmp_path / "new.csv"], run / "run/checkpoint.pt")
+    assert measure(recontrast.load(run / "run", "cpu"))["i_auroc"] > 0
 
 
 def test_other_joins_are_found_by_the_comparison(run, file):

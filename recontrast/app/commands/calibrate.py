@@ -1,12 +1,13 @@
 """``recontrast calibrate``: set the threshold from good images that the detector was not trained on."""
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import print_data, print_error, print_line
+from recontrast.app.console import print_data, print_error, print_line, print_promise
 from recontrast.app.options import (
     AllGood,
     Batch,
@@ -72,14 +73,8 @@ def calibrate(  # 11 options
     if not good and not check and not bad:
         raise ValueError("--good: wanted good images to calibrate with (or --check alone, to compare), got none")
     from recontrast.app.calibrate_job import open_target
-    from recontrast.calibration.conformal import allowed_false_alarms, check_rates
-    from recontrast.data.class_folders import list_good_samples
-    from recontrast.data.groups import count_groups
-    from recontrast.data.list_files import is_list
-    from recontrast.data.listing import list_images
+    from recontrast.calibration.conformal import check_rates
     from recontrast.data.locks import lock_checkpoint
-    from recontrast.data.views import group_paths, group_samples
-    from recontrast.inference.calibrate import select_new_samples
 
     check_rates(false_alarm_rate, pixel_rate)
     inference = build_inference_options(device, views, precision)
@@ -87,31 +82,15 @@ def calibrate(  # 11 options
     if good and file.is_file():  # a missing file has its own message
         check_writable(file.parent, "DETECTOR")
         context.with_resource(lock_checkpoint(file))
-    has_lists = file.is_file() and any(is_list(path) for path in (*(good or []), *(check or [])))
-    views_from = open_target(file, device, inference, roi).recipe.views_from if has_lists else None
-    given, checks = (list_good_samples(folders or [], all_good, views_from) for folders in (good, check))
-    bad_paths = list_images(bad or [])
-    files = {"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths}
-    _check_different(files)
-    if good:
-        allowed_false_alarms(count_groups(given), false_alarm_rate)  # checked before the model is built
     target = open_target(file, device, inference, roi)
-    errors: list[str] = []
-    given, checks = (group_samples(samples, target.recipe.image_views, errors) for samples in (given, checks))
-    if good and not given:
-        raise ValueError(errors[0])
-    bad_paths = group_paths(bad_paths, target.recipe.image_views)
-    _print_files({"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths})
-    given = select_new_samples("--good", given, target)
-    if good:
-        allowed_false_alarms(count_groups(given), false_alarm_rate)  # again, without copies
-    checks = select_new_samples("--check", checks, target)
-    detector = target.open(calibrated=not good)
+    images = _list_images(target, good or [], check or [], bad or [], all_good)
+    images = _select_new(images, target, false_alarm_rate)
+    detector, errors = target.open(calibrated=not good), images.errors
     calibration = detector.calibration
-    if good:
+    if images.good:
         calibration, unread = _calibrate(
-            target, detector, given, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
-            source=", ".join(map(str, good)), batch=batch,
+            target, detector, images.good, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate,
+            source=", ".join(map(str, good or [])), batch=batch,
         )  # fmt: skip
         errors += unread
         former_count = 0 if target.calibration is None else target.calibration.count
@@ -122,14 +101,66 @@ def calibrate(  # 11 options
             detector.calibration_note
             or f"{file}: wanted a calibration to compare with, got none: create one with --good DIR"
         )
-    if checks:
-        errors += _compare(detector, calibration, checks, batch)
-    if bad_paths:
-        errors += _count_found(detector, calibration, bad_paths, batch)
+    if images.checks:
+        errors += _compare(detector, calibration, images.checks, batch)
+    if images.bad:
+        errors += _count_found(detector, calibration, images.bad, batch)
     for text in errors:
         print_error(text)
     if errors:
         raise typer.Exit(2)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images, or parts with several views, that the options give.
+
+    Attributes:
+        good: Samples of ``--good``.
+        checks: Samples of ``--check``.
+        bad: Paths of ``--bad``.
+        errors: One sentence for each part without one of its views, which is left out.
+    """
+
+    good: "list[Sample]"
+    checks: "list[Sample]"
+    bad: list[Path]
+    errors: list[str]
+
+
+def _list_images(
+    target: "CalibrationTarget", good: list[Path], check: list[Path], bad: list[Path], all_good: bool
+) -> _Images:
+    """List and print the images that the options give."""
+    from recontrast.data.class_folders import list_good_samples
+    from recontrast.data.listing import list_images
+    from recontrast.data.part_samples import group_samples
+    from recontrast.data.views import group_paths
+
+    views, errors = target.recipe.image_views, list[str]()
+    given, checks = (list_good_samples(folders, all_good, target.recipe.views_from) for folders in (good, check))
+    bad_paths = list_images(bad)
+    _check_different({"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths})
+    given, checks = (group_samples(samples, views, errors) for samples in (given, checks))
+    if good and not given:
+        raise ValueError(errors[0])
+    bad_paths = group_paths(bad_paths, views)
+    _print_files({"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths})
+    return _Images(given, checks, bad_paths, errors)
+
+
+def _select_new(images: _Images, target: "CalibrationTarget", rate: float) -> _Images:
+    """Return the images without copies; raise ValueError if some were trained on, or are too few for the rate."""
+    from recontrast.calibration.conformal import allowed_false_alarms
+    from recontrast.data.groups import count_groups
+    from recontrast.inference.calibrate import select_new_samples
+
+    if images.good:
+        allowed_false_alarms(count_groups(images.good), rate)  # before any image is read
+    good = select_new_samples("--good", images.good, target)
+    if good:
+        allowed_false_alarms(count_groups(good), rate)  # again, without copies
+    return replace(images, good=good, checks=select_new_samples("--check", images.checks, target))
 
 
 def _check_different(files: "Mapping[str, Sequence[Path]]") -> None:
@@ -160,10 +191,7 @@ def _calibrate(
 
 def _print_calibration(file: Path, calibration: "Calibration", former_count: int) -> None:
     """Print what the calibration promises, where it is stored, and what it needs."""
-    from recontrast.calibration.conformal import describe_promise
-
-    for line in describe_promise(calibration):
-        print_line(line)
+    print_promise(calibration)
     replaced = f", replaces one from {former_count} images" if former_count > calibration.count else ""
     print_line(f"calibration: {file}{replaced}")
     if calibration.views is not None:

@@ -70,7 +70,7 @@ def compare(  # 16 options
     from recontrast.app.compare.run import prepare_comparison
     from recontrast.app.compare.tables import FILES
     from recontrast.app.compare.write import write_comparison
-    from recontrast.app.train_job import find_views_from
+    from recontrast.app.prepare_training import find_views_from
     from recontrast.data.locks import lock_folder
     from recontrast.data.own_files import check_replaceable
 

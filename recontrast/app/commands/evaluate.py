@@ -78,7 +78,7 @@ def evaluate(  # 19 options
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast.app.calibrate_job import open_target
     from recontrast.app.evaluate_job import check_outputs
-    from recontrast.data.views import group_samples
+    from recontrast.data.part_samples import group_samples
     from recontrast.inference.detector import is_exported, open_detector
     from recontrast.runtime import distributed
 

@@ -124,10 +124,12 @@ def _measure(data: list[Path], file: Path) -> "Callable[[Detector], dict[str, fl
     """Return a function that computes the mean metrics of a detector on labelled images."""
     from recontrast import checkpoint as checkpoints
     from recontrast.app.api import evaluate
-    from recontrast.data import datasets
+    from recontrast.app.data_options import load_tests
 
-    has_views = checkpoints.load(file, mapped=True).recipe.image_views is not None  # of which some need no mask
-    samples = [s for group in datasets.load(data, None, incomplete=has_views).values() for s in group]
+    stored = checkpoints.load(file, mapped=True)
+    has_views = stored.recipe.image_views is not None  # of which some need no mask
+    groups = load_tests(lambda: stored, data, None, None, incomplete=has_views, options=("--data", "", ""))
+    samples = [sample for group in groups.values() for sample in group]
 
     def measure(detector: "Detector") -> dict[str, float]:
         mean = evaluate(detector, samples).mean

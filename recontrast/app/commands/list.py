@@ -47,16 +47,12 @@ def list_images(
     from recontrast.data.image_lists import write_list
     from recontrast.data.list_files import check_name
     from recontrast.data.own_files import check_replaceable
-    from recontrast.data.views import PAGES, is_pattern
+    from recontrast.data.views import check_source
 
     check_name(out, "--out: ")
     check_writable(out.parent)
     check_replaceable(out.parent, [out.name], overwrite=overwrite, inputs=data or ())
-    if views_from is not None and views_from != PAGES and not is_pattern(views_from):
-        raise ValueError(
-            "--views-from: wanted 'pages' or a regular expression with one pair of parentheses around the name of the "
-            f"view, got {views_from!r}"
-        )
+    check_source(views_from, "--views-from")
     groups = load_data(data, good, bad, category=category, all_good=all_good, views_from=views_from)
     if group is not None:
         groups = {name: _set_groups(samples, group) for name, samples in groups.items()}

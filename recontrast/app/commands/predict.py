@@ -117,9 +117,9 @@ def _predict_here(checkpoint: Path, inputs: Sequence[Path], out: Path, **options
     except KeyboardInterrupt:
         exit_with_error(f"interrupted; the same command continues with what is in {out}", status=130)
     if summary.continued:
-        print_line(f"{summary.continued} images were scored by an earlier call, which was stopped")
+        print_line(f"{summary.continued} {summary.noun} were scored by an earlier call, which was stopped")
     counts = _describe_counts(summary, options["threshold"])
-    print_line(f"{len(summary.predictions)} images scored{counts}: {out / 'scores.csv'}")
+    print_line(f"{len(summary.predictions)} {summary.noun} scored{counts}: {out / 'scores.csv'}")
     if summary.calibration_note is not None:
         print_error(f"warning: {summary.calibration_note}")
     failed = [*summary.unread, *summary.incomplete, *summary.undecided]

@@ -1,4 +1,4 @@
-"""``recontrast train``: options and output; `recontrast.app.train_job` does the work."""
+"""``recontrast train``: options and output; `recontrast.app.prepare_training` and `run_training` do the work."""
 
 import shlex
 import time
@@ -9,15 +9,15 @@ import typer
 
 from recontrast.app.command_group import USAGE_ERROR
 from recontrast.app.commands.evaluate import show_metrics
-from recontrast.app.console import exit_with_error, is_silent, print_data, print_line
+from recontrast.app.console import exit_with_error, is_silent, print_data, print_line, print_promise
 from recontrast.app.data_options import Bad, load_data
+from recontrast.app.extend_job import check_extend_options, extend_run
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     AllGood,
     Device,
     TrainedCategory,
     TrainingData,
-    check_writable,
     expand_home,
     parse_duration,
     path_option,
@@ -30,10 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from recontrast.app.train_job import TrainJob
-    from recontrast.calibration.conformal import Calibration
     from recontrast.training.train import TrainResult
-
-EXTEND_OPTIONS = ("extend", "good", "all_good", "holdout", "steps", "device", "imports", "threads")  # that go together
 
 
 @expand_options
@@ -100,16 +97,17 @@ def train(  # 36 options
 ) -> None:
     """Train a detector on good images, and evaluate it if there are test images."""
     if extend is not None:
-        _check_extend_options(context)
-        _extend(extend, good or [], all_good=all_good, holdout=fields.holdout or 0.0, steps=fields.steps, device=device)
+        check_extend_options(context)
+        extend_run(
+            extend, good or [], all_good=all_good, holdout=fields.holdout or 0.0, steps=fields.steps, device=device
+        )
         return
     if not data and not good and not bad:
         raise USAGE_ERROR("Missing argument 'DATA'.", ctx=context)
-    from recontrast.app.train_job import check_run_options, find_views_from, prepare_job
-    from recontrast.data.locks import lock_folder
+    from recontrast.app.prepare_training import find_views_from, prepare_job
+    from recontrast.app.run_training import check_run_options
     from recontrast.data.own_files import check_replaceable
     from recontrast.evaluation.results import FILES as TABLES
-    from recontrast.runtime import distributed
 
     started = time.perf_counter()
     recipe, changes = expand_home(recipe), fields.list_changes()
@@ -126,9 +124,7 @@ def train(  # 36 options
     )  # fmt: skip
     check_replaceable(job.out, TABLES, overwrite=overwrite)
     _print_job(job)
-    if not is_silent():
-        context.with_resource(lock_folder(job.out))  # also while the run is evaluated
-    _, world_device = context.with_resource(distributed.join_processes(device))
+    world_device = _join(context, job, device)
     try:
         result = _run(job, started, world_device, cache, teacher_cache, tensorboard and not is_silent())
     except KeyboardInterrupt:
@@ -148,11 +144,22 @@ def _print_job(job: "TrainJob") -> None:
             print_line(note)
 
 
+def _join(context: typer.Context, job: "TrainJob", device: str | None) -> "torch.device":
+    """Lock the folder of a run and join the processes of torchrun until the command ends; return the device."""
+    from recontrast.data.locks import lock_folder
+    from recontrast.runtime import distributed
+
+    if not is_silent():
+        context.with_resource(lock_folder(job.out))  # also while the run is evaluated
+    _, world_device = context.with_resource(distributed.join_processes(device))
+    return world_device
+
+
 def _run(
     job: "TrainJob", started: float, device: "torch.device", cache: Path | None, teacher_cache: float, tensorboard: bool
 ) -> "TrainResult":
     """Train with a progress bar."""
-    from recontrast.app.train_job import run_job
+    from recontrast.app.run_training import run_job
 
     with ProgressBar(f"train {job.category}") as progress:
         return run_job(
@@ -176,15 +183,7 @@ def _print_end(job: "TrainJob", result: "TrainResult", started: float) -> None:
     """Print how long the training took, and what its calibration promises."""
     end = job.describe_end(result.seconds, result.state.step)
     print_line(end + job.describe_elapsed(time.perf_counter() - started))
-    _print_promise(result.calibration)
-
-
-def _print_promise(calibration: "Calibration | None") -> None:
-    """Print what a calibration promises, if there is one."""
-    from recontrast.calibration.conformal import describe_promise
-
-    for line in () if calibration is None else describe_promise(calibration):
-        print_line(line)
+    print_promise(result.calibration)
 
 
 def _evaluate(job: "TrainJob", result: "TrainResult", cache: Path | None) -> None:
@@ -203,67 +202,3 @@ def _evaluate(job: "TrainJob", result: "TrainResult", cache: Path | None) -> Non
         batch=result.recipe.batch,
         cache_dir=cache,
     )
-
-
-def _check_extend_options(context: typer.Context) -> None:
-    """Raise ValueError if an option was given that does not go with ``--extend``."""
-    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and name not in EXTEND_OPTIONS:
-            allowed = ", ".join(options[other] for other in EXTEND_OPTIONS[1:])
-            shown = "DATA" if name == "data" else options[name]
-            raise ValueError(f"--extend: wanted only {allowed} with it, got {shown} too")
-    if not context.params.get("good"):
-        raise ValueError("--good: wanted good images to add, got none")
-
-
-def _extend(
-    run: Path, good: list[Path], *, all_good: bool, holdout: float, steps: int | None, device: str | None
-) -> None:
-    """Add good images to a fitted detector, and print what was added."""
-    from recontrast import checkpoint as checkpoints
-    from recontrast.data.class_folders import describe_files
-    from recontrast.data.list_files import is_list
-    from recontrast.data.unsplit import list_good_of_classes
-    from recontrast.runtime.device import resolve_device
-    from recontrast.training.extend import extend
-
-    file = resolve_checkpoint(run)
-    if file.is_file():  # a missing file has its own message
-        check_writable(file.parent, "--extend")
-    resolve_device(device)
-    views_from = checkpoints.load(file, mapped=True).recipe.views_from if any(map(is_list, good)) else None
-    samples = list_good_of_classes(good, all_good, views_from)
-    print_data(describe_files("--good", [sample.path for sample in samples]))
-    try:
-        with ProgressBar("extend") as progress:
-            result = extend(
-                file, samples, holdout=holdout, steps=steps, device=device, on_step=progress, option="--good"
-            )
-    except KeyboardInterrupt:
-        exit_with_error(f"interrupted; {file} is complete: extended, or as it was before", status=130)
-    if result.left_out:
-        names = ", ".join(map(str, result.left_out[:3])) + (", ..." if len(result.left_out) > 3 else "")
-        reason = "copies" if result.steps or result.again else "trained on already"
-        print_line(f"{len(result.left_out)} images are left out, because they are {reason}: {names}")
-    if result.steps:
-        images = f"{result.added} images"  # without fingerprints, new and former ones
-        if result.total is not None:
-            images = f"{result.added} new images and {result.again} of the run"
-        print_line(f"{result.steps} further steps on {images} in {result.seconds:.1f} s: {file}")
-        if result.forgotten:
-            print_line(
-                f"{result.forgotten} images of the run were not given: what they alone show may be forgotten; give "
-                "them with --good as well"
-            )
-    else:
-        in_all = "" if result.total is None else f", {result.total} in all"
-        former = f" to {result.again} of the run" if result.again else ""
-        print_line(f"{result.added} images added{former} in {result.seconds:.1f} s{in_all}: {file}")
-    _print_promise(result.calibration)
-    if result.lost_calibration and result.calibration is None:
-        print_line(
-            "the calibration is removed, because it belongs to the detector before; to calibrate again, run recontrast "
-            f"calibrate {file} --good DIR"
-        )

@@ -22,8 +22,8 @@ from recontrast.app.compare.unlabelled import (
 from recontrast.app.evaluate_job import measure_network
 from recontrast.app.train_job import TrainJob
 from recontrast.checkpoint import Checkpoint
-from recontrast.data.copies import group_equal_files
 from recontrast.data.fingerprint import compute_fingerprint, read_fingerprints
+from recontrast.data.groups import group_equal_samples, group_samples
 from recontrast.data.near_copies import read_sketches
 from recontrast.evaluation.results import METRICS
 from recontrast.inference.detector import CheckpointDetector
@@ -107,13 +107,14 @@ def list_held_out(job: TrainJob, detector: CheckpointDetector, trained: Collecti
     Returns:
         Paths in the order of the data set.
     """
-    good = [sample.path for sample in job.samples if sample.split == "train" and not sample.label]
-    copies = group_equal_files(good)
-    positions = split_holdout(list(range(len(good))), job.recipe.holdout, job.recipe.seed, copies)[1]
-    drawn = [good[position] for position in positions if copies[position] == position]
+    good = [sample for sample in job.samples if sample.split == "train" and not sample.label]
+    copies, groups = group_equal_samples(good), group_samples(good)
+    positions = split_holdout(list(range(len(good))), job.recipe.holdout, job.recipe.seed, groups)[1]
+    drawn = [good[position].path for position in positions if copies[position] == position]
     selected = _select_untrained(drawn, detector, trained)
     if len(selected) < len(drawn):  # training divided the images again, to keep near-copies on one side
-        selected = _select_untrained([path for i, path in enumerate(good) if copies[i] == i], detector, trained)
+        different = [sample.path for position, sample in enumerate(good) if copies[position] == position]
+        selected = _select_untrained(different, detector, trained)
     return selected
 
 

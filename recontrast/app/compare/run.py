@@ -16,9 +16,11 @@ from recontrast.app.compare.methods import get_changes, select_methods
 from recontrast.app.compare.peak_memory import PeakMemory
 from recontrast.app.compare.record import RECORD, MethodResult, Record, describe_changes, digest_files, read_record
 from recontrast.app.compare.tables import FILES
+from recontrast.app.data_options import load_training_data
 from recontrast.app.errors import USER_ERRORS, describe_error, is_memory_error
-from recontrast.app.train_job import TrainJob, find_views_from, prepare_job, run_job
-from recontrast.data import datasets
+from recontrast.app.prepare_training import find_views_from, prepare_job
+from recontrast.app.run_training import run_job
+from recontrast.app.train_job import TrainJob
 from recontrast.data.datasets import Sample
 from recontrast.data.encoded_image import ImagePage
 from recontrast.data.listing import list_images
@@ -102,16 +104,7 @@ def prepare_comparison(
         OSError: If a folder cannot be read.
     """
     names, resolved = select_methods(methods), resolve_device(device)
-    if isinstance(data, Mapping):
-        groups, where = dict(data), "DATA"
-    else:
-        names_of = None if category in (None, "all") else [category]
-        views_from = find_views_from(None, changes, None)
-        groups = datasets.load(data, names_of, incomplete=views_from is not None, views_from=views_from)
-        where = " ".join(map(str, data))
-    if category is None and len(groups) > 1:
-        raise ValueError(f"{where} holds {len(groups)} categories: choose one with --category, or "
-                         f"all of them with --category all ({', '.join(groups)})")  # fmt: skip
+    groups = load_training_data(data, category, False, views_from=find_views_from(None, changes, None))
     category = category or next(iter(groups))
     out = out or Path("runs") / f"compare-{category}"
     if roi is not None:

@@ -50,6 +50,7 @@ class PredictionSummary:
         calibration_note: Why there are no decisions although the checkpoint has a calibration; else None.
         incomplete: One sentence for each image that has a score, but no map, overlay or regions.
         continued: Number of images that an earlier call, which was stopped, had scored.
+        noun: What is counted: "images", or "parts" with several views.
     """
 
     predictions: list[Prediction]
@@ -59,6 +60,7 @@ class PredictionSummary:
     undecided: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
     continued: int = 0
+    noun: str = "images"
 
 
 def predict(
@@ -188,7 +190,7 @@ def _run(
         predictions, unread, None if calibration is None else calibration.rate, detector.calibration_note,
         undecided=[describe_undecided(prediction.path) for prediction in predictions if math.isnan(prediction.score)],
         incomplete=[prediction.error for prediction in predictions if prediction.error is not None],
-        continued=continued,
+        continued=continued, noun="images" if detector.recipe.image_views is None else "parts",
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from recontrast.app.report.map_summaries import MapSummaries
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
 from recontrast.data.datasets import Sample
-from recontrast.data.views import group_samples
+from recontrast.data.part_samples import group_samples
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import Result, Row
 from recontrast.inference.infer import max_map_value

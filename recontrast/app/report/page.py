@@ -84,10 +84,23 @@ def _render_header(findings: Findings, title: str, recipe: Recipe, run: str) -> 
 <h1>{escape(title)}</h1>
 <p class="dim">{escape(run)}, {mean.images} test images,
 {input_size}, {escape(recipe.backbone)}{_describe_few(recipe)};
-{render_today()}</p>
+{render_today()}</p>{_describe_views(recipe)}
 <dl class="numbers">{cells}</dl>
 </header>
 """
+
+
+def _describe_views(recipe: Recipe) -> str:
+    """Return a paragraph that says what counts as an image if parts have several views; else nothing."""
+    views = recipe.image_views
+    if views is None:
+        return ""
+    how = "largest value" if recipe.view_map == "max" else "mean"
+    text = (
+        f"An image in this report is a part with {len(views)} views ({views.describe()}). Its map is the {how} of the "
+        f"maps of its views, and the pictures show the view {views.names[0]}."
+    )
+    return f'\n<p class="dim">{escape(text)}</p>'
 
 
 def _describe_few(recipe: Recipe) -> str:

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import fails, works
 from part_views import PATCHCORE, PATTERN, SMALL, write_set
+from PIL import Image
 
 import recontrast
 from recontrast import checkpoint as checkpoints
@@ -87,6 +89,30 @@ def test_train_evaluate_and_calibrate_keep_parts_together(data, tmp_path, given)
         works("list", *words, "--views-from", PATTERN, "--out", tmp_path / "l.csv")
         (listed,) = read_list(tmp_path / "l.csv").values()
         assert all(len(one) == 1 for one in count_splits(listed))
+
+
+def test_list_writes_only_masks_that_exist(data, tmp_path):
+    """The list is whole for commands that know nothing of views; and a file that is missing is named."""
+    works("list", data, "--views-from", PATTERN, "--out", tmp_path / "l.csv")
+    (listed,) = read_list(tmp_path / "l.csv", views_from=PATTERN).values()
+    assert sum(sample.mask is not None for sample in listed) == 6
+    assert all(sample.mask.is_file() for sample in listed if sample.mask is not None)
+    shutil.copy(data / "train/good/000_left.png", tmp_path)
+    (tmp_path / "m.csv").write_text("path\n000_left.png\n000_right.png\n")
+    for words in (["list", "--out", tmp_path / "n.csv"], ["train", *PATCHCORE, "--out", tmp_path / "run"]):
+        text = fails(*words[:1], tmp_path / "m.csv", "--views-from", PATTERN, *words[1:])
+        assert f"{tmp_path / '000_right.png'}: wanted an image, got no such file" in text
+    assert not (tmp_path / "n.csv").exists()
+
+
+def test_compare_measures_all_parts_if_one_view_is_the_same_in_all(data, tmp_path):
+    """Such as a view without light: parts are copies only if all views are."""
+    for path in sorted((data / "train/good").iterdir()):
+        Image.new("L", (64, 64)).save(tmp_path / path.name) if "left" in path.name else shutil.copy(path, tmp_path)
+    works("compare", tmp_path, "--views-from", PATTERN, *SMALL, "--methods", "patchcore", "--out", tmp_path / "c")
+    record = json.loads((tmp_path / "c/patchcore/method.json").read_text())
+    assert len(record["result"]["held_out_scores"]) == 5  # a fifth of 24 parts
+    assert checkpoints.load(tmp_path / "c/patchcore/checkpoint.pt").calibration.count == 5
 
 
 def test_compare_measures_parts(data, tmp_path):

@@ -61,7 +61,7 @@ def test_other_commands_count_parts(run, tmp_path):
     works("evaluate", run / "run", run / "nut", "--out", tmp_path / "e", "--save-maps", "--device", "cpu")
     (row,) = [r for r in json.loads((tmp_path / "e/results.json").read_text())["rows"] if r["category"] == "nut"]
     assert (row["images"], row["defects"]) == (6, 3) and row["p_auroc"] > 0.9
-    assert "6 images scored" in works("predict", run / "run", run / "nut/test", "--out", tmp_path / "p",
+    assert "6 parts scored" in works("predict", run / "run", run / "nut/test", "--out", tmp_path / "p",
                                       "--device", "cpu")  # fmt: skip
     works("report", run / "run", run / "nut", "--out", tmp_path / "report.html", "--device", "cpu")
 
@@ -91,5 +91,5 @@ def test_tiles_of_parts(tmp_path):
     expected = np.concatenate([Tiles(view, 16, 8)[range(8)] for view in views])
     np.testing.assert_array_equal(cache[:], expected)
     np.testing.assert_array_equal(PartTiles(views, 16, 8)[range(16)], expected)
-    np.testing.assert_array_equal(cache.read_file(0), views[0])
+    np.testing.assert_array_equal(list(cache.read_views(0)), views)
     assert len(PartTiles(views, 16, 8)) == len(cache) == 16

@@ -25,8 +25,9 @@ def run(request, tmp_path_factory):
                     "--holdout", 0.4)  # fmt: skip
     names = "1, 2" if request.param == "pages" else "left, right"
     assert f"views: 2 images of each part ({names}), a map is the largest value of theirs" in printed
-    assert "train/good: 12 images" in printed and "test/square: 3 images (test, square, 3 masks)" in printed
-    assert "5 of 12 good images held out" in printed and "one pass over 7 parts of 2 views" in printed
+    counted = "images" if request.param == "pages" else "parts"
+    assert f"train/good: 12 {counted}" in printed and f"test/square: 3 {counted} (test, square, 3 masks)" in printed
+    assert "5 of 12 good parts held out" in printed and "one pass over 7 parts of 2 views" in printed
     return root
 
 
@@ -59,7 +60,7 @@ def test_map_of_a_part_is_the_largest_of_its_views(run):
 
 def test_predict_writes_a_row_for_each_part(run, tmp_path):
     printed = works("predict", run / "run", run / "nut/test", "--out", tmp_path / "p", "--maps", "npy")
-    assert "6 images scored" in printed
+    assert "6 parts scored" in printed
     rows = read_table(tmp_path / "p/scores.csv")
     assert len(rows) == 6 and all(row["decision"] for row in rows)
     assert len(list((tmp_path / "p/maps").rglob("*.npy"))) == len(list((tmp_path / "p/overlays").rglob("*.png"))) == 6
@@ -80,6 +81,7 @@ def test_evaluate_joins_labels_and_masks(run, tmp_path):
     cached = recontrast.evaluate(run / "run", run / "nut", device="cpu", cache_dir=tmp_path / "cache")
     assert cached.rows[0].p_auroc == pytest.approx(row["p_auroc"])
     works("report", run / "run", run / "nut", "--out", tmp_path / "report.html")
+    assert "An image in this report is a part with 2 views (" in (tmp_path / "report.html").read_text()
 
 
 def test_a_view_that_does_not_show_the_defect_needs_no_mask(tmp_path):
@@ -88,7 +90,7 @@ def test_a_view_that_does_not_show_the_defect_needs_no_mask(tmp_path):
     for number in range(4):
         (masks / f"{number:03}_{('right', 'left')[number % 2]}_mask.png").unlink()
     printed = works("train", data, "--out", tmp_path / "run", *options)
-    assert "test/square: 4 images (test, square, 4 masks)" in printed
+    assert "test/square: 4 parts (test, square, 4 masks)" in printed
     works("evaluate", tmp_path / "run", data, "--out", tmp_path / "e")
     (row,) = [r for r in json.loads((tmp_path / "e/results.json").read_text())["rows"] if r["category"] == "nut"]
     assert row["p_auroc"] > 0.9
@@ -229,7 +231,7 @@ def test_parts_without_their_first_view_have_results_of_their_own(run, tmp_path)
         write_set(tmp_path / folder, pages, train=1, tests=0, seed=ord(folder))
     inputs = [tmp_path / folder / f"train/good/000{'.tif' if pages else '_right.png'}" for folder in "ab"]
     words = ["predict", run / "run", *inputs, "--out", tmp_path / "p", "--maps", "npy", "--device", "cpu"]
-    assert "2 images scored" in works(*words)
+    assert "2 parts scored" in works(*words)
     names = [Path(folder, f"train/good/000{'' if pages else '_left'}") for folder in "ab"]
     a, b = (np.load(tmp_path / "p/maps" / name.with_suffix(".npy")) for name in names)
     assert (a != b).any()
@@ -272,6 +274,8 @@ def test_training_names_what_is_missing(tmp_path):
     (tmp_path / "nut/train/good/002_right.png").unlink()
     text = fails("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", PATTERN, *PATCHCORE)
     assert "002_left.png: wanted the views left, right of each part, got no right" in text
+    text = fails("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", "(0)", *PATCHCORE)
+    assert "views_from: wanted at least 2 views of each part as '(0)' finds them, got 1 (0)" in text
     text = fails("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", "(", *PATCHCORE)
     assert "views_from: wanted none, 'pages' or a regular expression" in text
     text = fails("train", tmp_path / "nut", "--out", tmp_path / "run", "--views-from", "_(x)_", *PATCHCORE)
