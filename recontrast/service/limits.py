@@ -14,7 +14,7 @@ class Limits:
 
     Attributes:
         body_bytes: Largest body of a request, in bytes.
-        pixels: Largest number of pixels of an image.
+        pixels: Largest number of pixels of an image, or of all views of a part together.
         queue: Largest number of images that wait or are scored at one time.
         connections: Largest number of open connections.
         idle_seconds: How long a connection may wait for its next request.

@@ -40,14 +40,14 @@ _ANSWER = {
     },
 }
 _ERRORS = {
-    400: "Empty body, damaged form, or an invalid parameter",
+    400: "Empty body, damaged form, a view that is missing or sent twice, or an invalid parameter",
     401: "Wrong or missing token",
     404: "Unknown detector",
     408: "The body took too long",
     409: "Decisions asked of a detector without a calibration",
     413: "Too many bytes or pixels",
     415: "Another media type, or no image of a known format",
-    422: "An image that cannot be decoded, or several images in one file",
+    422: "An image that cannot be decoded, several images in one file, or views of different sizes",
     429: "The queue is full; Retry-After says when to try again",
 }
 
@@ -60,13 +60,15 @@ def _describe_predict(names: Sequence[str], limits: Limits, in_path: bool) -> di
     """Return the operation of /predict, or of /predict/{detector}."""
     one = {"type": "string", "enum": list(names)}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    file = {"schema": {"type": "string", "format": "binary"}}
-    form = {"schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}}
+    binary = {"type": "string", "format": "binary"}
+    file = {"schema": binary}
+    form = {"schema": {"type": "object", "properties": {"image": binary}, "additionalProperties": binary}}
     return {
-        "summary": "Score one image",
+        "summary": "Score one image, or one part with all its views",
         "description": f"The body is a {NAMES} file of at most {limits.body_bytes:,} bytes and {limits.pixels:,} "
-        "pixels, or a form with one such file. A detector of parts with several views takes all of them at once: a "
-        "file of pages, or a form with one file for each view, whose field or file has the name of the view.",
+        "pixels, or a form with one such file. A detector of parts with several views takes all views of a part at "
+        "once, within the same limits: a file of pages, or a form with one file for each view. The name of the field, "
+        "or else that of the file, is the name of the view.",
         "operationId": "predictNamed" if in_path else "predict",
         "parameters": [
             _parameter("detector", "Name of the detector; needed only if there are several.", one,

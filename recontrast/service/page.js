@@ -53,6 +53,7 @@
     }
   }
 
+  const takesForms = (one) => Boolean(one && one.views && one.views.from !== "pages");
   const chosen = () => detectors.find((one) => one.name === find("detector").value);
 
   function describe() {
@@ -60,7 +61,12 @@
     if (!one) return;
     const size = one.tile ? `tiles of ${one.tile} px` : `${one.size[1]} × ${one.size[0]} px`;
     const rate = one.calibration ? `decides at a promised false-alarm rate of ${format(100 * one.calibration.rate)} %` : "gives scores alone: it is not calibrated";
-    find("about").textContent = `${one.name}: ${one.architecture} with ${one.backbone}, ${size}; ${rate}.`;
+    const views = one.views ? `, parts with ${one.views.names.length} ${one.views.from === "pages" ? "pages" : `views (${one.views.names.slice(0, 8).join(", ")}${one.views.names.length > 8 ? ", …" : ""})`}` : "";
+    find("about").textContent = `${one.name}: ${one.architecture} with ${one.backbone}, ${size}${views}; ${rate}.`;
+    document.querySelector("h1").textContent = one.views ? "Inspect a part" : "Inspect an image";
+    find("invitation").textContent = takesForms(one) ? "Drop all views of a part here, or of several parts" : "Drop an image here, or paste one";
+    find("choose").textContent = takesForms(one) ? "Choose the images" : "Choose an image";
+    find("photograph").hidden = takesForms(one); // which is one image
     const sentences = one.calibration ? one.calibration.promise : [];
     find("promise").replaceChildren(...sentences.map((text) => element("li", text)));
     find("promise-section").hidden = !sentences.length;
@@ -68,10 +74,11 @@
 
   // ---- one image ------------------------------------------------------------
 
-  // The views of a part are sent together: files whose names differ in the name of the view alone.
+  // The views of a part are sent together: files whose names differ in the name of the view alone. An empty name leaves
+  // it to the service to find the view.
   function groupFiles(files) {
     const one = chosen();
-    if (!one || !one.views || one.views.from === "pages") return files.map((file) => [file]);
+    if (!takesForms(one)) return files.map((file) => [{ file, view: "" }]);
     const parts = new Map();
     try {
       const pattern = new RegExp(one.views.from, "dg");
@@ -84,29 +91,28 @@
         parts.set(key, [...(parts.get(key) || []), { file, view }]);
       }
     } catch { // an expression that the browser does not know: the service finds the views
-      return [files];
+      return [files.map((file) => ({ file, view: "" }))];
     }
     const order = ({ view }) => one.views.names.indexOf(view);
-    return [...parts.values()].map((part) => part.sort((a, b) => order(a) - order(b)).map(({ file }) => file));
+    return [...parts.values()].map((part) => part.sort((a, b) => order(a) - order(b)));
   }
 
-  function toBody(files) {
-    const one = chosen();
-    if (!one || !one.views || one.views.from === "pages") return { body: files[0], headers: { "Content-Type": "application/octet-stream" } };
+  function toBody(part) {
+    if (!takesForms(chosen())) return { body: part[0].file, headers: { "Content-Type": "application/octet-stream" } };
     const form = new FormData();
-    for (const file of files) form.append("view", file, file.webkitRelativePath || file.name);
+    for (const { file, view } of part) form.append(view, file, file.webkitRelativePath || file.name);
     return { body: form };
   }
 
-  async function inspect(files) {
+  async function inspect(part) {
     const one = chosen();
-    const file = files[0];
+    const file = part[0].file;
     if (!one) return say("The service has not said yet what runs.", true);
     say(`${file.name || "image"}: being inspected …`);
     find("drop").setAttribute("aria-busy", "true");
     try {
       const query = new URLSearchParams({ image: "overlay", inline: "true", side: SIDE, detector: one.name });
-      const answer = await ask(`/predict?${query}`, { method: "POST", ...toBody(files) });
+      const answer = await ask(`/predict?${query}`, { method: "POST", ...toBody(part) });
       const { image, ...result } = answer;
       const entry = { ...result, name: file.name || "image", time: Date.now(), thumbnail: await shrink(image) };
       pictures.set(entry, { overlay: image, original: URL.createObjectURL(file) });

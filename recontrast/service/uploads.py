@@ -16,12 +16,12 @@ from recontrast.data.encoded_image import EncodedImage, ImagePage, SeveralImages
 from recontrast.data.formats import HEAD_BYTES, NAMES, detect_format
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import read_image
-from recontrast.data.views import PAGES, Views, divide_path
+from recontrast.data.views import PAGES, Views
 from recontrast.data.window import Window
 from recontrast.service.messages import RequestError
 
 _PART_HEAD_BYTES = 1 << 13  # largest headers of one part of a multipart body
-_MOST_PARTS = 20
+_MOST_PARTS = 20  # of a multipart body, besides the views of a part
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,11 @@ def decode_upload(
         shape = _read_size(sources, max_pixels)
         pixels = np.stack(list(map(options.read, sources))) if views is not None else options.read(sources[0])
     except TooManyPixelsError as error:
-        got = str(error).rpartition("got ")[2].partition(" =")[0]
-        raise RequestError(413, f"image: wanted at most {max_pixels:,} pixels, got {got}") from None
+        name, got = str(error).partition(": ")[0], str(error).rpartition("got ")[2].partition(" =")[0]
+        limit = f"{max_pixels:,} pixels"
+        if len(sources) > 1:
+            limit = f"{max_pixels // len(sources):,} pixels in each of {len(sources)} views"
+        raise RequestError(413, f"{name}: wanted at most {limit}, got {got}") from None
     except SeveralImagesError as error:
         raise RequestError(422, str(error)) from None
     except ValueError as error:
@@ -169,30 +172,29 @@ def find_images(body: bytes, content_type: str | None, views: Views | None) -> l
     if views is None or views.source == PAGES:
         return [find_image(body, content_type)]
     kind, parameters = parse_header(content_type or "application/octet-stream")
-    wanted = f"a form (multipart/form-data) with one file for each of the views {', '.join(views.names)}"
+    wanted = f"one file for each of the views {views.describe()} (multipart/form-data)"
     if kind != "multipart/form-data":
         raise RequestError(415, f"Content-Type: wanted {wanted}, got {kind[:80]}")
     found: dict[str, bytes] = {}
-    for field, name, content in _split_form(body, parameters.get("boundary", "")):
+    for field, name, content in _split_form(body, parameters.get("boundary", ""), _MOST_PARTS + len(views)):
         if name is None:
             continue
         view = field if field in views.names else _find_view(name, views)
         if view is None or view in found:
-            got = f"{view} twice" if view else f"a file of no view ({name[:40]!r} in the field {str(field)[:40]!r})"
+            got = f"{view} twice" if view else f"{name[:40]!r} in the field {str(field)[:40]!r}, which names none"
             raise RequestError(400, f"form: wanted {wanted}, got {got}")
         found[view] = content
-    if missing := [name for name in views.names if name not in found]:
-        raise RequestError(400, f"form: wanted {wanted}, got no {', '.join(missing)}")
+    if missing := tuple(name for name in views.names if name not in found):
+        raise RequestError(400, f"form: wanted {wanted}, got no {Views(views.source, missing).describe()}")
     return [found[name] for name in views.names]
 
 
 def _find_view(name: str, views: Views) -> str | None:
     """Return the view that the name of a file states; None if it states none."""
     try:
-        view = divide_path(views.source, Path("/", name.replace("\\", "/").lstrip("/")))[1]
+        return views.divide(Path("/", name.replace("\\", "/").lstrip("/")))[1]
     except ValueError:
         return None
-    return view if view in views.names else None
 
 
 def find_image(body: bytes, content_type: str | None) -> bytes:
@@ -233,7 +235,9 @@ def _join_parameter(value: Any) -> str:
     return str(value[2]) if isinstance(value, tuple) else str(value)
 
 
-def _split_form(body: bytes, boundary: str) -> list[tuple[str | None, str | None, bytes]]:
+def _split_form(
+    body: bytes, boundary: str, most: int = _MOST_PARTS
+) -> list[tuple[str | None, str | None, bytes]]:  # fmt: skip
     """Return the names of field and file, and the content of each part of a form (RFC 2046).
 
     The name of the file is None for a part that is no file.
@@ -241,7 +245,7 @@ def _split_form(body: bytes, boundary: str) -> list[tuple[str | None, str | None
     if not 1 <= len(boundary) <= 70 or not boundary.isascii():
         raise RequestError(400, "form: wanted a boundary of 1 to 70 characters in Content-Type, got none or another")
     delimiter = b"\r\n--" + boundary.encode("ascii")
-    pieces = (b"\r\n" + body).split(delimiter, _MOST_PARTS + 1)
+    pieces = (b"\r\n" + body).split(delimiter, most + 1)
     parts: list[tuple[str | None, str | None, bytes]] = []
     for piece in pieces[1:]:
         if piece.startswith(b"--"):

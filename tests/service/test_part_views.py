@@ -14,6 +14,9 @@ from test_page import open_service, text, upload
 
 import recontrast
 from recontrast.data.roi import encode_mask
+from recontrast.data.views import Views
+from recontrast.service.messages import RequestError
+from recontrast.service.uploads import find_images
 
 BOUNDARY = "----boundary"
 
@@ -96,11 +99,11 @@ def test_what_is_no_part_is_refused(client, part):
         got, _, answer = client.ask("POST", f"/predict/{name}", body, Content_Type=kind)
         assert (got, message in json.loads(answer)["error"]) == (status, True), answer
 
-    refuse(415, "wanted a form (multipart/form-data) with one file for each of the views left, right, got image/png",
+    refuse(415, "wanted one file for each of the views left, right (multipart/form-data), got image/png",
            "files", left, "image/png")  # fmt: skip
     refuse(400, "got no right", "files", *join_forms(("left", "a.png", left)))
     refuse(400, "got left twice", "files", *join_forms(("left", "a", left), ("x", "b_left.png", right)))
-    refuse(400, "got a file of no view ('c.png' in the field 'x')", "files", *join_forms(("x", "c.png", left)))
+    refuse(400, "got 'c.png' in the field 'x', which names none", "files", *join_forms(("x", "c.png", left)))
     refuse(
         400, "right: wanted the bytes of an image file", "files", *join_forms(("left", "a", left), ("right", "b", b""))
     )
@@ -118,14 +121,45 @@ def test_pixels_of_all_views_count(detectors, part):
 
     with serving({"files": detectors["files"]}, limits=Limits(pixels=64 * 64 * 2 - 1)) as client:
         body, kind = join_forms(("left", "a", part[0].read_bytes()), ("right", "b", part[1].read_bytes()))
-        assert client.ask("POST", "/predict", body, Content_Type=kind)[0] == 413
+        status, _, answer = client.ask("POST", "/predict", body, Content_Type=kind)
+        assert status == 413
+        assert json.loads(answer)["error"] == "left: wanted at most 4,095 pixels in each of 2 views, got 64 x 64"
+
+
+def test_parts_may_have_many_views(part):
+    """As many as there are, and one that is named like the field of the page."""
+    names = (*map(str, range(39)), "view")
+    views = Views(r"_(view|\d+)\.", names)
+    forms = [join_forms(*[(field or name, f"7_{name}.png", name.encode()) for name in reversed(names)])
+             for field in ("", "x")]  # fmt: skip
+    for body, kind in forms:
+        assert find_images(body, kind, views) == [name.encode() for name in names]
+    body, kind = join_forms(*[(name, "a", b"") for name in names[2:]])
+    with pytest.raises(RequestError, match=r"of the views 0, 1, 2, 3, 4, 5, 6, 7, ... .40 views. .*, got no 0, 1$"):
+        find_images(body, kind, views)
+    body, kind = join_forms(*[("left", "a", b"")] * 23)
+    with pytest.raises(RequestError, match="too many parts"):
+        find_images(body, kind, Views(PATTERN, ("left", "right")))
 
 
 def test_page_sends_the_views_of_a_part_together(detectors, part):
     with serving({"files": detectors["files"]}) as client, browser() as driver:
         open_service(driver, client)
+        assert "parts with 2 views (left, right)" in text(driver, "about")
+        assert driver.find_element("css selector", "h1").text == "Inspect a part"
+        assert text(driver, "invitation") == "Drop all views of a part here, or of several parts"
         upload(driver, "\n".join(map(str, (part[1], part[0]))))
         body, kind = join_forms(("left", "a", part[0].read_bytes()), ("right", "b", part[1].read_bytes()))
         score = client.predict(body, Content_Type=kind)["score"]
         assert float(text(driver, "score")) == pytest.approx(score, rel=1e-3)
         assert text(driver, "file-name").startswith("7_left.png")
+
+
+def test_page_sends_a_view_that_is_named_view(tmp_path, part):
+    """The name of the field is that of the view, whatever it is."""
+    recipe = RECIPE.replace(views_from=r"_(view|top)\.", view_names=("top", "view"))
+    paths = [path.rename(tmp_path / f"7_{name}.png") for path, name in zip(part, recipe.view_names, strict=False)]
+    with serving({"parts": save(tmp_path / "parts.pt", recipe)}) as client, browser() as driver:
+        open_service(driver, client)
+        upload(driver, "\n".join(map(str, paths)))
+        assert text(driver, "file-name").startswith("7_top.png")

@@ -39,8 +39,12 @@ def serve(  # 17 options
     batch: Annotated[int, typer.Option(help="Largest number of images in a batch.")] = 8,
     window: Annotated[float, typer.Option(help="Milliseconds that an image waits for others on their way.")] = 5.0,
     queue: Annotated[int, typer.Option(help="Largest number of images at a time; others are answered 429.")] = 64,
-    max_bytes: Annotated[int, typer.Option(help="Largest image file in bytes.")] = 32 * 2**20,
-    max_pixels: Annotated[int, typer.Option(help="Largest image in pixels.")] = 50_000_000,
+    max_bytes: Annotated[
+        int, typer.Option(help="Largest request in bytes: an image file, or all views of a part.")
+    ] = 32 * 2**20,
+    max_pixels: Annotated[
+        int, typer.Option(help="Largest image in pixels, or all views of a part together.")
+    ] = 50_000_000,
     body_timeout: Annotated[float, typer.Option(help="Seconds within which a client must send its image.")] = 30.0,
     reload: Annotated[float, typer.Option(help="Seconds between looks for a changed file; 0 looks never.")] = 2.0,
     inference: InferenceArguments,
