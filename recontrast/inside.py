@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recontrast.device_limits import pool_adaptively, to_float64
+
 
 def pool_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
     """Find the points of a feature map that are inside: those with a pixel of the region in their cell.
@@ -22,7 +24,7 @@ def pool_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
     """
     if not inside.shape[0]:
         return inside.new_zeros(0, *size)
-    return F.adaptive_max_pool2d(inside.float(), (size[0], size[1])).bool()
+    return pool_adaptively(F.adaptive_max_pool2d, inside.float(), (size[0], size[1])).bool()
 
 
 def score_inside(maps: Tensor, inside: Tensor, how: str | float) -> Tensor:
@@ -45,7 +47,7 @@ def score_inside(maps: Tensor, inside: Tensor, how: str | float) -> Tensor:
         scores = torch.where(inside, maps, 0).sum(dim=(1, 2)) / counts.clamp_min(1)
     else:
         values = torch.where(inside, maps, -torch.inf).flatten(1)
-        wanted = (counts.double() * float(how)).floor().clamp_min(1)
+        wanted = (to_float64(counts) * float(how)).floor().clamp_min(1).long().to(counts.device)
         largest = values.topk(int(wanted.max()), sorted=True).values if len(values) else values
         taken = torch.arange(largest.shape[1], device=maps.device) < wanted[:, None]
         scores = torch.where(taken, largest, 0).sum(1) / wanted.to(maps.dtype)

@@ -64,7 +64,7 @@ def train(
             out for calibration if that is 9 images or more.
         category: Name of one category in ``data``, or "all" for one detector of all categories. None: the only
             category.
-        device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        device: "cpu", "cuda", "cuda:1", "mps". None takes the CUDA GPU if there is one.
         resume: Checkpoint or run folder to continue, with its recipe, category and folder.
         overwrite: Whether to replace an earlier run in ``out``, and files of others in the way.
         all_good: Whether all images in a plain folder are good. Otherwise its subfolders may be classes, such as
@@ -130,7 +130,7 @@ def evaluate(
             no column ``split``, all its images are test images, or the part that `train` keeps for the test.
         category: Name of one category, or "all". None: all.
         out: Folder for results.json, results.csv, results.md and scores.csv. None writes nothing.
-        device: For a path: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        device: For a path: "cpu", "cuda", "cuda:1", "mps". None takes the CUDA GPU if there is one.
         batch: Number of images per forward pass.
         streaming: Whether to compute pixel metrics from histograms, in constant memory, with proven bounds.
         cache_dir: Folder for decoded images. None decodes them again.
@@ -188,7 +188,7 @@ def calibrate(
         false_alarm_rate: Promised share of good images called defects, at least 1 / (n + 1) for n images.
         pixel_rate: Promised share of a good image's map that is flagged.
         all_good: Whether all images in a folder are good, whatever the names of its subfolders.
-        device: For a path: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        device: For a path: "cpu", "cuda", "cuda:1", "mps". None takes the CUDA GPU if there is one.
         batch: Number of images per forward pass.
         on_progress: Called with the number of finished images and of all images.
 
@@ -251,7 +251,7 @@ def extend(
         holdout: Share of the new images that are not added but used for a new calibration, in [0, 1).
         steps: Number of further steps; None: a quarter of those of the run. Only for a detector trained by steps.
         all_good: Whether all images in a folder are good, whatever the names of its subfolders.
-        device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        device: "cpu", "cuda", "cuda:1", "mps". None takes the CUDA GPU if there is one.
         on_progress: Called with the number of finished images and of all images, or with those of steps.
 
     Returns:

@@ -301,7 +301,7 @@ class ReContrastDetector(OutlierMixin, BaseEstimator):
         check_region(recipe, given)
         move_model(self.model_, resolve_device(self.device), recipe.channels_last)
         for maps, scores in infer(self.model_, images, recipe, batch=self.batch or recipe.batch):
-            yield maps.float().cpu().numpy(), scores.double().cpu().numpy()
+            yield maps.float().cpu().numpy(), scores.cpu().double().numpy()
 
     def _calibrated(self, method: str) -> Calibration:
         check_is_fitted(self)

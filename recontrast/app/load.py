@@ -28,7 +28,7 @@ def load(
 
     Args:
         path: A checkpoint, the folder of a run, or a file of ``recontrast export`` (.onnx, .xml, .pt2).
-        device: "cpu", "cuda", "cuda:1". None takes the GPU if there is one.
+        device: "cpu", "cuda", "cuda:1", "mps". None takes the CUDA GPU if there is one.
         tile: Side of the tiles in pixels, for a detector trained on tiles. None: as trained.
         overlap: Pixels that neighboring tiles share. None: a quarter of the tile.
         views: "both", "trained" or "frozen": which pairs of features make up the map. None: as trained.

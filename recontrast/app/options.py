@@ -54,7 +54,7 @@ def path_argument(metavar: str, help: str) -> Any:
     return typer.Argument(parser=parse_path, metavar=metavar, help=help)
 
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: the GPU, if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps. Default: the CUDA GPU, if there is one.")]
 Batch = Annotated[int, typer.Option(help="Number of images per batch.")]
 Data = Annotated[
     list[Path] | None,

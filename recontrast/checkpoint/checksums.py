@@ -51,7 +51,7 @@ def compute_checksum(tensor: Tensor) -> int:
     """
     storage = tensor.untyped_storage()
     if storage.nbytes() == tensor.nbytes:  # the member of the archive then has the same checksum
-        plain = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+        plain = torch.empty(0, dtype=torch.uint8).set_(storage.cpu())  # type: ignore[call-overload]
     else:
         plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return zlib.crc32(plain.cpu().numpy().data)

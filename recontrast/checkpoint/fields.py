@@ -203,7 +203,7 @@ def _is_rng(value: Any) -> bool:
     batches, states = value.get("batches"), [value.get("torch")]
     if not _is_mapping(batches) or not _is_whole(batches.get("place")):
         return False
-    states += [batches.get("generator"), *([] if value.get("cuda") is None else [value["cuda"]])]
+    states += [batches.get("generator"), *(value[name] for name in ("cuda", "mps") if value.get(name) is not None)]
     return all(isinstance(state, torch.Tensor) and state.dtype == torch.uint8 and state.ndim == 1 for state in states)
 
 

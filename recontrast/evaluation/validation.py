@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from recontrast.data.dataset_sample import GOOD, Sample
 from recontrast.data.listing import list_images
 from recontrast.data.part_samples import group_samples
+from recontrast.device_limits import to_float64
 from recontrast.evaluation.measures import find_prepared
 from recontrast.evaluation.sample_images import open_images
 from recontrast.evaluation.scorers import Scorer
@@ -61,7 +62,7 @@ def choose_threshold(
         usable = [index for index, position in enumerate(positions) if position not in errors]
         if not usable:
             continue
-        values = anomaly[usable].double()
+        values = to_float64(anomaly[usable])
         own = float(values.mean())
         own_squares = float((values - own).square().sum())
         total = count + values.numel()

@@ -18,7 +18,7 @@ from recontrast.models.network import Network
 from recontrast.ops import void_unless_finite
 from recontrast.recipes.recipe import Recipe
 from recontrast.runtime.clock import Clock
-from recontrast.runtime.device import resolve_memory_format
+from recontrast.runtime.device import copy_to_device, resolve_memory_format
 from recontrast.runtime.threads import after_step, start_threads
 
 
@@ -64,13 +64,13 @@ def infer(
     def score_batch(loaded: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
         pixels, masks = loaded
         clock.mark("loading")
-        pixels = pixels.to(weight.device, non_blocking=True)
+        pixels = copy_to_device(pixels, weight.device)
         x = normalise(pixels, model.mean, model.std, dtype=weight.dtype, channels_last=channels_last)
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             with convolution_precision(recipe.tf32):
                 distances, own_scores = model.distances(x, recipe.views)
         clock.mark("forward")
-        inside = shared if masks is None else masks.to(weight.device, non_blocking=True)
+        inside = shared if masks is None else copy_to_device(masks, weight.device)
         maps, maximum = amap.from_distances(distances, inside)
         if views > 1:  # one region of interest is that of all views
             maps = combine_views(maps, views, recipe.view_map)

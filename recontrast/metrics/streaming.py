@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recontrast.device_limits import has_float64
 from recontrast.lazy_import import LazyModule
 from recontrast.metrics import bounds, inputs, reference
 from recontrast.metrics.bounds import UNIT, Estimate
@@ -69,7 +70,8 @@ class Streaming:
         high: Largest value of a map: twice the number of pairs for ``reduce="sum"``, 2 for ``"mean"``. Maps are in
             [0, high]. Values that rounding moves outside are clipped.
         limit: False positive rate at which the per-image AUPRO ends, and AUPRO unless `compute` gets another limit.
-        device: Device of the histograms. Maps are copied to it.
+        device: Device of the histograms. Maps are copied to it. On a device without float64 ("mps"), the CPU takes its
+            place.
         detail: 2 ** detail bins per octave of scores, 4 to 17. Each step down halves the memory and doubles the bounds.
         clip: Whether all values above ``high`` count as equal to it; otherwise they are an error.
 
@@ -100,6 +102,7 @@ class Streaming:
         lowest = 2.0 ** (int(np.frexp(high)[1]) - OCTAVES)
         self._base = (_float_bits(lowest) >> self._shift) - 1  # bin 0 holds all lower values
         bins = (_float_bits(high) >> self._shift) - self._base + 1
+        device = device if has_float64(torch.device(device)) else "cpu"
         self.counts = torch.zeros(3, bins, dtype=torch.int64, device=device)
         self.totals = torch.zeros(6, dtype=torch.int64, device=device)
 

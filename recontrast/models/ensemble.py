@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recontrast.device_limits import to_float64
 from recontrast.models.coreset import find_nearest
 from recontrast.models.network import OnePassNetwork, Views, disable_autocast
 from recontrast.models.padim import PaDiM
@@ -242,7 +243,8 @@ class Ensemble(OnePassNetwork):
             is_own = owners == number
             if number < former:  # the bank does not say which of its vectors were of this image
                 is_own = torch.zeros_like(is_own)
-                is_own[:kept] = find_nearest(bank[:kept], own)[0].flatten() <= SAME * bank[:kept].norm(dim=1)
+                norms = torch.linalg.vector_norm(bank[:kept], dim=1)
+                is_own[:kept] = find_nearest(bank[:kept], own)[0].flatten() <= SAME * norms
             others = bank[~is_own]
             nearest = find_nearest(own, others if len(others) else bank)[0]
             large.append(nearest.view(vectors.shape[1:]))
@@ -260,8 +262,8 @@ class Ensemble(OnePassNetwork):
         Raises:
             ValueError: If all values are equal.
         """
-        scales = torch.stack([values.double().std(correction=0) for values in maps])
-        maxima = [values.double().amax(dim=(1, 2)) for values in distances]
+        scales = torch.stack([to_float64(values).std(correction=0) for values in maps])
+        maxima = [to_float64(values).amax(dim=(1, 2)) for values in distances]
         # One image has no deviation of its score: then that of the map, which has the same unit, takes its place.
         score_scales = torch.stack([
             values.std() if len(values) > 1 and values.std() > 0 else scale
@@ -272,8 +274,8 @@ class Ensemble(OnePassNetwork):
         if not bool((scales > 0).all()):
             raise ValueError("Ensemble: wanted good images that differ, got images whose features are all equal")
         weights = torch.tensor(WEIGHTS).to(scales)
-        self.scales.copy_(scales / weights)
-        self.score_scales.copy_(score_scales / weights)
+        self.scales.copy_((scales / weights).to(self.scales.dtype))
+        self.score_scales.copy_((score_scales / weights).to(self.scales.dtype))
 
     def distances(
         self, images: Tensor, views: Views = "both", *, exportable: bool = False

@@ -15,6 +15,7 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
+from recontrast.device_limits import to_float64
 from recontrast.models.backbone import Backbone
 from recontrast.models.network import Network, Views
 from recontrast.models.norm_act import AddAct, NormAct2d
@@ -268,23 +269,22 @@ def _has_running_statistics(norm: Any) -> bool:
 @torch.no_grad()
 def _fold_norm(convolution: Any, norm: Any) -> None:
     """Scale the kernel and set the bias of ``convolution`` so that it includes ``norm``."""
-    wide = torch.float64
-    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-    shift = -norm.running_mean.to(wide) * scale
+    scale = torch.rsqrt(to_float64(norm.running_var) + norm.eps)
+    shift = -to_float64(norm.running_mean) * scale
     if norm.weight is not None:
-        scale, shift = scale * norm.weight.to(wide), shift * norm.weight.to(wide)
+        scale, shift = scale * to_float64(norm.weight), shift * to_float64(norm.weight)
     if norm.bias is not None:
-        shift = shift + norm.bias.to(wide)
+        shift = shift + to_float64(norm.bias)
     if convolution.bias is not None:
-        shift = shift + convolution.bias.to(wide) * scale
+        shift = shift + to_float64(convolution.bias) * scale
     kernel = convolution.weight
     if isinstance(convolution, nn.ConvTranspose2d):  # (inputs, outputs / groups, h, w), group by group
         by_group = scale.view(convolution.groups, 1, -1, 1, 1)
-        scaled = (kernel.to(wide).view(convolution.groups, -1, *kernel.shape[1:]) * by_group).view(kernel.shape)
+        scaled = (to_float64(kernel).view(convolution.groups, -1, *kernel.shape[1:]) * by_group).view(kernel.shape)
     else:
-        scaled = kernel.to(wide) * scale.view(-1, 1, 1, 1)
-    kernel.copy_(scaled)  # in place, to keep dtype and memory layout
-    convolution.bias = nn.Parameter(shift.to(kernel.dtype), requires_grad=False)
+        scaled = to_float64(kernel) * scale.view(-1, 1, 1, 1)
+    kernel.copy_(scaled.to(kernel.dtype))  # in place, to keep dtype and memory layout
+    convolution.bias = nn.Parameter(shift.to(kernel.dtype).to(kernel.device), requires_grad=False)
 
 
 def _get_activation(norm: Any) -> nn.Module:

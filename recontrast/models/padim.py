@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recontrast.device_limits import to_float64
 from recontrast.models.backbone import Backbone
 from recontrast.models.network import OnePassNetwork, Views, disable_autocast
 
@@ -99,7 +100,7 @@ class PaDiM(OnePassNetwork):
         """
         if not len(self.centres):
             return 1.0
-        return 2.0 * float(self.centres.norm(dim=1).max()) / math.sqrt(REGULARISATION)
+        return 2.0 * float(torch.linalg.vector_norm(self.centres, dim=1).max()) / math.sqrt(REGULARISATION)
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Return height and width of the distances for images of ``size``, an int or (h, w), as a list of one.
@@ -184,15 +185,15 @@ class PaDiM(OnePassNetwork):
         rows, columns = self.points.tolist()
         self._moments = moments = _Moments(self.centres.unsqueeze(1), (rows, columns))
         width = len(self.channels)
-        lower = torch.tril_indices(width, width, device=self.whitening.device)
-        identity = torch.eye(width, dtype=torch.float64, device=self.whitening.device)
+        lower = torch.tril_indices(width, width)
         for begin in range(0, len(self.centres), BLOCK):
-            packed = self.whitening[begin : begin + BLOCK].double()
+            packed = to_float64(self.whitening[begin : begin + BLOCK])
+            identity = torch.eye(width, dtype=packed.dtype, device=packed.device)
             inverse = packed.new_zeros(len(packed), width, width)
             inverse[:, lower[0], lower[1]] = packed
             factor = torch.linalg.solve_triangular(inverse, identity.expand_as(inverse), upper=False)
             covariance = factor @ factor.mT - REGULARISATION * identity
-            moments.products[begin : begin + BLOCK] = ((count - 1) * covariance).float()
+            moments.products[begin : begin + BLOCK] = ((count - 1) * covariance).float().to(moments.products.device)
         moments.count = count
         return []
 
@@ -232,18 +233,18 @@ class PaDiM(OnePassNetwork):
             raise ValueError(f"PaDiM: fit_gaussians: wanted at least 2 observed images, got {got}")
         width = len(self.channels)
         rows, cols = torch.tril_indices(width, width)
-        identity = torch.eye(width, dtype=torch.float64, device=moments.products.device)
         centres = moments.shift + moments.sums / moments.count
         if not bool(moments.products.isfinite().all()):
             raise ValueError("PaDiM: features: wanted finite values, got NaN, infinity or values above 1e19")
         packed = []
         for begin in range(0, len(centres), BLOCK):
-            means = moments.sums[begin : begin + BLOCK].double() / moments.count
-            products = moments.products[begin : begin + BLOCK].double()
+            means = to_float64(moments.sums[begin : begin + BLOCK]) / moments.count
+            products = to_float64(moments.products[begin : begin + BLOCK])
+            identity = torch.eye(width, dtype=products.dtype, device=products.device)
             covariance = (products - moments.count * means.unsqueeze(2) * means.unsqueeze(1)) / (moments.count - 1)
             factor = torch.linalg.cholesky(covariance + REGULARISATION * identity)
             inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-            packed.append(inverse[:, rows, cols].float())
+            packed.append(inverse[:, rows, cols].float().to(centres.device))
         self.points = torch.tensor(moments.size, device=centres.device)
         self.centres, self.whitening = centres, torch.cat(packed)
         return moments.count

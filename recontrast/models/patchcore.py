@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recontrast.device_limits import pool_adaptively
 from recontrast.inside import pool_inside
 from recontrast.models.backbone import Backbone
 from recontrast.models.coreset import ACTIVE_SHARE, find_nearest, project_randomly, select_coreset
@@ -108,7 +109,7 @@ class PatchCore(OnePassNetwork):
     @property
     def max_distance(self) -> float:
         """Twice the norm of the longest vector in the bank, which a vector of the same length cannot exceed."""
-        return 2.0 * float(self.bank.float().norm(dim=1).max()) if len(self.bank) else 1.0
+        return 2.0 * float(torch.linalg.vector_norm(self.bank.float(), dim=1).max()) if len(self.bank) else 1.0
 
     def map_sizes(self, size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Return height and width of the distances for images of ``size``, an int or (h, w), as a list of one.
@@ -353,5 +354,5 @@ def _average_channels(feature: Tensor, count: int) -> Tensor:
     """Average neighbouring channels down, or repeat them up, to ``count``: (N, C, h, w) -> (N, count, h, w)."""
     batch, _, height, width = feature.shape
     channels = feature.permute(0, 2, 3, 1).reshape(batch * height * width, 1, -1)
-    averaged = F.adaptive_avg_pool1d(channels, count)
+    averaged = pool_adaptively(F.adaptive_avg_pool1d, channels, (count,))
     return averaged.view(batch, height, width, count).permute(0, 3, 1, 2)

@@ -166,7 +166,7 @@ class UniAD(Network):
         target = self.align(images, frozen_features)
         tokens = target.flatten(2).transpose(1, 2)  # (N, points, C)
         if self.training and self.jitter:
-            scale = self.jitter * tokens.norm(dim=2, keepdim=True) / tokens.shape[2]
+            scale = self.jitter * torch.linalg.vector_norm(tokens, dim=2, keepdim=True) / tokens.shape[2]
             tokens = tokens + torch.randn_like(tokens) * scale
         hidden = self.input(tokens)
         rows, columns = len(self.row_positions), len(self.column_positions)
@@ -185,7 +185,7 @@ class UniAD(Network):
             decoded = layer(decoded, memory, positions, mask)
         reconstruction = self.output(self.norm(decoded)).transpose(1, 2).reshape(target.shape)
         if self.training:
-            norms = [feature.detach().float().norm(dim=1).amax() for feature in (target, reconstruction)]
+            norms = [torch.linalg.vector_norm(f.detach().float(), dim=1).amax() for f in (target, reconstruction)]
             self.largest_norm.copy_(torch.stack([self.largest_norm.float(), *norms]).amax())
         return target, reconstruction
 

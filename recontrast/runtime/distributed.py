@@ -75,12 +75,14 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[tuple[W
         The world, as seen from this process, and the device of this process.
 
     Raises:
-        ValueError: If there are more processes on this machine than GPUs.
+        ValueError: If there are more processes on this machine than GPUs, or the device is Apple's "mps".
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World(), resolve_device(device)
         return
     resolved = resolve_device(device)
+    if resolved.type == "mps":
+        raise ValueError("torchrun: wanted the CPU or CUDA GPUs, got 'mps', where processes cannot exchange data")
     if resolved.type == "cuda" and resolved.index is None:
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= gpus:

@@ -22,7 +22,7 @@ from recontrast.models.ensemble import Ensemble
 from recontrast.models.network import Network
 from recontrast.models.patchcore import PatchCore
 from recontrast.recipes.recipe import Recipe, to_pair
-from recontrast.runtime.device import move_model
+from recontrast.runtime.device import move_model, synchronize
 from recontrast.training.optimisers import build_optimisers
 from recontrast.training.step import train_step
 
@@ -129,8 +129,7 @@ class _Probe:
         for _ in range(3):
             begin = time.perf_counter()
             work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            synchronize(self.device)
             durations.append(time.perf_counter() - begin)
         return min(durations[1:])
 

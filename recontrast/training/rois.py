@@ -17,6 +17,7 @@ from recontrast.data.tiles import TileMasks
 from recontrast.data.views import show_view
 from recontrast.inference.rois import Rois, open_rois
 from recontrast.recipes.recipe import Recipe
+from recontrast.runtime.device import copy_to_device
 
 
 class TrainingRois:
@@ -98,4 +99,4 @@ class TrainingRois:
                 rows = np.flatnonzero(numbers == number)
                 pixels[rows] = change_view(pixels[rows], self.views[number])
             masks = pixels[..., 0] >= 128  # pixels that are at least half inside
-        return torch.from_numpy(np.ascontiguousarray(masks)).to(self.device, non_blocking=True)
+        return copy_to_device(torch.from_numpy(np.ascontiguousarray(masks)), self.device)

@@ -15,6 +15,7 @@ from recontrast.checkpoint import Checkpoint
 from recontrast.models.network import Network
 from recontrast.recipes.recipe import Recipe, list_differences, to_pair
 from recontrast.runtime import distributed
+from recontrast.runtime.device import get_random_states, set_random_states
 from recontrast.runtime.distributed import World
 from recontrast.training.sampler import BatchSampler
 
@@ -108,8 +109,7 @@ def snapshot(state: TrainingState) -> Checkpoint:
         optimisers=[optimiser.state_dict() for optimiser in state.optimisers],
         rng={
             "batches": state.sampler.state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
+            **get_random_states(state.device),
         },
     )
 
@@ -137,9 +137,7 @@ def restore(state: TrainingState, saved: Checkpoint, path: str) -> None:
     restore_optimisers(state, saved, path)
     with _describe_misfit(path):
         state.sampler.restore(saved.rng["batches"])
-        torch.set_rng_state(saved.rng["torch"])
-        if state.device.type == "cuda" and saved.rng["cuda"] is not None:
-            torch.cuda.set_rng_state(saved.rng["cuda"], state.device)
+        set_random_states(saved.rng, state.device)
     state.step = saved.step
 
 

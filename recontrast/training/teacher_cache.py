@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recontrast.runtime.device import copy_to_device
+
 Encoder = Callable[[Tensor], Sequence[Tensor]]  # images (N, 3, H, W) -> features (N, ...) of each level
 
 
@@ -93,4 +95,4 @@ def _select_images(images: Tensor, rows: NDArray[np.int64], channels_last: bool)
 
 
 def _to_device(rows: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(rows).to(device, non_blocking=True)
+    return copy_to_device(torch.from_numpy(rows), device)
