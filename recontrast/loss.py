@@ -55,6 +55,7 @@ def compute_mean_inside(values: Tensor, mask: Tensor | None, shares: Sequence[in
     if mask is None:
         return compute_mean(values, shares)
     inside = mask.expand(values.shape)
+    shares = resolve_shares(len(values), values.device, shares)  # also of one process, which has no group to gather in
     count = gather_shares(inside.flatten(1).sum(1), shares).sum().clamp_min(1)
     return torch.where(inside, values, 0).sum() * (1 if shares is None else len(shares)) / count
 

@@ -20,6 +20,7 @@ from recontrast.inference.infer import infer
 from recontrast.inference.tiling import score_tiled_image
 from recontrast.models.patchcore import PatchCore
 from recontrast.recipes.recipe import Recipe
+from recontrast.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:roi. the mask of")  # of another size than the images
 FIELDS = {"backbone": "test_resnet", "weights": "random", "size": 64}
@@ -205,6 +206,21 @@ def test_another_region_has_no_decisions(data, detectors):
     assert same.calibration == detectors["nut"].calibration
     whole = recontrast.load(path)
     assert whole.predict(data / "data/nut/test/good")[0].decision == "good"
+
+
+@pytest.mark.parametrize("architecture", ["recontrast", "uniad", "dinomaly", "inp_former"])
+def test_every_architecture_trains_in_a_region(architecture):
+    """In one process, with other losses than those of the whole images."""
+    mask = np.zeros((64, 64), bool)
+    mask[:32] = True
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    fields = FIELDS | {"roi": recontrast.data.roi.encode_mask(mask), "architecture": architecture}
+    fields |= {"steps": 2, "batch": 4, "log_every": 1, "encoder_bn": "eval"}
+    if architecture != "recontrast":
+        fields |= {"backbone": "test_vit", "layers": ((1, 2), (3, 4))}
+    recipe = Recipe(**fields)
+    own, whole = (train(one, images, device="cpu").losses for one in (recipe, recipe.replace(roi=None)))
+    assert np.isfinite([own, whole]).all() and own != whole
 
 
 def test_calibration_counts_pixels_inside(data, detectors):
