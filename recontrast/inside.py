@@ -27,6 +27,21 @@ def pool_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
     return pool_adaptively(F.adaptive_max_pool2d, inside.float(), (size[0], size[1])).bool()
 
 
+def build_pooling_matrix(length: int, size: int) -> Tensor:
+    """Build the matrix of the cells of `pool_inside` along one axis.
+
+    Args:
+        length: Length of the axis, in pixels.
+        size: Number of points along it.
+
+    Returns:
+        Matrix (size, length), float32: 1 where a pixel is in the cell of a point, else 0.
+    """
+    points, pixels = torch.arange(size)[:, None], torch.arange(length)
+    first, end = points * length // size, ((points + 1) * length + size - 1) // size
+    return ((pixels >= first) & (pixels < end)).float()
+
+
 def score_inside(maps: Tensor, inside: Tensor, how: str | float) -> Tensor:
     """Reduce the pixels inside to an image score, as `recontrast.AnomalyMap.score` reduces all.
 

@@ -40,7 +40,7 @@ ALLOWED = {
     "checkpoint",
     "evaluation": "data device_limits metrics models runtime recipes calibration checkpoint inference",
     "training": "data models float32 architectures runtime mining loss recipes calibration checkpoint inference",
-    "export": "data loggers ops models anomaly_map recipes calibration checkpoint inference",
+    "export": "data loggers ops models anomaly_map inside recipes calibration checkpoint inference",
     "service": "data recipes calibration runtime inference",
     "experiments": "data models architectures runtime recipes registration checkpoint inference evaluation training",
     "app": "data metrics ops models architectures runtime recipes registration calibration checkpoint inference "

@@ -215,7 +215,9 @@ def calibrate(
     samples = select_new_samples("calibrate: good", samples, target)
     allowed_false_alarms(count_groups(samples), false_alarm_rate)  # again, without copies
     if loaded.recipe.roi != target.recipe.roi:
-        raise ValueError("calibrate: detector: wanted one with the region of interest of its checkpoint, got another")
+        raise ValueError(
+            "calibrate: detector: wanted one with the region of interest of its checkpoint or file, got another"
+        )
     calibration, unread = calibrate_detector(
         target, loaded, samples, false_alarm_rate=false_alarm_rate, pixel_rate=pixel_rate, source=_describe_paths(good),
         batch=batch, on_progress=on_progress or (lambda done, total: None),

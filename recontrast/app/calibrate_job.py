@@ -114,8 +114,8 @@ class ExportedTarget:
 
     @property
     def recipe(self) -> Recipe:
-        """Recipe of the training."""
-        return self.detector.recipe
+        """Recipe in the file."""
+        return self.detector.stored_recipe
 
     @property
     def images(self) -> Mapping[str, Any]:

@@ -34,7 +34,8 @@ def load(
         views: "both", "trained" or "frozen": which pairs of features make up the map. None: as trained.
         precision: "float32" or "bfloat16". None: as trained.
         roi: Another region of interest: a mask image, a JSON file of rectangles and polygons, a folder with a mask for
-            each image, or a mask (H, W) of bool. The calibration does not hold for it. None: as trained.
+            each image, or a mask (H, W) of bool. The calibration does not hold for it. Exported files take one only if
+            they are of tiles with a region. None: as trained.
 
     Returns:
         The detector. Its ``predict`` takes images, see `recontrast.inference.prediction.predict`.

@@ -47,7 +47,8 @@ class Scorer(Protocol):
             images: Images at ``recipe.out``, (N, H, W, 3) uint8.
             batch: Number of images per batch.
             clock: Clock that measures the parts.
-            rois: Regions of interest of the images; the graph of an exported file has its own.
+            rois: Regions of interest of the images; the graph of an exported file has its own, unless it is one of
+                tiles.
 
         Returns:
             Maps and scores, batch after batch.
@@ -151,11 +152,13 @@ class ExportedScorer:
 
         def score_image(pixels: NDArray[Any], inside: NDArray[np.bool_] | None) -> MapAndScore:
             clock.mark("loading")
-            result = self.detector.score_tiled(pixels, batch, release=False)
+            result = self.detector.score_tiled(pixels, batch, release=False, inside=inside)
             clock.mark("forward")
             return result
 
-        for maps, scores in score_paths(score_image, paths, self.detector.recipe, unread=unread, on_image=on_image):
+        for maps, scores in score_paths(
+            score_image, paths, self.detector.recipe, unread=unread, on_image=on_image, rois=rois
+        ):
             yield torch.from_numpy(maps), torch.from_numpy(scores)
 
 

@@ -32,6 +32,10 @@ def describe_detector(
         window = {"window": list(interval), "pixel": "(sample - low) / (high - low), clipped to [0, 1]"}
     size, crop = to_pair(recipe.size), None if recipe.crop is None else to_pair(recipe.crop)
     tiles: dict[str, Any] = {} if detector.overlap is None else {"overlap": detector.overlap}
+    region = {} if recipe.roi is None else {
+        "inside": f"bool ({input_batch or 'N'}, {recipe.tile}, {recipe.tile}): whether each pixel of a tile is in the "
+        "region of interest, which is that of the image, cut and mirrored likewise",
+    }  # fmt: skip
     if recipe.image_views is not None:  # each is an image of the graph
         tiles["views"] = {"names": list(recipe.view_names), "map": recipe.view_map}
     fixed = {"input_size": input_size and list(input_size), "input_batch": input_batch}
@@ -46,7 +50,7 @@ def describe_detector(
         "recipe": recipe.to_dict(),
         "preprocessing": {
             "input": f"{dtype} RGB ({count}, {recipe.tile}, {recipe.tile}, 3): tiles, upright, without alpha",
-            "mean": list(model.mean), "std": list(model.std), **window,
+            **region, "mean": list(model.mean), "std": list(model.std), **window,
         } if recipe.tile is not None else {
             "input": f"{dtype} RGB ({count}, {shape}, 3){sizes}, upright, without alpha", **limits,
             "size": size, "crop": crop, "resize": resized,

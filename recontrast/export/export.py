@@ -188,10 +188,6 @@ def _check_detector(detector: CheckpointDetector, size: tuple[int, int] | None) 
             f"{detector.path}: wanted a detector with one region of interest to export, got one with a mask for each "
             "image"
         )
-    if detector.overlap is not None and recipe.roi is not None:
-        raise ValueError(
-            f"{detector.path}: wanted a detector of tiles without a region of interest to export, got one with a region"
-        )
     if size is None:
         return
     got = f"{size[0]} x {size[1]}"
@@ -227,14 +223,15 @@ def trace(graph: DetectorGraph, batch: int | None = None) -> torch.export.Export
     """Trace a graph by torch.export, for any number of images of any size.
 
     Args:
-        graph: Graph with the input (N, H, W, 3).
+        graph: Graph with the input (N, H, W, 3), and masks (N, H, W) if it has them.
         batch: Number of images, N; None for any number.
 
     Returns:
         Program with dynamic N unless it is given, and with dynamic H and W unless the graph takes images of one size.
     """
     is_fixed = graph.input_size is not None
-    return trace_images(graph, graph.input_size or graph.resize.out, graph.input_dtype, is_fixed=is_fixed, batch=batch)
+    size = graph.input_size or graph.resize.out
+    return trace_images(graph, size, graph.input_dtype, is_fixed=is_fixed, batch=batch, has_masks=graph.has_masks)
 
 
 def _write(

@@ -13,15 +13,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from recontrast.data.image_files import ImageFiles
-from recontrast.data.tiles import Tiles
-from recontrast.data.views import group_paths
 from recontrast.data.window import from_levels
-from recontrast.export.quantize import list_layers, measure_ranges, quantize, store_half_weights
+from recontrast.export.quantize import iterate_inputs, list_layers, measure_ranges, quantize, store_half_weights
+from recontrast.export.quantize_samples import Samples, read_evenly
 from recontrast.export.verify import graph_size
 from recontrast.inference import openvino_file
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.inference.file_checks import PRECISIONS
+from recontrast.inference.programs import name_inputs
 from recontrast.recipes.recipe import Recipe
 
 # Largest relative difference allowed between two scores, by default.
@@ -31,7 +30,7 @@ MOST_IMAGES = 64  # or tiles, for the ranges; more change them little
 TRIAL_IMAGES = 16  # on which the effect of each part is measured
 TIMED_CALLS = 9
 
-Scores = Callable[[NDArray[Any]], NDArray[np.float32]]  # images (N, H, W, 3) -> scores (N,)
+Scores = Callable[..., NDArray[np.float32]]  # images (N, H, W, 3), and masks (N, H, W) if it has any -> scores (N,)
 
 
 @dataclass(frozen=True)
@@ -216,12 +215,13 @@ def convert(
         return store_half_weights(model), ()
     if precision != "int8":  # OpenVINO stores float16 itself, and computes in bfloat16
         return model, ()
-    pixels = _read_evenly(images, recipe, MOST_IMAGES)
-    trial = pixels[:: max(len(pixels) // TRIAL_IMAGES, 1)]
+    samples = read_evenly(images, recipe, MOST_IMAGES)
+    trial = samples.every(max(len(samples.images) // TRIAL_IMAGES, 1))
     layers = list_layers(model)
     if not layers:
         raise ValueError("export: wanted a network with convolutions or products that int8 can hold, got none")
-    ranges = measure_ranges(model, {name for layer in layers for name in (layer.source, layer.target)}, pixels)
+    tensors = {name for layer in layers for name in (layer.source, layer.target)}
+    ranges = measure_ranges(model, tensors, samples.images, samples.masks)
     wanted = _score(open_model(model, kind), trial)
 
     def build(groups: Sequence[str]) -> Any:
@@ -254,7 +254,8 @@ def open_model(model: Any, kind: str) -> Scores:
         kind: Format, "onnx" or "openvino".
 
     Returns:
-        Function that maps images (N, H, W, 3), uint8, or float32 with a window, to scores (N,), float32.
+        Function that maps images (N, H, W, 3), uint8, or float32 with a window, and with them masks (N, H, W), bool,
+        of a graph that has this input, to scores (N,), float32.
     """
     content = model.SerializeToString()
     if kind == "onnx":
@@ -263,11 +264,11 @@ def open_model(model: Any, kind: str) -> Scores:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        return lambda images: session.run(["score"], {"image": images})[0]
+        return lambda *inputs: session.run(["score"], name_inputs(*inputs))[0]
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     core = openvino_file.get_core()
     compiled = core.compile_model(core.read_model(content), "CPU", settings)
-    return lambda images: np.array(compiled(images)["score"])
+    return lambda *inputs: np.array(compiled(name_inputs(*inputs))["score"])
 
 
 def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[float, ...]:
@@ -291,35 +292,5 @@ def time_calls(detectors: Sequence[ExportedDetector], recipe: Recipe) -> tuple[f
     return tuple(1 / statistics.median(times[1:]) for times in seconds)  # without the first, which allocates
 
 
-def _read_evenly(paths: Sequence[Path], recipe: Recipe, most: int) -> NDArray[Any]:
-    """Read images, evenly spaced in a list, resized but not cropped, or tiles of them: (N, H, W, 3)."""
-    views = recipe.image_views
-    count = 1 if views is None else len(views)
-    paths = group_paths(paths, views)
-    files = ImageFiles([paths[index] for index in _space_evenly(len(paths), most)])
-    if recipe.tile is None:
-        images = files.resized(recipe.size, None, recipe.bits, recipe.window, views)
-        pixels = np.asarray(images[_space_evenly(len(images), most)])
-    else:
-        parts = []
-        for index in range(len(files)):
-            image = files.read(index, bits=recipe.bits, window=recipe.window, views=views)
-            if image is None:
-                break
-            for view in image[None] if views is None else image:
-                tiles = Tiles(view, recipe.tile, recipe.stride or recipe.tile)
-                parts.append(tiles[_space_evenly(len(tiles), max(most // (len(files) * count), 1))])
-        pixels = np.concatenate(parts) if parts else np.zeros(0)
-    if files.errors:
-        raise ValueError(next(iter(files.errors.values())))
-    return pixels
-
-
-def _space_evenly(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most so many positions, evenly spaced."""
-    number = min(most, count)
-    return np.arange(number) * count // number
-
-
-def _score(scores: Scores, images: NDArray[Any]) -> NDArray[np.float32]:
-    return np.concatenate([scores(image[None]) for image in images])
+def _score(scores: Scores, samples: Samples) -> NDArray[np.float32]:
+    return np.concatenate([scores(*inputs) for inputs in iterate_inputs(samples.images, samples.masks)])

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from recontrast.inference.programs import OUTPUTS
+from recontrast.inference.programs import INPUTS, OUTPUTS
 
 OPSET = 18  # of ONNX
 _ATEN = torch.ops.aten
@@ -46,9 +46,10 @@ def convert_to_onnx(program: torch.export.ExportedProgram, calibrated: bool) -> 
 
 
 def _convert(program: torch.export.ExportedProgram, calibrated: bool) -> torch.onnx.ONNXProgram:
-    names = list(OUTPUTS if calibrated else OUTPUTS[:2])
+    outputs = list(OUTPUTS if calibrated else OUTPUTS[:2])
+    inputs = list(INPUTS[: len(program.graph_signature.user_inputs)])
     exported = torch.onnx.export(
-        program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=["image"], output_names=names,
+        program, (), dynamo=True, verbose=False, opset_version=OPSET, input_names=inputs, output_names=outputs,
         optimize=False,
     )  # fmt: skip
     return cast(torch.onnx.ONNXProgram, exported)  # None is returned only without dynamo

@@ -9,12 +9,14 @@ normalisation and everything behind the network (distances, upsampling, blur, sc
 
 import ast
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from recontrast.inference.programs import name_inputs
 
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _SCOPE = re.compile(r"network\.(?:model\.)?(\w+)(?:\.(heads)\b)?")
@@ -100,13 +102,16 @@ def _find_group(node: Any) -> str | None:
     return None
 
 
-def measure_ranges(model: Any, tensors: Collection[str], images: Iterable[NDArray[Any]]) -> dict[str, Range]:
+def measure_ranges(
+    model: Any, tensors: Collection[str], images: NDArray[Any], masks: NDArray[np.bool_] | None = None
+) -> dict[str, Range]:
     """Measure the values of tensors on good images.
 
     Args:
         model: ``onnx.ModelProto`` in float32; it is not changed.
         tensors: Names of the tensors, with channels along the second axis.
-        images: Images (H, W, 3), uint8, or float32 in [0, 1] with a window.
+        images: Images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+        masks: Masks (N, H, W), bool; None for a graph without this input.
 
     Returns:
         Range of each tensor.
@@ -120,14 +125,27 @@ def measure_ranges(model: Any, tensors: Collection[str], images: Iterable[NDArra
     known = {output.name for output in probe.graph.output}
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
     session = onnxruntime.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
-    lows, highs, sums, count = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), dict[str, Any](), 0
-    for image in images:
-        count += 1
-        for name, values in zip(names, session.run(names, {"image": image[None]}), strict=True):
+    lows, highs, sums = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), dict[str, Any]()
+    for inputs in iterate_inputs(images, masks):
+        for name, values in zip(names, session.run(names, name_inputs(*inputs)), strict=True):
             lows[name], highs[name] = min(lows[name], float(values.min())), max(highs[name], float(values.max()))
             axes = tuple(axis for axis in range(values.ndim) if axis != (1 if values.ndim == 4 else values.ndim - 1))
             sums[name] = sums.get(name, 0.0) + values.mean(axis=axes, dtype=np.float64)
-    return {name: Range(lows[name], highs[name], sums[name] / count) for name in names}
+    return {name: Range(lows[name], highs[name], sums[name] / len(images)) for name in names}
+
+
+def iterate_inputs(images: NDArray[Any], masks: NDArray[np.bool_] | None = None) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Iterate over images one by one, each with its mask if there are any.
+
+    Args:
+        images: Images (N, H, W, 3).
+        masks: Masks (N, H, W), or None.
+
+    Yields:
+        Arrays (1, H, W, 3) and, with masks, (1, H, W).
+    """
+    for index in range(len(images)):
+        yield tuple(values[index : index + 1] for values in ((images,) if masks is None else (images, masks)))
 
 
 def quantize(

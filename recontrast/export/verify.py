@@ -1,7 +1,7 @@
 """Comparison of an exported file with its checkpoint."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
 from recontrast.data.image_files import ImageFiles
+from recontrast.data.images import image_size
+from recontrast.data.roi import EACH, RoiList, decode_mask, resize_mask
 from recontrast.data.views import group_paths
 from recontrast.data.window import from_levels
 from recontrast.inference.detector import CheckpointDetector
@@ -74,6 +76,26 @@ def draw_images(
     return paths
 
 
+def draw_masks(images: Sequence[Path], roi: str) -> dict[Path, Path]:
+    """Draw a region of interest for each of the images of `draw_images`: in turn that of a recipe, and half an ellipse.
+
+    Args:
+        images: Paths of the images. The masks are written beside them.
+        roi: Region of the recipe, resized to the images whatever their shape. Where it leaves no pixel, all are inside.
+
+    Returns:
+        Path of the mask by path of the image.
+    """
+    masks = {}
+    for index, path in enumerate(images):
+        height, width = image_size(path)
+        y, x = np.arange(height)[:, None] / height - 0.4, np.arange(width) / width - 0.5
+        mask = resize_mask(decode_mask(roi), (height, width)) if index % 2 else (9 * y**2 + 5 * x**2 < 1) & (x > -0.2)
+        masks[path] = path.with_name(f"{path.stem}_mask.png")
+        heatmaps.save_png(masks[path], np.where(mask | ~mask.any(), 255, 0).astype(np.uint8))
+    return masks
+
+
 def score_both(
     detector: CheckpointDetector, exported: ExportedDetector, paths: Sequence[Path], drawn: Sequence[Path] = ()
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
@@ -93,9 +115,10 @@ def score_both(
     """
     wanted, got, names = list[float](), list[float](), list[str]()
     parts = group_paths(paths, detector.recipe.image_views)
-    for scorers, chosen in (
-        ((detector, exported), parts), ((_take_single_images(detector), _take_single_images(exported)), drawn)
-    ):  # fmt: skip
+    recipe = detector.recipe
+    masks = {} if recipe.tile is None or recipe.roi is None else draw_masks(drawn, recipe.roi)
+    singles = _take_single_images(detector, masks), _take_single_images(exported, masks)
+    for scorers, chosen in (((detector, exported), parts), (singles, drawn)):
         if not chosen:
             continue
         with ThreadPoolExecutor() as pool:
@@ -109,10 +132,12 @@ def score_both(
     return np.array(wanted), np.array(got), names
 
 
-def _take_single_images(detector: Scorer) -> Scorer:
-    """Return a detector for single images, whose views are not joined."""
+def _take_single_images(detector: Scorer, masks: Mapping[Path, Path]) -> Scorer:
+    """Return a detector for single images, whose views are not joined, with a mask for each if there are any."""
     single = copy.copy(detector)
     single.recipe = detector.recipe.of_single_images
+    if masks:
+        single.recipe, single.roi_folder = single.recipe.replace(roi=EACH), RoiList(masks)
     return single
 
 

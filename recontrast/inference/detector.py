@@ -188,7 +188,7 @@ def open_detector(
         tile: Side of a tile in pixels, see `CheckpointDetector`; only for checkpoints.
         overlap: Pixels shared by neighbouring tiles, see `CheckpointDetector`; only for checkpoints.
         inference: Inference options, see `CheckpointDetector`; only for checkpoints.
-        roi: Region of interest, see `CheckpointDetector`; only for checkpoints.
+        roi: Region of interest, see `CheckpointDetector`; only for checkpoints, and exported files of tiles with one.
 
     Returns:
         The detector.
@@ -199,14 +199,16 @@ def open_detector(
     """
     if (opener := OPENERS.get(path.suffix.lower())) is None:
         return CheckpointDetector(path, device, tile, overlap, inference, roi=roi)
-    if roi is not None:
-        raise ValueError(f"{path}: roi: wanted none for an exported file, in which the region of interest is fixed")
     if tile or overlap is not None:
         raise ValueError(f"{path}: wanted a checkpoint where tile or overlap is given, got a file of another kind")
     if inference not in (None, InferenceOptions()):
         raise ValueError(f"{path}: wanted a checkpoint where views, precision, layout, folding or compiling is given, "
                          "got an exported file, in which they are fixed")  # fmt: skip
-    return opener(path, device)
+    if roi is None:
+        return opener(path, device)
+    if opener is not ExportedDetector:
+        raise ValueError(f"{path}: roi: wanted none for a file of this kind, in which the region of interest is fixed")
+    return ExportedDetector(path, device, roi=roi)
 
 
 def map_extent(shape: Sequence[int], recipe: Recipe) -> tuple[int, int, int, int]:

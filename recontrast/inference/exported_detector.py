@@ -11,15 +11,17 @@ from recontrast.checkpoint.fields import parse_calibration, parse_recipe
 from recontrast.data.exact_length import max_exact_length
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.regular_file import check_regular, is_regular
+from recontrast.data.roi import RoiFolder, RoiList
 from recontrast.data.sidecar import check_sidecar
 from recontrast.data.sources import Images
+from recontrast.data.tiles import TileMasks
 from recontrast.data.window import pixel_dtype
 from recontrast.inference.blend import blend_tiles, limit_batch
 from recontrast.inference.file_checks import ForeignFileError
 from recontrast.inference.part_maps import join_parts
 from recontrast.inference.programs import PROGRAMS, DeviceError, NamedArrays, Program
 from recontrast.inference.protocol import Detector, MapsAndScores
-from recontrast.inference.rois import Rois
+from recontrast.inference.rois import RegionOfInterest, Rois, apply_roi, describe_other_roi, open_folder
 from recontrast.inference.tiled_files import score_files
 from recontrast.recipes.recipe import to_pair
 
@@ -39,6 +41,8 @@ class ExportedDetector(Detector):
         path: Path of the .onnx, .pt2 or .xml file.
         device: None or the CPU; for an .onnx file also CUDA ("cuda", "cuda:1"), with ``onnxruntime-gpu``.
         precision: "bfloat16" computes an .xml file in it, whatever it was exported in. None: as the file asks for.
+        roi: Region of interest in place of that of a file of tiles with one, see `recontrast.inference.rois.apply_roi`.
+            Another region than the stored one makes the stored calibration invalid.
 
     Attributes:
         path: Path of the file.
@@ -46,17 +50,24 @@ class ExportedDetector(Detector):
         description: Content of the stored description: recipe, preprocessing, calibration, digest of the weights.
         input_size: Height and width of all images; None for images of any size.
         input_batch: Number of images in each call of the program; None for any number.
+        has_masks: Whether the region of interest is an input of the program, of tiles with one. Else it is part of it.
+        stored_recipe: Recipe in the file; ``recipe`` may have another region of interest.
+        roi_folder: Masks of images that each have their own, or None.
         images: Description of the training images, with their fingerprints
             (`recontrast.data.fingerprint.read_fingerprints`); empty for files of earlier versions.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file was not written by `recontrast export`, is damaged, has another format version, or
-            differs from the SHA-256 in a file ``FILE.sha256`` beside it; or if its runtime cannot use the device.
+            differs from the SHA-256 in a file ``FILE.sha256`` beside it; or if its runtime cannot use the device, or
+            ``roi`` is given for a file in which the region is fixed.
         ImportError: If the runtime of the file is not installed.
     """
 
-    def __init__(self, path: Path, device: "str | torch.device | None" = None, *, precision: str | None = None) -> None:
+    def __init__(
+        self, path: Path, device: "str | torch.device | None" = None, *, precision: str | None = None,
+        roi: RegionOfInterest | None = None,
+    ) -> None:  # fmt: skip
         kind, is_onnx = str(device or "cpu").partition(":")[0], path.suffix.lower() == ".onnx"
         if kind != "cpu" and not (kind == "cuda" and is_onnx):
             wanted = "the CPU or CUDA for an .onnx file" if is_onnx else f"the CPU for an exported {path.suffix} file"
@@ -76,10 +87,11 @@ class ExportedDetector(Detector):
                 f"{path}: wanted a whole {path.suffix} file, got one that does not load: {reason}"
             ) from error
         self.path, self.description = path, self.program.description
-        self.recipe = parse_recipe(self.description["recipe"])
+        self.stored_recipe = parse_recipe(self.description["recipe"])
         self.calibration = parse_calibration(self.description["calibration"])
         self.category, self.max_map_value = self.description["category"], float(self.description["top"])
         self.calibration_note = None
+        self._set_region(roi)
         self.overlap = None if self.recipe.tile is None else int(self.description["overlap"])
         size = self.description.get("input_size")
         self.input_size: tuple[int, int] | None = None if size is None else (size[0], size[1])
@@ -108,7 +120,10 @@ class ExportedDetector(Detector):
             ValueError: If the network fails, or its outputs are not those of a detector.
         """
         if self.overlap is not None:
-            yield from score_files(lambda pixels, inside: self.score_tiled(pixels, batch), files, self.recipe)
+            rois = open_folder(self.recipe, self.roi_folder, files.paths)
+            yield from score_files(
+                lambda pixels, inside: self.score_tiled(pixels, batch, inside=inside), files, self.recipe, rois
+            )
             return
         group: list[NDArray[Any]] = []  # of each part (views, H, W, 3); an image is a part with one view
         recipe, views = self.recipe, self.recipe.image_views
@@ -147,11 +162,12 @@ class ExportedDetector(Detector):
             self._inside = Rois(self.recipe).shared
         return join_parts(maps, scores, self.recipe, self._inside)
 
-    def score(self, images: NDArray[Any]) -> MapsAndScores:
+    def score(self, images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> MapsAndScores:
         """Run the program on images of one size, and check its outputs.
 
         Args:
             images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+            inside: As in `run_program`.
 
         Returns:
             Maps (N, h, w) and scores (N,), float32.
@@ -162,7 +178,7 @@ class ExportedDetector(Detector):
         if self.input_size is not None and images.shape[1:3] != self.input_size:
             raise ValueError(f"{self.path}: wanted images{self._describe_size(images.shape[1:3])}")
         try:
-            results = self.run_program(images)
+            results = self.run_program(images, inside)
         except MemoryError:
             raise
         except Exception as error:  # each runtime raises exceptions of its own
@@ -175,53 +191,79 @@ class ExportedDetector(Detector):
             raise ValueError(f"{self.path}: wanted a map and a score for each of {count} images, got {shapes}")
         return maps, scores
 
-    def run_program(self, images: NDArray[Any]) -> NamedArrays:
+    def run_program(self, images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> NamedArrays:
         """Run the program; if it takes a fixed number of images, in several calls, of which the last one is filled up.
 
         Args:
             images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+            inside: Whether each pixel of a tile is in the region of interest, (N, H, W) bool, if the program has masks.
+                None: all are.
 
         Returns:
             Outputs by name, see `recontrast.inference.programs.Program`.
         """
+        if self.has_masks and inside is None:
+            inside = np.ones(images.shape[:3], bool)
+        inputs = (images,) if inside is None else (images, inside)
         if (batch := self.input_batch) is None:
-            return self.program(images)
+            return self.program(*inputs)
         parts = []
         for start in range(0, len(images), batch):
-            chosen = images[start : start + batch]
-            filled = np.concatenate([chosen, np.repeat(chosen[-1:], batch - len(chosen), 0)])
-            parts.append({name: values[: len(chosen)] for name, values in self.program(filled).items()})
+            chosen = [values[start : start + batch] for values in inputs]
+            count = len(chosen[0])
+            filled = [np.concatenate([values, np.repeat(values[-1:], batch - count, 0)]) for values in chosen]
+            parts.append({name: values[:count] for name, values in self.program(*filled).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _describe_size(self, got: Sequence[int]) -> str:
         wanted = "{} x {}".format(*self.input_size or ("H", "W"))
         return f" of {wanted} px (height x width), for which the file was exported, got {got[0]} x {got[1]}"
 
-    def score_tiled(self, pixels: NDArray[Any], batch: int, release: bool = True) -> tuple[NDArray[np.float32], float]:
+    def _set_region(self, roi: RegionOfInterest | None) -> None:
+        """Set the recipe, with the region of interest of the file or another one, for which it is not calibrated."""
+        stored = self.recipe = self.stored_recipe
+        self.has_masks = stored.tile is not None and stored.roi is not None
+        self.roi_folder: RoiFolder | RoiList | None = None
+        if roi is None:
+            return
+        if not self.has_masks:
+            reason = "in which the region of interest is fixed" if stored.tile is None else "of tiles without a region"
+            raise ValueError(f"{self.path}: roi: wanted none for an exported file {reason}, got one")
+        self.recipe, self.roi_folder = apply_roi(stored, roi)
+        if self.calibration is not None and (mismatch := describe_other_roi(stored, self.recipe)) is not None:
+            self.calibration, self.calibration_note = None, f"{self.path}: {mismatch}"
+
+    def score_tiled(
+        self, pixels: NDArray[Any], batch: int, release: bool = True, inside: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float32], float]:
         """Cut an image into tiles, and blend their maps, as `recontrast.inference.tiling.score_tiled_image` does.
 
         Args:
             pixels: Image (H, W, 3), uint8, or float32 in [0, 1] with a window.
             batch: Largest number of tiles per batch; fewer on a CPU, see `recontrast.inference.blend.limit_batch`.
             release: Whether to release the memory of ``pixels`` while the map grows. Their content is lost.
+            inside: Region of interest, whether each pixel is inside, (H, W) bool; tiles wholly outside are not
+                computed. None: that of the recipe.
 
         Returns:
             The anomaly map (H, W), float32, and the score.
 
         Raises:
-            ValueError: If the detector is not one of tiles, the network fails, or its outputs are not those of a
-                detector.
+            ValueError: If the detector is not one of tiles, the region of the recipe has another aspect ratio than the
+                image, the network fails, or its outputs are not those of a detector.
         """
         if self.recipe.tile is None or self.overlap is None:
             raise ValueError(f"{self.path}: wanted a detector of tiles, got one of whole images")
         count = limit_batch(batch, self.recipe.tile)
+        if inside is None and self.recipe.roi is not None:
+            inside = Rois(self.recipe).read(0, pixels.shape[:2], "the image")
 
-        def score_tiles(tiles: Images, masks: object) -> Iterator[MapsAndScores]:
+        def score_tiles(tiles: Images, masks: TileMasks | None) -> Iterator[MapsAndScores]:
             for start in range(0, len(tiles), count):
-                maps, scores = self.score(tiles[np.arange(start, min(start + count, len(tiles)))])
-                yield maps, scores
+                index = np.arange(start, min(start + count, len(tiles)))
+                yield self.score(tiles[index], None if masks is None else masks[index])
 
-        return blend_tiles(score_tiles, pixels, self.recipe, self.overlap, release=release)
+        return blend_tiles(score_tiles, pixels, self.recipe, self.overlap, inside=inside, release=release)
 
     def _replace_unusable(
         self, files: ImageFiles, index: int, part: NDArray[Any] | None, views: int

@@ -26,9 +26,23 @@ else:
     torch = LazyModule("torch")
 
 _CUDA = "CUDAExecutionProvider"  # of ONNX Runtime
+INPUTS = ("image", "inside")  # the second one only of tiles with a region of interest
 OUTPUTS = ("map", "score", "p_value", "defect")  # the last two only with a calibration
 
 NamedArrays = dict[str, NDArray[Any]]
+
+
+def name_inputs(images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> NamedArrays:
+    """Name the inputs of a graph.
+
+    Args:
+        images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+        inside: Whether each pixel is in the region of interest, (N, H, W) bool; None for a graph without this input.
+
+    Returns:
+        Arrays named as in `INPUTS`.
+    """
+    return dict(zip(INPUTS, (images,) if inside is None else (images, inside), strict=False))
 
 
 class Program(Protocol):
@@ -40,11 +54,13 @@ class Program(Protocol):
 
     description: Mapping[str, Any]
 
-    def __call__(self, images: NDArray[Any]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> NamedArrays:
         """Run the network on a batch of images.
 
         Args:
             images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+            inside: Whether each pixel is in the region of interest, (N, H, W) bool; None for a graph without this
+                input.
 
         Returns:
             Arrays named as in `OUTPUTS`: map (N, height, width) and score (N,), float32, and with a calibration
@@ -89,16 +105,18 @@ class OnnxProgram:
             )
         self._names = [output.name for output in self._session.get_outputs()]
 
-    def __call__(self, images: NDArray[Any]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> NamedArrays:
         """Run the network, see `Program`.
 
         Args:
             images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+            inside: Whether each pixel is in the region of interest, (N, H, W) bool; None for a graph without this
+                input.
 
         Returns:
             Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
         """
-        return dict(zip(self._names, self._session.run(None, {"image": images}), strict=True))
+        return dict(zip(self._names, self._session.run(None, name_inputs(images, inside)), strict=True))
 
 
 class OpenVinoProgram:
@@ -125,16 +143,18 @@ class OpenVinoProgram:
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": count_threads()}
         self._model = core.compile_model(model, "CPU", settings)
 
-    def __call__(self, images: NDArray[Any]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> NamedArrays:
         """Run the network, see `Program`.
 
         Args:
             images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+            inside: Whether each pixel is in the region of interest, (N, H, W) bool; None for a graph without this
+                input.
 
         Returns:
             Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
         """
-        results = self._model(images)
+        results = self._model(name_inputs(images, inside))
         return {output.get_any_name(): np.array(results[output]) for output in self._model.outputs}
 
 
@@ -157,17 +177,19 @@ class TorchExportProgram:
             program = torch.export.load(archive)
         self._module = program.module()
 
-    def __call__(self, images: NDArray[Any]) -> NamedArrays:
+    def __call__(self, images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> NamedArrays:
         """Run the network, see `Program`.
 
         Args:
             images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
+            inside: Whether each pixel is in the region of interest, (N, H, W) bool; None for a graph without this
+                input.
 
         Returns:
             Arrays named as in `OUTPUTS`, with dtypes and shapes as in `Program`: float32 maps are (N, height, width).
         """
         with torch.inference_mode():
-            results = self._module(torch.from_numpy(images))
+            results = self._module(*map(torch.from_numpy, name_inputs(images, inside).values()))
         return {name: value.numpy() for name, value in zip(OUTPUTS, results, strict=False)}
 
 

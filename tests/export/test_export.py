@@ -15,6 +15,7 @@ import torch
 from command_line import call, fails, works
 from PIL import Image
 from saved_model import save
+from tensorrt_operators import check_supported
 from tiny import tiny_set
 from traced_once import traced_once
 
@@ -153,39 +154,8 @@ def test_programs_contain_only_standard_operators(files):
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
 
 
-# Operators that the parser of TensorRT 10.15 lists as supported, of those that detectors use, for float32, int32, int64
-# and bool: https://github.com/onnx/onnx-tensorrt/blob/main/docs/operators.md. Bytes are supported as input alone.
-TENSORRT = set(
-    """
-    Abs Add And AveragePool Cast Clip Concat Conv ConvTranspose Div Equal Erf Exp Expand Flatten Floor Gather Gemm
-    Greater GreaterOrEqual IsInf IsNaN LayerNormalization Less LessOrEqual MatMul Max MaxPool Min Mul Neg Not Pow Range
-    ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh
-    TopK Transpose Unsqueeze Where
-""".split()
-)
-
-
 def test_onnx_file_is_in_what_tensorrt_supports(files):
-    import onnx
-
-    model = onnx.load(files["onnx"].path)
-    onnx.checker.check_model(model, full_check=True)
-    graph = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
-    constants = {weight.name: weight for weight in graph.initializer}
-    types |= {name: weight.data_type for name, weight in constants.items()}
-    kinds = {onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
-    assert {node.op_type for node in graph.node} <= TENSORRT
-    for node in graph.node:
-        read = {types[name] for name in node.input if name}
-        if node.op_type not in ("Cast", "Shape"):  # the image: its values are converted, its shape is read
-            assert read <= kinds, node.op_type
-        if node.op_type.startswith("Reduce") or node.op_type in ("Squeeze", "Unsqueeze"):
-            assert len(node.input) < 2 or node.input[1] in constants, node.op_type
-        if node.op_type == "TopK":
-            assert onnx.numpy_helper.to_array(constants[node.input[1]]) < 3840
-            assert all(attribute.i == 1 for attribute in node.attribute if attribute.name == "sorted")
-    assert "TopK" in {node.op_type for node in graph.node}
+    check_supported(files["onnx"].path)
 
 
 def test_file_describes_the_detector(files, run):

@@ -13,7 +13,7 @@ from traced_once import traced_once
 
 import recontrast
 from recontrast.data.roi import encode_mask
-from recontrast.export.low_precision import _read_evenly
+from recontrast.export.quantize_samples import read_evenly
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.recipe import Recipe
 
@@ -28,11 +28,15 @@ DETECTORS = {
     "window and region": RECIPE.replace(roi=encode_mask(REGION), score=0.02, **WINDOW),
     "tiles": RECIPE.replace(tile=32),
     "tiles with a window": RECIPE.replace(tile=32, stride=24, **WINDOW),
+    "tiles with a region": RECIPE.replace(tile=32, roi=encode_mask(REGION)),
+    "tiles with a window and a region": RECIPE.replace(tile=32, stride=24, roi=encode_mask(REGION), **WINDOW),
 }
 ALL = [("onnx", "int8"), ("openvino", "int8"), ("onnx", "float16"), ("openvino", "float16"), ("openvino", "bfloat16")]
 CASES = [("window", *case) for case in ALL]
-CASES += [(name, *case) for name in ("region", "tiles") for case in (ALL[0], ALL[1], ALL[2], ALL[4])]
-CASES += [(name, *ALL[0]) for name in ("window and region", "tiles with a window")]
+CASES += [
+    (name, *case) for name in ("region", "tiles", "tiles with a region") for case in (ALL[0], ALL[1], ALL[2], ALL[4])
+]
+CASES += [(name, *ALL[0]) for name in ("window and region", "tiles with a window", "tiles with a window and a region")]
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*"),
@@ -104,7 +108,8 @@ def test_file_scores_and_decides(name, kind, precision, checkpoints, graphs, ima
     assert decisions == again.calibration.is_defect([float(row["score"]) for row in rows]).tolist()
     assert 0 < sum(decisions) < 16
     if recipe.roi is not None:
-        inside = np.asarray(Image.fromarray(REGION).resize((32, 32), Image.Resampling.NEAREST))
+        size = (32, 32) if recipe.tile is None else (60, 60)
+        inside = np.asarray(Image.fromarray(REGION).resize(size, Image.Resampling.NEAREST))
         for file in (tmp_path / "out/maps").iterdir():
             assert not np.load(file)[~inside].any()
 
@@ -113,13 +118,17 @@ def test_file_scores_and_decides(name, kind, precision, checkpoints, graphs, ima
 def test_ranges_are_those_of_what_the_graph_takes(name, images):
     recipe = DETECTORS[name]
     paths = sorted(images[recipe.window is not None].iterdir())
-    pixels = _read_evenly(paths, recipe, 50)
+    samples = read_evenly(paths, recipe, 50)
+    pixels, masks = samples.images, samples.masks
     assert pixels.dtype == (np.uint8 if recipe.window is None else np.float32) and pixels.shape[1:] == (32, 32, 3)
     assert len(pixels) == (12 if recipe.tile is None else 12 * 4)  # of 4 or 9 tiles of each image
+    assert (masks is None) == (recipe.tile is None or recipe.roi is None)
+    assert masks is None or (masks.shape == (48, 32, 32) and masks.any(axis=(1, 2)).all() and not masks.all())
+    assert samples.every(5).images.shape == (len(pixels[::5]), 32, 32, 3)
     assert len({image.tobytes() for image in pixels}) == len(pixels)
     if recipe.tile is not None:
-        assert len(_read_evenly(paths, recipe, 5)) == 5
+        assert len(read_evenly(paths, recipe, 5).images) == 5
         paths[3].with_name("bad.png").write_bytes(b"no picture")
         with pytest.raises(ValueError, match=r"bad.png"):
-            _read_evenly([*paths, paths[3].with_name("bad.png")], recipe, 50)
+            read_evenly([*paths, paths[3].with_name("bad.png")], recipe, 50)
         paths[3].with_name("bad.png").unlink()

@@ -20,7 +20,6 @@ import recontrast
 from recontrast import checkpoint as checkpoints
 from recontrast.calibration.conformal import Calibration
 from recontrast.checkpoint import digest
-from recontrast.data.roi import encode_mask
 from recontrast.export.export import export
 from recontrast.inference.exported_detector import ExportedDetector
 from recontrast.recipes.recipe import Recipe
@@ -129,10 +128,8 @@ def test_file_is_calibrated_on_its_own_scores(suffix, files, tmp_path):
 
 
 def test_refusals(files, tmp_path):
-    region = save(tmp_path / "checkpoint.pt", RECIPE.replace(roi=encode_mask(np.ones((9, 9), bool))))
-    message = fails("export", region, "--format", "onnx", "--out", tmp_path / "d.onnx")
-    assert "wanted a detector of tiles without a region of interest to export, got one with a region" in message
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    with pytest.raises(ValueError, match=r"roi: wanted none for an exported file of tiles without a region, got one"):
+        recontrast.load(files / "tiles.onnx", roi=np.ones((9, 9), bool))
     images = draw(tmp_path / "images", 1, seed=1)
     message = fails("predict", files / "tiles.onnx", images, "--out", tmp_path / "out", "--tile", 64)
     assert "wanted a checkpoint where tile or overlap is given" in message

@@ -19,7 +19,9 @@ from command_line import works
 from PIL import Image
 from saved_model import RECIPE, save
 
+import recontrast
 from recontrast.data.roi import encode_mask
+from recontrast.export.export import export
 from recontrast.inference.detector import open_detector
 from recontrast.runtime import threads
 from recontrast.service import application
@@ -113,6 +115,22 @@ def test_other_detectors_give_their_scores(images, tmp_path, kind):
     for answer, prediction in zip(answers, wanted, strict=True):
         assert answer["score"] == pytest.approx(prediction.score, rel=1e-5)
     assert Image.open(io.BytesIO(overlay)).size == (150, 90)
+
+
+def test_exported_tiles_with_a_region_give_the_scores_of_the_checkpoint(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    region = np.zeros((75, 50), bool)
+    region[5:30, 20:47] = True
+    recipe = RECIPE.replace(size=32, tile=32, levels=2, roi=encode_mask(region))
+    export(save(tmp_path / "checkpoint.pt", recipe), "onnx", tmp_path / "tiles.onnx")
+    for shape in ((75, 50), (45, 30)):
+        picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{shape[0]}.png")
+    paths = [tmp_path / "75.png", tmp_path / "45.png"]
+    with serving({"main": tmp_path / "tiles.onnx"}) as client:
+        scores = [client.predict(path.read_bytes())["score"] for path in paths]
+    assert scores == pytest.approx(recontrast.load(tmp_path / "checkpoint.pt", "cpu").predict(paths).scores, rel=1e-4)
 
 
 def test_form_and_raw_body_are_the_same(client, images):

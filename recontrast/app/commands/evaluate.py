@@ -115,8 +115,12 @@ def _evaluate_exported(
     """Evaluate an exported file; ``reading`` are options of `show_metrics`."""
     from recontrast.data import datasets
     from recontrast.data.fingerprint import read_fingerprints
+    from recontrast.inference.rois import add_rois
 
+    groups = add_rois(groups, getattr(detector, "roi_folder", None))
     print_data(datasets.describe(groups))
+    if detector.calibration_note is not None:
+        print_error(f"warning: {detector.calibration_note}")
     trained = read_fingerprints(detector.images)
     show_metrics(detector, groups, detector.recipe, out, detector.calibration, trained=trained, **reading)
 
