@@ -136,7 +136,7 @@ class ExportedDetector(Detector):
             ):
                 pixels = decoded if decoded is None or views is not None else decoded[None]
                 part = self._replace_unusable(files, index, pixels, count)
-                limit = min(batch, max(PIXELS_PER_CALL // (part.shape[1] * part.shape[2]), 1))
+                limit = min(batch, _limit_images(part))
                 limit = max((self.input_batch or limit) // count, 1)
                 if group and (len(group) >= limit or group[0].shape != part.shape):
                     yield self.score_parts(np.concatenate(group))
@@ -192,7 +192,7 @@ class ExportedDetector(Detector):
         return maps, scores
 
     def run_program(self, images: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> NamedArrays:
-        """Run the program; if it takes a fixed number of images, in several calls, of which the last one is filled up.
+        """Run the program, in several calls if the images are many, or more than the number that it takes.
 
         Args:
             images: RGB images (N, H, W, 3), uint8, or float32 in [0, 1] with a window.
@@ -205,14 +205,16 @@ class ExportedDetector(Detector):
         if self.has_masks and inside is None:
             inside = np.ones(images.shape[:3], bool)
         inputs = (images,) if inside is None else (images, inside)
-        if (batch := self.input_batch) is None:
+        batch = self.input_batch or _limit_images(images)
+        if self.input_batch is None and len(images) <= batch:
             return self.program(*inputs)
         parts = []
         for start in range(0, len(images), batch):
             chosen = [values[start : start + batch] for values in inputs]
             count = len(chosen[0])
-            filled = [np.concatenate([values, np.repeat(values[-1:], batch - count, 0)]) for values in chosen]
-            parts.append({name: values[:count] for name, values in self.program(*filled).items()})
+            if self.input_batch is not None:  # the last call is filled up
+                chosen = [np.concatenate([values, np.repeat(values[-1:], batch - count, 0)]) for values in chosen]
+            parts.append({name: values[:count] for name, values in self.program(*chosen).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _describe_size(self, got: Sequence[int]) -> str:
@@ -287,3 +289,8 @@ class ExportedDetector(Detector):
             f"{limit[0]} x {limit[1]} px (height x width), got {height} x {width}"
         )
         return black
+
+
+def _limit_images(images: NDArray[Any]) -> int:
+    """Return how many images of the size of these (N, H, W, 3) a program takes in a call."""
+    return max(PIXELS_PER_CALL // (images.shape[1] * images.shape[2]), 1)

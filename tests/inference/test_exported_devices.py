@@ -1,4 +1,4 @@
-"""Devices of exported files: ONNX Runtime's provider for CUDA by name, one sentence where it is missing."""
+"""Devices of exported files (ONNX Runtime's provider for CUDA by name, one sentence where it is missing), and calls."""
 
 import sys
 import types
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_detectors import export_onnx, export_openvino
 
+from recontrast.inference import exported_detector
 from recontrast.inference.exported_detector import ExportedDetector
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*")]
@@ -59,3 +60,17 @@ def test_other_devices_are_refused(tmp_path):
         ExportedDetector(export_openvino(tmp_path / "d.xml"), "cuda")
     with pytest.raises(ValueError, match=r"wanted the CPU or CUDA for an \.onnx file, got device 'mps'"):
         ExportedDetector(export_onnx(tmp_path / "d.onnx"), "mps")
+
+
+def test_many_images_take_several_calls(tmp_path, monkeypatch):
+    """The graph holds several float copies of its input, so that views of a part share a call only if they are small."""
+    detector, sizes = ExportedDetector(export_onnx(tmp_path / "d.onnx")), []
+    images = np.random.default_rng(0).integers(0, 256, (5, 30, 40, 3), np.uint8)
+    maps, scores = detector.score(images)
+    program = detector.program
+    monkeypatch.setattr(detector, "program", lambda *inputs: (sizes.append(len(inputs[0])), program(*inputs))[1])
+    monkeypatch.setattr(exported_detector, "PIXELS_PER_CALL", 2 * 30 * 40 + 7)
+    several_maps, several_scores = detector.score(images)
+    assert sizes == [2, 2, 1]
+    np.testing.assert_allclose(several_maps, maps, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(several_scores, scores, rtol=1e-4)
