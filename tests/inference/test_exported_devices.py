@@ -63,7 +63,7 @@ def test_other_devices_are_refused(tmp_path):
 
 
 def test_many_images_take_several_calls(tmp_path, monkeypatch):
-    """The graph holds several float copies of its input, so that views of a part share a call only if they are small."""
+    """The graph holds several float copies of its input: views of a part share a call only if they are small."""
     detector, sizes = ExportedDetector(export_onnx(tmp_path / "d.onnx")), []
     images = np.random.default_rng(0).integers(0, 256, (5, 30, 40, 3), np.uint8)
     maps, scores = detector.score(images)
