@@ -111,7 +111,7 @@ def test_advice_names_options_of_the_command(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("recontrast.data.class_folders.list_good_samples", fail)
+    monkeypatch.setattr("recontrast.app.calibrate_job.open_target", fail)
     message = fails("calibrate", tmp_path, "--good", tmp_path)
     assert message == "recontrast: out of memory on the GPU: try a smaller --batch"
 

@@ -117,6 +117,7 @@ def test_other_detectors_give_their_scores(images, tmp_path, kind):
     assert Image.open(io.BytesIO(overlay)).size == (150, 90)
 
 
+@pytest.mark.filterwarnings("ignore:roi. the mask of")  # of another size than the second image
 def test_exported_tiles_with_a_region_give_the_scores_of_the_checkpoint(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
