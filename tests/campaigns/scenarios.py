@@ -148,8 +148,8 @@ def export(root, is_new):
             path.write_bytes(b"new graph" * 1000)
             path.with_suffix(".bin").write_bytes(b"new weights" * 1000)
 
-        module._write, module.trace, module._require = write, lambda graph: None, lambda kind: None
-        module.draw_images = lambda folder, size: []
+        module._write, module.trace, module._require = write, lambda *arguments: None, lambda kind: None
+        module.draw_images = lambda *arguments: []
         module.compare_scores = lambda *arguments: (3, 0.0)
         module.ExportedDetector = lambda path: None
 
