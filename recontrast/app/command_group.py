@@ -11,6 +11,7 @@ import typer
 
 from recontrast.app.console import exit_with_error, is_silent, print_error
 from recontrast.app.errors import USER_ERRORS, describe_error, describe_usage_error, is_memory_error
+from recontrast.app.joined_values import describe_divided
 
 # Errors of the command line's syntax. Older versions of typer take them from click, newer ones have their own.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -22,7 +23,13 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command."""
-        return super().parse_args(ctx, join_numbers("--window", args))
+        words = list(args)  # the parser takes them away
+        try:
+            return super().parse_args(ctx, join_numbers("--window", args))
+        except USAGE_ERROR as error:
+            if (text := describe_divided(words, [name for option in self.params for name in option.opts])) is None:
+                raise
+            raise ValueError(text) from error
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the arguments and options of the command, ``--help`` included."""

@@ -8,6 +8,7 @@ import typer
 
 from recontrast.app.console import exit_with_error, print_data, print_error, print_image_errors, print_line
 from recontrast.app.data_options import Bad, Good, load_data
+from recontrast.app.joined_values import check_data, check_shots
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     Data,
@@ -66,7 +67,7 @@ def compare(  # 16 options
     ] = False,
 ) -> None:
     """Train several methods on the same images, compare them in one table and one page, and recommend one."""
-    from recontrast.app.compare.methods import select_methods
+    from recontrast.app.compare.methods import is_method, select_methods
     from recontrast.app.compare.run import prepare_comparison
     from recontrast.app.compare.tables import FILES
     from recontrast.app.compare.write import write_comparison
@@ -78,6 +79,8 @@ def compare(  # 16 options
         raise ValueError(f"compare: wanted one process, got {world} of torchrun")
     if methods is not None and not parse_list(methods):
         raise ValueError(f"--methods: wanted names such as patchcore,padim, got {methods!r}")
+    check_data(data or (), "--methods", methods, "names", is_method)
+    check_shots(data or (), fields.shots)
     changes = fields.list_changes()
     groups = load_data(data, good, bad, category=category, views_from=find_views_from(None, changes, None))
     comparison = prepare_comparison(

@@ -12,6 +12,7 @@ from recontrast.app.commands.evaluate import show_metrics
 from recontrast.app.console import exit_with_error, is_silent, print_data, print_line, print_promise
 from recontrast.app.data_options import Bad, load_data
 from recontrast.app.extend_job import check_extend_options, extend_run
+from recontrast.app.joined_values import check_shots
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     AllGood,
@@ -104,6 +105,7 @@ def train(  # 36 options
         return
     if not data and not good and not bad:
         raise USAGE_ERROR("Missing argument 'DATA'.", ctx=context)
+    check_shots(data or (), fields.shots)
     from recontrast.app.prepare_training import find_views_from, prepare_job
     from recontrast.app.run_training import check_run_options
     from recontrast.data.own_files import check_replaceable

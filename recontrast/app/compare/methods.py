@@ -37,6 +37,11 @@ def get_changes(name: str) -> Mapping[str, Any]:
     return METHODS[name] if name in METHODS else {"architecture": name}
 
 
+def is_method(name: str) -> bool:
+    """Return whether a name is that of a method, or has the form of one of a user's architectures."""
+    return name in METHODS or is_own_name(name)
+
+
 def select_methods(names: Sequence[str]) -> list[str]:
     """Check the names of methods.
 
@@ -50,7 +55,7 @@ def select_methods(names: Sequence[str]) -> list[str]:
         ValueError: If a name is unknown, or a module cannot be imported.
     """
     for name in names:
-        if name not in METHODS and not is_own_name(name):
+        if not is_method(name):
             known = ", ".join(METHODS)
             raise ValueError(f"--methods: wanted {known} or your own MODULE:NAME, got {name!r}")
         import_architecture(name)
