@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from operator import gt
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 from recontrast.architectures import build_model, compute_rule_parameter, get_architecture
 from recontrast.data.augment import count_views
 from recontrast.data.encoded_image import ImageSource
-from recontrast.data.images import normalise, read_image
+from recontrast.data.images import image_size, normalise, read_image
+from recontrast.data.tiles import count_tiles
+from recontrast.inference.tiling import resolve_overlap
 from recontrast.models.ensemble import Ensemble
 from recontrast.models.network import Network
 from recontrast.models.patchcore import PatchCore
@@ -82,7 +85,7 @@ def plan_budget(
     Args:
         recipe: Recipe to start from.
         fixed: Fields of the recipe that must not be changed. Without "architecture" among them, the ensemble is chosen,
-            or PatchCore for fewer than 10 images.
+            or PatchCore for fewer than 10 images and for tiles.
         paths: Good images to train on.
         held_out: Number of good images that are held out and scored for the calibration.
         seconds: Time budget of the training, with reading and calibration, in seconds.
@@ -98,28 +101,53 @@ def plan_budget(
     """
     started = time.perf_counter()
     if "architecture" not in fixed:
-        recipe = recipe.replace(architecture="ensemble" if len(paths) >= MIN_IMAGES else "patchcore")
-        if "score" not in fixed and recipe.architecture == "ensemble" and recipe.roi is None:
-            recipe = recipe.replace(score="model")
-    probe = _Probe(recipe, paths, device, category)
+        recipe = _choose_architecture(recipe, fixed, len(paths))
+    probe = _Probe(recipe, paths, held_out, device, category)
     remaining = seconds * SAFETY - WRITING - (time.perf_counter() - started)
     if recipe.uses_steps:
-        return _plan_steps(probe, recipe, fixed, held_out, seconds, remaining)
-    return _plan_pass(probe, recipe, fixed, held_out, seconds, remaining)
+        return _plan_steps(probe, recipe, fixed, seconds, remaining)
+    return _plan_pass(probe, recipe, fixed, seconds, remaining)
+
+
+def _choose_architecture(recipe: Recipe, fixed: Collection[str], count: int) -> Recipe:
+    """Return the recipe with the ensemble, or with PatchCore for few images and for tiles, which PaDiM cannot learn."""
+    if count < MIN_IMAGES or recipe.tile is not None:
+        return recipe.replace(architecture="patchcore")
+    changes: dict[str, Any] = {"architecture": "ensemble"}
+    small = to_pair(recipe.small_size)
+    if "small_size" not in fixed and ("size" in fixed or recipe.crop is not None) and any(map(gt, small, recipe.out)):
+        changes["small_size"] = tuple(map(min, small, recipe.out))
+    if "score" not in fixed and recipe.roi is None:
+        changes["score"] = "model"
+    return recipe.replace(**changes)
 
 
 class _Probe:
-    """Measured speed of this machine: reading an image, the network, and matrix products."""
+    """Measured speed of this machine: reading an image, the network, and matrix products.
 
-    def __init__(self, recipe: Recipe, paths: Sequence[ImageSource], device: torch.device, category: str) -> None:
-        self.device, self.count = device, len(paths) * count_views(recipe.augment)
+    ``count`` and ``held_out`` are the images of the network: tiles if the recipe has them, also those outside a region
+    of interest. ``reading`` is the time to read all files.
+    """
+
+    def __init__(
+        self, recipe: Recipe, paths: Sequence[ImageSource], held_out: int, device: torch.device, category: str
+    ) -> None:  # fmt: skip
+        self.device, copies = device, count_views(recipe.augment)
+        self.count, self.held_out = len(paths) * copies, held_out
+        if (tile := recipe.tile) is not None:
+            shapes = [image_size(path) for path in paths]
+            trained, scored = (
+                sum(count_tiles(shape, tile, stride) for shape in shapes)
+                for stride in (recipe.stride or tile, tile - resolve_overlap(tile))
+            )
+            self.count, self.held_out = trained * copies, math.ceil(held_out * scored / len(paths))
         self.model = build_model(recipe.replace(**_probe_size(recipe)), category)
         self.channels_last = move_model(self.model, device, recipe.channels_last) == torch.channels_last
         self.size = recipe.out if recipe.tile is not None else _probe_pair(recipe)
         chosen = [paths[index] for index in np.linspace(0, len(paths) - 1, min(PROBE_BATCH, len(paths))).astype(int)]
         begin = time.perf_counter()
         images = [read_image(path, size=self.size, bits=recipe.bits, window=recipe.window) for path in chosen]
-        self.reading = (time.perf_counter() - begin) / len(images)  # seconds per image
+        self.reading = (time.perf_counter() - begin) / len(images) * (len(paths) * copies + held_out)
         repeated = np.stack([images[index % len(images)] for index in range(PROBE_BATCH)])
         self.pixels = torch.from_numpy(repeated).to(device)
 
@@ -173,8 +201,8 @@ def _probe_size(recipe: Recipe) -> dict[str, Any]:
 
 
 def _plan_steps(
-    probe: _Probe, recipe: Recipe, fixed: Collection[str], held_out: int, seconds: float, remaining: float
-) -> BudgetPlan:
+    probe: _Probe, recipe: Recipe, fixed: Collection[str], seconds: float, remaining: float
+) -> BudgetPlan:  # fmt: skip
     """Plan as many training steps as fit."""
     model, pixels = probe.model.train(), recipe.out[0] * recipe.out[1] / (probe.size[0] * probe.size[1])
     optimisers, dtype = build_optimisers(model, recipe, probe.device), next(model.parameters()).dtype
@@ -184,8 +212,8 @@ def _plan_steps(
     drawn = probe.pixels[torch.arange(timed, device=probe.device) % PROBE_BATCH]
     x = normalise(drawn, model.mean, model.std, dtype=dtype, channels_last=probe.channels_last)
     per_step = probe.time(lambda: train_step(model, optimisers, x, parameter, recipe)) * batch / timed * pixels
-    after = held_out * probe.time_network(recipe.precision) * pixels + WRITING
-    once = (probe.count + held_out) * probe.reading + after - WRITING
+    after = probe.held_out * probe.time_network(recipe.precision) * pixels + WRITING
+    once = probe.reading + after - WRITING
     steps = math.floor((remaining - once) / per_step)
     if steps < 1 or ("steps" in fixed and steps < recipe.steps):
         least = recipe.steps if "steps" in fixed else 1
@@ -193,16 +221,17 @@ def _plan_steps(
     steps = recipe.steps if "steps" in fixed else steps
     expected = seconds * SAFETY - remaining + once + steps * per_step
     size = " x ".join(map(str, recipe.out))
-    text = f"{steps} steps of {batch} images at {size} px ({per_step:.3g} s a step on this machine)"
+    kind = "images" if recipe.tile is None else "tiles"
+    text = f"{steps} steps of {batch} {kind} at {size} px ({per_step:.3g} s a step on this machine)"
     return BudgetPlan(recipe.replace(steps=steps), expected, f"{recipe.architecture}: {text}", after)
 
 
 def _plan_pass(
-    probe: _Probe, recipe: Recipe, fixed: Collection[str], held_out: int, seconds: float, remaining: float
-) -> BudgetPlan:
+    probe: _Probe, recipe: Recipe, fixed: Collection[str], seconds: float, remaining: float
+) -> BudgetPlan:  # fmt: skip
     """Plan the largest image size that fits, for an architecture that is fitted in one pass."""
     network, precision = _choose_precision(probe, recipe, fixed)
-    product = probe.time_products()
+    product, held_out = probe.time_products(), probe.held_out
     stride = get_architecture(recipe).compute_stride(recipe)
     sizes: list[int | tuple[int, int]] = sorted({_round_to_multiple(size, stride) for size in SIZES})
     if recipe.architecture == "padim":  # larger images lower its accuracy
@@ -218,7 +247,8 @@ def _plan_pass(
             pixels += math.prod(to_pair(recipe.small_size))
         scale = pixels / (probe.size[0] * probe.size[1])
         points, vectors = _count_vectors(probe.model, candidate, probe.count)
-        cost, after = (probe.count + held_out) * (probe.reading + network * scale), held_out * network * scale + WRITING
+        cost = probe.reading + (probe.count + held_out) * network * scale
+        after = held_out * network * scale + WRITING
         if (bank_width := _get_bank_width(probe.model)) is not None:
             if "bank_share" not in fixed:
                 candidate = candidate.replace(bank_share=min(max(BANK / vectors, MIN_SHARE), 1.0))
@@ -237,8 +267,9 @@ def _plan_pass(
         _raise_too_short(seconds, before + plans[0][0])
     cost, after, chosen = fitting[-1]
     text = f"{recipe.architecture} at {' x '.join(map(str, chosen.out))} px in {precision}"
-    speed = f"{1000 * network * chosen.out[0] * chosen.out[1] / (probe.size[0] * probe.size[1]):.0f} ms an image"
-    text += f" ({speed} on this machine, {probe.count} images)"
+    milliseconds = 1000 * network * chosen.out[0] * chosen.out[1] / (probe.size[0] * probe.size[1])
+    kind, one = ("images", "an image") if recipe.tile is None else ("tiles", "a tile")
+    text += f" ({milliseconds:.0f} ms {one} on this machine, {probe.count} {kind})"
     return BudgetPlan(chosen, before + cost, text, after)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import recontrast
 from recontrast import checkpoint as checkpoints
@@ -86,6 +87,29 @@ def test_the_timed_step_has_the_batch_of_the_recipe(paths, steady, monkeypatch, 
     assert sizes == [timed]
     steps = (200 * budget.SAFETY - 2 * budget.WRITING) / (0.5 * batch / timed)
     assert abs(plan.recipe.steps - steps) <= 0.02 * steps + 1
+
+
+def test_tiles_are_counted(tmp_path, steady):
+    """The network sees each tile, in training side by side, of held-out images with an overlap of a quarter."""
+    paths = [tmp_path / f"{name}.png" for name in range(3)]
+    for path in paths:
+        Image.new("RGB", (256, 128)).save(path)  # 8 tiles of 64 px, or 5 x 3 that overlap
+    recipe = RECIPE.replace(tile=64, batch=16)
+    plans = [plan_budget(recipe, ["architecture"], paths, held_out, 100, CPU) for held_out in (0, 2)]
+    assert all("steps of 16 tiles at 64 x 64 px" in plan.description for plan in plans)
+    own = 0.04 * 64 * 64 / 65536  # seconds for a tile
+    assert plans[1].seconds_after - plans[0].seconds_after == pytest.approx(30 * own)
+    plan = plan_budget(recipe.replace(architecture="patchcore"), ["architecture"], paths, 0, 100, CPU)
+    assert "24 tiles" in plan.description
+
+
+def test_what_is_chosen_goes_with_what_is_given(paths, steady):
+    """Tiles lie anywhere in an image, which PaDiM cannot learn, and its size is at most that of the images."""
+    assert plan_budget(RECIPE.replace(tile=32), ["tile"], paths * 2, 0, 60, CPU).recipe.architecture == "patchcore"
+    for fields in ({"size": 64}, {"crop": 64}):
+        plan = plan_budget(RECIPE.replace(**fields), fields, paths * 2, 0, 60, CPU)
+        assert plan.recipe.architecture == "ensemble" and plan.recipe.small_size == (64, 64)
+    assert plan_budget(RECIPE, (), paths * 2, 0, 60, CPU).recipe.small_size == 128
 
 
 @pytest.mark.parametrize("architecture", ["patchcore", "recontrast"])
