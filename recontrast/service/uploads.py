@@ -254,7 +254,8 @@ def _split_form(
         head, blank, content = rest.partition(b"\r\n\r\n")
         if not rest.startswith(b"\r\n") or not blank or len(head) > _PART_HEAD_BYTES:
             raise RequestError(400, "form: wanted parts with headers, got a part without them")
-        headers = email.parser.BytesHeaderParser(policy=email.policy.compat32).parsebytes(head[2:] + b"\r\n\r\n")
+        text = head[2:].decode("utf-8", "replace")  # as RFC 7578 recommends, and clients send it
+        headers = email.parser.HeaderParser(policy=email.policy.compat32).parsestr(text + "\r\n\r\n")
         kind, parameters = parse_header(str(headers.get("Content-Disposition", "")))
         if kind != "form-data":
             raise RequestError(400, "form: wanted Content-Disposition: form-data in each part, got another")

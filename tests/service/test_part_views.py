@@ -135,11 +135,25 @@ def test_parts_may_have_many_views(part):
     for body, kind in forms:
         assert find_images(body, kind, views) == [name.encode() for name in names]
     body, kind = join_forms(*[(name, "a", b"") for name in names[2:]])
-    with pytest.raises(RequestError, match=r"of the views 0, 1, 2, 3, 4, 5, 6, 7, ... .40 views. .*, got no 0, 1$"):
+    with pytest.raises(RequestError, match=r"of the views 0, 1, 2, 3, 4, 5, 6, 7 and 32 others .*, got no 0, 1$"):
         find_images(body, kind, views)
     body, kind = join_forms(*[("left", "a", b"")] * 23)
     with pytest.raises(RequestError, match="too many parts"):
         find_images(body, kind, Views(PATTERN, ("left", "right")))
+
+
+def test_views_are_named_in_any_language():
+    """Browsers and curl send the names of fields and files in UTF-8."""
+    views = Views(r"_(\w+)\.", ("größe", "表"))
+    for names in ([("größe", "a.png"), ("表", "b.png")], [("", "7_größe.png"), ("", "7_表.png")]):
+        body, kind = join_forms(*[(field, file, str(n).encode()) for n, (field, file) in enumerate(names)])
+        assert find_images(body, kind, views) == [b"0", b"1"]
+    body, kind = join_forms(("größe", "a.png", b"0"), ("höhe", "b.png", b"1"))
+    with pytest.raises(RequestError, match="got 'b.png' in the field 'höhe', which names none"):
+        find_images(body, kind, views)
+    body = body.replace("höhe".encode(), "höhe".encode("latin-1"))
+    with pytest.raises(RequestError, match="in the field 'h.he', which names none"):
+        find_images(body, kind, views)
 
 
 def test_page_sends_the_views_of_a_part_together(detectors, part):
