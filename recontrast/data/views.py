@@ -43,9 +43,9 @@ class Views:
         return len(self.names)
 
     def describe(self) -> str:
-        """Return the names of the views for a message; of many views, the first ones and their number."""
+        """Return the names of the views for a message; of many views, the first ones and the number of the others."""
         named = ", ".join(self.names[:_NAMED])
-        return named if len(self) <= _NAMED else f"{named}, ... ({len(self)} views)"
+        return named if len(self) <= _NAMED else f"{named} and {len(self) - _NAMED} others"
 
     def divide(self, path: Path) -> tuple[str, str, str]:
         """Divide the path of a view, see `divide_path`.

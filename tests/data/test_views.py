@@ -159,10 +159,10 @@ def test_samples_of_parts():
 
 def test_messages_name_a_few_of_many_views():
     views = Views(r"_(\d+)\.", tuple(map(str, range(30))))
-    with pytest.raises(ValueError, match=r"wanted one of the views 0, 1, 2, 3, 4, 5, 6, 7, ... \(30 views\) as in"):
+    with pytest.raises(ValueError, match=r"wanted one of the views 0, 1, 2, 3, 4, 5, 6, 7 and 22 others as in"):
         group_paths([Path("/a/x_77.png")], views)
     samples = [Sample(Path(f"/a/x_{view}.png"), None, 0, "a", "train", "good") for view in range(5)]
-    with pytest.raises(ValueError, match=r", got no 5, 6, 7, 8, 9, 10, 11, 12, ... \(25 views\)$"):
+    with pytest.raises(ValueError, match=r", got no 5, 6, 7, 8, 9, 10, 11, 12 and 17 others$"):
         group_samples(samples, views)
     assert LIGHTS.describe() == "left, right, top"
 
