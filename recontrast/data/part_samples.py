@@ -1,8 +1,9 @@
 """Samples of parts: those of the views of one part, joined to one with its label, masks, group and region."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from recontrast.data.dataset_sample import Sample
 from recontrast.data.views import PAGES, Views, list_part_names
@@ -67,19 +68,26 @@ def check_part_files(samples: Sequence[Sample], source: str) -> list[Sample]:
     names = list_part_names([sample.path for sample in samples], source)
     for name, sample in zip(names, samples, strict=True):
         parts.setdefault(name, []).extend((sample, *sample.views))
-    without = set()
+    without, other = set[Path](), "" if source == PAGES else ", or one of another view"
     for views in parts.values():
         masks = {view.path: view.mask for view in views if view.mask is not None}
         missing = [path for path, mask in masks.items() if not mask.is_file()]
         if missing and len(missing) == len(masks):
             path = missing[0]
-            raise ValueError(f"{path}: wanted its mask {masks[path]}, or one of another view, got none")
+            raise ValueError(f"{path}: wanted its mask {masks[path]}{other}, got none")
         without.update(missing)
         for view in views:
             if not view.path.is_file():
                 mask = "" if view.mask is None else f" for the mask {view.mask}"
                 raise ValueError(f"{view.path}: wanted an image{mask}, got no such file")
-    return [replace(sample, mask=None) if sample.path in without else sample for sample in samples]
+    return [_drop_masks(sample, without) for sample in samples]
+
+
+def _drop_masks(sample: Sample, without: Collection[Path]) -> Sample:
+    """Return a sample, or one of a joined part, without the masks of the images of some paths."""
+    views = tuple(_drop_masks(view, without) for view in sample.views)
+    kept = [view.mask for view in (sample, *views) if view.path not in without and view.mask is not None]
+    return replace(sample, mask=kept[0] if kept else None, views=views)  # a part has the first mask of its views
 
 
 def _describe_missing(part: dict[str, Sample], views: Views) -> str | None:

@@ -187,10 +187,15 @@ def test_files_of_parts_are_checked(tmp_path):
     assert [None if s.mask is None else s.mask.name[:-9] for s in checked] == [
         None, "a_right", None, "b_left", None, "b_top",
     ]  # fmt: skip
-    assert check_part_files(group_samples(checked, LIGHTS), LIGHTS.source) == group_samples(checked, LIGHTS)
+    joined = group_samples(checked, LIGHTS)
+    assert check_part_files(joined, LIGHTS.source) == joined
+    given = [replace(samples[start], views=tuple(samples[start + 1 : start + 3])) for start in (0, 3)]
+    assert check_part_files(given, LIGHTS.source) == joined  # parts that a caller has joined
     (tmp_path / "a_right_mask.png").unlink()
     with pytest.raises(ValueError, match=r"a_left.png: wanted its mask .*a_left_mask.png, or one of another view"):
         check_part_files(samples, LIGHTS.source)
+    with pytest.raises(ValueError, match=r"a_left.png: wanted its mask .*a_left_mask.png, got none$"):
+        check_part_files(samples, "pages")  # which have one mask
     samples[4].path.unlink()
     with pytest.raises(ValueError, match=r"b_right.png: wanted an image, got no such file$"):
         check_part_files([replace(sample, mask=None) for sample in samples], LIGHTS.source)
