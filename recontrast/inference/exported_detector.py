@@ -242,7 +242,8 @@ class ExportedDetector(Detector):
 
         Args:
             pixels: Image (H, W, 3), uint8, or float32 in [0, 1] with a window.
-            batch: Largest number of tiles per batch; fewer on a CPU, see `recontrast.inference.blend.limit_batch`.
+            batch: Largest number of tiles per batch; fewer on a CPU, see `recontrast.inference.blend.limit_batch`, and
+                `input_batch` if the program takes a fixed number.
             release: Whether to release the memory of ``pixels`` while the map grows. Their content is lost.
             inside: Region of interest, whether each pixel is inside, (H, W) bool; tiles wholly outside are not
                 computed. None: that of the recipe.
@@ -256,7 +257,7 @@ class ExportedDetector(Detector):
         """
         if self.recipe.tile is None or self.overlap is None:
             raise ValueError(f"{self.path}: wanted a detector of tiles, got one of whole images")
-        count = limit_batch(batch, self.recipe.tile)
+        count = self.input_batch or limit_batch(batch, self.recipe.tile)
         if inside is None and self.recipe.roi is not None:
             inside = Rois(self.recipe).read(0, pixels.shape[:2], "the image")
 

@@ -77,6 +77,18 @@ def compare(got, wanted):
         np.testing.assert_allclose(got[1][name], anomaly, rtol=1e-4, atol=1e-5)
 
 
+def test_a_fixed_number_of_tiles_is_filled_with_tiles(files, photographs):
+    """Calls of fewer tiles than the program takes would be filled up with copies."""
+    detector, sizes = ExportedDetector(files / "tiles.onnx"), []
+    program, pixels = detector.program, np.asarray(Image.open(photographs / "0.png"))
+    wanted, score = detector.score_tiled(pixels, 2, release=False)
+    detector.program = lambda *inputs: (sizes.append(len(inputs[0])), program(*inputs))[1]
+    detector.input_batch = 4
+    got = detector.score_tiled(pixels, 2, release=False)
+    np.testing.assert_allclose(got[0], wanted, rtol=1e-4, atol=1e-6)
+    assert sizes == [4, 4] and got[1] == pytest.approx(score, rel=1e-4)  # for 6 tiles
+
+
 def test_predictions_equal_those_of_the_checkpoint(files, photographs, tmp_path):
     wanted = predict(files / "checkpoint.pt", photographs, tmp_path / "wanted")
     assert {row["decision"] for row in wanted[0]} == {"good", "defect"}
