@@ -149,10 +149,10 @@ def test_views_are_named_in_any_language():
         body, kind = join_forms(*[(field, file, str(n).encode()) for n, (field, file) in enumerate(names)])
         assert find_images(body, kind, views) == [b"0", b"1"]
     body, kind = join_forms(("größe", "a.png", b"0"), ("höhe", "b.png", b"1"))
-    with pytest.raises(RequestError, match="got 'b.png' in the field 'höhe', which names none"):
+    with pytest.raises(RequestError, match=r"got 'b.png' in the field 'höhe', which names none"):
         find_images(body, kind, views)
     body = body.replace("höhe".encode(), "höhe".encode("latin-1"))
-    with pytest.raises(RequestError, match="in the field 'h.he', which names none"):
+    with pytest.raises(RequestError, match=r"in the field 'h.he', which names none"):
         find_images(body, kind, views)
 
 
