@@ -88,13 +88,14 @@ def print_data(lines: Iterable[str]) -> None:
             print_line(line)
 
 
-def print_promise(calibration: "Calibration | None") -> None:
+def print_promise(calibration: "Calibration | None", noun: str = "image") -> None:
     """Print what a calibration promises, if there is one.
 
     Args:
         calibration: The calibration; None prints nothing.
+        noun: What the detector scores, see `recontrast.recipes.recipe.Recipe.noun`.
     """
     from recontrast.calibration.conformal import describe_promise
 
-    for line in () if calibration is None else describe_promise(calibration):
+    for line in () if calibration is None else describe_promise(calibration, noun):
         print_line(line)

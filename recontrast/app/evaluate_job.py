@@ -48,6 +48,7 @@ class DecisionSummary:
         score_drift: Drift of the scores of the good images; None without good images.
         appearance_drift: Drift of their appearance; None without good images, or if the calibration
             has no appearance.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
     """
 
     rate: float
@@ -57,14 +58,15 @@ class DecisionSummary:
     found: int
     score_drift: ScoreDrift | None
     appearance_drift: AppearanceDrift | None
+    noun: str = "image"
 
     def describe(self) -> str:
         """Describe the rates in one sentence."""
         parts = [
             f"{count} of {total} {kind} ({100 * count / total:.1f} %)"
             for count, total, kind in (
-                (self.false_alarms, self.good, "good images called defects"),
-                (self.found, self.defects, "defect images found"),
+                (self.false_alarms, self.good, f"good {self.noun}s called defects"),
+                (self.found, self.defects, f"defect {self.noun}s found"),
             )
             if total
         ]
@@ -73,11 +75,11 @@ class DecisionSummary:
     def warnings(self) -> list[str]:
         """Return one sentence for each significant drift of the good images."""
         drifts = (self.score_drift, self.appearance_drift)
-        return [drift.describe() for drift in drifts if drift is not None and drift.is_significant]
+        return [drift.describe(self.noun) for drift in drifts if drift is not None and drift.is_significant]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as types that JSON can hold."""
-        values = asdict(self)
+        values = {name: value for name, value in asdict(self).items() if name != "noun"}
         names = {"score_drift": "departure", "appearance_drift": "change"}  # the names in files of earlier versions
         return {**{names.get(name, name): value for name, value in values.items()}, "warnings": self.warnings()}
 
@@ -195,7 +197,8 @@ def decide_on_result(
     names = {str(sample.path): name_group(sample) for group in groups.values() for sample in group}
     owners = number_groups([names.get(image.path) for image in scored if not image.label])
     score_drift = measure_score_drift(calibration, good, owners) if good else None
-    return DecisionSummary(calibration.rate, len(good), false_alarms, len(bad), detected, score_drift, appearance_drift)
+    counts = (len(good), false_alarms, len(bad), detected)
+    return DecisionSummary(calibration.rate, *counts, score_drift, appearance_drift, recipe.noun)
 
 
 def _add_errors(result: Result, errors: Mapping[str, str]) -> Result:

@@ -88,16 +88,12 @@ class TrainJob:
                 "--out"
             )
 
-    @property
-    def _noun(self) -> str:
-        """What is counted."""
-        return "images" if self.recipe.image_views is None else "parts"
-
     def describe_end(self, seconds: float, steps: int) -> str:
         """Describe the finished run and its number of steps in one sentence."""
         is_pass = not self.recipe.uses_steps
         count, views = self.count_training(), count_views(self.recipe.augment)
-        kind = self._noun if self.recipe.image_views is None else f"{self._noun} of {len(self.recipe.view_names)} views"
+        kind = f"{self.recipe.noun}s"
+        kind += "" if self.recipe.image_views is None else f" of {len(self.recipe.view_names)} views"
         images = f"{count} {kind}" if views == 1 else f"{count} {kind} in {views} augmented copies each"
         work = f"one pass over {images}" if is_pass else f"{steps} steps"
         return f"{work} in {seconds:.1f} s: {self.target}"
@@ -151,14 +147,15 @@ class TrainJob:
             different = self.different or count
             held_out = round(self.recipe.holdout * different)
             hint = "; --holdout 0 trains on all" if self.resume is None else ""  # a resumed run keeps its share
-            kind = f"good {self._noun}"
+            kind = f"good {self.recipe.noun}s"
             if different < count:
-                kind = f"different {self._noun} ({count - different} are copies)"
-                kind = f"groups of {count} good {self._noun}" if list_groups(self.samples) else kind
+                kind = f"different {self.recipe.noun}s ({count - different} are copies)"
+                kind = f"groups of {count} good {self.recipe.noun}s" if list_groups(self.samples) else kind
             return f"{held_out} of {different} {kind} held out for calibration{hint}"
         if self.few:
             command = f"recontrast calibrate {self.target} --good DIR"
-            return f"{count} good {self._noun} are too few to hold any out for calibration; to calibrate, run {command}"
+            too_few = f"{count} good {self.recipe.noun}s are too few to hold any out for calibration"
+            return f"{too_few}; to calibrate, run {command}"
         return None
 
 

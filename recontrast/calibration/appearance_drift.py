@@ -74,20 +74,24 @@ class AppearanceDrift:
         """Whether the drift deserves a warning: ``p_value`` is below `ALARM_LEVEL`."""
         return self.p_value < ALARM_LEVEL
 
-    def describe(self) -> str:
-        """Return a sentence with the result and its consequence."""
+    def describe(self, noun: str = "image") -> str:
+        """Return a sentence with the result and its consequence.
+
+        Args:
+            noun: What the detector scores, see `recontrast.recipes.recipe.Recipe.noun`.
+        """
         medians = f"{self.name} {self.after:.3g} instead of {self.before:.3g} in the median"
         p_value = f"p-value {self.p_value:.2g}"
         if not self.is_significant:
-            return f"the new good images look like the calibration images ({', '.join(PROPERTIES)}; {p_value})"
+            return f"the new good {noun}s look like the calibration {noun}s ({', '.join(PROPERTIES)}; {p_value})"
         lower, higher = PROPERTIES[self.name]
         if self.after == self.before:
             change = "different in their spread"
         else:
             change = lower if self.after < self.before else higher
         return (
-            f"{self.count} new good images do not look like the calibration images: they are {change} ({medians}; "
-            f"{p_value}), and the promised false-alarm rate does not hold for them; calibrate again on such images"
+            f"{self.count} new good {noun}s do not look like the calibration {noun}s: they are {change} ({medians}; "
+            f"{p_value}), and the promised false-alarm rate does not hold for them; calibrate again on such {noun}s"
         )
 
 

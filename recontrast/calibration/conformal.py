@@ -263,12 +263,13 @@ def check_rates(rate: float, pixel_rate: float = DEFAULT_PIXEL_RATE) -> None:
         raise ValueError(f"calibration: pixel rate: wanted a share above 0 and below 1, got {pixel_rate:g}")
 
 
-def allowed_false_alarms(count: int, rate: float) -> int:
+def allowed_false_alarms(count: int, rate: float, noun: str = "image") -> int:
     """Compute m = floor(rate * (n + 1)), the number of n + 1 exchangeable good images that may be called defects.
 
     Args:
         count: Number of calibration images, n.
         rate: Promised false-alarm rate.
+        noun: What the error message counts, see `recontrast.recipes.recipe.Recipe.noun`.
 
     Returns:
         m, at least 1.
@@ -282,7 +283,7 @@ def allowed_false_alarms(count: int, rate: float) -> int:
         needed = math.ceil(1 / rate - 1e-9) - 1
         raise ValueError(
             f"false-alarm rate: wanted at least 1/{count + 1} = {1 / (count + 1):.4g}, the lowest that {count} "
-            f"calibration images can promise, got {rate:g}, which needs {needed} good images that were not trained on"
+            f"calibration {noun}s can promise, got {rate:g}, which needs {needed} good {noun}s that were not trained on"
         )
     return m
 
@@ -327,21 +328,22 @@ def false_alarm_interval(count: int, rate: float, share: float = 0.9) -> tuple[f
     return float(low), float(high)
 
 
-def describe_promise(calibration: Calibration) -> list[str]:
+def describe_promise(calibration: Calibration, noun: str = "image") -> list[str]:
     """Describe in sentences what a calibration promises.
 
     Args:
         calibration: The calibration.
+        noun: What the detector scores, see `recontrast.recipes.recipe.Recipe.noun`.
 
     Returns:
         Sentences on the threshold, on the spread over calibration sets and on the pixel threshold, if there is one.
     """
     n, m = calibration.count, allowed_false_alarms(calibration.count, calibration.rate)
     low, high = false_alarm_interval(n, calibration.rate)
-    kind, origin, subject = "images", f"{n} good images ({calibration.source})", "a new good image"
+    kind, origin, subject = f"{noun}s", f"{n} good {noun}s ({calibration.source})", f"a new good {noun}"
     if calibration.image_count is not None:
-        kind, subject = "groups", "any image of a new good group"
-        origin = f"{n} groups of good images ({calibration.image_count} images, {calibration.source})"
+        kind, subject = "groups", f"any {noun} of a new good group"
+        origin = f"{n} groups of good {noun}s ({calibration.image_count} {noun}s, {calibration.source})"
     sentences = [
         f"threshold {calibration.threshold:.6g} from {origin}: {subject} of the same source is called a defect with "
         f"probability at most {m}/{n + 1} = {m / (n + 1):.4g}, on average over calibration sets",
@@ -350,13 +352,13 @@ def describe_promise(calibration: Calibration) -> list[str]:
     ]
     if calibration.pixel_threshold is None:
         return sentences
-    pixels = f"{calibration.pixel_rate:.3g} of a good image's map"
+    pixels = f"{calibration.pixel_rate:.3g} of a good {noun}'s map"
     threshold = f"pixel threshold {calibration.pixel_threshold:.6g}"
     if calibration.pixel_guarantee:
         return [*sentences, f"{threshold}: on average at most {pixels} is flagged"]
     needed = math.ceil(1 / calibration.pixel_rate - 1e-9) - 1
     sentences.append(
-        f"{threshold}: flags {calibration.pixel_rate:.3g} of the calibration images' maps, with no guarantee for new "
-        f"images, which needs {needed} good {kind}"
+        f"{threshold}: flags {calibration.pixel_rate:.3g} of the calibration {noun}s' maps, with no guarantee for new "
+        f"{noun}s, which needs {needed} good {kind}"
     )
     return sentences

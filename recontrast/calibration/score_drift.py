@@ -39,17 +39,21 @@ class ScoreDrift:
         """Whether the drift deserves a warning: ``p_value`` is below `ALARM_LEVEL`."""
         return self.p_value < ALARM_LEVEL
 
-    def describe(self) -> str:
-        """Return a sentence with the result and its consequence."""
-        counts = f"{self.count} new good images, {self.alarms} called defects, {self.expected:.3g} expected"
+    def describe(self, noun: str = "image") -> str:
+        """Return a sentence with the result and its consequence.
+
+        Args:
+            noun: What the detector scores, see `recontrast.recipes.recipe.Recipe.noun`.
+        """
+        counts = f"{self.count} new good {noun}s, {self.alarms} called defects, {self.expected:.3g} expected"
         test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; p-value {self.p_value:.2g}"
         if self.is_significant:
             return (
-                f"p-values of good images are far from uniform ({test}; {counts}): these images differ from the "
-                "calibration images, and the promised false-alarm rate does not hold for them; calibrate again on such "
-                "images"
+                f"p-values of good {noun}s are far from uniform ({test}; {counts}): these {noun}s differ from the "
+                f"calibration {noun}s, and the promised false-alarm rate does not hold for them; calibrate again on "
+                f"such {noun}s"
             )
-        return f"p-values of good images are compatible with uniform ({test}; {counts})"
+        return f"p-values of good {noun}s are compatible with uniform ({test}; {counts})"
 
 
 def measure_score_drift(calibration: Calibration, scores: ArrayLike, groups: Sequence[int] | None = None) -> ScoreDrift:

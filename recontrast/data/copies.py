@@ -67,12 +67,13 @@ def _divide(paths: Sequence[PathLike], group: Sequence[int], size: int, is_whole
     return list(parts.values())
 
 
-def describe_copies(paths: Sequence[PathLike], first: Sequence[int]) -> str | None:
+def describe_copies(paths: Sequence[PathLike], first: Sequence[int], noun: str = "image") -> str | None:
     """Describe copies in a sentence.
 
     Args:
         paths: Paths or names of the images.
         first: Position of the first image with the same content, for each image.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
 
     Returns:
         The number of copies with the first pair; None if there are none.
@@ -82,4 +83,4 @@ def describe_copies(paths: Sequence[PathLike], first: Sequence[int]) -> str | No
         return None
     count = len(first) - len(copies)
     pair = f"{paths[copies[0]]} is a copy of {paths[first[copies[0]]]}"
-    return f"{len(first)} images are {count_images(count, 'different image')}, for example {pair}"
+    return f"{len(first)} {noun}s are {count_images(count, f'different {noun}')}, for example {pair}"

@@ -198,13 +198,16 @@ def merge_copies(first: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list
     return [find_root(index) for index in range(len(first))]
 
 
-def describe_near_copies(paths: Sequence[PathLike], pairs: Sequence[tuple[int, int]], consequence: str) -> str | None:
+def describe_near_copies(
+    paths: Sequence[PathLike], pairs: Sequence[tuple[int, int]], consequence: str, noun: str = "image"
+) -> str | None:
     """Describe near-copies in a sentence.
 
     Args:
         paths: Paths or names of the images.
         pairs: Result of `find_near_copies`.
         consequence: What follows from them.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
 
     Returns:
         The sentence, with the number of images that have an earlier near-copy and one pair; None if there are none.
@@ -214,17 +217,18 @@ def describe_near_copies(paths: Sequence[PathLike], pairs: Sequence[tuple[int, i
     count = len({second for _, second in pairs})
     first, second = pairs[0]
     return (
-        f"{count} of {len(paths)} images seem to be another one of them, saved again or rescaled (for example "
+        f"{count} of {len(paths)} {noun}s seem to be another one of them, saved again or rescaled (for example "
         f"{paths[second]} and {paths[first]}): {consequence}"
     )
 
 
-def describe_one_scene(count: int, sketches: NDArray[np.float32]) -> str | None:
+def describe_one_scene(count: int, sketches: NDArray[np.float32], noun: str = "image") -> str | None:
     """Describe in a sentence that all images show one scene.
 
     Args:
         count: Number of images.
         sketches: Their sketches, (n, 1024) float32.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
 
     Returns:
         The sentence; None if they do not, see `shows_one_scene`.
@@ -232,17 +236,18 @@ def describe_one_scene(count: int, sketches: NDArray[np.float32]) -> str | None:
     if not shows_one_scene(sketches):
         return None
     return (
-        f"all {count} images show the same without any change, as one picture saved many times or one part that was "
-        "not moved: such images say little about other parts"
+        f"all {count} {noun}s show the same without any change, as one picture saved many times or one part that was "
+        f"not moved: such {noun}s say little about other parts"
     )
 
 
-def describe_trained(paths: Sequence[PathLike], count: int) -> str | None:
+def describe_trained(paths: Sequence[PathLike], count: int, noun: str = "image") -> str | None:
     """Describe near-copies of training images in a sentence.
 
     Args:
         paths: New images that seem to be training images, see `match_known`.
         count: Number of new images.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
 
     Returns:
         The sentence, with the first two names; None if there are none.
@@ -250,7 +255,7 @@ def describe_trained(paths: Sequence[PathLike], count: int) -> str | None:
     if not paths:
         return None
     names = ", ".join(map(str, paths[:2])) + (" ..." if len(paths) > 2 else "")
-    return f"{len(paths)} of {count} images seem to be training images, saved again or rescaled: {names}"
+    return f"{len(paths)} of {count} {noun}s seem to be training {noun}s, saved again or rescaled: {names}"
 
 
 def _search(sketches: NDArray[np.float32]) -> set[tuple[int, int]]:

@@ -27,7 +27,7 @@ _STARTS: dict[str, tuple[bytes, ...]] = {
     "predict.json": (b'{\n "recontrast": ',),
     "results.json": (b'{\n "rows": ',),
     "results.csv": (b"category,images,defects,",),
-    "results.md": (b"| category | images |",),
+    "results.md": (b"| category | images |", b"| category | parts |"),
     "comparison.json": (b'{\n "table": ',),
     "comparison.csv": (b"entry,category,metric,seeds,",),
     "compare.json": (b'{\n "compared": ',),

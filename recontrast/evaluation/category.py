@@ -176,7 +176,7 @@ class Category:
 
     def compute_row(self) -> Row:
         """Compute the metrics of the images without an error, and a note that names the undefined ones."""
-        begin, total = time.perf_counter(), len(self.tests)
+        begin, total, noun = time.perf_counter(), len(self.tests), self.recipe.noun
         is_exact = self.has_masks and self.streaming is None
         masks = self._read_masks(0, total, self.recipe.map_out) if is_exact else None
         usable = self._list_usable(0, total)
@@ -186,13 +186,13 @@ class Category:
         extra = self.measures.compute(self.scores, usable)
         notes = [*self.measures.notes]
         if count < total:
-            notes.append(describe_missing(total - count, total))
+            notes.append(describe_missing(total - count, total, noun))
         if 0 < defect_count < count:
             image = metrics.image_metrics(self.scores[usable], np.array([self.tests[index].label for index in usable]))
             values |= {"i_auroc": image.auroc, "i_ap": image.ap, "i_f1": image.f1_max, "i_accuracy": image.accuracy}
             values["i_threshold"] = image.f1_threshold
         else:
-            notes.append(f"no image metrics: there are no {'good' if defect_count else 'defective'} images")
+            notes.append(f"no image metrics: there are no {'good' if defect_count else 'defective'} {noun}s")
         if self.has_masks:
             pixel = self._streamed_pixel_metrics() if masks is None else self._exact_pixel_metrics(masks, usable)
             if pixel is None:
@@ -200,10 +200,10 @@ class Category:
             else:
                 values, bounds, extra = values | pixel[0], pixel[1], pixel[2] | extra
                 if "aupro_per_image" not in values:
-                    notes.append("no AUPRO per image: it is undefined for at least one image")
+                    notes.append("no AUPRO per image: it is undefined for at least one " + noun)
         elif self.defect_count:
             notes.append(
-                f"no pixel metrics: {self.maskless_count} of {self.defect_count} defective images have no mask"
+                f"no pixel metrics: {self.maskless_count} of {self.defect_count} defective {noun}s have no mask"
             )
         self._release()
         self.notes.warn()

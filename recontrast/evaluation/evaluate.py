@@ -140,13 +140,14 @@ def evaluate(
             batches.close()
             if category is not None:
                 category.cancel()
-    left_out = _share_errors(world, categories)
-    rows = distributed.broadcast_from_first(world, _add_untested(rows, samples))
+    left_out = _share_errors(world, categories, recipe.noun)
+    rows = distributed.broadcast_from_first(world, _add_untested(rows, samples, recipe.noun))
     scored = [image for category, lost in zip(categories, left_out, strict=True)
               for image in category.list_scored_images(lost)]  # fmt: skip
     settings = (recipe.name, recipe.map_out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
-    checks.warn(sum(map(len, groups.values())))
-    return Result(rows, *settings, scored=scored, tile=recipe.tile, roi=recipe.roi and describe_roi(recipe.roi))
+    checks.warn(sum(map(len, groups.values())), recipe.noun)
+    return Result(rows, *settings, scored=scored, tile=recipe.tile, roi=recipe.roi and describe_roi(recipe.roi),
+                  noun=recipe.noun)  # fmt: skip
 
 
 def _build_histograms(scorer: Scorer) -> metrics.Streaming:
@@ -170,23 +171,23 @@ def _build_measures(
     return measures
 
 
-def _share_errors(world: World, categories: Sequence[Category]) -> list[dict[int, str]]:
+def _share_errors(world: World, categories: Sequence[Category], noun: str) -> list[dict[int, str]]:
     """Return the images that the first process leaves out, by category; raise ValueError if no image is left."""
     left_out: list[dict[int, str]]
     left_out = distributed.broadcast_from_first(world, [category.errors for category in categories])
     count = sum(map(len, left_out))
     if count == sum(len(category.tests) for category in categories):
-        raise ValueError(f"none of {count} images could be scored: {min(left_out[0].items())[1]}")
+        raise ValueError(f"none of {count} {noun}s could be scored: {min(left_out[0].items())[1]}")
     return left_out
 
 
-def _add_untested(rows: list[Row], samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> list[Row]:
+def _add_untested(rows: list[Row], samples: Sequence[Sample] | Mapping[str, Sequence[Sample]], noun: str) -> list[Row]:
     """Add a row for each category without test images, so that a category never disappears from the table."""
     if not rows:  # not the first process
         return rows
     computed = {row.category: row for row in rows}
     names = dict.fromkeys(sample.category for sample in _flatten(samples))
-    return [computed.get(name) or Row(name, 0, 0, note="no metrics: there are no test images") for name in names]
+    return [computed.get(name) or Row(name, 0, 0, note=f"no metrics: there are no test {noun}s") for name in names]
 
 
 def _flatten(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]]) -> list[Sample]:

@@ -29,17 +29,18 @@ METRICS = {
 }
 
 
-def describe_missing(skipped: int, total: int) -> str:
+def describe_missing(skipped: int, total: int, noun: str = "image") -> str:
     """Describe how many test images are missing from the metrics.
 
     Args:
         skipped: Number of missing images.
         total: Number of all test images.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
 
     Returns:
         The description, without a full stop.
     """
-    return f"{skipped} of {total} test images are missing, because they could not be read or scored"
+    return f"{skipped} of {total} test {noun}s are missing, because they could not be read or scored"
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class Result:
         tile: Side of a tile in pixels, or None. With tiles, images and maps have the size of the files, and ``size`` is
             the size of a tile.
         roi: Description of the region of interest whose pixels were counted; None for whole images.
+        noun: What the tables count, see `recontrast.recipes.recipe.Recipe.noun`.
     """
 
     rows: list[Row]
@@ -187,6 +189,7 @@ class Result:
     decided: dict[str, Any] | None = None
     tile: int | None = None
     roi: str | None = None
+    noun: str = "image"
 
     @property
     def mean(self) -> Row:
@@ -202,7 +205,7 @@ class Result:
         incomplete += [head for head, defined in extra.items() if len(defined) < len(self.rows)]
         means["extra"] = {head: sum(defined) / len(defined) for head, defined in extra.items()}
         images, skipped = (sum(getattr(row, name) for row in self.rows) for name in ("images", "skipped"))
-        notes = [describe_missing(skipped, images + skipped)] if skipped else []
+        notes = [describe_missing(skipped, images + skipped, self.noun)] if skipped else []
         notes += [f"not over all categories: {', '.join(incomplete)}"] if incomplete else []
         return Row(
             "mean",
@@ -222,7 +225,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the scores of the images as values that JSON can represent."""
         values = {**asdict(self), "size": list(self.size), "mean": asdict(self.mean)}
-        del values["scored"]
+        del values["scored"], values["noun"]
         return {**values, "skipped": self.mean.skipped, "errors": self.errors}
 
     def to_csv(self) -> str:
@@ -259,7 +262,7 @@ class Result:
         """Return a Markdown table in percent, with "-" for undefined metrics, followed by settings and notes."""
         names = [name for name in METRICS if any(getattr(row, name) is not None for row in self.rows)] or ["i_auroc"]
         skipped, extra = ["skipped"] if self.mean.skipped else [], list_extra(self.rows)
-        head = ["category", "images", *skipped, *(METRICS[name] for name in names), *extra, "seconds"]
+        head = ["category", f"{self.noun}s", *skipped, *(METRICS[name] for name in names), *extra, "seconds"]
         lines = [format_row(head), format_row(["---", *["---:"] * (len(head) - 1)])]
         for row in (*self.rows, *([self.mean] if len(self.rows) > 1 else [])):
             cells = format_metrics(row, names, extra)
@@ -268,7 +271,7 @@ class Result:
             lines.append(format_row([name, *counts, *cells, f"{sum(row.seconds.values()):.1f}"]))
         lines.append("")
         lines.append(
-            f"Percent. Maps of {'the size of the images, from tiles of ' if self.tile else ''}"
+            f"Percent. Maps of {f'the size of the {self.noun}s, from tiles of ' if self.tile else ''}"
             f"{self.size[0]} x {self.size[1]} px, {self.reduce} of the pairs, blur {self.blur}, "
             f"score {self.score}, mask rule {self.mask_rule}."
             + ("" if self.roi is None else f" Pixels in the region of interest alone: {self.roi}.")

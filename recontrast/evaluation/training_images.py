@@ -65,22 +65,23 @@ class TrainingImageChecks:
         elif self.sketches is not None:
             self.sketched[path] = sketch_views(list(map(sketch_image, views)))
 
-    def warn(self, count: int) -> None:
+    def warn(self, count: int, noun: str) -> None:
         """Warn of test images that were trained on, also saved again: their scores are too low.
 
         Args:
             count: Number of test images.
+            noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
         """
         if self.matches:
             first = ", ".join(map(str, list(self.matches)[:5])) + (" ..." if len(self.matches) > 5 else "")
             warnings.warn(
-                f"{len(self.matches)} of {count} test images were trained on, so that the metrics do not hold for new "
-                f"images: {first}", DataWarning, stacklevel=3,
+                f"{len(self.matches)} of {count} test {noun}s were trained on, so that the metrics do not hold for new "
+                f"{noun}s: {first}", DataWarning, stacklevel=3,
             )  # fmt: skip
         if self.sketched and self.sketches is not None:
             paths = list(self.sketched)
             near = match_known(np.stack(list(self.sketched.values())), self.sketches)
-            text = describe_trained([paths[index] for index, _ in near], count)
+            text = describe_trained([paths[index] for index, _ in near], count, noun)
             if text is not None:
                 warnings.warn(f"test: {text}", DataWarning, stacklevel=3)
 

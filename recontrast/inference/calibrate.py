@@ -96,7 +96,7 @@ def calibrate(
     """
     views = 1 if recipe.image_views is None else len(recipe.image_views)
     count = len(images) // views
-    allowed_false_alarms(count if groups is None else len(set(groups)), rate)
+    allowed_false_alarms(count if groups is None else len(set(groups)), rate, recipe.noun)
     rois = Rois(recipe) if rois is None and recipe.roi is not None else rois
     batches = ((maps.float().cpu().numpy(), scores.cpu().numpy()) for maps, scores in infer(
         model, images, recipe, batch=batch, rois=rois))  # fmt: skip
@@ -145,12 +145,12 @@ def select_new_images(option: str, paths: Sequence[Path], trained: TrainedDetect
             sketches.append(sketch)
     if used:
         raise ValueError(
-            f"{option}: wanted good images that were not trained on, got {len(used)} of {len(files)} that were "
-            f"(first: {used[0]})"
+            f"{option}: wanted good {trained.recipe.noun}s that were not trained on, got {len(used)} of {len(files)} "
+            f"that were (first: {used[0]})"
         )
     names = [files.paths[index] for index in first.values()]
-    known = read_sketches(trained.images)
-    for text in (describe_copies(files.paths, owners), *_describe_sketches(names, sketches, known)):
+    known, noun = read_sketches(trained.images), trained.recipe.noun
+    for text in (describe_copies(files.paths, owners, noun), *_describe_sketches(names, sketches, known, noun)):
         if text is not None:
             warnings.warn(f"{option}: {text}", DataWarning, stacklevel=2)
     return [path for index, path in enumerate(files.paths) if owners[index] == index]
@@ -227,7 +227,9 @@ def split_trained_images(
         seen.add(result[0])
     if files.errors:
         first = files.errors[min(files.errors)]
-        raise ValueError(f"{option}: wanted images that can be read, got {len(files.errors)} others: {first}")
+        raise ValueError(
+            f"{option}: wanted {checkpoint.recipe.noun}s that can be read, got {len(files.errors)} others: {first}"
+        )
     return new, known, copies, sketches
 
 
@@ -251,17 +253,17 @@ def _identify_images(files: ImageFiles, recipe: Recipe) -> Iterator[tuple[str, N
 
 
 def _describe_sketches(
-    paths: Sequence[Path], sketches: Sequence[NDArray[np.float32]], known: NDArray[np.float32]
+    paths: Sequence[Path], sketches: Sequence[NDArray[np.float32]], known: NDArray[np.float32], noun: str
 ) -> Iterator[str | None]:
     """Describe near-copies among new images, and those of training images, whose sketches are ``known``."""
     if not sketches or len(sketches) > MOST_SKETCHES:
         return
     new = np.stack(sketches)
     pairs = find_near_copies(new)
-    yield describe_near_copies(paths, pairs, "the promise counts them as different images")
+    yield describe_near_copies(paths, pairs, f"the promise counts them as different {noun}s", noun)
     if not pairs:
-        yield describe_one_scene(len(new), new)
-    yield describe_trained([paths[index] for index, _ in match_known(new, known)], len(new))
+        yield describe_one_scene(len(new), new, noun)
+    yield describe_trained([paths[index] for index, _ in match_known(new, known)], len(new), noun)
 
 
 def calibrate_files(
@@ -317,7 +319,7 @@ def calibrate_files(
             unread += [files.errors[index] for index in sorted(files.errors)]
             paths = [path for index, path in enumerate(files.paths) if index not in files.errors]
             if not paths:
-                raise ValueError(f"none of {len(unread)} images could be read: {unread[0]}")
+                raise ValueError(f"none of {len(unread)} {detector.recipe.noun}s could be read: {unread[0]}")
 
 
 def score_files(

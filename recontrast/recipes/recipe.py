@@ -322,6 +322,11 @@ class Recipe:
         return Views(self.views_from, self.view_names) if self.views_from is not None and self.view_names else None
 
     @property
+    def noun(self) -> str:
+        """What sentences count, in the singular: "image", or "part" with several views."""
+        return "image" if self.image_views is None else "part"
+
+    @property
     def joins_maps(self) -> bool:
         """Whether the map of an image or part is joined from several maps of the network: of tiles, or of views."""
         return self.tile is not None or self.image_views is not None

@@ -211,7 +211,7 @@ def describe_detector(served: ServedDetector) -> dict[str, Any]:
     if calibration is not None:
         stored = {k: v for k, v in calibration.to_dict().items() if k not in ("scores", "looks", "source")}
         # The origin of the images may be a path of this machine.
-        sentences = describe_promise(replace(calibration, source="those of its calibration"))
+        sentences = describe_promise(replace(calibration, source="those of its calibration"), recipe.noun)
         promise = {"images": calibration.count, **stored, "promise": sentences}
     return {
         "name": served.name,

@@ -84,7 +84,7 @@ def calibrate(  # 11 options
         context.with_resource(lock_checkpoint(file))
     target = open_target(file, device, inference, roi)
     images = _list_images(target, good or [], check or [], bad or [], all_good)
-    images = _select_new(images, target, false_alarm_rate)
+    images, noun = _select_new(images, target, false_alarm_rate), target.recipe.noun
     detector, errors = target.open(calibrated=not good), images.errors
     calibration = detector.calibration
     if images.good:
@@ -95,7 +95,7 @@ def calibrate(  # 11 options
         errors += unread
         former_count = 0 if target.calibration is None else target.calibration.count
         target.store(calibration)
-        _print_calibration(file, calibration, former_count)
+        _print_calibration(file, calibration, former_count, noun)
     if calibration is None:
         raise ValueError(
             detector.calibration_note
@@ -156,10 +156,10 @@ def _select_new(images: _Images, target: "CalibrationTarget", rate: float) -> _I
     from recontrast.inference.calibrate import select_new_samples
 
     if images.good:
-        allowed_false_alarms(count_groups(images.good), rate)  # before any image is read
+        allowed_false_alarms(count_groups(images.good), rate, target.recipe.noun)  # before any image is read
     good = select_new_samples("--good", images.good, target)
     if good:
-        allowed_false_alarms(count_groups(good), rate)  # again, without copies
+        allowed_false_alarms(count_groups(good), rate, target.recipe.noun)  # again, without copies
     return replace(images, good=good, checks=select_new_samples("--check", images.checks, target))
 
 
@@ -189,10 +189,10 @@ def _calibrate(
         return calibrate_detector(target, detector, samples, on_progress=progress, **options)
 
 
-def _print_calibration(file: Path, calibration: "Calibration", former_count: int) -> None:
+def _print_calibration(file: Path, calibration: "Calibration", former_count: int, noun: str) -> None:
     """Print what the calibration promises, where it is stored, and what it needs."""
-    print_promise(calibration)
-    replaced = f", replaces one from {former_count} images" if former_count > calibration.count else ""
+    print_promise(calibration, noun)
+    replaced = f", replaces one from {former_count} {noun}s" if former_count > calibration.count else ""
     print_line(f"calibration: {file}{replaced}")
     if calibration.views is not None:
         options = f"--views {calibration.views} --precision {calibration.precision}"
@@ -206,7 +206,9 @@ def _count_found(detector: "Detector", calibration: "Calibration", paths: "Seque
     scores, _, errors = score_files(detector, paths, batch)
     if scores:
         found = int(calibration.is_defect(scores).sum())
-        print_line(f"{found} of {len(scores)} images with defects found ({100 * found / len(scores):.1f} %)")
+        print_line(
+            f"{found} of {len(scores)} {detector.recipe.noun}s with defects found ({100 * found / len(scores):.1f} %)"
+        )
     return errors
 
 
@@ -226,7 +228,7 @@ def _compare(detector: "Detector", calibration: "Calibration", samples: "Sequenc
         drifts.append(measure_appearance_drift(np.asarray(calibration.appearance), appearance))
     for drift in drifts:
         if drift.is_significant:
-            print_error(f"warning: {drift.describe()}")
+            print_error(f"warning: {drift.describe(detector.recipe.noun)}")
         else:
-            print_line(drift.describe())
+            print_line(drift.describe(detector.recipe.noun))
     return errors

@@ -185,7 +185,7 @@ def _print_end(job: "TrainJob", result: "TrainResult", started: float) -> None:
     """Print how long the training took, and what its calibration promises."""
     end = job.describe_end(result.seconds, result.state.step)
     print_line(end + job.describe_elapsed(time.perf_counter() - started))
-    print_promise(result.calibration)
+    print_promise(result.calibration, result.recipe.noun)
 
 
 def _evaluate(job: "TrainJob", result: "TrainResult", cache: Path | None) -> None:

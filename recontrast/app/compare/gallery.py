@@ -127,20 +127,21 @@ def _draw_method(
     return drawn
 
 
-def render_gallery(cards: Sequence[Card], pool: int) -> str:
+def render_gallery(cards: Sequence[Card], pool: int, noun: str) -> str:
     """Return the HTML of the gallery; empty without images.
 
     Args:
         cards: Images in order.
         pool: Number of compared images.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
     """
     if not cards:
         return ""
     items = "".join(_render_card(card) for card in cards)
     return (
         '<section aria-labelledby="gallery"><h2 id="gallery">Where the methods differ</h2>'
-        f"<p>The {len(cards)} of {pool} images whose ranks differ most between two methods. "
-        "100 % is the most anomalous of all compared images, 0 % the least.</p>"
+        f"<p>The {len(cards)} of {pool} {noun}s whose ranks differ most between two methods. "
+        f"100 % is the most anomalous of all compared {noun}s, 0 % the least.</p>"
         f'<ol class="differing">{items}</ol></section>\n'
     )
 

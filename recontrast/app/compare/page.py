@@ -21,7 +21,7 @@ def render_page(summary: Summary, cards: Sequence[Card]) -> str:
         _render_table(summary, "accuracy", "Accuracy", summary.accuracy_columns()),
         _render_table(summary, "cost", "Time, memory and file size", summary.cost_columns()),
         _render_agreement(summary),
-        render_gallery(cards, summary.pool),
+        render_gallery(cards, summary.pool, summary.noun),
         _render_notes(summary),
     ))  # fmt: skip
     return render_single_file(
@@ -88,8 +88,8 @@ def _render_agreement(summary: Summary) -> str:
     )
     return (
         '<section aria-labelledby="agreement"><h2 id="agreement">Agreement</h2>'
-        f"<p>Rank correlation (Spearman) of the scores of {summary.pool} images that no method was trained on: 1 for "
-        "the same order, 0 for unrelated ones.</p>"
+        f"<p>Rank correlation (Spearman) of the scores of {summary.pool} {summary.noun}s that no method was trained "
+        "on: 1 for the same order, 0 for unrelated ones.</p>"
         f'<table class="matrix"><thead><tr><th scope="col">Methods</th><th scope="col" class="n">Correlation</th></tr>'
         f"</thead><tbody>{rows}</tbody></table></section>\n"
     )

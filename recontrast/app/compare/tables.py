@@ -37,6 +37,7 @@ class Summary:
         recommendation: Recommended method; None if no method was measured.
         notes: Sentences that a reader needs to interpret the numbers.
         differing: Paths of the images of the gallery, the largest difference first.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
     """
 
     category: str
@@ -47,6 +48,7 @@ class Summary:
     recommendation: Recommendation | None
     notes: list[str]
     differing: list[str] = field(default_factory=list)
+    noun: str = "image"
 
     @property
     def measured(self) -> list[MethodResult]:
@@ -58,7 +60,11 @@ class Summary:
         measured, names = self.measured, list_metrics(self.results)
         shown = [name for name in COMPARED if any(name in result.metrics for result in measured)]
         columns = [
-            Column(METRICS[name], _MEANINGS[name], [_percent(result.metrics.get(name)) for result in measured])
+            Column(
+                METRICS[name],
+                _MEANINGS[name].format(noun=self.noun),
+                [_percent(result.metrics.get(name)) for result in measured],
+            )
             for name in shown
         ]
         if len(names) > 1:
@@ -66,15 +72,16 @@ class Summary:
             columns.append(Column("mean", "mean of the metrics before it", means))
         columns += [
             Column(
-                "separation", "AUROC between held-out good images and copies with an artificial defect, percent",
+                "separation", f"AUROC between held-out good {self.noun}s and copies with an artificial defect, percent",
                 [_percent(result.separation) for result in measured],
             ),
             Column(
-                "false alarms", "held-out good images called defects, by a threshold from the other half of them",
+                "false alarms",
+                f"held-out good {self.noun}s called defects, by a threshold from the other half of them",
                 ["-" if (f := result.false_alarms) is None else f"{f[0]} of {f[1]}" for result in measured],
             ),
             Column(
-                "agreement", f"mean rank correlation with the other methods, on {self.pool} images",
+                "agreement", f"mean rank correlation with the other methods, on {self.pool} {self.noun}s",
                 ["-" if result.agreement is None else f"{result.agreement:.2f}" for result in measured],
             ),
         ]  # fmt: skip
@@ -84,9 +91,9 @@ class Summary:
         """Return the columns about time, memory and file size."""
         measured = self.measured
         columns = [
-            Column("training, s", "wall-clock time with reading images and calibration",
+            Column("training, s", f"wall-clock time with reading {self.noun}s and calibration",
                    [_number(result.train_seconds) for result in measured]),
-            Column("ms per image", "network, map and score of an image in memory",
+            Column(f"ms per {self.noun}", f"network, map and score of one {self.noun} in memory",
                    [_number(result.image_seconds, 1000) for result in measured]),
             Column("training, MB", "peak memory of the training", [_size(r.train_memory) for r in measured]),
             Column("inference, MB", "peak memory of the inference", [_size(r.image_memory) for r in measured]),
@@ -147,8 +154,8 @@ class Summary:
 
 
 _MEANINGS = {
-    "i_auroc": "images: probability that a defective one scores higher than a good one, percent",
-    "i_ap": "images: average precision, percent",
+    "i_auroc": "{noun}s: probability that a defective one scores higher than a good one, percent",
+    "i_ap": "{noun}s: average precision, percent",
     "p_auroc": "pixels: probability that a defective one scores higher than a good one, percent",
     "p_ap": "pixels: average precision, percent",
     "aupro": "regions: mean overlap up to 30 % false positive pixels, percent",

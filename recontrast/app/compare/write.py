@@ -13,6 +13,7 @@ from recontrast.app.compare.record import MethodResult
 from recontrast.app.compare.run import COMMAND, Comparison
 from recontrast.app.compare.tables import FILES, Summary
 from recontrast.app.compare.unlabelled import compute_agreement
+from recontrast.app.train_job import TrainJob
 from recontrast.data.atomic import replace_files
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.unfinished import name_mark
@@ -42,10 +43,10 @@ def write_comparison(comparison: Comparison, results: Sequence[MethodResult]) ->
         values = [value for value in agreement.get(result.name, {}).values() if value is not None]
         result.agreement = math.fsum(values) / len(values) if values else None
     ranks = rank_pool(measured, pool)
-    differing = select_differing(ranks)
+    differing, noun = select_differing(ranks), _find_job(comparison).recipe.noun
     summary = Summary(
-        comparison.category, _describe_settings(comparison), list(results), agreement, len(pool), recommend(results),
-        _write_notes(comparison, measured), differing,
+        comparison.category, _describe_settings(comparison), list(results), agreement, len(pool),
+        recommend(results, noun), _write_notes(comparison, measured, noun), differing, noun,
     )  # fmt: skip
     targets = {run.name: run.job.target for run in comparison.runs if run.job is not None}
     checkpoints = {result.name: targets[result.name] for result in measured}
@@ -58,14 +59,19 @@ def write_comparison(comparison: Comparison, results: Sequence[MethodResult]) ->
     return summary
 
 
+def _find_job(comparison: Comparison) -> TrainJob:
+    """Return the first run, for the settings that all methods share."""
+    return next(run.job for run in comparison.runs if run.job is not None)
+
+
 def _describe_settings(comparison: Comparison) -> dict[str, str]:
     """Describe the settings that all methods share."""
-    job = next(run.job for run in comparison.runs if run.job is not None)
+    job = _find_job(comparison)
     recipe = job.recipe
     steps = [run.job.recipe.steps for run in comparison.runs if run.job is not None and run.job.recipe.uses_steps]
     settings = {
         "backbone": recipe.backbone, "size": " x ".join(map(str, recipe.out)) + " px", "batch": str(recipe.batch),
-        "training images": str(job.count_training()), "device": str(comparison.device),
+        f"training {recipe.noun}s": str(job.count_training()), "device": str(comparison.device),
     }  # fmt: skip
     if comparison.budget is not None:  # chooses the sizes and the steps
         del settings["size"]
@@ -83,13 +89,13 @@ def _label_images(comparison: Comparison, measured: Sequence[MethodResult]) -> d
     return labels
 
 
-def _write_notes(comparison: Comparison, measured: Sequence[MethodResult]) -> list[str]:
+def _write_notes(comparison: Comparison, measured: Sequence[MethodResult], noun: str) -> list[str]:
     """Return sentences, without full stops, that a reader needs to interpret the numbers."""
     steps = [run.name for run in comparison.runs if run.job is not None and run.job.recipe.uses_steps]
     notes = [describe_measurement(comparison.device)]
     notes.append(
-        "training time: wall clock, with loading weights, reading images and calibration; inference time: network, map "
-        "and score of images in memory, the fastest of three passes"
+        f"training time: wall clock, with loading weights, reading {noun}s and calibration; inference time: network, "
+        f"map and score of {noun}s in memory, the fastest of three passes"
     )
     notes += [f"{result.name} {result.plan}" for result in measured if result.plan is not None]
     if steps and comparison.budget is None:
@@ -100,14 +106,14 @@ def _write_notes(comparison: Comparison, measured: Sequence[MethodResult]) -> li
         )
     if any(result.separation is not None for result in measured):
         notes.append(
-            "separation: the artificial defect is a patch pasted at another place of the image (CutPaste, Li et al., "
+            f"separation: the artificial defect is a patch pasted at another place of the {noun} (CutPaste, Li et al., "
             "CVPR 2021), and real defects can be harder or of another kind"
         )
     if alarms := next((r.false_alarms for r in measured if r.false_alarms is not None), None):
         notes.append(
             f"false alarms: promised is a rate of at most {100 * alarms[2]:.3g} % on average, for every method; the "
-            f"threshold of each half of the {alarms[1]} held-out images is applied to the other half"
+            f"threshold of each half of the {alarms[1]} held-out {noun}s is applied to the other half"
         )
     if any(result.metrics for result in measured):
-        notes.append("metrics: percent, of the detectors after their last step, on the labelled test images")
+        notes.append(f"metrics: percent, of the detectors after their last step, on the labelled test {noun}s")
     return notes

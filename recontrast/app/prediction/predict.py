@@ -190,7 +190,7 @@ def _run(
         predictions, unread, None if calibration is None else calibration.rate, detector.calibration_note,
         undecided=[describe_undecided(prediction.path) for prediction in predictions if math.isnan(prediction.score)],
         incomplete=[prediction.error for prediction in predictions if prediction.error is not None],
-        continued=continued, noun="images" if detector.recipe.image_views is None else "parts",
+        continued=continued, noun=f"{detector.recipe.noun}s",
     )  # fmt: skip
 
 

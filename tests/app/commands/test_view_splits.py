@@ -84,7 +84,7 @@ def test_train_evaluate_and_calibrate_keep_parts_together(data, tmp_path, given)
     if given == "list":
         assert row["p_auroc"] > 0.8
         text = fails("calibrate", tmp_path / "run", "--good", words[0], "--false-alarm-rate", 0.1, "--device", "cpu")
-        assert "wanted good images that were not trained on, got 13 of 19 that were" in text
+        assert "wanted good parts that were not trained on, got 13 of 19 that were" in text
     else:
         works("list", *words, "--views-from", PATTERN, "--out", tmp_path / "l.csv")
         (listed,) = read_list(tmp_path / "l.csv").values()
@@ -119,7 +119,11 @@ def test_compare_measures_parts(data, tmp_path):
     """It needs no mask of a view that does not show the defect, and a patch is pasted into one view of each part."""
     words = ["compare", data.parent / "nut.csv", "--views-from", PATTERN, *SMALL,
              "--methods", "patchcore,padim", "--out", tmp_path / "c", "--holdout", 0.3]  # fmt: skip
-    works(*words, "--images", data / "test/good")
+    printed = works(*words, "--images", data / "test/good")
+    page, table = ((tmp_path / "c" / name).read_text() for name in ("compare.html", "compare.md"))
+    assert "on the 11 labelled test parts" in printed and "ms per part" in printed and "ms per image" not in page
+    assert "- I-AUROC: parts: probability" in table and "training parts: " in table and "held-out parts is" in table
+    assert " parts whose ranks differ" in page and " parts that no method was trained on" in page
     content = json.loads((tmp_path / "c/compare.json").read_text())
     for method in ("patchcore", "padim"):
         saved = json.loads((tmp_path / "c" / method / "results.json").read_text())

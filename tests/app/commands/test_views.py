@@ -72,8 +72,11 @@ def test_predict_writes_a_row_for_each_part(run, tmp_path):
 
 
 def test_evaluate_joins_labels_and_masks(run, tmp_path):
-    works("evaluate", run / "run", run / "nut", "--out", tmp_path / "e", "--save-maps")
+    printed = works("evaluate", run / "run", run / "nut", "--out", tmp_path / "e", "--save-maps")
+    assert "of 3 good parts called defects" in printed and "of 3 defect parts found" in printed
+    assert (tmp_path / "e/results.md").read_text().startswith("| category | parts | ")
     result = json.loads((tmp_path / "e/results.json").read_text())
+    assert "noun" not in result and "noun" not in result["decided"]
     (row,) = [row for row in result["rows"] if row["category"] == "nut"]
     assert (row["images"], row["defects"]) == (6, 3)
     assert row["p_auroc"] > 0.9  # the defect of each view is found in the map of the part
@@ -159,14 +162,22 @@ def test_calibrate_counts_parts(run, tmp_path):
     copy = tmp_path / "run/checkpoint.pt"
     copy.parent.mkdir()
     copy.write_bytes((run / "run/checkpoint.pt").read_bytes())
-    works("calibrate", copy, "--good", tmp_path / "new/train/good", "--false-alarm-rate", 0.05,
-          "--bad", tmp_path / "new/test/square", "--check", tmp_path / "new/test/good", "--device", "cpu")  # fmt: skip
+    printed = works("calibrate", copy, "--good", tmp_path / "new/train/good", "--false-alarm-rate", 0.05,
+                    "--bad", tmp_path / "new/test/square", "--check", tmp_path / "new/test/good",
+                    "--device", "cpu")  # fmt: skip
+    for text in (
+        "from 20 good parts (", ": a new good part of the same source", "of 20 parts, the", "more parts narrow",
+        "of 3 parts with defects found", "of good parts are",
+    ):  # fmt: skip
+        assert text in printed
+    text = fails("calibrate", copy, "--good", tmp_path / "new/test/good", "--device", "cpu")
+    assert "the lowest that 3 calibration parts can promise, got 0.01, which needs 99 good parts" in text
     stored = checkpoints.load(copy).calibration
     assert stored.count == 20 and len(stored.appearance) == 20
     again = recontrast.calibrate(copy, tmp_path / "new/train/good", false_alarm_rate=0.05, device="cpu")
     assert again.calibration.threshold == stored.threshold
     text = fails("calibrate", copy, "--good", run / "nut/train/good", "--false-alarm-rate", 0.1, "--device", "cpu")
-    assert "wanted good images that were not trained on, got 7 of 12 that were" in text
+    assert "wanted good parts that were not trained on, got 7 of 12 that were" in text
 
 
 def test_calibrate_leaves_out_a_part_without_a_view(run, tmp_path):
@@ -183,7 +194,7 @@ def test_calibrate_leaves_out_a_part_without_a_view(run, tmp_path):
             (tmp_path / "new" / folder / "003_right.png").unlink()
     result = call("calibrate", copy, "--good", tmp_path / "new/train/good", "--check", tmp_path / "new/test/good",
                   "--bad", tmp_path / "new/test/square", "--false-alarm-rate", 0.05, "--device", "cpu")  # fmt: skip
-    assert result.exit_code == 2 and "of 19 images with defects found" in result.output
+    assert result.exit_code == 2 and "of 19 parts with defects found" in result.output
     name, wanted = ("003.tif", "2 pages as in training, got 1") if pages else ("003_", "the views left, right of each")
     lines = [line for line in result.stderr.splitlines() if f"{name}" in line and wanted in line]
     assert [next(f for f in ("train/good", "test/good", "test/square") if f in line) for line in lines] == [
