@@ -185,11 +185,11 @@ def complete_method(run: MethodRun, comparison: Comparison, on_progress: OnProgr
 
 def _find_record(job: TrainJob, comparison: Comparison) -> Record:
     """Return the record of an earlier call with the same settings, or a new one."""
-    good = [sample.path for sample in job.samples if sample.split == "train" and not sample.label]
+    good = [sample for sample in job.samples if sample.split == "train" and not sample.label]
     recipe = {key: value for key, value in job.recipe.to_dict().items() if key != "steps" or job.recipe.uses_steps}
     settings = {
         "recipe": recipe, "category": job.category, "budget": comparison.budget, "device": str(comparison.device),
-        "images": digest_files(good),
+        "images": digest_files(view.path for sample in good for view in (sample, *sample.views)),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # as it is read from a file
     record = read_record(job.out)

@@ -109,10 +109,13 @@ def test_compare_measures_all_parts_if_one_view_is_the_same_in_all(data, tmp_pat
     """Such as a view without light: parts are copies only if all views are."""
     for path in sorted((data / "train/good").iterdir()):
         Image.new("L", (64, 64)).save(tmp_path / path.name) if "left" in path.name else shutil.copy(path, tmp_path)
-    works("compare", tmp_path, "--views-from", PATTERN, *SMALL, "--methods", "patchcore", "--out", tmp_path / "c")
+    words = ["compare", tmp_path, "--views-from", PATTERN, *SMALL, "--methods", "patchcore", "--out", tmp_path / "c"]
+    works(*words)
     record = json.loads((tmp_path / "c/patchcore/method.json").read_text())
     assert len(record["result"]["held_out_scores"]) == 5  # a fifth of 24 parts
     assert checkpoints.load(tmp_path / "c/patchcore/checkpoint.pt").calibration.count == 5
+    Image.new("L", (64, 64), 90).save(tmp_path / "000_right.png")  # a view that is not the first one
+    assert "wanted a run of this comparison, got one with other images" in fails(*words)
 
 
 def test_compare_measures_parts(data, tmp_path):
