@@ -45,7 +45,7 @@ class GivenImages(ImageFiles):
         if views is not None:
             for source in self.sources:
                 if not isinstance(source, Path):
-                    wanted = f"paths of parts with the views {', '.join(views.names)}"
+                    wanted = f"paths of parts with the views {views.describe()}"
                     raise ValueError(f"images: wanted {wanted}, got {type(source).__name__}")
             self.sources = group_paths(self.sources, views)
         self.names = [

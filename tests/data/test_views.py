@@ -20,6 +20,7 @@ from recontrast.data.images import image_size, read_image
 from recontrast.data.part_samples import check_part_files, group_samples
 from recontrast.data.tiff_tags import count_file_pages, count_pages, read_tags
 from recontrast.data.views import Views, combine_views, divide_path, find_views, group_paths, is_pattern
+from recontrast.inference.given_images import GivenImages
 from recontrast.recipes.recipe import Recipe
 
 LIGHTS = Views(r"_(left|right|top)\.", ("left", "right", "top"))
@@ -164,6 +165,8 @@ def test_messages_name_a_few_of_many_views():
     samples = [Sample(Path(f"/a/x_{view}.png"), None, 0, "a", "train", "good") for view in range(5)]
     with pytest.raises(ValueError, match=r", got no 5, 6, 7, 8, 9, 10, 11, 12 and 17 others$"):
         group_samples(samples, views)
+    with pytest.raises(ValueError, match=r"wanted paths of parts with the views 0, .*, 7 and 22 others, got ndarray$"):
+        GivenImages(np.zeros((4, 4, 3), np.uint8), views=views)
     assert LIGHTS.describe() == "left, right, top"
 
 
