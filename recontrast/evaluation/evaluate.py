@@ -142,8 +142,7 @@ def evaluate(
                 category.cancel()
     left_out = _share_errors(world, categories, recipe.noun)
     rows = distributed.broadcast_from_first(world, _add_untested(rows, samples, recipe.noun))
-    scored = [image for category, lost in zip(categories, left_out, strict=True)
-              for image in category.list_scored_images(lost)]  # fmt: skip
+    scored = [image for one, lost in zip(categories, left_out, strict=True) for image in one.list_scored_images(lost)]
     settings = (recipe.name, recipe.map_out, recipe.score, recipe.blur, recipe.reduce, recipe.mask_rule)
     checks.warn(sum(map(len, groups.values())), recipe.noun)
     return Result(rows, *settings, scored=scored, tile=recipe.tile, roi=recipe.roi and describe_roi(recipe.roi),
