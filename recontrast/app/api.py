@@ -23,7 +23,7 @@ from recontrast.data.fingerprint import read_fingerprints
 from recontrast.data.groups import count_groups
 from recontrast.data.listing import PathLike
 from recontrast.data.near_copies import read_sketches
-from recontrast.data.part_samples import group_samples
+from recontrast.data.part_samples import join_part_samples
 from recontrast.data.roi import RoiFolder
 from recontrast.data.unsplit import list_good_of_classes
 from recontrast.data.views import check_source
@@ -201,7 +201,7 @@ def calibrate(
     """
     loaded = _open_own_detector("calibrate", detector, device)
     listed = list_good_samples(good, all_good, loaded.recipe.views_from)
-    samples = group_samples(listed, loaded.recipe.image_views)
+    samples = join_part_samples(listed, loaded.recipe.image_views)
     allowed_false_alarms(
         count_groups(samples), false_alarm_rate, loaded.recipe.noun
     )  # raises if there are too few images

@@ -19,7 +19,7 @@ from recontrast.data.image_files import IMAGE_ERRORS, assign_result_names, descr
 from recontrast.data.json_text import parse_json
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
-from recontrast.data.part_samples import group_samples
+from recontrast.data.part_samples import join_part_samples
 from recontrast.data.regular_file import read_bytes
 from recontrast.data.unfinished import is_inside, list_unfinished, mark_unfinished, name_mark, remove_files
 from recontrast.evaluation.evaluate import evaluate
@@ -139,7 +139,7 @@ def _measure_and_write(
     save_maps: bool, calibration: Calibration | None, options: dict[str, Any],
 ) -> tuple[Result, DecisionSummary | None, list[Path]]:  # fmt: skip
     """Compute metrics and write them to a folder that is locked."""
-    groups = {name: group_samples(samples, recipe.image_views) for name, samples in groups.items()}
+    groups = {name: join_part_samples(samples, recipe.image_views) for name, samples in groups.items()}
     is_first, writer, earlier = distributed.current_world().first, None, set[str]()
     names = name_maps(groups) if save_maps and out is not None else {}
     if out is not None and is_first:

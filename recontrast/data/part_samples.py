@@ -9,7 +9,7 @@ from recontrast.data.dataset_sample import Sample
 from recontrast.data.views import PAGES, Views, list_part_names
 
 
-def group_samples(
+def join_part_samples(
     samples: Sequence[Sample], views: Views | None, missing: list[str] | None = None
 ) -> list[Sample]:  # fmt: skip
     """Join the samples of the views of each part to one.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from recontrast import metrics
 from recontrast.data.datasets import Sample
-from recontrast.data.part_samples import group_samples
+from recontrast.data.part_samples import join_part_samples
 from recontrast.data.roi import describe_roi
 from recontrast.data.sources import ConcatImages
 from recontrast.data.tiles import PartTiles
@@ -108,7 +108,9 @@ def evaluate(
     """
     if errors not in ("raise", "keep"):
         raise ValueError(f"evaluate: errors: wanted 'raise' or 'keep', got {errors!r}")
-    groups = {name: group_samples(tests, recipe.image_views) for name, tests in _group_test_samples(samples).items()}
+    groups = {
+        name: join_part_samples(tests, recipe.image_views) for name, tests in _group_test_samples(samples).items()
+    }
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
     scorer, world = build_scorer(model, recipe, device), distributed.current_world()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from recontrast.data.dataset_sample import GOOD, Sample
 from recontrast.data.listing import list_images
-from recontrast.data.part_samples import group_samples
+from recontrast.data.part_samples import join_part_samples
 from recontrast.device_limits import to_float64
 from recontrast.evaluation.measures import find_prepared
 from recontrast.evaluation.sample_images import open_images
@@ -42,7 +42,7 @@ def choose_threshold(
     if not folder.is_dir():
         return None, "no SegF1: there is no threshold, and no validation/good to choose it on"
     samples = [Sample(path, None, 0, tests[0].category, "calibration", GOOD) for path in list_images(folder)]
-    samples = group_samples(samples, recipe.image_views)
+    samples = join_part_samples(samples, recipe.image_views)
     clock, errors = Clock(scorer.device), dict[int, str]()
     unread = errors if keep_errors else None
     if recipe.tile is not None:

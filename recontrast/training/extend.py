@@ -17,7 +17,7 @@ from recontrast.data.atomic import replace_files
 from recontrast.data.datasets import Sample
 from recontrast.data.fingerprint import count_files, read_fingerprints
 from recontrast.data.locks import lock_checkpoint
-from recontrast.data.part_samples import group_samples
+from recontrast.data.part_samples import join_part_samples
 from recontrast.float32 import convolution_precision
 from recontrast.inference.calibrate import split_trained_images
 from recontrast.recipes import yaml_file
@@ -115,7 +115,7 @@ def extend(
     with lock_checkpoint(path):
         saved = checkpoint.load(path)
         check_extendable(saved, path, steps, holdout)
-        samples = group_samples([_to_sample(item) for item in paths], saved.recipe.image_views)
+        samples = join_part_samples([_to_sample(item) for item in paths], saved.recipe.image_views)
         check_classes(samples, saved.recipe, option)
         given = {sample.path: sample for sample in samples}
         new, known, left_out, sketches = split_trained_images(option, list(given), saved)

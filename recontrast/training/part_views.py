@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from recontrast.data.augment import count_views
 from recontrast.data.dataset_sample import Sample
-from recontrast.data.part_samples import group_samples
+from recontrast.data.part_samples import join_part_samples
 from recontrast.data.views import find_views
 from recontrast.recipes.recipe import Recipe
 
@@ -29,7 +29,7 @@ def fix_views(
         good = [s.path for group in groups.values() for s in group if s.split == "train" and not s.label]
         if good:  # without good images, training raises the error
             recipe = recipe.replace(view_names=find_views(recipe.views_from, good).names)
-    return recipe, {name: group_samples(samples, recipe.image_views) for name, samples in groups.items()}
+    return recipe, {name: join_part_samples(samples, recipe.image_views) for name, samples in groups.items()}
 
 
 def count_trained_images(count: int, recipe: Recipe) -> int:

@@ -17,7 +17,7 @@ from recontrast.data.encoded_image import ImagePage
 from recontrast.data.groups import group_equal_samples
 from recontrast.data.image_files import ImageFiles, describe_image_error
 from recontrast.data.images import image_size, read_image
-from recontrast.data.part_samples import check_part_files, group_samples
+from recontrast.data.part_samples import check_part_files, join_part_samples
 from recontrast.data.tiff_tags import count_file_pages, count_pages, read_tags
 from recontrast.data.views import Views, combine_views, divide_path, find_views, group_paths, is_pattern
 from recontrast.inference.given_images import GivenImages
@@ -141,20 +141,21 @@ def make_samples(label=0, split="train", part="a", **changes):
 def test_samples_of_parts():
     samples = [*make_samples(), *make_samples(part="b", split="test")]
     samples[4] = replace(samples[4], label=1, defect="dent", mask=Path("m.png"))
-    first, second = group_samples(samples, LIGHTS)
+    first, second = join_part_samples(samples, LIGHTS)
     assert (first.path, first.label, [view.path.name for view in first.views]) == (
         Path("a_left.png"), 0, ["a_right.png", "a_top.png"],
     )  # fmt: skip
     assert (second.label, second.defect, second.mask) == (1, "dent", Path("m.png"))
-    assert group_samples([first, second], LIGHTS) == [first, second]  # joined already
-    assert group_samples(samples, None) == samples
+    assert join_part_samples([first, second], LIGHTS) == [first, second]  # joined already
+    assert join_part_samples(samples, None) == samples
     with pytest.raises(ValueError, match=r"a_left.png: wanted the views left, right, top of each part, got no top"):
-        group_samples(samples[:2], LIGHTS)
+        join_part_samples(samples[:2], LIGHTS)
     with pytest.raises(
         ValueError, match=r"a_top.png: wanted all views of a part in one split, got test here and train"
     ):
-        group_samples([*samples[:2], replace(samples[2], split="test")], LIGHTS)
-    (part,) = group_samples([*samples[3:5], replace(samples[5], category="top")], LIGHTS)  # of folders for each view
+        join_part_samples([*samples[:2], replace(samples[2], split="test")], LIGHTS)
+    of_folders = [*samples[3:5], replace(samples[5], category="top")]  # one for each view
+    (part,) = join_part_samples(of_folders, LIGHTS)
     assert part.category == "nut" and len(part.views) == 2
 
 
@@ -164,7 +165,7 @@ def test_messages_name_a_few_of_many_views():
         group_paths([Path("/a/x_77.png")], views)
     samples = [Sample(Path(f"/a/x_{view}.png"), None, 0, "a", "train", "good") for view in range(5)]
     with pytest.raises(ValueError, match=r", got no 5, 6, 7, 8, 9, 10, 11, 12 and 17 others$"):
-        group_samples(samples, views)
+        join_part_samples(samples, views)
     with pytest.raises(ValueError, match=r"wanted paths of parts with the views 0, .*, 7 and 22 others, got ndarray$"):
         GivenImages(np.zeros((4, 4, 3), np.uint8), views=views)
     assert LIGHTS.describe() == "left, right, top"
@@ -190,7 +191,7 @@ def test_files_of_parts_are_checked(tmp_path):
     assert [None if s.mask is None else s.mask.name[:-9] for s in checked] == [
         None, "a_right", None, "b_left", None, "b_top",
     ]  # fmt: skip
-    joined = group_samples(checked, LIGHTS)
+    joined = join_part_samples(checked, LIGHTS)
     assert check_part_files(joined, LIGHTS.source) == joined
     given = [replace(samples[start], views=tuple(samples[start + 1 : start + 3])) for start in (0, 3)]
     assert check_part_files(given, LIGHTS.source) == joined  # parts that a caller has joined
@@ -208,23 +209,23 @@ def test_a_view_without_a_mask_does_not_show_the_defect(tmp_path):
     for name in ("right", "top"):
         Image.new("L", (4, 4), 255).save(tmp_path / f"{name}.png")
     views = [replace(s, mask=tmp_path / f"{s.path.stem[2:]}.png") for s in make_samples(1, "test")]
-    (part,) = group_samples(views, LIGHTS)
+    (part,) = join_part_samples(views, LIGHTS)
     assert part.mask == tmp_path / "right.png"
     assert [view.mask for view in part.views] == [tmp_path / "right.png", tmp_path / "top.png"]
     for name in ("right", "top"):
         (tmp_path / f"{name}.png").unlink()
-    (part,) = group_samples(views, LIGHTS)  # no view has a mask: the evaluation leaves the part out
+    (part,) = join_part_samples(views, LIGHTS)  # no view has a mask: the evaluation leaves the part out
     assert part.mask == tmp_path / "left.png"
 
 
 def test_views_of_a_part_have_one_group():
     left, right, top = make_samples()
-    (part,) = group_samples([left, replace(right, group="7"), top], LIGHTS)  # stated for one view alone
+    (part,) = join_part_samples([left, replace(right, group="7"), top], LIGHTS)  # stated for one view alone
     assert part.group == "7"
-    (part,) = group_samples([replace(left, group="7"), replace(right, group="7"), top], LIGHTS)
+    (part,) = join_part_samples([replace(left, group="7"), replace(right, group="7"), top], LIGHTS)
     assert part.group == "7"
     with pytest.raises(ValueError, match=r"a_top.png: wanted all views of a part in one group, got '8' here and '7' f"):
-        group_samples([left, replace(right, group="7"), replace(top, group="8")], LIGHTS)
+        join_part_samples([left, replace(right, group="7"), replace(top, group="8")], LIGHTS)
 
 
 def write_parts(folder, parts=3, size=8):
@@ -270,7 +271,7 @@ def test_parts_are_copies_only_if_all_views_are(tmp_path):
         (tmp_path / f"2_{view}.png").write_bytes((tmp_path / f"0_{view}.png").read_bytes())
     samples = [Sample(Path(str(path).replace("left", view)), None, 0, "nut", "train", "good")
                for path in paths for view in LIGHTS.names]  # fmt: skip
-    assert group_equal_samples(group_samples(samples, LIGHTS)) == [0, 1, 0]
+    assert group_equal_samples(join_part_samples(samples, LIGHTS)) == [0, 1, 0]
 
 
 def test_bits_of_pages(tmp_path):

@@ -134,14 +134,14 @@ def _list_images(
     """List and print the images that the options give."""
     from recontrast.data.class_folders import list_good_samples
     from recontrast.data.listing import list_images
-    from recontrast.data.part_samples import group_samples
+    from recontrast.data.part_samples import join_part_samples
     from recontrast.data.views import group_paths
 
     views, errors = target.recipe.image_views, list[str]()
     given, checks = (list_good_samples(folders, all_good, target.recipe.views_from) for folders in (good, check))
     bad_paths = list_images(bad)
     _check_different({"--good": [s.path for s in given], "--check": [s.path for s in checks], "--bad": bad_paths})
-    given, checks = (group_samples(samples, views, errors) for samples in (given, checks))
+    given, checks = (join_part_samples(samples, views, errors) for samples in (given, checks))
     if good and not given:
         raise ValueError(errors[0])
     bad_paths = group_paths(bad_paths, views)

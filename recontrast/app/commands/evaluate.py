@@ -78,7 +78,7 @@ def evaluate(  # 19 options
     """Measure a detector on test images: I-AUROC, P-AUROC, AP, F1 and AUPRO by category."""
     from recontrast.app.calibrate_job import open_target
     from recontrast.app.evaluate_job import check_outputs
-    from recontrast.data.part_samples import group_samples
+    from recontrast.data.part_samples import join_part_samples
     from recontrast.inference.detector import is_exported, open_detector
     from recontrast.runtime import distributed
 
@@ -96,7 +96,7 @@ def evaluate(  # 19 options
     target: Any = exported or open_target(file, device)
     groups = load_tests(lambda: target, data, good, bad, category=category)
     views = target.recipe.image_views
-    groups = {name: group_samples(samples, views) for name, samples in groups.items()}
+    groups = {name: join_part_samples(samples, views) for name, samples in groups.items()}
     if out is not None:
         check_outputs(out, groups, save_maps=save_maps, overwrite=overwrite, option="--out")
     reading: dict[str, Any] = {

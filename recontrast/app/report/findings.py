@@ -13,7 +13,7 @@ from recontrast.app.report.map_summaries import MapSummaries
 from recontrast.calibration.conformal import Calibration
 from recontrast.data import heatmaps
 from recontrast.data.datasets import Sample
-from recontrast.data.part_samples import group_samples
+from recontrast.data.part_samples import join_part_samples
 from recontrast.evaluation.evaluate import evaluate
 from recontrast.evaluation.results import Result, Row
 from recontrast.inference.infer import max_map_value
@@ -127,7 +127,7 @@ def gather(
         batch: Batch size in images.
         on_progress: Called with the category, the images processed and the number of images in the category.
     """
-    groups = {name: group_samples(samples, recipe.image_views) for name, samples in groups.items()}
+    groups = {name: join_part_samples(samples, recipe.image_views) for name, samples in groups.items()}
     summaries = MapSummaries(recipe, max_map_value(model, recipe))
     result = evaluate(
         model, groups, recipe, device=device, batch=batch, on_progress=on_progress, on_maps=summaries.add, errors="keep"
