@@ -3,7 +3,6 @@
 The masks of tiles are an input of the graph, so that one file takes every region.
 """
 
-import csv
 import json
 import re
 import shutil
@@ -16,20 +15,16 @@ import numpy as np
 import pytest
 import torch
 from command_line import call, fails, works
+from exported_tiles import KINDS, compare, export_all, predict, write_photographs
 from PIL import Image
 from saved_model import draw, save
 from tensorrt_operators import check_supported
 from test_without_torch import call_without
 from tiny import tiny_set
-from traced_once import traced_once
 
 import recontrast
-from recontrast import checkpoint as checkpoints
 from recontrast.anomaly_map import AnomalyMap
-from recontrast.calibration.conformal import Calibration
-from recontrast.checkpoint import digest
 from recontrast.data.roi import EACH, decode_mask, encode_mask
-from recontrast.export.export import export
 from recontrast.export.tile_region import TileRegion
 from recontrast.export.verify import draw_masks
 from recontrast.inference.exported_detector import ExportedDetector
@@ -46,7 +41,6 @@ RECIPE = Recipe(
     backbone="test_resnet", weights="random", size=32, tile=32, encoder_bn="eval", levels=2, score=0.02,
     roi=encode_mask(REGION),
 )  # fmt: skip
-KINDS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(onnx|onnxscript|onnx_ir|openvino).*"),
@@ -69,45 +63,14 @@ def draw_regions():
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     """Images of the region's aspect ratio: larger than a tile, smaller in one direction and in both."""
-    folder, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
-    for index, (height, width) in enumerate([(75, 50), (150, 101), (45, 30), (9, 6), (113, 75)]):
-        pixels = 120 + random.normal(0, 10 + 40 * index, (height, width, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
-    return folder
+    sizes = [(75, 50), (150, 101), (45, 30), (9, 6), (113, 75)]
+    return write_photographs(tmp_path_factory.mktemp("photographs"), sizes)
 
 
 @pytest.fixture(scope="module")
 def files(photographs, tmp_path_factory):
-    """Folder of a checkpoint, whose threshold lies between the scores of `photographs`, and its file in each format."""
-    folder = tmp_path_factory.mktemp("files")
-    checkpoint = save(folder / "checkpoint.pt", RECIPE)
-    stored = checkpoints.load(checkpoint)
-    measured = sorted(recontrast.load(checkpoint, device="cpu").predict(photographs).scores)
-    middle = (measured[2] + measured[3]) / 2
-    scores = tuple(float(np.float32(s)) for s in np.linspace(middle - 1, middle + 1, 39))
-    calibration = Calibration(scores, 0.5, scores[-20], None, 0.01, False, "drawn", digest(stored.model, stored.recipe))
-    checkpoints.write_calibration(checkpoint, calibration)
-    with traced_once():
-        for kind, suffix in KINDS.items():
-            result = export(checkpoint, kind, folder / f"tiles{suffix}", images=[photographs / "1.png"])
-            assert result.difference < 1e-4 and result.images == 9 and result.outputs == ("map", "score")
-    return folder
-
-
-def predict(file, photographs, out, *options):
-    works("predict", file, photographs, "--out", out, "--maps", "npy", "--device", "cpu", "--no-overlays", *options)
-    rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
-    return rows, {path.name: np.load(path) for path in (out / "maps").iterdir()}
-
-
-def compare(got, wanted):
-    for row, expected in zip(got[0], wanted[0], strict=True):
-        assert float(row.pop("score")) == pytest.approx(float(expected["score"]), rel=1e-4)
-        assert row == {name: value for name, value in expected.items() if name != "score"}
-    assert got[1].keys() == wanted[1].keys() and len(wanted[1]) == 5
-    for name, anomaly in wanted[1].items():
-        np.testing.assert_allclose(got[1][name], anomaly, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(got[1][name] == 0, anomaly == 0)
+    """Folder of a checkpoint and its file in each format, see `export_all`."""
+    return export_all(tmp_path_factory.mktemp("files"), RECIPE, photographs, [photographs / "1.png"])
 
 
 def test_predictions_equal_those_of_the_checkpoint(files, photographs, tmp_path):
