@@ -37,9 +37,10 @@ def render_gallery(
     )
     region = "Outlined in blue: the region of interest. Pixels outside it count for nothing."
     region = f" {region}" if any(picture.is_outlined for picture in pictures) else ""
+    views = " The other views are below." if any(picture.others for picture in pictures) else ""
     return f"""<section id="gallery" aria-labelledby="gallery-title">
 <h2 id="gallery-title">Images</h2>
-<p>{order}{subset} Each entry shows the image, the heat map over the image, and the annotated mask.{region}</p>
+<p>{order}{subset} Each entry shows the image, the heat map over the image, and the annotated mask.{views}{region}</p>
 <form id="controls" aria-label="Filter images">
 {_render_filter("category", "Category", [sample.category for sample in samples])}
 {_render_filter("defect", "Defect type", [sample.defect for sample in samples])}
@@ -102,8 +103,10 @@ def _render_card(shot: Shot, pictures: Pictures, threshold: float | None) -> str
         mask = f'<span class="pic empty">{"no mask" if sample.label else "no defect"}</span>'
     photo = _render_missing(name)
     if pictures.image is not None:
-        image = f'<img class="photo" src="{pictures.image}" alt="Image {name}" decoding="async">'
-        photo = f'<span class="pic">{image}</span>'
+        image = (
+            f'<img class="photo" src="{pictures.image}" alt="{_describe_image(name, pictures, 0)}" decoding="async">'
+        )
+        photo = f'<span class="pic">{image}{_render_view_name(pictures, 0)}</span>'
     details = [f"{shot.score / threshold:.2f} &times; threshold"] if threshold else []
     if shot.p_value is not None:
         details.append(f"p&nbsp;=&nbsp;{shot.p_value:.3g}")
@@ -115,9 +118,31 @@ def _render_card(shot: Shot, pictures: Pictures, threshold: float | None) -> str
         f'data-outcome="{shot.outcome}"><figure style="--ratio:{pictures.ratio:.4f}">'
         f'<span class="panes">{photo}'
         f'<span class="pic mixed"><img class="heat" src="{pictures.heat}" '
-        f'alt="Heat map of {name}" decoding="async"></span>{mask}</span>'
+        f'alt="Heat map of {name}" decoding="async"></span>{mask}</span>{_render_other_views(name, pictures)}'
         f'<figcaption><strong class="outcome"><span aria-hidden="true">{SIGNS[shot.outcome]}</span> {shot.outcome}'
         f'</strong> <span class="score">{shot.score:#.4g}</span>{detail}'
         f'<span class="file">{escape(description)}<br><span title="{escape(str(sample.path))}">{name}</span>{error}'
         f"</span></figcaption></figure></li>"
     )
+
+
+def _render_other_views(name: str, pictures: Pictures) -> str:
+    """Return the HTML of the views of a part but for the first one, side by side; empty without any."""
+    if not pictures.others:
+        return ""
+    items = "".join(
+        f'<span class="pic"><img src="{uri}" alt="{_describe_image(name, pictures, number)}" decoding="async">'
+        f"{_render_view_name(pictures, number)}</span>"
+        for number, uri in enumerate(pictures.others, 1)
+    )
+    return f'<span class="panes views">{items}</span>'
+
+
+def _describe_image(name: str, pictures: Pictures, number: int) -> str:
+    """Describe an image, or a view of a part, in place of its picture."""
+    return f"View {escape(pictures.names[number])} of {name}" if pictures.names else f"Image {name}"
+
+
+def _render_view_name(pictures: Pictures, number: int) -> str:
+    """Return the HTML of the name of a view on its picture; empty without views."""
+    return f'<span class="view">{escape(pictures.names[number])}</span>' if pictures.names else ""

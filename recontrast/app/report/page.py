@@ -11,6 +11,7 @@ from recontrast.app.report import html_tables, svg
 from recontrast.app.report.findings import Findings, Section, Shot
 from recontrast.app.report.gallery import render_gallery
 from recontrast.app.report.map_summaries import LIMIT
+from recontrast.app.report.shown_views import MOST_VIEWS
 from recontrast.app.report.threshold_section import render_threshold
 from recontrast.app.report.thumbnails import Pictures
 from recontrast.checkpoint import Checkpoint
@@ -96,9 +97,12 @@ def _describe_views(recipe: Recipe) -> str:
     if views is None:
         return ""
     how = "largest value" if recipe.view_map == "max" else "mean"
+    shown = "all views"
+    if len(views) > MOST_VIEWS:
+        shown = f"the {MOST_VIEWS} views whose own maps have the highest values, the highest first"
     text = (
         f"An image in this report is a part with {len(views)} views ({views.describe()}). Its map is the {how} of the "
-        f"maps of its views, and the pictures show the view {views.names[0]}."
+        f"maps of its views. The pictures show {shown}, and the heat map lies over the first of them."
     )
     return f'\n<p class="dim">{escape(text)}</p>'
 

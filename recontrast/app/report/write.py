@@ -61,7 +61,7 @@ def write_report(
     from recontrast import checkpoint as checkpoints
     from recontrast.app.data_options import load_tests
     from recontrast.app.environment import describe_environment
-    from recontrast.app.report import findings, thumbnails
+    from recontrast.app.report import findings, shown_views, thumbnails
     from recontrast.app.report.page import render_page
     from recontrast.data.atomic import replace_file
     from recontrast.data.locks import lock_file
@@ -103,7 +103,8 @@ def write_report(
         calibration = None if mismatch is not None else calibration
         results = findings.gather(network, groups, recipe, calibration, batch=batch, on_progress=on_progress)
         shots = results.shots[:images]
-        pictures = thumbnails.encode_pictures(results, shots, recipe, budget)
+        shown = [shown_views.select_views(network, shot.sample, recipe, batch) for shot in shots]
+        pictures = thumbnails.encode_pictures(results, shots, recipe, budget, shown)
         lines = json_log.read_log(file.parent / "log.jsonl")
         text = render_page(results, shots, pictures, recipe, checkpoint, lines, describe_environment(), str(run))
         content = escape_bytes(text).encode()  # the page names files

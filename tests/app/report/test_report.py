@@ -252,7 +252,7 @@ def test_full_gallery_is_smaller_than_eight_megabytes(tmp_path):
     )
     sources = [img["src"] for img in Page(report.path.read_text()).find_all("img")]
     assert len(sources) == 300 + 300 + 150  # images, heat, masks
-    level = thumbnails._encode_one(thumbnails._Source(Image.open(noise[0]), np.zeros((64, 64)), None, 1.0), 320, 82)
+    level = thumbnails._encode_one(thumbnails._Source([Image.open(noise[0])], np.zeros((64, 64)), None, 1.0), 320, 82)
     assert 300 * len(level.image) > write_module.BUDGET  # otherwise the budget would have no effect
 
 
