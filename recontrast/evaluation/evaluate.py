@@ -108,9 +108,7 @@ def evaluate(
     """
     if errors not in ("raise", "keep"):
         raise ValueError(f"evaluate: errors: wanted 'raise' or 'keep', got {errors!r}")
-    groups = {
-        name: join_part_samples(tests, recipe.image_views) for name, tests in _group_test_samples(samples).items()
-    }
+    groups = {name: join_part_samples(own, recipe.image_views) for name, own in _group_test_samples(samples).items()}
     if batch < 1:
         raise ValueError(f"evaluate: batch: wanted at least 1, got {batch}")
     scorer, world = build_scorer(model, recipe, device), distributed.current_world()
