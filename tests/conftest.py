@@ -1,6 +1,7 @@
 import os
 import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that test
 with warnings.catch_warnings():  # the tests also run on plain PyTorch; the header says which kernels they run
     warnings.filterwarnings("ignore", "recontrast runs")
     from recontrast import ops
+    from recontrast.runtime import termination
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
@@ -33,6 +35,23 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
+def _run_with_posix():
+    """Skip a test that itself calls what Windows lacks, such as os.fork; in the package, such a call is a failure."""
+    try:
+        return (yield)
+    except AttributeError as error:
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        is_test = Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+        if is_test and error.obj in (os, signal) and not hasattr(signal, "SIGKILL"):
+            pytest.skip(f"{error.name} does not exist on this system")
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_run_with_posix)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return request.param
@@ -46,7 +65,7 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _signal_handlers():
     """A command that a test calls in this process sets handlers; the next test must not depend on them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *termination.SIGNALS)}
     yield
     for number, handler in before.items():
         if handler is not None and signal.getsignal(number) is not handler:  # None: set outside Python

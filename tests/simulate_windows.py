@@ -1,9 +1,11 @@
 """Makes this Python refuse what Windows refuses, as far as the package meets it; run before the package is imported.
 
-    python tests/simulate_windows.py COMMAND ...     # the command line of recontrast
+    python tests/simulate_windows.py COMMAND ...             # the command line of recontrast
+    PYTHONPATH=tests pytest -p no:xdist -p simulate_windows tests/data   # tests
 
-Windows has no SIGHUP and no scheduling calls, opens no folders, and neither replaces nor removes a file or a folder
-that this process has open or mapped. Signal 0 ends a process there. Names and paths are those of this system.
+Windows has no SIGHUP, no fork, no named pipes and no scheduling calls, opens no folders, and neither replaces nor
+removes a file or a folder that this process has open or mapped. Signal 0 ends a process there. Names and paths are
+those of this system.
 """
 
 import errno
@@ -13,7 +15,9 @@ import sys
 from pathlib import Path
 
 ABSENT = ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "sched_getaffinity", "process_cpu_count",
-          "register_at_fork", "pread", "pwrite")  # fmt: skip
+          "register_at_fork", "pread", "pwrite", "fork", "mkfifo", "chown", "killpg", "setsid", "getpgid",
+          "getloadavg")  # fmt: skip
+ABSENT_MODULES = ("fcntl", "grp", "pty", "pwd", "resource", "termios")
 
 
 def _list_open() -> set[str]:
@@ -41,6 +45,7 @@ def _refuse_open(path) -> None:
 
 def simulate() -> None:
     """Change the modules os and signal of this process."""
+    import filelock  # noqa: F401  # it has another lock for Windows
     import timm  # noqa: F401  # with torch: what they do at import is not tested
 
     real = {name: getattr(os, name) for name in ("open", "replace", "rename", "unlink", "remove", "rmdir", "kill")}
@@ -79,12 +84,21 @@ def simulate() -> None:
             delattr(os, name)
     for name in ("SIGHUP", "SIGUSR1", "SIGKILL"):
         delattr(signal, name)
+    for name in ABSENT_MODULES:
+        sys.modules[name] = None  # type: ignore[assignment]  # an import is refused
+    import multiprocessing
     import shutil
 
+    multiprocessing.set_start_method("spawn")
     shutil._use_fd_functions = False  # as in a Python without the functions for folder descriptors
     import recontrast.data.system
 
     recontrast.data.system.IS_WINDOWS = True  # before the modules that import the name
+
+
+def pytest_configure(config):
+    """As a plugin of pytest."""
+    simulate()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from recontrast.data import datasets, images
 from recontrast.data.cache import ImageCache
 
 N = 12
+needs_pwrite = pytest.mark.skipif(not hasattr(os, "pwrite"), reason="Windows has no os.pwrite")
 
 
 @pytest.fixture
@@ -199,6 +199,7 @@ def test_disk_full_before_writing(tmp_path, samples, monkeypatch, decoded):
     assert decoded == []
 
 
+@needs_pwrite
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_disk_full_while_writing(tmp_path, samples, monkeypatch, call):
     def full(*args):
@@ -209,6 +210,7 @@ def test_disk_full_while_writing(tmp_path, samples, monkeypatch, call):
 
 
 def test_file_size_limit_while_writing(tmp_path, samples):
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(
@@ -219,6 +221,7 @@ def test_file_size_limit_while_writing(tmp_path, samples):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@needs_pwrite
 def test_partial_writes(tmp_path, samples, monkeypatch):
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:1000], offset))

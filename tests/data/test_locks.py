@@ -43,8 +43,9 @@ def start_holder():
 def test_the_second_writer_is_told_who_holds_the_folder(tmp_path, start_holder):
     child = start_holder(lock_folder(tmp_path))
     pattern = (
-        rf"^{tmp_path}: wanted a folder that no other process writes to, got one in use since \d{{4}}-\d\d-\d\d "
-        rf"\d\d:\d\d:\d\d by process {child} on {re.escape(socket.gethostname())} \(recontrast train data\)$"
+        rf"^{re.escape(str(tmp_path))}: wanted a folder that no other process writes to, got one in use since "
+        rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d by process {child} on {re.escape(socket.gethostname())} "
+        r"\(recontrast train data\)$"
     )
     before = time.monotonic()
     for _ in range(2):

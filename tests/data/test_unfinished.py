@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from command_line import fails, works
@@ -19,7 +20,8 @@ def test_mark_replaces_the_tables_of_the_earlier_run(tmp_path):
     assert list_unfinished(tmp_path, "predict") == {"maps/a.npy"}
     content = json.loads((tmp_path / "unfinished-predict.json").read_text())
     assert content["note"].startswith("predict has not finished") and content["pid"] == os.getpid()
-    with pytest.raises(ValueError, match=f"^{tmp_path}: wanted the results of a finished predict, got unfinished ones"):
+    message = f"^{re.escape(str(tmp_path))}: wanted the results of a finished predict, got unfinished ones"
+    with pytest.raises(ValueError, match=message):
         check_finished(tmp_path, "predict")
     check_finished(tmp_path, "evaluate")
     with replace_files(tmp_path, remove=[name_mark("predict")]) as staging:

@@ -16,6 +16,7 @@ from recontrast import checkpoint
 from recontrast.data.fingerprint import compute_fingerprint, describe_images, read_fingerprints
 from recontrast.data.locks import lock_folder
 from recontrast.recipes.yaml_file import read_recipe
+from recontrast.runtime.termination import SIGNALS
 from recontrast.training import trainer
 from recontrast.training.sampler import BatchSampler
 from recontrast.training.train import build_model, train
@@ -203,7 +204,7 @@ def test_weights_that_are_not_finite_are_not_saved(samples, tmp_path, monkeypatc
 # ---- interrupted, killed, resumed ---------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, *SIGNALS])
 def test_interrupt_waits_for_the_end_of_the_step(number, samples, uninterrupted, tmp_path, monkeypatch):
     def interrupted(*args):
         interrupted.calls += 1
@@ -214,11 +215,7 @@ def test_interrupt_waits_for_the_end_of_the_step(number, samples, uninterrupted,
     step, interrupted.calls = trainer.train_step, 0
     monkeypatch.setattr(trainer, "train_step", interrupted)
     # Background jobs start with SIGINT ignored, those of nohup with SIGHUP.
-    defaults = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,
-    }
+    defaults = {signal.SIGINT: signal.default_int_handler, **dict.fromkeys(SIGNALS, signal.SIG_DFL)}
     before = {other: signal.signal(other, handler) for other, handler in defaults.items()}
     try:
         with pytest.raises(KeyboardInterrupt):
