@@ -2,9 +2,9 @@
 
 Convolutions and products with weights are quantised, group by group: ``QuantizeLinear`` and ``DequantizeLinear`` stand
 before each of them, from which the runtimes build integer kernels. Activations have one scale per tensor, from the
-smallest and largest value on good images; weights have one scale per output channel. What rounding the weights adds to
-the mean of an output channel is taken off its bias (Nagel et al., ICCV 2019, section 4.2). The resize, the
-normalisation and everything behind the network (distances, upsampling, blur, score) stay in float32.
+smallest and largest value on good images; weights have 7 bits (`WEIGHT_LIMIT`) and one scale per output channel. What
+rounding the weights adds to the mean of an output channel is taken off its bias (Nagel et al., ICCV 2019, section 4.2).
+The resize, the normalisation and everything behind the network (distances, upsampling, blur, score) stay in float32.
 """
 
 import ast
@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 
 from recontrast.inference.programs import name_inputs
 
+# x86 processors without VNNI add two products of an unsigned and a signed 8-bit number in 16 bits,
+# which saturate (the instruction PMADDUBSW): 2 x 255 x 127 does, 2 x 255 x 64 does not. With 7 bits for the weights, a
+# file has the same scores on all processors. Also ONNX Runtime's guide to quantisation, "reduce_range".
+WEIGHT_LIMIT = 63
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _SCOPE = re.compile(r"network\.(?:model\.)?(\w+)(?:\.(heads)\b)?")
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules that it comes from
@@ -226,10 +230,10 @@ class _Editor:
         values = numpy_helper.to_array(self.weights[name]).astype(np.float64)
         axis = _output_axis(node)
         others = tuple(a for a in range(values.ndim) if a != axis)
-        scale = np.abs(values).max(axis=others) / 127
+        scale = np.abs(values).max(axis=others) / WEIGHT_LIMIT
         scale = np.where(scale > 0, scale, 1).astype(np.float32)
         wide = np.expand_dims(scale, others)
-        rounded = np.clip(np.rint(values / wide), -127, 127).astype(np.int8)
+        rounded = np.clip(np.rint(values / wide), -WEIGHT_LIMIT, WEIGHT_LIMIT).astype(np.int8)
         self._correct_bias(node, values - rounded * wide.astype(np.float64))
         if name not in self.done:  # shared weights are stored once
             self.done.add(name)
