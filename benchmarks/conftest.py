@@ -15,6 +15,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # bench_train.py shares functions with other scripts
+with warnings.catch_warnings():  # without compiled kernels, the header says so
+    warnings.filterwarnings("ignore", "recontrast runs")
+    from recontrast import ops
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 warnings.simplefilter("ignore")  # torch.compile warns about its caches and modes
 
@@ -28,8 +31,6 @@ def device_name():
 
 
 def pytest_report_header():
-    from recontrast import ops
-
     name = device_name()
     return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, kernels {ops.BACKEND}"
 

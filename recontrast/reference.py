@@ -408,7 +408,8 @@ def _compute_threshold(d: Tensor, rule: str, parameter: float, alpha: Tensor | N
         return d.clamp_min(0).mean()
     if rule == "hardest":
         k = max(int(d.numel() * parameter), 1)
-        return d.flatten().topk(k, sorted=False).values.amin() if d.numel() else d.new_tensor(-torch.inf)
+        # NaN counts as the largest, as in the kernels: the smallest of the k would be NaN.
+        return d.flatten().topk(k).values[-1] if d.numel() else d.new_tensor(-torch.inf)
     if d.numel() < 2:  # a single point has no standard deviation
         return d.new_tensor(-torch.inf)
     return d.mean() + (parameter if alpha is None else alpha.to(d)) * d.std()

@@ -46,9 +46,11 @@ def as_array(x: Any) -> Array:
 def make_plain(array: Array) -> Array:
     """Copy an array unless it is C-contiguous and aligned, as the compiled kernels read it.
 
-    A memory map of a file with a header can be unaligned.
+    A memory map of a file with a header can be unaligned. An axis of length 1 can have a negative step, which PyTorch
+    refuses although NumPy calls such an array contiguous.
     """
-    return np.require(np.ascontiguousarray(array), requirements=["C_CONTIGUOUS", "ALIGNED"])
+    plain = np.require(np.ascontiguousarray(array), requirements=["C_CONTIGUOUS", "ALIGNED"])
+    return plain.copy() if min(plain.strides, default=0) < 0 else plain
 
 
 def as_bool(labels: Any, name: str) -> Array:

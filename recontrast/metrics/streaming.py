@@ -129,7 +129,8 @@ class Streaming:
                 self.update(row, is_positive)
             return
         if self.clip:
-            maps = torch.as_tensor(maps)
+            if not isinstance(maps, torch.Tensor):
+                maps = torch.from_numpy(inputs.make_plain(inputs.as_scores(maps, "maps")))
             maps = maps.where((maps <= self.high) | ~maps.isfinite(), self.high)
         if self.counts.device.type == "cpu" and inputs.native is not None:
             scores, positive = inputs.check_maps_and_masks(maps, masks, labels)

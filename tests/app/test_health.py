@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import call, works
 
-from recontrast import metrics, ops
+from recontrast import backend, metrics, ops
 from recontrast.app import health
 
 
@@ -79,6 +79,7 @@ def test_missing_extra_names_the_command_and_what_brings_it(monkeypatch):
     [("_cpu was not built: no C++ compiler was found (c++)", "missing"), ("_cpu.so does not load: bad", "failed")],
 )
 def test_kernels_that_are_not_there(monkeypatch, reason, state):
+    monkeypatch.setattr(backend, "read_build", dict)  # these tests also run where plain PyTorch was chosen
     monkeypatch.setitem(ops.BACKEND, "cpu", "torch")
     monkeypatch.setitem(ops.WHY, "cpu", reason)
     check = find("kernels cpu", health._check_kernels())
@@ -93,6 +94,7 @@ def test_wrong_kernel_fails(monkeypatch):
 
 
 def test_metrics_without_the_library(monkeypatch):
+    monkeypatch.setattr(backend, "read_build", dict)
     monkeypatch.setattr(metrics, "REGIONS_BACKEND", "scipy")
     assert find("metrics", health._check_kernels()).state == "missing"
 

@@ -313,3 +313,15 @@ def test_clipped_values_count_as_the_largest():
         broken[1, 2, 3] = value
         with pytest.raises(ValueError, match="maps"):
             clipped.update(broken, masks)
+
+
+def test_arrays_with_negative_steps_and_foreign_byte_order(monkeypatch):
+    """PyTorch takes neither, also not where NumPy calls the array contiguous since an axis has length 1."""
+    monkeypatch.setattr(inputs, "native", None)
+    maps = np.random.default_rng(3).uniform(0, 1, (4, 1, 16)).astype(">f4")[:, ::-1]
+    masks = (np.random.default_rng(4).random((4, 1, 16)) < 0.3)[:, ::-1]
+    for clip in (False, True):
+        given, plain = metrics.Streaming(2.0, clip=clip), metrics.Streaming(2.0)
+        given.update(maps, masks)
+        plain.update(maps.astype(np.float32).copy(), masks.copy())
+        assert torch.equal(given.counts, plain.counts) and torch.equal(given.totals, plain.totals)
