@@ -79,6 +79,9 @@ class AppearanceDrift:
 
         Args:
             noun: What the detector scores, see `recontrast.recipes.recipe.Recipe.noun`.
+
+        Returns:
+            The sentence.
         """
         medians = f"{self.name} {self.after:.3g} instead of {self.before:.3g} in the median"
         p_value = f"p-value {self.p_value:.2g}"

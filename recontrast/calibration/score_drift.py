@@ -44,6 +44,9 @@ class ScoreDrift:
 
         Args:
             noun: What the detector scores, see `recontrast.recipes.recipe.Recipe.noun`.
+
+        Returns:
+            The sentence.
         """
         counts = f"{self.count} new good {noun}s, {self.alarms} called defects, {self.expected:.3g} expected"
         test = f"Kolmogorov-Smirnov distance {self.distance:.2f}; p-value {self.p_value:.2g}"
