@@ -129,8 +129,7 @@ class Streaming:
                 self.update(row, is_positive)
             return
         if self.clip:
-            if not isinstance(maps, torch.Tensor):
-                maps = torch.from_numpy(inputs.make_plain(inputs.as_scores(maps, "maps")))
+            maps = _to_tensor(maps)
             maps = maps.where((maps <= self.high) | ~maps.isfinite(), self.high)
         if self.counts.device.type == "cpu" and inputs.native is not None:
             scores, positive = inputs.check_maps_and_masks(maps, masks, labels)
@@ -139,9 +138,7 @@ class Streaming:
             rounded = _round_down(scores)  # keeps the order, although values may become equal
             regions = inputs.native.histogram(rounded, positive, self.counts.numpy(), self._shift, self._base)
         else:
-            tensor = (
-                maps if isinstance(maps, torch.Tensor) else torch.from_numpy(np.array(inputs.as_scores(maps, "maps")))
-            )
+            tensor = _to_tensor(maps)
             positive = inputs.check_masks(tensor.shape, masks, labels)
             if tensor.is_complex():
                 raise ValueError(f"maps: wanted real numbers, got dtype {tensor.dtype}")
@@ -312,6 +309,13 @@ class Streaming:
             image_called = called[row, : thresholds[n].size + 1]
             areas[n], reasons[n] = reference.compute_image_area(image_called, image_passed, weight, self.limit)
         return areas, reasons
+
+
+def _to_tensor(maps: Any) -> "torch.Tensor":
+    """Return maps as a tensor; arrays are copied, since PyTorch takes neither negative steps nor read-only memory."""
+    if isinstance(maps, torch.Tensor):
+        return maps
+    return torch.from_numpy(np.array(inputs.as_scores(maps, "maps"), order="C"))
 
 
 def _round_down(scores: NDArray[Any]) -> NDArray[np.float32]:
