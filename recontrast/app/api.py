@@ -202,9 +202,8 @@ def calibrate(
     loaded = _open_own_detector("calibrate", detector, device)
     listed = list_good_samples(good, all_good, loaded.recipe.views_from)
     samples = join_part_samples(listed, loaded.recipe.image_views)
-    allowed_false_alarms(
-        count_groups(samples), false_alarm_rate, loaded.recipe.noun
-    )  # raises if there are too few images
+    noun = loaded.recipe.noun
+    allowed_false_alarms(count_groups(samples), false_alarm_rate, noun)  # raises if there are too few images
     target: CheckpointTarget | ExportedTarget
     if isinstance(loaded, ExportedDetector):
         target = ExportedTarget(loaded.path, loaded)
@@ -215,7 +214,7 @@ def calibrate(
             loaded.path, checkpoints.load(loaded.path, mapped=True), model_device, loaded.inference, folder
         )
     samples = select_new_samples("calibrate: good", samples, target)
-    allowed_false_alarms(count_groups(samples), false_alarm_rate, loaded.recipe.noun)  # again, without copies
+    allowed_false_alarms(count_groups(samples), false_alarm_rate, noun)  # again, without copies
     if loaded.recipe.roi != target.recipe.roi:
         raise ValueError(
             "calibrate: detector: wanted one with the region of interest of its checkpoint or file, got another"

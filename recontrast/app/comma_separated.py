@@ -1,11 +1,11 @@
-"""Values that an option joins by commas: help where they were divided by spaces, which makes arguments of them."""
+"""Comma-separated values of an option that were separated by spaces: a message that says how to write them."""
 
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 
-# What the options take of which a command has no arguments of the same kind, and which words are such values.
+# What each option takes, and whether a word is such a value: options of commands whose arguments look different.
 _KINDS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "--batches": ("numbers", str.isdecimal),
     "--seeds": ("numbers", str.isdecimal),
@@ -20,12 +20,12 @@ _KINDS: dict[str, tuple[str, Callable[[str], bool]]] = {
 def check_data(
     data: Iterable[os.PathLike[str]], option: str, given: str | None, kind: str, is_value: Callable[[str], bool]
 ) -> None:
-    """Check that no data set is a value of an option, from whose other values a space divides it.
+    """Check that no argument for a data set is a value of an option, separated from the others by a space.
 
     Args:
         data: Arguments of a command that stand for data sets.
         option: Name of the option.
-        given: Its values as they were given, joined by commas; None without it.
+        given: Its comma-separated values as they were given; None without it.
         kind: What the option takes, such as "names".
         is_value: Whether a word is a value of the option.
 
@@ -42,15 +42,15 @@ def check_shots(data: Iterable[os.PathLike[str]], shots: str | None) -> None:
     check_data(data, "--shots", shots, "numbers", lambda word: re.fullmatch(r"[^=]+=\d+", word) is not None)
 
 
-def describe_divided(args: Sequence[str], options: Iterable[str]) -> str | None:
-    """Describe the values of an option that spaces divide, where the arguments of a command are too many.
+def describe_spaces(args: Sequence[str], options: Iterable[str]) -> str | None:
+    """Describe values of an option that were separated by spaces, which are too many arguments for the command.
 
     Args:
         args: Words behind the name of the command.
         options: Names of its options.
 
     Returns:
-        What was wanted and got; None if no option that joins its values by commas is followed by more of them.
+        What was wanted and got; None if no option with comma-separated values is followed by more of them.
     """
     for at, word in enumerate(args[:-1]):
         option, sign, value = word.partition("=")
@@ -63,10 +63,10 @@ def describe_divided(args: Sequence[str], options: Iterable[str]) -> str | None:
 
 
 def _describe(wanted: str, option: str, kind: str, given: str | None, values: Sequence[str]) -> str:
-    """Say how the values of an option are joined to those that it was given."""
+    """Return the message, with the option as it should be written."""
     joined = ",".join(word.strip(",") for word in (given or "", *values) if word.strip(","))
     return (
-        f"{values[0]}: wanted {wanted}, got a value of {option}, which takes {kind} joined by commas: {option} {joined}"
+        f"{values[0]}: wanted {wanted}, got a value of {option}, which takes comma-separated {kind}: {option} {joined}"
     )
 
 

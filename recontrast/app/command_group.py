@@ -9,9 +9,9 @@ from typing import Any
 
 import typer
 
+from recontrast.app.comma_separated import describe_spaces
 from recontrast.app.console import exit_with_error, is_silent, print_error
 from recontrast.app.errors import USER_ERRORS, describe_error, describe_usage_error, is_memory_error
-from recontrast.app.joined_values import describe_divided
 
 # Errors of the command line's syntax. Older versions of typer take them from click, newer ones have their own.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -27,7 +27,7 @@ class Command(typer.core.TyperCommand):
         try:
             return super().parse_args(ctx, join_numbers("--window", args))
         except USAGE_ERROR as error:
-            if (text := describe_divided(words, [name for option in self.params for name in option.opts])) is None:
+            if (text := describe_spaces(words, [name for option in self.params for name in option.opts])) is None:
                 raise
             raise ValueError(text) from error
 

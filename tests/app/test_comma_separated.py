@@ -1,9 +1,9 @@
-"""Values that an option joins by commas, divided by spaces: the message says how they are joined."""
+"""Comma-separated values that were separated by spaces: the message says how to write them."""
 
 import pytest
 from command_line import fails
 
-from recontrast.app.joined_values import check_data, describe_divided
+from recontrast.app.comma_separated import check_data, describe_spaces
 from recontrast.export.export import NEEDS
 
 
@@ -19,7 +19,7 @@ def test_methods(words, joined, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = next(word for word in words if word in ("rd4ad", "padim", "uniad"))
     assert fails("compare", *words) == (
-        f"recontrast: {first}: wanted a data set, got a value of --methods, which takes names joined by commas: "
+        f"recontrast: {first}: wanted a data set, got a value of --methods, which takes comma-separated names: "
         f"--methods {joined}"
     )
 
@@ -35,7 +35,7 @@ def test_a_folder_with_the_name_of_a_method_is_a_data_set(tmp_path, monkeypatch)
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_shots_by_class(command):
     text = fails(command, "--shots", "screw=4", "tile=16", "nothing")
-    assert text.endswith("which takes numbers joined by commas: --shots screw=4,tile=16")
+    assert text.endswith("which takes comma-separated numbers: --shots screw=4,tile=16")
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ def test_too_many_arguments(words, joined):
     kind = {"--vary": "values", "--entries": "names", "--categories": "names", "--formats": "names"}.get(option)
     got = words[words.index(option) + 2] if option in words else "2"
     assert fails(*words) == (
-        f"recontrast: {got}: wanted an option, got a value of {option}, which takes {kind or 'numbers'} "
-        f"joined by commas: {joined}"
+        f"recontrast: {got}: wanted an option, got a value of {option}, which takes comma-separated "
+        f"{kind or 'numbers'}: {joined}"
     )
 
 
 def test_other_arguments_keep_their_message():
     text = fails("benchmark", "run", "--batches", "1", "more")
     assert text.startswith("recontrast: benchmark: got unexpected extra argument") and "--batches" not in text
-    assert describe_divided(["--batches", "1", "16"], ["--seeds"]) is None  # an option of another command
-    assert all(describe_divided(["--formats", "onnx", kind], ["--formats"]) for kind in NEEDS)
+    assert describe_spaces(["--batches", "1", "16"], ["--seeds"]) is None  # an option of another command
+    assert all(describe_spaces(["--formats", "onnx", kind], ["--formats"]) for kind in NEEDS)
     check_data([], "--methods", "padim", "names", lambda word: True)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from recontrast.app.comma_separated import check_data, check_shots
 from recontrast.app.console import exit_with_error, print_data, print_error, print_image_errors, print_line
 from recontrast.app.data_options import Bad, Good, load_data
-from recontrast.app.joined_values import check_data, check_shots
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     Data,

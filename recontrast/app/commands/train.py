@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from recontrast.app.comma_separated import check_shots
 from recontrast.app.command_group import USAGE_ERROR
 from recontrast.app.commands.evaluate import show_metrics
 from recontrast.app.console import exit_with_error, is_silent, print_data, print_line, print_promise
 from recontrast.app.data_options import Bad, load_data
 from recontrast.app.extend_job import check_extend_options, extend_run
-from recontrast.app.joined_values import check_shots
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     AllGood,
