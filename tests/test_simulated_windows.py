@@ -132,3 +132,20 @@ def test_leftovers_of_a_killed_command_are_removed(work):
         os.utime(path, (0, 0))
     run("calibrate", work / "run", "--good", work / "more" / "nut" / "train" / "good", "--false-alarm-rate", "0.2")
     assert not leftovers(work)
+
+
+def test_tests_of_files_and_processes():
+    """Tests of what differs most between the systems; those that call what Windows lacks themselves are skipped."""
+    names = ("atomic", "cache", "locks", "regular_file", "unfinished")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:xdist", "-p", "no:cacheprovider", "-p",
+         "simulate_windows", *(f"tests/data/test_{name}.py" for name in names)],
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fork does not exist on this system" in done.stdout

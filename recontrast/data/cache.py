@@ -10,6 +10,7 @@ checked on opening, and a damaged file is built again. Outdated cache files are 
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from recontrast.data.window import Window, parse_window, pixel_dtype
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
 _PREFIX = "images-"
 _HEADER_BYTES = 4096  # one page, so that the images are page-aligned in the memory map
+_position_lock = threading.Lock()  # of the position in a file, where a write has no offset of its own
 
 
 class ImageCache:
@@ -250,9 +252,14 @@ class ImageCache:
 
 
 def _write_at(file: int, data: bytes, offset: int) -> None:
-    """Write all of ``data`` at ``offset``. ``os.pwrite`` can write only a part; the next call then raises the error."""
+    """Write all of ``data`` at ``offset``. The system can write only a part; the next call then raises the error."""
     while data:
-        written = os.pwrite(file, data, offset)
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(file, data, offset)
+        else:  # Windows
+            with _position_lock:
+                os.lseek(file, offset, os.SEEK_SET)
+                written = os.write(file, data)
         data, offset = data[written:], offset + written
 
 

@@ -22,9 +22,8 @@ from recontrast.data.json_text import parse_json
 from recontrast.data.listing import PathLike
 from recontrast.data.system import (
     IS_WINDOWS,
-    NO_FOLLOW,
-    NO_WAIT,
     is_running,
+    open_no_follow,
     read_start,
     register_after_fork,
     replace_content,
@@ -200,11 +199,11 @@ def _acquire(path: Path, reported: Path, kind: str) -> int:
 
 def _open(path: Path) -> tuple[int, bool]:
     """Open a lock file without following a link; return its descriptor and whether it can be written."""
-    flags, is_writable = NO_FOLLOW | NO_WAIT, True
+    is_writable = True
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        handle = open_no_follow(path, os.O_RDWR | os.O_CREAT)
     except PermissionError:
-        handle, is_writable = os.open(path, os.O_RDONLY | flags), False
+        handle, is_writable = open_no_follow(path, os.O_RDONLY), False
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise

@@ -1,4 +1,4 @@
-"""Samples of parts: those of the views of one part, joined to one with its label, masks, group and region."""
+"""Samples of parts: the samples of all views of a part, joined to one with its label, masks, group and region."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -12,16 +12,16 @@ from recontrast.data.views import PAGES, Views, list_part_names
 def join_part_samples(
     samples: Sequence[Sample], views: Views | None, missing: list[str] | None = None
 ) -> list[Sample]:  # fmt: skip
-    """Join the samples of the views of each part to one.
+    """Join the samples of the views of each part to one sample.
 
-    A part has a defect if one of its views has one, and its mask is that of all its views together: a view without a
-    mask, or whose mask is no file, does not show the defect if another view has one. The group and the region of
-    interest that one of the views states are those of the part; training takes one region for all parts alone.
+    A part has a defect if one of its views has one. A view without a mask file does not show the defect if another view
+    of the part has a mask. A group or a region of interest that is given for one view holds for the whole part;
+    training uses a single region for all parts.
 
     Args:
-        samples: Samples of all views. Parts that are joined already stay as they are. The category is that of the first
-            view: of folders for each view, it is their name.
-        views: Views of the parts; None: each file is one.
+        samples: Samples of all views; samples that are joined already are returned unchanged. The category of a part is
+            that of its first view.
+        views: Views of the parts; None: each file is a part.
         missing: List that receives a sentence for each part without one of its views, which is left out. None: such a
             part is an error.
 
@@ -58,11 +58,11 @@ def check_part_files(samples: Sequence[Sample], source: str) -> list[Sample]:
         source: Where the views of a part are found, see `recontrast.data.views.Views`.
 
     Returns:
-        The samples. A view whose mask is no file has none if another view of the part has one: it does not show the
+        The samples. Where only some views of a part have mask files, the others get no mask: they do not show the
         defect.
 
     Raises:
-        ValueError: If a path has no name of a view, or an image, or the masks of all views of a part, are no files.
+        ValueError: If a path contains no view name, an image does not exist, or no mask of a part exists.
     """
     parts: dict[str, list[Sample]] = {}
     names = list_part_names([sample.path for sample in samples], source)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from recontrast.data.listing import PathLike
-from recontrast.data.system import NO_FOLLOW, NO_WAIT
+from recontrast.data.system import NO_WAIT, open_no_follow
 
 LARGEST_TEXT = 2**26  # bytes; the largest recipes, lists and logs are far smaller
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -71,14 +71,14 @@ def open_to_change(
         OSError: If the file cannot be opened.
     """
     flags = os.O_WRONLY | os.O_APPEND if append else os.O_RDWR
-    flags |= NO_FOLLOW | NO_WAIT | (os.O_CREAT if create else 0)
+    flags |= os.O_CREAT if create else 0
     if not create or os.path.lexists(path):
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
             raise ValueError(f"{path}: wanted {wanted}, got a symbolic link: remove it")
         _check_mode(path, mode, wanted)  # opening a device can already change its state
     try:
-        handle = os.open(path, flags, 0o666)
+        handle = open_no_follow(path, flags)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

@@ -4,6 +4,7 @@ Windows neither replaces nor removes a file that is open, and opens no folders.
 """
 
 import ctypes
+import errno
 import math
 import os
 import time
@@ -21,13 +22,30 @@ def _get_flag(name: str) -> int:
     return getattr(os, name, 0)
 
 
-NO_FOLLOW = _get_flag("O_NOFOLLOW")
-"""Flag of `os.open` that refuses symbolic links; 0 where there is none."""
+_NO_FOLLOW = _get_flag("O_NOFOLLOW")
 NO_WAIT = (
     _get_flag("O_NONBLOCK") | _get_flag("O_NOCTTY") | _get_flag("O_CLOEXEC") | _get_flag("O_BINARY")
     | _get_flag("O_NOINHERIT")
 )  # fmt: skip
 """Flags of `os.open` for files that a user names: never wait, pass nothing on to other programs, change no bytes."""
+
+
+def open_no_follow(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file, but no symbolic link, and without waiting.
+
+    Args:
+        path: Path of the file.
+        flags: Flags of `os.open`.
+
+    Returns:
+        The file descriptor.
+
+    Raises:
+        OSError: With the number `errno.ELOOP` if the path is that of a symbolic link.
+    """
+    if not _NO_FOLLOW and os.path.islink(path):  # Windows has no such flag
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+    return os.open(path, flags | _NO_FOLLOW | NO_WAIT, 0o666)
 
 
 def count_cpus() -> int:

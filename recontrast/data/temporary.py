@@ -20,7 +20,7 @@ from filelock import lock_descriptor
 
 from recontrast.data.json_text import parse_json
 from recontrast.data.regular_file import read_bytes
-from recontrast.data.system import IS_WINDOWS, NO_FOLLOW, NO_WAIT, replace_path
+from recontrast.data.system import IS_WINDOWS, open_no_follow, replace_path
 
 _LOCKED_NAME = re.compile(r"\.recontrast-[0-9a-f]{16}\.tmp")
 _OLD_NAME = re.compile(r"\.([0-9a-f]{12}|images-[0-9a-f]{32}\.u8\.[0-9a-f]{32})\.tmp")  # files of earlier versions
@@ -135,7 +135,7 @@ def sweep(folder: Path, *, once: bool = False, keep: Collection[Path] = ()) -> N
         return
     for path in set(leftovers).difference(keep):
         try:
-            handle = os.open(_get_lock(path), os.O_RDONLY | NO_FOLLOW | NO_WAIT)
+            handle = open_no_follow(_get_lock(path), os.O_RDONLY)
         except OSError:  # a link, which is never one of ours, or removed by another process
             continue
         try:

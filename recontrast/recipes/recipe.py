@@ -323,7 +323,7 @@ class Recipe:
 
     @property
     def noun(self) -> str:
-        """What sentences count, in the singular: "image", or "part" with several views."""
+        """What results count, as a singular noun: "image", or "part" with several views."""
         return "image" if self.image_views is None else "part"
 
     @property

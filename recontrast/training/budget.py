@@ -125,8 +125,8 @@ def _choose_architecture(recipe: Recipe, fixed: Collection[str], count: int) -> 
 class _Probe:
     """Measured speed of this machine: reading an image, the network, and matrix products.
 
-    ``count`` and ``held_out`` are the images of the network: tiles if the recipe has them, also those outside a region
-    of interest. ``reading`` is the time to read all files.
+    ``count`` and ``held_out`` are numbers of images that the network sees: tiles, if the recipe has them, including
+    those outside a region of interest. ``reading`` is the time to read all files.
     """
 
     def __init__(

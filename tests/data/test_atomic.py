@@ -63,6 +63,7 @@ def test_windows_waits_for_a_file_that_is_open(replace, tmp_path, monkeypatch):
 
     (tmp_path / "a").write_bytes(b"old")
     monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(system, "IS_WINDOWS", False)
     refused = 1
     with pytest.raises(OSError, match="open in another program"):
         replace(tmp_path)
@@ -237,6 +238,16 @@ def test_planted_links_are_not_followed(tmp_path):
     with pytest.raises(ValueError, match=r"wanted a lock file, got a link: remove it$"), lock_folder(tmp_path):
         raise AssertionError("the block must not run")
     assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "a").is_symlink()
+
+
+def test_lock_that_is_a_link_where_the_system_follows_links(tmp_path, monkeypatch):
+    """Windows has no O_NOFOLLOW: the lock was tried for ever."""
+    monkeypatch.setattr(system, "_NO_FOLLOW", 0)
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / LOCK_NAME).symlink_to("precious")
+    with pytest.raises(ValueError, match=r"wanted a lock file, got a link: remove it$"), lock_folder(tmp_path):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_only_our_own_leftovers_are_removed(tmp_path):

@@ -228,6 +228,14 @@ def test_partial_writes(tmp_path, samples, monkeypatch):
     assert np.array_equal(ImageCache(samples, 32, 24, tmp_path / "c")[:], read_images(samples))
 
 
+def test_writes_without_pwrite(tmp_path, samples, monkeypatch):
+    """Windows has no os.pwrite: several threads write, each at its position, and a write can be partial."""
+    write = os.write
+    monkeypatch.delattr(os, "pwrite", raising=False)
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:1000]))
+    assert np.array_equal(ImageCache(samples, 32, 24, tmp_path / "c", workers=4)[:], read_images(samples))
+
+
 def test_temporary_files_of_killed_processes_are_removed(tmp_path, samples):
     names = (f".images-{'0' * 32}.u8.{'1' * 32}.tmp", f".images-{'0' * 32}.u8.{'2' * 32}.tmp", "mine.tmp")
     old, new, other = (tmp_path / "c" / name for name in names)

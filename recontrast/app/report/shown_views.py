@@ -1,4 +1,4 @@
-"""Views of a part that a report shows: all of a few, of many those whose maps have the highest values."""
+"""The views of a part that a report shows: all of them or, if there are many, those with the highest map values."""
 
 from collections.abc import Sequence
 
