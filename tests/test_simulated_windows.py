@@ -136,7 +136,7 @@ def test_leftovers_of_a_killed_command_are_removed(work):
 
 def test_tests_of_files_and_processes():
     """Tests of what differs most between the systems; those that call what Windows lacks themselves are skipped."""
-    names = ("atomic", "cache", "locks", "regular_file", "unfinished")
+    names = ("atomic", "cache", "locks", "regular_file", "synthetic", "unfinished")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:xdist", "-p", "no:cacheprovider", "-p",

@@ -20,7 +20,8 @@ from recontrast.data.heatmaps import save_png
 from recontrast.data.json_text import parse_json
 from recontrast.data.listing import is_hidden
 from recontrast.data.regular_file import read_bytes
-from recontrast.data.temporary import sweep, temporary_folder
+from recontrast.data.system import IS_WINDOWS
+from recontrast.data.temporary import sweep, temporary_folder, unlock_folder
 
 NAMES = ("brick", "grass", "gravel")
 KINDS = ("scratch", "stain", "hole", "misplaced")
@@ -106,6 +107,8 @@ def make_demo(
         with temporary_folder(root.parent) as replaced:
             if root.exists():
                 os.replace(root, replaced / "data")
+            if IS_WINDOWS:  # moves no folder with an open file
+                unlock_folder(draft)
             os.replace(draft, root)
     return root
 
