@@ -5,7 +5,6 @@ import gc
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -73,6 +72,8 @@ def start(action, report):
             content = action()
     except BaseException:
         content = {"code": 70, "text": traceback.format_exc()}
+    import resource  # which Windows lacks
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
     Path(report).write_text(json.dumps(content))
     os._exit(0)

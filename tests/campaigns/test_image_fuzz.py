@@ -1,7 +1,6 @@
 """Damaged images of every format: pixels or one sentence, no traceback, no hang, no crash, bounded memory."""
 
 import os
-import resource
 import warnings
 
 import image_fuzz
@@ -25,6 +24,8 @@ def decode_round(folder, corpus, seed):
     if child == 0:
         code = 1
         try:
+            import resource  # which Windows lacks, as it does fork
+
             resource.setrlimit(resource.RLIMIT_CPU, (PROCESS_SECONDS, PROCESS_SECONDS))
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             rng = np.random.default_rng(seed)

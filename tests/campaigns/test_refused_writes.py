@@ -3,7 +3,6 @@
 import csv
 import errno
 import random
-import resource
 from pathlib import Path
 
 from campaigns.scenarios import ONCE, build, check_run, continue_run, normalise, select_scenarios
@@ -23,6 +22,8 @@ def limit(size, setup):
     def limited():
         if setup is not None:
             setup()
+        import resource  # which Windows lacks
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     return limited
