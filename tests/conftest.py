@@ -19,6 +19,13 @@ with warnings.catch_warnings():  # the tests also run on plain PyTorch; the head
     from recontrast.runtime import termination
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+# Folders of which --every leaves nothing out, as of the files beside this one: kernels, metrics, rules for each file.
+WHOLE = ("csrc", "kernels", "metrics", "campaigns")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of the cases of a test, run each N-th one")
+    parser.addoption("--first", type=int, default=0, metavar="K", help="with --every: begin with case K, from 0")
 
 
 def pytest_report_header():
@@ -26,13 +33,29 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the combinations of parameters that `cover_pairs` marks, unless they are asked for."""
-    if "exhaustive" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    """Leave out the combinations of parameters that `cover_pairs` marks, and the cases that --every leaves out."""
+    left_out = set()
+    if "exhaustive" not in config.option.markexpr:
+        left_out = {item for item in items if item.get_closest_marker("exhaustive")}
+    left_out |= _leave_out_cases((item for item in items if item not in left_out), config.option)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _leave_out_cases(items, option):
+    """Return the cases that --every leaves out; at least one case of each test is run."""
+    cases, folder = {}, Path(__file__).parent
+    for item in items:
+        parts = item.path.relative_to(folder).parts if item.path.is_relative_to(folder) else ()
+        if len(parts) > 1 and parts[0] not in WHOLE:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {
+        item
+        for group in cases.values()
+        for i, item in enumerate(group)
+        if (i - option.first) % min(option.every, len(group))
+    }
 
 
 def _run_with_posix():

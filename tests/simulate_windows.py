@@ -14,6 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 ABSENT = ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "sched_getaffinity", "process_cpu_count",
           "register_at_fork", "pread", "pwrite", "fork", "mkfifo", "chown", "killpg", "setsid", "getpgid",
           "getloadavg")  # fmt: skip
@@ -88,7 +90,9 @@ def simulate() -> None:
         sys.modules[name] = None  # type: ignore[assignment]  # an import is refused
     import multiprocessing
     import shutil
+    import subprocess
 
+    subprocess.Popen.kill = lambda process: process.send_signal(9)  # needs no signal there
     multiprocessing.set_start_method("spawn")
     shutil._use_fd_functions = False  # as in a Python without the functions for folder descriptors
     import recontrast.data.system
@@ -96,8 +100,9 @@ def simulate() -> None:
     recontrast.data.system.IS_WINDOWS = True  # before the modules that import the name
 
 
-def pytest_configure(config):
-    """As a plugin of pytest."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests():
+    """As a plugin of pytest: before a conftest.py imports the package."""
     simulate()
 
 

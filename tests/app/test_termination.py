@@ -8,7 +8,7 @@ import pytest
 from faults import list_hidden, run_command, start, wait
 from saved_model import RECIPE, draw, save
 
-from recontrast.runtime.termination import interrupt_on_termination
+from recontrast.runtime.termination import SIGNALS, interrupt_on_termination
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def inputs(tmp_path_factory):
     return save(root / "checkpoint.pt", RECIPE), draw(root / "images", 3, seed=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_predict_removes_its_temporary_files(inputs, tmp_path, number):
     checkpoint, images = inputs
     arguments = ["predict", checkpoint, images, "--out", tmp_path / "out", "--maps", "npy", "--device", "cpu"]

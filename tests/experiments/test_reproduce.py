@@ -1,10 +1,12 @@
 import csv
 import json
+import os
 
 import pytest
 from command_line import fails, works
 from tiny import tiny_set
 
+from recontrast.data.temporary import FOLDER_LOCK
 from recontrast.evaluation.results import METRICS
 from recontrast.experiments import paper_tables, published_numbers, reproduce
 from recontrast.experiments.comparison import Comparison, Line
@@ -275,7 +277,10 @@ def test_checkpoint_goes_with_the_results(data, tmp_path, monkeypatch):
         run("mvtec", data, tmp_path / "out", categories=["grid"])
     folder = tmp_path / "out/ours/grid/seed-111"
     assert (folder / "results.json").exists() and not (folder / "checkpoint.pt").exists()
-    (folder / ".recontrast-0123456789abcdef.tmp").mkdir()
+    left = folder / ".recontrast-0123456789abcdef.tmp"
+    left.mkdir()
+    (left / FOLDER_LOCK).touch()  # Windows locks a file in it
+    os.utime(left / FOLDER_LOCK, (0, 0))
     run("mvtec", data, tmp_path / "out", categories=["grid"])
     assert not list(folder.glob(".*"))
 
