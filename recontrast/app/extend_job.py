@@ -78,24 +78,25 @@ def extend_run(
 
 def _print_result(file: Path, result: "Extension") -> None:
     """Print what was added and left out, and what became of the calibration."""
+    noun = result.noun
     if result.left_out:
         names = ", ".join(map(str, result.left_out[:3])) + (", ..." if len(result.left_out) > 3 else "")
         reason = "copies" if result.steps or result.again else "trained on already"
-        print_line(f"{len(result.left_out)} images are left out, because they are {reason}: {names}")
+        print_line(f"{len(result.left_out)} {noun}s are left out, because they are {reason}: {names}")
     if result.steps:
-        images = f"{result.added} images"  # without fingerprints, new and former ones
+        added = f"{result.added} {noun}s"  # without fingerprints, new and former ones
         if result.total is not None:
-            images = f"{result.added} new images and {result.again} of the run"
-        print_line(f"{result.steps} further steps on {images} in {result.seconds:.1f} s: {file}")
+            added = f"{result.added} new {noun}s and {result.again} of the run"
+        print_line(f"{result.steps} further steps on {added} in {result.seconds:.1f} s: {file}")
         if result.forgotten:
             print_line(
-                f"{result.forgotten} images of the run were not given: what they alone show may be forgotten; give "
+                f"{result.forgotten} {noun}s of the run were not given: what they alone show may be forgotten; give "
                 "them with --good as well"
             )
     else:
         in_all = "" if result.total is None else f", {result.total} in all"
         former = f" to {result.again} of the run" if result.again else ""
-        print_line(f"{result.added} images added{former} in {result.seconds:.1f} s{in_all}: {file}")
+        print_line(f"{result.added} {noun}s added{former} in {result.seconds:.1f} s{in_all}: {file}")
     print_promise(result.calibration)
     if result.lost_calibration and result.calibration is None:
         print_line(

@@ -51,6 +51,7 @@ class Extension:
         again: Number of images that the detector was trained on already, and that were used again.
         forgotten: Number of images that the detector was trained on, and that were not given for the further steps; 0
             without fingerprints.
+        noun: What is counted, see `recontrast.recipes.recipe.Recipe.noun`.
     """
 
     checkpoint: Path
@@ -63,6 +64,7 @@ class Extension:
     steps: int = 0
     again: int = 0
     forgotten: int = 0
+    noun: str = "image"
 
 
 def extend(
@@ -149,7 +151,7 @@ def extend(
     return Extension(
         path, len(training), count_files(state.images), tuple(left_out), saved.calibration is not None, calibration,
         seconds, state.step - saved.step if is_stepped else 0, len(again),
-        max(trained - len(again), 0) if is_stepped else 0,
+        max(trained - len(again), 0) if is_stepped else 0, saved.recipe.noun,
     )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def predict(
             on_progress(finished, len(paths))
         summary = parquet_parts.summarise(folder, paths)
         if not summary.scored:
-            raise ValueError(f"none of {len(paths)} images could be read: {summary.unread[0]}")
+            raise ValueError(f"none of {len(paths)} {detector.recipe.noun}s could be read: {summary.unread[0]}")
         description: dict[str, Any] = {
             "recontrast": recontrast.__version__,
             "checkpoint": str(checkpoint),

@@ -211,7 +211,7 @@ def test_extend_adds_parts(run, tmp_path):
     copy.parent.mkdir()
     copy.write_bytes((run / "run/checkpoint.pt").read_bytes())
     printed = works("train", "--extend", copy, "--good", tmp_path / "new/train/good", "--device", "cpu")
-    assert "3 images added" in printed and "10 in all" in printed
+    assert "3 parts added" in printed and "10 in all" in printed
     assert checkpoints.load(copy).images["count"] == 20
 
 
