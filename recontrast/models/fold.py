@@ -20,6 +20,7 @@ from recontrast.models.backbone import Backbone
 from recontrast.models.network import Network, Views
 from recontrast.models.norm_act import AddAct, NormAct2d
 from recontrast.models.partial_norm import PartialNorm2d
+from recontrast.models.replacement import replace_modules
 
 # Compared by exact type, because a subclass may transform its weights (by standardisation, for example).
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d)
@@ -48,11 +49,9 @@ def fold(model: Network, size: int | tuple[int, int] | None = None, *, keep: boo
     size = size or model.stride
     model.map_sizes(size)  # raises if the size does not fit
     pairs = _find_foldable_norms(folded, size)
-    names = {module: name for name, module in folded.named_modules()}
     for convolution, norm in pairs:
         _fold_norm(convolution, norm)
-        parent, _, name = names[norm].rpartition(".")
-        setattr(folded.get_submodule(parent), name, _get_activation(norm))
+    replace_modules(folded, {norm: _get_activation(norm) for _, norm in pairs})
     folded.requires_grad_(False)
     return FoldedModel(folded, len(pairs))
 

@@ -7,6 +7,8 @@ recomputes in the backward pass what the stock layers keep.
 
 import itertools
 import operator
+from collections import Counter
+from collections.abc import Set
 from typing import Any, TypeGuard
 
 import torch
@@ -119,8 +121,9 @@ def fuse_norm_act(module: nn.Module) -> nn.Module:
 
     Activations and adds are fused where the order of the layers is known: in sequences, in `ResidualBlock`, in the
     residual blocks of timm's ResNets, which are traced, and in timm's BatchNormAct2d. Other norms are replaced alone,
-    as are those in subclasses of nn.Sequential with a ``forward`` of their own. Layers with hooks and subclasses of
-    BatchNorm2d with other statistics are left as they are. State dicts keep their names.
+    as are those in subclasses of nn.Sequential with a ``forward`` of their own. Layers with hooks, subclasses of
+    BatchNorm2d with other statistics, and modules that several names lead to are left as they are. State dicts keep
+    their names.
 
     Args:
         module: Module, changed in place.
@@ -128,16 +131,25 @@ def fuse_norm_act(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or its replacement if it is a BatchNorm2d or a residual block of timm itself.
     """
+    counts = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
+    # Two fused layers of one norm would have its statistics in common only until they move to another device.
+    return _fuse(module, {key for key, count in counts.items() if count > 1})
+
+
+def _fuse(module: nn.Module, shared: Set[int]) -> nn.Module:
+    """Fuse the layers of a module, except those in ``shared``, by identity."""
+    if id(module) in shared:
+        return module
     if type(module) in (nn.BatchNorm2d, BatchNormAct2d):
         return _convert(module) or module
     if isinstance(module, ResidualBlock):
-        _fuse_residual_block(module)
+        _fuse_residual_block(module, shared)
     if _is_sequence(module):
-        _fuse_sequence(module)
+        _fuse_sequence(module, shared)
     if type(module) in RESIDUAL_BLOCKS and not _has_hooks(module):
-        module = _fuse_traced(module)
+        module = _fuse_traced(module, shared)
     for name, child in module.named_children():
-        setattr(module, name, fuse_norm_act(child))
+        setattr(module, name, _fuse(child, shared))
     return module
 
 
@@ -189,20 +201,22 @@ def _convert(norm: nn.Module) -> NormAct2d | None:
     return None if act is None else NormAct2d(norm, act)
 
 
-def _fuse_residual_block(block: ResidualBlock) -> None:
+def _fuse_residual_block(block: ResidualBlock, shared: Set[int]) -> None:
     norm, act = block.body[-1], name_activation(block.activation)
+    if id(norm) in shared:
+        return
     if _is_norm(norm) and act is not None and _is_sequence(block.body) and not _has_hooks(block.body):
         block.body[-1], block.activation = NormAct2d(norm, act), nn.Identity()
         block.adds_in_norm = True
 
 
-def _fuse_sequence(module: nn.Module) -> None:
+def _fuse_sequence(module: nn.Module, shared: Set[int]) -> None:
     """Fuse each norm of a sequence with the activation after it, unless the output of the norm is returned as well."""
     children = list(module._modules.items())  # unlike named_children, a layer that is called twice is listed twice
     returned = getattr(module, "return_layers", {})
     for (name, norm), (next_name, following) in itertools.pairwise(children):
         act = name_activation(following)
-        if _is_norm(norm) and act is not None and name not in returned:
+        if _is_norm(norm) and act is not None and name not in returned and id(norm) not in shared:
             setattr(module, name, NormAct2d(norm, act))
             setattr(module, next_name, nn.Identity())
 
@@ -214,7 +228,7 @@ class _BlockTracer(fx.Tracer):
         return True
 
 
-def _fuse_traced(block: nn.Module) -> nn.Module:
+def _fuse_traced(block: nn.Module, shared: Set[int]) -> nn.Module:
     """Trace a residual block of timm and fuse each norm with the add and the activation that read it alone."""
     try:
         graph = _BlockTracer().trace(block)
@@ -227,7 +241,7 @@ def _fuse_traced(block: nn.Module) -> nn.Module:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
-        if node.op != "call_module" or not _is_norm(modules[node.target]):
+        if node.op != "call_module" or not _is_norm(modules[node.target]) or id(modules[node.target]) in shared:
             continue
         last, residual = node, None
         add = _sole_reader(node)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from recontrast.models.replacement import replace_modules
+
 Moments = Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]]
 
 
@@ -91,8 +93,5 @@ def convert_partial_norm(module: nn.Module, *, var_thresh: float = 5e-4, eps: fl
     Returns:
         ``module``, or its replacement if it is a BatchNorm2d itself.
     """
-    if isinstance(module, nn.BatchNorm2d):
-        return PartialNorm2d(module, var_thresh, eps)
-    for name, child in module.named_children():
-        setattr(module, name, convert_partial_norm(child, var_thresh=var_thresh, eps=eps))
-    return module
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    return replace_modules(module, {norm: PartialNorm2d(norm, var_thresh, eps) for norm in norms})

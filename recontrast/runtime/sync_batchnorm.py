@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recontrast.models.partial_norm import PartialNorm2d
+from recontrast.models.replacement import replace_modules
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -88,10 +89,10 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or its replacement if it is a BatchNorm2d itself.
     """
-    if isinstance(module, PartialNorm2d):
-        module.moments = global_moments
-    elif isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d):
-        return GlobalBatchNorm2d(module)
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batchnorm(child))
-    return module
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    for part in module.modules():
+        if isinstance(part, PartialNorm2d):
+            part.moments = global_moments
+    return replace_modules(
+        module, {norm: GlobalBatchNorm2d(norm) for norm in norms if not isinstance(norm, GlobalBatchNorm2d)}
+    )

@@ -87,6 +87,25 @@ def test_partial_norm_with_an_activation():
 
 
 @torch.no_grad()
+def test_norm_with_two_names():
+    """A norm that is called by the second of its names was folded, and called once more."""
+
+    class Named(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.first, self.second = norm, norm
+
+        def forward(self, x):
+            return self.second(x)
+
+    model = build_model("resnet18", levels=2).double()
+    model.encoder.extractor.layer1[0].bn1 = Named(model.encoder.extractor.layer1[0].bn1)
+    model.eval()
+    images = torch.randn(1, 3, 64, 64).double()
+    assert max_relative_difference(fold(model)(images), model(images)) < 1e-10
+
+
+@torch.no_grad()
 def test_norms_that_cannot_be_folded_stay():
     """Norms after a pooling, with batch statistics, or after a convolution whose output is read twice."""
 

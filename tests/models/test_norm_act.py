@@ -211,11 +211,29 @@ def test_residual_blocks_keep_their_hooks(name):
     assert called == [type(expected.get_submodule(name))]
 
 
-def test_a_norm_that_is_called_twice_is_fused_where_the_activation_follows():
+def build_shared_norm():
     norm = perturb(nn.BatchNorm2d(3))
-    sequence, x = nn.Sequential(norm, norm, nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
-    expected = sequence(x)
-    torch.testing.assert_close(fuse_norm_act(sequence)(x), expected)
+    return nn.Sequential(norm, norm, nn.ReLU(), nn.Conv2d(3, 3, 1), norm, nn.ReLU())
+
+
+def build_shared_block():
+    block = perturb(resnet.BasicBlock(4, 4))
+    return nn.Sequential(nn.Conv2d(3, 4, 1), block, nn.Sequential(block))
+
+
+@pytest.mark.parametrize("build", [build_shared_norm, build_shared_block])
+def test_layers_with_several_names_stay_one(build):
+    """The statistics are the same ones also after a move to another device or type, which replaces them."""
+    network = build()
+    expected, x = copy.deepcopy(network), torch.randn(2, 3, 4, 4)
+    fused = fuse_norm_act(network)
+    for module in (expected, fused):
+        module.double().train()
+        for _ in range(3):
+            module(x.double())
+    assert expected.state_dict().keys() == fused.state_dict().keys()
+    torch.testing.assert_close(fused.state_dict(), expected.state_dict())
+    torch.testing.assert_close(fused.eval()(x.double()), expected.eval()(x.double()))
 
 
 def test_statistics_over_processes_replace_norms_that_are_not_fused():

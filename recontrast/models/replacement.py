@@ -1,0 +1,24 @@
+"""Replacement of layers of a network by others."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+
+def replace_modules(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replace submodules in place, each under all of its names: a layer that several names lead to stays one layer.
+
+    Args:
+        module: Module.
+        replacements: New submodules by the old ones.
+
+    Returns:
+        ``module``, or its replacement if it is replaced itself.
+    """
+    if module in replacements:
+        return replacements[module]
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
+    return module
