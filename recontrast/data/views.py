@@ -147,6 +147,17 @@ def list_views(path: Path, views: Views | None) -> list[ImageSource]:
     return [path] if views is None else views.locate(path)
 
 
+def list_view_files(path: Path, views: Views | None) -> list[Path]:
+    """Return the files of a part, which may be missing; without views, and for pages of a file, the path itself.
+
+    Raises:
+        ValueError: If the pattern of the views does not match the path.
+    """
+    if views is None or views.source == PAGES:
+        return [path]
+    return [file for file in views.locate(path) if isinstance(file, Path)]
+
+
 def show_view(path: Any, views: Views | None) -> Any:
     """Return the image to show for a path; any other source of an image stays as it is."""
     return path if views is None or not isinstance(path, Path) else views.first(path)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -44,20 +44,23 @@ class Journal:
         with_maps: Whether maps are stored.
         lines: Name of the file of the lines.
         keep_all: Whether to keep the entries of images that have changed or are gone.
+        list_inputs: Function from the path of an image to all files that its result comes from, such as the views of a
+            part and its mask; it raises ValueError if there is none any more. None: the image alone.
 
     Attributes:
         entries: Images that an earlier call scored, by path, if they have not changed since; with ``keep_all`` the last
             entry of each path.
         all_entries: With ``keep_all``, all entries in order.
-        stamps: Size and time of change of the file of each entry, by path.
+        stamps: Size and time of change of the files of each entry, by path.
         has_identity: Whether there was no journal, or one with this identity.
     """
 
     def __init__(
         self, out: Path, identity: Mapping[str, Any] | None, with_maps: bool, *, lines: str = LINES,
-        keep_all: bool = False,
+        keep_all: bool = False, list_inputs: Callable[[str], Sequence[Path]] | None = None,
     ) -> None:  # fmt: skip
         self.out, self.identity, self.with_maps, self._name, self._keep_all = out, identity, with_maps, lines, keep_all
+        self._list_inputs = list_inputs or (lambda path: [Path(path)])
         self.entries: dict[str, Entry] = {}
         self.all_entries: list[Entry] = []
         self.stamps: dict[str, list[int] | None] = {}
@@ -84,7 +87,7 @@ class Journal:
         """
         entry = Entry(prediction, self._end, None if anomaly is None else tuple(anomaly.shape))
         pixels = None if anomaly is None else np.ascontiguousarray(anomaly, np.float32)
-        stamp = read_stamp(prediction.path) if stamp is None else stamp
+        stamp = self._read_stamp(prediction.path) if stamp is None else stamp
         line = {**asdict(prediction), "stamp": stamp, "start": entry.start, "shape": entry.shape}
         line["map_crc32"] = None if pixels is None else zlib.crc32(pixels.data)
         line["crc32"] = _compute_crc32(line)
@@ -146,6 +149,15 @@ class Journal:
         self._lines = (self.out / self._name).open("xb")
         self._write_line({"identity": self.identity})
 
+    def _read_stamp(self, path: str) -> list[int] | None:
+        """Return the stamps of all files that the result of an image comes from; None if one of them is gone."""
+        try:
+            stamps = [read_stamp(str(file)) for file in self._list_inputs(path)]
+        except ValueError:  # there is no mask for the image any more
+            return None
+        known = [stamp for stamp in stamps if stamp is not None]
+        return [number for stamp in known for number in stamp] if len(known) == len(stamps) else None
+
     def _write_line(self, content: Mapping[str, Any]) -> None:
         if self._lines is not None:
             self._lines.write(json.dumps(content).encode() + b"\n")
@@ -181,7 +193,7 @@ class Journal:
             self._end = max(self._end, end)
             if self.with_maps and zlib.crc32(maps[entry.start : end].data) != map_crc32:
                 continue
-            if self._keep_all or stamp == read_stamp(entry.prediction.path):
+            if self._keep_all or stamp == self._read_stamp(entry.prediction.path):
                 self.entries[entry.prediction.path] = entry
                 self.stamps[entry.prediction.path] = stamp
             if self._keep_all:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from recontrast.data.image_files import ImageFiles, assign_result_names
 from recontrast.data.locks import lock_folder
 from recontrast.data.own_files import check_replaceable
 from recontrast.data.roi import describe_roi
-from recontrast.data.views import group_paths
+from recontrast.data.views import group_paths, list_view_files
 from recontrast.inference.decisions import describe_undecided, select_calibration
 from recontrast.inference.detector import Detector, open_detector, run_checked
 from recontrast.inference.options import InferenceOptions
@@ -149,12 +150,18 @@ def predict(
             options |= {"rate": rate, "tile": tile, "overlap": overlap, "inference": repr(inference)}
             options["roi"] = None if roi is None else [str(roi), detector.recipe.roi]
             identity = describe_identity(checkpoint, options)
-        journal = Journal(out, identity, with_maps=overlays)
+        journal = Journal(out, identity, with_maps=overlays, list_inputs=partial(_list_inputs, detector))
         source = str(checkpoint) if isinstance(checkpoint, Path) else type(checkpoint).__name__
         return _run(
             detector, source, files, names, out, calibration, threshold, maps, overlays, journal, pool, batch,
             on_progress,
         )  # fmt: skip
+
+
+def _list_inputs(detector: Detector, path: str) -> list[Path]:
+    """Return the files that the result of an image comes from: its views, and its mask if each image has its own."""
+    masks = getattr(detector, "roi_folder", None)
+    return [*list_view_files(Path(path), detector.recipe.image_views), *(masks.list_for([path]) if masks else ())]
 
 
 def _run(

@@ -80,6 +80,48 @@ def test_stopped_run_goes_on_where_it_stopped(checkpoint, folder, tmp_path, monk
     assert read_files(out) == read_files(tmp_path / "whole")
 
 
+def draw_masks(folder, names):
+    folder.mkdir(parents=True)
+    for name in names:
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:40] = 255
+        Image.fromarray(mask).save(folder / name)
+    return folder
+
+
+def draw_views(folder, count):
+    for side in ("left", "right"):
+        for i, path in enumerate(sorted(draw(folder / side, count, seed=len(side)).iterdir())):
+            path.rename(folder / f"{i}_{side}.png")
+        (folder / side).rmdir()
+    return folder
+
+
+@pytest.mark.parametrize("changed", ["mask", "view"])
+def test_image_with_another_changed_file_is_scored_again(tmp_path, monkeypatch, changed):
+    """The mask of an image and the other views of a part determine its result as well."""
+    if changed == "view":
+        recipe = RECIPE.replace(views_from=r"_(left|right)\.", view_names=("left", "right"))
+        images, roi = draw_views(tmp_path / "images", 4), None
+        file = images / "1_right.png"
+    else:
+        recipe, images = RECIPE, draw(tmp_path / "images", 4, seed=3)
+        roi = draw_masks(tmp_path / "masks", [path.name for path in sorted(images.iterdir())])
+        file = roi / sorted(images.iterdir())[1].name
+    checkpoint = save(tmp_path / "checkpoint.pt", recipe)
+    options = {"batch": 1, "device": "cpu", "roi": roi}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 3)
+        predict(checkpoint, [images], tmp_path / "out", **options)
+    pixels = np.asarray(Image.open(file)).copy()
+    pixels[:20] = 0
+    Image.fromarray(pixels).save(file)
+    summary = predict(checkpoint, [images], tmp_path / "out", **options)
+    assert summary.continued == 2
+    predict(checkpoint, [images], tmp_path / "whole", **options)
+    assert (tmp_path / "out/scores.csv").read_bytes() == (tmp_path / "whole/scores.csv").read_bytes()
+
+
 @pytest.mark.parametrize("name", [LINES, MAPS])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_journal_behind_a_link_is_not_continued(checkpoint, folder, tmp_path, monkeypatch, name, kind):
