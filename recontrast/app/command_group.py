@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from recontrast.app.comma_separated import describe_spaces
-from recontrast.app.console import exit_with_error, is_silent, print_error
+from recontrast.app.console import exit_with_error, print_warning
 from recontrast.app.errors import USER_ERRORS, describe_error, describe_usage_error, is_memory_error
 
 # Errors of the command line's syntax. Older versions of typer take them from click, newer ones have their own.
@@ -111,11 +111,11 @@ def print_warnings() -> Iterator[None]:
             warnings.filterwarnings("always", category=category)
         show = warnings.showwarning
 
-        def print_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        def show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
             if not category.__module__.startswith("recontrast."):
                 show(message, category, *where, **options)
-            elif not is_silent():
-                print_error(f"warning: {message}")
+            else:
+                print_warning(str(message))
 
-        warnings.showwarning = print_warning
+        warnings.showwarning = show_warning
         yield

@@ -49,6 +49,12 @@ def print_error(text: str) -> None:
     write_stderr(f"recontrast: {rank}{make_printable(' '.join(text.splitlines()))}\n")
 
 
+def print_warning(text: str) -> None:
+    """Print a warning as one line on stderr; nothing if this process is silent."""
+    if not is_silent():
+        print_error(f"warning: {text}")
+
+
 def print_image_errors(errors: Sequence[str], source: str) -> None:
     """Print one line for each image that failed, at most `MAX_PRINTED_ERRORS`; nothing if this process is silent.
 

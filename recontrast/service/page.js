@@ -80,10 +80,13 @@
     const one = chosen();
     if (!takesForms(one)) return files.map((file) => [{ file, view: "" }]);
     const parts = new Map();
+    const names = one.views.names.map((name) => name.normalize("NFC"));
     try {
-      const pattern = new RegExp(one.views.from, "dg");
+      const isAscii = names.every((name) => [...name].every((character) => character.codePointAt(0) < 128));
+      // \w stands for letters of all languages in the service, and for those of ASCII in browsers.
+      const pattern = isAscii ? new RegExp(one.views.from, "dg") : new RegExp(one.views.from.replaceAll("\\w", "[\\p{L}\\p{N}_]"), "dgu");
       for (const file of files) {
-        const path = `/${file.webkitRelativePath || file.name}`;
+        const path = `/${file.webkitRelativePath || file.name}`.normalize("NFC"); // macOS decomposes names
         const spans = [...path.matchAll(pattern)].map((match) => match.indices[1]).filter((span) => span && span[1] > span[0]);
         const [start, stop] = spans.length ? spans[spans.length - 1] : [0, 0];
         const key = `${path.slice(0, start)}*${path.slice(stop)}`;
@@ -93,7 +96,7 @@
     } catch { // an expression that the browser does not know: the service finds the views
       return [files.map((file) => ({ file, view: "" }))];
     }
-    const order = ({ view }) => one.views.names.indexOf(view);
+    const order = ({ view }) => names.indexOf(view);
     return [...parts.values()].map((part) => part.sort((a, b) => order(a) - order(b)));
   }
 

@@ -2,8 +2,10 @@
 
 import email.parser
 import email.policy
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from recontrast.data.encoded_image import EncodedImage, ImagePage, SeveralImages
 from recontrast.data.formats import HEAD_BYTES, NAMES, detect_format
 from recontrast.data.image_files import ImageFiles
 from recontrast.data.images import read_image
-from recontrast.data.views import PAGES, Views
+from recontrast.data.views import PAGES, Views, divide_path
 from recontrast.data.window import Window
 from recontrast.service.messages import RequestError
 
@@ -179,7 +181,7 @@ def find_images(body: bytes, content_type: str | None, views: Views | None) -> l
     for field, name, content in _split_form(body, parameters.get("boundary", ""), _MOST_PARTS + len(views)):
         if name is None:
             continue
-        view = field if field in views.names else _find_view(name, views)
+        view = field if field in views.names else _find_view(field or "", name, views)
         if view is None or view in found:
             got = f"{view} twice" if view else f"{name[:40]!r} in the field {str(field)[:40]!r}, which names none"
             raise RequestError(400, f"form: wanted {wanted}, got {got}")
@@ -189,12 +191,22 @@ def find_images(body: bytes, content_type: str | None, views: Views | None) -> l
     return [found[name] for name in views.names]
 
 
-def _find_view(name: str, views: Views) -> str | None:
-    """Return the view that the name of a file states; None if it states none."""
-    try:
-        return views.divide(Path("/", name.replace("\\", "/").lstrip("/")))[1]
-    except ValueError:
-        return None
+def _find_view(field: str, file: str, views: Views) -> str | None:
+    """Return the view that the name of a field, or else that of a file states; None if they state none."""
+    path = file.replace("\\", "/").lstrip("/")
+    with suppress(ValueError):
+        return views.divide(Path("/", path))[1]
+    names = {_normalise(view): view for view in views.names}
+    with suppress(ValueError):
+        return names.get(_normalise(field)) or names.get(divide_path(views.source, Path("/", _normalise(path)))[1])
+    return None
+
+
+def _normalise(name: str) -> str:
+    """Return a name in composed Unicode, which macOS does not use, without the escapes of browsers' forms."""
+    for escaped, character in (("%22", '"'), ("%0D", "\r"), ("%0A", "\n")):
+        name = name.replace(escaped, character)
+    return unicodedata.normalize("NFC", name)
 
 
 def find_image(body: bytes, content_type: str | None) -> bytes:

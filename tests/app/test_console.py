@@ -178,3 +178,10 @@ def test_unusable_devices_are_one_sentence(tmp_path, device):
         )
     with pytest.raises(ValueError, match="device: wanted"):
         resolve_device(device)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "recontrast: warning: dark\n"), ("1", "")])
+def test_warnings_are_printed_by_one_process(rank, printed, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    console.print_warning("dark")
+    assert capsys.readouterr().err == printed

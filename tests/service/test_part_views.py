@@ -2,6 +2,7 @@
 
 import io
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -156,6 +157,16 @@ def test_views_are_named_in_any_language():
         find_images(body, kind, views)
 
 
+@pytest.mark.parametrize("name", ["größe", 'a"b', "a%22b", "line\nbreak"])
+def test_names_as_browsers_and_macos_send_them(name):
+    """Browsers escape quotes and line breaks in forms, and macOS decomposes letters with marks."""
+    views = Views(r"_([^/]+)\.", (name, "other"))
+    sent = unicodedata.normalize("NFD", name).replace('"', "%22").replace("\n", "%0A")
+    for names in ((sent, "x.png"), ("", f"7_{sent}.png")):
+        body, kind = join_forms(("other", "y.png", b"1"), (*names, b"0"))
+        assert find_images(body, kind, views) == [b"0", b"1"]
+
+
 def test_page_sends_the_views_of_a_part_together(detectors, part):
     with serving({"files": detectors["files"]}) as client, browser() as driver:
         open_service(driver, client)
@@ -167,6 +178,19 @@ def test_page_sends_the_views_of_a_part_together(detectors, part):
         score = client.predict(body, Content_Type=kind)["score"]
         assert float(text(driver, "score")) == pytest.approx(score, rel=1e-3)
         assert text(driver, "file-name").startswith("7_left.png")
+
+
+def test_page_sends_views_with_names_of_any_language(part, tmp_path):
+    """Letters that \\w is for Python and not for browsers, in the decomposed form of macOS."""
+    recipe = RECIPE.replace(views_from=r"_(\w+)\.", view_names=("größe", "right"))
+    checkpoint = save(tmp_path / "checkpoint.pt", recipe)
+    first = part[0].rename(tmp_path / unicodedata.normalize("NFD", "7_größe.png"))
+    with serving({"parts": checkpoint}) as client, browser() as driver:
+        open_service(driver, client)
+        upload(driver, f"{first}\n{part[1]}")
+        body, kind = join_forms(("größe", "a", first.read_bytes()), ("right", "b", part[1].read_bytes()))
+        score = client.predict(body, Content_Type=kind)["score"]
+        assert float(text(driver, "score")) == pytest.approx(score, rel=1e-3)
 
 
 def test_page_sends_a_view_that_is_named_view(tmp_path, part):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import print_data, print_error, print_line, print_promise
+from recontrast.app.console import print_data, print_error, print_line, print_promise, print_warning
 from recontrast.app.options import (
     AllGood,
     Batch,
@@ -228,7 +228,7 @@ def _compare(detector: "Detector", calibration: "Calibration", samples: "Sequenc
         drifts.append(measure_appearance_drift(np.asarray(calibration.appearance), appearance))
     for drift in drifts:
         if drift.is_significant:
-            print_error(f"warning: {drift.describe(detector.recipe.noun)}")
+            print_warning(drift.describe(detector.recipe.noun))
         else:
             print_line(drift.describe(detector.recipe.noun))
     return errors

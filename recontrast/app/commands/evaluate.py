@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import print_data, print_error, print_image_errors, print_line
+from recontrast.app.console import print_data, print_image_errors, print_line, print_warning
 from recontrast.app.data_options import Bad, Good, load_tests
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
@@ -120,7 +120,7 @@ def _evaluate_exported(
     groups = add_rois(groups, getattr(detector, "roi_folder", None))
     print_data(datasets.describe(groups))
     if detector.calibration_note is not None:
-        print_error(f"warning: {detector.calibration_note}")
+        print_warning(detector.calibration_note)
     trained = read_fingerprints(detector.images)
     show_metrics(detector, groups, detector.recipe, out, detector.calibration, trained=trained, **reading)
 
@@ -144,7 +144,7 @@ def _evaluate_checkpoint(
     if calibration is not None:
         mismatch = inference.describe_mismatch(trained, calibration) or describe_other_roi(trained, recipe)
         if mismatch is not None:
-            print_error(f"warning: {file}: {mismatch}")
+            print_warning(f"{file}: {mismatch}")
             calibration = None
     show_metrics(
         model, groups, recipe, out, calibration, inference=inference, device=device,
@@ -171,7 +171,7 @@ def show_metrics(
     if decisions is not None:
         print_line(decisions.describe())
         for warning in decisions.warnings():
-            print_error(f"warning: {warning}")
+            print_warning(warning)
     if written:
         print_line(f"results: {', '.join(map(str, written))}")
     print_image_errors(result.errors, "with --out DIR, in scores.csv" if out is None else f"see {out / 'scores.csv'}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recontrast.app.console import print_error, print_line
+from recontrast.app.console import print_line, print_warning
 from recontrast.app.options import (
     AllGood,
     CheckpointFile,
@@ -100,7 +100,7 @@ def export(  # 13 options and their checks; `recontrast.export` does the work
         f"scores of {result.images} images differ by at most {result.difference:.1e} (relative) from the checkpoint's"
     )
     for note in result.notes:
-        print_error(f"warning: {note}")
+        print_warning(note)
     size = sum(path.stat().st_size for path in result.files) / 1e6
     print_line(f"outputs {', '.join(result.outputs)}, {size:.1f} MB: {', '.join(map(str, result.files))}")
     if result.report is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import exit_with_error, print_error, print_image_errors, print_line
+from recontrast.app.console import exit_with_error, print_image_errors, print_line, print_warning
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     DetectorFile,
@@ -121,7 +121,7 @@ def _predict_here(checkpoint: Path, inputs: Sequence[Path], out: Path, **options
     counts = _describe_counts(summary, options["threshold"])
     print_line(f"{len(summary.predictions)} {summary.noun} scored{counts}: {out / 'scores.csv'}")
     if summary.calibration_note is not None:
-        print_error(f"warning: {summary.calibration_note}")
+        print_warning(summary.calibration_note)
     failed = [*summary.unread, *summary.incomplete, *summary.undecided]
     print_image_errors(failed, f"see {out / 'scores.csv'}")
     if failed:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recontrast.app.console import print_error, print_line
+from recontrast.app.console import print_line, print_warning
 from recontrast.app.options import check_writable, path_option
 from recontrast.app.progress_bar import ProgressBar
 from recontrast.app.tables import print_table
@@ -47,7 +47,7 @@ def prepare(
     columns = [text for key in ("train", "test", "good of test") for text in (key, "published")]
     print_table(f"{name} in {prepared.source}", ["category", *columns], rows)
     for text in prepared.warnings:
-        print_error(f"warning: {text}")
+        print_warning(text)
     if prepared.title:
         print_line(prepared.title)
     if prepared.own_split:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from recontrast.app.console import print_error, print_image_errors, print_line
+from recontrast.app.console import print_image_errors, print_line, print_warning
 from recontrast.app.options import (
     Batch,
     CheckpointFile,
@@ -59,7 +59,7 @@ def report(
             on_progress=lambda name, done, total: progress(done, total, name),
         )  # fmt: skip
     if written.note is not None:
-        print_error(f"warning: {written.note}")
+        print_warning(written.note)
     limited = "" if written.shown == written.images else f", {written.shown} of them shown"
     print_line(f"report of {written.images} images{limited}, {written.bytes / 1e6:.1f} MB: {written.path}")
     print_image_errors(written.errors, f"see {written.path}")

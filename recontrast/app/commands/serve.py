@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import exit_with_error, print_error, print_line
+from recontrast.app.console import exit_with_error, print_error, print_line, print_warning
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import InferenceArguments, MustDecide, OtherRate, resolve_checkpoint
 from recontrast.runtime.termination import handle_signals
@@ -126,7 +126,7 @@ def _print_served(served: "Mapping[str, ServedDetector]", host: str, port: int) 
     for name, detector in served.items():
         note = detector.current.detector.calibration_note
         if note is not None:
-            print_error(f"warning: {name}: {note}")
+            print_warning(f"{name}: {note}")
     shown = f"[{host}]" if ":" in host else host
     print_line(f"serving {', '.join(served)} at http://{shown}:{port}/ (description: /docs); Ctrl-C stops")
 

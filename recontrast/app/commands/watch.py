@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recontrast.app.console import exit_with_error, print_error, print_line
+from recontrast.app.console import exit_with_error, print_error, print_line, print_warning
 from recontrast.app.option_groups import expand_options
 from recontrast.app.options import (
     DetectorFile,
@@ -63,7 +63,7 @@ def watch(
     refuse_views(detector.recipe, f"{file}", "to watch a folder with")
     calibration = select_calibration(detector, false_alarm_rate, decide, file)
     if detector.calibration_note is not None:
-        print_error(f"warning: {detector.calibration_note}")
+        print_warning(detector.calibration_note)
     stop = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
