@@ -163,10 +163,13 @@ WRITES = {
     "recontrast/app/prediction/ray_predict.py": {"os.open(os.devnull, os.O_WRONLY)"},
     "recontrast/checkpoint/file.py": {"torch.save({_KEY: FORMAT, **content}, file)"},
     "recontrast/data/heatmaps.py": {"np.save(content, anomaly)"},
-    "recontrast/data/locks.py": {"os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)"},
+    "recontrast/data/locks.py": {"open_no_follow(path, os.O_RDWR | os.O_CREAT)"},
     "recontrast/data/prepare.py": {"(folder / MARKER_FILE).write_text(json.dumps(description, indent=1) + '\\n')"},
-    "recontrast/data/regular_file.py": {"os.open(path, flags, 0o666)"},
-    "recontrast/data/system.py": {"os.open(path, flags)"},  # to sync what was written
+    "recontrast/data/regular_file.py": {"open_no_follow(path, flags)"},
+    "recontrast/data/system.py": {
+        "os.open(path, flags)",  # to sync what was written
+        "os.open(path, flags | _NO_FOLLOW | NO_WAIT, 0o666)",
+    },
     "recontrast/export/low_precision_file.py": {
         "page.write_text(report.to_markdown(file.name))",
         "table.write_text(json.dumps({'exported': file.name, **report.to_dict()}, indent=1) + '\\n')",
@@ -196,7 +199,7 @@ def list_writes(source):
         is_write = name in ("write_text", "write_bytes", "tofile", "write_table", "save_model", "savez")
         is_write |= name in ("open", "ZipFile", "TemporaryFile") and bool(modes)
         is_write |= text.startswith(("np.save(", "torch.save(", "torch.export.save(", "onnx.save("))
-        is_write |= text.startswith("os.open(") and "O_RDONLY" not in text
+        is_write |= text.startswith(("os.open(", "open_no_follow(")) and "O_RDONLY" not in text
         if is_write and not text.startswith("(staging / "):
             calls.append(text)
     return calls
