@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from recontrast.data.names import escape_bytes
+from recontrast.export.openvino_graph import replace_argmin
 from recontrast.inference import onnx_file, openvino_file
 from recontrast.inference.file_checks import CHECKSUM_KEY, KEY, NO_CHECKSUM, compute_sha256, write_checksum
 
@@ -77,4 +78,6 @@ def write_onnx_model(model: Any, kind: str, path: Path, description: str, *, hal
         write_onnx(model, path, description)
         return
     # `openvino.convert_model` would do the same, but reports each call over the network, and waits for it.
-    write_openvino(openvino_file.get_core().read_model(model.SerializeToString()), path, description, half=half)
+    converted = openvino_file.get_core().read_model(model.SerializeToString())
+    replace_argmin(converted)
+    write_openvino(converted, path, description, half=half)
