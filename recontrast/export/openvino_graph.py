@@ -9,8 +9,8 @@ def replace_argmin(model: Any) -> None:
     """Replace each search for the index of the smallest value in a row, in place.
 
     OpenVINO runs it as a sort of the rows (TopK): in PatchCore it took more time than all else. Comparing all values
-    with the smallest one gives the same index, the first one of several. Of a row with NaN, or with
-    infinity alone, it is any index.
+    with the smallest one gives the same index, the first one of several. Of a row with NaN, or with infinity alone, it
+    is any index.
 
     Args:
         model: ``openvino.Model``.
