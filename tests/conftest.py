@@ -24,8 +24,8 @@ WHOLE = ("csrc", "kernels", "metrics", "campaigns")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, metavar="N", help="of the cases of a test, run each N-th one")
-    parser.addoption("--first", type=int, default=0, metavar="K", help="with --every: begin with case K, from 0")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th case of each test")
+    parser.addoption("--first", type=int, default=0, metavar="K", help="with --every: index of the first case, from 0")
 
 
 def pytest_report_header():

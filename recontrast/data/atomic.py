@@ -16,11 +16,11 @@ from recontrast.data.temporary import (
     create_file,
     is_temporary,
     list_content,
+    move_folder,
     sweep,
     temporary_folder,
     undo_commit,
     undo_commits,
-    unlock_folder,
     write_commit,
 )
 
@@ -177,9 +177,7 @@ def create_folder(path: PathLike) -> Iterator[Path]:
             if inside:
                 _move_content(staging)
             else:
-                if IS_WINDOWS:  # moves no folder with an open file
-                    unlock_folder(staging)
-                os.replace(staging, path)
+                move_folder(staging, path)
 
 
 def _move_content(staging: Path) -> None:

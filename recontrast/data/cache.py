@@ -35,7 +35,7 @@ from recontrast.data.window import Window, parse_window, pixel_dtype
 FORMAT = 3  # increase when the pixels or the layout change; 3 reads unusual TIFF files by our own reader
 _PREFIX = "images-"
 _HEADER_BYTES = 4096  # one page, so that the images are page-aligned in the memory map
-_position_lock = threading.Lock()  # of the position in a file, where a write has no offset of its own
+_position_lock = threading.Lock()  # where the system cannot write at a given offset
 
 
 class ImageCache:

@@ -20,8 +20,7 @@ from recontrast.data.heatmaps import save_png
 from recontrast.data.json_text import parse_json
 from recontrast.data.listing import is_hidden
 from recontrast.data.regular_file import read_bytes
-from recontrast.data.system import IS_WINDOWS
-from recontrast.data.temporary import sweep, temporary_folder, unlock_folder
+from recontrast.data.temporary import move_folder, sweep, temporary_folder
 
 NAMES = ("brick", "grass", "gravel")
 KINDS = ("scratch", "stain", "hole", "misplaced")
@@ -107,9 +106,7 @@ def make_demo(
         with temporary_folder(root.parent) as replaced:
             if root.exists():
                 os.replace(root, replaced / "data")
-            if IS_WINDOWS:  # moves no folder with an open file
-                unlock_folder(draft)
-            os.replace(draft, root)
+            move_folder(draft, root)
     return root
 
 

@@ -31,7 +31,7 @@ NO_WAIT = (
 
 
 def open_no_follow(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file, but no symbolic link, and without waiting.
+    """Open a file without following a symbolic link, and without blocking.
 
     Args:
         path: Path of the file.

@@ -102,6 +102,21 @@ def unlock_folder(path: Path) -> None:
             (path / FOLDER_LOCK).unlink(missing_ok=True)
 
 
+def move_folder(path: Path, target: Path) -> None:
+    """Move a complete temporary folder to its final path. Windows moves no folder with an open file.
+
+    Args:
+        path: Folder of `temporary_folder`.
+        target: New path, at which there is nothing or an empty folder.
+
+    Raises:
+        OSError: If the folder cannot be moved.
+    """
+    if IS_WINDOWS:
+        unlock_folder(path)
+    os.replace(path, target)
+
+
 def list_content(path: Path) -> list[str]:
     """List the names in a temporary folder, in order, without that of its lock.
 

@@ -1,4 +1,4 @@
-"""Changes of OpenVINO graphs that make them faster."""
+"""Optimisations of OpenVINO graphs."""
 
 from typing import Any
 
@@ -6,11 +6,10 @@ import numpy as np
 
 
 def replace_argmin(model: Any) -> None:
-    """Replace each search for the index of the smallest value in a row, in place.
+    """Replace each argmin by a comparison of all values with the minimum, in place.
 
-    OpenVINO runs it as a sort of the rows (TopK): in PatchCore it took more time than all else. Comparing all values
-    with the smallest one gives the same index, the first one of several. Of a row with NaN, or with infinity alone, it
-    is any index.
+    OpenVINO runs an argmin as a sort (TopK), which took most of the time of PatchCore. The index is the same, the first
+    one where several values are equal to the minimum. For rows with NaN, or with infinities only, it is arbitrary.
 
     Args:
         model: ``openvino.Model``.
@@ -25,8 +24,8 @@ def replace_argmin(model: Any) -> None:
             continue
         rank = len(values.partial_shape)
         axis = node.get_attributes()["axis"] % rank
-        is_first = count.get_type_name() == "Constant" and np.all(count.get_data() == 1)
-        if not is_first or node.output(0).get_target_inputs() or values.partial_shape[axis].is_dynamic:
+        takes_one = count.get_type_name() == "Constant" and np.all(count.get_data() == 1)
+        if not takes_one or node.output(0).get_target_inputs() or values.partial_shape[axis].is_dynamic:
             continue
         length = values.partial_shape[axis].get_length()
         shape = [length if position == axis else 1 for position in range(rank)]

@@ -122,8 +122,8 @@ def fuse_norm_act(module: nn.Module) -> nn.Module:
     Activations and adds are fused where the order of the layers is known: in sequences, in `ResidualBlock`, in the
     residual blocks of timm's ResNets, which are traced, and in timm's BatchNormAct2d. Other norms are replaced alone,
     as are those in subclasses of nn.Sequential with a ``forward`` of their own. Layers with hooks, subclasses of
-    BatchNorm2d with other statistics, and modules that several names lead to are left as they are. State dicts keep
-    their names.
+    BatchNorm2d with other statistics, and modules that are registered under several names are left as they are. State
+    dicts keep their names.
 
     Args:
         module: Module, changed in place.

@@ -1,4 +1,4 @@
-"""Replacement of layers of a network by others."""
+"""Replacement of submodules of a network."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def replace_modules(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Replace submodules in place, each under all of its names: a layer that several names lead to stays one layer.
+    """Replace submodules in place. A submodule that is registered under several names is replaced under all of them.
 
     Args:
         module: Module.

@@ -89,10 +89,10 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     Returns:
         ``module``, or its replacement if it is a BatchNorm2d itself.
     """
-    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    replacements: dict[nn.Module, nn.Module] = {}
     for part in module.modules():
         if isinstance(part, PartialNorm2d):
             part.moments = global_moments
-    return replace_modules(
-        module, {norm: GlobalBatchNorm2d(norm) for norm in norms if not isinstance(norm, GlobalBatchNorm2d)}
-    )
+        elif isinstance(part, nn.BatchNorm2d) and not isinstance(part, GlobalBatchNorm2d):
+            replacements[part] = GlobalBatchNorm2d(part)
+    return replace_modules(module, replacements)

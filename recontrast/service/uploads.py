@@ -193,17 +193,19 @@ def find_images(body: bytes, content_type: str | None, views: Views | None) -> l
 
 def _find_view(field: str, file: str, views: Views) -> str | None:
     """Return the view that the name of a field, or else that of a file states; None if they state none."""
+    names = {_normalise(view): view for view in views.names}
+    if (view := names.get(_normalise(field))) is not None:
+        return view
     path = file.replace("\\", "/").lstrip("/")
     with suppress(ValueError):
         return views.divide(Path("/", path))[1]
-    names = {_normalise(view): view for view in views.names}
     with suppress(ValueError):
-        return names.get(_normalise(field)) or names.get(divide_path(views.source, Path("/", _normalise(path)))[1])
+        return names.get(divide_path(views.source, Path("/", _normalise(path)))[1])
     return None
 
 
 def _normalise(name: str) -> str:
-    """Return a name in composed Unicode, which macOS does not use, without the escapes of browsers' forms."""
+    """Return a name in composed Unicode (macOS decomposes it), with the characters that browsers escape in forms."""
     for escaped, character in (("%22", '"'), ("%0D", "\r"), ("%0A", "\n")):
         name = name.replace(escaped, character)
     return unicodedata.normalize("NFC", name)

@@ -165,6 +165,8 @@ def test_names_as_browsers_and_macos_send_them(name):
     for names in ((sent, "x.png"), ("", f"7_{sent}.png")):
         body, kind = join_forms(("other", "y.png", b"1"), (*names, b"0"))
         assert find_images(body, kind, views) == [b"0", b"1"]
+    body, kind = join_forms((sent, "7_other.png", b"0"), ("other", "y.png", b"1"))  # the field counts, not the file
+    assert find_images(body, kind, views) == [b"0", b"1"]
 
 
 def test_page_sends_the_views_of_a_part_together(detectors, part):

@@ -44,8 +44,8 @@ class Journal:
         with_maps: Whether maps are stored.
         lines: Name of the file of the lines.
         keep_all: Whether to keep the entries of images that have changed or are gone.
-        list_inputs: Function from the path of an image to all files that its result comes from, such as the views of a
-            part and its mask; it raises ValueError if there is none any more. None: the image alone.
+        list_inputs: Returns the files that the result of an image depends on, such as the views of a part and its mask,
+            and raises ValueError if there is no mask any more. None: the image alone.
 
     Attributes:
         entries: Images that an earlier call scored, by path, if they have not changed since; with ``keep_all`` the last
@@ -150,7 +150,7 @@ class Journal:
         self._write_line({"identity": self.identity})
 
     def _read_stamp(self, path: str) -> list[int] | None:
-        """Return the stamps of all files that the result of an image comes from; None if one of them is gone."""
+        """Return the stamps of all files that the result of an image depends on; None if one of them is gone."""
         try:
             stamps = [read_stamp(str(file)) for file in self._list_inputs(path)]
         except ValueError:  # there is no mask for the image any more

@@ -159,7 +159,7 @@ def predict(
 
 
 def _list_inputs(detector: Detector, path: str) -> list[Path]:
-    """Return the files that the result of an image comes from: its views, and its mask if each image has its own."""
+    """Return the files that the result of an image depends on: its views, and its mask if each image has its own."""
     masks = getattr(detector, "roi_folder", None)
     return [*list_view_files(Path(path), detector.recipe.image_views), *(masks.list_for([path]) if masks else ())]
 
